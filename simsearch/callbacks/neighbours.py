@@ -1,0 +1,80 @@
+"""Queries beside their neighbours, as a picture and as rows for a logger's table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from torch import Tensor
+
+from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
+from simsearch.figures import Tile, save_grid
+from simsearch.types import RetrievalTask
+
+
+@dataclass(frozen=True)
+class Example:
+    """One query with its neighbours: tiles (query first) and its average precision."""
+
+    tiles: list[Tile]
+    average_precision: float
+
+
+class NeighbourFigure(pl.Callback):
+    """After the test writes figures/neighbours.png, and a few query images to try a search with.
+
+    The queries are spread over the range of average precision, worst to best, so that failures show.
+    queries, k: rows and neighbours a row.
+    """
+
+    def __init__(self, queries: int = 10, k: int = 10) -> None:
+        if queries < 1 or k < 1:
+            raise ValueError(f"queries and k must be at least 1, got {queries} and {k}")
+        self.queries, self.k = queries, k
+        self.examples: list[Example] = []
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        evaluation = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation))
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        task: RetrievalTask = data.task("test")
+        result = evaluation.results["test"]
+        self.examples = choose_examples(result, data.collection, task, self.queries, self.k)
+        folder = Path(trainer.default_root_dir) / "figures"
+        title = f"{data.collection.name}, {task.name}: mAP {result.metrics['mAP']:.3f}; worst to best queries"
+        save_grid(folder / "neighbours.png", [e.tiles for e in self.examples], title=title)
+        (folder / "queries").mkdir(exist_ok=True)
+        for i, example in enumerate(self.examples):
+            picture = example.tiles[0].image.permute(1, 2, 0).contiguous().numpy()
+            Image.fromarray(picture).save(folder / "queries" / f"{i:02d}.png")
+
+
+def choose_examples(
+    result: Evaluation, collection: object, task: RetrievalTask, queries: int, k: int
+) -> list[Example]:
+    """Queries at even steps of average precision, worst first, with their k nearest found."""
+    precision: Tensor = result.per_query["AP"]
+    order = torch.argsort(precision.nan_to_num(-1.0))
+    steps = np.linspace(0.02, 0.98, min(queries, len(order))) * (len(order) - 1)
+    images: Tensor = collection.images  # type: ignore[attr-defined]
+    names = collection.classes[collection.attributes.index(task.attribute)]  # type: ignore[attr-defined]
+
+    def name(label: int) -> str:
+        return names[label] if label >= 0 else "unknown"
+
+    examples = []
+    for q in order[steps.round().astype(int)].tolist():
+        label = int(result.query.label[q])
+        ap = float(precision[q])
+        tiles = [Tile(images[result.query.index[q]], f"AP {ap:.2f} {name(label)}")]
+        for position in result.found.ids[q, :k].tolist():
+            if position >= 0:
+                other = int(result.gallery.label[position])
+                tiles.append(Tile(images[result.gallery.index[position]], name(other), other == label >= 0))
+        examples.append(Example(tiles, ap))
+    return examples

@@ -1,0 +1,326 @@
+"""CIFAR-10 from torchvision's archive or from Hugging Face parquet files, as one Collection."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import re
+import tarfile
+import tempfile
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+from simsearch.data.collection import Collection
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+BATCHES = "cifar-10-batches-py"
+ARCHIVE = "cifar-10-python.tar.gz"
+
+_ROW = np.dtype([("image", np.uint8, (3, 32, 32)), ("label", np.uint8), ("is_test", np.bool_)])
+
+
+class DataError(ValueError):
+    """Data that cannot be read; the message names the file and the mend."""
+
+
+def read_cifar10(root: Path, *, download: bool = False, cache: Path | None = None) -> Collection:
+    """Collection of CIFAR-10: the training rows in order, then the test rows, attribute `class`.
+
+    root: a folder with torchvision's `cifar-10-batches-py` or `cifar-10-python.tar.gz`, or with
+    Hugging Face's `train-*.parquet` and `test-*.parquet` (also in its `data` or `plain_text`); the
+    first of these that is there is read. Parquet files may hold a subset; archives must carry the
+    published checksums. download: fetch the archive where none of them is there. cache: a folder for
+    the decoded pixels, keyed by the source files' content; a damaged entry is rebuilt.
+
+    Raises DataError for a missing, damaged or unexpected file. Krizhevsky 2009, "Learning multiple
+    layers of features from tiny images".
+    """
+    root = Path(root).expanduser()
+    files = _source_files(root)
+    if not files and download:
+        _download(root)
+        files = _source_files(root)
+    if not files:
+        raise DataError(
+            f"no CIFAR-10 in {root}: expected {BATCHES}/, {ARCHIVE} or train-*.parquet and test-*.parquet; "
+            "set the data root (SIMSEARCH_DATA is the folder above cifar10) or allow the download with "
+            "download=true"
+        )
+    entry = None if cache is None else Path(cache).expanduser() / f"cifar10-{_content_key(files)}.npy"
+    rows = None if entry is None else _load(entry)
+    if rows is None:
+        rows = _read_parquet(files) if files[0].suffix == ".parquet" else _read_batches(files)
+        if entry is not None:
+            _store(entry, rows)
+    return Collection(
+        name="cifar10",
+        images=torch.from_numpy(np.ascontiguousarray(rows["image"])),
+        labels=torch.from_numpy(rows["label"].astype(np.int64))[:, None],
+        attributes=("class",),
+        classes=(CLASSES,),
+        is_test=torch.from_numpy(np.ascontiguousarray(rows["is_test"])),
+    )
+
+
+def _source_files(root: Path) -> list[Path]:
+    """Files of the first layout found under root, training files first; empty where there is none."""
+    if (root / BATCHES).is_dir():
+        files = [root / BATCHES / name for name in _batch_checksums()]
+        for path in files:
+            if not path.is_file():
+                raise DataError(f"{path} is missing: delete the folder and unpack {ARCHIVE} again")
+        return files
+    if (root / ARCHIVE).is_file():
+        return [root / ARCHIVE]
+    for folder in (root, root / "data", root / "plain_text"):
+        parts = {part: sorted(folder.glob(f"{part}-*.parquet")) for part in ("train", "test")}
+        if not any(parts.values()):
+            continue
+        for part, paths in parts.items():
+            shards = {int(m[1]) for path in paths if (m := re.search(r"-of-(\d+)\.parquet$", path.name))}
+            if not paths or (shards and shards != {len(paths)}):
+                raise DataError(
+                    f"{folder} holds {len(paths)} of {max(shards, default=1)} {part}-*.parquet files: "
+                    "copy all files of one release there, and no others"
+                )
+        return parts["train"] + parts["test"]
+    return []
+
+
+def _batch_checksums() -> dict[str, str]:
+    from torchvision.datasets import CIFAR10  # imports slowly, and parquet readers never need it
+
+    return dict(tuple(pair) for pair in CIFAR10.train_list + CIFAR10.test_list)
+
+
+def _download(root: Path) -> None:
+    from torchvision.datasets import CIFAR10, utils
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+            utils.download_url(CIFAR10.url, folder, ARCHIVE, CIFAR10.tgz_md5)
+            os.replace(Path(folder) / ARCHIVE, root / ARCHIVE)
+    except (OSError, RuntimeError, HTTPException) as error:
+        raise DataError(
+            f"cannot download CIFAR-10 to {root / ARCHIVE} ({error}): put the file there by hand "
+            f"from {CIFAR10.url}"
+        ) from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"cannot read {path} ({error.strerror}): check that it is there and readable"
+        ) from error
+
+
+def _content_key(files: Sequence[Path]) -> str:
+    """32 hex digits over the files' content and what turns it into pixels."""
+    digest = hashlib.sha256(f"{_ROW} Pillow {PIL.__version__}".encode())
+    for path in files:
+        digest.update(path.name.encode())
+        digest.update(hashlib.sha256(_read_bytes(path)).digest())
+    return digest.hexdigest()[:32]
+
+
+# torchvision's archive: pickled batches
+
+
+class _BatchUnpickler(pickle.Unpickler):
+    """Reads dicts, lists, strings and numpy arrays; every other global is refused."""
+
+    _allowed: ClassVar[dict[tuple[str, str], object]] = {
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in self._allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self._allowed[module, name]
+
+
+def _read_batches(files: Sequence[Path]) -> np.ndarray:
+    checksums = _batch_checksums()
+    parts = []
+    for path, content in _batch_contents(files, list(checksums)):
+        _check_md5(path, content, checksums[path.name])
+        try:
+            batch = _BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
+            images, labels = np.asarray(batch["data"]), np.asarray(batch["labels"], dtype=np.int64)
+        except Exception as error:  # a damaged pickle may raise anything
+            raise DataError(f"{path} is no CIFAR-10 batch ({error}): unpack {ARCHIVE} again") from error
+        if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
+            raise DataError(
+                f"{path} holds {images.dtype} pixels {images.shape} for {len(labels)} labels, expected uint8 "
+                f"({len(labels)}, 3072): unpack {ARCHIVE} again"
+            )
+        _check_labels(path, labels)
+        rows = np.empty(len(labels), _ROW)
+        rows["image"], rows["label"] = images.reshape(-1, 3, 32, 32), labels
+        rows["is_test"] = path.name == "test_batch"
+        parts.append(rows)
+    return np.concatenate(parts)
+
+
+def _batch_contents(files: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[Path, bytes]]:
+    """Path and content of each batch, from the folder or straight out of the archive."""
+    if files[0].name != ARCHIVE:
+        yield from ((path, _read_bytes(path)) for path in files)
+        return
+    from torchvision.datasets import CIFAR10
+
+    path = files[0]
+    content = _read_bytes(path)
+    _check_md5(path, content, CIFAR10.tgz_md5)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
+            found = {
+                Path(member.name).name: archive.extractfile(member).read()
+                for member in archive
+                if member.isfile()
+            }
+        yield from ((path / BATCHES / name, found[name]) for name in names)
+    except (tarfile.TarError, OSError, EOFError, KeyError) as error:
+        raise DataError(f"cannot unpack {path} ({error}): delete it and download it again") from error
+
+
+def _check_md5(path: Path, content: bytes, expected: str) -> None:
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if found != expected:
+        raise DataError(
+            f"{path} has MD5 {found}, expected {expected}: it is truncated or altered; delete it and "
+            "download the archive again (re-encoded images belong into parquet files)"
+        )
+
+
+def _check_labels(path: Path, labels: np.ndarray) -> None:
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(CLASSES)))
+    if len(wrong):
+        raise DataError(
+            f"{path} row {wrong[0]} has label {labels[wrong[0]]}, expected 0..{len(CLASSES) - 1}: "
+            "is this CIFAR-10? Fetch the file again"
+        )
+
+
+# Hugging Face's layout: encoded images in parquet files
+
+
+def _read_parquet(files: Sequence[Path]) -> np.ndarray:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    tables = [(path, *_read_columns(path)) for path in files]
+    parts = []
+    # No threads: of a 32x32 image's time, most is Python holding the lock.
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("decode CIFAR-10", total=sum(len(labels) for _, _, labels in tables))
+        for path, blobs, labels in tables:
+            rows = np.empty(len(labels), _ROW)
+            rows["label"], rows["is_test"] = labels, path.name.startswith("test-")
+            for row, blob in enumerate(blobs):
+                rows["image"][row] = _decode(blob, path, row)
+                if row % 500 == 499:
+                    progress.advance(bar, 500)
+            parts.append(rows)
+    return np.concatenate(parts)
+
+
+def _read_columns(path: Path) -> tuple[list[bytes | None], np.ndarray]:
+    """Encoded images and int64 labels of one parquet file."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            image = next((name for name in ("img", "image") if name in schema.names), None)
+            if image is None or "label" not in schema.names:
+                raise DataError(
+                    f"{path} has the columns {', '.join(schema.names)}, expected img (or image) and label: "
+                    "fetch CIFAR-10 in the Hugging Face layout"
+                )
+            kind = schema.field(image).type
+            if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+                raise DataError(
+                    f"{path} column {image} is {kind}, expected struct<bytes, path>: fetch CIFAR-10 in the "
+                    "Hugging Face layout"
+                )
+            table = file.read(columns=[image, "label"])
+        blobs = pc.struct_field(table[image], "bytes").to_pylist()
+        labels = table["label"].cast(pa.int64()).fill_null(-1).to_numpy()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"cannot read {path} ({error}): it is truncated or damaged; fetch it again"
+        ) from error
+    if not blobs:
+        raise DataError(f"{path} holds no rows: fetch it again")
+    _check_labels(path, labels)
+    return blobs, labels
+
+
+def _decode(blob: bytes | None, path: Path, row: int) -> np.ndarray:
+    """Pixels of one PNG or JPEG image, uint8 (3, 32, 32)."""
+    try:
+        with Image.open(io.BytesIO(blob or b""), formats=("PNG", "JPEG")) as image:
+            if image.size != (32, 32):
+                raise ValueError(f"it is {image.width}x{image.height}, expected 32x32")
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    except Exception as error:  # decoders raise anything on damaged bytes
+        raise DataError(
+            f"{path} row {row} holds no readable image ({error}): fetch the file again"
+        ) from error
+
+
+# The cache: one .npy of rows, followed by the SHA-256 of its content
+
+
+def _load(path: Path) -> np.ndarray | None:
+    """Rows of a cache entry, or None where there is no sound one."""
+    try:
+        with path.open("rb") as file:
+            rows = np.load(file, allow_pickle=False)
+            sound = rows.dtype == _ROW and file.read() == hashlib.sha256(rows).digest()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception:  # whatever the damage, the entry is rebuilt
+        sound = False
+    if not sound:
+        warnings.warn(f"cache entry {path} is damaged and is built again", stacklevel=3)
+        return None
+    return rows
+
+
+def _store(path: Path, rows: np.ndarray) -> None:
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            np.save(file, rows, allow_pickle=False)
+            file.write(hashlib.sha256(rows).digest())
+        os.replace(part, path)
+    except OSError as error:
+        warnings.warn(
+            f"cannot write cache entry {path} ({error}): the images are decoded each time", stacklevel=3
+        )
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()

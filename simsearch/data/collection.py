@@ -1,0 +1,70 @@
+"""A collection of images held as one tensor, and what is known about each."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Collection:
+    """N images of one size with their attributes.
+
+    name: what reports call it. images: uint8 (N, 3, H, W) RGB. labels: int64 (N, A), one column an
+    attribute, -1 where unknown. attributes: the A column names. classes: for each attribute the
+    names of its values, so that labels[i, a] == c is classes[a][c]. is_test: bool (N,), the
+    official test part (all False where there is none).
+
+    Raises ValueError where shapes, dtypes or label ranges disagree.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    attributes: tuple[str, ...]
+    classes: tuple[tuple[str, ...], ...]
+    is_test: Tensor
+
+    def __post_init__(self) -> None:
+        n, a = len(self.images), len(self.attributes)
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(
+                f"images must be uint8 (N, 3, H, W), got {self.images.dtype} {tuple(self.images.shape)}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != (n, a):
+            raise ValueError(
+                f"labels must be int64 ({n}, {a}), got {self.labels.dtype} {tuple(self.labels.shape)}"
+            )
+        if self.is_test.dtype != torch.bool or self.is_test.shape != (n,):
+            raise ValueError(f"is_test must be bool ({n},), got {self.is_test.dtype}")
+        if len(self.classes) != a:
+            raise ValueError(f"{a} attributes but class names for {len(self.classes)}")
+        for column, (attribute, names) in enumerate(zip(self.attributes, self.classes, strict=True)):
+            if n and not -1 <= int(self.labels[:, column].min()) <= int(self.labels[:, column].max()) < len(
+                names
+            ):
+                raise ValueError(f"labels of {attribute!r} must lie in -1..{len(names) - 1}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def column(self, attribute: str) -> Tensor:
+        """Labels of one attribute, int64 (N,). Raises ValueError for an unknown attribute."""
+        if attribute not in self.attributes:
+            raise ValueError(
+                f"no attribute {attribute!r} in {self.name}; it has {', '.join(self.attributes)}"
+            )
+        return self.labels[:, self.attributes.index(attribute)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of a SHA-256 over pixels, labels, attributes and the test part."""
+        digest = hashlib.sha256(repr((tuple(self.images.shape), self.attributes, self.classes)).encode())
+        for tensor in (self.images, self.labels, self.is_test):
+            digest.update(np.ascontiguousarray(tensor.numpy()))
+        return digest.hexdigest()[:16]

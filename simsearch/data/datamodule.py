@@ -1,0 +1,244 @@
+"""DataModules for retrieval: one uint8 tensor, a training loader, and query and gallery loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import pytorch_lightning as pl
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from simsearch.data.cifar10 import read_cifar10
+from simsearch.data.collection import Collection
+from simsearch.data.protocols import RetrievalProtocol, Split
+from simsearch.types import Batch, RetrievalTask
+
+
+class CollectionRows(Dataset):
+    """Some rows of a collection; a DataLoader fetches a whole batch by one indexing operation.
+
+    collection: the images. rows: int64 (N,). attribute: the one that becomes `label`.
+    """
+
+    def __init__(self, collection: Collection, rows: Tensor, attribute: str) -> None:
+        self.images = collection.images
+        self.labels = collection.column(attribute)
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Batch:
+        """One item without the batch dimension."""
+        row = self.rows[position]
+        return Batch(image=self.images[row], label=self.labels[row], index=row)
+
+    def __getitems__(self, positions: list[int]) -> Batch:
+        """The batch of the given positions, which DataLoader asks for where this method exists."""
+        rows = self.rows[positions]
+        return Batch(image=self.images[rows], label=self.labels[rows], index=rows)
+
+
+class RetrievalDataModule(pl.LightningDataModule):
+    """Loaders of a collection under a protocol; a subclass says in `read` where the collection is from.
+
+    protocol: gives the split. batch_size, eval_batch_size: images a batch. augment: maps uint8
+    (B, 3, H, W) to the same, on the device, in training only. num_workers: loader processes. sampler:
+    makes a sampler of positions 0..N-1 from the training labels, int64 (N,), in place of shuffling.
+
+    Raises ValueError for a batch size below 1 or a negative num_workers, TypeError for a protocol that
+    cannot split.
+    """
+
+    def __init__(
+        self,
+        protocol: RetrievalProtocol,
+        batch_size: int = 128,
+        eval_batch_size: int = 512,
+        augment: nn.Module | None = None,
+        num_workers: int = 0,
+        sampler: Callable[[Tensor], Sampler] | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(getattr(protocol, "split", None)):
+            raise TypeError(
+                f"protocol must be an object with split(collection), got {type(protocol).__name__}: Hydra "
+                "turns a dataclass among instantiate's arguments into a config, so build the DataModule by "
+                "instantiate(config, _partial_=True)(protocol=protocol)"
+            )
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} is too small: use {least} or more")
+        self.protocol = protocol
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.augment = augment
+        self.num_workers = num_workers
+        self.sampler = sampler
+        self._collection: Collection | None = None
+        self._split: Split | None = None
+
+    def read(self) -> Collection:
+        """The collection; called once in each process."""
+        raise NotImplementedError(f"{type(self).__name__} must define read() -> Collection")
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and splits, the first time that it is called."""
+        if self._split is None:
+            self._collection = self.read()
+            self._split = self.protocol.split(self._collection)
+
+    @property
+    def collection(self) -> Collection:
+        """The collection. Raises RuntimeError before setup()."""
+        if self._collection is None:
+            raise RuntimeError("the data are not read yet: call prepare_data() and setup() first")
+        return self._collection
+
+    @property
+    def split(self) -> Split:
+        """The protocol's split. Raises RuntimeError before setup()."""
+        if self._split is None:
+            raise RuntimeError("the data are not split yet: call prepare_data() and setup() first")
+        return self._split
+
+    def task(self, stage: Literal["validate", "test"]) -> RetrievalTask:
+        """The task that a stage measures. Raises ValueError for another stage."""
+        if stage not in ("validate", "test"):
+            raise ValueError(f"stage={stage!r} measures nothing: use 'validate' or 'test'")
+        return self.split.validation if stage == "validate" else self.split.test
+
+    def train_dataloader(self) -> DataLoader:
+        """Loader of the training rows, shuffled or in the sampler's order; the last batch may be smaller."""
+        attribute = self.split.test.attribute
+        if self.sampler is None:
+            return self._loader(self.split.train, attribute, self.batch_size, shuffle=True)
+        labels = self.collection.column(attribute)[self.split.train]
+        return self._loader(self.split.train, attribute, self.batch_size, sampler=self.sampler(labels))
+
+    def val_dataloader(self) -> dict[str, DataLoader]:
+        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the validation task, in its order."""
+        return self._evaluation_loaders("validate")
+
+    def test_dataloader(self) -> dict[str, DataLoader]:
+        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the test task, in its order."""
+        return self._evaluation_loaders("test")
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """The batch on the device, augmented in training."""
+        if self.augment is None or self.trainer is None or not self.trainer.training:
+            return batch
+        return Batch(image=self.augment(batch["image"]), label=batch["label"], index=batch["index"])
+
+    def _evaluation_loaders(self, stage: Literal["validate", "test"]) -> dict[str, DataLoader]:
+        task = self.task(stage)
+        return {
+            "query": self._loader(task.query, task.attribute, self.eval_batch_size),
+            "gallery": self._loader(task.gallery, task.attribute, self.eval_batch_size),
+        }
+
+    def _loader(
+        self,
+        rows: Tensor,
+        attribute: str,
+        batch_size: int,
+        shuffle: bool = False,
+        sampler: Sampler | None = None,
+    ) -> DataLoader:
+        return DataLoader(
+            CollectionRows(self.collection, rows, attribute),
+            batch_size=batch_size,
+            shuffle=shuffle,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            collate_fn=_whole_batch,
+        )
+
+
+class CIFAR10DataModule(RetrievalDataModule):
+    """CIFAR-10 under a protocol.
+
+    root, download, cache: as read_cifar10 has them; the download and the filling of the cache happen in
+    one process of a node. The rest: as RetrievalDataModule has it.
+    """
+
+    def __init__(
+        self,
+        protocol: RetrievalProtocol,
+        root: str,
+        download: bool = False,
+        cache: str | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int = 512,
+        augment: nn.Module | None = None,
+        num_workers: int = 0,
+        sampler: Callable[[Tensor], Sampler] | None = None,
+    ) -> None:
+        super().__init__(protocol, batch_size, eval_batch_size, augment, num_workers, sampler)
+        self.root = Path(root)
+        self.download = download
+        self.cache = None if cache is None else Path(cache)
+
+    def prepare_data(self) -> None:
+        """Downloads and fills the cache where either is asked for."""
+        if self.download or self.cache is not None:
+            read_cifar10(self.root, download=self.download, cache=self.cache)
+
+    def read(self) -> Collection:
+        """CIFAR-10, from what lies there. Raises DataError."""
+        return read_cifar10(self.root, cache=self.cache)
+
+
+class RenderedDataModule(RetrievalDataModule):
+    """The rendered sample under a protocol.
+
+    styles, artists, works, photographs, size, seed: as render_collection has them. The rest: as
+    RetrievalDataModule has it.
+    """
+
+    def __init__(
+        self,
+        protocol: RetrievalProtocol,
+        styles: int = 8,
+        artists: int = 5,
+        works: int = 15,
+        photographs: int = 5,
+        size: int = 96,
+        seed: int = 0,
+        batch_size: int = 128,
+        eval_batch_size: int = 512,
+        augment: nn.Module | None = None,
+        num_workers: int = 0,
+        sampler: Callable[[Tensor], Sampler] | None = None,
+    ) -> None:
+        super().__init__(protocol, batch_size, eval_batch_size, augment, num_workers, sampler)
+        self.styles = styles
+        self.artists = artists
+        self.works = works
+        self.photographs = photographs
+        self.size = size
+        self.seed = seed
+
+    def read(self) -> Collection:
+        """The rendered collection, the same in every process."""
+        from simsearch.data.rendered import render_collection
+
+        return render_collection(
+            styles=self.styles,
+            artists=self.artists,
+            works=self.works,
+            photographs=self.photographs,
+            size=self.size,
+            seed=self.seed,
+        )
+
+
+def _whole_batch(batch: Batch) -> Batch:
+    return batch

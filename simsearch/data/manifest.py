@@ -1,0 +1,306 @@
+"""Lists of images on disk, from a folder or a table, and loaders that survive unreadable files."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from simsearch.images import ImageError, read_image
+
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+PATH_COLUMNS = ("path", "image_path")
+Column = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A list of N image files under one folder, and what is known about each.
+
+    root: the folder. paths: N relative POSIX paths, unique, none of which leaves the root. attributes: for
+    each name N values, None where unknown. skipped: how many directory entries were left out, by reason
+    (of a folder; empty for a table).
+
+    Raises ValueError for a path that is absolute, climbs with '..' or comes twice (rows count from 1), and
+    for an attribute of another length.
+    """
+
+    root: Path
+    paths: tuple[str, ...]
+    attributes: dict[str, Column] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        first_row: dict[str, int] = {}
+        for row, path in enumerate(self.paths, start=1):
+            if problem := _path_problem(path):
+                raise ValueError(f"row {row}: path {path!r} {problem}; give paths relative to {self.root}")
+            if (before := first_row.setdefault(path, row)) != row:
+                raise ValueError(
+                    f"row {row}: path {path!r} is already in row {before}; leave one of them out"
+                )
+        for name, values in self.attributes.items():
+            if len(values) != len(self.paths):
+                raise ValueError(f"attribute {name!r} has {len(values)} values for {len(self.paths)} paths")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+class ImageFiles(Dataset[tuple[int, Tensor | ImageError]]):
+    """The images of a manifest as centre squares of one size; item i is its row and its pixels or error.
+
+    Items are (i, uint8 (3, size, size)) or (i, ImageError). Raises ValueError for a size below 1.
+    """
+
+    def __init__(self, manifest: Manifest, *, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        self.manifest = manifest
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | ImageError]:
+        try:
+            return i, read_image(self.manifest.root / self.manifest.paths[i], size=self.size)
+        except ImageError as error:
+            # Without its traceback, whose frames would keep the bytes of the file alive.
+            return i, ImageError(error.path, error.reason, error.detail)
+
+    def collate(
+        self, items: Sequence[tuple[int, Tensor | ImageError]]
+    ) -> tuple[Tensor, Tensor, list[ImageError]]:
+        """The readable images, uint8 (B, 3, S, S), their rows, int64 (B,), and the errors of the others."""
+        rows = [i for i, image in items if not isinstance(image, ImageError)]
+        images = [image for _, image in items if not isinstance(image, ImageError)]
+        errors = [image for _, image in items if isinstance(image, ImageError)]
+        if images:
+            stacked = torch.stack(images)
+        else:
+            stacked = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        return stacked, torch.tensor(rows, dtype=torch.int64), errors
+
+
+def load_images(
+    manifest: Manifest, *, size: int, batch_size: int = 64, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor, list[ImageError]]]:
+    """Batches over a manifest in its order: images, rows and errors, as `ImageFiles.collate` gives them.
+
+    A batch covers batch_size files and holds fewer images, or none, where files are unreadable. workers:
+    processes that decode beside this one. Raises ValueError for a size or batch_size below 1.
+    """
+    files = ImageFiles(manifest, size=size)
+    return iter(DataLoader(files, batch_size=batch_size, num_workers=workers, collate_fn=files.collate))
+
+
+def read_manifest(source: Path, root: Path | None = None) -> Manifest:
+    """The images that `source` lists: a folder, one image file, or a table (.csv, .parquet).
+
+    A folder is searched through all its sub-folders for files with an image's ending, sorted by path. When
+    some lie in sub-folders, the first folder below `source` is the attribute "label" (None for files beside
+    them). Hidden names, other endings, names that are not UTF-8, linked folders and links that leave the
+    root are skipped and counted.
+
+    A table has a column `path` or `image_path`; every other column becomes an attribute, as text, None
+    where empty. CSV is UTF-8, with or without a byte order mark, comma-separated, with a header; columns
+    without a name are left out.
+
+    root: what paths are relative to; by default the folder, or the folder that holds the file.
+
+    Raises FileNotFoundError for a missing source or root; ValueError for a folder or table without images,
+    a table without a path column, in another encoding or otherwise damaged, for paths that leave the root
+    (absolute, '..', a link) or come twice, naming the row, and where no listed file exists.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist: give a folder, an image, a .csv or a .parquet")
+    if root is None:
+        root = source if source.is_dir() else source.parent
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"root {root} is not a folder: give the one that the paths are relative to")
+    if source.is_dir():
+        return _read_folder(source, root)
+    ending = source.suffix.lower()
+    if ending in ENDINGS:
+        return Manifest(root, (_below(source, root),))
+    if ending not in (".csv", ".parquet"):
+        known = ", ".join(ENDINGS)
+        raise ValueError(f"{source}: a table must end in .csv or .parquet, an image in one of {known}")
+    if not source.is_file():
+        raise ValueError(f"{source} is neither a folder nor a regular file")
+    columns = _read_csv(source) if ending == ".csv" else _read_parquet(source)
+    return _from_table(source, root, columns)
+
+
+def _read_folder(source: Path, root: Path) -> Manifest:
+    prefix = PurePosixPath(_below(source, root))
+    skipped: Counter[str] = Counter()
+    found = []
+    leaves_root = _link_check(root)
+    for folder, subfolders, names in os.walk(source, onerror=lambda _: skipped.update(["unreadable folder"])):
+        below = Path(folder).relative_to(source)
+        skipped["hidden"] += sum(name.startswith(".") for name in (*subfolders, *names))
+        skipped["linked folder"] += sum(os.path.islink(os.path.join(folder, name)) for name in subfolders)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = (below / name).as_posix()
+            if os.path.splitext(name)[1].lower() not in ENDINGS:
+                skipped["other ending"] += 1
+            elif not _is_utf8(path):
+                skipped["name not UTF-8"] += 1
+            elif leaves_root(str(prefix / path)):
+                skipped["link out of the root"] += 1
+            else:
+                found.append(path)
+    skipped = Counter({reason: count for reason, count in skipped.items() if count})
+    if not found:
+        others = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "it is empty"
+        raise ValueError(f"{source} holds no images ({', '.join(ENDINGS)}); skipped: {others}")
+    found.sort()
+    folders = [PurePosixPath(path).parts[:-1] for path in found]
+    attributes = {"label": tuple(parts[0] if parts else None for parts in folders)} if any(folders) else {}
+    return Manifest(root, tuple(str(prefix / path) for path in found), attributes, dict(skipped))
+
+
+def _from_table(source: Path, root: Path, columns: dict[str, Column]) -> Manifest:
+    name = next((name for name in PATH_COLUMNS if name in columns), None)
+    if name is None:
+        have = ", ".join(columns) or "none"
+        raise ValueError(f"{source} has no column {' or '.join(PATH_COLUMNS)}; its columns: {have}")
+    values = columns.pop(name)
+    if not values:
+        raise ValueError(f"{source} lists no images: it has a header and no rows")
+    paths = tuple(PurePosixPath(value).as_posix() if value else "" for value in values)
+    try:
+        manifest = Manifest(root, paths, columns)
+    except ValueError as error:
+        raise ValueError(f"{source}, {error}") from None
+    leaves_root = _link_check(root)
+    for row, path in enumerate(paths, start=1):
+        if leaves_root(path):
+            raise ValueError(f"{source}, row {row}: {path!r} is reached by a link that leaves {root}")
+    if not any(os.path.exists(root / path) for path in paths):
+        raise ValueError(
+            f"none of the {len(paths)} files that {source} lists exists under {root}: is root right?"
+        )
+    return manifest
+
+
+def _read_csv(source: Path) -> dict[str, Column]:
+    data = source.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # error.object lacks the byte order mark; counted from the end, both agree.
+        offset = len(data) - len(error.object) + error.start
+        line = data.count(b"\n", 0, offset) + 1
+        where = f"byte 0x{data[offset]:02x} at offset {offset}, line {line}"
+        raise ValueError(f"{source} is not UTF-8 ({where}): save it as UTF-8") from None
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        _check_names(source, header)
+        for row in reader:
+            if row and len(row) != len(header):
+                raise ValueError(
+                    f"{source}, line {reader.line_num}: {len(row)} values for {len(header)} columns"
+                )
+            if row:
+                rows.append([value or None for value in row])
+    except csv.Error as error:
+        raise ValueError(f"{source}, line {reader.line_num}: {error}") from None
+    return {name: tuple(row[i] for row in rows) for i, name in enumerate(header) if name}
+
+
+def _read_parquet(source: Path) -> dict[str, Column]:
+    try:
+        schema = pq.read_schema(source)
+        _check_names(source, schema.names)
+        for column in schema:
+            if pa.types.is_nested(column.type) or _is_binary(column.type):
+                raise ValueError(
+                    f"{source}: column {column.name!r} holds {column.type}, no plain value: leave it out"
+                )
+        table = pq.read_table(source)
+        return {name: _as_text(table[name]) for name in schema.names}
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{source} cannot be read as Parquet: {error}") from error
+
+
+def _as_text(values: pa.ChunkedArray) -> Column:
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    return tuple(value or None for value in values.cast(pa.string()).to_pylist())
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def _check_names(source: Path, names: Iterable[str]) -> None:
+    doubled = [name for name, count in Counter(names).items() if name and count > 1]
+    if doubled:
+        raise ValueError(f"{source} has more than one column {doubled[0]!r}: rename or leave out the others")
+
+
+def _path_problem(path: str) -> str | None:
+    if path in ("", "."):
+        return "is empty"
+    if "\0" in path:
+        return "holds a zero byte"
+    if PurePosixPath(path).is_absolute():
+        return "is absolute"
+    if ".." in PurePosixPath(path).parts:
+        return "climbs out with '..'"
+    return None
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # undecodable bytes come as lone surrogates, which no table can hold
+        return False
+    return True
+
+
+def _below(source: Path, root: Path) -> str:
+    """`source` relative to `root`, POSIX. Raises ValueError where it lies elsewhere."""
+    try:
+        return Path(os.path.abspath(source)).relative_to(os.path.abspath(root)).as_posix()
+    except ValueError:
+        raise ValueError(
+            f"{source} does not lie in root {root}: leave root out or give a folder above"
+        ) from None
+
+
+def _link_check(root: Path) -> Callable[[str], bool]:
+    """A predicate on paths relative to `root`: do links take this one out of the root?"""
+    real_root = os.path.realpath(root)
+
+    def leaves(path: str) -> bool:
+        return os.path.commonpath([real_root, os.path.realpath(os.path.join(real_root, path))]) != real_root
+
+    folder_leaves = functools.cache(leaves)  # few folders, many files
+
+    def check(path: str) -> bool:
+        folder = os.path.dirname(path)
+        return folder_leaves(folder) or (os.path.islink(os.path.join(real_root, path)) and leaves(path))
+
+    return check

@@ -1,0 +1,393 @@
+"""Evaluation protocols: which rows of a collection train, search and are searched, and what counts.
+
+A draw is a rank under seeded random keys, one key a row, taken as raw output of NumPy's PCG64: that
+stream is the same on every platform and, unlike the methods of numpy.random.Generator, in every
+version of NumPy. Rows without a value of the attribute take no part. Row lists are sorted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simsearch.data.collection import Collection
+from simsearch.types import RetrievalTask
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to train on, and the two tasks that measure.
+
+    train: int64 (N,), sorted collection rows. validation: drawn from the training part, for choosing
+    models. test: what is reported.
+
+    Raises ValueError where a query of either task is trained on, or validation shares a query with test.
+    """
+
+    train: Tensor
+    validation: RetrievalTask
+    test: RetrievalTask
+
+    def __post_init__(self) -> None:
+        train, validation, test = (t.numpy() for t in (self.train, self.validation.query, self.test.query))
+        for first, second, what in (
+            (train, test, "test queries are training rows"),
+            (train, validation, "validation queries are training rows"),
+            (validation, test, "validation queries are test queries"),
+        ):
+            shared = np.intersect1d(first, second)
+            if len(shared):
+                raise ValueError(
+                    f"{len(shared)} {what}, first row {shared[0]}: the protocol must keep them apart"
+                )
+
+
+class RetrievalProtocol(Protocol):
+    """What a DataModule asks of a protocol."""
+
+    name: str
+
+    def split(self, collection: Collection) -> Split:
+        """Split, the same in every process. Raises ValueError where the collection has none."""
+        ...
+
+
+@dataclass(frozen=True)
+class OfficialSplit:
+    """The official training and test parts; every test image is a query.
+
+    name: as reports print it. gallery: "train" searches the training images (10k-50k), "test" the test
+    images themselves (the DSH release). exclude_self: take the query's own row out of its ranking.
+    validation: share of each class's training rows, in (0, 1), that become validation queries.
+    """
+
+    name: str
+    gallery: Literal["train", "test"]
+    exclude_self: bool
+    validation: float = 0.1
+    attribute: str = "class"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.gallery not in ("train", "test"):
+            raise ValueError(f"gallery={self.gallery!r} is unknown: use 'train' or 'test'")
+        _check_share("validation", self.validation)
+        _check_seed(self.seed)
+
+    def split(self, collection: Collection) -> Split:
+        """Split of a collection with a test part. Raises ValueError where it has none."""
+        values = _values(collection, self.attribute, self.name)
+        train, test = _official_parts(collection, values, self.name)
+        kept, validation = _validation(
+            collection, self.name, train, self.attribute, self.validation, self.seed
+        )
+        gallery = test if self.gallery == "test" else train
+        return Split(
+            kept,
+            validation,
+            _task(collection, self.name, test, gallery, self.attribute, None, self.exclude_self),
+        )
+
+
+@dataclass(frozen=True)
+class SampledSplit:
+    """Queries and training rows drawn per class from the whole collection; the rest is searched.
+
+    name: as reports print it. queries_per_class, train_per_class: rows drawn of each class.
+    train_in_gallery: whether the training rows are searched too (1k-59k) or left out (1k-54k).
+    validation: share of each class's training rows, in (0, 1), that become validation queries; they
+    stay out of, or in, the test gallery with the other training rows.
+    """
+
+    name: str
+    train_in_gallery: bool
+    queries_per_class: int = 100
+    train_per_class: int = 500
+    validation: float = 0.1
+    attribute: str = "class"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, least in (("queries_per_class", 1), ("train_per_class", 2)):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field}={getattr(self, field)} draws too few: use {least} or more")
+        _check_share("validation", self.validation)
+        _check_seed(self.seed)
+
+    def split(self, collection: Collection) -> Split:
+        """Split of a collection. Raises ValueError for a class with too few images."""
+        values = _values(collection, self.attribute, self.name)
+        rows = np.flatnonzero(values >= 0)
+        drawn = self.queries_per_class + self.train_per_class
+        for value, count in zip(*np.unique(values[rows], return_counts=True), strict=True):
+            if count < drawn:
+                raise ValueError(
+                    f"protocol {self.name} draws {drawn} images a class, but "
+                    f"{_class(collection, self.attribute, value)} has {count}: "
+                    "lower queries_per_class or train_per_class"
+                )
+        rank = _rank(rows, values[rows], self.seed, "sample")
+        query, train = (
+            rows[rank < self.queries_per_class],
+            rows[(rank >= self.queries_per_class) & (rank < drawn)],
+        )
+        gallery = rows[rank >= (self.queries_per_class if self.train_in_gallery else drawn)]
+        kept, validation = _validation(
+            collection, self.name, train, self.attribute, self.validation, self.seed
+        )
+        return Split(
+            kept, validation, _task(collection, self.name, query, gallery, self.attribute, None, True)
+        )
+
+
+@dataclass(frozen=True)
+class UnseenClasses:
+    """Held-out classes search among themselves; training sees the other classes only.
+
+    name: the task is called `<name>/<fold>`. folds: disjoint groups of class numbers. fold: the group
+    held out; its test images are the queries, its training images the gallery. Report the mean over
+    folds. validation: share of each remaining class's training rows, in (0, 1), that become queries.
+
+    Sablayrolles, Douze, Usunier, Jégou 2016, "How should we evaluate supervised hashing?".
+    """
+
+    name: str = "unseen-classes"
+    folds: tuple[tuple[int, ...], ...] = ((0, 1, 2), (3, 4, 5), (6, 7, 8))
+    fold: int = 0
+    validation: float = 0.1
+    attribute: str = "class"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folds", tuple(tuple(int(c) for c in fold) for fold in self.folds))
+        if not 0 <= self.fold < len(self.folds):
+            raise ValueError(
+                f"fold={self.fold} is none of the {len(self.folds)} folds: use 0..{len(self.folds) - 1}"
+            )
+        held = [c for fold in self.folds for c in fold]
+        if not all(self.folds):
+            raise ValueError(f"folds={self.folds} holds an empty fold: hold out a class or more in each")
+        twice = sorted({c for c in held if held.count(c) > 1})
+        if twice:
+            raise ValueError(f"folds overlap in the classes {twice}: hold each class out once")
+        _check_share("validation", self.validation)
+        _check_seed(self.seed)
+
+    def split(self, collection: Collection) -> Split:
+        """Split of a collection with a test part. Raises ValueError for an unknown or empty class."""
+        name = f"{self.name}/{self.fold}"
+        values = _values(collection, self.attribute, name)
+        known = len(collection.classes[collection.attributes.index(self.attribute)])
+        unknown = [c for c in self.folds[self.fold] if not 0 <= c < known]
+        if unknown:
+            raise ValueError(
+                f"protocol {name} holds out the classes {unknown}, but {collection.name} has 0..{known - 1}: "
+                "correct folds"
+            )
+        train, test = _official_parts(collection, values, name)
+        held = np.array(self.folds[self.fold], dtype=np.int64)
+        query, gallery = test[np.isin(values[test], held)], train[np.isin(values[train], held)]
+        for value in self.folds[self.fold]:
+            if value not in values[query] or value not in values[gallery]:
+                raise ValueError(
+                    f"protocol {name} holds out {_class(collection, self.attribute, value)}, which lacks "
+                    "test or training images: use a larger part of the data or other folds"
+                )
+        seen = train[~np.isin(values[train], held)]
+        kept, validation = _validation(collection, name, seen, self.attribute, self.validation, self.seed)
+        return Split(kept, validation, _task(collection, name, query, gallery, self.attribute, None, True))
+
+
+@dataclass(frozen=True)
+class ByAttribute:
+    """Groups (works) divided into training, validation and evaluation, for collections without a test part.
+
+    name: as reports print it. attribute: what makes items relevant. junk: an attribute whose sharing
+    takes an item out of the ranking, or None. group: no value of it is in two parts. evaluation,
+    validation: shares of the groups, in (0, 1), together below 1. One item of each group of a part is a
+    query, all items of the part are its gallery, the query's own row excluded.
+    """
+
+    name: str
+    attribute: str
+    junk: str | None
+    group: str = "work"
+    evaluation: float = 0.5
+    validation: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_share("evaluation", self.evaluation)
+        _check_share("validation", self.validation)
+        _check_seed(self.seed)
+        if self.evaluation + self.validation >= 1:
+            raise ValueError(
+                f"evaluation={self.evaluation} and validation={self.validation} leave nothing to train on: "
+                "keep their sum below 1"
+            )
+
+    def split(self, collection: Collection) -> Split:
+        """Split of a collection. Raises ValueError for a missing attribute or too few groups."""
+        values = _values(collection, self.attribute, self.name)
+        groups = _values(collection, self.group, self.name)
+        if self.junk is not None:
+            _values(collection, self.junk, self.name)
+        rows = np.flatnonzero((values >= 0) & (groups >= 0))
+        present = np.unique(groups[rows])
+        rank = _rank(present, np.zeros_like(present), self.seed, "groups")
+        evaluated = round(self.evaluation * len(present))
+        validated = evaluated + round(self.validation * len(present))
+        if not 0 < evaluated < validated < len(present):
+            raise ValueError(
+                f"protocol {self.name} divides {len(present)} values of {self.group!r} into {evaluated} "
+                f"for evaluation, {validated - evaluated} for validation, {len(present) - validated} for "
+                "training: each part needs one; use a larger collection or other shares"
+            )
+
+        def part(name: str, chosen: np.ndarray) -> RetrievalTask:
+            gallery = rows[np.isin(groups[rows], chosen)]
+            query = gallery[_rank(gallery, groups[gallery], self.seed, "queries") == 0]
+            return _task(collection, name, query, gallery, self.attribute, self.junk, True)
+
+        return Split(
+            torch.from_numpy(rows[np.isin(groups[rows], present[rank >= validated])]),
+            part(f"{self.name}/val", present[(rank >= evaluated) & (rank < validated)]),
+            part(self.name, present[rank < evaluated]),
+        )
+
+
+def drop_rows(task: RetrievalTask, rows: Tensor, suffix: str) -> RetrievalTask:
+    """The same task without some rows, among its queries and its gallery, named `<name><suffix>`.
+
+    rows: int64 (N,), collection rows; those that the task lacks are ignored. The fingerprint follows
+    from the task's own and the rows that are left; it stays where nothing was dropped.
+
+    Raises ValueError where no query or no gallery row is left.
+    """
+    dropped = rows.numpy()
+    query, gallery = (t.numpy()[~np.isin(t.numpy(), dropped)] for t in (task.query, task.gallery))
+    name = task.name + suffix
+    _check_rows(name, query, gallery)
+    fingerprint = task.fingerprint
+    if len(query) < len(task.query) or len(gallery) < len(task.gallery):
+        fingerprint = _fingerprint(task.fingerprint, query, gallery)
+    return replace(
+        task,
+        name=name,
+        query=torch.from_numpy(query),
+        gallery=torch.from_numpy(gallery),
+        fingerprint=fingerprint,
+    )
+
+
+def _task(
+    collection: Collection,
+    name: str,
+    query: np.ndarray,
+    gallery: np.ndarray,
+    attribute: str,
+    junk: str | None,
+    exclude_self: bool,
+) -> RetrievalTask:
+    _check_rows(name, query, gallery)
+    rule = repr((collection.fingerprint, attribute, junk, bool(exclude_self)))
+    return RetrievalTask(
+        name=name,
+        query=torch.from_numpy(query),
+        gallery=torch.from_numpy(gallery),
+        attribute=attribute,
+        junk=junk,
+        exclude_self=exclude_self,
+        fingerprint=_fingerprint(rule, query, gallery),
+    )
+
+
+def _fingerprint(rule: str, query: np.ndarray, gallery: np.ndarray) -> str:
+    digest = hashlib.sha256(repr((rule, len(query), len(gallery))).encode())
+    for rows in (query, gallery):
+        digest.update(rows.astype("<i8"))
+    return digest.hexdigest()[:16]
+
+
+def _check_rows(name: str, query: np.ndarray, gallery: np.ndarray) -> None:
+    for what, rows in (("query", query), ("gallery", gallery)):
+        if not len(rows):
+            raise ValueError(
+                f"protocol {name} is left without any {what} image: use a larger part of the data"
+            )
+
+
+def _check_share(field: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ValueError(f"{field}={value} is no share: use a number between 0 and 1, such as 0.1")
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise ValueError(f"seed={seed} is negative: use 0 or more")
+
+
+def _values(collection: Collection, attribute: str, protocol: str) -> np.ndarray:
+    if attribute not in collection.attributes:
+        raise ValueError(
+            f"protocol {protocol} needs the attribute {attribute!r}, but {collection.name} has "
+            f"{', '.join(collection.attributes)}: choose a protocol that fits the data"
+        )
+    return collection.column(attribute).numpy()
+
+
+def _class(collection: Collection, attribute: str, value: int) -> str:
+    return f"{attribute} {collection.classes[collection.attributes.index(attribute)][value]!r}"
+
+
+def _official_parts(
+    collection: Collection, values: np.ndarray, protocol: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Training and test rows with a known value, each int64 (N,)."""
+    is_test = collection.is_test.numpy()
+    if is_test.all() or not is_test.any():
+        raise ValueError(
+            f"protocol {protocol} needs a training and a test part, but {collection.name} has only one: "
+            "choose a protocol that draws its own, such as rendered-style"
+        )
+    return np.flatnonzero(~is_test & (values >= 0)), np.flatnonzero(is_test & (values >= 0))
+
+
+def _validation(
+    collection: Collection, name: str, train: np.ndarray, attribute: str, share: float, seed: int
+) -> tuple[Tensor, RetrievalTask]:
+    """Training rows that remain, and the task in which a share of each class searches them."""
+    values = collection.column(attribute).numpy()[train]
+    classes, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    for value, count in zip(classes, counts, strict=True):
+        if count < 2:
+            raise ValueError(
+                f"protocol {name} needs 2 training images a class, but "
+                f"{_class(collection, attribute, value)} has 1: use a larger part of the data"
+            )
+    taken = np.clip(np.round(share * counts), 1, counts - 1)
+    chosen = _rank(train, values, seed, "validation") < taken[place]
+    query, rest = train[chosen], train[~chosen]
+    return torch.from_numpy(rest), _task(collection, f"{name}/val", query, rest, attribute, None, True)
+
+
+def _rank(items: np.ndarray, group: np.ndarray, seed: int, draw: str) -> np.ndarray:
+    """Place of each item in a random order of its group, int64 (N,) from 0.
+
+    items: int64 (N,), each of which owns a random key; group: int64 (N,); draw: what it is for, so that
+    two draws of one seed are independent.
+    """
+    if not len(items):
+        return np.empty(0, dtype=np.int64)
+    stream = int.from_bytes(hashlib.sha256(draw.encode()).digest()[:4], "little")
+    key = np.random.PCG64([seed, stream]).random_raw(int(items.max()) + 1)[items]
+    order = np.lexsort((key, group))
+    starts = np.searchsorted(group[order], group[order])
+    rank = np.empty(len(items), dtype=np.int64)
+    rank[order] = np.arange(len(items)) - starts
+    return rank

@@ -1,0 +1,45 @@
+"""Augmentation of whole batches, on the device that holds them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def crop_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
+    """Crops of the zero-padded images at their own size, some mirrored, (B, C, H, W) of the same dtype.
+
+    images: (B, C, H, W). offsets: int64 (B, 2), the crop's top and left corner in the padded image, each
+    in 0..2 * padding. flips: bool (B,), mirror left and right after cropping. padding: pixels on every
+    side.
+    """
+    height, width = images.shape[-2:]
+    across = torch.arange(width, device=images.device)
+    y = offsets[:, :1] - padding + torch.arange(height, device=images.device)
+    x = offsets[:, 1:] - padding + torch.where(flips[:, None], width - 1 - across, across)
+    inside = ((y >= 0) & (y < height))[:, None, :, None] & ((x >= 0) & (x < width))[:, None, None, :]
+    pixel = y.clamp(0, height - 1)[:, :, None] * width + x.clamp(0, width - 1)[:, None, :]
+    pixel = pixel.flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    return images.flatten(2).gather(2, pixel).view(images.shape) * inside
+
+
+class RandomCropFlip(nn.Module):
+    """Random crop of the zero-padded image and random mirror, each image its own; from the global seed.
+
+    padding: pixels on every side, 0 for no crop. flip: mirror half of the images.
+
+    Raises ValueError for a negative padding. He et al. 2016 (section 4.2) use padding 4 on CIFAR-10.
+    """
+
+    def __init__(self, padding: int, flip: bool) -> None:
+        super().__init__()
+        if padding < 0:
+            raise ValueError(f"padding={padding} is negative: use 0 or more pixels")
+        self.padding = padding
+        self.flip = flip
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Augmented images, (B, C, H, W) of the same dtype."""
+        offsets = torch.randint(0, 2 * self.padding + 1, (len(images), 2), device=images.device)
+        flips = torch.rand(len(images), device=images.device) < (0.5 if self.flip else 0.0)
+        return crop_flip(images, offsets, flips, self.padding)

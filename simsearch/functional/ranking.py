@@ -1,0 +1,349 @@
+"""Full-ranking retrieval metrics, streamed over blocks of queries: no Q x G matrix ever exists.
+
+Real scores: one block of scores is sorted by value only (no argsort); the rank of each relevant
+item is then a binary search of its score, and equal scores are found by the same search.
+Hamming distances: a ranking is its histogram of b + 1 distances, so that xor, popcount and
+counting are all the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simsearch.functional import ties
+from simsearch.functional.codes import code_words
+from simsearch.functional.ties import Rankings
+from simsearch.types import Descriptors
+
+BLOCK_BYTES = 2**27
+_CHUNK_BYTES = 2**21  # of 64-bit words that stay in a core's cache
+
+
+@dataclass(frozen=True)
+class Junk:
+    """Pairs (query position, gallery position) that are taken out of a ranking, sorted by query.
+
+    rows, columns: int64 (P,).
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+    def block(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Rows (counted from `start`) and columns of the queries start..stop-1."""
+        low, high = torch.searchsorted(
+            self.rows, torch.tensor([start, stop], device=self.rows.device)
+        ).tolist()
+        return self.rows[low:high] - start, self.columns[low:high]
+
+
+def _join(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of all pairs with left[i] == right[j] >= 0, as int64 (P,) i and j."""
+    order = right.argsort(stable=True)
+    ordered = right[order]
+    low = torch.searchsorted(ordered, left)
+    count = torch.searchsorted(ordered, left, right=True) - low
+    count = count.masked_fill(left < 0, 0)
+    rows = torch.arange(len(left), device=left.device).repeat_interleave(count)
+    offset = torch.arange(len(rows), device=left.device) - (count.cumsum(0) - count).repeat_interleave(count)
+    return rows, order[low.repeat_interleave(count) + offset]
+
+
+def find_junk(query: Descriptors, gallery: Descriptors, *, exclude_self: bool) -> Junk:
+    """Pairs that no ranking counts: self matches (equal `index`) and items of the query's `group`."""
+    g = len(gallery)
+    empty = query.index.new_empty(0)
+    keys = [empty]
+    if exclude_self:
+        rows, columns = _join(query.index, gallery.index)
+        keys.append(rows * g + columns)
+    if query.group is not None and gallery.group is not None:
+        rows, columns = _join(query.group, gallery.group)
+        keys.append(rows * g + columns)
+    pairs = torch.unique(torch.cat(keys))
+    return Junk(rows=pairs // max(g, 1), columns=pairs % max(g, 1))
+
+
+def _in_threads(work: Callable[[np.ndarray], None], n: int) -> None:
+    """Runs `work` on the positions 0..n-1, divided among torch's number of threads."""
+    threads = min(torch.get_num_threads(), max(n // 8, 1))
+    if threads == 1:
+        work(np.arange(n))
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, np.array_split(np.arange(n), threads)))
+
+
+@dataclass(frozen=True)
+class _ByLabel:
+    """A gallery in label order, in which the relevant items of a query are neighbours."""
+
+    vectors: Tensor
+    label: np.ndarray
+    place: Tensor  # where each gallery position went
+
+    @classmethod
+    def of(cls, gallery: Descriptors) -> _ByLabel:
+        order = gallery.label.argsort(stable=True)
+        return cls(gallery.vectors[order], gallery.label[order].numpy(), order.argsort())
+
+    def relevant(self, label: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """First and last-plus-one position of the items with each label, (B,) and (B,)."""
+        wanted = label.numpy()
+        low = np.searchsorted(self.label, wanted)
+        return low, np.where(wanted < 0, low, np.searchsorted(self.label, wanted, "right"))
+
+
+def rank_vectors(
+    query: Descriptors, gallery: Descriptors, *, exclude_self: bool = False, block_bytes: int = BLOCK_BYTES
+) -> Iterator[Rankings]:
+    """Rankings by inner product, one Rankings a block of queries, in order.
+
+    Relevant is what shares the query's label; labels below 0 are relevant to nothing.
+    """
+    junk = find_junk(query, gallery, exclude_self=exclude_self)
+    stored = _ByLabel.of(gallery)
+    transposed = stored.vectors.T
+    step = max(1, block_bytes // (8 * len(gallery)))
+    for start in range(0, len(query), step):
+        stop = min(start + step, len(query))
+        scores = query.vectors[start:stop] @ transposed
+        rows, columns = junk.block(start, stop)
+        scores[rows, stored.place[columns]] = -torch.inf
+        yield _rank_scores(scores.numpy(), *stored.relevant(query.label[start:stop]))
+
+
+def _rank_scores(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> Rankings:
+    """Rankings of a block of scores (B, G), relevant low[i]:high[i], junk -inf. Sorts `scores` in place."""
+    b, g = scores.shape
+    width = int((high - low).max())
+    above = np.zeros((b, width), np.int64)
+    alone = np.zeros((b, width), bool)
+    relevant = np.zeros(b, np.int64)
+    groups: list[np.ndarray] = [np.empty((5, 0), np.int64)]
+
+    def work(part: np.ndarray) -> None:
+        for i in part:
+            row = scores[i]
+            wanted = np.sort(row[low[i] : high[i]])
+            wanted = wanted[np.searchsorted(wanted, -np.inf, "right") :]  # ascending, without junk
+            r = relevant[i] = len(wanted)
+            if r == 0:
+                continue
+            row.sort()
+            at_or_below = np.searchsorted(row, wanted, "right")
+            tied = row[np.maximum(at_or_below - 2, 0)] == wanted
+            tied &= at_or_below >= 2
+            above[i, :r] = (g - at_or_below)[::-1]
+            alone[i, :r] = ~tied[::-1]
+            if tied.any():
+                score, hits = np.unique(wanted[tied], return_counts=True)
+                top = np.searchsorted(row, score, "right")
+                size = top - np.searchsorted(row, score, "left")
+                hits_above = r - np.searchsorted(wanted, score, "right")
+                groups.append(np.stack([np.full_like(top, i), g - top, size, hits_above, hits]))
+
+    _in_threads(work, b)
+    query, at, size, hits_above, hits = torch.from_numpy(np.concatenate(groups, axis=1))
+    return Rankings(
+        torch.from_numpy(relevant),
+        torch.from_numpy(above),
+        torch.from_numpy(alone),
+        query,
+        at,
+        size,
+        hits_above,
+        hits,
+    )
+
+
+def rank_codes(
+    query: Descriptors, gallery: Descriptors, *, exclude_self: bool = False, block_bytes: int = BLOCK_BYTES
+) -> Iterator[Rankings]:
+    """Rankings by Hamming distance, in blocks of queries: a tie group for each distance 0..b.
+
+    Raises ValueError where the two sides are not codes of one width.
+    """
+    if gallery.bits is None or query.bits != gallery.bits:
+        raise ValueError(
+            f"query and gallery must be codes of one width, got {query.bits} and {gallery.bits} bits"
+        )
+    junk = find_junk(query, gallery, exclude_self=exclude_self)
+    stored = _ByLabel.of(gallery)
+    planes = np.ascontiguousarray(code_words(stored.vectors).T)  # (W, G)
+    bins = gallery.bits + 1
+    step = max(1, block_bytes // (128 * bins))
+    for start in range(0, len(query), step):
+        stop = min(start + step, len(query))
+        codes, label = query.vectors[start:stop], query.label[start:stop]
+        total, hits = _distance_histograms(code_words(codes), planes, bins, *stored.relevant(label))
+        rows, columns = junk.block(start, stop)
+        if len(rows):
+            distance = hamming_pairs(codes[rows], gallery.vectors[columns])
+            counted = (label[rows] == gallery.label[columns]) & (label[rows] >= 0)
+            total.index_put_((rows, distance), -torch.ones_like(rows), accumulate=True)
+            hits.index_put_((rows, distance), -counted.long(), accumulate=True)
+        row, bin_ = hits.nonzero(as_tuple=True)
+        yield Rankings(
+            relevant=hits.sum(1),
+            above=total.new_empty(len(total), 0),
+            alone=torch.empty(len(total), 0, dtype=torch.bool),
+            query=row,
+            at=(total.cumsum(1) - total)[row, bin_],
+            size=total[row, bin_],
+            hits_above=(hits.cumsum(1) - hits)[row, bin_],
+            hits=hits[row, bin_],
+        )
+
+
+def _distance_histograms(
+    words: np.ndarray, planes: np.ndarray, bins: int, low: np.ndarray, high: np.ndarray
+) -> tuple[Tensor, Tensor]:
+    """Histograms int64 (B, bins) of the distances to all items and to the relevant low[i]:high[i]."""
+    b, g = len(words), planes.shape[1]
+    total = np.zeros((b, bins), np.int64)
+    hits = np.zeros((b, bins), np.int64)
+    dtype = np.uint8 if bins <= 256 else np.uint16
+    rows = max(1, _CHUNK_BYTES // (8 * g))
+
+    def work(part: np.ndarray) -> None:
+        # Few, long NumPy calls: threads that fetch the interpreter lock for short ones wait for it instead.
+        xor = np.empty((rows, g), np.uint64)
+        count = np.empty((rows, g), np.uint8)
+        padded = np.zeros((rows, g + g % 2), dtype)
+        for start in range(0, len(part), rows):
+            chunk = part[start : start + rows]
+            c = len(chunk)
+            distance = padded[:c, :g]
+            for w, plane in enumerate(planes):
+                np.bitwise_xor(plane, words[chunk, w, None], out=xor[:c])
+                if w == 0:
+                    np.bitwise_count(xor[:c], out=distance)
+                else:
+                    distance += np.bitwise_count(xor[:c], out=count[:c])
+            total[chunk] = _histograms(padded[:c], bins)
+            for i, row in zip(chunk, distance, strict=True):
+                hits[i] = np.bincount(row[low[i] : high[i]], minlength=bins)
+
+    _in_threads(work, b)
+    total[:, 0] -= g % 2  # the padding's distance is 0
+    return torch.from_numpy(total), torch.from_numpy(hits)
+
+
+def _histograms(distance: np.ndarray, bins: int) -> np.ndarray:
+    """Histograms (c, bins) of the rows of `distance` (c, even).
+
+    Bytes are counted in pairs, which halves the counting; the joint histogram's margins add up.
+    """
+    c = len(distance)
+    values, joint = (distance.view(np.uint16), bins << 8) if distance.dtype == np.uint8 else (distance, bins)
+    keys = values + np.arange(0, c * joint, joint)[:, None]
+    counts = np.bincount(keys.ravel(), minlength=c * joint)
+    if distance.dtype != np.uint8:
+        return counts.reshape(c, bins)
+    counts = counts.reshape(c, bins, 256)
+    return counts.sum(2) + counts.sum(1)[:, :bins]
+
+
+def hamming_pairs(left: Tensor, right: Tensor) -> Tensor:
+    """Hamming distances of paired codes uint8 (P, bytes), int64 (P,)."""
+    table = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.int64, device=left.device)
+    return table[(left ^ right).long()].sum(1)
+
+
+def rank(
+    query: Descriptors, gallery: Descriptors, *, exclude_self: bool = False, block_bytes: int = BLOCK_BYTES
+) -> Iterator[Rankings]:
+    """All rankings in blocks of queries: by Hamming distance for codes, by inner product else.
+
+    Raises ValueError for an empty gallery or where the two sides differ in width or kind.
+    """
+    if len(gallery) == 0:
+        raise ValueError("the gallery is empty: there is nothing to rank")
+    if query.bits != gallery.bits or query.vectors.shape[1] != gallery.vectors.shape[1]:
+        raise ValueError(
+            f"query and gallery differ: {query.vectors.shape[1]} columns, bits {query.bits} against "
+            f"{gallery.vectors.shape[1]} columns, bits {gallery.bits}"
+        )
+    if gallery.bits is not None:
+        return rank_codes(query, gallery, exclude_self=exclude_self, block_bytes=block_bytes)
+    return rank_vectors(query, gallery, exclude_self=exclude_self, block_bytes=block_bytes)
+
+
+def measure_ranking(
+    query: Descriptors,
+    gallery: Descriptors,
+    *,
+    ks: Sequence[int] = (1, 10, 100),
+    exclude_self: bool = False,
+    block_bytes: int = BLOCK_BYTES,
+) -> dict[str, Tensor]:
+    """Full-ranking metrics of each query: name -> float64 (Q,), NaN for a query without relevant items.
+
+    `relevant`, how many there are; `AP` (its mean is mAP) over the whole ranking,
+    `AP@k_minRk` and `AP@k_R` by their normalisers,
+    `P@k`, `R@k` (hit rate), `NDCG@k`, `RP` (R-precision), all in expectation over ties; for codes
+    also `AP_pessimistic` and `AP_optimistic`. A k beyond the gallery counts the missing ranks as
+    wrong. Peak memory beyond the descriptors is about `block_bytes`.
+    """
+    for k in ks:
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+    harmonic = ties.harmonic_numbers(len(gallery))
+    blocks: list[dict[str, Tensor]] = []
+    for ranking in rank(query, gallery, exclude_self=exclude_self, block_bytes=block_bytes):
+        block = {
+            "relevant": ranking.relevant.double(),
+            "AP": ties.average_precision(ranking, harmonic),
+            "RP": ties.r_precision(ranking),
+        }
+        if gallery.bits is not None:
+            for end in ("pessimistic", "optimistic"):
+                block[f"AP_{end}"] = ties.average_precision(ranking, harmonic, ties=end)
+        for k in ks:
+            block[f"P@{k}"] = ties.precision_at(ranking, k)
+            block[f"R@{k}"] = ties.hit_rate_at(ranking, k)
+            block[f"NDCG@{k}"] = ties.ndcg_at(ranking, k)
+            block[f"AP@{k}_minRk"] = ties.average_precision(ranking, harmonic, k=k, normaliser="min(R,k)")
+            block[f"AP@{k}_R"] = ties.average_precision(ranking, harmonic, k=k)
+        blocks.append(block)
+    if not blocks:
+        raise ValueError("there are no queries to measure")
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def average_precision_in_index_order(
+    query: Descriptors, gallery: Descriptors, *, exclude_self: bool = False
+) -> Tensor:
+    """AP of each query with equal Hamming distances ranked in gallery order, float64 (Q,).
+
+    The DSH release's evaluation breaks ties so. It depends on how the gallery is sorted: report it
+    only to compare with numbers measured the same way.
+    """
+    junk = find_junk(query, gallery, exclude_self=exclude_self)
+    words, stored = code_words(query.vectors), np.ascontiguousarray(code_words(gallery.vectors).T)
+    labels = gallery.label.numpy()
+    values = np.full(len(query), np.nan)
+
+    def work(part: np.ndarray) -> None:
+        for i in part:
+            distance = np.zeros(len(labels), np.uint16)
+            for w, plane in enumerate(stored):
+                distance += np.bitwise_count(plane ^ words[i, w])
+            keep = np.ones(len(labels), bool)
+            keep[junk.block(int(i), int(i) + 1)[1].numpy()] = False
+            wanted = int(query.label[i])
+            relevant = (labels == wanted)[keep] & (wanted >= 0)
+            order = np.argsort(distance[keep], kind="stable")
+            ranks = np.flatnonzero(relevant[order]) + 1
+            if len(ranks):
+                values[i] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
+
+    _in_threads(work, len(query))
+    return torch.from_numpy(values)

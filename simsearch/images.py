@@ -1,0 +1,251 @@
+"""Safe decoding of image files from strangers, the one resize, and thumbnails.
+
+Whatever a file holds, `read_image` gives pixels or an `ImageError` with a named reason: it does not hang,
+does not warn, and decodes no more pixels than it was allowed to.
+"""
+
+from __future__ import annotations
+
+import io
+import stat
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from simsearch.functional.resize import resize, resize_square
+
+REASONS = {
+    "missing": "there is no such file",
+    "not-a-file": "a folder, pipe, socket or device",
+    "unreadable": "the system refuses to read it (permissions, a broken disk or name)",
+    "empty": "it holds no bytes",
+    "too-large-file": "more bytes than max_bytes",
+    "not-an-image": "its content is no image",
+    "unsupported": "an image of a format that is not opened here",
+    "too-many-pixels": "its header claims more pixels than max_pixels",
+    "too-small": "a side is shorter than min_side",
+    "truncated": "it ends before its image does",
+    "decode-failed": "its content is damaged",
+}
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 256 * 2**20
+THUMBNAIL_LOSSLESS_SIDE = 64
+
+# Formats by content, whatever the ending says. JPEG includes MPO, the stereo and burst files of phones.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# Signatures (offset, bytes, name) say why Pillow found no image: a damaged header, another format, or none.
+_OPENED = (
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG", "PNG"),
+    (8, b"WEBP", "WEBP"),
+    (0, b"GIF8", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+)
+_NOT_OPENED = (
+    (4, b"ftyp", "HEIC or AVIF"),
+    (4, b"jP  ", "JPEG 2000"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"%PDF", "PDF"),
+    (0, b"<svg", "SVG"),
+)
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. path: its file, None for bytes. reason: a key of REASONS."""
+
+    def __init__(self, path: Path | None, reason: str, detail: str = "") -> None:
+        if reason not in REASONS:
+            raise ValueError(f"unknown reason {reason!r}: it must be one of {', '.join(REASONS)}")
+        super().__init__(path, reason, detail)  # all arguments: the error crosses process borders by pickle
+        self.path = path
+        self.reason = reason
+        self.detail = detail or REASONS[reason]
+
+    def __str__(self) -> str:
+        return f"{self.path or 'image given as bytes'}: {self.reason}: {self.detail}"
+
+
+def read_image(
+    source: Path | bytes,
+    *,
+    size: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    min_side: int = 1,
+) -> Tensor:
+    """The pixels of an image file, uint8 (3, H, W) RGB, upright.
+
+    JPEG (and MPO), PNG, WEBP, GIF, BMP and TIFF, told by content. Of an animation or a stack the first
+    frame. EXIF orientation is applied; transparency is laid on white; 16-bit values keep their upper 8
+    bits; 32-bit grey, which has no fixed white, is stretched from its own minimum to its maximum. Colour
+    profiles (ICC) are ignored: the numbers in the file are taken as sRGB.
+
+    size: give (3, size, size) instead: the centre square, by `resize_square`. A JPEG whose shorter side is
+    at least 4 * size is then decoded at 1/2, 1/4 or 1/8 scale, to no less than 2 * size. That is many times
+    faster, leaves pixels about one level off on average and less than half a pixel aside, and lets a JPEG
+    of more than max_pixels through: up to Pillow's own guard of 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million,
+    and no progressive one, which is held in full while it is decoded.
+    max_pixels: most pixels to decode, checked in the header, before decoding; at the default the worst file
+    takes about 1.5 GiB for a moment. max_bytes: largest file. min_side: shortest side accepted, in pixels.
+
+    Raises ImageError for everything that is wrong with the file, ValueError for a wrong argument.
+    """
+    limits = {"size": size, "max_pixels": max_pixels, "max_bytes": max_bytes, "min_side": min_side}
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    path = None if isinstance(source, bytes) else Path(source)
+    data = source if isinstance(source, bytes) else _read_file(Path(source), max_bytes)
+    if not data:
+        raise ImageError(path, "empty")
+    if len(data) > max_bytes:
+        raise ImageError(path, "too-large-file", f"{len(data):,} bytes, at most {max_bytes:,} are read")
+    try:
+        # Narrow on purpose: filters are global to the process, so that threads may undo each other's.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            pixels = _decode(data, path=path, size=size, max_pixels=max_pixels, min_side=min_side)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every built-in exception on damaged files
+        raise ImageError(path, *_explain(error, data)) from error
+    return (pixels if size is None else resize_square(pixels, size)).contiguous()
+
+
+def encode_thumbnail(image: Tensor, side: int) -> bytes:
+    """A small copy as the bytes of an image file, its longer side at most `side`, aspect kept.
+
+    image: uint8 (3, H, W). Smaller images are not enlarged. PNG, so lossless, when the thumbnail's longer
+    side is at most 64 pixels, else JPEG of quality 90.
+
+    Raises ValueError for another dtype or shape, and for a side below 1.
+    """
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(
+            f"image must be uint8 (3, H, W) with H, W >= 1, got {image.dtype} {tuple(image.shape)}"
+        )
+    if side < 1:
+        raise ValueError(f"side must be at least 1, got {side}")
+    height, width = image.shape[1:]
+    scale = min(1.0, side / max(height, width))
+    small = resize(image, max(1, round(height * scale)), max(1, round(width * scale)))
+    picture = Image.fromarray(small.permute(1, 2, 0).contiguous().cpu().numpy())
+    buffer = io.BytesIO()
+    if max(picture.size) <= THUMBNAIL_LOSSLESS_SIDE:
+        picture.save(buffer, "PNG")
+    else:
+        picture.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def decode_thumbnail(data: bytes) -> Tensor:
+    """The pixels of a thumbnail, uint8 (3, H, W). Raises ImageError where the bytes are damaged."""
+    return read_image(data)
+
+
+def _read_file(path: Path, max_bytes: int) -> bytes:
+    try:
+        status = path.stat()
+        regular, length = stat.S_ISREG(status.st_mode), status.st_size
+        # Opening a pipe would wait for its writer for ever, and a device may have no end.
+        data = path.read_bytes() if regular and length <= max_bytes else b""
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ImageError(path, "missing") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise ImageError(path, "unreadable", getattr(error, "strerror", None) or str(error)) from error
+    if not regular:
+        raise ImageError(path, "not-a-file")
+    if length > max_bytes:
+        raise ImageError(path, "too-large-file", f"{length:,} bytes, at most {max_bytes:,} are read")
+    return data
+
+
+def _decode(data: bytes, *, path: Path | None, size: int | None, max_pixels: int, min_side: int) -> Tensor:
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        width, height = image.size
+        if min(width, height) < min_side:
+            raise ImageError(
+                path, "too-small", f"{width} x {height} pixels, both sides must be >= {min_side}"
+            )
+        if size is not None:
+            image.draft(None, (2 * size, 2 * size))  # does something to JPEG only
+        # A progressive JPEG is held in full while it is decoded, at whatever scale.
+        held = width * height if "progressive" in image.info else image.width * image.height
+        if held > max_pixels:
+            detail = f"{width} x {height}, at most {max_pixels:,} pixels are decoded"
+            raise ImageError(path, "too-many-pixels", detail)
+        image.load()
+        pixels = np.array(_to_rgb(_upright(image)))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _explain(error: Exception, data: bytes) -> tuple[str, str]:
+    """Reason and detail of what Pillow raised on a file."""
+    detail = str(error) or type(error).__name__
+    if isinstance(error, Image.DecompressionBombError):
+        return "too-many-pixels", detail
+    if data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") > len(data) - 8:
+        return "truncated", "the file is shorter than its RIFF header says"
+    if not isinstance(error, UnidentifiedImageError):
+        truncated = isinstance(error, EOFError) or "truncated" in detail.lower()
+        return ("truncated" if truncated else "decode-failed"), detail
+    for offset, signature, name in _NOT_OPENED:
+        if data.startswith(signature, offset):
+            return "unsupported", f"{name}; convert it to one of {', '.join(_FORMATS)}"
+    for offset, signature, name in _OPENED:
+        if data.startswith(signature, offset):
+            return "decode-failed", f"its {name} header is damaged or cut off"
+    return "not-an-image", f"it does not begin as {', '.join(_FORMATS)} do"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # damaged metadata is no reason to refuse sound pixels
+        method = None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _deep_grey_to_rgb(image)
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba, opaque = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        opaque.paste(rgba, mask=rgba)
+        return opaque
+    return image.convert("RGB")
+
+
+def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
+    # Before Pillow 11, 16-bit PNG came as mode I. The upper byte is what Pillow keeps of 16-bit RGB.
+    if image.mode not in ("I", "F") or image.format == "PNG":
+        values = np.asarray(image)
+        grey = (values >> 8).astype(np.uint8)
+        grey[values == image.info.get("transparency", -1)] = 255
+    else:
+        stretched = np.array(image, dtype=np.float64)
+        finite = np.isfinite(stretched)
+        low = stretched.min(where=finite, initial=np.inf) if finite.any() else 0.0
+        high = stretched.max(where=finite, initial=-np.inf) if finite.any() else 0.0
+        stretched -= low  # in place: eight bytes a pixel are enough
+        stretched *= 255 / (high - low if high > low else 1.0)
+        np.nan_to_num(stretched, copy=False, nan=0.0, posinf=255.0, neginf=0.0)
+        grey = np.rint(stretched, out=stretched).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")

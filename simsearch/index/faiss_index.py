@@ -1,0 +1,450 @@
+"""One interface over FAISS's float and binary indexes.
+
+Johnson, Douze, Jegou: Billion-scale similarity search with GPUs (2017); Douze et al.: The Faiss
+library (2024). Factory strings: https://github.com/facebookresearch/faiss/wiki/The-index-factory
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import uuid
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from simsearch.types import SearchResult
+
+_METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
+_ADVISED_PER_CENTROID = 39  # ClusteringParameters.min_points_per_centroid
+_SETTINGS = ("factory", "metric", "nprobe", "ef_search", "train_size", "seed")
+
+
+class FaissIndex:
+    """Returns an empty index that answers `search` with the most similar items, best first.
+
+    factory: a FAISS factory string. Float vectors: "Flat", "IVF256,Flat", "PQ16", "IVF256,PQ16",
+    "HNSW32", "SQ8", "OPQ16,PQ16", ... Packed codes begin with B: "BFlat", "BIVF256", "BHNSW32".
+    metric: "ip" (inner product: cosine where vectors are L2-normalised) or "l2" for floats; codes
+    are always compared by Hamming distance ("hamming"; the order of "ip" and "l2" on +-1 is the
+    same). nprobe: lists that an IVF index visits for a query (FAISS: 1). ef_search: candidates that
+    an HNSW graph keeps (FAISS: 16). train_size: at most so many vectors, a random choice, learn
+    centroids and codebooks. seed: of that choice and of k-means.
+
+    The dimension is that of the first vectors to arrive; nothing is allocated before. Items are
+    known by their position in the order of addition. Equal input gives an equal index.
+
+    Vectors are float32 (N, D), codes uint8 (N, bits / 8); tensors of other devices are copied to
+    the CPU, where FAISS works and where results lie.
+
+    Raises ValueError for a factory string that FAISS cannot parse and for values out of range.
+    """
+
+    def __init__(
+        self,
+        factory: str,
+        metric: str = "ip",
+        nprobe: int | None = None,
+        ef_search: int | None = None,
+        train_size: int = 100_000,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(factory, str) or not factory:
+            raise ValueError(f"factory must be a FAISS factory string such as 'IVF256,Flat', got {factory!r}")
+        self.factory = factory
+        self.is_binary = factory.startswith("B")
+        allowed = (*_METRICS, "hamming") if self.is_binary else tuple(_METRICS)
+        if metric not in allowed:
+            raise ValueError(f"metric of {factory!r} must be one of {', '.join(allowed)}, got {metric!r}")
+        if "IDMap" in factory:
+            raise ValueError(f"leave IDMap out of {factory!r}: ids are positions in the order of addition")
+        for name, value, part in (("nprobe", nprobe, "IVF|IMI"), ("ef_search", ef_search, "HNSW")):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and not re.search(part, factory):
+                raise ValueError(
+                    f"{name}={value} has no meaning for {factory!r}, which has no {part.split('|')[0]}: "
+                    f"leave {name} out"
+                )
+        if train_size < 1:
+            raise ValueError(f"train_size must be at least 1, got {train_size}")
+        self.metric = "hamming" if self.is_binary else metric
+        self.nprobe = nprobe
+        self.ef_search = ef_search
+        self.train_size = train_size
+        self.seed = seed
+        self._index: Any = None  # FAISS's own index, once the dimension is known
+        self._empty_bytes = 0
+        # A misspelt factory should not wait for hours of feature extraction to be noticed; what
+        # depends on the dimension waits for the vectors.
+        reason = _factory_failure(factory, self.metric, dimension=64)
+        if reason is not None and re.search("could not parse|did not generate", reason):
+            example = "'BFlat', 'BIVF256', 'BHNSW32'" if self.is_binary else "'Flat', 'IVF256,PQ16', 'HNSW32'"
+            raise ValueError(f"FAISS cannot parse the factory {factory!r} ({reason}); examples: {example}")
+
+    def __len__(self) -> int:
+        return 0 if self._index is None else int(self._index.ntotal)
+
+    @property
+    def dimension(self) -> int | None:
+        """D of the float vectors; None before the first vectors and for a binary index."""
+        return None if self._index is None or self.is_binary else int(self._index.d)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of the codes, padding included; None before the first codes and for a float index."""
+        return int(self._index.d) if self._index is not None and self.is_binary else None
+
+    def train(self, vectors: Tensor) -> None:
+        """Learns centroids and codebooks from (a choice of) `vectors`; adds nothing.
+
+        `add` does it by itself with its first vectors; call this where those do not stand for all.
+
+        Raises ValueError for bad vectors, for too few of them, where FAISS refuses the factory at
+        this dimension, and for an index that is already trained.
+        """
+        if self._index is not None:
+            raise ValueError("the index is trained already: make a new FaissIndex to train another")
+        self._train(self._checked(vectors))
+
+    def add(self, vectors: Tensor) -> None:
+        """Appends `vectors`, which get the positions len(index), len(index) + 1, ...
+
+        Raises ValueError for bad vectors, and, when they train the index, as `train` does.
+        """
+        array = self._checked(vectors)
+        if self._index is None:
+            self._train(array)
+        self._index.add(array)
+
+    def search(self, vectors: Tensor, k: int) -> SearchResult:
+        """Returns the k most similar items of each of Q queries: ids and scores (Q, k), best first.
+
+        Scores: inner product, minus squared L2 distance, or minus Hamming distance; those of a
+        compressed index are asymmetric (exact query against decoded item). Where an approximate
+        index found fewer than k: id -1, score -inf. Equal scores come in the order of addition. (Which of
+        the items that tie with the k-th score are in: the first added for l2 and Hamming, FAISS's
+        choice for inner product.)
+
+        Raises ValueError for bad queries, an empty index, k < 1 and k > len(index).
+        """
+        array = self._checked(vectors)
+        if len(self) == 0:
+            raise ValueError("the index is empty: add vectors before searching")
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        if k > len(self):
+            raise ValueError(f"k={k} neighbours asked of an index of {len(self)} items: lower k")
+        values, positions = self._index.search(array, k)
+        ids = torch.from_numpy(positions)
+        scores = torch.from_numpy(values).to(torch.float32)
+        if self.metric != "ip":
+            scores = 0.0 - scores  # a plain minus would print -0.0
+        scores[ids < 0] = -math.inf
+        return SearchResult(*_ties_in_order(ids, scores))
+
+    def reconstruct(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Returns what the index stores of the items start .. stop - 1: float32 (N, D), or codes uint8.
+
+        Decoded for PQ and SQ, the input itself for Flat, IVF-Flat and HNSW-Flat. A query's product
+        with (or distance to) a row is the score that `search` gives it, so that blocks of rows
+        measure the full ranking of a compressed index. Fast-scan PQ ("PQ16x4fs") scores that only
+        roughly; PCA with the inner product, and L2norm, change the query too, so that it does not
+        hold behind them: transform before the index instead.
+
+        Raises ValueError for a range outside the index, and where FAISS cannot decode the factory.
+        """
+        stop = len(self) if stop is None else stop
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"rows {start}:{stop} are not within the {len(self)} items of the index")
+        if start == stop:
+            width = 0 if self._index is None else int(self._index.d)
+            return (
+                torch.empty((0, width // 8), dtype=torch.uint8) if self.is_binary else torch.empty((0, width))
+            )
+        try:
+            return torch.from_numpy(self._index.reconstruct_n(start, stop - start))
+        except RuntimeError as error:
+            raise ValueError(f"FAISS cannot decode the items of {self.factory!r}: {_reason(error)}") from None
+
+    @property
+    def bytes_per_item(self) -> float:
+        """Bytes that one more item adds: code, id and graph links, without what is shared.
+
+        Measured: the serialised size less that of the trained empty index (centroids, codebooks,
+        rotation), over the items. IVF: 8 bytes for an id, and the lists' lengths shared by all.
+        HNSW: 4 bytes a link, and levels and offsets.
+
+        Raises ValueError for an empty index.
+        """
+        if len(self) == 0:
+            raise ValueError("the index is empty: bytes per item are measured on items")
+        return (_serialised_bytes(self._index) - self._empty_bytes) / len(self)
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of an item's code alone: 4 D for Flat, 16 for PQ16, bits / 8 for binary codes.
+
+        Raises ValueError before the first vectors.
+        """
+        if self._index is None:
+            raise ValueError("the size of a code is known once vectors were added")
+        return _code_bytes(self._index)
+
+    def save(self, path: str | Path) -> None:
+        """Writes index.faiss (as FAISS itself writes it) and index.json (settings) into folder `path`.
+
+        Both are written aside and moved into place, replacing what was there; index.json holds the
+        other's SHA-256, so that an interruption between the two moves is seen by `load`.
+
+        Raises ValueError where there is nothing to save.
+        """
+        if self._index is None:
+            raise ValueError("nothing to save: the index was neither trained nor filled")
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        suffix = f".{uuid.uuid4().hex}.tmp"
+        data, settings = folder / f"index.faiss{suffix}", folder / f"index.json{suffix}"
+        try:
+            write = faiss.write_index_binary if self.is_binary else faiss.write_index
+            write(self._index, str(data))
+            content = {name: getattr(self, name) for name in _SETTINGS}
+            content |= {"empty_bytes": self._empty_bytes, "sha256": _sha256(data)}
+            settings.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            os.replace(data, folder / "index.faiss")
+            os.replace(settings, folder / "index.json")
+        finally:
+            data.unlink(missing_ok=True)
+            settings.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FaissIndex:
+        """Returns the index that `save` wrote into folder `path`.
+
+        Raises FileNotFoundError for a missing file and ValueError for a damaged one, naming it.
+        """
+        data, settings = Path(path) / "index.faiss", Path(path) / "index.json"
+        for file in (settings, data):
+            if not file.is_file():
+                raise FileNotFoundError(f"no index file {file}: save an index there first")
+        try:
+            content = json.loads(settings.read_text(encoding="utf-8"))
+            index = cls(**{name: content[name] for name in _SETTINGS})
+            index._empty_bytes = content["empty_bytes"]
+            digest = content["sha256"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"damaged index settings {settings} ({error}): save the index again") from None
+        if _sha256(data) != digest:
+            raise ValueError(
+                f"damaged index file {data}: its SHA-256 is not the one in {settings.name}; "
+                "save the index again"
+            )
+        try:
+            index._index = (faiss.read_index_binary if index.is_binary else faiss.read_index)(str(data))
+        except RuntimeError as error:
+            raise ValueError(f"FAISS cannot read {data}: {_reason(error)}") from None
+        index._configure(index._index)
+        return index
+
+    def _checked(self, vectors: Tensor) -> np.ndarray:
+        """Returns vectors as FAISS wants them. Every check of what comes in from outside is here."""
+        if not isinstance(vectors, Tensor):
+            raise ValueError(f"expected a torch tensor, got {type(vectors).__name__}: use torch.from_numpy")
+        shape, dtype = tuple(vectors.shape), vectors.dtype
+        if self.is_binary and dtype != torch.uint8:
+            raise ValueError(
+                f"{self.factory!r} holds packed codes, uint8 (N, bits / 8), got {dtype} {shape}: take the "
+                "signs, pad with zeros to a multiple of 8 bits and pack 8 to a byte (numpy.packbits)"
+            )
+        if not self.is_binary and dtype != torch.float32:
+            hint = "codes need a binary factory such as 'BFlat'" if dtype == torch.uint8 else "call .float()"
+            raise ValueError(f"{self.factory!r} holds float32 vectors (N, D), got {dtype} {shape}: {hint}")
+        if vectors.ndim != 2 or shape[1] == 0:
+            what = "codes must be (N, bits / 8)" if self.is_binary else "vectors must be (N, D)"
+            raise ValueError(f"{what}, got shape {shape}; for a single one write x[None]")
+        width = shape[1] * 8 if self.is_binary else shape[1]
+        if self._index is not None and width != self._index.d:
+            unit = "bits" if self.is_binary else "dimensions"
+            raise ValueError(f"the index has {self._index.d} {unit}, the vectors have {width}")
+        if not self.is_binary and not torch.isfinite(vectors).all():
+            bad = (~torch.isfinite(vectors)).any(1).nonzero()[:5, 0].tolist()
+            raise ValueError(f"vectors hold NaN or infinity, first in rows {bad}")
+        return np.ascontiguousarray(vectors.detach().cpu().numpy())
+
+    def _train(self, array: np.ndarray) -> None:
+        """Allocates an index for the arrays' width and trains it."""
+        dimension = array.shape[1] * 8 if self.is_binary else array.shape[1]
+        reason = _factory_failure(self.factory, self.metric, dimension)
+        if reason is not None:
+            raise ValueError(_explain(self.factory, self.metric, dimension, reason))
+        index = _new_index(self.factory, self.metric, dimension)
+        if not index.is_trained:
+            count = min(len(array), self.train_size)
+            needed = max(_centroids(part) for part in _parts(index))
+            if count < needed:
+                mend = (
+                    "give more vectors or choose a factory with fewer centroids"
+                    if len(array) < needed
+                    else f"raise train_size (now {self.train_size})"
+                )
+                raise ValueError(
+                    f"{self.factory!r} needs at least {needed} vectors to train, got {count}: {mend}"
+                )
+            if count < len(array):
+                order = torch.randperm(len(array), generator=torch.Generator().manual_seed(self.seed))
+                array = array[order[:count].numpy()]
+            if count < _ADVISED_PER_CENTROID * needed and needed > 1:
+                warnings.warn(
+                    f"{self.factory!r} learns {needed} centroids from {count} vectors: fewer than the "
+                    f"{_ADVISED_PER_CENTROID * needed} that FAISS advises, so they may be poor",
+                    stacklevel=3,
+                )
+            try:
+                _train_seeded(index, array, self.seed)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"FAISS cannot train {self.factory!r} on {count} vectors: {_reason(error)}"
+                ) from None
+        self._configure(index)
+        self._empty_bytes = _serialised_bytes(index)
+        self._index = index
+
+    def _configure(self, index: Any) -> None:
+        """Sets the search-time options wherever in the index they belong (behind OPQ, refinement, ...)."""
+        for part in _parts(index):
+            if self.nprobe is not None and hasattr(part, "nprobe"):
+                part.nprobe = self.nprobe
+            if self.ef_search is not None and hasattr(part, "hnsw"):
+                part.hnsw.efSearch = self.ef_search
+
+
+def _new_index(factory: str, metric: str, dimension: int) -> Any:
+    if metric == "hamming":
+        return faiss.index_binary_factory(dimension, factory)
+    return faiss.index_factory(dimension, factory, _METRICS[metric])
+
+
+def _factory_failure(factory: str, metric: str, dimension: int) -> str | None:
+    """Returns why FAISS refuses the factory at this dimension, None where it does not."""
+    try:
+        _new_index(factory, metric, dimension)
+    except RuntimeError as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: RuntimeError) -> str:
+    """Returns a FAISS error without the C++ signature and source line in front of it."""
+    return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", str(error), flags=re.DOTALL)
+
+
+def _explain(factory: str, metric: str, dimension: int, reason: str) -> str:
+    parts = re.findall(r"PQ(\d+)", factory)
+    if "subquantizers" in reason and parts:
+        m = int(parts[-1])
+        divisors = ", ".join(str(d) for d in range(1, min(dimension, 128) + 1) if dimension % d == 0)
+        return (
+            f"PQ{m} cuts a vector into {m} equal parts, which {dimension} dimensions (or what a transform "
+            f"in front leaves of them) do not allow: take one of {divisors} parts, or put "
+            f"OPQ{m}_{m * max(1, dimension // m)} in front, which brings the vector to a fitting dimension"
+        )
+    return f"FAISS refuses the factory {factory!r} for dimension {dimension} and metric {metric!r}: {reason}"
+
+
+def _parts(index: Any) -> Iterator[Any]:
+    """Yields an index and every index and transform inside it, each as its own class."""
+    binary = isinstance(index, faiss.IndexBinary)
+    index = faiss.downcast_IndexBinary(index) if binary else faiss.downcast_index(index)
+    yield index
+    if isinstance(index, faiss.IndexPreTransform):
+        chain: Any = index.chain  # FAISS's type stubs call this C++ vector a list
+        for position in range(chain.size()):
+            yield faiss.downcast_VectorTransform(chain.at(position))
+    for name in ("index", "base_index", "refine_index", "storage", "quantizer"):
+        inner = getattr(index, name, None)
+        if isinstance(inner, faiss.Index | faiss.IndexBinary):
+            yield from _parts(inner)
+
+
+def _centroids(part: Any) -> int:
+    """Returns the largest k-means that training this part runs: FAISS wants as many vectors."""
+    if isinstance(part, faiss.OPQMatrix):
+        return 256  # its own quantiser of 8 bits
+    lists = getattr(part, "nlist", 0) if getattr(part, "quantizer_trains_alone", 0) != 1 else 0
+    pq = getattr(part, "pq", None)
+    return max(1, lists, pq.ksub if pq is not None else 0)
+
+
+def _train_seeded(index: Any, array: np.ndarray, seed: int) -> None:
+    """Trains with k-means seeded wherever FAISS runs one; its other generators have fixed seeds."""
+    clusterings, opqs = [], []
+    for part in _parts(index):
+        if isinstance(part, faiss.OPQMatrix):
+            # FAISS would make its own quantiser, out of reach; it borrows this one.
+            pq = faiss.ProductQuantizer(part.d_out, part.M, 8)
+            part.pq = pq
+            opqs.append((part, pq))
+            clusterings.append(pq.cp)
+        elif getattr(part, "pq", None) is not None:
+            clusterings.append(part.pq.cp)
+        if hasattr(part, "cp"):
+            clusterings.append(part.cp)
+    for clustering in clusterings:
+        clustering.seed = seed
+        # FAISS warns on stderr for each of its k-means runs, hundreds of lines for OPQ: once is enough.
+        clustering.min_points_per_centroid = 1
+    try:
+        index.train(array)
+    finally:
+        for part, _ in opqs:
+            part.pq = None
+
+
+def _code_bytes(index: Any) -> int:
+    index = next(_parts(index))
+    if isinstance(index, faiss.IndexRefine):
+        return _code_bytes(index.base_index) + _code_bytes(index.refine_index)
+    for name in ("index", "storage"):
+        inner = getattr(index, name, None)
+        if isinstance(inner, faiss.Index | faiss.IndexBinary):
+            return _code_bytes(inner)
+    return int(index.code_size)
+
+
+def _serialised_bytes(index: Any) -> int:
+    """Returns the size FAISS would write, without holding it."""
+    size = 0
+
+    def count(block: bytes) -> None:
+        nonlocal size
+        size += len(block)
+
+    write = faiss.write_index_binary if isinstance(index, faiss.IndexBinary) else faiss.write_index
+    write(index, faiss.PyCallbackIOWriter(count))  # type: ignore[attr-defined]  # missing in the stubs
+    return size
+
+
+def _ties_in_order(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns ids and scores with equal scores in ascending order of id, empty places last."""
+    wrong = (scores[:, 1:] == scores[:, :-1]) & (ids[:, 1:] < ids[:, :-1]) & (ids[:, 1:] >= 0)
+    rows = wrong.any(1).nonzero()[:, 0]
+    if len(rows):  # few as a rule: only these are sorted
+        some, values = ids[rows], scores[rows]
+        by_id = torch.where(some < 0, torch.iinfo(torch.int64).max, some).argsort(dim=1)
+        order = by_id.gather(1, values.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
+        ids[rows] = some.gather(1, order)  # the scores are sorted already
+    return ids, scores
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

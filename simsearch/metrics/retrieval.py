@@ -1,0 +1,91 @@
+"""Retrieval metrics as a torchmetrics Metric: collects descriptors over batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from simsearch.functional.codes import pack_codes
+from simsearch.functional.ranking import measure_ranking
+from simsearch.types import Descriptors
+
+Part = Literal["query", "gallery"]
+
+
+def mean_name(name: str) -> str:
+    """The name of a per-query metric's mean: AP becomes mAP, also below a folder; others keep theirs."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}{'m' if last.startswith('AP') else ''}{last}"
+
+
+class RetrievalMetrics(Metric):
+    """Full-ranking retrieval metrics of the descriptors that were collected, exact under ties.
+
+    `update` takes embeddings (B, D) float, their labels and collection rows int64 (B,), optionally
+    their junk groups, and whether they are queries or gallery. Rows that came twice (a padded
+    sampler) count once. With `bits` the signs of the embeddings are compared by Hamming distance.
+    `compute` gives the means over queries with at least one relevant item.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+
+    def __init__(
+        self, ks: Sequence[int] = (1, 10, 100), bits: int | None = None, exclude_self: bool = False
+    ) -> None:
+        super().__init__()
+        if not ks or min(ks) < 1:
+            raise ValueError(f"ks must be ranks from 1, got {list(ks)}")
+        self.ks, self.bits, self.exclude_self = tuple(ks), bits, exclude_self
+        for part in ("query", "gallery"):
+            for name in ("vectors", "label", "index", "group"):
+                self.add_state(f"{part}_{name}", default=[], dist_reduce_fx="cat")
+
+    def update(
+        self, part: Part, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None
+    ) -> None:
+        """Adds a batch to the queries or to the gallery. Raises ValueError for another part."""
+        if part not in ("query", "gallery"):
+            raise ValueError(f"part must be query or gallery, got {part!r}")
+        vectors = embedding.detach().float()
+        if self.bits is not None:
+            if vectors.shape[1] != self.bits:
+                raise ValueError(f"codes of {self.bits} bits need embeddings as wide, got {vectors.shape[1]}")
+            vectors = pack_codes(vectors)
+        group = torch.full_like(index, -1) if group is None else group
+        for name, value in (("vectors", vectors), ("label", label), ("index", index), ("group", group)):
+            getattr(self, f"{part}_{name}").append(value.detach())
+
+    def descriptors(self, part: Part) -> Descriptors:
+        """The collected queries or gallery by ascending row, each row once, on the CPU."""
+
+        def column(name: str) -> Tensor:
+            value = getattr(self, f"{part}_{name}")
+            if isinstance(value, list):  # a gathered state is a tensor already
+                if not value:
+                    raise ValueError(f"no {part} items were collected")
+                value = torch.cat(value)
+            return value.cpu()
+
+        rows = column("index")
+        unique, inverse = torch.unique(rows, return_inverse=True)
+        first = torch.empty_like(unique).scatter_(0, inverse.flip(0), torch.arange(len(rows)).flip(0))
+        vectors, label, group = (column(name)[first] for name in ("vectors", "label", "group"))
+        return Descriptors(vectors.contiguous(), label, unique, bits=self.bits, group=group)
+
+    def per_query(self) -> dict[str, Tensor]:
+        """Metrics of each query: name -> float64 (Q,), queries by ascending row."""
+        return measure_ranking(
+            self.descriptors("query"), self.descriptors("gallery"), ks=self.ks, exclude_self=self.exclude_self
+        )
+
+    def compute(self) -> dict[str, Tensor]:
+        """Means over queries: name -> float64 scalar; NaN where no query has a relevant item."""
+        values = self.per_query()
+        del values["relevant"]
+        return {mean_name(name): value.nanmean() for name, value in values.items()}

@@ -1,0 +1,327 @@
+"""All Hydra, OmegaConf and Weights & Biases glue: objects from a config, run directories, loggers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import netrc
+import os
+import sys
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from simsearch.files import write_json
+from simsearch.models.backbones import WeightsError
+
+CONF = str(Path(__file__).resolve().parent.parent / "conf")
+HEADLINES = ("mAP", "P@1", "P@10", "R@10")
+
+
+# ------------------------------------------------------------------------------- commands and errors
+
+
+def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """A decorator that makes `task(config)` a Hydra command composed from conf/<name>.yaml.
+
+    What a user can mend (a wrong value, a missing file) ends in one line, not in a traceback;
+    SIMSEARCH_DEBUG=1 shows the traceback.
+    """
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        def guarded(config: DictConfig) -> None:
+            quiet_libraries()
+            try:
+                task(config)
+            except (
+                ValueError,
+                OSError,
+                WeightsError,
+                InstantiationException,
+                OmegaConfBaseException,
+            ) as error:
+                if os.environ.get("SIMSEARCH_DEBUG") == "1":
+                    raise
+                print(f"simsearch {name.replace('_', ' ')}: {_reason(error)}", file=sys.stderr)
+                raise SystemExit(1) from None
+
+        return hydra.main(version_base="1.3", config_path=CONF, config_name=name)(guarded)
+
+    return decorate
+
+
+def _reason(error: BaseException) -> str:
+    """The message of an error, without Hydra's wrapping where there is one."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        cause = error.__cause__
+        key = str(error).rpartition("full_key: ")[2].strip()
+        return f"{key}: {_reason(cause)}" if key and key != str(error) else _reason(cause)
+    return str(error) or type(error).__name__
+
+
+def quiet_libraries() -> None:
+    """Silences messages that say nothing to a user of this program."""
+    for text in (
+        ".*does not have many workers.*",
+        ".*`configure_optimizers` returned `None`.*",
+        ".*LightningModule.configure_optimizers. returned .None.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*`training_step` returned `None`.*",
+        ".*There is a wandb run already in progress.*",
+        ".*is an instance of `nn.Module` and is already saved during checkpointing.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.accelerators").setLevel(logging.WARNING)
+
+
+# ------------------------------------------------------------------------------- configs and objects
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The config as resolved plain values, Hydra's own part left out."""
+    values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items() if key != "hydra"}
+
+
+def build(config: Mapping[str, Any]) -> Any:
+    """The object that a plain config with `_target_` describes."""
+    return hydra.utils.instantiate(OmegaConf.create(dict(config)), _convert_="all")
+
+
+def build_data(config: Mapping[str, Any]) -> pl.LightningDataModule:
+    """The DataModule of `config["data"]` under the protocol of `config["protocol"]`."""
+    partial = hydra.utils.instantiate(OmegaConf.create(dict(config["data"])), _convert_="all", _partial_=True)
+    return partial(protocol=build(config["protocol"]))
+
+
+def build_trainer(config: Mapping[str, Any], folder: Path, loggers: list[Logger]) -> pl.Trainer:
+    """The Trainer with its callbacks, writing into `folder`."""
+    callbacks = [build(node) for node in config["callbacks"].values() if node]
+    settings = OmegaConf.create(dict(config["trainer"]))
+    return hydra.utils.instantiate(
+        settings, callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
+    )
+
+
+def build_encoder(config: Mapping[str, Any]) -> nn.Module:
+    """The model of a config on random weights and without a cache, for tensors that are loaded next."""
+    model = json.loads(json.dumps(config["model"]))
+    model["backbone"]["weights"] = "random"
+    model["cache"] = None
+    return build(model).eval()
+
+
+# ------------------------------------------------------------------------------------ run directories
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and the plain config in it."""
+
+    folder: Path
+    config: dict[str, Any]
+
+
+def start_run(config: DictConfig) -> Run:
+    """A new run directory (Hydra's) with config.yaml; with resume=true the one in `run_dir`, with its config.
+
+    Raises ValueError where there is no run to resume.
+    """
+    if config.get("resume"):
+        run = open_run(Path(config.run_dir))
+        print(f"resuming {run.folder} with its own config", file=sys.stderr)
+    else:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        values = plain(config)
+        values["run_dir"] = str(folder)
+        OmegaConf.save(OmegaConf.create(values), folder / "config.yaml")
+        write_json(folder / "run.json", {"wandb_id": uuid.uuid4().hex[:8], "versions": versions()})
+        run = Run(folder, values)
+    pl.seed_everything(run.config["seed"], workers=True, verbose=False)
+    return run
+
+
+def open_run(folder: Path) -> Run:
+    """An existing run directory. Raises ValueError where `folder` is none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no run directory: it has no config.yaml. Give one that `simsearch train` made"
+        )
+    values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    assert isinstance(values, dict)
+    return Run(folder, {str(key): value for key, value in values.items()})
+
+
+def load_model(run: Run) -> pl.LightningModule:
+    """The model of a finished run with its best checkpoint. Raises ValueError where there is none."""
+    path = run.folder / "checkpoints" / "best.ckpt"
+    if not path.is_file():
+        raise ValueError(f"{run.folder} has no checkpoints/best.ckpt: its training did not finish; resume it")
+    model = build(run.config["model"])
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    return model.eval()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers may depend on."""
+    from importlib.metadata import version
+
+    names = ("torch", "torchvision", "timm", "faiss-cpu", "pytorch-lightning", "numpy", "onnxruntime")
+    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+
+
+# -------------------------------------------------------------------------------------------- loggers
+
+
+def wandb_mode(mode: str) -> str:
+    """ "auto" becomes "online" where a key is known, else "offline"; other modes stay. Never asks."""
+    if mode not in ("auto", "online", "offline", "disabled"):
+        raise ValueError(f"logger.wandb.mode must be auto, online, offline or disabled, got {mode!r}")
+    if mode != "auto":
+        return mode
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "online"):
+        return os.environ["WANDB_MODE"]
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    try:
+        known = netrc.netrc().authenticators("api.wandb.ai")
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    return "online" if known else "offline"
+
+
+def build_loggers(run: Run) -> list[Logger]:
+    """CSV always; Weights & Biases unless its mode is disabled, under the run's own id."""
+    loggers: list[Logger] = [CSVLogger(run.folder, name="", version="")]
+    settings = run.config["logger"]
+    mode = wandb_mode(settings["mode"])
+    if mode == "disabled":
+        return loggers
+    import wandb
+
+    identity = json.loads((run.folder / "run.json").read_text())["wandb_id"]
+    logger = WandbLogger(
+        name=settings["name"] or run.folder.name,
+        project=settings["project"],
+        group=settings["group"],
+        tags=settings["tags"],
+        job_type="train",
+        id=identity,
+        resume="allow",
+        save_dir=str(run.folder),
+        settings=wandb.Settings(mode=mode, silent=True, console="off", init_timeout=30),
+    )
+    logger.experiment.config.update(
+        {key: value for key, value in run.config.items() if key != "hydra"}, allow_val_change=True
+    )
+    return [logger, *loggers]
+
+
+def log_summary(loggers: list[Logger], path: Path) -> None:
+    """Puts what metrics.json says of each stage's protocol and intervals beside the logged metrics."""
+    summary = {}
+    for stage, about in json.loads(path.read_text()).items():
+        summary |= {f"{stage}/{key}": about[key] for key in ("protocol", "fingerprint")}
+        for name in HEADLINES:
+            if name in about["intervals"]:
+                low, high = about["intervals"][name]
+                summary |= {f"{stage}/{name}_low": low, f"{stage}/{name}_high": high}
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(summary)
+
+
+def log_neighbours(loggers: list[Logger], examples: list[Any]) -> None:
+    """Logs examples (callbacks.neighbours.Example) as the W&B Table `neighbours` with thumbnails."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and examples:
+            import wandb
+
+            def picture(tile: Any) -> Any:
+                return wandb.Image(tile.image.permute(1, 2, 0).numpy(), caption=tile.caption)
+
+            k = max(len(example.tiles) for example in examples) - 1
+            columns = ["AP", "query", *(f"neighbour {i + 1}" for i in range(k)), "right"]
+            rows = []
+            for example in examples:
+                found = [picture(tile) for tile in example.tiles[1:]]
+                right = "".join("+" if tile.right else "-" for tile in example.tiles[1:])
+                query = picture(example.tiles[0])
+                rows.append([example.average_precision, query, *found, *[None] * (k - len(found)), right])
+            logger.log_table("neighbours", columns=columns, data=rows)
+
+
+def log_catalog(loggers: list[Logger], folder: Path) -> None:
+    """Logs the catalog in `folder` as a W&B artifact of type `catalog`."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            artifact = wandb.Artifact(f"catalog-{logger.experiment.id}", type="catalog")
+            artifact.add_dir(str(folder))
+            logger.experiment.log_artifact(artifact)
+
+
+def finish_loggers(loggers: list[Logger], status: str = "success") -> None:
+    """Ends the loggers' runs, so that the next job of a sweep gets its own."""
+    for logger in loggers:
+        logger.finalize(status)
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(exit_code=0 if status == "success" else 1)
+
+
+# -------------------------------------------------------------------------------------------- reports
+
+
+def results_table(stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "test")) -> Table:
+    """The headline numbers of metrics.json as a table: value and 95% interval, bytes, latency."""
+    table = Table(title="Retrieval results (95% bootstrap interval over queries)")
+    table.add_column("protocol")
+    for name in HEADLINES:
+        table.add_column(name, justify="right")
+    for name in ("bytes/image", "ms/query p50"):
+        table.add_column(name, justify="right")
+    for stage in only:
+        if stage not in stages:
+            continue
+        about = stages[stage]
+        metrics, intervals = about["metrics"], about["intervals"]
+        cells = [f"{about['protocol']}\n[dim]{about['fingerprint']}[/dim]"]
+        for name in HEADLINES:
+            if name not in metrics:
+                cells.append("-")
+                continue
+            low, high = intervals[name]
+            cells.append(f"{metrics[name]:.4f}\n[dim]{low:.4f}-{high:.4f}[/dim]")
+        cells.append(f"{metrics['bytes_per_item']:.0f}")
+        cells.append(f"{metrics['index/latency_ms_p50']:.2f}")
+        table.add_row(*cells)
+    return table
+
+
+def show(*what: Any) -> None:
+    """Prints to the terminal, tables included."""
+    console = Console() if sys.stdout.isatty() else Console(width=110)
+    for item in what:
+        console.print(item)

@@ -1,0 +1,118 @@
+"""The vocabulary that every room shares.
+
+Shapes: B batch, D dimension, Q queries, G gallery, K neighbours, N items, A attributes, b bits,
+C channels, H height, W width. Scores are similarities: the larger, the more similar (inner
+product, negative squared distance, negative Hamming distance).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+
+class Batch(TypedDict):
+    """What every loader yields.
+
+    image: uint8 or float (B, C, H, W). label: int64 (B,) or (B, A). index: int64 (B,), the item's
+    row in the whole collection, by which doubles and self matches are found.
+    """
+
+    image: Tensor
+    label: Tensor
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Descriptors:
+    """Vectors of N images with the labels and the collection rows that they belong to.
+
+    vectors: float32 (N, D), or uint8 (N, bits / 8) packed codes when `bits` is given.
+    label: int64 (N,), -1 where unknown. index: int64 (N,), unique collection rows. group: int64
+    (N,) or None; items of one group are junk to each other (-1: no group).
+
+    Raises ValueError for a wrong shape or dtype, for NaN or infinity, and for doubled rows.
+    """
+
+    vectors: Tensor
+    label: Tensor
+    index: Tensor
+    bits: int | None = None
+    group: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.vectors)
+        if self.vectors.ndim != 2:
+            raise ValueError(f"descriptors must be (N, D), got shape {tuple(self.vectors.shape)}")
+        if self.bits is None:
+            if self.vectors.dtype != torch.float32:
+                raise ValueError(f"float descriptors must be float32, got {self.vectors.dtype}")
+            if not torch.isfinite(self.vectors).all():
+                bad = (~torch.isfinite(self.vectors)).any(1).nonzero()[:5, 0].tolist()
+                raise ValueError(f"descriptors hold NaN or infinity, first in rows {bad}")
+        else:
+            if self.vectors.dtype != torch.uint8 or self.vectors.shape[1] != -(-self.bits // 8):
+                raise ValueError(
+                    f"codes of {self.bits} bits must be uint8 (N, {-(-self.bits // 8)}), "
+                    f"got {self.vectors.dtype} {tuple(self.vectors.shape)}"
+                )
+        for name in ("label", "index", "group"):
+            value = getattr(self, name)
+            if value is not None and (value.shape != (n,) or value.dtype != torch.int64):
+                raise ValueError(f"{name} must be int64 ({n},), got {value.dtype} {tuple(value.shape)}")
+        if len(torch.unique(self.index)) != n:
+            raise ValueError("index holds a collection row twice: drop doubles first")
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The K best items of an index for each of Q queries, best first.
+
+    ids: int64 (Q, K), positions in the order of addition, -1 where an approximate index found
+    fewer than K. scores: float32 (Q, K), -inf beside an id of -1.
+
+    Raises ValueError where the two disagree or a row is not sorted best first.
+    """
+
+    ids: Tensor
+    scores: Tensor
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.scores.shape or self.ids.ndim != 2:
+            raise ValueError(
+                "ids and scores must both be (Q, K), got "
+                f"{tuple(self.ids.shape)} and {tuple(self.scores.shape)}"
+            )
+        if self.ids.dtype != torch.int64 or self.scores.dtype != torch.float32:
+            raise ValueError(
+                f"ids must be int64 and scores float32, got {self.ids.dtype} and {self.scores.dtype}"
+            )
+        if self.ids.shape[1] > 1 and (self.scores[:, 1:] > self.scores[:, :-1]).any():
+            raise ValueError("scores must be sorted best first")
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """Which rows of a collection search which, and what counts.
+
+    name: as reports print it (`10k-50k`, `10k-50k/val`). query, gallery: int64 rows of the
+    collection, (Q,) and (G,). attribute: items that share its value are relevant to each other.
+    junk: an attribute whose sharing takes an item out of the ranking, neither right nor wrong
+    (same work when artists are sought), or None. exclude_self: take the query's own row out.
+    fingerprint: 16 hex digits over data, rows and rules. Numbers of different fingerprints do not
+    compare.
+    """
+
+    name: str
+    query: Tensor
+    gallery: Tensor
+    attribute: str
+    junk: str | None
+    exclude_self: bool
+    fingerprint: str

@@ -1,0 +1,589 @@
+"""FaissIndex against brute force written without FAISS."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from simsearch.index.faiss_index import FaissIndex
+
+CONFIGS = sorted((Path(__file__).parents[1] / "conf" / "index").glob("*.yaml"))
+FLOAT_FAMILIES = [
+    "Flat",
+    "IVF8,Flat",
+    "PQ4x4",
+    "IVF8,PQ4x4",
+    "HNSW16",
+    "SQ8",
+    "OPQ4,PQ4x4",
+    "PCA16,IVF8,Flat",
+]
+BINARY_FAMILIES = ["BFlat", "BIVF8", "BHNSW16"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than the .* that FAISS advises")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The thousands of tiny k-means here wait for each other's threads on a busy machine."""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(before)
+
+
+def clustered(n: int, dimension: int = 32, seed: int = 0) -> Tensor:
+    """Unit vectors around 20 centres, as descriptors of 20 classes lie."""
+    centres = torch.randn(20, dimension, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.randint(20, (n,), generator=generator)
+    noise = torch.randn(n, dimension, generator=generator)
+    return torch.nn.functional.normalize(centres[which] + 0.5 * noise, dim=1)
+
+
+def codes(n: int, width: int = 6, seed: int = 0) -> Tensor:
+    """Packed signs of clustered vectors: uint8 (n, width)."""
+    bits = (clustered(n, 8 * width, seed) > 0).numpy()
+    return torch.from_numpy(np.packbits(bits, axis=1))
+
+
+def similarities(queries: Tensor, items: Tensor, metric: str) -> Tensor:
+    """All Q x G scores by plain torch, in float64."""
+    if metric == "hamming":
+        different = queries[:, None].numpy() ^ items[None].numpy()
+        return -torch.from_numpy(np.unpackbits(different, axis=2).sum(2).astype(np.int64)).double()
+    if metric == "ip":
+        return queries.double() @ items.double().T
+    return -torch.cdist(queries.double(), items.double()).square()
+
+
+def ranked(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, ids = scores.sort(dim=1, descending=True, stable=True)
+    return ids[:, :k], values[:, :k]
+
+
+def recall(found: Tensor, exact: Tensor) -> float:
+    return (found[:, :, None] == exact[:, None, :]).any(2).double().mean().item()
+
+
+def filled(factory: str, items: Tensor, **options: object) -> FaissIndex:
+    index = FaissIndex(factory, **options)  # type: ignore[arg-type]
+    index.add(items)
+    return index
+
+
+def family_data(factory: str, n: int = 600) -> tuple[Tensor, Tensor]:
+    make = codes if factory.startswith("B") else clustered
+    return make(n, seed=1), make(30, seed=2)
+
+
+class TestExact:
+    @pytest.mark.parametrize("metric", ["ip", "l2"])
+    @pytest.mark.parametrize(("q", "k"), [(3, 1), (3, 10), (50, 10), (50, 400), (1, 500)])
+    def test_flat_is_brute_force(self, metric, q, k):
+        items, queries = clustered(500), clustered(q, seed=1)
+        result = filled("Flat", items, metric=metric).search(queries, k)
+        ids, scores = ranked(similarities(queries, items, metric), k)
+        assert torch.equal(result.ids, ids)
+        torch.testing.assert_close(result.scores.double(), scores, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("k", [1, 7, 150, 500])
+    def test_binary_flat_is_popcount_with_ties_in_order(self, k):
+        items, queries = codes(500, width=2), codes(40, width=2, seed=1)
+        result = filled("BFlat", items).search(queries, k)
+        ids, scores = ranked(similarities(queries, items, "hamming"), k)
+        assert torch.equal(result.ids, ids)
+        assert torch.equal(result.scores.double(), scores)
+        assert "-0." not in repr(filled("BFlat", items).search(items[:1], 1).scores)
+
+    @given(st.data())
+    @settings(max_examples=60, deadline=None)
+    def test_ties(self, data):
+        """Small integers tie often and have exact products: order of addition, everywhere it can be had."""
+        n, d, q = (data.draw(st.integers(1, high)) for high in (60, 6, 25))
+        k = data.draw(st.integers(1, n))
+        generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+        items = torch.randint(-2, 3, (n, d), generator=generator).float()
+        queries = torch.randint(-2, 3, (q, d), generator=generator).float()
+        for metric in ("ip", "l2"):
+            result = filled("Flat", items, metric=metric).search(queries, k)
+            all_scores = similarities(queries, items, metric).round()
+            ids, scores = ranked(all_scores, k)
+            assert torch.equal(result.scores.double(), scores)
+            if metric == "l2":
+                assert torch.equal(result.ids, ids)
+            else:  # which of those that tie with the k-th are in is FAISS's choice
+                assert torch.equal(all_scores.gather(1, result.ids), scores)
+                assert all(len(set(row)) == k for row in result.ids.tolist())
+                same = result.scores[:, 1:] == result.scores[:, :-1]
+                assert (result.ids[:, 1:] > result.ids[:, :-1])[same].all()
+                sure = scores > scores[:, -1:]
+                assert torch.equal(result.ids[sure], ids[sure])
+
+    @given(n=st.integers(1, 80), d=st.integers(1, 40), seed=st.integers(0, 2**31), share=st.floats(0, 1))
+    @settings(max_examples=60, deadline=None)
+    def test_flat_ids_for_any_size(self, n, d, seed, share):
+        generator = torch.Generator().manual_seed(seed)
+        # A permutation beside the noise makes scores distinct well beyond rounding.
+        items = torch.randn(n, d, generator=generator)
+        items[:, 0] = torch.randperm(n, generator=generator).float() - n / 2
+        queries = torch.zeros(5, d)
+        queries[:, 0] = torch.tensor([1.0, -1.0, 2.0, 0.5, -3.0])
+        k = max(1, round(share * n))
+        ids, _ = ranked(similarities(queries, items, "ip"), k)
+        assert torch.equal(filled("Flat", items).search(queries, k).ids, ids)
+
+    def test_no_queries(self):
+        result = filled("Flat", clustered(20)).search(clustered(0), 3)
+        assert result.ids.shape == result.scores.shape == (0, 3)
+
+    def test_foreign_layouts(self):
+        items = clustered(100)
+        transposed = items.T.contiguous().T.requires_grad_()
+        expected = filled("Flat", items).search(items[:5], 4)
+        result = filled("Flat", transposed).search(transposed[:5], 4)
+        assert torch.equal(result.ids, expected.ids)
+
+
+class TestApproximate:
+    @pytest.mark.parametrize("metric", ["ip", "l2"])
+    @pytest.mark.parametrize("factory", ["IVF16,Flat", "RR32,IVF16,Flat"])
+    def test_all_lists_probed_is_exact(self, factory, metric):
+        items, queries = clustered(800), clustered(40, seed=1)
+        result = filled(factory, items, metric=metric, nprobe=16).search(queries, 10)
+        ids, _ = ranked(similarities(queries, items, metric), 10)
+        assert recall(result.ids, ids) == 1
+
+    def test_all_binary_lists_probed_is_exact(self):
+        items, queries = codes(800), codes(40, seed=1)
+        result = filled("BIVF16", items, nprobe=16).search(queries, 10)
+        _, scores = ranked(similarities(queries, items, "hamming"), 10)
+        assert torch.equal(result.scores.double(), scores)
+
+    @pytest.mark.parametrize(
+        ("factory", "options"),
+        [
+            ("IVF16,Flat", {"nprobe": 4}),
+            ("RR32,IVF16,Flat", {"nprobe": 4}),
+            ("HNSW32", {"ef_search": 64}),
+            ("HNSW32", {"ef_search": 64, "metric": "l2"}),
+            ("SQ8", {}),
+        ],
+    )
+    def test_recall_on_clustered_data(self, factory, options):
+        items, queries = clustered(3000), clustered(100, seed=1)
+        result = filled(factory, items, **options).search(queries, 10)
+        ids, _ = ranked(similarities(queries, items, options.get("metric", "ip")), 10)
+        assert recall(result.ids, ids) > 0.9
+
+    @pytest.mark.parametrize(
+        ("factory", "options"), [("BIVF16", {"nprobe": 4}), ("BHNSW32", {"ef_search": 64})]
+    )
+    def test_binary_recall(self, factory, options):
+        items, queries = codes(3000), codes(100, seed=1)
+        result = filled(factory, items, **options).search(queries, 10)
+        _, exact = ranked(similarities(queries, items, "hamming"), 10)
+        # By distance, since ties make ids ambiguous.
+        assert (result.scores >= exact[:, -1:]).double().mean() > 0.9
+
+    @pytest.mark.parametrize("factory", ["IVF32,Flat", "RR32,IVF32,Flat", "IVF32,PQ4x4,RFlat", "BIVF32"])
+    def test_nprobe_reaches_the_lists(self, factory):
+        items, queries = family_data(factory, 1500)
+        found = [
+            recall(filled(factory, items, nprobe=n).search(queries, 10).ids, exact_ids(items, queries))
+            for n in (1, 32)
+        ]
+        assert found[0] < found[1]
+
+    @pytest.mark.parametrize("factory", ["HNSW4", "BHNSW4"])
+    def test_ef_search_reaches_the_graph(self, factory):
+        items, queries = family_data(factory, 2000)
+        metric = "hamming" if factory[0] == "B" else "ip"
+        total = [filled(factory, items, ef_search=ef).search(queries, 10).scores.sum() for ef in (1, 500)]
+        _, exact = ranked(similarities(queries, items, metric), 10)
+        assert total[0] < total[1] <= exact.sum() + 1e-3
+
+    def test_too_few_found(self):
+        """One list of many holds fewer than k: the places left are -1 and -inf."""
+        for factory in ("IVF32,Flat", "BIVF32"):
+            items, queries = family_data(factory, 400)
+            result = filled(factory, items, nprobe=1).search(queries, 390)
+            empty = result.ids == -1
+            assert empty.any()
+            assert (result.scores[empty] == -math.inf).all()
+            assert torch.isfinite(result.scores[~empty]).all()
+
+
+def exact_ids(items: Tensor, queries: Tensor) -> Tensor:
+    metric = "hamming" if items.dtype == torch.uint8 else "ip"
+    return ranked(similarities(queries, items, metric), 10)[0]
+
+
+class TestReconstruct:
+    @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "HNSW16", *BINARY_FAMILIES])
+    def test_uncompressed_is_the_input(self, factory):
+        items, _ = family_data(factory)
+        index = filled(factory, items)
+        assert torch.equal(index.reconstruct(), items)
+        assert torch.equal(index.reconstruct(100, 250), items[100:250])
+        assert torch.equal(index.reconstruct(590), items[590:])
+        assert index.reconstruct(7, 7).shape == (0, items.shape[1])
+        assert index.reconstruct(7, 7).dtype == items.dtype
+
+    @pytest.mark.parametrize("metric", ["ip", "l2"])
+    @pytest.mark.parametrize("factory", ["PQ4x4", "IVF8,PQ4x4", "OPQ4,PQ4x4", "SQ8", "IVF8,SQ8"])
+    def test_rows_give_the_scores_of_search(self, factory, metric):
+        """Asymmetric: the query as it is against what is stored."""
+        items, queries = family_data(factory)
+        index = filled(factory, items, metric=metric)
+        stored = torch.cat([index.reconstruct(start, min(start + 250, 600)) for start in range(0, 600, 250)])
+        assert stored.dtype == torch.float32
+        assert not torch.equal(stored, items)
+        result = index.search(queries, 10)
+        seen = result.ids >= 0
+        expected = similarities(queries, stored, metric).gather(1, result.ids.clamp(min=0))
+        torch.testing.assert_close(result.scores.double()[seen], expected[seen], atol=2e-5, rtol=1e-4)
+
+    def test_outside(self):
+        index = filled("Flat", clustered(20))
+        for start, stop in ((0, 21), (-1, 5), (5, 3)):
+            with pytest.raises(ValueError, match=rf"rows {start}:{stop} are not within the 20 items"):
+                index.reconstruct(start, stop)
+
+    def test_cannot_decode(self):
+        index = filled("BHash8", codes(50))
+        with pytest.raises(ValueError, match="cannot decode the items of 'BHash8'"):
+            index.reconstruct()
+
+
+class TestGrowth:
+    @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "PQ4x4", "SQ8", "HNSW16", *BINARY_FAMILIES])
+    def test_in_parts_as_at_once(self, factory):
+        items, queries = family_data(factory)
+        options = (
+            {"ef_search": 600} if "HNSW" in factory else {}
+        )  # the graphs differ, an exhaustive walk does not
+        results = []
+        for size in (600, 170):
+            index = FaissIndex(factory, **options)
+            index.train(items)
+            for part in items.split(size):
+                index.add(part)
+            assert len(index) == 600
+            results.append(index.search(queries, 10))
+        assert torch.equal(results[0].scores, results[1].scores)
+        if not ("HNSW" in factory and factory[0] == "B"):  # tied distances leave the ids open there
+            assert torch.equal(results[0].ids, results[1].ids)
+
+    @pytest.mark.parametrize("factory", [*FLOAT_FAMILIES, *BINARY_FAMILIES])
+    def test_equal_input_equal_index(self, factory, tmp_path):
+        items, _ = family_data(factory)
+        for name in ("a", "b"):
+            filled(factory, items, train_size=300, seed=3).save(tmp_path / name)
+        assert (tmp_path / "a/index.faiss").read_bytes() == (tmp_path / "b/index.faiss").read_bytes()
+
+    @pytest.mark.parametrize("factory", ["IVF8,Flat", "PQ4x4", "OPQ4,PQ4x4", "BIVF8"])
+    def test_seed_matters(self, factory):
+        items, _ = family_data(factory)
+        states = []
+        for seed in (0, 1):
+            index = FaissIndex(factory, seed=seed)
+            index.train(items)
+            write = faiss.serialize_index_binary if index.is_binary else faiss.serialize_index
+            states.append(write(index._index).tobytes())
+        assert states[0] != states[1]
+
+    def test_train_size_is_a_random_choice(self):
+        """Training on the first rows only would never see the last cluster."""
+        items = torch.cat([torch.zeros(500, 4), torch.ones(500, 4)]) + 0.01 * clustered(1000, 4)
+        index = filled("IVF2,Flat", items, metric="l2", train_size=100)
+        centroids = faiss.downcast_index(index._index.quantizer).reconstruct_n(0, 2).mean(1)
+        assert sorted(centroids.round().tolist()) == [0, 1]
+
+    def test_sizes(self):
+        index = FaissIndex("Flat")
+        assert (len(index), index.dimension, index.bits, index.is_binary) == (0, None, None, False)
+        index.add(clustered(5))
+        assert (len(index), index.dimension, index.bits) == (5, 32, None)
+        index = filled("BFlat", codes(5))
+        assert (len(index), index.dimension, index.bits, index.is_binary) == (5, None, 48, True)
+
+    def test_few_vectors_for_centroids_warn_once(self, capfd):
+        """FAISS itself prints a line for each of the 816 k-means of this index."""
+        with pytest.warns(
+            UserWarning, match="learns 256 centroids from 300 vectors: fewer than the 9984"
+        ) as caught:
+            FaissIndex("OPQ4,PQ4x4").train(clustered(300))
+        assert len(caught) == 1
+        assert "WARNING" not in "".join(capfd.readouterr())
+
+
+class TestBytes:
+    @pytest.mark.parametrize(
+        ("factory", "code", "item"),
+        [
+            ("Flat", 128, 128),
+            ("IVF8,Flat", 128, 136),
+            ("PQ16x4", 8, 8),
+            ("IVF8,PQ4x4", 2, 10),
+            ("OPQ4,PQ4x4", 2, 2),
+            ("SQ8", 32, 32),
+            ("PCA16,Flat", 64, 64),
+            ("IVF8,PQ4x4,RFlat", 130, 138),
+            ("BFlat", 6, 6),
+            ("BIVF8", 6, 14),
+        ],
+    )
+    def test_arithmetic(self, factory, code, item):
+        index = filled(factory, family_data(factory)[0])
+        assert index.code_bytes == code
+        shared = 8 * 8 / 600 if "IVF" in factory else 0  # the lengths of 8 lists
+        assert index.bytes_per_item == pytest.approx(item, abs=shared + 1e-9)
+
+    @pytest.mark.parametrize(("factory", "code"), [("HNSW16", 128), ("BHNSW16", 6)])
+    def test_graph(self, factory, code):
+        index = filled(factory, family_data(factory)[0])
+        assert index.code_bytes == code
+        links = 4 * 2 * 16
+        assert code + links < index.bytes_per_item < code + links + 12 + 4 * 16
+
+    def test_before_there_is_anything(self):
+        with pytest.raises(ValueError, match="is empty: bytes per item"):
+            _ = FaissIndex("Flat").bytes_per_item
+        with pytest.raises(ValueError, match="once vectors were added"):
+            _ = FaissIndex("Flat").code_bytes
+
+
+class TestSaving:
+    @pytest.mark.parametrize("factory", [*FLOAT_FAMILIES, *BINARY_FAMILIES])
+    def test_round_trip(self, factory, tmp_path):
+        items, queries = family_data(factory)
+        options = {"nprobe": 3} if "IVF" in factory else {"ef_search": 20} if "HNSW" in factory else {}
+        index = filled(factory, items, seed=7, **options)
+        index.save(tmp_path / "deep" / "index")
+        loaded = FaissIndex.load(tmp_path / "deep" / "index")
+        before, after = index.search(queries, 10), loaded.search(queries, 10)
+        assert torch.equal(before.ids, after.ids)
+        assert torch.equal(before.scores, after.scores)
+        for name in ("factory", "metric", "nprobe", "ef_search", "train_size", "seed", "is_binary"):
+            assert getattr(loaded, name) == getattr(index, name)
+        assert loaded.bytes_per_item == index.bytes_per_item
+        assert sorted(os.listdir(tmp_path / "deep" / "index")) == ["index.faiss", "index.json"]
+        loaded.add(items)
+        assert len(loaded) == 2 * len(index)
+
+    def test_replaces(self, tmp_path):
+        filled("Flat", clustered(10)).save(tmp_path)
+        filled("Flat", clustered(20)).save(tmp_path)
+        assert len(FaissIndex.load(tmp_path)) == 20
+        assert sorted(os.listdir(tmp_path)) == ["index.faiss", "index.json"]
+
+    def test_failure_leaves_the_old_one(self, tmp_path, monkeypatch):
+        filled("Flat", clustered(10)).save(tmp_path)
+
+        def full_disk(index: object, path: str) -> None:
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("no space left")
+
+        other = filled("Flat", clustered(20))
+        monkeypatch.setattr(faiss, "write_index", full_disk)
+        with pytest.raises(RuntimeError, match="no space left"):
+            other.save(tmp_path)
+        assert len(FaissIndex.load(tmp_path)) == 10
+        assert sorted(os.listdir(tmp_path)) == ["index.faiss", "index.json"]
+
+    def test_nothing_to_save(self, tmp_path):
+        with pytest.raises(ValueError, match="nothing to save"):
+            FaissIndex("Flat").save(tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+
+    @pytest.mark.parametrize("name", ["index.faiss", "index.json"])
+    def test_missing_file(self, name, tmp_path):
+        filled("Flat", clustered(10)).save(tmp_path)
+        (tmp_path / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            FaissIndex.load(tmp_path)
+
+    def test_truncated_file(self, tmp_path):
+        filled("Flat", clustered(10)).save(tmp_path)
+        file = tmp_path / "index.faiss"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=r"damaged index file .*index\.faiss"):
+            FaissIndex.load(tmp_path)
+
+    @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"factory": 3}'])
+    def test_damaged_settings(self, text, tmp_path):
+        filled("Flat", clustered(10)).save(tmp_path)
+        (tmp_path / "index.json").write_text(text)
+        with pytest.raises(ValueError, match=r"damaged index settings .*index\.json"):
+            FaissIndex.load(tmp_path)
+
+    def test_file_of_another_kind(self, tmp_path):
+        """Right checksum, but FAISS cannot make sense of it."""
+        filled("Flat", clustered(10)).save(tmp_path)
+        (tmp_path / "index.faiss").write_bytes(b"nonsense")
+        content = json.loads((tmp_path / "index.json").read_text())
+        content["sha256"] = hashlib.sha256(b"nonsense").hexdigest()
+        (tmp_path / "index.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"FAISS cannot read .*index\.faiss"):
+            FaissIndex.load(tmp_path)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"factory": ""}, "must be a FAISS factory string"),
+            ({"factory": None}, "must be a FAISS factory string"),
+            ({"factory": "Flatt"}, "cannot parse the factory 'Flatt' .*examples: 'Flat'"),
+            ({"factory": "BFlatt"}, "cannot parse the factory 'BFlatt' .*examples: 'BFlat'"),
+            ({"factory": "IDMap,Flat"}, "leave IDMap out"),
+            ({"factory": "Flat", "metric": "cosine"}, "must be one of ip, l2, got 'cosine'"),
+            ({"factory": "Flat", "metric": "hamming"}, "must be one of ip, l2, got 'hamming'"),
+            ({"factory": "BFlat", "metric": "cosine"}, "must be one of ip, l2, hamming"),
+            ({"factory": "IVF4,Flat", "nprobe": 0}, "nprobe must be at least 1, got 0"),
+            ({"factory": "HNSW8", "ef_search": -1}, "ef_search must be at least 1, got -1"),
+            ({"factory": "Flat", "nprobe": 4}, "nprobe=4 has no meaning for 'Flat'"),
+            ({"factory": "IVF4,Flat", "ef_search": 4}, "ef_search=4 has no meaning for 'IVF4,Flat'"),
+            ({"factory": "PQ4", "train_size": 0}, "train_size must be at least 1"),
+        ],
+    )
+    def test_constructor(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            FaissIndex(**arguments)
+
+    @pytest.mark.parametrize(
+        ("factory", "vectors", "message"),
+        [
+            ("Flat", np.zeros((3, 4), np.float32), "got ndarray: use torch.from_numpy"),
+            ("Flat", torch.zeros(3, 4).double(), r"got torch.float64 \(3, 4\): call .float\(\)"),
+            ("Flat", torch.zeros(3, 4).half(), r"call .float\(\)"),
+            ("Flat", torch.zeros(3, 4, dtype=torch.uint8), "codes need a binary factory such as 'BFlat'"),
+            ("BFlat", torch.zeros(3, 12), "pad with zeros to a multiple of 8 bits"),
+            ("BFlat", torch.zeros(3, 12, dtype=torch.bool), "pad with zeros to a multiple of 8 bits"),
+            ("Flat", torch.zeros(4), r"must be \(N, D\), got shape \(4,\); for a single one write x\[None\]"),
+            ("BFlat", torch.zeros(4, dtype=torch.uint8), r"must be \(N, bits / 8\), got shape \(4,\)"),
+            ("Flat", torch.zeros(4, 0), r"got shape \(4, 0\)"),
+            (
+                "Flat",
+                torch.tensor([[0.0], [math.nan], [1.0], [-math.inf]]),
+                r"NaN or infinity, first in rows \[1, 3\]",
+            ),
+            (
+                "PQ7x4",
+                torch.zeros(50, 32),
+                "PQ7 cuts .* one of 1, 2, 4, 8, 16, 32 parts, or put OPQ7_28 in front",
+            ),
+            ("LSH", torch.zeros(50, 32), "FAISS refuses the factory 'LSH' for dimension 32 and metric 'ip'"),
+            (
+                "IVF64,Flat",
+                torch.rand(50, 32),
+                "'IVF64,Flat' needs at least 64 vectors to train, got 50: give more",
+            ),
+            ("IVF8,PQ4", torch.rand(50, 32), "needs at least 256 vectors"),
+            ("OPQ4,SQ8", torch.rand(50, 32), "needs at least 256 vectors"),
+            ("SQ8", torch.rand(0, 32), "needs at least 1 vectors to train, got 0"),
+            ("BIVF64", codes(50), "needs at least 64 vectors to train, got 50"),
+        ],
+    )
+    def test_vectors(self, factory, vectors, message):
+        index = FaissIndex(factory)
+        for method in (index.train, index.add):
+            with pytest.raises(ValueError, match=message):
+                method(vectors)
+        assert len(index) == 0
+        assert index.dimension is None  # a refused first batch leaves the index as it was
+
+    def test_advice_for_pq_works(self):
+        assert len(filled("OPQ7_28,PQ7x4", clustered(300))) == 300
+
+    def test_dimension_differs(self):
+        index = filled("Flat", clustered(20, 32))
+        for method in (index.add, lambda x: index.search(x, 1)):
+            with pytest.raises(ValueError, match="the index has 32 dimensions, the vectors have 16"):
+                method(clustered(3, 16))
+        with pytest.raises(ValueError, match="the index has 48 bits, the vectors have 16"):
+            filled("BFlat", codes(20)).add(codes(3, width=2))
+
+    def test_k(self):
+        index, queries = filled("Flat", clustered(20)), clustered(3)
+        with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+            index.search(queries, 0)
+        with pytest.raises(ValueError, match="k=21 neighbours asked of an index of 20 items"):
+            index.search(queries, 21)
+
+    def test_empty(self):
+        for index in (FaissIndex("Flat"), FaissIndex("BFlat")):
+            with pytest.raises(ValueError, match="the index is empty"):
+                index.search(codes(3) if index.is_binary else clustered(3), 1)
+        index = FaissIndex("IVF4,Flat")
+        index.train(clustered(200))
+        with pytest.raises(ValueError, match="the index is empty"):
+            index.search(clustered(3), 1)
+
+    def test_trained_twice(self):
+        index = filled("Flat", clustered(20))
+        with pytest.raises(ValueError, match="trained already"):
+            index.train(clustered(20))
+
+    def test_train_size_too_small(self):
+        with pytest.raises(
+            ValueError, match=r"at least 64 vectors to train, got 30: raise train_size \(now 30\)"
+        ):
+            FaissIndex("IVF64,Flat", train_size=30).add(clustered(100))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config(path):
+    config = OmegaConf.load(path)
+    assert path.read_text().startswith("# ")
+    if OmegaConf.is_missing(config, "factory"):
+        config.factory = "PCA64,IVF8,PQ16"
+    index = instantiate(config)
+    items = codes(400, 8) if index.is_binary else clustered(400, 128)
+    index.add(items)
+    result = index.search(items[:50], 5)
+    assert result.ids.shape == (50, 5)
+    exact = ranked(similarities(items[:50], items, index.metric), 5)[1]
+    first = similarities(items[:50], items, index.metric).gather(1, result.ids[:, :1].clamp(min=0))
+    # Even 16 bytes put an item itself, or one hardly further, first.
+    assert (first >= exact[:, -1:]).double().mean() > 0.9
+    assert index.bytes_per_item > 0
+
+
+def test_there_are_configs():
+    assert {"flat", "ivf", "pq16", "hnsw", "binary-flat", "factory"} <= {path.stem for path in CONFIGS}
+
+
+def test_faiss_before_torch():
+    """Two OpenMP runtimes in a process are a known crash; pytest itself covers torch before faiss."""
+    code = (
+        "import faiss, numpy as np, torch\n"
+        "x = np.random.default_rng(0).standard_normal((3000, 32), dtype=np.float32)\n"
+        "index = faiss.index_factory(32, 'IVF16,Flat'); index.train(x); index.add(x)\n"
+        "t = torch.from_numpy(x); (t @ t.T).sort(1); index.search(x, 10); torch.linalg.svd(t)\n"
+        "from simsearch.index.faiss_index import FaissIndex\n"
+        "index = FaissIndex('HNSW16'); index.add(t); print(index.search(t[:1], 1).ids.item())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().isdigit()

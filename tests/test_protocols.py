@@ -1,0 +1,368 @@
+"""Protocols: sizes, disjointness, relevance, reproducibility and errors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from simsearch.data.collection import Collection
+from simsearch.data.protocols import (
+    ByAttribute,
+    OfficialSplit,
+    SampledSplit,
+    Split,
+    UnseenClasses,
+    drop_rows,
+)
+from simsearch.types import RetrievalTask
+
+CONF = Path(__file__).parents[1] / "conf" / "protocol"
+
+
+def classes_collection(train: list[int], test: list[int], classes: int, name: str = "fake") -> Collection:
+    """Tiny images of the given labels, training rows first."""
+    labels = torch.tensor(train + test)
+    return Collection(
+        name=name,
+        images=torch.zeros(len(labels), 3, 1, 1, dtype=torch.uint8),
+        labels=labels[:, None],
+        attributes=("class",),
+        classes=(tuple(f"c{i}" for i in range(classes)),),
+        is_test=torch.arange(len(labels)) >= len(train),
+    )
+
+
+@pytest.fixture(scope="module")
+def cifar_like() -> Collection:
+    """60,000 rows with CIFAR-10's class counts."""
+    generator = torch.Generator().manual_seed(0)
+    train, test = (
+        torch.arange(10).repeat(n)[torch.randperm(10 * n, generator=generator)].tolist()
+        for n in (5_000, 1_000)
+    )
+    return classes_collection(train, test, 10)
+
+
+@pytest.fixture(scope="module")
+def art_like() -> Collection:
+    """3 styles x 4 artists x 5 works x 3 photographs in a shuffled order, no test part."""
+    work = torch.arange(180) * 7 % 180 // 3
+    return Collection(
+        name="art",
+        images=torch.zeros(180, 3, 1, 1, dtype=torch.uint8),
+        labels=torch.stack([work // 20, work // 5, work], dim=1),
+        attributes=("style", "artist", "work"),
+        classes=tuple(tuple(map(str, range(n))) for n in (3, 12, 60)),
+        is_test=torch.zeros(180, dtype=torch.bool),
+    )
+
+
+def load(name: str):
+    return instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
+
+
+def per_class(collection: Collection, rows: torch.Tensor) -> dict[int, int]:
+    return dict(Counter(collection.column("class")[rows].tolist()))
+
+
+CIFAR = {
+    # name: training rows left, validation queries, test queries, test gallery, exclude_self
+    "dsh-release": (45_000, 5_000, 10_000, 10_000, False),
+    "10k-50k": (45_000, 5_000, 10_000, 50_000, True),
+    "1k-54k": (4_500, 500, 1_000, 54_000, True),
+    "1k-59k": (4_500, 500, 1_000, 59_000, True),
+    "unseen-classes": (31_500, 3_500, 3_000, 15_000, True),
+}
+
+
+@pytest.mark.parametrize("name", CIFAR)
+def test_configs_have_the_sizes_of_the_literature(cifar_like, name):
+    split = load(name).split(cifar_like)
+    train, validation, query, gallery, exclude_self = CIFAR[name]
+    assert len(split.train) == train
+    assert len(split.validation.query) == validation
+    assert len(split.validation.gallery) == train
+    assert len(split.test.query) == query
+    assert len(split.test.gallery) == gallery
+    assert split.test.exclude_self is exclude_self
+    assert split.test.attribute == "class"
+    assert split.test.junk is None
+    assert split.test.name == ("unseen-classes/0" if name == "unseen-classes" else name)
+    assert split.validation.name == f"{split.test.name}/val"
+
+
+@pytest.mark.parametrize("name", [*CIFAR, "rendered-style", "rendered-artist", "rendered-work"])
+def test_rows_are_sorted_unique_and_apart(cifar_like, art_like, name):
+    collection = cifar_like if name in CIFAR else art_like
+    split = load(name).split(collection)
+    lists = [split.train]
+    for task in (split.validation, split.test):
+        lists += [task.query, task.gallery]
+    for rows in lists:
+        assert rows.dtype == torch.int64
+        assert (rows[1:] > rows[:-1]).all()
+        assert rows[0] >= 0
+        assert rows[-1] < len(collection)
+    train, validation, test = (
+        set(rows.tolist()) for rows in (split.train, split.validation.query, split.test.query)
+    )
+    assert not train & test
+    assert not train & validation
+    assert not validation & test
+    # The validation split never touches a test query, in its gallery neither.
+    assert not test & set(split.validation.gallery.tolist())
+
+
+def test_official_split_is_stratified_and_shares_its_validation(cifar_like):
+    release, gallery = load("dsh-release").split(cifar_like), load("10k-50k").split(cifar_like)
+    assert per_class(cifar_like, release.validation.query) == dict.fromkeys(range(10), 500)
+    assert per_class(cifar_like, release.train) == dict.fromkeys(range(10), 4_500)
+    assert torch.equal(release.validation.gallery, release.train)
+    assert torch.equal(release.test.gallery, release.test.query)
+    assert gallery.test.gallery.tolist() == [*range(50_000)]
+    assert gallery.test.query.tolist() == [*range(50_000, 60_000)]
+    # One and the same task has one fingerprint, whatever it is called.
+    assert release.validation.fingerprint == gallery.validation.fingerprint
+    assert release.validation.name != gallery.validation.name
+
+
+def test_sampled_split_draws_per_class_from_all_rows(cifar_like):
+    out, within = load("1k-54k").split(cifar_like), load("1k-59k").split(cifar_like)
+    assert torch.equal(out.test.query, within.test.query)
+    assert torch.equal(out.train, within.train)
+    assert per_class(cifar_like, out.test.query) == dict.fromkeys(range(10), 100)
+    assert per_class(cifar_like, out.validation.query) == dict.fromkeys(range(10), 50)
+    query, trained = set(out.test.query.tolist()), {*out.train.tolist(), *out.validation.query.tolist()}
+    everything = set(range(60_000))
+    assert set(within.test.gallery.tolist()) == everything - query
+    assert set(out.test.gallery.tolist()) == everything - query - trained
+    # A sixth of a fair draw comes from the official test part.
+    share = cifar_like.is_test[out.test.query].double().mean()
+    assert 0.11 < share < 0.23
+
+
+@pytest.mark.parametrize("fold", [0, 1, 2])
+def test_unseen_classes_hold_their_classes_out(cifar_like, fold):
+    split = replace(load("unseen-classes"), fold=fold).split(cifar_like)
+    held = {3 * fold, 3 * fold + 1, 3 * fold + 2}
+    seen = set(range(10)) - held
+    assert split.test.name == f"unseen-classes/{fold}"
+    assert per_class(cifar_like, split.test.query) == dict.fromkeys(held, 1_000)
+    assert per_class(cifar_like, split.test.gallery) == dict.fromkeys(held, 5_000)
+    assert per_class(cifar_like, split.train) == dict.fromkeys(seen, 4_500)
+    assert per_class(cifar_like, split.validation.query) == dict.fromkeys(seen, 500)
+    assert cifar_like.is_test[split.test.query].all()
+    assert not cifar_like.is_test[split.test.gallery].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "attribute", "junk"),
+    [
+        ("rendered-style", "style", "artist"),
+        ("rendered-artist", "artist", "work"),
+        ("rendered-work", "work", None),
+    ],
+)
+def test_by_attribute_divides_the_works(art_like, name, attribute, junk):
+    split = load(name).split(art_like)
+    work = art_like.column("work")
+    train, validation, test = (
+        set(work[rows].tolist()) for rows in (split.train, split.validation.gallery, split.test.gallery)
+    )
+    assert (len(train), len(validation), len(test)) == (18, 12, 30)
+    assert train | validation | test == set(range(60))
+    for task in (split.validation, split.test):
+        assert sorted(work[task.query].tolist()) == sorted(set(work[task.gallery].tolist()))
+        assert set(Counter(work[task.gallery].tolist()).values()) == {3}
+        assert set(task.query.tolist()) <= set(task.gallery.tolist())
+        assert (task.attribute, task.junk, task.exclude_self) == (attribute, junk, True)
+
+
+def test_by_attribute_leaves_unknown_rows_out(art_like):
+    labels = art_like.labels.clone()
+    labels[:10, 2] = -1
+    labels[10:20, 1] = -1
+    unknown = replace(art_like, labels=labels)
+    split = load("rendered-artist").split(unknown)
+    used = torch.cat([split.train, split.validation.gallery, split.test.gallery])
+    assert sorted(used.tolist()) == [*range(20, 180)]
+
+
+def test_more_data_do_not_redraw_the_queries():
+    """A row's random key is its own: rows of the same classes keep their rank when others are added."""
+    small = classes_collection([0] * 30, [0] * 5, 2)
+    large = classes_collection([0] * 30, [0] * 5 + [1] * 20, 2)
+    protocol = SampledSplit("p", train_in_gallery=True, queries_per_class=3, train_per_class=5)
+    first, second = protocol.split(small).test.query, protocol.split(large).test.query
+    assert torch.equal(first, second[second < 35])
+
+
+@given(
+    counts=st.lists(st.integers(2, 30), min_size=1, max_size=5),
+    share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 50),
+)
+@settings(max_examples=50, deadline=None)
+def test_validation_takes_its_share_of_each_class(counts, share, seed):
+    train = [value for value, count in enumerate(counts) for _ in range(count)]
+    collection = classes_collection(train, [0], len(counts))
+    protocol = OfficialSplit("p", gallery="train", exclude_self=True, validation=share, seed=seed)
+    split = protocol.split(collection)
+    taken = per_class(collection, split.validation.query)
+    for value, count in enumerate(counts):
+        assert taken[value] == min(max(round(share * count), 1), count - 1)
+    assert sorted(split.train.tolist() + split.validation.query.tolist()) == [*range(len(train))]
+
+
+def test_draws_are_uniform():
+    """Each of 20 rows becomes one of 5 validation queries in a quarter of 800 seeds."""
+    collection = classes_collection([0] * 20, [0], 1)
+    drawn = Counter()
+    for seed in range(800):
+        protocol = OfficialSplit("p", gallery="train", exclude_self=True, validation=0.25, seed=seed)
+        drawn.update(protocol.split(collection).validation.query.tolist())
+    assert sum(drawn.values()) == 4_000
+    # Binomial(800, 1/4): mean 200, standard deviation 12.2; 20 rows stay within 5 of them.
+    assert all(139 < drawn[row] < 261 for row in range(20))
+
+
+# Reproducibility and fingerprints
+
+
+def test_draws_are_the_same_everywhere(art_like):
+    """Recorded rows: another platform, process or NumPy must draw the same."""
+    collection = classes_collection([0] * 8 + [1] * 8, [0, 1] * 4, 2)
+    sampled = SampledSplit("p", train_in_gallery=True, queries_per_class=2, train_per_class=4, validation=0.5)
+    split = sampled.split(collection)
+    assert split.test.query.tolist() == [2, 4, 8, 13]
+    assert split.validation.query.tolist() == [1, 7, 14, 21]
+    assert split.train.tolist() == [3, 9, 12, 20]
+    assert split.test.fingerprint == "6a95f2425565ebb2"
+    assert load("rendered-style").split(art_like).test.query[:8].tolist() == [0, 2, 7, 8, 9, 12, 15, 18]
+
+
+def test_fingerprints_tell_tasks_apart(cifar_like, art_like):
+    tasks = [load(name).split(cifar_like).test for name in CIFAR]
+    tasks += [replace(load("unseen-classes"), fold=fold).split(cifar_like).test for fold in (1, 2)]
+    tasks += [load(f"rendered-{name}").split(art_like).test for name in ("style", "artist", "work")]
+    tasks += [replace(load("1k-59k"), seed=1).split(cifar_like).test]
+    tasks += [replace(load("dsh-release"), exclude_self=True).split(cifar_like).test]
+    tasks += [replace(load("rendered-style"), junk=None).split(art_like).test]
+    fingerprints = [task.fingerprint for task in tasks]
+    assert len(set(fingerprints)) == len(fingerprints)
+    assert all(len(f) == 16 and int(f, 16) >= 0 for f in fingerprints)
+
+
+def test_fingerprint_follows_data_and_task_but_neither_name_nor_training_rows():
+    collection = classes_collection([0, 1] * 10, [0, 1] * 3, 2)
+    protocol = OfficialSplit("p", gallery="train", exclude_self=True)
+    task = protocol.split(collection).test
+    assert replace(protocol, name="q").split(collection).test.fingerprint == task.fingerprint
+    assert replace(protocol, validation=0.3).split(collection).test.fingerprint == task.fingerprint
+    images = collection.images.clone()
+    images[3, 0, 0, 0] = 1
+    assert protocol.split(replace(collection, images=images)).test.fingerprint != task.fingerprint
+
+
+def test_drop_rows():
+    collection = classes_collection([0, 1] * 10, [0, 1] * 3, 2)
+    task = OfficialSplit("p", gallery="train", exclude_self=True).split(collection).test
+    fewer = drop_rows(task, torch.tensor([25, 3, 4, 999, 3]), "/no-doubles")
+    assert fewer.name == "p/no-doubles"
+    assert fewer.query.tolist() == [20, 21, 22, 23, 24]
+    assert fewer.gallery.tolist() == [0, 1, 2, *range(5, 20)]
+    assert (fewer.attribute, fewer.junk, fewer.exclude_self) == ("class", None, True)
+    assert fewer.fingerprint != task.fingerprint
+    assert fewer.fingerprint != drop_rows(task, torch.tensor([3, 4]), "/no-doubles").fingerprint
+    assert fewer.fingerprint == drop_rows(task, torch.tensor([3, 4, 25]), "/other name").fingerprint
+    none = drop_rows(task, torch.tensor([], dtype=torch.int64), "/all")
+    assert (none.name, none.fingerprint) == ("p/all", task.fingerprint)
+    with pytest.raises(ValueError, match="p/x is left without any query image"):
+        drop_rows(task, torch.arange(20, 26), "/x")
+    with pytest.raises(ValueError, match="p/x is left without any gallery image"):
+        drop_rows(task, torch.arange(20), "/x")
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OfficialSplit("p", "all", True), "gallery='all' is unknown: use 'train' or 'test'"),
+        (lambda: OfficialSplit("p", "train", True, validation=0.0), r"validation=0\.0 is no share"),
+        (lambda: OfficialSplit("p", "train", True, validation=1), "validation=1 is no share: use a number"),
+        (lambda: OfficialSplit("p", "train", True, seed=-1), "seed=-1 is negative"),
+        (lambda: SampledSplit("p", True, queries_per_class=0), "queries_per_class=0 draws too few: use 1"),
+        (lambda: SampledSplit("p", True, train_per_class=1), "train_per_class=1 draws too few: use 2"),
+        (lambda: UnseenClasses(fold=3), r"fold=3 is none of the 3 folds: use 0\.\.2"),
+        (lambda: UnseenClasses(fold=-1), "fold=-1 is none"),
+        (lambda: UnseenClasses(folds=((0, 1), (2, 1))), r"overlap in the classes \[1\]: hold each"),
+        (lambda: UnseenClasses(folds=((0, 1), ())), "holds an empty fold"),
+        (lambda: ByAttribute("p", "style", None, evaluation=0.8, validation=0.2), "keep their sum below 1"),
+        (lambda: ByAttribute("p", "style", None, evaluation=-0.1), r"evaluation=-0\.1 is no share"),
+    ],
+)
+def test_wrong_values_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("protocol", "train", "test", "message"),
+    [
+        (OfficialSplit("p", "train", True), [0, 0, 1, 1], [], "p needs a training and a test part, but fake"),
+        (OfficialSplit("p", "train", True), [], [0, 0, 1, 1], "p needs a training and a test part, but fake"),
+        (
+            OfficialSplit("p", "train", True),
+            [0, 0, 1],
+            [0],
+            "p needs 2 training images a class, but class 'c1'",
+        ),
+        (
+            OfficialSplit("p", "train", True, attribute="style"),
+            [0],
+            [0],
+            "needs the attribute 'style', but fake",
+        ),
+        (OfficialSplit("p", "train", True), [0, 0], [-1], "left without any query image"),
+        (
+            SampledSplit("p", True, 2, 2),
+            [0] * 9 + [1] * 2,
+            [1],
+            "draws 4 images a class, but class 'c1' has 3",
+        ),
+        (SampledSplit("p", False, 2, 2), [0] * 4, [1] * 4, "left without any gallery image"),
+        (UnseenClasses(folds=((1, 5),)), [0, 0], [0], r"holds out the classes \[5\], but fake has 0\.\.1"),
+        (UnseenClasses(folds=((1,),)), [0, 0, 1, 1], [0], "class 'c1', which lacks test or training"),
+        (UnseenClasses(folds=((0, 1),)), [0, 0, 1, 1], [0, 1], "left without any query image"),
+        (ByAttribute("p", "style", None), [0], [], "needs the attribute 'style'"),
+        (ByAttribute("p", "class", None, group="class"), [0, 1], [], "divides 2 values of 'class' into 1"),
+        (ByAttribute("p", "class", "artist", group="class"), [0, 1], [], "needs the attribute 'artist'"),
+    ],
+)
+def test_collections_that_do_not_fit_are_refused(protocol, train, test, message):
+    with pytest.raises(ValueError, match=message):
+        protocol.split(classes_collection(train, test, 2))
+
+
+def test_split_refuses_rows_in_two_parts():
+    def task(query: list[int]) -> RetrievalTask:
+        return RetrievalTask("t", torch.tensor(query), torch.tensor([9]), "class", None, True, "0" * 16)
+
+    Split(torch.tensor([0, 1]), task([2]), task([3]))
+    for train, validation, test, message in (
+        ([0, 1], [2], [1], "1 test queries are training rows, first row 1"),
+        ([0, 1], [0], [3], "1 validation queries are training rows, first row 0"),
+        ([0, 1], [2], [2], "1 validation queries are test queries, first row 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Split(torch.tensor(train), task(validation), task(test))
