@@ -14,6 +14,8 @@ from filelock import FileLock
 
 from simsearch.files import write_json
 
+_SAVE_BYTES = 2**28  # saving is a disk write: every few blocks
+
 Fill = Callable[[np.ndarray, int], Iterator[int]]
 
 
@@ -64,7 +66,7 @@ class ArrayCache:
             return None
         try:
             array = np.load(entry / "array.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):
+        except (OSError, ValueError, EOFError):
             return None
         return array if array.shape == shape and array.dtype == np.dtype(dtype) else None
 
@@ -78,7 +80,7 @@ class ArrayCache:
             try:
                 array = np.load(path, mmap_mode="r+", allow_pickle=False)
                 start = int(json.loads(progress.read_text())["rows"])
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, EOFError, KeyError):
                 array, start = None, 0
         if array is None or array.shape != shape or array.dtype != np.dtype(dtype):
             shutil.rmtree(partial, ignore_errors=True)
@@ -93,8 +95,7 @@ class ArrayCache:
             array, start = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape), 0
         saved = start
         for done in fill(array, start):
-            # Flushing is a disk write: every few blocks, about 256 MiB.
-            if (done - saved) * array[:1].nbytes >= 2**28 or done == shape[0]:
+            if (done - saved) * array[:1].nbytes >= _SAVE_BYTES or done == shape[0]:
                 array.flush()
                 write_json(progress, {"rows": done})
                 saved = done

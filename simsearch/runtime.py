@@ -6,6 +6,7 @@ import json
 import logging
 import netrc
 import os
+import pickle
 import sys
 import uuid
 import warnings
@@ -88,7 +89,8 @@ def quiet_libraries() -> None:
     ):
         warnings.filterwarnings("ignore", message=text)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("pytorch_lightning.accelerators").setLevel(logging.WARNING)
+    for name in ("pytorch_lightning.accelerators", "faiss.loader"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 # ------------------------------------------------------------------------------- configs and objects
@@ -106,10 +108,15 @@ def build(config: Mapping[str, Any]) -> Any:
     return hydra.utils.instantiate(OmegaConf.create(dict(config)), _convert_="all")
 
 
-def build_data(config: Mapping[str, Any]) -> pl.LightningDataModule:
-    """The DataModule of `config["data"]` under the protocol of `config["protocol"]`."""
-    partial = hydra.utils.instantiate(OmegaConf.create(dict(config["data"])), _convert_="all", _partial_=True)
-    return partial(protocol=build(config["protocol"]))
+def build_data(config: Mapping[str, Any], protocol: Any = None) -> pl.LightningDataModule:
+    """The DataModule of `config["data"]` with its data read, under `protocol` or that of the config."""
+    node = OmegaConf.create(dict(config["data"]))
+    # Not as an argument of instantiate, which would turn the protocol's dataclass into a config.
+    partial = hydra.utils.instantiate(node, _convert_="all", _partial_=True)
+    data = partial(protocol=protocol or build(config["protocol"]))
+    data.prepare_data()
+    data.setup()
+    return data
 
 
 def build_trainer(config: Mapping[str, Any], folder: Path, loggers: list[Logger]) -> pl.Trainer:
@@ -177,7 +184,10 @@ def load_model(run: Run) -> pl.LightningModule:
     if not path.is_file():
         raise ValueError(f"{run.folder} has no checkpoints/best.ckpt: its training did not finish; resume it")
     model = build(run.config["model"])
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is damaged or holds more than tensors: {error}") from error
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
     return model.eval()
@@ -221,7 +231,7 @@ def build_loggers(run: Run) -> list[Logger]:
     import wandb
 
     identity = json.loads((run.folder / "run.json").read_text())["wandb_id"]
-    logger = WandbLogger(
+    experiment = wandb.init(
         name=settings["name"] or run.folder.name,
         project=settings["project"],
         group=settings["group"],
@@ -229,13 +239,12 @@ def build_loggers(run: Run) -> list[Logger]:
         job_type="train",
         id=identity,
         resume="allow",
-        save_dir=str(run.folder),
+        dir=run.folder,
+        config=run.config,
+        reinit="create_new",  # never the run of an earlier job of this process
         settings=wandb.Settings(mode=mode, silent=True, console="off", init_timeout=30),
     )
-    logger.experiment.config.update(
-        {key: value for key, value in run.config.items() if key != "hydra"}, allow_val_change=True
-    )
-    return [logger, *loggers]
+    return [WandbLogger(experiment=experiment), *loggers]
 
 
 def log_summary(loggers: list[Logger], path: Path) -> None:
@@ -297,7 +306,7 @@ def finish_loggers(loggers: list[Logger], status: str = "success") -> None:
 def results_table(stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "test")) -> Table:
     """The headline numbers of metrics.json as a table: value and 95% interval, bytes, latency."""
     table = Table(title="Retrieval results (95% bootstrap interval over queries)")
-    table.add_column("protocol")
+    table.add_column("protocol", no_wrap=True)
     for name in HEADLINES:
         table.add_column(name, justify="right")
     for name in ("bytes/image", "ms/query p50"):
@@ -322,6 +331,6 @@ def results_table(stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "te
 
 def show(*what: Any) -> None:
     """Prints to the terminal, tables included."""
-    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     for item in what:
         console.print(item)

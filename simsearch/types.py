@@ -30,7 +30,7 @@ class Batch(TypedDict):
 class Descriptors:
     """Vectors of N images with the labels and the collection rows that they belong to.
 
-    vectors: float32 (N, D), or uint8 (N, bits / 8) packed codes when `bits` is given.
+    vectors: float32 (N, D), or uint8 (N, ceil(bits / 8)) packed codes when `bits` is given, unused bits 0.
     label: int64 (N,), -1 where unknown. index: int64 (N,), unique collection rows. group: int64
     (N,) or None; items of one group are junk to each other (-1: no group).
 
@@ -44,9 +44,9 @@ class Descriptors:
     group: Tensor | None = None
 
     def __post_init__(self) -> None:
-        n = len(self.vectors)
         if self.vectors.ndim != 2:
             raise ValueError(f"descriptors must be (N, D), got shape {tuple(self.vectors.shape)}")
+        n = len(self.vectors)
         if self.bits is None:
             if self.vectors.dtype != torch.float32:
                 raise ValueError(f"float descriptors must be float32, got {self.vectors.dtype}")
@@ -54,10 +54,16 @@ class Descriptors:
                 bad = (~torch.isfinite(self.vectors)).any(1).nonzero()[:5, 0].tolist()
                 raise ValueError(f"descriptors hold NaN or infinity, first in rows {bad}")
         else:
+            if self.bits < 1:
+                raise ValueError(f"codes need at least 1 bit, got {self.bits}")
             if self.vectors.dtype != torch.uint8 or self.vectors.shape[1] != -(-self.bits // 8):
                 raise ValueError(
                     f"codes of {self.bits} bits must be uint8 (N, {-(-self.bits // 8)}), "
                     f"got {self.vectors.dtype} {tuple(self.vectors.shape)}"
+                )
+            if self.bits % 8 and (self.vectors[:, -1] >> self.bits % 8).any():
+                raise ValueError(
+                    f"codes of {self.bits} bits have bits set beyond: they would count in every distance"
                 )
         for name in ("label", "index", "group"):
             value = getattr(self, name)
@@ -93,8 +99,10 @@ class SearchResult:
             raise ValueError(
                 f"ids must be int64 and scores float32, got {self.ids.dtype} and {self.scores.dtype}"
             )
-        if self.ids.shape[1] > 1 and (self.scores[:, 1:] > self.scores[:, :-1]).any():
-            raise ValueError("scores must be sorted best first")
+        if ((self.ids < 0) != self.scores.isneginf()).any() or (self.ids < -1).any():
+            raise ValueError("an id of -1 and a score of -inf go together, and no other id is negative")
+        if not (self.scores[:, 1:] <= self.scores[:, :-1]).all() or self.scores.isnan().any():
+            raise ValueError("scores must be sorted best first, without NaN")
 
 
 @dataclass(frozen=True)

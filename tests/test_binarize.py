@@ -33,7 +33,7 @@ def quantisation_error(v: Tensor) -> float:
 
 
 @given(seed=st.integers(0, 1000), bits=st.integers(1, 24), n=st.sampled_from([30, 300]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_itq_has_the_signs_of_faiss(seed, bits, n):
     """FAISS normalises each centred vector; one linear map has the same signs, on unseen data too."""
     x, unseen = features(n, seed=seed), features(200, seed=seed + 1)

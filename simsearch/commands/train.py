@@ -21,21 +21,24 @@ THUMBNAIL_SIDE = 128
 @runtime.command("train")
 def main(config: DictConfig) -> None:
     run = runtime.start_run(config)
+    data = runtime.build_data(run.config)
+    model = runtime.build(run.config["model"])
     loggers = runtime.build_loggers(run)
     status = "failed"
     try:
-        train(run, loggers)
+        train(run, data, model, loggers)
         status = "success"
     finally:
         runtime.finish_loggers(loggers, status)
 
 
-def train(run: runtime.Run, loggers: list[pl.loggers.Logger]) -> None:
+def train(
+    run: runtime.Run,
+    data: pl.LightningDataModule,
+    model: pl.LightningModule,
+    loggers: list[pl.loggers.Logger],
+) -> None:
     """Fits the model of `run`, tests its best checkpoint, writes figures and catalog, prints the table."""
-    data = runtime.build_data(run.config)
-    data.prepare_data()
-    data.setup()
-    model = runtime.build(run.config["model"])
     trainer = runtime.build_trainer(run.config, run.folder, loggers)
 
     last = run.folder / "checkpoints" / "last.ckpt"

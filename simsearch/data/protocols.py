@@ -285,6 +285,27 @@ def drop_rows(task: RetrievalTask, rows: Tensor, suffix: str) -> RetrievalTask:
     )
 
 
+@dataclass(frozen=True)
+class WithoutRows:
+    """Another protocol whose test lacks some rows, such as queries with near-duplicates in the gallery.
+
+    protocol: the other. rows: int64 (N,), collection rows to leave out. Training and validation stay.
+    """
+
+    protocol: RetrievalProtocol
+    rows: Tensor
+    suffix: str = "-without"
+
+    @property
+    def name(self) -> str:
+        return self.protocol.name + self.suffix
+
+    def split(self, collection: Collection) -> Split:
+        """Split of the other protocol with a smaller test. Raises ValueError where nothing is left."""
+        split = self.protocol.split(collection)
+        return replace(split, test=drop_rows(split.test, self.rows, self.suffix))
+
+
 def _task(
     collection: Collection,
     name: str,

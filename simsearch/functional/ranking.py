@@ -110,10 +110,14 @@ def rank_vectors(
     junk = find_junk(query, gallery, exclude_self=exclude_self)
     stored = _ByLabel.of(gallery)
     transposed = stored.vectors.T
-    step = max(1, block_bytes // (8 * len(gallery)))
+    # With fewer rows a thread, matrix kernels sum some columns in another order: equal vectors would not tie.
+    unit = 4 * torch.get_num_threads()
+    step = max(block_bytes // (8 * len(gallery)) // unit, 1) * unit
+    buffer = torch.empty(min(step, -(-len(query) // unit) * unit), len(gallery))
     for start in range(0, len(query), step):
         stop = min(start + step, len(query))
-        scores = query.vectors[start:stop] @ transposed
+        block = torch.nn.functional.pad(query.vectors[start:stop], (0, 0, 0, (start - stop) % unit))
+        scores = torch.mm(block, transposed, out=buffer[: len(block)])[: stop - start]
         rows, columns = junk.block(start, stop)
         scores[rows, stored.place[columns]] = -torch.inf
         yield _rank_scores(scores.numpy(), *stored.relevant(query.label[start:stop]))
@@ -163,6 +167,13 @@ def _rank_scores(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> Ranki
     )
 
 
+def _check_codes(query: Descriptors, gallery: Descriptors) -> None:
+    if gallery.bits is None or query.bits != gallery.bits:
+        raise ValueError(
+            f"query and gallery must be codes of one width, got {query.bits} and {gallery.bits} bits"
+        )
+
+
 def rank_codes(
     query: Descriptors, gallery: Descriptors, *, exclude_self: bool = False, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[Rankings]:
@@ -170,10 +181,7 @@ def rank_codes(
 
     Raises ValueError where the two sides are not codes of one width.
     """
-    if gallery.bits is None or query.bits != gallery.bits:
-        raise ValueError(
-            f"query and gallery must be codes of one width, got {query.bits} and {gallery.bits} bits"
-        )
+    _check_codes(query, gallery)
     junk = find_junk(query, gallery, exclude_self=exclude_self)
     stored = _ByLabel.of(gallery)
     planes = np.ascontiguousarray(code_words(stored.vectors).T)  # (W, G)
@@ -210,7 +218,7 @@ def _distance_histograms(
     total = np.zeros((b, bins), np.int64)
     hits = np.zeros((b, bins), np.int64)
     dtype = np.uint8 if bins <= 256 else np.uint16
-    rows = max(1, _CHUNK_BYTES // (8 * g))
+    rows = max(1, _CHUNK_BYTES // (8 * max(g, 256 * bins)))  # _histograms holds 256 * bins counts a row
 
     def work(part: np.ndarray) -> None:
         # Few, long NumPy calls: threads that fetch the interpreter lock for short ones wait for it instead.
@@ -296,7 +304,8 @@ def measure_ranking(
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
     harmonic = ties.harmonic_numbers(len(gallery))
-    blocks: list[dict[str, Tensor]] = []
+    metrics: dict[str, Tensor] = {}  # filled in place: small results between large blocks fragment the heap
+    start = 0
     for ranking in rank(query, gallery, exclude_self=exclude_self, block_bytes=block_bytes):
         block = {
             "relevant": ranking.relevant.double(),
@@ -312,10 +321,15 @@ def measure_ranking(
             block[f"NDCG@{k}"] = ties.ndcg_at(ranking, k)
             block[f"AP@{k}_minRk"] = ties.average_precision(ranking, harmonic, k=k, normaliser="min(R,k)")
             block[f"AP@{k}_R"] = ties.average_precision(ranking, harmonic, k=k)
-        blocks.append(block)
-    if not blocks:
+        stop = start + len(ranking.relevant)
+        for name, value in block.items():
+            if start == 0:
+                metrics[name] = torch.empty(len(query), dtype=torch.float64)
+            metrics[name][start:stop] = value
+        start = stop
+    if not metrics:
         raise ValueError("there are no queries to measure")
-    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    return metrics
 
 
 def average_precision_in_index_order(
@@ -325,7 +339,10 @@ def average_precision_in_index_order(
 
     The DSH release's evaluation breaks ties so. It depends on how the gallery is sorted: report it
     only to compare with numbers measured the same way.
+
+    Raises ValueError where the two sides are not codes of one width.
     """
+    _check_codes(query, gallery)
     junk = find_junk(query, gallery, exclude_self=exclude_self)
     words, stored = code_words(query.vectors), np.ascontiguousarray(code_words(gallery.vectors).T)
     labels = gallery.label.numpy()

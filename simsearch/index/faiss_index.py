@@ -398,6 +398,10 @@ def _train_seeded(index: Any, array: np.ndarray, seed: int) -> None:
             clusterings.append(part.pq.cp)
         if hasattr(part, "cp"):
             clusterings.append(part.cp)
+        if hasattr(part, "do_polysemous_training"):
+            # The factory turns on an annealing that reorders the codebooks for Hamming filtering, which no
+            # search here uses: two seconds a sub-quantiser, many times all the rest.
+            part.do_polysemous_training = False
     for clustering in clusterings:
         clustering.seed = seed
         # FAISS warns on stderr for each of its k-means runs, hundreds of lines for OPQ: once is enough.

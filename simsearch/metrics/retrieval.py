@@ -61,6 +61,12 @@ class RetrievalMetrics(Metric):
         for name, value in (("vectors", vectors), ("label", label), ("index", index), ("group", group)):
             getattr(self, f"{part}_{name}").append(value.detach())
 
+    def forward(
+        self, part: Part, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None
+    ) -> None:
+        """Adds a batch, as `update` does: a batch of one part alone has nothing to rank."""
+        self.update(part, embedding, label, index, group)
+
     def descriptors(self, part: Part) -> Descriptors:
         """The collected queries or gallery by ascending row, each row once, on the CPU."""
 

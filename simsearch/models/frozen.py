@@ -160,6 +160,11 @@ class FrozenRetriever(pl.LightningModule):
             return descriptor
         return descriptor @ self.code_weight.T + self.code_bias
 
+    @property
+    def input_size(self) -> int:
+        """Side in pixels to which files are best decoded: that of the largest scale."""
+        return max(self.sizes)
+
     def identity(self) -> dict[str, object]:
         """What decides the descriptors besides the tensors, as plain values."""
         return {

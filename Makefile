@@ -1,0 +1,52 @@
+# Everything happens in .venv; the first target that needs it makes it, later calls don't install again.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/ready
+DATA ?= rendered
+ARGS ?=
+
+.PHONY: help run test test-slow test-gpu bench lint format clean
+
+help:
+	@echo "make run                       the search engine on the embedded sample, from nothing"
+	@echo "make run DATA=cifar10          the same on CIFAR-10: from \$$SIMSEARCH_DATA/cifar10 (data/cifar10 by"
+	@echo "                               default), downloaded there where there is a network"
+	@echo "make run ARGS='pooling=gem'    any override of simsearch train"
+	@echo "make test                      the fast test suite;  make test-slow, make test-gpu: the others"
+	@echo "make bench                     speed beside the usual ways;  make lint, make format, make clean"
+
+# torch and torchvision come from the registry together and unpinned, as pyproject.toml says.
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "simsearch needs Python 3.11, 3.12 or 3.13"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "installing packages into .venv (about 6 GB with torch, a few minutes)"
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(READY)
+
+run: $(READY)
+	$(BIN)/simsearch train data=$(DATA) $(if $(filter cifar10,$(DATA)),data.download=true) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench: $(READY)
+	$(BIN)/python experiments/2026-11-23-bench/bench.py $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -1,0 +1,86 @@
+"""simsearch index: a catalog of a folder or manifest of images, described by a run's encoder."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from tqdm import tqdm
+
+from simsearch import runtime
+from simsearch.data.manifest import load_images, read_manifest
+from simsearch.files import replacing
+from simsearch.images import ImageError, encode_thumbnail
+from simsearch.search.catalog import item_table, write_catalog
+from simsearch.search.engine import encode
+
+
+@runtime.command("index")
+def main(config: DictConfig) -> None:
+    run = runtime.open_run(Path(config.run))
+    manifest = read_manifest(Path(config.images), Path(config.root) if config.root else None)
+    out = Path(config.out) if config.out else run.folder / "catalogs" / Path(config.images).stem
+    index = runtime.build(runtime.plain(config)["index"])
+    encoder = runtime.load_model(run)
+    if index.is_binary != (encoder.bits is not None):
+        kind = "codes: index=binary-flat" if encoder.bits else "float descriptors: index=flat"
+        raise ValueError(
+            f"index={index.factory} does not fit this run, which gives {kind} or another of that kind"
+        )
+
+    parts, rows, thumbnails, errors = [], [], [], []
+    batches = load_images(
+        manifest, size=encoder.input_size, batch_size=config.batch_size, workers=config.workers
+    )
+    with tqdm(total=len(manifest), unit="img", desc="index") as bar:
+        for images, batch_rows, batch_errors in batches:
+            if len(images):
+                parts.append(encode(encoder, images))
+            rows += batch_rows.tolist()
+            thumbnails += [encode_thumbnail(image, config.thumbnail) for image in images]
+            errors += batch_errors
+            bar.update(len(images) + len(batch_errors))
+    if not rows:
+        raise ValueError(f"none of the {len(manifest)} images of {config.images} could be read: {errors[0]}")
+
+    index.add(torch.cat(parts))
+    columns = {"path": [manifest.paths[row] for row in rows]}
+    for name, values in manifest.attributes.items():
+        columns[name] = [values[row] for row in rows]
+    reasons = dict(Counter(error.reason for error in errors))
+    write_catalog(
+        out,
+        index=index,
+        items=item_table(columns, thumbnails),
+        encoder=encoder,
+        config={"model": run.config["model"]},
+        about={
+            "source": {"run": run.folder.name, "images": str(manifest.root)},
+            "skipped": reasons | manifest.skipped,
+        },
+    )
+    report(out, len(rows), index.code_bytes, errors, manifest.skipped)
+
+
+def report(out: Path, count: int, code_bytes: int, errors: list[ImageError], skipped: dict[str, int]) -> None:
+    """Prints what was indexed and what was not; unreadable files are listed in <out>/skipped.csv."""
+    print(f"{count} images, {code_bytes} bytes each, in the catalog {out}")
+    for reason, n in Counter(error.reason for error in errors).most_common():
+        example = next(error.path for error in errors if error.reason == reason)
+        print(f"skipped {n} files, {reason} (first {example})", file=sys.stderr)
+    for reason, n in skipped.items():
+        print(f"left out {n} entries of the folder: {reason}", file=sys.stderr)
+    if errors:
+        with replacing(out / "skipped.csv") as temporary, temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "reason", "detail"])
+            writer.writerows([error.path, error.reason, error.detail] for error in errors)
+    print(f"try next: simsearch search catalog={out} image=<image or folder>")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What all tests share: one thread, no network, caches of their own, and small data."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+SMALL = (
+    "data.styles=4",
+    "data.artists=2",
+    "data.works=5",
+    "data.photographs=3",
+    "data.size=48",
+    "backbone.size=64",
+    "model.whitening.dimension=16",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory):
+    """Nothing is read from or written to the user's caches, W&B never goes online."""
+    folder = tmp_path_factory.mktemp("environment")
+    values = {
+        "SIMSEARCH_CACHE": str(folder / "cache"),
+        "WANDB_MODE": "offline",
+        "WANDB_CACHE_DIR": str(folder / "wandb"),
+        "WANDB_DATA_DIR": str(folder / "wandb"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    old = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    yield
+    for name, value in old.items():
+        if value is None:
+            os.environ.pop(name)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data, or a skip that says what is missing."""
+    root = os.environ.get("SIMSEARCH_DATA")
+    if not root or not Path(root, "cifar10").is_dir():
+        pytest.skip("SIMSEARCH_DATA does not name a folder with cifar10/: tests on real images are SKIPPED")
+    return Path(root)
+
+
+def simsearch(*arguments: str, cwd: Path | None = None, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Runs the program as a user does and checks its exit status."""
+    done = subprocess.run(
+        [sys.executable, "-m", "simsearch", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, _own_folders: None) -> Path:
+    """The run directory of a training on a small rendered sample."""
+    run = tmp_path_factory.mktemp("runs") / "small"
+    done = simsearch("train", *SMALL, f"run_dir={run}", "callbacks.evaluation.ks=[1,10]")
+    (run / "stdout.txt").write_text(done.stdout)
+    return run

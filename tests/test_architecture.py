@@ -1,0 +1,110 @@
+"""The rooms of the house and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "simsearch"
+
+GROUND = {"types", "files"}
+MAY_IMPORT = {
+    "types": set(),
+    "files": set(),
+    "functional": {"types"},
+    "figures": GROUND,
+    "images": {"types", "functional"},
+    "cache": GROUND,
+    "metrics": {"functional", "types"},
+    "losses": {"functional"},
+    "data": {"functional", "images", *GROUND},
+    "models": {"functional", "cache", *GROUND},
+    "index": GROUND,
+    "search": {"index", "models", "functional", "images", "cache", "data", *GROUND},
+    "callbacks": {"index", "metrics", "functional", "figures", *GROUND},
+}
+MAY_IMPORT["runtime"] = {*MAY_IMPORT, "runtime"}
+MAY_IMPORT["commands"] = {*MAY_IMPORT, "runtime"}
+MAY_IMPORT["__main__"] = {"commands"}
+MAY_IMPORT["__init__"] = set()
+
+ONLY_IN = {
+    "faiss": {"simsearch/index/"},
+    "timm": {"simsearch/models/backbones.py"},
+    "hydra": {"simsearch/runtime.py"},
+    "omegaconf": {"simsearch/runtime.py", "simsearch/commands/"},
+    "wandb": {"simsearch/runtime.py"},
+    "lightning": set(),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: import by the full name"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def room(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    own = room(path)
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] == "simsearch" and len(parts) > 1 and (PACKAGE / parts[1]).exists() | (
+            PACKAGE / f"{parts[1]}.py"
+        ).exists():
+            assert parts[1] == own or parts[1] in MAY_IMPORT[own], f"{own} must not import {name}"
+        for library, places in ONLY_IN.items():
+            if parts[0] == library:
+                here = str(path.relative_to(ROOT))
+                assert any(here.startswith(place) for place in places), f"{here} must not import {library}"
+
+
+def test_every_room_has_a_rule():
+    assert {room(path) for path in FILES} <= set(MAY_IMPORT)
+
+
+def test_torchvision_models_only_in_backbones():
+    for path in FILES:
+        uses = [n for n in imported(path) if n.split(".")[0] == "torchvision"]
+        assert not uses or path.name in ("backbones.py", "cifar10.py"), (path, uses)
+
+
+def test_packages_import_nothing_by_themselves():
+    for path in PACKAGE.rglob("__init__.py"):
+        assert not imported(path), path
+
+
+def test_import_and_help_are_light():
+    code = "import sys, simsearch, simsearch.__main__; print([m for m in ('torch', 'hydra', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_no_star_kwargs_and_no_pickle():
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.args.kwarg is None, f"{path}:{node.lineno} takes **{node.args.kwarg.arg}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert given.get("weights_only") == "True", f"{path}:{node.lineno}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
+                given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert given.get("allow_pickle") == "False", f"{path}:{node.lineno}"

@@ -1,0 +1,93 @@
+"""Every yaml composes, and everything that needs no hardware and no download is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from simsearch import runtime
+
+CONF = Path(runtime.CONF)
+PRIMARY = sorted(p.stem for p in CONF.glob("*.yaml"))
+GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra")
+OPTIONS = [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml"))]
+NEEDS_A_NAME = {
+    "torchvision": ["backbone.name=resnet18"],
+    "timm": ["backbone.name=resnet10t"],
+    "factory": ["index.factory=Flat"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _hydra():
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def compose(*overrides: str, name: str = "train") -> dict:
+    config = hydra.compose(name, ["run_dir=unused", *overrides] if name == "train" else list(overrides))
+    values = OmegaConf.to_container(config, resolve=True)
+    return {str(key): value for key, value in values.items()}
+
+
+def test_there_are_configs():
+    assert {"train", "evaluate", "index", "search", "data_audit", "data_export"} == set(PRIMARY)
+    assert {"data", "model", "backbone", "pooling", "index", "protocol", "callbacks", "logger", "trainer"} <= set(GROUPS)
+
+
+@pytest.mark.parametrize("name", PRIMARY)
+def test_primary_composes(name):
+    required = {
+        "evaluate": ["run=r", "run_dir=d"],
+        "index": ["run=r", "images=i"],
+        "search": ["catalog=c", "image=i"],
+        "data_audit": ["run=r"],
+        "data_export": ["out=o"],
+    }
+    values = compose(*required.get(name, []), name=name)
+    assert values
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}={o}" for g, o in OPTIONS])
+def test_option_composes_and_builds(group, option):
+    overrides = [f"{group}={option}", *NEEDS_A_NAME.get(option, [])]
+    if group == "backbone":
+        size = 70 if option == "dinov2-small" else 32  # transformers take multiples of their patch
+        overrides += [f"backbone.size={size}", "backbone.weights=random", "model.cache=null"]
+    elif group in ("model", "pooling", "experiment"):
+        overrides += ["backbone.weights=random", "backbone.size=64", "model.cache=null"]
+    values = compose(*overrides)
+    if group in ("backbone", "model", "pooling", "experiment"):
+        model = runtime.build(values["model"])
+        assert model.dimension > 0
+        assert model.identity()
+    elif group == "protocol":
+        assert runtime.build(values["protocol"]).name
+    elif group == "index":
+        assert len(runtime.build(values["index"])) == 0
+    elif group == "data":
+        protocol = runtime.build(values["protocol"])
+        node = OmegaConf.create(values["data"])
+        data = hydra.utils.instantiate(node, _convert_="all", _partial_=True)(protocol=protocol)
+        assert data.protocol is protocol
+    elif group == "callbacks":
+        assert [runtime.build(node) for node in values["callbacks"].values()]
+    elif group == "trainer":
+        if values["trainer"]["accelerator"] != "gpu":  # that needs the hardware: composed only
+            trainer = runtime.build_trainer({**values, "callbacks": {}}, Path("unused"), [])
+            assert trainer.max_epochs == values["trainer"]["max_epochs"]
+    elif group == "logger":
+        assert runtime.wandb_mode(values["logger"]["mode"])
+    else:
+        pytest.fail(f"no check for the group {group}: say what it builds")
+
+
+def test_data_bring_their_protocol_and_the_user_may_choose_another():
+    assert compose("data=cifar10")["protocol"]["name"] == "10k-50k"
+    assert compose("data=cifar10", "protocol=dsh-release")["protocol"]["name"] == "dsh-release"
+    assert compose()["protocol"]["name"] == "rendered-artist"
