@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from simsearch.files import write_json
 
-_SAVE_BYTES = 2**28  # saving is a disk write: every few blocks
+_SAVE_BYTES = 2**25  # saving is a disk write: every few blocks
 
 Fill = Callable[[np.ndarray, int], Iterator[int]]
 
@@ -70,9 +70,7 @@ class ArrayCache:
             return None
         return array if array.shape == shape and array.dtype == np.dtype(dtype) else None
 
-    def _fill(
-        self, entry: Path, parts: dict[str, object], shape: tuple[int, ...], dtype: str, fill: Fill
-    ) -> None:
+    def _fill(self, entry: Path, parts: dict[str, object], shape: tuple[int, ...], dtype: str, fill: Fill) -> None:
         partial = entry.with_name(f"{entry.name}.partial")
         path, progress = partial / "array.npy", partial / "progress.json"
         array, start = None, 0
@@ -94,7 +92,7 @@ class ArrayCache:
             partial.mkdir(parents=True)
             array, start = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape), 0
         saved = start
-        for done in fill(array, start):
+        for done in fill(array, start) if start < shape[0] else ():
             if (done - saved) * array[:1].nbytes >= _SAVE_BYTES or done == shape[0]:
                 array.flush()
                 write_json(progress, {"rows": done})
@@ -103,5 +101,5 @@ class ArrayCache:
             raise RuntimeError(f"{shape[0]} rows were promised to the cache, {saved} came")
         del array
         write_json(partial / "meta.json", {"parts": parts, "shape": shape, "dtype": dtype})
-        progress.unlink()
         os.replace(partial, entry)
+        (entry / progress.name).unlink(missing_ok=True)

@@ -49,9 +49,7 @@ def save_grid(path: Path, rows: Sequence[Sequence[Tile]], *, title: str = "", si
             picture = picture.resize((size[0], size[1]), kind)
             if x:
                 colour = NEUTRAL if tile.right is None else RIGHT if tile.right else WRONG
-                draw.rectangle(
-                    (left, top, left + side + 2 * frame - 1, top + side + 2 * frame - 1), fill=colour
-                )
+                draw.rectangle((left, top, left + side + 2 * frame - 1, top + side + 2 * frame - 1), fill=colour)
             place = (left + frame + (side - size[0]) // 2, top + frame + (side - size[1]) // 2)
             canvas.paste(picture, place)
             caption = _clip(draw, tile.caption, small, side + 2 * frame)

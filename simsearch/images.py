@@ -138,9 +138,7 @@ def encode_thumbnail(image: Tensor, side: int) -> bytes:
     Raises ValueError for another dtype or shape, and for a side below 1.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-        raise ValueError(
-            f"image must be uint8 (3, H, W) with H, W >= 1, got {image.dtype} {tuple(image.shape)}"
-        )
+        raise ValueError(f"image must be uint8 (3, H, W) with H, W >= 1, got {image.dtype} {tuple(image.shape)}")
     if side < 1:
         raise ValueError(f"side must be at least 1, got {side}")
     height, width = image.shape[1:]
@@ -181,9 +179,7 @@ def _decode(data: bytes, *, path: Path | None, size: int | None, max_pixels: int
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         width, height = image.size
         if min(width, height) < min_side:
-            raise ImageError(
-                path, "too-small", f"{width} x {height} pixels, both sides must be >= {min_side}"
-            )
+            raise ImageError(path, "too-small", f"{width} x {height} pixels, both sides must be >= {min_side}")
         if size is not None:
             image.draft(None, (2 * size, 2 * size))  # does something to JPEG only
         # A progressive JPEG is held in full while it is decoded, at whatever scale.

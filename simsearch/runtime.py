@@ -170,9 +170,7 @@ def open_run(folder: Path) -> Run:
     """An existing run directory. Raises ValueError where `folder` is none."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise ValueError(
-            f"{folder} is no run directory: it has no config.yaml. Give one that `simsearch train` made"
-        )
+        raise ValueError(f"{folder} is no run directory: it has no config.yaml. Give one that `simsearch train` made")
     values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     assert isinstance(values, dict)
     return Run(folder, {str(key): value for key, value in values.items()})

@@ -62,9 +62,7 @@ class Descriptors:
                     f"got {self.vectors.dtype} {tuple(self.vectors.shape)}"
                 )
             if self.bits % 8 and (self.vectors[:, -1] >> self.bits % 8).any():
-                raise ValueError(
-                    f"codes of {self.bits} bits have bits set beyond: they would count in every distance"
-                )
+                raise ValueError(f"codes of {self.bits} bits have bits set beyond: they would count in every distance")
         for name in ("label", "index", "group"):
             value = getattr(self, name)
             if value is not None and (value.shape != (n,) or value.dtype != torch.int64):
@@ -92,13 +90,10 @@ class SearchResult:
     def __post_init__(self) -> None:
         if self.ids.shape != self.scores.shape or self.ids.ndim != 2:
             raise ValueError(
-                "ids and scores must both be (Q, K), got "
-                f"{tuple(self.ids.shape)} and {tuple(self.scores.shape)}"
+                f"ids and scores must both be (Q, K), got {tuple(self.ids.shape)} and {tuple(self.scores.shape)}"
             )
         if self.ids.dtype != torch.int64 or self.scores.dtype != torch.float32:
-            raise ValueError(
-                f"ids must be int64 and scores float32, got {self.ids.dtype} and {self.scores.dtype}"
-            )
+            raise ValueError(f"ids must be int64 and scores float32, got {self.ids.dtype} and {self.scores.dtype}")
         if ((self.ids < 0) != self.scores.isneginf()).any() or (self.ids < -1).any():
             raise ValueError("an id of -1 and a score of -inf go together, and no other id is negative")
         if not (self.scores[:, 1:] <= self.scores[:, :-1]).all() or self.scores.isnan().any():

@@ -65,9 +65,11 @@ def test_imports_go_one_way(path):
     own = room(path)
     for name in imported(path):
         parts = name.split(".")
-        if parts[0] == "simsearch" and len(parts) > 1 and (PACKAGE / parts[1]).exists() | (
-            PACKAGE / f"{parts[1]}.py"
-        ).exists():
+        if (
+            parts[0] == "simsearch"
+            and len(parts) > 1
+            and (PACKAGE / parts[1]).exists() | (PACKAGE / f"{parts[1]}.py").exists()
+        ):
             assert parts[1] == own or parts[1] in MAY_IMPORT[own], f"{own} must not import {name}"
         for library, places in ONLY_IN.items():
             if parts[0] == library:
@@ -91,7 +93,9 @@ def test_packages_import_nothing_by_themselves():
 
 
 def test_import_and_help_are_light():
-    code = "import sys, simsearch, simsearch.__main__; print([m for m in ('torch', 'hydra', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, simsearch, simsearch.__main__; print([m for m in ('torch', 'hydra', 'numpy') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 

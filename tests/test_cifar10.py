@@ -87,8 +87,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Five training batches and a test batch of 4 images each."""
     names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
     content = {
-        name: python2_batch(pixels(4, seed).reshape(4, 3072), [seed, 1, 2, 9])
-        for seed, name in enumerate(names)
+        name: python2_batch(pixels(4, seed).reshape(4, 3072), [seed, 1, 2, 9]) for seed, name in enumerate(names)
     }
     publish(monkeypatch, content)
     return content
@@ -228,9 +227,7 @@ def test_unreadable_image(parquet, tmp_path, blob, reason):
 
 def check_batches_content(root: Path) -> None:
     collection = read_cifar10(root)
-    assert torch.equal(
-        collection.images, torch.from_numpy(np.concatenate([pixels(4, seed) for seed in range(6)]))
-    )
+    assert torch.equal(collection.images, torch.from_numpy(np.concatenate([pixels(4, seed) for seed in range(6)])))
     assert collection.column("class").tolist() == [x for seed in range(6) for x in (seed, 1, 2, 9)]
     assert collection.is_test.tolist() == [False] * 20 + [True] * 4
 

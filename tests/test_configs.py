@@ -37,7 +37,17 @@ def compose(*overrides: str, name: str = "train") -> dict:
 
 def test_there_are_configs():
     assert {"train", "evaluate", "index", "search", "data_audit", "data_export"} == set(PRIMARY)
-    assert {"data", "model", "backbone", "pooling", "index", "protocol", "callbacks", "logger", "trainer"} <= set(GROUPS)
+    assert {
+        "data",
+        "model",
+        "backbone",
+        "pooling",
+        "index",
+        "protocol",
+        "callbacks",
+        "logger",
+        "trainer",
+    } <= set(GROUPS)
 
 
 @pytest.mark.parametrize("name", PRIMARY)

@@ -66,9 +66,7 @@ def check(batch: dict, collection: Collection) -> None:
     assert set(batch) == {"image", "label", "index"}
     assert batch["image"].dtype == torch.uint8
     assert batch["label"].dtype == batch["index"].dtype == torch.int64
-    for image, label, row in zip(
-        batch["image"], batch["label"].tolist(), batch["index"].tolist(), strict=True
-    ):
+    for image, label, row in zip(batch["image"], batch["label"].tolist(), batch["index"].tolist(), strict=True):
         assert torch.equal(image, collection.images[row])
         assert label == row % 5
 
@@ -359,7 +357,5 @@ def test_wrong_values_are_refused():
 
 def test_a_protocol_that_hydra_turned_into_a_config_is_refused():
     config = OmegaConf.load(CONF / "rendered.yaml")
-    with pytest.raises(
-        InstantiationException, match=r"got DictConfig: .*_partial_=True\)\(protocol=protocol\)"
-    ):
+    with pytest.raises(InstantiationException, match=r"got DictConfig: .*_partial_=True\)\(protocol=protocol\)"):
         instantiate(config, protocol=PROTOCOL)

@@ -66,12 +66,7 @@ def png_header(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0"))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
 # Right pixels
@@ -117,9 +112,7 @@ def test_grey_fills_three_channels():
 def test_one_bit_is_black_and_white():
     bits = smooth(channels=1)[..., 0] > 127
     data = encode(Image.fromarray(bits), "PNG")
-    np.testing.assert_array_equal(
-        pixels(read_image(data)), np.repeat(bits[..., None] * np.uint8(255), 3, axis=2)
-    )
+    np.testing.assert_array_equal(pixels(read_image(data)), np.repeat(bits[..., None] * np.uint8(255), 3, axis=2))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
@@ -378,9 +371,7 @@ SAMPLES = {
 }
 
 
-@given(
-    name=st.sampled_from(sorted(SAMPLES)), seed=st.integers(0, 2**32), cut=st.booleans(), header=st.booleans()
-)
+@given(name=st.sampled_from(sorted(SAMPLES)), seed=st.integers(0, 2**32), cut=st.booleans(), header=st.booleans())
 @settings(max_examples=400, deadline=None)
 def test_damage_anywhere_gives_pixels_or_a_reason(name, seed, cut, header):
     data, rng = bytearray(SAMPLES[name]), random.Random(seed)

@@ -189,9 +189,7 @@ class TestApproximate:
         ids, _ = ranked(similarities(queries, items, options.get("metric", "ip")), 10)
         assert recall(result.ids, ids) > 0.9
 
-    @pytest.mark.parametrize(
-        ("factory", "options"), [("BIVF16", {"nprobe": 4}), ("BHNSW32", {"ef_search": 64})]
-    )
+    @pytest.mark.parametrize(("factory", "options"), [("BIVF16", {"nprobe": 4}), ("BHNSW32", {"ef_search": 64})])
     def test_binary_recall(self, factory, options):
         items, queries = codes(3000), codes(100, seed=1)
         result = filled(factory, items, **options).search(queries, 10)
@@ -203,8 +201,7 @@ class TestApproximate:
     def test_nprobe_reaches_the_lists(self, factory):
         items, queries = family_data(factory, 1500)
         found = [
-            recall(filled(factory, items, nprobe=n).search(queries, 10).ids, exact_ids(items, queries))
-            for n in (1, 32)
+            recall(filled(factory, items, nprobe=n).search(queries, 10).ids, exact_ids(items, queries)) for n in (1, 32)
         ]
         assert found[0] < found[1]
 
@@ -273,9 +270,7 @@ class TestGrowth:
     @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "PQ4x4", "SQ8", "HNSW16", *BINARY_FAMILIES])
     def test_in_parts_as_at_once(self, factory):
         items, queries = family_data(factory)
-        options = (
-            {"ef_search": 600} if "HNSW" in factory else {}
-        )  # the graphs differ, an exhaustive walk does not
+        options = {"ef_search": 600} if "HNSW" in factory else {}  # the graphs differ, an exhaustive walk does not
         results = []
         for size in (600, 170):
             index = FaissIndex(factory, **options)
@@ -323,9 +318,7 @@ class TestGrowth:
 
     def test_few_vectors_for_centroids_warn_once(self, capfd):
         """FAISS itself prints a line for each of the 816 k-means of this index."""
-        with pytest.warns(
-            UserWarning, match="learns 256 centroids from 300 vectors: fewer than the 9984"
-        ) as caught:
+        with pytest.warns(UserWarning, match="learns 256 centroids from 300 vectors: fewer than the 9984") as caught:
             FaissIndex("OPQ4,PQ4x4").train(clustered(300))
         assert len(caught) == 1
         assert "WARNING" not in "".join(capfd.readouterr())
@@ -390,6 +383,17 @@ class TestSaving:
         filled("Flat", clustered(20)).save(tmp_path)
         assert len(FaissIndex.load(tmp_path)) == 20
         assert sorted(os.listdir(tmp_path)) == ["index.faiss", "index.json"]
+
+    @pytest.mark.parametrize(("factory", "name"), [("IVF8,Flat", "nprobe"), ("BHNSW16", "ef_search")])
+    def test_settings_file_rules(self, factory, name, tmp_path):
+        """An edited nprobe or ef_search in index.json is the one that searches."""
+        items, queries = family_data(factory)
+        filled(factory, items, **{name: 1}).save(tmp_path)
+        content = json.loads((tmp_path / "index.json").read_text())
+        (tmp_path / "index.json").write_text(json.dumps(content | {name: 600}))
+        metric = "hamming" if factory[0] == "B" else "ip"
+        found = FaissIndex.load(tmp_path).search(queries, 10).scores.double()
+        torch.testing.assert_close(found, ranked(similarities(queries, items, metric), 10)[1], atol=1e-5, rtol=0)
 
     def test_failure_leaves_the_old_one(self, tmp_path, monkeypatch):
         filled("Flat", clustered(10)).save(tmp_path)
@@ -540,9 +544,7 @@ class TestErrors:
             index.train(clustered(20))
 
     def test_train_size_too_small(self):
-        with pytest.raises(
-            ValueError, match=r"at least 64 vectors to train, got 30: raise train_size \(now 30\)"
-        ):
+        with pytest.raises(ValueError, match=r"at least 64 vectors to train, got 30: raise train_size \(now 30\)"):
             FaissIndex("IVF64,Flat", train_size=30).add(clustered(100))
 
 

@@ -45,8 +45,7 @@ def cifar_like() -> Collection:
     """60,000 rows with CIFAR-10's class counts."""
     generator = torch.Generator().manual_seed(0)
     train, test = (
-        torch.arange(10).repeat(n)[torch.randperm(10 * n, generator=generator)].tolist()
-        for n in (5_000, 1_000)
+        torch.arange(10).repeat(n)[torch.randperm(10 * n, generator=generator)].tolist() for n in (5_000, 1_000)
     )
     return classes_collection(train, test, 10)
 
@@ -111,9 +110,7 @@ def test_rows_are_sorted_unique_and_apart(cifar_like, art_like, name):
         assert (rows[1:] > rows[:-1]).all()
         assert rows[0] >= 0
         assert rows[-1] < len(collection)
-    train, validation, test = (
-        set(rows.tolist()) for rows in (split.train, split.validation.query, split.test.query)
-    )
+    train, validation, test = (set(rows.tolist()) for rows in (split.train, split.validation.query, split.test.query))
     assert not train & test
     assert not train & validation
     assert not validation & test

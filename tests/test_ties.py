@@ -171,17 +171,13 @@ def test_large_groups_keep_their_precision():
     assert float(measured["NDCG@10"]) == pytest.approx(0.1, abs=1e-12)
     # The mean precision at rank i of a relevant item there: (1 + (i - 1)(r - 1)/(n - 1)) / i.
     ranks = np.arange(1, n + 1)
-    assert float(measured["AP"]) == pytest.approx(
-        np.mean((1 + (ranks - 1) * (r - 1) / (n - 1)) / ranks), abs=1e-12
-    )
+    assert float(measured["AP"]) == pytest.approx(np.mean((1 + (ranks - 1) * (r - 1) / (n - 1)) / ranks), abs=1e-12)
 
 
 def test_no_relevant_item_is_nan_and_disturbs_nobody():
     query, gallery = as_codes([(3, True), (2, False), (2, True), (0, False)])
     alone = measure_ranking(query, gallery, ks=KS)
-    strangers = Descriptors(
-        torch.zeros(3, 1, dtype=torch.uint8), torch.tensor([99, 7, -1]), torch.arange(50, 53), 5
-    )
+    strangers = Descriptors(torch.zeros(3, 1, dtype=torch.uint8), torch.tensor([99, 7, -1]), torch.arange(50, 53), 5)
     together = measure_ranking(strangers, gallery, ks=KS)
     for name, value in together.items():
         assert torch.equal(value[1:2], alone[name])

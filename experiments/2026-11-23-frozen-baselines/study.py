@@ -36,14 +36,13 @@ from simsearch.types import Descriptors
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
-HEADER = (
-    "row,data,protocol,fingerprint,metric,value,ci_low,ci_high,queries,bytes_per_item,seconds,seed,command"
-)
+HEADER = "row,data,protocol,fingerprint,metric,value,ci_low,ci_high,queries,bytes_per_item,seconds,seed,command"
 POOLINGS = ("average", "mac", "gem", "rmac")
 HEADS = [None, *itertools.product((32, 64, 128, 512), (0.0, 0.5, 1.0))]
 STORAGES = ("float", "itq48", "pq16", "pq64")
 METRICS = ("mAP", "P@1", "P@10", "R@10", "NDCG@10", "RP", "index/recall@10", "index/latency_ms_p50")
 BLOCK = 2000
+TRAIN_SIZE = 20_000  # vectors that train a product quantiser
 
 
 def main() -> None:
@@ -87,17 +86,13 @@ def measure_pooling(config: dict, data, pooling: str, heads: list, overrides: st
         moments.add(regions[rows].float().flatten(0, 1))
     mean, values, vectors = moments.principal()
     width = max((h[0] for h in heads if h), default=1)
-    rotated = torch.cat(
-        [((r.float() - mean.float()) @ vectors[:width].T.float()) for r in regions.split(BLOCK)]
-    )
+    rotated = torch.cat([((r.float() - mean.float()) @ vectors[:width].T.float()) for r in regions.split(BLOCK)])
 
     for head, group in itertools.groupby(jobs, key=lambda job: job[0]):
         if head is None:
             descriptors = torch.cat([F.normalize(r.float().sum(1), dim=-1) for r in regions.split(BLOCK)])
         else:
-            scale = whitening_matrix(
-                values, torch.eye(len(values), dtype=torch.float64), head[0], power=head[1]
-            )
+            scale = whitening_matrix(values, torch.eye(len(values), dtype=torch.float64), head[0], power=head[1])
             scale = scale.diagonal()[: head[0]].float()
             parts = [F.normalize(r[..., : head[0]] * scale, dim=-1).sum(1) for r in rotated.split(BLOCK)]
             descriptors = F.normalize(torch.cat(parts), dim=-1)
@@ -115,9 +110,7 @@ def row_name(prefix: str, head: tuple[int, float] | None, storage: str) -> str:
     return f"{prefix}-{f'pca{head[0]}-w{head[1]:g}' if head else 'raw'}-{storage}"
 
 
-def measure(
-    descriptors: torch.Tensor, data, row: str, pooling: str, head, storage: str, overrides: str
-) -> None:
+def measure(descriptors: torch.Tensor, data, row: str, pooling: str, head, storage: str, overrides: str) -> None:
     """Measures one cell under the test protocol, and floats under the validation protocol too."""
     start = time.perf_counter()
     label = data.collection.column("class")
@@ -126,9 +119,7 @@ def measure(
     vectors = descriptors
     if storage == "itq48":
         bits = 48
-        sample = data.split.train[
-            torch.randperm(len(data.split.train), generator=torch.Generator().manual_seed(0))
-        ]
+        sample = data.split.train[torch.randperm(len(data.split.train), generator=torch.Generator().manual_seed(0))]
         weight, bias = ITQ(bits, seed=0).fit(descriptors[sample[:10_000]])
         vectors = pack_codes(descriptors @ weight.T + bias)
 
@@ -136,13 +127,11 @@ def measure(
         return Descriptors(vectors[rows].contiguous(), label[rows], rows, bits=bits)
 
     factory = {"float": "Flat", "itq48": "BFlat", "pq16": "PQ16", "pq64": "PQ64"}[storage]
-    index = FaissIndex(factory, metric="hamming" if bits else "ip")
+    index = FaissIndex(factory, metric="hamming" if bits else "ip", train_size=TRAIN_SIZE)
     result = evaluate(part(task.query), part(task.gallery), index, ks=(1, 10), exclude_self=task.exclude_self)
     seconds = time.perf_counter() - start
     whitening = (
-        f"model.whitening.dimension={head[0]} model.whitening.power={head[1]:g}"
-        if head
-        else "model.whitening=null"
+        f"model.whitening.dimension={head[0]} model.whitening.power={head[1]:g}" if head else "model.whitening=null"
     )
     chosen = {
         "float": "",
@@ -161,9 +150,7 @@ def measure(
              len(task.query), index.code_bytes, round(seconds, 2), 0, command]
         )  # fmt: skip
     if storage == "float":
-        values = measure_ranking(
-            part(check.query), part(check.gallery), ks=(1,), exclude_self=check.exclude_self
-        )
+        values = measure_ranking(part(check.query), part(check.gallery), ks=(1,), exclude_self=check.exclude_self)
         lines.append(
             [row, "cifar10", check.name, check.fingerprint, "mAP", float(values["AP"].nanmean()), "", "",
              len(check.query), index.code_bytes, "", 0, command]
@@ -202,16 +189,10 @@ def report() -> None:
 
     lines = read_results()
     values = {row: (value, size) for row, value, size in cells(lines, "mAP", "10k-50k")}
-    nets = sorted(
-        {row.split("-")[1] for row in values}, key=lambda n: (n.split("@")[0], int(n.split("@")[1]))
-    )
+    nets = sorted({row.split("-")[1] for row in values}, key=lambda n: (n.split("@")[0], int(n.split("@")[1])))
     for net in nets:
         poolings = [p for p in POOLINGS if any(r.startswith(f"frozen-{net}-{p}-") for r in values)]
-        print(
-            f"\n### {net}, mAP\n\n| head | "
-            + " | ".join(f"{p} {s}" for p in poolings for s in STORAGES)
-            + " |"
-        )
+        print(f"\n### {net}, mAP\n\n| head | " + " | ".join(f"{p} {s}" for p in poolings for s in STORAGES) + " |")
         print("|---" * (1 + len(poolings) * len(STORAGES)) + "|")
         for head in HEADS:
             names = [row_name(f"frozen-{net}-{p}", head, s) for p in poolings for s in STORAGES]
@@ -227,9 +208,7 @@ def report() -> None:
         _, net, pooling, *_, storage = row.split("-")
         if net == best_net:
             axes.plot(size, value, marks[storage], color=colours[pooling], alpha=0.65, markersize=6)
-    pairs = sorted(
-        (size, value) for r, (value, size) in values.items() if r.startswith(f"frozen-{best_net}-")
-    )
+    pairs = sorted((size, value) for r, (value, size) in values.items() if r.startswith(f"frozen-{best_net}-"))
     sizes = sorted({size for size, _ in pairs})
     front = np.maximum.accumulate([max(v for s, v in pairs if s == size) for size in sizes])
     axes.step(sizes, front, where="post", color="black", linewidth=1, label="best at most so many bytes")

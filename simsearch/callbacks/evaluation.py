@@ -67,11 +67,7 @@ def evaluate(
     Queries without relevant items have no value; they are counted in `queries_without_relevant`.
     """
     if index.is_binary != (gallery.bits is not None):
-        kind = (
-            "codes: use index=binary-flat"
-            if gallery.bits is not None
-            else "float descriptors: use index=flat"
-        )
+        kind = "codes: use index=binary-flat" if gallery.bits is not None else "float descriptors: use index=flat"
         raise ValueError(f"index {index.factory!r} does not fit the model's {kind} or another of that kind")
     start = time.perf_counter()
     index.add(gallery.vectors)
@@ -80,9 +76,7 @@ def evaluate(
     ranked_query, ranked_gallery = _as_ranked(query, gallery, index)
     per_query = measure_ranking(ranked_query, ranked_gallery, ks=ks, exclude_self=exclude_self)
     if index_order and gallery.bits is not None:
-        per_query["AP_index_order"] = average_precision_in_index_order(
-            query, gallery, exclude_self=exclude_self
-        )
+        per_query["AP_index_order"] = average_precision_in_index_order(query, gallery, exclude_self=exclude_self)
     junk = find_junk(query, gallery, exclude_self=exclude_self)
     found, search_seconds = _search(index, query, junk, k=min(max(ks), len(gallery)))
     relevant = per_query.pop("relevant")
@@ -106,9 +100,7 @@ def evaluate(
     return Evaluation(metrics, intervals, per_query, query, gallery, found, index)
 
 
-def _as_ranked(
-    query: Descriptors, gallery: Descriptors, index: FaissIndex
-) -> tuple[Descriptors, Descriptors]:
+def _as_ranked(query: Descriptors, gallery: Descriptors, index: FaissIndex) -> tuple[Descriptors, Descriptors]:
     """Query and gallery so that inner products rank as the index's own (decoded) scores do."""
     if index.is_binary:
         return query, gallery
@@ -205,9 +197,7 @@ class RetrievalEvaluation(pl.Callback):
         if trainer.sanity_checking:
             return
         task: RetrievalTask = trainer.datamodule.task(stage)  # type: ignore[attr-defined]
-        self._metrics = RetrievalMetrics(self.ks, getattr(module, "bits", None), task.exclude_self).to(
-            module.device
-        )
+        self._metrics = RetrievalMetrics(self.ks, getattr(module, "bits", None), task.exclude_self).to(module.device)
 
     def _collect(self, trainer: pl.Trainer, outputs: Any, batch: Any, part: int, stage: str) -> None:
         if self._metrics is None:
@@ -245,9 +235,7 @@ class RetrievalEvaluation(pl.Callback):
         self.results[stage] = result
         prefix = "val" if stage == "validate" else stage
         # Every rank holds all descriptors and so the same values: nothing to reduce.
-        module.log_dict(
-            {f"{prefix}/{name}": value for name, value in result.metrics.items()}, rank_zero_only=False
-        )
+        module.log_dict({f"{prefix}/{name}": value for name, value in result.metrics.items()}, rank_zero_only=False)
         if trainer.is_global_zero:
             write_results(Path(trainer.default_root_dir), prefix, task, result)
 

@@ -54,9 +54,7 @@ class NeighbourFigure(pl.Callback):
             Image.fromarray(picture).save(folder / "queries" / f"{i:02d}.png")
 
 
-def choose_examples(
-    result: Evaluation, collection: object, task: RetrievalTask, queries: int, k: int
-) -> list[Example]:
+def choose_examples(result: Evaluation, collection: object, task: RetrievalTask, queries: int, k: int) -> list[Example]:
     """Queries at even steps of average precision, worst first, with their k nearest found."""
     precision: Tensor = result.per_query["AP"]
     order = torch.argsort(precision.nan_to_num(-1.0))

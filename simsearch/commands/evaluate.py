@@ -20,9 +20,7 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"stage must be test or validate, got {config.stage!r}")
     run = runtime.open_run(Path(config.run))
     values = runtime.plain(config)
-    merged = run.config | {
-        group: values[group] for group in ("data", "protocol", "index") if values.get(group)
-    }
+    merged = run.config | {group: values[group] for group in ("data", "protocol", "index") if values.get(group)}
     evaluation = merged["callbacks"]["evaluation"] | {"index": merged["index"]}
     merged["callbacks"] = {"evaluation": evaluation}
     model = runtime.load_model(run)

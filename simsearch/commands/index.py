@@ -28,14 +28,10 @@ def main(config: DictConfig) -> None:
     encoder = runtime.load_model(run)
     if index.is_binary != (encoder.bits is not None):
         kind = "codes: index=binary-flat" if encoder.bits else "float descriptors: index=flat"
-        raise ValueError(
-            f"index={index.factory} does not fit this run, which gives {kind} or another of that kind"
-        )
+        raise ValueError(f"index={index.factory} does not fit this run, which gives {kind} or another of that kind")
 
     parts, rows, thumbnails, errors = [], [], [], []
-    batches = load_images(
-        manifest, size=encoder.input_size, batch_size=config.batch_size, workers=config.workers
-    )
+    batches = load_images(manifest, size=encoder.input_size, batch_size=config.batch_size, workers=config.workers)
     with tqdm(total=len(manifest), unit="img", desc="index") as bar:
         for images, batch_rows, batch_errors in batches:
             if len(images):

@@ -47,9 +47,7 @@ def main(config: DictConfig) -> None:
     else:
         for answer in answers:
             runtime.show(answer_table(answer))
-        print(
-            f"{len(answers)} queries against {len(catalog)} items, {milliseconds:.1f} ms each with decoding"
-        )
+        print(f"{len(answers)} queries against {len(catalog)} items, {milliseconds:.1f} ms each with decoding")
     if config.figure:
         save_grid(Path(config.figure), [answer_tiles(catalog, answer) for answer in answers[: config.rows]])
         print(f"picture: {config.figure}", file=sys.stderr)

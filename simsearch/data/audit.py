@@ -95,9 +95,7 @@ class Duplicates:
         """Collection rows of the queries with a near-duplicate in that part, int64, sorted, unique."""
         if part not in ("gallery", "train"):
             raise ValueError(f"part={part!r} is unknown: use 'gallery' or 'train'")
-        return torch.unique(
-            self.query[torch.tensor([p in (part, "both") for p in self.part], dtype=torch.bool)]
-        )
+        return torch.unique(self.query[torch.tensor([p in (part, "both") for p in self.part], dtype=torch.bool)])
 
 
 def perceptual_hashes(images: Tensor, *, progress: bool = False) -> Tensor:
@@ -265,9 +263,7 @@ def read_csv(path: Path) -> Duplicates:
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-            raise ValueError(
-                f"{path} lacks the columns {', '.join(missing)}: write it with `simsearch data audit`"
-            )
+            raise ValueError(f"{path} lacks the columns {', '.join(missing)}: write it with `simsearch data audit`")
         for line in reader:
             try:
                 lines.append(
@@ -365,9 +361,7 @@ def _blocks(queries: int, others: int, cells: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, queries, step))
 
 
-def _gather(
-    parts: Iterable[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gather(parts: Iterable[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     empty = torch.empty(0, dtype=torch.int64)
     kept, total = [(empty, empty, empty.to(dtype))], 0
     for part in parts:

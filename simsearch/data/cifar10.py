@@ -115,8 +115,7 @@ def _download(root: Path) -> None:
             os.replace(Path(folder) / ARCHIVE, root / ARCHIVE)
     except (OSError, RuntimeError, HTTPException) as error:
         raise DataError(
-            f"cannot download CIFAR-10 to {root / ARCHIVE} ({error}): put the file there by hand "
-            f"from {CIFAR10.url}"
+            f"cannot download CIFAR-10 to {root / ARCHIVE} ({error}): put the file there by hand from {CIFAR10.url}"
         ) from error
 
 
@@ -124,9 +123,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"cannot read {path} ({error.strerror}): check that it is there and readable"
-        ) from error
+        raise DataError(f"cannot read {path} ({error.strerror}): check that it is there and readable") from error
 
 
 def _content_key(files: Sequence[Path]) -> str:
@@ -193,9 +190,7 @@ def _batch_contents(files: Sequence[Path], names: Sequence[str]) -> Iterator[tup
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
             found = {
-                Path(member.name).name: archive.extractfile(member).read()
-                for member in archive
-                if member.isfile()
+                Path(member.name).name: archive.extractfile(member).read() for member in archive if member.isfile()
             }
         yield from ((path / BATCHES / name, found[name]) for name in names)
     except (tarfile.TarError, OSError, EOFError, KeyError) as error:
@@ -268,9 +263,7 @@ def _read_columns(path: Path) -> tuple[list[bytes | None], np.ndarray]:
         blobs = pc.struct_field(table[image], "bytes").to_pylist()
         labels = table["label"].cast(pa.int64()).fill_null(-1).to_numpy()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"cannot read {path} ({error}): it is truncated or damaged; fetch it again"
-        ) from error
+        raise DataError(f"cannot read {path} ({error}): it is truncated or damaged; fetch it again") from error
     if not blobs:
         raise DataError(f"{path} holds no rows: fetch it again")
     _check_labels(path, labels)
@@ -285,9 +278,7 @@ def _decode(blob: bytes | None, path: Path, row: int) -> np.ndarray:
                 raise ValueError(f"it is {image.width}x{image.height}, expected 32x32")
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     except Exception as error:  # decoders raise anything on damaged bytes
-        raise DataError(
-            f"{path} row {row} holds no readable image ({error}): fetch the file again"
-        ) from error
+        raise DataError(f"{path} row {row} holds no readable image ({error}): fetch the file again") from error
 
 
 # The cache: one .npy of rows, followed by the SHA-256 of its content
@@ -318,9 +309,7 @@ def _store(path: Path, rows: np.ndarray) -> None:
             file.write(hashlib.sha256(rows).digest())
         os.replace(part, path)
     except OSError as error:
-        warnings.warn(
-            f"cannot write cache entry {path} ({error}): the images are decoded each time", stacklevel=3
-        )
+        warnings.warn(f"cannot write cache entry {path} ({error}): the images are decoded each time", stacklevel=3)
     finally:
         with contextlib.suppress(OSError):
             part.unlink()

@@ -33,21 +33,15 @@ class Collection:
     def __post_init__(self) -> None:
         n, a = len(self.images), len(self.attributes)
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
-            raise ValueError(
-                f"images must be uint8 (N, 3, H, W), got {self.images.dtype} {tuple(self.images.shape)}"
-            )
+            raise ValueError(f"images must be uint8 (N, 3, H, W), got {self.images.dtype} {tuple(self.images.shape)}")
         if self.labels.dtype != torch.int64 or self.labels.shape != (n, a):
-            raise ValueError(
-                f"labels must be int64 ({n}, {a}), got {self.labels.dtype} {tuple(self.labels.shape)}"
-            )
+            raise ValueError(f"labels must be int64 ({n}, {a}), got {self.labels.dtype} {tuple(self.labels.shape)}")
         if self.is_test.dtype != torch.bool or self.is_test.shape != (n,):
             raise ValueError(f"is_test must be bool ({n},), got {self.is_test.dtype}")
         if len(self.classes) != a:
             raise ValueError(f"{a} attributes but class names for {len(self.classes)}")
         for column, (attribute, names) in enumerate(zip(self.attributes, self.classes, strict=True)):
-            if n and not -1 <= int(self.labels[:, column].min()) <= int(self.labels[:, column].max()) < len(
-                names
-            ):
+            if n and not -1 <= int(self.labels[:, column].min()) <= int(self.labels[:, column].max()) < len(names):
                 raise ValueError(f"labels of {attribute!r} must lie in -1..{len(names) - 1}")
 
     def __len__(self) -> int:
@@ -56,9 +50,7 @@ class Collection:
     def column(self, attribute: str) -> Tensor:
         """Labels of one attribute, int64 (N,). Raises ValueError for an unknown attribute."""
         if attribute not in self.attributes:
-            raise ValueError(
-                f"no attribute {attribute!r} in {self.name}; it has {', '.join(self.attributes)}"
-            )
+            raise ValueError(f"no attribute {attribute!r} in {self.name}; it has {', '.join(self.attributes)}")
         return self.labels[:, self.attributes.index(attribute)]
 
     @cached_property

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -129,6 +130,11 @@ class RetrievalDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> dict[str, DataLoader]:
         """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the test task, in its order."""
         return self._evaluation_loaders("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Loader of the whole collection in row order."""
+        rows = torch.arange(len(self.collection))
+        return self._loader(rows, self.split.test.attribute, self.eval_batch_size)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """The batch on the device, augmented in training."""

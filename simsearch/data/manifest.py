@@ -47,9 +47,7 @@ class Manifest:
             if problem := _path_problem(path):
                 raise ValueError(f"row {row}: path {path!r} {problem}; give paths relative to {self.root}")
             if (before := first_row.setdefault(path, row)) != row:
-                raise ValueError(
-                    f"row {row}: path {path!r} is already in row {before}; leave one of them out"
-                )
+                raise ValueError(f"row {row}: path {path!r} is already in row {before}; leave one of them out")
         for name, values in self.attributes.items():
             if len(values) != len(self.paths):
                 raise ValueError(f"attribute {name!r} has {len(values)} values for {len(self.paths)} paths")
@@ -80,9 +78,7 @@ class ImageFiles(Dataset[tuple[int, Tensor | ImageError]]):
             # Without its traceback, whose frames would keep the bytes of the file alive.
             return i, ImageError(error.path, error.reason, error.detail)
 
-    def collate(
-        self, items: Sequence[tuple[int, Tensor | ImageError]]
-    ) -> tuple[Tensor, Tensor, list[ImageError]]:
+    def collate(self, items: Sequence[tuple[int, Tensor | ImageError]]) -> tuple[Tensor, Tensor, list[ImageError]]:
         """The readable images, uint8 (B, 3, S, S), their rows, int64 (B,), and the errors of the others."""
         rows = [i for i, image in items if not isinstance(image, ImageError)]
         images = [image for _, image in items if not isinstance(image, ImageError)]
@@ -196,9 +192,7 @@ def _from_table(source: Path, root: Path, columns: dict[str, Column]) -> Manifes
         if leaves_root(path):
             raise ValueError(f"{source}, row {row}: {path!r} is reached by a link that leaves {root}")
     if not any(os.path.exists(root / path) for path in paths):
-        raise ValueError(
-            f"none of the {len(paths)} files that {source} lists exists under {root}: is root right?"
-        )
+        raise ValueError(f"none of the {len(paths)} files that {source} lists exists under {root}: is root right?")
     return manifest
 
 
@@ -219,9 +213,7 @@ def _read_csv(source: Path) -> dict[str, Column]:
         _check_names(source, header)
         for row in reader:
             if row and len(row) != len(header):
-                raise ValueError(
-                    f"{source}, line {reader.line_num}: {len(row)} values for {len(header)} columns"
-                )
+                raise ValueError(f"{source}, line {reader.line_num}: {len(row)} values for {len(header)} columns")
             if row:
                 rows.append([value or None for value in row])
     except csv.Error as error:
@@ -235,9 +227,7 @@ def _read_parquet(source: Path) -> dict[str, Column]:
         _check_names(source, schema.names)
         for column in schema:
             if pa.types.is_nested(column.type) or _is_binary(column.type):
-                raise ValueError(
-                    f"{source}: column {column.name!r} holds {column.type}, no plain value: leave it out"
-                )
+                raise ValueError(f"{source}: column {column.name!r} holds {column.type}, no plain value: leave it out")
         table = pq.read_table(source)
         return {name: _as_text(table[name]) for name in schema.names}
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -285,9 +275,7 @@ def _below(source: Path, root: Path) -> str:
     try:
         return Path(os.path.abspath(source)).relative_to(os.path.abspath(root)).as_posix()
     except ValueError:
-        raise ValueError(
-            f"{source} does not lie in root {root}: leave root out or give a folder above"
-        ) from None
+        raise ValueError(f"{source} does not lie in root {root}: leave root out or give a folder above") from None
 
 
 def _link_check(root: Path) -> Callable[[str], bool]:

@@ -42,9 +42,7 @@ class Split:
         ):
             shared = np.intersect1d(first, second)
             if len(shared):
-                raise ValueError(
-                    f"{len(shared)} {what}, first row {shared[0]}: the protocol must keep them apart"
-                )
+                raise ValueError(f"{len(shared)} {what}, first row {shared[0]}: the protocol must keep them apart")
 
 
 class RetrievalProtocol(Protocol):
@@ -83,9 +81,7 @@ class OfficialSplit:
         """Split of a collection with a test part. Raises ValueError where it has none."""
         values = _values(collection, self.attribute, self.name)
         train, test = _official_parts(collection, values, self.name)
-        kept, validation = _validation(
-            collection, self.name, train, self.attribute, self.validation, self.seed
-        )
+        kept, validation = _validation(collection, self.name, train, self.attribute, self.validation, self.seed)
         gallery = test if self.gallery == "test" else train
         return Split(
             kept,
@@ -137,12 +133,8 @@ class SampledSplit:
             rows[(rank >= self.queries_per_class) & (rank < drawn)],
         )
         gallery = rows[rank >= (self.queries_per_class if self.train_in_gallery else drawn)]
-        kept, validation = _validation(
-            collection, self.name, train, self.attribute, self.validation, self.seed
-        )
-        return Split(
-            kept, validation, _task(collection, self.name, query, gallery, self.attribute, None, True)
-        )
+        kept, validation = _validation(collection, self.name, train, self.attribute, self.validation, self.seed)
+        return Split(kept, validation, _task(collection, self.name, query, gallery, self.attribute, None, True))
 
 
 @dataclass(frozen=True)
@@ -166,9 +158,7 @@ class UnseenClasses:
     def __post_init__(self) -> None:
         object.__setattr__(self, "folds", tuple(tuple(int(c) for c in fold) for fold in self.folds))
         if not 0 <= self.fold < len(self.folds):
-            raise ValueError(
-                f"fold={self.fold} is none of the {len(self.folds)} folds: use 0..{len(self.folds) - 1}"
-            )
+            raise ValueError(f"fold={self.fold} is none of the {len(self.folds)} folds: use 0..{len(self.folds) - 1}")
         held = [c for fold in self.folds for c in fold]
         if not all(self.folds):
             raise ValueError(f"folds={self.folds} holds an empty fold: hold out a class or more in each")
@@ -338,9 +328,7 @@ def _fingerprint(rule: str, query: np.ndarray, gallery: np.ndarray) -> str:
 def _check_rows(name: str, query: np.ndarray, gallery: np.ndarray) -> None:
     for what, rows in (("query", query), ("gallery", gallery)):
         if not len(rows):
-            raise ValueError(
-                f"protocol {name} is left without any {what} image: use a larger part of the data"
-            )
+            raise ValueError(f"protocol {name} is left without any {what} image: use a larger part of the data")
 
 
 def _check_share(field: str, value: float) -> None:
@@ -366,9 +354,7 @@ def _class(collection: Collection, attribute: str, value: int) -> str:
     return f"{attribute} {collection.classes[collection.attributes.index(attribute)][value]!r}"
 
 
-def _official_parts(
-    collection: Collection, values: np.ndarray, protocol: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _official_parts(collection: Collection, values: np.ndarray, protocol: str) -> tuple[np.ndarray, np.ndarray]:
     """Training and test rows with a known value, each int64 (N,)."""
     is_test = collection.is_test.numpy()
     if is_test.all() or not is_test.any():

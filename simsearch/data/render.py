@@ -90,18 +90,14 @@ def photograph(works: Tensor, *, keys: Sequence[tuple[int, ...]], seed: int, siz
     """
     rngs = [generator(seed, *key) for key in keys]
     shots = [_aim(rng) for rng in rngs]
-    noise = torch.from_numpy(
-        np.stack([rng.standard_normal((3, size, size), dtype=np.float32) for rng in rngs])
-    )
+    noise = torch.from_numpy(np.stack([rng.standard_normal((3, size, size), dtype=np.float32) for rng in rngs]))
 
     def column(name: str) -> Tensor:
         values = torch.from_numpy(np.stack([shot[name] for shot in shots]).astype(np.float32))
         return values.reshape(len(shots), -1, 1, 1)
 
     grid = _homography_grid(torch.from_numpy(np.stack([shot["corners"] for shot in shots])), size)
-    image = F.grid_sample(
-        works.float() / 255, grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
+    image = F.grid_sample(works.float() / 255, grid, mode="bilinear", padding_mode="border", align_corners=False)
     # Only sums and products from here: their rounding does not depend on how a block is split.
     image = _blur(image, column("kernel"))
     axis = torch.linspace(-1.0, 1.0, size)
@@ -203,9 +199,7 @@ def _palette(rng: np.random.Generator, base: float) -> Array:
     turns[[0, 5]] += rng.uniform(-0.1, 0.1, 2)
     hue = np.interp(turns % 1.0, np.linspace(0.0, 1.0, len(_WHEEL)), _WHEEL)
     vivid = rng.uniform(0.6, 1.0)
-    saturation = np.array(
-        [rng.uniform(0.04, 0.25), *vivid * rng.uniform(0.4, 0.95, 4), rng.uniform(0.2, 0.7)]
-    )
+    saturation = np.array([rng.uniform(0.04, 0.25), *vivid * rng.uniform(0.4, 0.95, 4), rng.uniform(0.2, 0.7)])
     value = np.array([rng.uniform(0.85, 0.97), *rng.uniform(0.4, 0.95, 4), rng.uniform(0.1, 0.28)])
     # HSV to RGB in closed form.
     k = (np.array([5.0, 3.0, 1.0]) + 6.0 * hue[:, None]) % 6.0
@@ -220,9 +214,7 @@ def _vary(rng: np.random.Generator, artist: Artist) -> Artist:
     and in proportions of its own.
     """
     shift = rng.normal(0.0, 0.12, len(_TRAITS)).tolist()
-    traits = {
-        name: min(max(getattr(artist, name) + s, 0.0), 1.0) for name, s in zip(_TRAITS, shift, strict=True)
-    }
+    traits = {name: min(max(getattr(artist, name) + s, 0.0), 1.0) for name, s in zip(_TRAITS, shift, strict=True)}
     middle = rng.choice([1, 2, 3, 4], size=4, p=rng.dirichlet(np.full(4, 1.2)))
     palette = artist.palette[[0, *middle, 5]] + rng.normal(0.0, 0.05, (6, 3)) + rng.normal(0.0, 0.05, 3)
     return replace(artist, palette=palette.clip(0.02, 0.98).astype(np.float32), **traits)
@@ -275,9 +267,7 @@ def _look_up(colours: Array, index: NDArray[np.intp]) -> Array:
     return colours.T.take(index, axis=1)
 
 
-def _tints(
-    rng: np.random.Generator, hand: Artist, shape: tuple[int, ...], chance: Array | None = None
-) -> Array:
+def _tints(rng: np.random.Generator, hand: Artist, shape: tuple[int, ...], chance: Array | None = None) -> Array:
     """Colours (*shape, 3): palette entries, from the lightest to the middle ones, with jitter.
 
     chance: (*shape) in 0..1 picks the entry; drawn where None.
@@ -375,9 +365,7 @@ def _marks(
     marks = np.concatenate([np.stack([*fields, there]), np.moveaxis(tints, 2, 0)]).astype(np.float32)
     x, y = (axis * cells for axis in _plane(size))
     edge = width * size / cells
-    for cx, cy, cos_l, sin_l, cos_w, sin_w, drawn, *tint in _neighbours(
-        marks, size=size, cells=cells, reach=reach
-    ):
+    for cx, cy, cos_l, sin_l, cos_w, sin_w, drawn, *tint in _neighbours(marks, size=size, cells=cells, reach=reach):
         dx, dy = x - cx, y - cy
         radius = np.sqrt((cos_l * dx + sin_l * dy) ** 2 + (cos_w * dy - sin_w * dx) ** 2)
         _over(picture, np.stack(tint), ((1 - radius) * edge + 0.5).clip(0.0, 1.0) * drawn)
@@ -476,16 +464,10 @@ def _landscape(rng: np.random.Generator, hand: Artist, size: int) -> Array:
     for ridge in range(count):
         depth = (ridge + 1) / count
         line = _noise(rng, size, round(_mix(5, 2, hand.scale)), round(_mix(5, 2, hand.order)))[0]
-        top = _mix(horizon, 0.92, ridge / count) - (line - 0.3) * _mix(0.4, 0.16, depth) * _mix(
-            1.4, 0.6, hand.order
-        )
+        top = _mix(horizon, 0.92, ridge / count) - (line - 0.3) * _mix(0.4, 0.16, depth) * _mix(1.4, 0.6, hand.order)
         haze = 0.7 * (1 - depth)
-        body = haze * light + (1 - haze) * (
-            (1 - 0.5 * depth) * hand.palette[3 + ridge % 2] + 0.5 * depth * near
-        )
-        shade = (_noise(rng, size, 12, 3) - 0.5) * _mix(0.05, 0.6, hand.grain) - 0.9 * (y - top).clip(
-            0.0, 0.4
-        )
+        body = haze * light + (1 - haze) * ((1 - 0.5 * depth) * hand.palette[3 + ridge % 2] + 0.5 * depth * near)
+        shade = (_noise(rng, size, 12, 3) - 0.5) * _mix(0.05, 0.6, hand.grain) - 0.9 * (y - top).clip(0.0, 0.4)
         _over(picture, body[:, None, None] * (1.1 + shade), _inside(top - y, size))
     if hand.order > 0.55:
         shore = rng.uniform(0.66, 0.78)
@@ -536,11 +518,7 @@ def _orphism(rng: np.random.Generator, hand: Artist, size: int) -> Array:
         dx, dy = x[:, columns] - cx, y[rows] - cy
         r = np.sqrt(dx**2 + dy**2)
         ring = (r * (rings / radius)).astype(np.intp).clip(0, rings - 1)
-        turn = (
-            np.arctan2(dy, dx) / (2 * math.pi)
-            + hand.angle
-            + _mix(0.5, 0.0, hand.order) * ring.astype(np.float32)
-        )
+        turn = np.arctan2(dy, dx) / (2 * math.pi) + hand.angle + _mix(0.5, 0.0, hand.order) * ring.astype(np.float32)
         sector = (turn % 1.0 * sectors).astype(np.intp).clip(0, sectors - 1)
         _over(picture[:, rows, columns], _look_up(tints, ring * sectors + sector), _inside(r - radius, fine))
     return picture.reshape(3, size, 2, size, 2).mean((2, 4))
@@ -620,9 +598,7 @@ def _calligraphy(rng: np.random.Generator, hand: Artist, size: int) -> Array:
             part = ((dx * ex + dy * ey) / (ex**2 + ey**2 + 1e-12)).clip(0.0, 1.0)
             stroke = np.hypot(dx - part * ex, dy - part * ey) - (width[a] + part * (width[b] - width[a]))
             np.minimum(distance[rows, columns], stroke, out=distance[rows, columns])
-        _over(
-            picture, ink if line < 0.6 * count else hand.palette[rng.integers(1, 5)], _inside(distance, size)
-        )
+        _over(picture, ink if line < 0.6 * count else hand.palette[rng.integers(1, 5)], _inside(distance, size))
     return picture
 
 
@@ -631,9 +607,7 @@ def _tiling(rng: np.random.Generator, hand: Artist, size: int) -> Array:
     cells = round(_mix(12, 4, hand.scale))
     x, y = _plane(size)
     row, column = (y * cells).astype(np.intp), (x * cells).astype(np.intp)
-    pattern = np.add.outer(np.arange(cells), int(rng.integers(1, 3)) * np.arange(cells)) % int(
-        rng.integers(2, 5)
-    )
+    pattern = np.add.outer(np.arange(cells), int(rng.integers(1, 3)) * np.arange(cells)) % int(rng.integers(2, 5))
     orderly = rng.random((cells, cells)) < hand.order
     turn = np.where(orderly, pattern, rng.integers(0, 4, (cells, cells)))[row, column] % 4
     u, v = x * cells - column + 0 * y, y * cells - row + 0 * x

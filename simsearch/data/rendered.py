@@ -40,9 +40,7 @@ def render_collection(
     per_block = max(1, _BLOCK // photographs)
     places = keys[::photographs]
     for first in range(0, len(places), per_block):
-        painted = np.stack(
-            [paint_work(seed, *key[:3], size=canvas) for key in places[first : first + per_block]]
-        )
+        painted = np.stack([paint_work(seed, *key[:3], size=canvas) for key in places[first : first + per_block]])
         block = torch.from_numpy(painted).repeat_interleave(photographs, dim=0)
         rows = slice(first * photographs, first * photographs + len(block))
         images[rows] = photograph(block, keys=keys[rows], seed=seed, size=size)

@@ -20,14 +20,14 @@ def pack_codes(real: Tensor) -> Tensor:
     if missing:
         bits = torch.cat([bits, bits.new_zeros(len(bits), missing)], dim=1)
     powers = 2 ** torch.arange(8, device=real.device, dtype=torch.uint8)
-    return (bits.view(len(bits), -1, 8) * powers).sum(2, dtype=torch.uint8)
+    return (bits.unflatten(1, (-1, 8)) * powers).sum(2, dtype=torch.uint8)
 
 
 def unpack_codes(codes: Tensor, bits: int) -> Tensor:
     """Bits as float32 (N, bits) of 0 and 1 from packed codes uint8 (N, ceil(bits / 8))."""
     powers = 2 ** torch.arange(8, device=codes.device, dtype=torch.uint8)
     unpacked = (codes[:, :, None] & powers) > 0
-    return unpacked.view(len(codes), -1)[:, :bits].float()
+    return unpacked.flatten(1)[:, :bits].float()
 
 
 def code_words(codes: Tensor) -> np.ndarray:

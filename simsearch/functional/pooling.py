@@ -30,9 +30,7 @@ def gem(features: Tensor, p: Tensor | float, eps: float = 1e-6) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def rmac_regions(
-    height: int, width: int, levels: int, overlap: float = 0.4
-) -> tuple[tuple[int, int, int], ...]:
+def rmac_regions(height: int, width: int, levels: int, overlap: float = 0.4) -> tuple[tuple[int, int, int], ...]:
     """The regions (top, left, side) of the R-MAC grid, scale by scale, each row by row.
 
     Along the long side as many regions, 2 to 7, as bring the overlap of neighbours closest to
@@ -45,9 +43,11 @@ def rmac_regions(
         raise ValueError(f"R-MAC needs at least one level, got {levels}")
     short, long = min(height, width), max(height, width)
     extra = 0
-    if long > short:
-        # Neighbours of n regions on the long side lie (long - short) / (n - 1) apart.
-        gaps = [abs(1 - (long - short) / (n - 1) / short - overlap) for n in range(2, 8)]
+    if long > short > 0:
+        # Neighbours of n regions on the long side lie (long - short) / (n - 1) apart. Shared area by whole
+        # area, in the release's order of operations: rounding decides where two n are as close.
+        shared = [(short**2 - short * ((long - short) / (n - 1))) / short**2 for n in range(2, 8)]
+        gaps = [abs(share - overlap) for share in shared]
         extra = gaps.index(min(gaps)) + 1
     tall, wide = (extra, 0) if height > width else (0, extra)
     regions = []

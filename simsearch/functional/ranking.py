@@ -37,9 +37,7 @@ class Junk:
 
     def block(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Rows (counted from `start`) and columns of the queries start..stop-1."""
-        low, high = torch.searchsorted(
-            self.rows, torch.tensor([start, stop], device=self.rows.device)
-        ).tolist()
+        low, high = torch.searchsorted(self.rows, torch.tensor([start, stop], device=self.rows.device)).tolist()
         return self.rows[low:high] - start, self.columns[low:high]
 
 
@@ -169,9 +167,7 @@ def _rank_scores(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> Ranki
 
 def _check_codes(query: Descriptors, gallery: Descriptors) -> None:
     if gallery.bits is None or query.bits != gallery.bits:
-        raise ValueError(
-            f"query and gallery must be codes of one width, got {query.bits} and {gallery.bits} bits"
-        )
+        raise ValueError(f"query and gallery must be codes of one width, got {query.bits} and {gallery.bits} bits")
 
 
 def rank_codes(
@@ -332,9 +328,7 @@ def measure_ranking(
     return metrics
 
 
-def average_precision_in_index_order(
-    query: Descriptors, gallery: Descriptors, *, exclude_self: bool = False
-) -> Tensor:
+def average_precision_in_index_order(query: Descriptors, gallery: Descriptors, *, exclude_self: bool = False) -> Tensor:
     """AP of each query with equal Hamming distances ranked in gallery order, float64 (Q,).
 
     The DSH release's evaluation breaks ties so. It depends on how the gallery is sorted: report it

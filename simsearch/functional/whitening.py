@@ -26,7 +26,9 @@ class Moments:
         )
 
     def add(self, vectors: Tensor) -> None:
-        """Adds the vectors (N, D)."""
+        """Adds the vectors (N, D). Raises ValueError for another shape."""
+        if vectors.ndim != 2 or vectors.shape[1] != len(self.total):
+            raise ValueError(f"vectors must be (N, {len(self.total)}), got {tuple(vectors.shape)}")
         wide = vectors.detach().to("cpu", torch.float64)
         self.count += len(wide)
         self.total += wide.sum(0)
@@ -57,7 +59,8 @@ def whitening_matrix(
     moves the covariance towards its mean eigenvalue: (1 - s) l + s mean(l). Eigenvalues below
     1e-9 of the largest are not amplified beyond that.
 
-    Raises ValueError for a dimension, power or shrinkage out of range.
+    Raises ValueError for a dimension, power or shrinkage out of range, and where no eigenvalue is
+    positive.
     """
     d = len(eigenvalues)
     if not 1 <= dimension <= d:
@@ -66,6 +69,8 @@ def whitening_matrix(
         raise ValueError(f"whitening power must lie in [0, 1], got {power}")
     if not 0 <= shrinkage <= 1:
         raise ValueError(f"shrinkage must lie in [0, 1], got {shrinkage}")
+    if power > 0 and not eigenvalues.max() > 0:
+        raise ValueError("all vectors are equal: there is no variance to whiten")
     shrunk = (1 - shrinkage) * eigenvalues + shrinkage * eigenvalues.mean()
     shrunk = shrunk.clamp(min=float(shrunk.max()) * 1e-9)
     return eigenvectors[:dimension] * shrunk[:dimension, None] ** (-power / 2)

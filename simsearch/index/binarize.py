@@ -28,9 +28,7 @@ class ITQ:
 
     def __init__(self, bits: int, iterations: int = 50, seed: int = 0) -> None:
         if bits < 1 or iterations < 1:
-            raise ValueError(
-                f"bits and iterations must be at least 1, got bits={bits}, iterations={iterations}"
-            )
+            raise ValueError(f"bits and iterations must be at least 1, got bits={bits}, iterations={iterations}")
         self.bits = bits
         self.iterations = iterations
         self.seed = seed
@@ -46,9 +44,7 @@ class ITQ:
         itq.itq.max_iter = self.iterations
         itq.itq.seed = self.seed
         itq.train(array)
-        return _linear_map(
-            faiss.vector_to_array(itq.pca_then_itq.A), faiss.vector_to_array(itq.mean), self.bits, array
-        )
+        return _linear_map(faiss.vector_to_array(itq.pca_then_itq.A), faiss.vector_to_array(itq.mean), self.bits, array)
 
 
 class Sign:

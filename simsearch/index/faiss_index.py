@@ -168,9 +168,7 @@ class FaissIndex:
             raise ValueError(f"rows {start}:{stop} are not within the {len(self)} items of the index")
         if start == stop:
             width = 0 if self._index is None else int(self._index.d)
-            return (
-                torch.empty((0, width // 8), dtype=torch.uint8) if self.is_binary else torch.empty((0, width))
-            )
+            return torch.empty((0, width // 8), dtype=torch.uint8) if self.is_binary else torch.empty((0, width))
         try:
             return torch.from_numpy(self._index.reconstruct_n(start, stop - start))
         except RuntimeError as error:
@@ -245,8 +243,7 @@ class FaissIndex:
             raise ValueError(f"damaged index settings {settings} ({error}): save the index again") from None
         if _sha256(data) != digest:
             raise ValueError(
-                f"damaged index file {data}: its SHA-256 is not the one in {settings.name}; "
-                "save the index again"
+                f"damaged index file {data}: its SHA-256 is not the one in {settings.name}; save the index again"
             )
         try:
             index._index = (faiss.read_index_binary if index.is_binary else faiss.read_index)(str(data))
@@ -296,9 +293,7 @@ class FaissIndex:
                     if len(array) < needed
                     else f"raise train_size (now {self.train_size})"
                 )
-                raise ValueError(
-                    f"{self.factory!r} needs at least {needed} vectors to train, got {count}: {mend}"
-                )
+                raise ValueError(f"{self.factory!r} needs at least {needed} vectors to train, got {count}: {mend}")
             if count < len(array):
                 order = torch.randperm(len(array), generator=torch.Generator().manual_seed(self.seed))
                 array = array[order[:count].numpy()]
@@ -311,9 +306,7 @@ class FaissIndex:
             try:
                 _train_seeded(index, array, self.seed)
             except RuntimeError as error:
-                raise ValueError(
-                    f"FAISS cannot train {self.factory!r} on {count} vectors: {_reason(error)}"
-                ) from None
+                raise ValueError(f"FAISS cannot train {self.factory!r} on {count} vectors: {_reason(error)}") from None
         self._configure(index)
         self._empty_bytes = _serialised_bytes(index)
         self._index = index

@@ -35,9 +35,7 @@ class RetrievalMetrics(Metric):
     higher_is_better = True
     is_differentiable = False
 
-    def __init__(
-        self, ks: Sequence[int] = (1, 10, 100), bits: int | None = None, exclude_self: bool = False
-    ) -> None:
+    def __init__(self, ks: Sequence[int] = (1, 10, 100), bits: int | None = None, exclude_self: bool = False) -> None:
         super().__init__()
         if not ks or min(ks) < 1:
             raise ValueError(f"ks must be ranks from 1, got {list(ks)}")
@@ -46,9 +44,7 @@ class RetrievalMetrics(Metric):
             for name in ("vectors", "label", "index", "group"):
                 self.add_state(f"{part}_{name}", default=[], dist_reduce_fx="cat")
 
-    def update(
-        self, part: Part, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None
-    ) -> None:
+    def update(self, part: Part, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None) -> None:
         """Adds a batch to the queries or to the gallery. Raises ValueError for another part."""
         if part not in ("query", "gallery"):
             raise ValueError(f"part must be query or gallery, got {part!r}")
@@ -61,9 +57,7 @@ class RetrievalMetrics(Metric):
         for name, value in (("vectors", vectors), ("label", label), ("index", index), ("group", group)):
             getattr(self, f"{part}_{name}").append(value.detach())
 
-    def forward(
-        self, part: Part, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None
-    ) -> None:
+    def forward(self, part: Part, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None) -> None:
         """Adds a batch, as `update` does: a batch of one part alone has nothing to rank."""
         self.update(part, embedding, label, index, group)
 

@@ -87,9 +87,7 @@ class Backbone(nn.Module):
         frozen = not any(p.requires_grad for p in self.network.parameters())
         if self.runtime == "onnx":
             if not frozen:
-                raise ValueError(
-                    "backbone.runtime=onnx runs frozen networks only: use torch or auto to train"
-                )
+                raise ValueError("backbone.runtime=onnx runs frozen networks only: use torch or auto to train")
             return True
         return frozen and len(pixels) >= _BULK
 
@@ -202,9 +200,7 @@ def torchvision_backbone(
 
     models = torchvision.models
     if name not in models.list_models(module=models):
-        raise ValueError(
-            f"torchvision has no classification model {name!r}: see torchvision.models.list_models()"
-        )
+        raise ValueError(f"torchvision has no classification model {name!r}: see torchvision.models.list_models()")
     entry = models.get_model_weights(name)["DEFAULT"]
     if weights == "pretrained":
         try:

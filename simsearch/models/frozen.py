@@ -134,9 +134,7 @@ class FrozenRetriever(pl.LightningModule):
         self.bits = binarizer.bits if binarizer is not None else None
         if binarizer is not None:
             if binarizer.bits > width:
-                raise ValueError(
-                    f"a code of {binarizer.bits} bits needs a descriptor at least as wide, got {width}"
-                )
+                raise ValueError(f"a code of {binarizer.bits} bits needs a descriptor at least as wide, got {width}")
             self.register_buffer("code_weight", torch.zeros(binarizer.bits, width))
             self.register_buffer("code_bias", torch.zeros(binarizer.bits))
         self.dimension = self.bits or width
@@ -215,9 +213,7 @@ class FrozenRetriever(pl.LightningModule):
                         features = self.backbone(batch, size)
                     features = features.float() if maps else self.head.regions(features)
                     if not torch.isfinite(features).all() or features.abs().max() > 65504:
-                        raise ValueError(
-                            f"{self.backbone.name} gives features beyond float16 in rows from {low}"
-                        )
+                        raise ValueError(f"{self.backbone.name} gives features beyond float16 in rows from {low}")
                     out[low : low + len(batch)] = features.cpu().numpy()
                     bar.update(len(batch))
                     yield low + len(batch)
@@ -265,9 +261,7 @@ class FrozenRetriever(pl.LightningModule):
             assert self._moments is not None
             self.head.whitening.fit(self._moments)
         if self.binarizer is not None:
-            scales = [
-                torch.cat(parts)[: self.sample].to(self.device) for parts in zip(*self._kept, strict=True)
-            ]
+            scales = [torch.cat(parts)[: self.sample].to(self.device) for parts in zip(*self._kept, strict=True)]
             descriptor = F.normalize(torch.stack([self.head.aggregate(s) for s in scales]).sum(0), dim=-1)
             weight, bias = self.binarizer.fit(descriptor.cpu())
             self.code_weight.copy_(weight)
@@ -278,6 +272,9 @@ class FrozenRetriever(pl.LightningModule):
         return self.describe(self._regions(batch))
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self.describe(self._regions(batch))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.describe(self._regions(batch))
 
     # Checkpoints hold what was fitted; the backbone comes again from where its weights came from

@@ -33,15 +33,11 @@ class OnnxNetwork:
                     dynamo=False,
                 )
         except Exception as error:
-            raise RuntimeError(
-                f"cannot export the network to ONNX ({error}): set backbone.runtime=torch"
-            ) from error
+            raise RuntimeError(f"cannot export the network to ONNX ({error}): set backbone.runtime=torch") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(
-            buffer.getvalue(), options, providers=["CPUExecutionProvider"]
-        )
+        self.session = onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
 
     def __call__(self, pixels: Tensor) -> Tensor:
         feed = {"pixels": pixels.float().contiguous().numpy()}

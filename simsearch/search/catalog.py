@@ -163,6 +163,4 @@ def read_catalog(folder: Path) -> Catalog:
 
 def item_table(columns: Mapping[str, Sequence[Any]], thumbnails: Sequence[bytes]) -> pa.Table:
     """A catalog's items: the given columns and a thumbnail each."""
-    return pa.table(
-        {**{n: pa.array(v) for n, v in columns.items()}, THUMBNAIL: pa.array(thumbnails, pa.binary())}
-    )
+    return pa.table({**{n: pa.array(v) for n, v in columns.items()}, THUMBNAIL: pa.array(thumbnails, pa.binary())})

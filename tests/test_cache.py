@@ -1,0 +1,237 @@
+"""The descriptor cache: computed once, resumed, rebuilt when damaged; files whole or not at all."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import simsearch.cache
+from simsearch.cache import ArrayCache, cache_key
+from simsearch.files import replacing, write_json
+
+PARTS = {"model": "lite0", "data": "abc", "size": 224}
+
+
+class Rows:
+    """A fill that writes 10 i + j into row i, column j, notes which rows it wrote and may fail at one."""
+
+    def __init__(self, fail_at: int | None = None, block: int = 2) -> None:
+        self.fail_at, self.block = fail_at, block
+        self.written: list[int] = []
+
+    def __call__(self, array: np.ndarray, start: int) -> Iterator[int]:
+        for first in range(start, len(array), self.block):
+            stop = min(first + self.block, len(array))
+            for row in range(first, stop):
+                if row == self.fail_at:
+                    raise KeyboardInterrupt
+                array[row] = 10 * row + np.arange(array.shape[1])
+                self.written.append(row)
+            yield stop
+
+
+def expected(n: int, d: int) -> np.ndarray:
+    return (10 * np.arange(n)[:, None] + np.arange(d)).astype("float32")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ArrayCache:
+    return ArrayCache(tmp_path / "deep" / "cache")
+
+
+def test_a_miss_computes_and_a_hit_reads(cache):
+    rows = Rows()
+    assert PARTS not in cache
+    first = cache.get(PARTS, (7, 3), "float32", rows)
+    assert PARTS in cache
+    np.testing.assert_array_equal(first, expected(7, 3))
+    assert rows.written == list(range(7))
+    again = cache.get(dict(reversed(PARTS.items())), (7, 3), "float32", rows)
+    np.testing.assert_array_equal(again, expected(7, 3))
+    assert rows.written == list(range(7))
+    other = cache.get(PARTS | {"size": 192}, (7, 3), "float32", rows)
+    assert len(rows.written) == 14
+    assert len(other) == 7
+
+
+def test_the_result_is_read_only_and_mapped(cache):
+    array = cache.get(PARTS, (4, 3), "float32", Rows())
+    assert isinstance(array, np.memmap)
+    with pytest.raises(ValueError, match="read-only"):
+        array[0, 0] = 1
+
+
+def test_an_entry_names_what_it_is(cache):
+    cache.get(PARTS, (4, 3), "float32", Rows())
+    entry = cache.root / cache_key(PARTS)
+    assert sorted(path.name for path in entry.iterdir()) == ["array.npy", "meta.json"]
+    assert json.loads((entry / "meta.json").read_text()) == {
+        "parts": PARTS,
+        "shape": [4, 3],
+        "dtype": "float32",
+    }
+
+
+def test_keys_depend_on_content_alone():
+    assert cache_key({"a": 1, "b": [1, 2]}) == cache_key({"b": (1, 2), "a": 1})
+    assert cache_key({"a": 1}) != cache_key({"a": 2})
+    assert cache_key({"a": 1}) != cache_key({"a": "1"})
+    assert len(cache_key({})) == 32
+
+
+def test_an_interrupted_job_is_resumed(cache, monkeypatch):
+    monkeypatch.setattr(simsearch.cache, "_SAVE_BYTES", 1)  # save after every block
+    broken = Rows(fail_at=5)
+    with pytest.raises(KeyboardInterrupt):
+        cache.get(PARTS, (9, 3), "float32", broken)
+    assert PARTS not in cache
+    assert broken.written == [0, 1, 2, 3, 4]
+    assert not list(cache.root.rglob("meta.json"))
+    second = Rows()
+    array = cache.get(PARTS, (9, 3), "float32", second)
+    assert second.written == [4, 5, 6, 7, 8]  # the block of row 4 was not done
+    np.testing.assert_array_equal(array, expected(9, 3))
+    assert not list(cache.root.glob("*.partial"))
+
+
+def test_progress_is_saved_at_intervals(cache, monkeypatch):
+    monkeypatch.setattr(simsearch.cache, "_SAVE_BYTES", 4 * 3 * 4)  # four rows
+    with pytest.raises(KeyboardInterrupt):
+        cache.get(PARTS, (20, 3), "float32", Rows(fail_at=11))
+    (progress,) = cache.root.rglob("progress.json")
+    assert json.loads(progress.read_text()) == {"rows": 8}
+
+
+def test_a_job_that_died_before_the_last_rename_only_finishes(cache, monkeypatch):
+    monkeypatch.setattr(simsearch.cache.os, "replace", _fail_on_folders(os.replace))
+    with pytest.raises(OSError, match="killed"):
+        cache.get(PARTS, (4, 3), "float32", Rows())
+    monkeypatch.undo()
+    assert PARTS not in cache
+    rows = Rows()
+    np.testing.assert_array_equal(cache.get(PARTS, (4, 3), "float32", rows), expected(4, 3))
+    assert rows.written == []
+
+
+def _fail_on_folders(replace):
+    def replaced(source, target):
+        if Path(source).is_dir():
+            raise OSError("killed")
+        replace(source, target)
+
+    return replaced
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "gone", "pickle"])
+def test_a_damaged_array_is_rebuilt(cache, damage):
+    cache.get(PARTS, (50, 3), "float32", Rows())
+    path = cache.root / cache_key(PARTS) / "array.npy"
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[:-100])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("not an array")
+    elif damage == "pickle":
+        np.save(path, np.array([object()]), allow_pickle=True)
+    rows = Rows()
+    np.testing.assert_array_equal(cache.get(PARTS, (50, 3), "float32", rows), expected(50, 3))
+    assert len(rows.written) == 50
+
+
+@pytest.mark.parametrize("damage", ["progress.json", "array.npy", "other shape"])
+def test_damaged_beginnings_are_started_again(cache, monkeypatch, damage):
+    monkeypatch.setattr(simsearch.cache, "_SAVE_BYTES", 1)
+    with pytest.raises(KeyboardInterrupt):
+        cache.get(PARTS, (9, 3), "float32", Rows(fail_at=5))
+    if damage != "other shape":
+        (path,) = cache.root.rglob(damage)
+        path.write_bytes(b"")
+    shape = (8, 3) if damage == "other shape" else (9, 3)
+    rows = Rows()
+    np.testing.assert_array_equal(cache.get(PARTS, shape, "float32", rows), expected(*shape))
+    assert rows.written == list(range(shape[0]))
+
+
+def test_another_shape_or_dtype_is_rebuilt(cache):
+    cache.get(PARTS, (4, 3), "float32", Rows())
+    assert cache.get(PARTS, (5, 3), "float32", Rows()).shape == (5, 3)
+    assert cache.get(PARTS, (5, 3), "float16", Rows()).dtype == np.float16
+
+
+def test_no_rows(cache):
+    assert cache.get(PARTS, (0, 3), "float32", Rows()).shape == (0, 3)
+    assert PARTS in cache
+
+
+def test_too_few_rows_are_no_entry(cache):
+    def lazy(array: np.ndarray, start: int) -> Iterator[int]:
+        yield 3
+
+    with pytest.raises(RuntimeError, match="4 rows were promised to the cache"):
+        cache.get(PARTS, (4, 3), "float32", lazy)
+    assert PARTS not in cache
+
+
+def test_a_full_disk_is_said_before_the_work(cache, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 60, 40))
+    rows = Rows()
+    with pytest.raises(OSError, match="set SIMSEARCH_CACHE to a larger disk"):
+        cache.get(PARTS, (4, 3), "float32", rows)
+    assert rows.written == []
+    monkeypatch.undo()
+    assert len(cache.get(PARTS, (4, 3), "float32", rows)) == 4
+
+
+def _slow_job(root: str, notes: str, start: float) -> None:
+    def fill(array: np.ndarray, first: int) -> Iterator[int]:
+        (Path(notes) / str(os.getpid())).touch()
+        for row in range(first, len(array)):
+            time.sleep(0.1)
+            array[row] = row
+            yield row + 1
+
+    time.sleep(max(0.0, start - time.time()))
+    array = ArrayCache(root).get(PARTS, (5, 2), "float32", fill)
+    assert array[:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_two_jobs_compute_an_entry_once(tmp_path):
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    context = multiprocessing.get_context("spawn")
+    start = time.time() + 1.0
+    jobs = [context.Process(target=_slow_job, args=(str(tmp_path / "cache"), str(notes), start)) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(60)
+    assert [job.exitcode for job in jobs] == [0, 0]
+    assert len(list(notes.iterdir())) == 1
+
+
+def test_the_root_may_name_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    ArrayCache("~/cache").get(PARTS, (2, 2), "float32", Rows())
+    assert (tmp_path / "cache" / cache_key(PARTS) / "array.npy").is_file()
+
+
+def test_files_are_whole_or_unchanged(tmp_path):
+    path = tmp_path / "new" / "value.json"
+    write_json(path, {"a": [1, 2]})
+    assert json.loads(path.read_text()) == {"a": [1, 2]}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert json.loads(path.read_text()) == {"a": [1, 2]}
+    assert [p.name for p in path.parent.iterdir()] == ["value.json"]

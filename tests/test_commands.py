@@ -1,0 +1,294 @@
+"""The program from a user's side: train, evaluate, index, search, export, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import SMALL, simsearch
+from PIL import Image
+from wandb.proto.wandb_internal_pb2 import Record
+
+from simsearch import runtime
+from simsearch.search.catalog import CatalogError, encoder_fingerprint, read_catalog
+from simsearch.search.engine import Engine
+
+
+def wandb_records(path: Path) -> list[Record]:
+    """The records of an offline run: a 7-byte header, then LevelDB's log framing."""
+    data, records, buffer, position = path.read_bytes(), [], b"", 7
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        buffer += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a full record, or the last part of one
+            records.append(Record.FromString(buffer))
+            buffer = b""
+    return records
+
+
+class TestTrain:
+    def test_leaves_a_run_that_describes_itself(self, small_run):
+        for name in ("config.yaml", "metrics.json", "per_query.parquet", "metrics.csv", "run.json"):
+            assert (small_run / name).is_file(), name
+        assert (small_run / "checkpoints/best.ckpt").is_file()
+        assert (small_run / "catalog/catalog.json").is_file()
+        with Image.open(small_run / "figures/neighbours.png") as picture:
+            assert picture.width > 500
+
+    def test_reports_metrics_with_protocol_and_intervals(self, small_run):
+        stages = json.loads((small_run / "metrics.json").read_text())
+        assert set(stages) == {"val", "test"}
+        assert stages["test"]["protocol"] == "rendered-artist"
+        assert len(stages["test"]["fingerprint"]) == 16
+        assert stages["test"]["fingerprint"] != stages["val"]["fingerprint"]
+        for name in ("mAP", "P@1", "P@10", "R@10", "index/P@10"):
+            low, high = stages["test"]["intervals"][name]
+            assert 0 <= low <= stages["test"]["metrics"][name] <= high <= 1
+        assert stages["test"]["metrics"]["index/recall@10"] == 1.0
+        assert stages["test"]["metrics"]["bytes_per_item"] == 64
+        out = (small_run / "stdout.txt").read_text()
+        assert "mAP" in out
+        assert "simsearch search catalog=" in out
+
+    def test_per_query_values_average_to_the_metrics(self, small_run):
+        table = pq.read_table(small_run / "per_query.parquet")
+        metrics = json.loads((small_run / "metrics.json").read_text())["test"]
+        assert table.schema.metadata[b"fingerprint"].decode() == metrics["fingerprint"]
+        assert np.nanmean(table["AP"].to_numpy()) == pytest.approx(metrics["metrics"]["mAP"], abs=1e-12)
+
+    def test_checkpoint_holds_tensors_and_no_backbone(self, small_run):
+        checkpoint = torch.load(small_run / "checkpoints/best.ckpt", weights_only=True)
+        assert {"head.whitening.mean", "head.whitening.projection"} == set(checkpoint["state_dict"])
+        assert checkpoint["backbone"]["weights"] == "package"
+
+    def test_offline_wandb_log_reads_back(self, small_run):
+        (path,) = small_run.glob("wandb/offline-run-*/run-*.wandb")
+        records = wandb_records(path)
+        config = {u.key: json.loads(u.value_json) for r in records for u in r.run.config.update}
+        assert config["protocol"]["name"] == "rendered-artist"
+        logged: dict[str, object] = {}
+        for record in records:
+            for item in record.history.item:
+                logged[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        metrics = json.loads((small_run / "metrics.json").read_text())
+        assert logged["test/mAP"] == pytest.approx(metrics["test"]["metrics"]["mAP"])
+        assert logged["val/mAP"] == pytest.approx(metrics["val"]["metrics"]["mAP"])
+        assert logged["neighbours/_type"] == "table-file"
+        assert logged["neighbours/nrows"] >= 5
+        tables = [r.artifact for r in records if r.artifact.name.endswith("-neighbours")]
+        thumbnails = [entry.path for entry in tables[0].manifest.contents if entry.path.endswith(".png")]
+        assert len(thumbnails) >= 10
+        summary: dict[str, object] = {}
+        for record in records:
+            for item in record.summary.update:
+                summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        assert summary["test/fingerprint"] == metrics["test"]["fingerprint"]
+        assert any(record.HasField("exit") for record in records), "the run was not finished"
+        run_id = json.loads((small_run / "run.json").read_text())["wandb_id"]
+        assert run_id in path.name
+
+    def test_resume_of_a_finished_run_gives_the_same_numbers(self, small_run, tmp_path):
+        import shutil
+
+        copy = tmp_path / "copy"
+        shutil.copytree(small_run, copy)
+        config = (copy / "config.yaml").read_text().replace(str(small_run), str(copy))
+        (copy / "config.yaml").write_text(config)
+        before = json.loads((copy / "metrics.json").read_text())
+        simsearch("train", f"run_dir={copy}", "resume=true", "logger.mode=disabled")
+        after = json.loads((copy / "metrics.json").read_text())
+        assert after["test"]["metrics"]["mAP"] == before["test"]["metrics"]["mAP"]
+
+    def test_codes_and_a_sweep_share_one_extraction(self, tmp_path):
+        started = time.time()
+        simsearch(
+            "train", "-m", *SMALL, "pooling=mac,gem", "model=frozen-itq", "model.binarizer.bits=12",
+            "index=binary-flat", "logger.mode=disabled", f"hydra.sweep.dir={tmp_path}",
+        )  # fmt: skip
+        cache = Path(runtime.os.environ["SIMSEARCH_CACHE"]) / "features"
+        newer = [p for p in cache.glob("*/array.npy") if p.stat().st_mtime > started]
+        assert len(newer) <= 1
+        for job in ("0", "1"):
+            metrics = json.loads((tmp_path / job / "metrics.json").read_text())["test"]["metrics"]
+            assert metrics["bytes_per_item"] == 2
+            assert metrics["mAP_pessimistic"] <= metrics["mAP"] <= metrics["mAP_optimistic"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["modle.x=1"], "modle"),
+            (["pooling=median"], "rmac"),
+            (["protocol=10k-50k"], "choose a protocol that fits the data"),
+            (["model.whitening.dimension=5000"], "1280 channels"),
+            (["backbone.weights=/nowhere.pth"], "no weights at /nowhere.pth"),
+            (["index=binary-flat"], "index=flat"),
+            (["model.scales=[0]"], "model.scales"),
+            (["logger.mode=sometimes"], "auto, online, offline or disabled"),
+        ],
+    )
+    def test_mistakes_end_in_one_clear_line(self, arguments, message, tmp_path):
+        done = simsearch("train", *SMALL, f"run_dir={tmp_path}/r", "logger.mode=disabled", *arguments, expect=1)
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+class TestEvaluate:
+    def test_gives_the_run_s_own_numbers_again(self, small_run, tmp_path):
+        simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e")
+        before = json.loads((small_run / "metrics.json").read_text())["test"]
+        after = json.loads((tmp_path / "e/metrics.json").read_text())["test"]
+        assert after["fingerprint"] == before["fingerprint"]
+        timed = ("index/build_s", "index/queries_per_s", "index/latency")
+        for name, value in before["metrics"].items():
+            if not name.startswith(timed):
+                assert after["metrics"][name] == value, name
+
+    def test_takes_another_protocol_and_index(self, small_run, tmp_path):
+        simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e", "protocol=rendered-work", "index=sq8")
+        stage = json.loads((tmp_path / "e/metrics.json").read_text())["test"]
+        assert stage["protocol"] == "rendered-work"
+        assert stage["metrics"]["bytes_per_item"] == 16
+
+    def test_names_what_is_no_run(self, tmp_path):
+        done = simsearch("evaluate", f"run={tmp_path}", expect=1)
+        assert "is no run directory" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(small_run, tmp_path_factory) -> Path:
+    """Exported images of the sample beside files of every dirty kind."""
+    folder = tmp_path_factory.mktemp("images")
+    size = [a for a in SMALL if a.startswith("data.")]
+    simsearch("data", "export", *size, f"out={folder}", "part=gallery", "limit=20")
+    (folder / "images/not.jpg").write_text("no image")
+    (folder / "images/cut.png").write_bytes((next((folder / "images").glob("0*.png"))).read_bytes()[:200])
+    Image.new("CMYK", (30, 50), (10, 20, 30, 40)).save(folder / "images/cmyk.jpg")
+    Image.new("L", (1, 1), 7).save(folder / "images/one.png")
+    return folder
+
+
+class TestIndexAndSearch:
+    def test_catalog_of_a_dirty_folder(self, small_run, folder, tmp_path):
+        done = simsearch("index", f"run={small_run}", f"images={folder}/images", f"out={tmp_path}/c", "workers=0")
+        assert "22 images" in done.stdout
+        assert "not-an-image" in done.stderr
+        assert "truncated" in done.stderr
+        catalog = read_catalog(tmp_path / "c")
+        assert len(catalog) == 22
+        assert catalog.about["skipped"] == {"not-an-image": 1, "truncated": 1}
+        assert not list((tmp_path / "c").rglob("*.pkl"))
+        assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+    def test_search_finds_the_image_itself_and_reads_attributes(self, small_run, folder, tmp_path):
+        simsearch("index", f"run={small_run}", f"images={folder}/manifest.csv", f"out={tmp_path}/c", "workers=0")
+        images = sorted((folder / "images").glob("0*.png"))[:3]
+        for image in images:
+            done = simsearch(
+                "search",
+                f"catalog={tmp_path}/c",
+                f"image={image}",
+                "k=4",
+                "format=json",
+                f"figure={tmp_path}/f.png",
+            )
+            (line,) = done.stdout.splitlines()
+            answer = json.loads(line)
+            first = answer["results"][0]
+            assert first["path"] == f"images/{image.name}"
+            assert first["score"] == pytest.approx(1, abs=1e-4)
+            assert first["artist"]
+            assert [r["rank"] for r in answer["results"]] == [1, 2, 3, 4]
+        with Image.open(tmp_path / "f.png") as picture:
+            assert picture.width > 400
+
+    def test_search_in_the_run_s_own_catalog_prints_a_table(self, small_run, tmp_path):
+        query = small_run / "figures/queries"
+        done = simsearch("search", f"catalog={small_run}/catalog", f"image={query}", "k=3", cwd=tmp_path)
+        assert "rank" in done.stdout
+        assert (tmp_path / "neighbours.png").is_file()
+
+    def test_another_encoder_is_refused(self, small_run):
+        catalog = read_catalog(small_run / "catalog")
+        encoder = runtime.build_encoder(catalog.about["config"])
+        with pytest.raises(CatalogError, match="do not compare"):
+            Engine(catalog, encoder)
+        catalog.load_encoder_state(encoder)
+        assert encoder_fingerprint(encoder) == catalog.about["encoder_fingerprint"]
+        Engine(catalog, encoder)
+
+    def test_mistakes(self, small_run, folder, tmp_path):
+        done = simsearch("search", f"catalog={tmp_path}", f"image={folder}/images", expect=1)
+        assert "no catalog in" in done.stderr
+        done = simsearch("index", f"run={small_run}", f"images={tmp_path}/none", expect=1)
+        assert "does not exist" in done.stderr
+        bad = folder / "images/not.jpg"
+        done = simsearch("search", f"catalog={small_run}/catalog", f"image={bad}", expect=1)
+        assert "not-an-image" in done.stderr
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full/mine.txt").write_text("keep")
+        done = simsearch("index", f"run={small_run}", f"images={folder}/images", f"out={tmp_path}/full", expect=1)
+        assert "is no catalog" in done.stderr
+        assert (tmp_path / "full/mine.txt").read_text() == "keep"
+        done = simsearch("search", f"catalog={small_run}/catalog", f"image={folder}/images", "k=0", expect=1)
+        assert "k must be at least 1" in done.stderr
+
+    def test_damaged_catalog_is_named(self, small_run, tmp_path):
+        import shutil
+
+        shutil.copytree(small_run / "catalog", tmp_path / "c")
+        (tmp_path / "c/index/index.faiss").write_bytes(b"damaged")
+        with pytest.raises(CatalogError, match="damaged"):
+            read_catalog(tmp_path / "c")
+
+
+class TestProgram:
+    def test_help_lists_the_commands_in_under_a_second(self):
+        start = time.perf_counter()
+        done = simsearch("--help")
+        assert time.perf_counter() - start < 1.0
+        for name in ("train", "evaluate", "index", "search", "data audit", "data export"):
+            assert name in done.stdout
+
+    def test_unknown_command(self):
+        done = subprocess.run([sys.executable, "-m", "simsearch", "trian"], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "no command 'trian'" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("line", "expected"),
+        [
+            ("simsearch tr", "train"),
+            ("simsearch train pooling=g", "pooling=gem"),
+            ("simsearch data ex", "export"),
+        ],
+    )
+    def test_completion(self, line, expected, monkeypatch):
+        monkeypatch.setenv("COMP_LINE", line)
+        monkeypatch.setenv("COMP_POINT", str(len(line)))
+        assert expected in simsearch("-sc", "query=bash").stdout.split()
+
+
+def test_real_images_end_to_end(real_data, small_run, tmp_path):
+    """Real paintings, catalogued by the sample's encoder: each finds itself."""
+    source = sorted((real_data / "art/images").iterdir())[0] if (real_data / "art").is_dir() else None
+    if source is None:
+        pytest.skip("no art/ in SIMSEARCH_DATA: the search on real paintings is SKIPPED")
+    simsearch("index", f"run={small_run}", f"images={source}", f"out={tmp_path}/c", "workers=0")
+    query = sorted(source.glob("*.jpg"))[0]
+    done = simsearch("search", f"catalog={tmp_path}/c", f"image={query}", "k=2", "format=json", "figure=null")
+    first = json.loads(done.stdout)["results"][0]
+    assert first["path"] == query.name
+    assert first["score"] == pytest.approx(1, abs=1e-4)

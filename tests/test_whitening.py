@@ -1,0 +1,134 @@
+"""Moments against numpy.cov, projections against scikit-learn and against what whitening promises."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.decomposition import PCA
+
+from simsearch.functional.whitening import Moments, whitening_matrix
+
+
+def vectors(n: int = 300, d: int = 12, seed: int = 0) -> torch.Tensor:
+    """Correlated vectors, away from the origin."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, d, generator=generator) @ torch.randn(d, d, generator=generator) + 3.0
+
+
+def moments(data: torch.Tensor, sizes: list[int]) -> Moments:
+    summed = Moments.zeros(data.shape[1])
+    for part in data.split(sizes):
+        summed.add(part)
+    return summed
+
+
+def test_moments_over_batches_give_the_covariance_of_all():
+    data = vectors()
+    mean, values, rows = moments(data, [100, 1, 0, 199]).principal()
+    assert mean.dtype == values.dtype == rows.dtype == torch.float64
+    np.testing.assert_allclose(mean, data.double().mean(0), rtol=1e-12)
+    rebuilt = rows.T @ torch.diag(values) @ rows
+    np.testing.assert_allclose(rebuilt, np.cov(data.double().numpy().T), rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(rows @ rows.T, np.eye(12), atol=1e-12)
+    assert (values[:-1] >= values[1:]).all()
+
+
+def test_split_and_order_do_not_matter():
+    data = vectors()
+    expected = moments(data, [300]).principal()
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(1))
+    for other in (moments(data, [17] * 17 + [11]), moments(data[order], [250, 50])):
+        for left, right in zip(other.principal(), expected, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+
+
+def test_moments_of_ranks_add_up():
+    data = vectors()
+    left, right = moments(data[:120], [120]), moments(data[120:], [180])
+    joined = Moments(left.count + right.count, left.total + right.total, left.outer + right.outer)
+    for ours, all_ in zip(joined.principal(), moments(data, [300]).principal(), strict=True):
+        torch.testing.assert_close(ours, all_, rtol=1e-10, atol=1e-10)
+
+
+def test_each_component_points_to_its_largest_entry():
+    _, _, rows = moments(vectors(), [300]).principal()
+    assert (rows.gather(1, rows.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_equals_scikit_learn_up_to_sign(whiten):
+    data = vectors()
+    mean, values, rows = moments(data, [300]).principal()
+    matrix = whitening_matrix(values, rows, 5, power=float(whiten))
+    projected = (data.double() - mean) @ matrix.T
+    peer = PCA(5, svd_solver="full", whiten=whiten).fit(data.double().numpy())
+    expected = peer.transform(data.double().numpy())
+    np.testing.assert_allclose(values[:5], peer.explained_variance_, rtol=1e-10)
+    signs = np.sign((projected.numpy() * expected).sum(0))
+    np.testing.assert_allclose(projected, expected * signs, atol=1e-9)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.25, 0.5, 1.0])
+def test_projected_covariance_is_a_power_of_the_eigenvalues(power):
+    """Divided by l^(power / 2), a component of variance l has variance l^(1 - power): 1 at full power."""
+    data = vectors().double()
+    _, values, rows = moments(data, [300]).principal()
+    projected = data @ whitening_matrix(values, rows, 12, power=power).T
+    covariance = np.cov(projected.numpy().T)
+    np.testing.assert_allclose(covariance, np.diag(values.numpy() ** (1 - power)), atol=1e-9)
+    if power == 1:
+        np.testing.assert_allclose(covariance, np.eye(12), atol=1e-9)
+
+
+def test_no_power_keeps_all_distances():
+    data = vectors().double()
+    _, values, rows = moments(data, [300]).principal()
+    projected = data @ whitening_matrix(values, rows, 12, power=0).T
+    torch.testing.assert_close(torch.cdist(projected, projected), torch.cdist(data, data), atol=1e-6, rtol=1e-9)
+
+
+def test_full_shrinkage_is_a_rotation_up_to_one_scale():
+    _, values, rows = moments(vectors(), [300]).principal()
+    shrunk = whitening_matrix(values, rows, 12, power=1, shrinkage=1)
+    torch.testing.assert_close(shrunk, rows / values.mean().sqrt(), rtol=1e-12, atol=1e-12)
+
+
+def test_shrinkage_is_ledoit_and_wolfs_mixture_of_covariances():
+    """Whitening (1 - s) C + s mean(l) I by its own decomposition."""
+    data = vectors().double()
+    _, values, rows = moments(data, [300]).principal()
+    covariance = np.cov(data.numpy().T)
+    mixed = 0.7 * covariance + 0.3 * np.trace(covariance) / 12 * np.eye(12)
+    matrix = whitening_matrix(values, rows, 12, power=1, shrinkage=0.3).numpy()
+    np.testing.assert_allclose(matrix @ mixed @ matrix.T, np.eye(12), atol=1e-9)
+
+
+def test_fewer_vectors_than_dimensions_stay_finite():
+    data = vectors(5, 12)
+    _, values, rows = moments(data, [5]).principal()
+    matrix = whitening_matrix(values, rows, 12, power=1)
+    assert matrix.isfinite().all()
+    assert float(matrix.norm(dim=1).max()) <= float(values.max() * 1e-9) ** -0.5 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dimension": 0, "power": 1.0}, r"1\.\.3 \(the descriptor's width\), got 0"),
+        ({"dimension": 4, "power": 1.0}, "got 4"),
+        ({"dimension": 2, "power": 1.5}, r"power must lie in \[0, 1\], got 1.5"),
+        ({"dimension": 2, "power": 1.0, "shrinkage": -0.1}, r"shrinkage must lie in \[0, 1\], got -0.1"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        whitening_matrix(torch.ones(3).double(), torch.eye(3).double(), **arguments)
+
+
+def test_degenerate_data():
+    with pytest.raises(ValueError, match="at least 2 vectors, got 1"):
+        moments(vectors(1), [1]).principal()
+    _, values, rows = moments(torch.zeros(4, 3), [4]).principal()
+    with pytest.raises(ValueError, match="all vectors are equal"):
+        whitening_matrix(values, rows, 3, power=1.0)
+    with pytest.raises(ValueError, match=r"\(N, 3\), got \(5, 1\)"):
+        Moments.zeros(3).add(torch.ones(5, 1))
