@@ -230,8 +230,13 @@ def test_files_are_whole_or_unchanged(tmp_path):
     assert json.loads(path.read_text()) == {"a": [1, 2]}
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
-    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
-        temporary.write_text("half")
-        raise ZeroDivisionError
+
+    def interrupted() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert json.loads(path.read_text()) == {"a": [1, 2]}
     assert [p.name for p in path.parent.iterdir()] == ["value.json"]

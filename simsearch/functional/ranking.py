@@ -165,9 +165,10 @@ def _rank_scores(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> Ranki
     )
 
 
-def _check_codes(query: Descriptors, gallery: Descriptors) -> None:
+def _common_width(query: Descriptors, gallery: Descriptors) -> int:
     if gallery.bits is None or query.bits != gallery.bits:
         raise ValueError(f"query and gallery must be codes of one width, got {query.bits} and {gallery.bits} bits")
+    return gallery.bits
 
 
 def rank_codes(
@@ -177,11 +178,10 @@ def rank_codes(
 
     Raises ValueError where the two sides are not codes of one width.
     """
-    _check_codes(query, gallery)
+    bins = _common_width(query, gallery) + 1
     junk = find_junk(query, gallery, exclude_self=exclude_self)
     stored = _ByLabel.of(gallery)
     planes = np.ascontiguousarray(code_words(stored.vectors).T)  # (W, G)
-    bins = gallery.bits + 1
     step = max(1, block_bytes // (128 * bins))
     for start in range(0, len(query), step):
         stop = min(start + step, len(query))
@@ -336,7 +336,7 @@ def average_precision_in_index_order(query: Descriptors, gallery: Descriptors, *
 
     Raises ValueError where the two sides are not codes of one width.
     """
-    _check_codes(query, gallery)
+    _common_width(query, gallery)
     junk = find_junk(query, gallery, exclude_self=exclude_self)
     words, stored = code_words(query.vectors), np.ascontiguousarray(code_words(gallery.vectors).T)
     labels = gallery.label.numpy()
