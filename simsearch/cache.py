@@ -87,7 +87,8 @@ class ArrayCache:
             if need > free:
                 raise OSError(
                     f"the descriptor cache {self.root} needs {need / 2**30:.1f} GiB and its disk has "
-                    f"{free / 2**30:.1f} GiB free: set SIMSEARCH_CACHE to a larger disk or model.cache=null"
+                    f"{free / 2**30:.1f} GiB free: put the cache on a larger disk (SIMSEARCH_CACHE) or "
+                    "do without one"
                 )
             partial.mkdir(parents=True)
             array, start = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape), 0

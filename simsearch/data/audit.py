@@ -1,7 +1,19 @@
 """The leak audit: near-duplicates of the queries in the gallery and in the training set.
 
-Two criteria, either of which suffices: cosine similarity of descriptors, and Hamming distance of
-64-bit perceptual hashes.
+Two criteria, either of which suffices: cosine of descriptors (sees crops, mirror images and colour
+changes; errs on objects before plain backgrounds) and Hamming distance of 64-bit perceptual hashes (sees
+re-encoding, colour and small shifts; blind to mirroring).
+
+What the defaults find on CIFAR-10 (JPEG q75), test against training images, EfficientNet-Lite0 at 128 px
+with GeM and PCA to 128 dimensions, where samples of 40 pairs were judged by eye:
+
+- both together: 216 of 10,000 test images in 345 pairs, 35 of 40 the same photograph. Among them are 126
+  of the 286 that ciFAIR lists (Barz and Denzler 2020, "Do we train on test data?"): the audit finds the
+  plain cases and is a lower bound.
+- hash: to 4 bits 103 test images, 40 of 40 right; to 6 bits 181, at just 6 bits 34 of 40; to 8 bits
+  366, at just 8 bits about 16 of 40. A hash has 32 ones as a rule, so that distances are even.
+- descriptor: from 0.92 on 63 test images, 33 of 40 right; between 0.90 and 0.92 about 20 of 40. Another
+  model has another scale: average-pooled without PCA, 0.88 (128 px) or 0.90 (224 px) is as precise.
 """
 
 from __future__ import annotations
@@ -24,13 +36,12 @@ from simsearch.files import replacing
 from simsearch.functional.codes import code_words, pack_codes
 from simsearch.types import RetrievalTask
 
-MIN_SIMILARITY = 0.95
+MIN_SIMILARITY = 0.92
 MAX_DISTANCE = 6
+CELLS = 2**22  # 16 MiB of cosines, 32 MiB of hash words
 PARTS = ("gallery", "train", "both")
 CRITERIA = ("hash", "descriptor", "both")
 COLUMNS = ("query", "other", "part", "similarity", "hash_distance", "by", "query_label", "other_label")
-
-CELLS = 2**22
 
 _MAX_PAIRS = 10_000_000
 _SLACK = 0.01  # more than a matmul in reduced precision (TF32, bfloat16) is off
@@ -95,15 +106,16 @@ class Duplicates:
         """Collection rows of the queries with a near-duplicate in that part, int64, sorted, unique."""
         if part not in ("gallery", "train"):
             raise ValueError(f"part={part!r} is unknown: use 'gallery' or 'train'")
-        return torch.unique(self.query[torch.tensor([p in (part, "both") for p in self.part], dtype=torch.bool)])
+        stands = torch.tensor([p in (part, "both") for p in self.part], dtype=torch.bool)
+        return torch.unique(self.query[stands])
 
 
 def perceptual_hashes(images: Tensor, *, progress: bool = False) -> Tensor:
     """Perceptual hashes, packed uint8 (N, 8), of images uint8 (N, 3, H, W): imagehash.phash, 64 bits.
 
-    The hash compares the lowest 8 x 8 coefficients of the grey image's cosine transform with their
-    median. It survives re-encoding, resizing and brightness; not mirroring, cropping or rotation.
-    progress: show a bar on stderr (about 3,000 images a second).
+    A bit says whether one of the lowest 8 x 8 coefficients of the grey image's cosine transform exceeds
+    their median; bits are packed as by simsearch.functional.codes.pack_codes. progress: show a bar on
+    stderr (thousands of images a second).
 
     Raises ValueError for another shape or dtype.
     """
@@ -131,8 +143,8 @@ def near_pairs_by_hash(
     def near(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         distance = np.bitwise_count(query_words[rows, None] ^ other_words)
         row, column = np.nonzero(distance <= max_distance)
-        found = (row + rows.start, column, distance[row, column].astype(np.int64))
-        return tuple(map(torch.from_numpy, found))
+        found = distance[row, column].astype(np.int64)
+        return torch.from_numpy(row + rows.start), torch.from_numpy(column), torch.from_numpy(found)
 
     return _gather(map(near, _blocks(len(query), len(other), cells)), torch.int64)
 

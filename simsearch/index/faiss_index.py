@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simsearch.files import replacing
 from simsearch.types import SearchResult
 
 _METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
@@ -209,20 +208,12 @@ class FaissIndex:
         if self._index is None:
             raise ValueError("nothing to save: the index was neither trained nor filled")
         folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        suffix = f".{uuid.uuid4().hex}.tmp"
-        data, settings = folder / f"index.faiss{suffix}", folder / f"index.json{suffix}"
-        try:
+        with replacing(folder / "index.faiss") as data, replacing(folder / "index.json") as settings:
             write = faiss.write_index_binary if self.is_binary else faiss.write_index
             write(self._index, str(data))
             content = {name: getattr(self, name) for name in _SETTINGS}
             content |= {"empty_bytes": self._empty_bytes, "sha256": _sha256(data)}
             settings.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            os.replace(data, folder / "index.faiss")
-            os.replace(settings, folder / "index.json")
-        finally:
-            data.unlink(missing_ok=True)
-            settings.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> FaissIndex:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -52,6 +53,8 @@ class RetrievalMetrics(Metric):
         if self.bits is not None:
             if vectors.shape[1] != self.bits:
                 raise ValueError(f"codes of {self.bits} bits need embeddings as wide, got {vectors.shape[1]}")
+            if not torch.isfinite(vectors).all():
+                raise ValueError("the real-valued codes hold NaN or infinity: their signs mean nothing")
             vectors = pack_codes(vectors)
         group = torch.full_like(index, -1) if group is None else group
         for name, value in (("vectors", vectors), ("label", label), ("index", index), ("group", group)):
@@ -72,11 +75,9 @@ class RetrievalMetrics(Metric):
                 value = torch.cat(value)
             return value.cpu()
 
-        rows = column("index")
-        unique, inverse = torch.unique(rows, return_inverse=True)
-        first = torch.empty_like(unique).scatter_(0, inverse.flip(0), torch.arange(len(rows)).flip(0))
-        vectors, label, group = (column(name)[first] for name in ("vectors", "label", "group"))
-        return Descriptors(vectors.contiguous(), label, unique, bits=self.bits, group=group)
+        first = torch.from_numpy(np.unique(column("index").numpy(), return_index=True)[1])
+        vectors, label, index, group = (column(name)[first] for name in ("vectors", "label", "index", "group"))
+        return Descriptors(vectors.contiguous(), label, index, bits=self.bits, group=group)
 
     def per_query(self) -> dict[str, Tensor]:
         """Metrics of each query: name -> float64 (Q,), queries by ascending row."""

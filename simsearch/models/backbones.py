@@ -9,6 +9,7 @@ be said and is written into every result.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -62,10 +63,19 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self._onnx: dict[int, OnnxNetwork] = {}
+        self.register_load_state_dict_post_hook(_drop_exported)
         with torch.no_grad():
             training = network.training
-            self.channels = int(network.eval()(torch.zeros(1, 3, size, size)).shape[1])
+            try:
+                features = network.eval()(torch.zeros(1, 3, size, size))
+            except (RuntimeError, AssertionError) as error:
+                raise ValueError(
+                    f"{name} does not run on images of {size} pixels ({error}): change backbone.size or the network"
+                ) from error
             network.train(training)
+        if features.ndim != 4:
+            raise ValueError(f"{name} gives no feature maps but {tuple(features.shape)}: choose another network")
+        self.channels = features.shape[1]
 
     def preprocess(self, image: Tensor, size: int | None = None) -> Tensor:
         """Normalised images float32 (B, 3, size, size)."""
@@ -103,8 +113,15 @@ class Backbone(nn.Module):
         }
 
 
+def _drop_exported(backbone: nn.Module, _: object) -> None:
+    backbone._onnx.clear()  # exported with the weights of before
+
+
 class TokenMap(nn.Module):
-    """A vision transformer of timm as feature maps: (B, C, h, w) of patch tokens, or (B, C, 1, 1) of CLS."""
+    """A vision transformer of timm as feature maps: (B, C, h, w) of patch tokens, or (B, C, 1, 1) of CLS.
+
+    Its position embeddings fit one image size: forward raises ValueError for another.
+    """
 
     def __init__(self, vit: nn.Module, tokens: Tokens) -> None:
         super().__init__()
@@ -113,12 +130,18 @@ class TokenMap(nn.Module):
         self.vit, self.tokens = vit, tokens
 
     def forward(self, pixels: Tensor) -> Tensor:
+        embed = self.vit.patch_embed
+        if tuple(pixels.shape[-2:]) != tuple(embed.img_size):
+            raise ValueError(
+                f"this transformer takes images of {embed.img_size[0]} pixels (backbone.size), not "
+                f"{pixels.shape[-1]}: use model.scales=[1.0]"
+            )
         out = self.vit.forward_features(pixels)  # (B, prefix + h w, C)
         if self.tokens == "cls":
             return out[:, 0, :, None, None]
-        h, w = (s // p for s, p in zip(pixels.shape[-2:], self.vit.patch_embed.patch_size, strict=True))
         patches = out[:, self.vit.num_prefix_tokens :]
-        return patches.transpose(1, 2).reshape(len(out), -1, h, w)
+        # Not reshape(len(out), ...), which an export to ONNX would fix to the example's batch.
+        return patches.transpose(1, 2).unflatten(2, embed.grid_size)
 
 
 class _TimmMap(nn.Module):
@@ -127,7 +150,8 @@ class _TimmMap(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.model.forward_features(pixels)
+        features = self.model.forward_features(pixels)
+        return features.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "") == "NHWC" else features
 
 
 def state_fingerprint(module: nn.Module) -> str:
@@ -162,9 +186,14 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def _present_name(name: str) -> str:
+    """torchvision's DenseNet files still have the names that its layers had before dots were forbidden in them."""
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
+
+
 def _fill_from_file(network: nn.Module, path: str) -> None:
     """Loads a whole classification network's state dict; a classifier of another width may be missing."""
-    state = {name.removeprefix("module."): value for name, value in load_state(path).items()}
+    state = {_present_name(name.removeprefix("module.")): value for name, value in load_state(path).items()}
     own = network.state_dict()
     wrong = [n for n, v in state.items() if n in own and own[n].shape != v.shape]
     missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
@@ -192,9 +221,9 @@ def torchvision_backbone(
 ) -> Backbone:
     """A torchvision classification network without its pooling and classifier.
 
-    Any network made of `features` (DenseNet, VGG, EfficientNet, ConvNeXt, MobileNet, ...) or of
-    layers before an `avgpool` (ResNet, ResNeXt, RegNet, ...). Raises ValueError for an unknown or
-    another kind of name, WeightsError where weights cannot be had.
+    Any network made of layers before an `avgpool` (ResNet, RegNet, EfficientNet, ConvNeXt, Swin, ...) or
+    of `features` (DenseNet, MobileNetV2, ...). Raises ValueError for an unknown or another kind of
+    name, WeightsError where weights cannot be had.
     """
     import torchvision
 
@@ -215,14 +244,13 @@ def torchvision_backbone(
         full, source = models.get_model(name, weights=None), weights
         if weights != "random":
             _fill_from_file(full, weights)
-    if hasattr(full, "features"):
-        layers = [full.features]
-        if name.startswith("densenet"):
-            layers.append(nn.ReLU())  # DenseNet applies it between `features` and the pooling
-        network = nn.Sequential(*layers)
-    elif hasattr(full, "avgpool"):
-        children = dict(full.named_children())
+    children = dict(full.named_children())
+    if "avgpool" in children:
         network = nn.Sequential(*list(children.values())[: list(children).index("avgpool")])
+    elif name.startswith("densenet"):
+        network = nn.Sequential(full.features, nn.ReLU())  # applied between `features` and the pooling
+    elif "features" in children:
+        network = nn.Sequential(full.features)
     else:
         raise ValueError(f"torchvision's {name} has neither `features` nor `avgpool`: use a timm backbone")
     preset = entry.transforms()
@@ -255,17 +283,11 @@ def timm_backbone(
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
         raise ValueError(f"timm has no model {name!r}; similar names: {', '.join(close) or 'none'}")
-    is_vit = "patch" in name or name.startswith(("vit", "deit", "beit", "eva"))
     try:
-        # A transformer's position embeddings are resampled to the wanted size when weights load.
-        full = (
-            timm.create_model(name, pretrained=weights == "pretrained", img_size=size)
-            if is_vit
-            else timm.create_model(name, pretrained=weights == "pretrained")
-        )
+        full = timm.create_model(name, pretrained=weights == "pretrained")
     except Exception as error:
         if weights != "pretrained":
-            raise ValueError(f"timm cannot build {name!r} at size {size}: {error}") from error
+            raise
         raise WeightsError(
             f"cannot download the weights of timm's {name}: {error}. Fetch the model's safetensors file from "
             "its hub page where there is a network and give its path: "
@@ -274,11 +296,18 @@ def timm_backbone(
     source = str(full.pretrained_cfg.get("hf_hub_id") or name) if weights == "pretrained" else weights
     if weights not in ("pretrained", "random"):
         _fill_from_file(full, weights)
-    network = (
-        TokenMap(full, tokens)
-        if hasattr(full, "patch_embed") and hasattr(full, "num_prefix_tokens")
-        else _TimmMap(full)
-    )
+    if hasattr(full, "set_input_size"):
+        # After the weights: position embeddings are resampled from the size that they were trained for.
+        try:
+            full.set_input_size(img_size=size)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(f"timm's {name} cannot take images of {size} pixels ({error}): change the size") from error
+    if hasattr(full, "patch_embed") and hasattr(full, "num_prefix_tokens"):
+        network: nn.Module = TokenMap(full, tokens)
+    elif tokens == "cls":
+        raise ValueError(f"backbone.tokens=cls: timm's {name} has no class token; use patch")
+    else:
+        network = _TimmMap(full)
     config = full.pretrained_cfg
     suffix = f"/{tokens}" if isinstance(network, TokenMap) else ""
     return Backbone(

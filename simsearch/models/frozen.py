@@ -179,6 +179,7 @@ class FrozenRetriever(pl.LightningModule):
     def setup(self, stage: str) -> None:
         collection = getattr(getattr(self.trainer, "datamodule", None), "collection", None)
         if self.cache is not None and collection is not None and self._stored is None:
+            self.to(self.trainer.strategy.root_device)  # Lightning moves the module after this hook only
             self._stored = [self._features(collection, size) for size in self.sizes]
 
     def teardown(self, stage: str) -> None:
@@ -241,7 +242,7 @@ class FrozenRetriever(pl.LightningModule):
     def configure_optimizers(self) -> None:
         return None
 
-    def on_fit_start(self) -> None:
+    def on_train_epoch_start(self) -> None:
         self._moments, self._kept = Moments.zeros(self.backbone.channels), []
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
