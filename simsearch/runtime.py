@@ -18,6 +18,7 @@ from typing import Any
 import hydra
 import pytorch_lightning as pl
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
@@ -157,8 +158,8 @@ def start_run(config: DictConfig) -> Run:
         print(f"resuming {run.folder} with its own config", file=sys.stderr)
     else:
         folder = Path(HydraConfig.get().runtime.output_dir)
+        config.run_dir = str(folder)  # in a sweep the job's own folder; other values refer to it
         values = plain(config)
-        values["run_dir"] = str(folder)
         OmegaConf.save(OmegaConf.create(values), folder / "config.yaml")
         write_json(folder / "run.json", {"wandb_id": uuid.uuid4().hex[:8], "versions": versions()})
         run = Run(folder, values)
@@ -171,23 +172,30 @@ def open_run(folder: Path) -> Run:
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{folder} is no run directory: it has no config.yaml. Give one that `simsearch train` made")
-    values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    assert isinstance(values, dict)
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"{path} is damaged: it holds no config")
     return Run(folder, {str(key): value for key, value in values.items()})
 
 
 def load_model(run: Run) -> pl.LightningModule:
-    """The model of a finished run with its best checkpoint. Raises ValueError where there is none."""
+    """The model of a finished run with its best checkpoint. Raises ValueError where none fits."""
     path = run.folder / "checkpoints" / "best.ckpt"
     if not path.is_file():
         raise ValueError(f"{run.folder} has no checkpoints/best.ckpt: its training did not finish; resume it")
     model = build(run.config["model"])
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} is damaged or holds more than tensors: {error}") from error
-    model.on_load_checkpoint(checkpoint)
-    model.load_state_dict(checkpoint["state_dict"])
+    try:
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit the model in {run.folder / 'config.yaml'}: {error}") from error
     return model.eval()
 
 

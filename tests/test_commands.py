@@ -116,12 +116,14 @@ class TestTrain:
         started = time.time()
         simsearch(
             "train", "-m", *SMALL, "pooling=mac,gem", "model=frozen-itq", "model.binarizer.bits=12",
-            "index=binary-flat", "logger.mode=disabled", f"hydra.sweep.dir={tmp_path}",
+            "index=binary-flat", "logger.mode=disabled", f"hydra.sweep.dir={tmp_path}", f"run_root={tmp_path}/unused",
         )  # fmt: skip
         cache = Path(runtime.os.environ["SIMSEARCH_CACHE"]) / "features"
         newer = [p for p in cache.glob("*/array.npy") if p.stat().st_mtime > started]
         assert len(newer) <= 1
         for job in ("0", "1"):
+            assert (tmp_path / job / "checkpoints/best.ckpt").is_file()
+            assert (tmp_path / job / "catalog/catalog.json").is_file()
             metrics = json.loads((tmp_path / job / "metrics.json").read_text())["test"]["metrics"]
             assert metrics["bytes_per_item"] == 2
             assert metrics["mAP_pessimistic"] <= metrics["mAP"] <= metrics["mAP_optimistic"]

@@ -66,9 +66,7 @@ def evaluate(
 
     Queries without relevant items have no value; they are counted in `queries_without_relevant`.
     """
-    if index.is_binary != (gallery.bits is not None):
-        kind = "codes: use index=binary-flat" if gallery.bits is not None else "float descriptors: use index=flat"
-        raise ValueError(f"index {index.factory!r} does not fit the model's {kind} or another of that kind")
+    _check_kind(index, gallery.bits)
     start = time.perf_counter()
     index.add(gallery.vectors)
     build_seconds = time.perf_counter() - start
@@ -98,6 +96,12 @@ def evaluate(
         "queries_without_relevant": float((relevant == 0).sum()),
     }
     return Evaluation(metrics, intervals, per_query, query, gallery, found, index)
+
+
+def _check_kind(index: FaissIndex, bits: int | None) -> None:
+    if index.is_binary != (bits is not None):
+        kind = "codes: use index=binary-flat" if bits is not None else "float descriptors: use index=flat"
+        raise ValueError(f"index {index.factory!r} does not fit the model's {kind} or another of that kind")
 
 
 def _as_ranked(query: Descriptors, gallery: Descriptors, index: FaissIndex) -> tuple[Descriptors, Descriptors]:
@@ -192,6 +196,9 @@ class RetrievalEvaluation(pl.Callback):
         self.index, self.ks, self.seed = index, tuple(ks), seed
         self.results: dict[str, Evaluation] = {}
         self._metrics: RetrievalMetrics | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        _check_kind(self.index, getattr(pl_module, "bits", None))  # before hours of work, not after
 
     def _start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if trainer.sanity_checking:

@@ -8,6 +8,7 @@ be said and is written into every result.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import re
 from collections.abc import Sequence
@@ -281,7 +282,7 @@ def timm_backbone(
     if tokens not in ("patch", "cls"):
         raise ValueError(f"backbone.tokens must be patch or cls, got {tokens!r}")
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('.')[0].split('_')[0]}*")[:5]
+        close = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(f"timm has no model {name!r}; similar names: {', '.join(close) or 'none'}")
     try:
         full = timm.create_model(name, pretrained=weights == "pretrained")

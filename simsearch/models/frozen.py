@@ -156,6 +156,8 @@ class FrozenRetriever(pl.LightningModule):
         descriptor = F.normalize(torch.stack([self.head.aggregate(r) for r in regions]).sum(0), dim=-1)
         if self.binarizer is None:
             return descriptor
+        if not self.code_weight.any():
+            raise RuntimeError("the binarizer is not fitted: run `simsearch train`, or load a trained run")
         return descriptor @ self.code_weight.T + self.code_bias
 
     @property

@@ -104,7 +104,9 @@ def write_catalog(
     """
     if len(index) != len(items):
         raise ValueError(f"the index holds {len(index)} items, the table {len(items)}")
-    folder = Path(os.path.abspath(folder))
+    folder = Path(folder).resolve()
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file: give another place by out=")
     if folder.exists() and not (folder / "catalog.json").is_file() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is no catalog: give another place by out=")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -130,7 +132,11 @@ def write_catalog(
         if folder.exists():
             old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             os.replace(folder, old)
-            os.replace(temporary, folder)
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                os.replace(old, folder)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(temporary, folder)
@@ -148,8 +154,11 @@ def read_catalog(folder: Path) -> Catalog:
             f"no catalog in {folder} ({error}): make one by `simsearch index run=... images=...`, or give "
             "the catalog folder of a run"
         ) from error
+    about = about if isinstance(about, dict) else {}
     if about.get("format") != FORMAT:
         raise CatalogError(f"{folder} has catalog format {about.get('format')}, this version reads {FORMAT}")
+    if missing := sorted({"encoder_fingerprint", "backbone", "config"} - set(about)):
+        raise CatalogError(f"the catalog {folder} is damaged (catalog.json lacks {', '.join(missing)}): make it again")
     try:
         index = FaissIndex.load(folder / "index")
         names = [n for n in pq.read_schema(folder / "items.parquet").names if n != THUMBNAIL]

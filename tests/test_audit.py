@@ -1,0 +1,385 @@
+"""The leak audit: hashes, near pairs against brute force, planted duplicates, files."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import imagehash
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from simsearch.data import audit as module
+from simsearch.data.audit import (
+    COLUMNS,
+    MAX_DISTANCE,
+    Duplicates,
+    audit,
+    contact_sheet,
+    near_pairs_by_descriptor,
+    near_pairs_by_hash,
+    perceptual_hashes,
+    read_csv,
+    write_csv,
+)
+from simsearch.data.collection import Collection
+from simsearch.data.protocols import drop_rows
+from simsearch.types import RetrievalTask
+
+ORIGINALS = 40
+EDITS = ("copy", "jpeg", "brightness", "shift", "mirror")
+NONE = Duplicates(
+    torch.empty(0, dtype=torch.int64),
+    torch.empty(0, dtype=torch.int64),
+    torch.empty(0),
+    torch.empty(0, dtype=torch.int64),
+    (),
+    (),
+)
+
+
+def pictures(count: int, seed: int = 0) -> Tensor:
+    """Blocks of four sizes in random colours, uint8 (count, 3, 32, 32)."""
+    generator = torch.Generator().manual_seed(seed)
+    values = 128 + 40 * torch.randn(count, 3, 1, 1, generator=generator)
+    for cells in (2, 4, 8, 16):
+        blocks = torch.randn(count, 3, cells, cells, generator=generator)
+        values = values + 25 * blocks.repeat_interleave(32 // cells, 2).repeat_interleave(32 // cells, 3)
+    return values.round().clamp(0, 255).byte()
+
+
+def edited(image: Tensor, edit: str) -> Tensor:
+    if edit == "copy":
+        return image.clone()
+    if edit == "jpeg":
+        file = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=75)
+        return torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)
+    if edit == "brightness":
+        return (image.float() * 1.15 + 10).round().clamp(0, 255).byte()
+    if edit == "shift":
+        return torch.cat([image[:, :, :1], image[:, :, :-1]], dim=2)
+    return image.flip(2)
+
+
+def colour_histograms(images: Tensor) -> Tensor:
+    """Descriptors float32 (N, 216) that see colours and not places."""
+    binned = (images.long() * 6 // 256).flatten(2)
+    cell = binned[:, 0] * 36 + binned[:, 1] * 6 + binned[:, 2]
+    return F.normalize(F.one_hot(cell, 216).sum(1).float(), dim=1)
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[Tensor, RetrievalTask, Tensor]:
+    """Images, task and training rows: originals; edits of the first five and five strangers search them."""
+    originals = pictures(ORIGINALS)
+    edits = torch.stack([edited(originals[i], edit) for i, edit in enumerate(EDITS)])
+    strangers = pictures(5, seed=1)
+    rows = torch.arange(ORIGINALS + 10)
+    return torch.cat([originals, edits, strangers]), task(rows[ORIGINALS:], rows[:ORIGINALS]), rows[:ORIGINALS]
+
+
+def task(query: Tensor, gallery: Tensor) -> RetrievalTask:
+    return RetrievalTask("planted", query, gallery, "class", None, False, "0" * 16)
+
+
+def pair_set(found: Duplicates) -> set[tuple[int, int]]:
+    return set(zip(found.query.tolist(), found.other.tolist(), strict=True))
+
+
+def test_the_hash_is_imagehash_phash_packed_bit_by_bit() -> None:
+    images = pictures(6)
+    hashes = perceptual_hashes(images)
+    assert hashes.dtype == torch.uint8
+    assert hashes.shape == (6, 8)
+    for image, packed in zip(images, hashes.tolist(), strict=True):
+        text = str(imagehash.phash(Image.fromarray(image.permute(1, 2, 0).numpy())))  # first bit first
+        assert "".join(f"{byte:08b}"[::-1] for byte in packed) == f"{int(text, 16):064b}"
+    assert perceptual_hashes(images[:0]).shape == (0, 8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 2**64 - 1), max_size=9),
+    st.lists(st.integers(0, 2**64 - 1), max_size=9),
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2**8 - 1)), max_size=6),
+    st.integers(0, 64),
+    st.integers(1, 100),
+)
+def test_hash_pairs_are_those_of_brute_force_whatever_the_block(
+    query: list[int], other: list[int], near: list[tuple[int, int]], max_distance: int, cells: int
+) -> None:
+    other = other + [query[i] ^ flips for i, flips in near if i < len(query)]
+    found = near_pairs_by_hash(packed(query), packed(other), max_distance, cells=cells)
+    expected = [
+        (i, j, (a ^ b).bit_count())
+        for i, a in enumerate(query)
+        for j, b in enumerate(other)
+        if (a ^ b).bit_count() <= max_distance
+    ]
+    assert all(column.dtype == torch.int64 for column in found)
+    assert list(zip(*(column.tolist() for column in found), strict=True)) == expected
+
+
+def packed(words: list[int]) -> Tensor:
+    return torch.tensor([list(word.to_bytes(8, "little")) for word in words], dtype=torch.uint8).view(-1, 8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 9), st.integers(0, 9), st.integers(1, 6), st.integers(0, 2**31), st.floats(-0.99, 0.99), st.data()
+)
+def test_descriptor_pairs_are_those_of_brute_force_whatever_the_block(
+    queries: int, others: int, dimension: int, seed: int, min_similarity: float, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query = F.normalize(torch.randn(queries, dimension, generator=generator), dim=1)
+    other = F.normalize(torch.randn(others, dimension, generator=generator), dim=1)
+    cells = data.draw(st.integers(1, 100))
+    rows, columns, similarity = near_pairs_by_descriptor(query, other, min_similarity, cells=cells)
+    cosine = {
+        (i, j): math.fsum(a * b for a, b in zip(x, y, strict=True))
+        for i, x in enumerate(query.tolist())
+        for j, y in enumerate(other.tolist())
+    }
+    threshold = np.float32(min_similarity)
+    expected = [pair for pair, value in cosine.items() if np.float32(value) >= threshold]
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
+    assert similarity.dtype == torch.float32
+    assert similarity.tolist() == pytest.approx([cosine[pair] for pair in expected], abs=1e-6)
+
+
+def test_a_matmul_in_reduced_precision_does_not_change_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, other = (F.normalize(torch.randn(n, 64, generator=generator), dim=1) for n in (30, 50))
+    expected = near_pairs_by_descriptor(query, other, 0.1)
+    exact = Tensor.__matmul__
+    monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: exact(a.bfloat16(), b.bfloat16()).float())
+    for column, reference in zip(near_pairs_by_descriptor(query, other, 0.1), expected, strict=True):
+        assert torch.equal(column, reference)
+    assert len(expected[0]) > 100
+
+
+def test_hash_finds_copy_reencoding_and_brightness_but_no_mirror(
+    planted: tuple[Tensor, RetrievalTask, Tensor],
+) -> None:
+    images, query_task, train = planted
+    found = audit(images, None, query_task, train)
+    sure = {(ORIGINALS + EDITS.index(edit), EDITS.index(edit)) for edit in ("copy", "jpeg", "brightness")}
+    assert sure <= pair_set(found) <= sure | {(ORIGINALS + EDITS.index("shift"), EDITS.index("shift"))}
+    assert set(found.by) == {"hash"}
+    assert set(found.part) == {"both"}
+    assert found.similarity.isnan().all()
+    assert found.hash_distance[found.query == ORIGINALS].tolist() == [0]
+    assert (found.hash_distance.diff() >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("edit", "least", "most"),
+    [("copy", 1, 1), ("jpeg", 0.95, 1), ("brightness", 0.9, 1), ("shift", 0.1, 0.7), ("mirror", 0, 0)],
+)
+def test_share_of_edits_that_the_hash_finds_is_as_documented(edit: str, least: float, most: float) -> None:
+    images = pictures(60)
+    hashes, others = perceptual_hashes(images), perceptual_hashes(torch.stack([edited(i, edit) for i in images]))
+    rows, columns, _ = near_pairs_by_hash(hashes, others, MAX_DISTANCE)
+    assert torch.equal(rows, columns)  # no stranger is taken for an edit
+    assert least <= len(rows) / len(images) <= most
+
+
+def test_descriptor_finds_shift_and_mirror_and_both_criteria_merge(
+    planted: tuple[Tensor, RetrievalTask, Tensor],
+) -> None:
+    images, query_task, train = planted
+    descriptors = colour_histograms(images)
+    found = audit(images, descriptors, query_task, train, min_similarity=0.85)
+    by = {EDITS[query - ORIGINALS]: kind for query, kind in zip(found.query.tolist(), found.by, strict=True)}
+    assert by.pop("shift") in ("both", "descriptor")
+    assert by == {"copy": "both", "jpeg": "both", "brightness": "hash", "mirror": "descriptor"}
+    assert pair_set(found) == {(ORIGINALS + i, i) for i in range(5)}
+    cosine = (descriptors[found.query].double() * descriptors[found.other].double()).sum(1)
+    assert torch.allclose(found.similarity.double(), cosine, atol=1e-6)
+    assert (found.similarity.diff() <= 0).all()
+    assert found.hash_distance[found.query == ORIGINALS + 4].item() > 6
+
+
+def test_self_pairs_are_left_out_where_the_queries_search_themselves() -> None:
+    images = pictures(6)
+    images[4] = images[1]
+    rows = torch.arange(6)
+    found = audit(images, colour_histograms(images), task(rows, rows), rows[:2], min_similarity=0.999, max_distance=0)
+    assert pair_set(found) == {(1, 4), (4, 1)}
+    assert dict(zip(found.query.tolist(), found.part, strict=True)) == {1: "gallery", 4: "both"}
+    assert found.queries("gallery").tolist() == [1, 4]
+    assert found.queries("train").tolist() == [4]
+
+
+def test_dropping_the_found_queries_leaves_a_task_without_duplicates(
+    planted: tuple[Tensor, RetrievalTask, Tensor],
+) -> None:
+    images, query_task, train = planted
+    found = audit(images, None, query_task, train)
+    cleaned = drop_rows(query_task, found.queries("gallery"), "/without-duplicates")
+    assert len(cleaned.query) == len(query_task.query) - len(found.query.unique()) < len(query_task.query)
+    assert len(audit(images, None, cleaned, train)) == 0
+
+
+def test_no_duplicates_is_a_result_too(tmp_path: Path) -> None:
+    images = pictures(8)
+    rows = torch.arange(8)
+    found = audit(images, colour_histograms(images), task(rows[:4], rows[4:]), rows[:0], min_similarity=0.999)
+    assert len(found) == 0
+    assert found.queries("gallery").tolist() == []
+    write_csv(tmp_path / "none.csv", found, labelled(images))
+    assert (tmp_path / "none.csv").read_text() == ",".join(COLUMNS) + "\n"
+    assert_equal(read_csv(tmp_path / "none.csv"), found)
+    contact_sheet(images, found, tmp_path / "none.png")
+    with Image.open(tmp_path / "none.png") as sheet:
+        assert len(set(sheet.convert("L").tobytes())) > 1  # it says so
+
+
+def labelled(images: Tensor) -> Collection:
+    """The images with two attributes, the second unknown for row 0."""
+    labels = torch.stack([torch.arange(len(images)) % 2, torch.zeros(len(images), dtype=torch.int64)], 1)
+    labels[0, 1] = -1
+    return Collection(
+        "art", images, labels, ("style", "artist"), (("baroque", "art, nouveau"), ("Éva",)), labels[:, 0] == 1
+    )
+
+
+def assert_equal(first: Duplicates, second: Duplicates) -> None:
+    for name in ("query", "other", "hash_distance"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert torch.equal(first.similarity.nan_to_num(-2), second.similarity.nan_to_num(-2))
+    assert (first.part, first.by) == (second.part, second.by)
+
+
+SOME = Duplicates(
+    torch.tensor([3, 0, 1]),
+    torch.tensor([1, 2, 2]),
+    torch.tensor([0.1 + 0.2, 1 / 3, torch.nan]),
+    torch.tensor([0, -1, 6]),
+    ("both", "train", "gallery"),
+    ("both", "descriptor", "hash"),
+)
+
+
+def test_csv_keeps_every_bit_and_names_the_labels(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "duplicates.csv"
+    write_csv(path, SOME, labelled(pictures(4)))
+    assert_equal(read_csv(path), SOME)
+    assert path.read_text(encoding="utf-8").splitlines() == [
+        "query,other,part,similarity,hash_distance,by,query_label,other_label",
+        '3,1,both,0.3,0,both,"art, nouveau/Éva","art, nouveau/Éva"',
+        "0,2,train,0.33333334,,descriptor,baroque/?,baroque/Éva",
+        '1,2,gallery,,6,hash,"art, nouveau/Éva",baroque/Éva',
+    ]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "duplicates.csv"
+    path.write_text("old")
+    with pytest.raises(IndexError):
+        write_csv(path, SOME, labelled(pictures(2)))  # rows 2 and 3 are not in it
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"duplicates\.csv lacks the columns query, other"),
+        ("query,other\n1,2\n", r"lacks the columns part"),
+        (",".join(COLUMNS) + "\n1,x,both,0.9,2,both,a,b\n", r"duplicates\.csv line 2 cannot be read .*'x'"),
+        (",".join(COLUMNS) + "\n1,2,both,0.9,2,both,a,b\n3\n", r"line 3 cannot be read"),
+        (",".join(COLUMNS) + "\n1,2,test,0.9,2,both,a,b\n", r"part must be 1 of gallery, train, both.*test"),
+        (",".join(COLUMNS) + "\n1,1,both,0.9,2,both,a,b\n", r"row 1 is paired with itself"),
+    ],
+)
+def test_a_damaged_csv_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "duplicates.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_csv(path)
+
+
+def test_contact_sheet_shows_the_pairs_from_worst_to_least(tmp_path: Path) -> None:
+    images = torch.arange(0, 250, 10, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 24, 32).contiguous()
+    count = 24
+    pairs = Duplicates(
+        torch.zeros(count, dtype=torch.int64),
+        torch.arange(1, count + 1),
+        torch.linspace(1, 0.9, count),
+        torch.full((count,), -1),
+        ("gallery",) * count,
+        ("descriptor",) * count,
+    )
+    contact_sheet(images, pairs, tmp_path / "all.png")
+    contact_sheet(images, pairs, tmp_path / "three.png", limit=3)
+    assert shown(tmp_path / "all.png") == {0, *range(10, 250, 10)}
+    assert shown(tmp_path / "three.png") == {0, 10, 130, 240}  # the first, the middle, the last
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.png", "three.png"]
+
+
+def shown(path: Path) -> set[int]:
+    """Grey values that fill at least a picture's worth of a sheet."""
+    with Image.open(path) as sheet:
+        assert sheet.format == "PNG"
+        values, counts = np.unique(np.asarray(sheet)[:, :, 0], return_counts=True)
+    return set(values[counts > 96 * 72 * 0.9].tolist()) - {255}
+
+
+def test_select_takes_masks_and_positions() -> None:
+    assert SOME.select(SOME.hash_distance >= 0).query.tolist() == [3, 1]
+    assert SOME.select(torch.tensor([2, 0])).by == ("hash", "both")
+    assert len(SOME.select(torch.zeros(3, dtype=torch.bool))) == 0
+
+
+def test_wrong_input_is_named() -> None:
+    images, rows = pictures(4), torch.arange(4)
+    unit = F.normalize(torch.ones(4, 3), dim=1)
+    hashes = torch.zeros(4, 8, dtype=torch.uint8)
+    searched = task(rows[:2], rows[2:])
+    with pytest.raises(ValueError, match=r"images must be uint8 \(N, 3, H, W\), got torch.float32"):
+        perceptual_hashes(images.float())
+    with pytest.raises(ValueError, match=r"other must be packed hashes uint8 \(N, 8\).*\(4, 4\)"):
+        near_pairs_by_hash(hashes, hashes[:, :4], 6)
+    with pytest.raises(ValueError, match=r"max_distance=65"):
+        near_pairs_by_hash(hashes, hashes, 65)
+    with pytest.raises(ValueError, match=r"query must be descriptors float32 \(N, D\), got torch.float64"):
+        near_pairs_by_descriptor(unit.double(), unit, 0.9)
+    with pytest.raises(ValueError, match=r"other descriptor 0 has length 2, expected 1"):
+        near_pairs_by_descriptor(unit, unit * 2, 0.9)
+    with pytest.raises(ValueError, match=r"query descriptor 0 has length nan"):
+        near_pairs_by_descriptor(unit * torch.nan, unit, 0.9)
+    with pytest.raises(ValueError, match=r"query has 3 dimensions and other 2"):
+        near_pairs_by_descriptor(unit, F.normalize(torch.ones(4, 2), dim=1), 0.9)
+    with pytest.raises(ValueError, match=r"min_similarity=nan is no cosine"):
+        audit(images, unit, searched, rows, min_similarity=math.nan)
+    with pytest.raises(ValueError, match=r"4 images but 3 descriptors"):
+        audit(images, unit[:3], searched, rows)
+    with pytest.raises(ValueError, match=r"row 4 lies outside the collection of 4 images"):
+        audit(images, unit, searched, torch.tensor([4]))
+    with pytest.raises(ValueError, match=r"part='test' is unknown"):
+        SOME.queries("test")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"limit=0 shows nothing"):
+        contact_sheet(images, NONE, Path("unused.png"), limit=0)
+    with pytest.raises(ValueError, match=r"similarity must be torch.float32 \(3,\), got torch.float64"):
+        replace(SOME, similarity=SOME.similarity.double())
+
+
+def test_a_threshold_that_pairs_everything_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MAX_PAIRS", 10)
+    hashes = torch.zeros(4, 8, dtype=torch.uint8)
+    unit = F.normalize(torch.ones(4, 3), dim=1)
+    with pytest.raises(ValueError, match="more than 10 pairs are that near: raise min_similarity or lower"):
+        near_pairs_by_hash(hashes, hashes, 0)
+    with pytest.raises(ValueError, match="more than 10 pairs are that near"):
+        near_pairs_by_descriptor(unit, unit, 0.5)
