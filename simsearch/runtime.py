@@ -10,7 +10,7 @@ import pickle
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,10 @@ from simsearch.models.backbones import WeightsError
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 HEADLINES = ("mAP", "P@1", "P@10", "R@10")
+RESULT_COLUMNS = (
+    *("row", "data", "protocol", "fingerprint", "metric", "value", "ci_low", "ci_high"),
+    *("queries", "bytes_per_item", "seconds", "seed", "command"),
+)
 
 
 # ------------------------------------------------------------------------------- commands and errors
@@ -333,6 +337,16 @@ def results_table(stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "te
         cells.append(f"{metrics['index/latency_ms_p50']:.2f}")
         table.add_row(*cells)
     return table
+
+
+def result_lines(
+    about: Mapping[str, Any], names: Sequence[str], *, row: str, data: str, seconds: float, seed: int, command: str
+) -> list[list[Any]]:
+    """Lines of a study's results.csv (RESULT_COLUMNS) for one stage of a metrics.json, one a metric that it has."""
+    metrics, intervals = about["metrics"], about["intervals"]
+    head = [row, data, about["protocol"], about["fingerprint"]]
+    tail = [int(metrics["queries"]), int(metrics["bytes_per_item"]), round(seconds, 1), seed, command]
+    return [[*head, name, metrics[name], *intervals.get(name, ("", "")), *tail] for name in names if name in metrics]
 
 
 def show(*what: Any) -> None:

@@ -159,13 +159,20 @@ def test_descriptor_pairs_are_those_of_brute_force_whatever_the_block(
 
 def test_a_matmul_in_reduced_precision_does_not_change_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    query, other = (F.normalize(torch.randn(n, 64, generator=generator), dim=1) for n in (30, 50))
+    query, other = (F.normalize(torch.randn(n, 64, generator=generator), dim=1) for n in (200, 300))
     expected = near_pairs_by_descriptor(query, other, 0.1)
     exact = Tensor.__matmul__
     monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: exact(a.bfloat16(), b.bfloat16()).float())
     for column, reference in zip(near_pairs_by_descriptor(query, other, 0.1), expected, strict=True):
         assert torch.equal(column, reference)
-    assert len(expected[0]) > 100
+    assert len(expected[0]) > 1000
+
+
+@given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 500))
+def test_blocks_cover_the_queries_once_and_stay_within_the_cells(queries: int, others: int, cells: int) -> None:
+    blocks = [range(queries)[block] for block in module._blocks(queries, others, cells)]
+    assert [row for block in blocks for row in block] == list(range(queries))
+    assert all(len(block) * others <= max(cells, others) for block in blocks)
 
 
 def test_hash_finds_copy_reencoding_and_brightness_but_no_mirror(

@@ -243,8 +243,6 @@ class TestStoredFeatures:
         assert counting.images <= 4
         torch.testing.assert_close(first.head.whitening.projection, second.head.whitening.projection)
         assert predicted.shape == plain.shape
-        signs = (first.head.whitening.projection @ second.head.whitening.projection.T).diagonal().sign()
-        assert signs.min() == 1
         assert F.cosine_similarity(predicted, descriptors(second, data)).min() > 0.999
         assert F.cosine_similarity(predicted @ predicted.T, plain @ plain.T).min() > 0.999
 
@@ -300,8 +298,6 @@ class TestCodes:
         assert model.bits == model.dimension == 8
         assert embedding.shape == (N, 8)
         assert not torch.allclose(embedding.norm(dim=1), torch.ones(N))
-        plain = FrozenRetriever(backbone, Average(), model.head.whitening)
-        plain.head.whitening = model.head.whitening
         pooled = F.normalize(maps(backbone, data).mean((2, 3)))
         described = F.normalize(model.head.whitening(pooled))
         weight, bias = binarizer.fit(described[data.split.train])
@@ -349,7 +345,7 @@ class TestCheckpoint:
         worker.fit(FrozenRetriever(backbone, Average(), Whitening(8)), data)
         worker.save_checkpoint(tmp_path / "c.ckpt")
         other = timm_backbone("test_resnet", weights="random", size=SIZE)
-        with pytest.raises(ValueError, match="fitted on weights of the fixture .* give backbone.weights the same"):
+        with pytest.raises(ValueError, match=r"fitted on weights of the fixture .* give backbone.weights the same"):
             trainer(tmp_path).predict(
                 FrozenRetriever(other, Average(), Whitening(8)), data, ckpt_path=tmp_path / "c.ckpt"
             )

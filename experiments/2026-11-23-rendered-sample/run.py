@@ -15,12 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from simsearch import runtime
+
 HERE = Path(__file__).parent
-HEADER = "row,data,protocol,fingerprint,metric,value,ci_low,ci_high,queries,bytes_per_item,seconds,seed,command"
 METRICS = ("mAP", "P@1", "P@10", "R@10", "index/recall@10", "mAP_pessimistic", "mAP_optimistic")
 ROWS = {
     "frozen-lite0-average-128d": "",
-    "frozen-lite0-average-itq-48bit": "model=frozen-itq index=binary-flat",
+    "frozen-lite0-average-itq-48bit": "model=frozen-itq",
 }
 
 
@@ -37,16 +38,11 @@ def main() -> None:
                 about = json.loads(Path(folder, "run/metrics.json").read_text())["test"]
                 if protocol == "rendered-artist" and not overrides:
                     shutil.copy(Path(folder, "run/figures/neighbours.png"), HERE / "neighbours.png")
-            values = about["metrics"]
-            for metric in METRICS:
-                if metric in values:
-                    low, high = about["intervals"].get(metric, ("", ""))
-                    head = [row, "rendered", about["protocol"], about["fingerprint"], metric, values[metric], low, high]
-                    tail = [int(values["queries"]), int(values["bytes_per_item"]), round(seconds, 1), 0, command]
-                    lines.append([*head, *tail])
+            lines += runtime.result_lines(
+                about, METRICS, row=row, data="rendered", seconds=seconds, seed=0, command=command
+            )
     with (HERE / "results.csv").open("w", newline="") as file:
-        file.write(HEADER + "\n")
-        csv.writer(file).writerows(lines)
+        csv.writer(file).writerows([runtime.RESULT_COLUMNS, *lines])
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def _join(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def find_junk(query: Descriptors, gallery: Descriptors, *, exclude_self: bool) -> Junk:
-    """Pairs that no ranking counts: self matches (equal `index`) and items of the query's `group`, where both have one."""
+    """Pairs that no ranking counts: self matches (equal `index`), and items of the query's `group` where both
+    sides have groups."""
     g = len(gallery)
     empty = query.index.new_empty(0)
     keys = [empty]
