@@ -36,7 +36,6 @@ from simsearch.types import Descriptors
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.csv"
-HEADER = "row,data,protocol,fingerprint,metric,value,ci_low,ci_high,queries,bytes_per_item,seconds,seed,command"
 POOLINGS = ("average", "mac", "gem", "rmac")
 HEADS = [None, *itertools.product((32, 64, 128, 512), (0.0, 0.5, 1.0))]
 STORAGES = ("float", "itq48", "pq16", "pq64")
@@ -133,34 +132,24 @@ def measure(descriptors: torch.Tensor, data, row: str, pooling: str, head, stora
     whitening = (
         f"model.whitening.dimension={head[0]} model.whitening.power={head[1]:g}" if head else "model.whitening=null"
     )
-    chosen = {
-        "float": "",
-        "itq48": "model=frozen-itq index=binary-flat",
-        "pq16": "index=pq16",
-        "pq64": "index=pq64",
-    }
+    chosen = {"float": "", "itq48": "model=frozen-itq"}
+    chosen |= {pq: f"index={pq} index.train_size={TRAIN_SIZE}" for pq in ("pq16", "pq64")}
     command = " ".join(
         f"simsearch train data=cifar10 {overrides} pooling={pooling} {chosen[storage]} {whitening}".split()
     )
-    lines = []
-    for metric in METRICS:
-        low, high = result.intervals.get(metric, ("", ""))
-        lines.append(
-            [row, "cifar10", task.name, task.fingerprint, metric, result.metrics[metric], low, high,
-             len(task.query), index.code_bytes, round(seconds, 2), 0, command]
-        )  # fmt: skip
+    about = {"protocol": task.name, "fingerprint": task.fingerprint}
+    about |= {"metrics": result.metrics, "intervals": result.intervals}
+    facts = {"row": row, "data": "cifar10", "seconds": seconds, "seed": 0, "command": command}
+    lines = runtime.result_lines(about, METRICS, **facts)
     if storage == "float":
         values = measure_ranking(part(check.query), part(check.gallery), ks=(1,), exclude_self=check.exclude_self)
-        lines.append(
-            [row, "cifar10", check.name, check.fingerprint, "mAP", float(values["AP"].nanmean()), "", "",
-             len(check.query), index.code_bytes, "", 0, command]
-        )  # fmt: skip
+        about = {"protocol": check.name, "fingerprint": check.fingerprint, "intervals": {}}
+        sizes = {"queries": len(check.query), "bytes_per_item": index.code_bytes}
+        about["metrics"] = sizes | {"mAP": float(values["AP"].nanmean())}
+        lines += runtime.result_lines(about, ["mAP"], **facts)
     fresh = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if fresh:
-            file.write(HEADER + "\n")
-        writer.writerows(lines)
+        csv.writer(file).writerows([*([runtime.RESULT_COLUMNS] if fresh else []), *lines])
     print(
         f"{row}: mAP {result.metrics['mAP']:.4f}, P@10 {result.metrics['P@10']:.4f}, {seconds:.0f} s",
         flush=True,
