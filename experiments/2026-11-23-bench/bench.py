@@ -43,7 +43,7 @@ def main() -> None:
             print(f"    floor {floor:.3g} {unit}", flush=True)
     if not wanted:
         with replacing(Path(__file__).parent / "bench.csv") as temporary, temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             writer.writerow(HEADER)
             writer.writerows([*(f"{v:.4g}" if isinstance(v, float) else v for v in row), machine()] for row in rows)
 

@@ -36,7 +36,7 @@ def main() -> None:
                 about, METRICS, row=row, data="cifar10", seconds=seconds, seed=0, command=command
             )
     with (Path(__file__).parent / "protocols.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([runtime.RESULT_COLUMNS, *lines])
+        csv.writer(file, lineterminator="\n").writerows([runtime.RESULT_COLUMNS, *lines])
 
 
 if __name__ == "__main__":

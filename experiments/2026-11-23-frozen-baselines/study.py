@@ -149,7 +149,7 @@ def measure(descriptors: torch.Tensor, data, row: str, pooling: str, head, stora
         lines += runtime.result_lines(about, ["mAP"], **facts)
     fresh = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
-        csv.writer(file).writerows([*([runtime.RESULT_COLUMNS] if fresh else []), *lines])
+        csv.writer(file, lineterminator="\n").writerows([*([runtime.RESULT_COLUMNS] if fresh else []), *lines])
     print(
         f"{row}: mAP {result.metrics['mAP']:.4f}, P@10 {result.metrics['P@10']:.4f}, {seconds:.0f} s",
         flush=True,

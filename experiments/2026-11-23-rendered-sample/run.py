@@ -42,7 +42,7 @@ def main() -> None:
                 about, METRICS, row=row, data="rendered", seconds=seconds, seed=0, command=command
             )
     with (HERE / "results.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([runtime.RESULT_COLUMNS, *lines])
+        csv.writer(file, lineterminator="\n").writerows([runtime.RESULT_COLUMNS, *lines])
 
 
 if __name__ == "__main__":

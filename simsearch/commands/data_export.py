@@ -39,7 +39,7 @@ def main(config: DictConfig) -> None:
         labels = collection.column(attribute)[rows].tolist()
         columns.append([classes[label] if label >= 0 else "" for label in labels])
     with replacing(out / "manifest.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", *collection.attributes])
         writer.writerows(zip(*columns, strict=True))
     print(f"{len(rows)} images of {collection.name} in {out}, listed in {out / 'manifest.csv'}")

@@ -72,7 +72,7 @@ def report(out: Path, count: int, code_bytes: int, errors: list[ImageError], ski
         print(f"left out {n} entries of the folder: {reason}", file=sys.stderr)
     if errors:
         with replacing(out / "skipped.csv") as temporary, temporary.open("w", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["path", "reason", "detail"])
             writer.writerows([error.path, error.reason, error.detail] for error in errors)
     print(f"try next: simsearch search catalog={out} image=<image or folder>")
