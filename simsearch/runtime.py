@@ -198,7 +198,7 @@ def load_model(run: Run) -> pl.LightningModule:
     try:
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (LookupError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit the model in {run.folder / 'config.yaml'}: {error}") from error
     return model.eval()
 

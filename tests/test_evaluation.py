@@ -160,6 +160,7 @@ class TestEvaluate:
 
     def test_lists_that_were_not_visited_count_as_wrong(self):
         query, gallery = clustered(40, seed=0, first=5000), clustered(200, seed=1)
+        gallery.label[[0, -1]] = 2  # what an id of -1 might be taken for
         result = evaluate(query, gallery, FaissIndex("IVF40,Flat", nprobe=1), ks=KS)
         assert (result.found.ids < 0).any()
         precision = []
@@ -435,6 +436,15 @@ class TestCallback:
             itself = result.found.ids[:, 0] == torch.arange(20)
             assert itself.float().mean() > 0.5  # the others have a double before them
 
+    @pytest.mark.parametrize("exclude_self", [True, False])
+    def test_the_task_says_whether_a_query_finds_itself(self, exclude_self, tmp_path):
+        protocol = OfficialSplit("tiny", gallery="test", exclude_self=exclude_self, validation=0.3)
+        callback = RetrievalEvaluation(FaissIndex("Flat"), ks=KS)
+        trainer(tmp_path, callback).test(Projection(), Pictures(protocol), verbose=False)
+        itself = (callback.results["test"].found.ids == torch.arange(20)[:, None]).any(1)
+        assert itself.any() != exclude_self
+        assert itself.all() != exclude_self
+
     def test_junk_of_the_task_does_not_count(self, data, tmp_path):
         data.setup()
         task = replace(data.task("test"), gallery=torch.arange(40, 80), junk="work")
@@ -462,7 +472,9 @@ class TestNeighbours:
         with Image.open(tmp_path / "figures/queries/00.png") as picture:
             assert np.array_equal(np.asarray(picture), figure.examples[0].tiles[0].image.permute(1, 2, 0).numpy())
 
-    def test_examples_run_from_worst_to_best_with_right_and_wrong(self, data):
+    def test_examples_run_from_worst_to_best_with_right_and_wrong(self):
+        # A gallery whose positions are not its rows.
+        data = Pictures(OfficialSplit("tiny", gallery="test", exclude_self=True, validation=0.3))
         data.setup()
         task, collection = data.task("test"), data.collection
         result = by_hand(Projection(), data, task)
@@ -479,6 +491,7 @@ class TestNeighbours:
             assert [tile.right for tile in found] == [tile.caption == label for tile in found]
             for tile in example.tiles:
                 row = next(i for i in range(80) if torch.equal(collection.images[i], tile.image))
+                assert row >= 60
                 assert tile.caption[-1] == "abcd"[row % 4]
         assert any(tile.right for e in examples for tile in e.tiles)
         assert any(tile.right is False for e in examples for tile in e.tiles)

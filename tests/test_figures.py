@@ -79,10 +79,9 @@ def test_aspect_is_kept_and_the_tile_centred(height, width, shown, tmp_path):
 def test_small_images_are_shown_pixel_by_pixel(tmp_path):
     image = torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     picture = saved(tmp_path / "f.png", [[Tile(image, "q"), Tile(plain(PINK), "", True)]], side=48)
-    left, top = box(picture, RIGHT)[0], box(picture, PINK)[1]
-    del left
-    x = 6 + 4
-    assert np.array_equal(picture[top + 3 : top + 48 : 6, x + 3 : x + 48 : 6], image.permute(1, 2, 0).numpy())
+    left, top = 6 + 4, box(picture, PINK)[1]  # beside the edge and where a frame would be
+    shown = picture[top : top + 48, left : left + 48]
+    assert np.array_equal(shown, image.permute(1, 2, 0).numpy().repeat(6, axis=0).repeat(6, axis=1))
 
 
 def test_captions_stay_under_their_tile(tmp_path):

@@ -2,6 +2,7 @@
 
     python study.py columns backbone=lite0 backbone.size=64      one head, all storages
     python study.py grid backbone=lite0 backbone.size=224        all heads, all storages
+    python study.py grid backbone=lite0 backbone.size=224 pooling=mac storage=float,pq16    some of them
     python study.py report                                       figure.png and the tables, from results.csv
 
 The backbone's features come from the descriptor cache, or are computed into it once. Each row of the
@@ -45,7 +46,8 @@ TRAIN_SIZE = 20_000  # vectors that train a product quantiser
 
 
 def main() -> None:
-    mode, overrides = sys.argv[1], sys.argv[2:]
+    mode, overrides = sys.argv[1], [a for a in sys.argv[2:] if not a.startswith(("pooling=", "storage="))]
+    poolings, storages = restricted("pooling", POOLINGS), restricted("storage", STORAGES)
     if mode == "report":
         report()
         return
@@ -53,10 +55,17 @@ def main() -> None:
         base = ["data=cifar10", "run_dir=unused", *overrides]
         configs = {p: compose([*base, f"pooling={p}"]) for p in POOLINGS}
     data = runtime.build_data(configs["average"])
-    poolings = POOLINGS if mode == "grid" else ("average",)
+    if mode == "columns":
+        poolings = ["average"]
     heads = HEADS if mode == "grid" else [None, (128, 0.0), (128, 0.5), (128, 1.0)]
     for pooling in poolings:
-        measure_pooling(configs[pooling], data, pooling, heads, " ".join(overrides))
+        measure_pooling(configs[pooling], data, pooling, heads, storages, " ".join(overrides))
+
+
+def restricted(name: str, known: tuple[str, ...]) -> list[str]:
+    """The values of an argument like pooling=mac,rmac, or all that are known."""
+    given = next((a.partition("=")[2].split(",") for a in sys.argv[2:] if a.startswith(f"{name}=")), known)
+    return [value for value in known if value in given]
 
 
 def compose(overrides: list[str]) -> dict:
@@ -64,12 +73,12 @@ def compose(overrides: list[str]) -> dict:
     return {str(k): v for k, v in values.items()}
 
 
-def measure_pooling(config: dict, data, pooling: str, heads: list, overrides: str) -> None:
+def measure_pooling(config: dict, data, pooling: str, heads: list, storages: list[str], overrides: str) -> None:
     """All heads and storages over one pooling of the cached features."""
     done = {line["row"] for line in read_results()}
     network = config["backbone"].get("name", "lite0")
     prefix = f"frozen-{network}@{config['backbone']['size']}-{pooling}"
-    jobs = [(h, s) for h in heads for s in STORAGES if row_name(prefix, h, s) not in done and possible(h, s)]
+    jobs = [(h, s) for h in heads for s in storages if row_name(prefix, h, s) not in done and possible(h, s)]
     if not jobs:
         return
     model = runtime.build(config["model"])

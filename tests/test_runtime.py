@@ -1,0 +1,381 @@
+"""Configs to objects, run directories, checkpoints from strangers, loggers that never ask."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import timm
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from rich.console import Console
+from test_commands import wandb_records
+
+from simsearch import runtime
+from simsearch.callbacks.neighbours import Example
+from simsearch.data.datamodule import RenderedDataModule
+from simsearch.data.protocols import ByAttribute
+from simsearch.figures import Tile
+from simsearch.index.faiss_index import FaissIndex
+from simsearch.models.frozen import FrozenRetriever
+from simsearch.runtime import Run, load_model, open_run, wandb_mode
+
+PROTOCOL = {
+    "_target_": "simsearch.data.protocols.ByAttribute", "name": "p", "attribute": "artist", "junk": "work",
+    "group": "work", "evaluation": 0.5, "validation": 0.3, "seed": 0,
+}  # fmt: skip
+DATA = {
+    "_target_": "simsearch.data.datamodule.RenderedDataModule", "styles": 2, "artists": 2, "works": 6,
+    "photographs": 2, "size": 24,
+}  # fmt: skip
+LOGGER = {"mode": "offline", "project": "p", "name": None, "group": None, "tags": ["t"]}
+
+
+class TestWandbMode:
+    @pytest.fixture(autouse=True)
+    def _no_key(self, monkeypatch, tmp_path):
+        for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HOME", str(tmp_path))
+
+        def never(*_: object) -> str:
+            raise AssertionError("asked")
+
+        monkeypatch.setattr("builtins.input", never)
+        self.netrc = tmp_path / ".netrc"
+
+    def test_without_a_key_it_is_offline(self):
+        assert wandb_mode("auto") == "offline"
+
+    def test_with_a_key_it_is_online(self, monkeypatch):
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        assert wandb_mode("auto") == "online"
+        assert wandb_mode("offline") == "offline"
+        assert wandb_mode("disabled") == "disabled"
+
+    def test_with_a_key_in_netrc_it_is_online(self):
+        self.netrc.write_text("machine example.org login me password secret\n")
+        self.netrc.chmod(0o600)
+        assert wandb_mode("auto") == "offline"
+        self.netrc.write_text("machine api.wandb.ai login user password secret\n")
+        assert wandb_mode("auto") == "online"
+        self.netrc.write_text("machine machine (((")
+        assert wandb_mode("auto") == "offline"
+
+    @pytest.mark.parametrize("mode", ["offline", "disabled", "online"])
+    def test_the_environment_decides_before_a_key(self, mode, monkeypatch):
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert wandb_mode("auto") == mode
+        assert wandb_mode("offline") == "offline"
+
+    @pytest.mark.parametrize("mode", ["", "Online", "dryrun", "sometimes"])
+    def test_other_values(self, mode):
+        with pytest.raises(ValueError, match=f"must be auto, online, offline or disabled, got '{mode}'"):
+            wandb_mode(mode)
+
+
+class TestObjects:
+    def test_plain_resolves_and_leaves_hydra_out(self):
+        config = OmegaConf.create({"a": 1, "b": {"c": "${a}", "d": ["${a}", 2]}, "hydra": {"job": 0}})
+        values = runtime.plain(config)
+        assert values == {"a": 1, "b": {"c": 1, "d": [1, 2]}}
+        assert type(values["b"]["d"]) is list
+        with pytest.raises(MissingMandatoryValue, match="missing"):
+            runtime.plain(OmegaConf.create({"a": {"missing": "???"}}))
+
+    def test_build_gives_plain_lists_and_dictionaries(self):
+        built = runtime.build({"_target_": "types.SimpleNamespace", "a": [1, {"b": 2}]})
+        assert type(built.a) is list
+        assert type(built.a[1]) is dict
+
+    def test_data_get_their_protocol_as_an_object(self):
+        data = runtime.build_data({"data": DATA, "protocol": PROTOCOL})
+        assert isinstance(data, RenderedDataModule)
+        assert isinstance(data.protocol, ByAttribute)
+        assert data.task("test").name == "p"
+        assert len(data.collection) == 48
+        other = ByAttribute(**{k: v for k, v in PROTOCOL.items() if k != "_target_"} | {"name": "other"})
+        data = runtime.build_data({"data": DATA, "protocol": PROTOCOL}, other)
+        assert data.protocol is other
+
+    def test_trainer_takes_the_callbacks_that_are_there(self, tmp_path):
+        early = {"_target_": "pytorch_lightning.callbacks.EarlyStopping", "monitor": "val/mAP"}
+        config = {
+            "trainer": {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "max_epochs": 7},
+            "callbacks": {"a": early, "b": None},
+        }
+        logger = CSVLogger(tmp_path)
+        trainer = runtime.build_trainer(config, tmp_path, [logger])
+        assert trainer.max_epochs == 7
+        assert trainer.default_root_dir == str(tmp_path)
+        assert trainer.loggers == [logger]
+        assert [c.monitor for c in trainer.callbacks if isinstance(c, pl.callbacks.EarlyStopping)] == ["val/mAP"]
+
+    def test_encoder_needs_neither_download_nor_cache(self):
+        config = {"model": model_config("pretrained") | {"cache": {"_target_": "nowhere.Nothing"}}}
+        before = json.dumps(config)
+        encoder = runtime.build_encoder(config)
+        assert json.dumps(config) == before
+        assert isinstance(encoder, FrozenRetriever)
+        assert encoder.cache is None
+        assert not encoder.training
+
+    def test_reasons_are_those_of_the_object_that_failed(self):
+        bad = {"_target_": "types.SimpleNamespace", "whitening": whitening(0)}
+        with pytest.raises(InstantiationException) as error:
+            runtime.build(bad)
+        assert runtime._reason(error.value) == "whitening: whitening.dimension must be at least 1, got 0"
+        assert runtime._reason(ValueError()) == "ValueError"
+
+
+def whitening(dimension: int) -> dict[str, Any]:
+    return {"_target_": "simsearch.models.frozen.Whitening", "dimension": dimension}
+
+
+def model_config(weights: str) -> dict[str, Any]:
+    return {
+        "_target_": "simsearch.models.frozen.FrozenRetriever",
+        "backbone": {
+            "_target_": "simsearch.models.backbones.timm_backbone", "name": "test_resnet", "weights": weights,
+            "size": 32,
+        },
+        "pooling": {"_target_": "simsearch.models.pooling.GeM", "p": 3.0},
+        "whitening": whitening(8),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run directory with a checkpoint of a fitted model."""
+    weights = tmp_path / "w.pth"
+    torch.save(timm.create_model("test_resnet").state_dict(), weights)
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    config = {"model": model_config(str(weights)), "seed": 3, "run_dir": str(folder), "logger": LOGGER}
+    OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+    (folder / "run.json").write_text(json.dumps({"wandb_id": "abcd1234"}))
+    run = open_run(folder)
+    model = runtime.build(run.config["model"])
+    torch.nn.init.normal_(model.head.whitening.projection)
+    checkpoint = {"state_dict": model.state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, folder / "checkpoints/best.ckpt")
+    return run
+
+
+class TestOpenRun:
+    def test_gives_the_plain_config(self, run):
+        assert run.config["model"] == model_config(run.config["model"]["backbone"]["weights"])
+        assert run.config["seed"] == 3
+
+    def test_no_run(self, tmp_path):
+        with pytest.raises(ValueError, match=r"is no run directory: it has no config.yaml"):
+            open_run(tmp_path / "nowhere")
+
+    @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "", "a: ${b}"])
+    def test_damaged(self, text, tmp_path):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"config.yaml is damaged"):
+            open_run(tmp_path)
+
+
+class _Code:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        return Path.touch, (self.path,)
+
+
+class TestLoadModel:
+    def test_gives_the_fitted_model(self, run):
+        saved = torch.load(run.folder / "checkpoints/best.ckpt", weights_only=True)
+        model = load_model(run)
+        assert not model.training
+        assert torch.equal(model.head.whitening.projection, saved["state_dict"]["head.whitening.projection"])
+        weights = torch.load(run.config["model"]["backbone"]["weights"], weights_only=True)
+        assert torch.equal(model.backbone.network.model.conv1[0].weight, weights["conv1.0.weight"])
+
+    def test_missing(self, run):
+        (run.folder / "checkpoints/best.ckpt").unlink()
+        with pytest.raises(ValueError, match=r"no checkpoints/best.ckpt: its training did not finish; resume it"):
+            load_model(run)
+
+    @pytest.mark.parametrize("kept", [0, 10, 3000, "words"])
+    def test_damaged(self, kept, run):
+        path = run.folder / "checkpoints/best.ckpt"
+        path.write_bytes(b"words" if kept == "words" else path.read_bytes()[:kept])
+        with pytest.raises(ValueError, match=r"best.ckpt is damaged or holds more than tensors"):
+            load_model(run)
+
+    @pytest.mark.parametrize("content", [{"epoch": 1}, {"state_dict": {}}, [1, 2], torch.zeros(3)])
+    def test_another_kind_of_checkpoint(self, content, run):
+        torch.save(content, run.folder / "checkpoints/best.ckpt")
+        with pytest.raises(ValueError, match=r"best.ckpt does not fit the model in .*config.yaml"):
+            load_model(run)
+
+    def test_a_config_that_was_changed(self, run):
+        run.config["model"]["whitening"]["dimension"] = 9
+        with pytest.raises(ValueError, match=r"does not fit the model in .*config.yaml"):
+            load_model(run)
+
+    def test_code_is_refused_and_not_run(self, run, tmp_path):
+        path, mark = run.folder / "checkpoints/best.ckpt", tmp_path / "was-run"
+        checkpoint = torch.load(path, weights_only=True)
+        torch.save({**checkpoint, "callbacks": _Code(mark)}, path)
+        with pytest.raises(ValueError, match="holds more than tensors"):
+            load_model(run)
+        assert not mark.exists()
+        pickle.loads(pickle.dumps(_Code(mark)))
+        assert mark.exists(), "the checkpoint holds no code after all"
+
+    def test_other_backbone_weights(self, run):
+        path = Path(run.config["model"]["backbone"]["weights"])
+        torch.save(timm.create_model("test_resnet").state_dict(), path)
+        with pytest.raises(ValueError, match=r"fitted on weights .* give backbone.weights the same ones"):
+            load_model(run)
+
+
+class TestStartRun:
+    def test_a_new_run_describes_itself_and_is_seeded(self, monkeypatch, tmp_path):
+        ids = set()
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            hydra_s = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(tmp_path / name)))
+            monkeypatch.setattr(runtime.HydraConfig, "get", lambda found=hydra_s: found)
+            config = OmegaConf.create({"seed": 5, "run_dir": "elsewhere", "b": "${seed}", "resume": False})
+            run = runtime.start_run(config)
+            drawn = torch.rand(1), np.random.rand()  # noqa: NPY002
+            pl.seed_everything(5, verbose=False)
+            assert drawn == (torch.rand(1), np.random.rand())  # noqa: NPY002
+            assert run.folder == tmp_path / name
+            assert run.config == {"seed": 5, "run_dir": str(tmp_path / name), "b": 5, "resume": False}
+            assert open_run(run.folder) == run
+            about = json.loads((run.folder / "run.json").read_text())
+            assert about["versions"]["torch"] == torch.__version__.split("+")[0]
+            ids.add(about["wandb_id"])
+        assert len(ids) == 2
+
+    def test_resume_takes_the_config_of_the_folder(self, run, capsys):
+        before = {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
+        resumed = runtime.start_run(OmegaConf.create({"resume": True, "run_dir": str(run.folder), "seed": 99}))
+        drawn = torch.rand(1)
+        assert resumed == run
+        assert str(run.folder) in capsys.readouterr().err
+        pl.seed_everything(3, verbose=False)
+        assert drawn == torch.rand(1)
+        assert {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()} == before
+
+    def test_nothing_to_resume(self, tmp_path):
+        with pytest.raises(ValueError, match="is no run directory"):
+            runtime.start_run(OmegaConf.create({"resume": True, "run_dir": str(tmp_path)}))
+
+
+def logged(folder: Path) -> tuple[dict[str, list[Any]], list[Any]]:
+    """History of the offline log in a run directory, by name, and its records."""
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 20
+    while True:  # W&B's own process closes the file a moment after the run was finished
+        records = wandb_records(path)
+        if any(record.HasField("exit") for record in records) or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    history: dict[str, list[Any]] = {}
+    for record in records:
+        for item in record.history.item:
+            history.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
+    return history, records
+
+
+class TestLoggers:
+    def test_disabled_leaves_csv(self, run):
+        run.config["logger"] = LOGGER | {"mode": "disabled"}
+        (logger,) = runtime.build_loggers(run)
+        assert isinstance(logger, CSVLogger)
+        logger.log_metrics({"a": 1.0}, step=0)
+        runtime.finish_loggers([logger])
+        assert (run.folder / "metrics.csv").is_file()
+        assert not (run.folder / "wandb").exists()
+
+    def test_two_runs_of_one_process_stay_two(self, tmp_path):
+        runs, loggers = [], []
+        for name in ("first", "second"):
+            folder = tmp_path / name
+            folder.mkdir()
+            (folder / "run.json").write_text(json.dumps({"wandb_id": f"id{name}"}))
+            runs.append(Run(folder, {"seed": len(runs), "logger": LOGGER}))
+            loggers.append(runtime.build_loggers(runs[-1]))
+        for value, (online, csv) in enumerate(loggers):
+            assert isinstance(online, WandbLogger)
+            online.log_metrics({"val/mAP": 0.25 + value}, step=0)
+            csv.log_metrics({"val/mAP": 0.25 + value}, step=0)
+        tile = Tile(torch.zeros(3, 4, 4, dtype=torch.uint8), "c", True)
+        runtime.log_neighbours(loggers[0], [Example([tile, tile, tile], 0.5), Example([tile, tile], 0.9)])
+        (tmp_path / "catalog").mkdir()
+        (tmp_path / "catalog/catalog.json").write_text("{}")
+        runtime.log_catalog(loggers[1], tmp_path / "catalog")
+        stage = {
+            "protocol": "p", "fingerprint": "f", "metrics": {"mAP": 0.5},
+            "intervals": {"mAP": [0.4, 0.6], "NDCG@10": [0.1, 0.2]},
+        }  # fmt: skip
+        (tmp_path / "metrics.json").write_text(json.dumps({"test": stage}))
+        runtime.log_summary(loggers[0], tmp_path / "metrics.json")
+        runtime.finish_loggers(loggers[0])
+        runtime.finish_loggers(loggers[1], "failed")
+
+        for place, (run, exit_code) in enumerate(zip(runs, (0, 1), strict=True)):
+            history, records = logged(run.folder)
+            assert history["val/mAP"] == [0.25 + place]
+            assert {r.run.run_id for r in records if r.run.run_id} == {f"id{run.folder.name}"}
+            assert [r.exit.exit_code for r in records if r.HasField("exit")] == [exit_code]
+            config = {u.key: json.loads(u.value_json) for r in records for u in r.run.config.update}
+            assert config["seed"] == place
+            assert (run.folder / "metrics.csv").read_text().splitlines()[1].split(",")[-1] == str(0.25 + place)
+            assert ("neighbours/nrows" in history) == (place == 0)
+            kinds = {r.artifact.type for r in records if r.artifact.type}
+            assert ("catalog" in kinds) == (place == 1)
+        summary = {}
+        for record in logged(runs[0].folder)[1]:
+            for item in record.summary.update:
+                summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        expected = {"test/protocol": "p", "test/fingerprint": "f", "test/mAP_low": 0.4, "test/mAP_high": 0.6}
+        assert summary.items() >= expected.items()
+        assert "test/NDCG@10_low" not in summary
+
+
+def test_results_table_shows_values_and_intervals():
+    metrics = {"mAP": 0.31781, "P@1": 0.5, "bytes_per_item": 64.0, "index/latency_ms_p50": 0.123}
+    stage = {
+        "protocol": "10k-50k", "fingerprint": "0123456789abcdef", "metrics": metrics,
+        "intervals": {"mAP": [0.31, 0.32567], "P@1": [0.45, 0.55]},
+    }  # fmt: skip
+    console = Console(width=140, file=io.StringIO())
+    console.print(runtime.results_table({"test": stage, "other": stage}))
+    text = console.file.getvalue()
+    for part in ("0.3178", "0.3100-0.3257", "0.5000", "10k-50k", "0123456789abcdef", " 64 ", "0.12"):
+        assert part in text
+    assert text.count("10k-50k") == 1  # stages that were not asked for stay out
+    assert text.count(" - ") >= 2  # P@10 and R@10 were not measured
+
+
+def test_index_of_a_config_is_fresh_each_time():
+    config = {"_target_": "simsearch.index.faiss_index.FaissIndex", "factory": "Flat"}
+    first, second = runtime.build(config), runtime.build(config)
+    assert isinstance(first, FaissIndex)
+    first.add(torch.eye(4))
+    assert len(second) == 0
