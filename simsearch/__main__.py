@@ -15,6 +15,21 @@ COMMANDS = {
     "data export": "write images of a collection as files with a manifest",
 }
 
+# Keys whose values are paths.
+PATHS = (
+    "image",
+    "images",
+    "catalog",
+    "out",
+    "root",
+    "run",
+    "run_dir",
+    "figure",
+    "without",
+    "data.root",
+    "backbone.weights",
+)
+
 USAGE = """usage: simsearch COMMAND [key=value ...]
 
 {commands}
@@ -48,8 +63,20 @@ def main() -> None:
     if name not in COMMANDS:
         print(f"simsearch: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
-    sys.argv = [f"simsearch {name}", *arguments[words:]]
+    rest = arguments[words:]
+    if not {"-m", "--multirun"} & set(rest):  # a comma separates the values of a sweep
+        rest = [quoted(argument) for argument in rest]
+    sys.argv = [f"simsearch {name}", *rest]
     run(name)
+
+
+def quoted(argument: str) -> str:
+    """The argument with a path's value quoted, so that Hydra's grammar takes any file name, `~` expanded."""
+    key, equals, value = argument.partition("=")
+    if not equals or key not in PATHS or value in ("", "null", "???") or value[0] in "'\"" or "${" in value:
+        return argument
+    escaped = os.path.expanduser(value).replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def run(name: str) -> None:

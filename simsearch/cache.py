@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from simsearch.files import write_json
 
-_SAVE_BYTES = 2**25  # saving is a disk write: every few blocks
+_SAVE_BYTES, _SAVE_SECONDS = 2**25, 10.0  # saving is a disk write: after so much or so long
 
 Fill = Callable[[np.ndarray, int], Iterator[int]]
 
@@ -49,12 +51,25 @@ class ArrayCache:
         entry = self.root / cache_key(parts)
         if (found := self._open(entry, shape, dtype)) is not None:
             return found
-        self.root.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{entry}.lock"):
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                f"cannot make the cache folder {self.root} ({error}): set SIMSEARCH_CACHE to another"
+            ) from error
+        lock = FileLock(f"{entry}.lock")
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            print("waiting for another job that computes the same cache entry", file=sys.stderr)
+            lock.acquire()
+        try:
             if (found := self._open(entry, shape, dtype)) is not None:
                 return found
             shutil.rmtree(entry, ignore_errors=True)
             self._fill(entry, dict(parts), shape, dtype, fill)
+        finally:
+            lock.release()
         found = self._open(entry, shape, dtype)
         assert found is not None
         return found
@@ -92,12 +107,13 @@ class ArrayCache:
                 )
             partial.mkdir(parents=True)
             array, start = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape), 0
-        saved = start
+        saved, last = start, time.monotonic()
         for done in fill(array, start) if start < shape[0] else ():
-            if (done - saved) * array[:1].nbytes >= _SAVE_BYTES or done == shape[0]:
+            due = (done - saved) * array[:1].nbytes >= _SAVE_BYTES or time.monotonic() - last > _SAVE_SECONDS
+            if due or done == shape[0]:
                 array.flush()
                 write_json(progress, {"rows": done})
-                saved = done
+                saved, last = done, time.monotonic()
         if saved != shape[0]:
             raise RuntimeError(f"{shape[0]} rows were promised to the cache, {saved} came")
         del array

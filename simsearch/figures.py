@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from simsearch.files import replacing
+
+# DejaVu Sans has accents and other scripts, which Pillow's own font lacks.
+_FONT = str(Path(str(find_spec("matplotlib").origin)).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")  # type: ignore[union-attr]
 
 RIGHT, WRONG, NEUTRAL = (46, 139, 87), (200, 55, 55), (150, 150, 150)
 
@@ -34,7 +38,7 @@ def save_grid(path: Path, rows: Sequence[Sequence[Tile]], *, title: str = "", si
     width = columns * cell + 3 * gap
     canvas = Image.new("RGB", (width, head + len(rows) * (cell + text) + gap), "white")
     draw = ImageDraw.Draw(canvas)
-    small, large = ImageFont.load_default(11), ImageFont.load_default(15)
+    small, large = ImageFont.truetype(_FONT, 11), ImageFont.truetype(_FONT, 15)
     if title:
         draw.text((gap, 7), _clip(draw, title, large, width - 2 * gap), fill="black", font=large)
     for y, row in enumerate(rows):

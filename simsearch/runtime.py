@@ -7,11 +7,12 @@ import logging
 import netrc
 import os
 import pickle
+import re
 import sys
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from simsearch.files import write_json
 from simsearch.models.backbones import WeightsError
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
@@ -64,6 +66,8 @@ def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], 
                 if os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
                 print(f"simsearch {name.replace('_', ' ')}: {_reason(error)}", file=sys.stderr)
+                if HydraConfig.get().mode is RunMode.MULTIRUN:
+                    raise  # an exit would end the sweep; an exception fails this job alone
                 raise SystemExit(1) from None
 
         return hydra.main(version_base="1.3", config_path=CONF, config_name=name)(guarded)
@@ -91,6 +95,9 @@ def quiet_libraries() -> None:
         ".*`training_step` returned `None`.*",
         ".*There is a wandb run already in progress.*",
         ".*is an instance of `nn.Module` and is already saved during checkpointing.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*smaller than the logging interval.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",
     ):
         warnings.filterwarnings("ignore", message=text)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
@@ -127,6 +134,9 @@ def build_data(config: Mapping[str, Any], protocol: Any = None) -> pl.LightningD
 def build_trainer(config: Mapping[str, Any], folder: Path, loggers: list[Logger]) -> pl.Trainer:
     """The Trainer with its callbacks, writing into `folder`."""
     callbacks = [build(node) for node in config["callbacks"].values() if node]
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback.dirpath = str(folder / "checkpoints")
     settings = OmegaConf.create(dict(config["trainer"]))
     return hydra.utils.instantiate(
         settings, callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
@@ -134,11 +144,37 @@ def build_trainer(config: Mapping[str, Any], folder: Path, loggers: list[Logger]
 
 
 def build_encoder(config: Mapping[str, Any]) -> nn.Module:
-    """The model of a config on random weights and without a cache, for tensors that are loaded next."""
+    """The model of a config on random weights and without a cache, for tensors that are loaded next.
+
+    The config may come from a stranger's catalog: raises ValueError where it names anything but the
+    classes and functions of simsearch's own models and binarizers.
+    """
     model = json.loads(json.dumps(config["model"]))
+    _check_targets(model)
     model["backbone"]["weights"] = "random"
     model["cache"] = None
     return build(model).eval()
+
+
+def _check_targets(node: Any) -> None:
+    if isinstance(node, str) and "${" in node:
+        raise ValueError(f"the catalog's config holds {node!r}: an interpolation has no place in it")
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _check_targets(value)
+    if isinstance(node, dict) and "_target_" in node:
+        target = str(node["_target_"])
+        module = target.rpartition(".")[0]
+        known = re.fullmatch(r"simsearch\.(models\.\w+|index\.binarize|cache)", module)
+        # Defined there, not only imported: models.backbones.torch leads anywhere.
+        if not known or getattr(hydra.utils.get_object(target), "__module__", None) != module:
+            raise ValueError(f"the catalog's config wants to call {target}: only simsearch's own models may be built")
+
+
+def device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first accelerator, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ------------------------------------------------------------------------------------ run directories
@@ -146,26 +182,33 @@ def build_encoder(config: Mapping[str, Any]) -> nn.Module:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory and the plain config in it."""
+    """A run directory and the plain config in it; resumed: it goes on from its last checkpoint."""
 
     folder: Path
     config: dict[str, Any]
+    resumed: bool = False
 
 
 def start_run(config: DictConfig) -> Run:
     """A new run directory (Hydra's) with config.yaml; with resume=true the one in `run_dir`, with its config.
 
-    Raises ValueError where there is no run to resume.
+    Raises ValueError where there is no run to resume, and where the folder of a new run holds one already.
     """
     if config.get("resume"):
-        run = open_run(Path(config.run_dir))
+        run = replace(open_run(Path(config.run_dir)), resumed=True)
         print(f"resuming {run.folder} with its own config", file=sys.stderr)
     else:
         folder = Path(HydraConfig.get().runtime.output_dir)
         config.run_dir = str(folder)  # in a sweep the job's own folder; other values refer to it
         values = plain(config)
+        try:
+            with (folder / "run.json").open("x") as file:  # two jobs cannot both have the folder
+                json.dump({"wandb_id": uuid.uuid4().hex[:8], "versions": versions()}, file, indent=2)
+        except FileExistsError:
+            raise ValueError(
+                f"{folder} holds a run already: go on with it by resume=true, or give another run_dir"
+            ) from None
         OmegaConf.save(OmegaConf.create(values), folder / "config.yaml")
-        write_json(folder / "run.json", {"wandb_id": uuid.uuid4().hex[:8], "versions": versions()})
         run = Run(folder, values)
     pl.seed_everything(run.config["seed"], workers=True, verbose=False)
     return run
@@ -182,7 +225,7 @@ def open_run(folder: Path) -> Run:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict) or not values:
         raise ValueError(f"{path} is damaged: it holds no config")
-    return Run(folder, {str(key): value for key, value in values.items()})
+    return Run(folder, {str(key): value for key, value in values.items()} | {"run_dir": str(folder)})
 
 
 def load_model(run: Run) -> pl.LightningModule:
@@ -233,6 +276,10 @@ def wandb_mode(mode: str) -> str:
 
 def build_loggers(run: Run) -> list[Logger]:
     """CSV always; Weights & Biases unless its mode is disabled, under the run's own id."""
+    history = run.folder / "metrics.csv"
+    if history.is_file():  # Lightning's logger starts a file anew: keep what was logged before
+        earlier = len(list(run.folder.glob("metrics-*.csv")))
+        history.rename(run.folder / f"metrics-{earlier}.csv")
     loggers: list[Logger] = [CSVLogger(run.folder, name="", version="")]
     settings = run.config["logger"]
     mode = wandb_mode(settings["mode"])
@@ -241,19 +288,29 @@ def build_loggers(run: Run) -> list[Logger]:
     import wandb
 
     identity = json.loads((run.folder / "run.json").read_text())["wandb_id"]
-    experiment = wandb.init(
-        name=settings["name"] or run.folder.name,
-        project=settings["project"],
-        group=settings["group"],
-        tags=settings["tags"],
-        job_type="train",
-        id=identity,
-        resume="allow",
-        dir=run.folder,
-        config=run.config,
-        reinit="create_new",  # never the run of an earlier job of this process
-        settings=wandb.Settings(mode=mode, silent=True, console="off", init_timeout=30),
-    )
+
+    def start(mode: str) -> Any:
+        return wandb.init(
+            name=settings["name"] or run.folder.name,
+            project=settings["project"],
+            group=settings["group"],
+            tags=settings["tags"],
+            job_type="train",
+            id=identity,
+            resume="allow",
+            dir=run.folder,
+            config=run.config,
+            reinit="create_new",  # never the run of an earlier job of this process
+            settings=wandb.Settings(mode=mode, silent=True, console="off", init_timeout=30),
+        )
+
+    try:
+        experiment = start(mode)
+    except wandb.errors.Error as error:
+        if settings["mode"] != "auto":
+            raise ValueError(f"logger.mode={mode}: {error}") from error
+        print(f"W&B cannot be reached ({error}): logging offline, `wandb sync` it later", file=sys.stderr)
+        experiment = start("offline")
     return [WandbLogger(experiment=experiment), *loggers]
 
 
@@ -328,11 +385,13 @@ def results_table(stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "te
         metrics, intervals = about["metrics"], about["intervals"]
         cells = [f"{about['protocol']}\n[dim]{about['fingerprint']}[/dim]"]
         for name in HEADLINES:
-            if name not in metrics:
+            if metrics.get(name) is None:
                 cells.append("-")
                 continue
             low, high = intervals[name]
             cells.append(f"{metrics[name]:.4f}\n[dim]{low:.4f}-{high:.4f}[/dim]")
+        if (about.get("model") or {}).get("weights") == "random":
+            table.caption = "random weights: these numbers say nothing about a trained network"
         cells.append(f"{metrics['bytes_per_item']:.0f}")
         cells.append(f"{metrics['index/latency_ms_p50']:.2f}")
         table.add_row(*cells)

@@ -109,7 +109,7 @@ class RetrievalTask:
     junk: an attribute whose sharing takes an item out of the ranking, neither right nor wrong
     (same work when artists are sought), or None. exclude_self: take the query's own row out.
     fingerprint: 16 hex digits over data, rows and rules. Numbers of different fingerprints do not
-    compare.
+    compare. index_order: codes are also measured with ties broken by gallery order, as the DSH release does.
     """
 
     name: str
@@ -119,3 +119,4 @@ class RetrievalTask:
     junk: str | None
     exclude_self: bool
     fingerprint: str
+    index_order: bool = False

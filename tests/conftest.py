@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+
+from simsearch.__main__ import main
 
 torch.set_num_threads(1)
 
@@ -54,19 +59,36 @@ def real_data() -> Path:
     return Path(root)
 
 
-def simsearch(*arguments: str, cwd: Path | None = None, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    """Runs the program as a user does and checks its exit status."""
-    done = subprocess.run(
-        [sys.executable, "-m", "simsearch", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+@dataclass(frozen=True)
+class Done:
+    """What a command wrote."""
+
+    stdout: str
+    stderr: str
+
+
+def simsearch(*arguments: str, cwd: Path | None = None, expect: int = 0) -> Done:
+    """Runs a command in this process, which spares its imports, and checks its exit status."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    old = sys.argv
+    sys.argv = ["simsearch", *arguments]
+    try:
+        with redirect_stdout(out), redirect_stderr(err), chdir(cwd or Path.cwd()):
+            main()
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    finally:
+        sys.argv = old
+    assert code == expect, f"exit {code}\n{out.getvalue()}\n{err.getvalue()}"
+    return Done(out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, _own_folders: None) -> Path:
     """The run directory of a training on a small rendered sample."""
     run = tmp_path_factory.mktemp("runs") / "small"
-    done = simsearch("train", *SMALL, f"run_dir={run}", "callbacks.evaluation.ks=[1,10]")
+    command = [sys.executable, "-m", "simsearch", "train", *SMALL, f"run_dir={run}", "callbacks.evaluation.ks=[1,10]"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     (run / "stdout.txt").write_text(done.stdout)
     return run

@@ -105,8 +105,6 @@ class TestTrain:
 
         copy = tmp_path / "copy"
         shutil.copytree(small_run, copy)
-        config = (copy / "config.yaml").read_text().replace(str(small_run), str(copy))
-        (copy / "config.yaml").write_text(config)
         before = json.loads((copy / "metrics.json").read_text())
         simsearch("train", f"run_dir={copy}", "resume=true", "logger.mode=disabled")
         after = json.loads((copy / "metrics.json").read_text())
@@ -146,6 +144,33 @@ class TestTrain:
         assert message in done.stderr
         assert "Traceback" not in done.stderr
 
+    def test_a_folder_holds_one_run(self, small_run):
+        before = (small_run / "config.yaml").read_bytes()
+        done = simsearch("train", *SMALL, f"run_dir={small_run}", "pooling=mac", "logger.mode=disabled", expect=1)
+        assert "holds a run already" in done.stderr
+        assert (small_run / "config.yaml").read_bytes() == before
+
+    def test_random_weights_are_said_in_every_result_and_can_be_measured_again(self, tmp_path):
+        run = tmp_path / "r"
+        random = ("backbone.weights=random", "logger.mode=disabled", "catalog.write=false")
+        done = simsearch("train", *SMALL, f"run_dir={run}", *random)
+        assert "random weights" in done.stdout
+        before = json.loads((run / "metrics.json").read_text())["test"]
+        assert before["model"]["weights"] == "random"
+        assert b'"random"' in pq.read_schema(run / "per_query.parquet").metadata[b"model"]
+        simsearch("evaluate", f"run={run}", f"run_dir={tmp_path}/e")
+        after = json.loads((tmp_path / "e/metrics.json").read_text())["test"]
+        assert after["metrics"]["mAP"] == before["metrics"]["mAP"]
+
+    def test_a_failing_job_leaves_the_rest_of_a_sweep(self, tmp_path):
+        done = simsearch(
+            "train", "-m", *SMALL, "model.whitening.dimension=5000,8", "logger.mode=disabled",
+            "catalog.write=false", f"hydra.sweep.dir={tmp_path}", expect=1,
+        )  # fmt: skip
+        assert "1280 channels" in done.stderr
+        assert not (tmp_path / "0/metrics.json").exists()
+        assert (tmp_path / "1/metrics.json").is_file()
+
 
 class TestEvaluate:
     def test_gives_the_run_s_own_numbers_again(self, small_run, tmp_path):
@@ -162,6 +187,7 @@ class TestEvaluate:
         simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e", "protocol=rendered-work", "index=sq8")
         stage = json.loads((tmp_path / "e/metrics.json").read_text())["test"]
         assert stage["protocol"] == "rendered-work"
+        assert stage["queries_trained_on"] == 0
         assert stage["metrics"]["bytes_per_item"] == 16
 
     def test_names_what_is_no_run(self, tmp_path):
@@ -247,6 +273,38 @@ class TestIndexAndSearch:
         done = simsearch("search", f"catalog={small_run}/catalog", f"image={folder}/images", "k=0", expect=1)
         assert "k must be at least 1" in done.stderr
 
+    @pytest.mark.parametrize(
+        "node",
+        [
+            {"_target_": "torch.hub.load", "repo_or_dir": "x", "source": "local", "model": "y"},
+            {"_target_": "simsearch.models.backbones.torch.hub.load", "repo_or_dir": "x", "model": "y"},
+            {
+                "_target_": "simsearch.models.pooling.MAC",
+                "_args_": [{"_target_": "shutil.copy", "src": "a", "dst": "b"}],
+            },
+            {"_target_": "simsearch.models.pooling.GeM", "p": "${oc.env:HOME}"},
+        ],
+    )
+    def test_a_stranger_s_catalog_runs_no_code(self, small_run, tmp_path, node):
+        import shutil
+
+        shutil.copytree(small_run / "catalog", tmp_path / "c")
+        about = json.loads((tmp_path / "c/catalog.json").read_text())
+        about["config"]["model"]["pooling"] = node
+        (tmp_path / "c/catalog.json").write_text(json.dumps(about))
+        with pytest.raises(ValueError, match="the catalog's config"):
+            runtime.build_encoder(read_catalog(tmp_path / "c").about["config"])
+
+    @pytest.mark.parametrize("name", ["photo (1).jpg", "a=b,c.png", "ümlaut é [x].png", "it's.png", "no ending"])
+    def test_any_file_name_will_do(self, small_run, tmp_path, name):
+        import shutil
+
+        shutil.copy(small_run / "figures/queries/00.png", tmp_path / name)
+        done = simsearch(
+            "search", f"catalog={small_run}/catalog", f"image={tmp_path}/{name}", "k=1", "format=json", "figure=null"
+        )
+        assert json.loads(done.stdout)["query"] == name
+
     def test_damaged_catalog_is_named(self, small_run, tmp_path):
         import shutil
 
@@ -259,7 +317,7 @@ class TestIndexAndSearch:
 class TestProgram:
     def test_help_lists_the_commands_in_under_a_second(self):
         start = time.perf_counter()
-        done = simsearch("--help")
+        done = subprocess.run([sys.executable, "-m", "simsearch", "--help"], capture_output=True, text=True)
         assert time.perf_counter() - start < 1.0
         for name in ("train", "evaluate", "index", "search", "data audit", "data export"):
             assert name in done.stdout

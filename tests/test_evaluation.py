@@ -398,7 +398,7 @@ class TestCallback:
         monkeypatch.setattr(module.pq, "write_table", full)
         result = copy.copy(callback.results["test"])
         with pytest.raises(OSError, match="no space"):
-            write_results(tmp_path, "test", data.task("test"), result)
+            write_results(tmp_path, "test", data.task("test"), result, {})
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
     @pytest.mark.parametrize("part", ["query", "gallery"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,8 @@ class RetrievalEvaluation(pl.Callback):
     """
 
     def __init__(self, index: FaissIndex, ks: Sequence[int] = (1, 10, 100), seed: int = 0) -> None:
+        if isinstance(ks, int) or not list(ks) or min(ks) < 1:
+            raise ValueError(f"ks must be a list of ranks from 1, such as [1, 10], got {ks}")
         self.index, self.ks, self.seed = index, tuple(ks), seed
         self.results: dict[str, Evaluation] = {}
         self._metrics: RetrievalMetrics | None = None
@@ -236,7 +239,7 @@ class RetrievalEvaluation(pl.Callback):
             copy.deepcopy(self.index),
             ks=self.ks,
             exclude_self=task.exclude_self,
-            index_order=task.name.startswith("dsh-release"),
+            index_order=task.index_order,
             seed=self.seed,
         )
         self.results[stage] = result
@@ -244,7 +247,8 @@ class RetrievalEvaluation(pl.Callback):
         # Every rank holds all descriptors and so the same values: nothing to reduce.
         module.log_dict({f"{prefix}/{name}": value for name, value in result.metrics.items()}, rank_zero_only=False)
         if trainer.is_global_zero:
-            write_results(Path(trainer.default_root_dir), prefix, task, result)
+            about = {"identity": module.identity(), **module.provenance} if hasattr(module, "provenance") else {}
+            write_results(Path(trainer.default_root_dir), prefix, task, result, about)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(trainer, pl_module, "validate")
@@ -281,8 +285,11 @@ class RetrievalEvaluation(pl.Callback):
         self._finish(trainer, pl_module, "test")
 
 
-def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluation) -> None:
-    """Adds the stage to folder/metrics.json; for the test also writes per_query.parquet. Atomic."""
+def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluation, model: Mapping[str, Any]) -> None:
+    """Adds the stage to folder/metrics.json; for the test also writes per_query.parquet. Atomic.
+
+    model: plain facts about the model and where its weights are from. A metric without a value is null.
+    """
     path = folder / "metrics.json"
     stages = json.loads(path.read_text()) if path.is_file() else {}
     stages[stage] = {
@@ -291,13 +298,14 @@ def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluat
         "attribute": task.attribute,
         "junk": task.junk,
         "exclude_self": task.exclude_self,
-        "metrics": result.metrics,
+        "model": dict(model),
+        "metrics": {name: None if math.isnan(value) else value for name, value in result.metrics.items()},
         "intervals": result.intervals,
     }
     write_json(path, stages)
     if stage == "test":
         columns = {"index": result.query.index.numpy(), "label": result.query.label.numpy()}
         columns |= {name: value.numpy() for name, value in result.per_query.items()}
-        meta = {b"protocol": task.name.encode(), b"fingerprint": task.fingerprint.encode()}
+        meta = {"protocol": task.name, "fingerprint": task.fingerprint, "model": json.dumps(dict(model))}
         with replacing(folder / "per_query.parquet") as temporary:
             pq.write_table(pa.table(columns).replace_schema_metadata(meta), temporary)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig
 
 from simsearch import runtime
 from simsearch.data.audit import read_csv
 from simsearch.data.protocols import WithoutRows
+from simsearch.files import write_json
 
 
 @runtime.command("evaluate")
@@ -23,12 +26,19 @@ def main(config: DictConfig) -> None:
     merged = run.config | {group: values[group] for group in ("data", "protocol", "index") if values.get(group)}
     evaluation = merged["callbacks"]["evaluation"] | {"index": merged["index"]}
     merged["callbacks"] = {"evaluation": evaluation}
+    if config.without and config.stage == "validate":
+        raise ValueError("without= leaves queries out of the test: it has no meaning with stage=validate")
     model = runtime.load_model(run)
     folder = Path(config.run_dir)
 
-    measure(model, runtime.build_data(merged), merged, folder, config.stage)
+    data = runtime.build_data(merged)
+    measure(model, data, merged, folder, config.stage)
+    if not values.get("data"):
+        note_trained_queries(run, data, folder, config.stage)
     if config.without:
         rows = read_csv(Path(config.without)).query.unique()
+        if not torch.isin(rows, data.task("test").query).all():  # type: ignore[attr-defined]
+            raise ValueError(f"{config.without} lists rows that are no queries of {merged['protocol']['name']}")
         protocol = WithoutRows(runtime.build(merged["protocol"]), rows)
         data = runtime.build_data(merged, protocol)
         measure(model, data, merged, folder / "without", config.stage)
@@ -43,6 +53,17 @@ def measure(
     run_stage(model, data, verbose=False)
     runtime.show(runtime.results_table(json.loads((folder / "metrics.json").read_text())))
     print(f"results: {folder / 'metrics.json'}")
+
+
+def note_trained_queries(run: runtime.Run, data: pl.LightningDataModule, folder: Path, stage: str) -> None:
+    """Writes into metrics.json how many queries the run was fitted on, which another protocol may bring."""
+    trained = runtime.build(run.config["protocol"]).split(data.collection).train  # type: ignore[attr-defined]
+    count = int(torch.isin(data.task(stage).query, trained).sum())  # type: ignore[attr-defined]
+    stages = json.loads((folder / "metrics.json").read_text())
+    stages["test" if stage == "test" else "val"]["queries_trained_on"] = count
+    write_json(folder / "metrics.json", stages)
+    if count:
+        print(f"note: the run was fitted on {count} of these queries", file=sys.stderr)
 
 
 if __name__ == "__main__":

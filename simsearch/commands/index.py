@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,17 +16,21 @@ from simsearch import runtime
 from simsearch.data.manifest import load_images, read_manifest
 from simsearch.files import replacing
 from simsearch.images import ImageError, encode_thumbnail
-from simsearch.search.catalog import item_table, write_catalog
+from simsearch.search.catalog import THUMBNAIL, item_table, write_catalog
 from simsearch.search.engine import encode
 
 
 @runtime.command("index")
 def main(config: DictConfig) -> None:
     run = runtime.open_run(Path(config.run))
-    manifest = read_manifest(Path(config.images), Path(config.root) if config.root else None)
-    out = Path(config.out) if config.out else run.folder / "catalogs" / Path(config.images).stem
+    source = Path(config.images).resolve()
+    manifest = read_manifest(source, Path(config.root) if config.root else None)
+    if reserved := sorted({"rank", "score", THUMBNAIL} & set(manifest.attributes)):
+        raise ValueError(f"{config.images} has the columns {', '.join(reserved)}, which a result has too: rename them")
+    name = source.name if source.is_dir() else source.stem
+    out = Path(config.out) if config.out else run.folder / "catalogs" / name
     index = runtime.build(runtime.plain(config)["index"])
-    encoder = runtime.load_model(run)
+    encoder = runtime.load_model(run).to(runtime.device(config.device))
     if index.is_binary != (encoder.bits is not None):
         kind = "codes: index=binary-flat" if encoder.bits else "float descriptors: index=flat"
         raise ValueError(f"index={index.factory} does not fit this run, which gives {kind} or another of that kind")
@@ -75,7 +80,7 @@ def report(out: Path, count: int, code_bytes: int, errors: list[ImageError], ski
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["path", "reason", "detail"])
             writer.writerows([error.path, error.reason, error.detail] for error in errors)
-    print(f"try next: simsearch search catalog={out} image=<image or folder>")
+    print(f"try next: simsearch search {shlex.quote(f'catalog={out}')} image=<image or folder>")
 
 
 if __name__ == "__main__":

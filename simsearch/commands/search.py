@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from simsearch import runtime
-from simsearch.data.manifest import load_images, read_manifest
+from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.figures import Tile, save_grid
 from simsearch.images import decode_thumbnail
 from simsearch.search.catalog import Catalog, read_catalog
@@ -40,6 +41,7 @@ def main(config: DictConfig) -> None:
     catalog = read_catalog(Path(config.catalog))
     encoder = runtime.build_encoder(catalog.about["config"])
     catalog.load_encoder_state(encoder)
+    encoder.to(runtime.device(config.device))
     answers, milliseconds = search(Engine(catalog, encoder), Path(config.image), config.k, config.batch_size)
     if config.format == "json":
         for answer in answers:
@@ -58,7 +60,9 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
 
     Unreadable ones are named on standard error. Raises ValueError where none can be read.
     """
-    manifest = read_manifest(source)
+    # Any single file is taken for an image, whatever its name; its content decides.
+    listed = source.is_dir() or source.suffix.lower() in (".csv", ".parquet") or not source.exists()
+    manifest = read_manifest(source) if listed else Manifest(source.parent, (source.name,))
     answers: list[Answer] = []
     errors = []
     start = time.perf_counter()
@@ -92,12 +96,12 @@ def describe(catalog: Catalog, found: tuple[Tensor, Tensor]) -> tuple[list[dict[
 
 def answer_table(answer: Answer) -> Table:
     """An answer as a table, one row an item."""
-    table = Table(title=answer.query, title_justify="left")
+    table = Table(title=escape(answer.query), title_justify="left")
     names = list(answer.items[0]) if answer.items else ["rank", "score", "path"]
     for name in names:
-        table.add_column(name, justify="right" if name in ("rank", "score") else "left", overflow="fold")
+        table.add_column(escape(name), justify="right" if name in ("rank", "score") else "left", overflow="fold")
     for item in answer.items:
-        cells = [f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in item.values()]
+        cells = [f"{v:.4f}" if isinstance(v, float) else "" if v is None else escape(str(v)) for v in item.values()]
         table.add_row(*cells)
     return table
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -41,9 +45,10 @@ def train(
     """Fits the model of `run`, tests its best checkpoint, writes figures and catalog, prints the table."""
     trainer = runtime.build_trainer(run.config, run.folder, loggers)
 
-    last = run.folder / "checkpoints" / "last.ckpt"
-    trainer.fit(model, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-    trainer.test(model, data, ckpt_path="best", weights_only=True, verbose=False)
+    best, last = (run.folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    go_on = run.resumed and last.is_file()
+    trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)
+    trainer.test(model, data, ckpt_path=str(best), weights_only=True, verbose=False)
 
     evaluation = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation))
     figure = next((c for c in trainer.callbacks if isinstance(c, NeighbourFigure)), None)
@@ -93,8 +98,14 @@ def report(folder: Path) -> None:
     if (folder / "catalog").is_dir():
         example = folder / "figures" / "queries" / "00.png"
         query = example if example.is_file() else "<image or folder>"
-        print(f"try next:      simsearch search catalog={folder / 'catalog'} image={query}")
-    print(f"your images:   simsearch index run={folder} images=<folder> out=<catalog>")
+        arguments = shlex.join([f"catalog={folder / 'catalog'}", f"image={query}"])
+        print(f"try next:      {program()} search {arguments}")
+    print(f"your images:   {program()} index {shlex.quote(f'run={folder}')} images=<folder> out=<catalog>")
+
+
+def program() -> str:
+    """What to type to run simsearch in this shell: its name, or its path where that is not on PATH."""
+    return "simsearch" if shutil.which("simsearch") else os.path.relpath(Path(sys.executable).parent / "simsearch")
 
 
 if __name__ == "__main__":

@@ -62,11 +62,13 @@ class OfficialSplit:
     name: as reports print it. gallery: "train" searches the training images (10k-50k), "test" the test
     images themselves (the DSH release). exclude_self: take the query's own row out of its ranking.
     validation: share of each class's training rows, in (0, 1), that become validation queries.
+    index_order: codes are also measured with ties broken by gallery order.
     """
 
     name: str
     gallery: Literal["train", "test"]
     exclude_self: bool
+    index_order: bool = False
     validation: float = 0.1
     attribute: str = "class"
     seed: int = 0
@@ -83,11 +85,8 @@ class OfficialSplit:
         train, test = _official_parts(collection, values, self.name)
         kept, validation = _validation(collection, self.name, train, self.attribute, self.validation, self.seed)
         gallery = test if self.gallery == "test" else train
-        return Split(
-            kept,
-            validation,
-            _task(collection, self.name, test, gallery, self.attribute, None, self.exclude_self),
-        )
+        task = _task(collection, self.name, test, gallery, self.attribute, None, self.exclude_self)
+        return Split(kept, validation, replace(task, index_order=self.index_order))
 
 
 @dataclass(frozen=True)

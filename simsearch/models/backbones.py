@@ -11,7 +11,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -87,10 +89,18 @@ class Backbone(nn.Module):
         size = size or self.size
         pixels = self.preprocess(image, size).contiguous(memory_format=torch.channels_last)
         if self._through_onnx(pixels):
-            if size not in self._onnx:
-                self._onnx[size] = OnnxNetwork(self.network, size)
-            return self._onnx[size](pixels)
-        return self.network(pixels)
+            try:
+                if size not in self._onnx:
+                    self._onnx[size] = OnnxNetwork(self.network, size)
+                return self._onnx[size](pixels)
+            except RuntimeError as error:
+                if self.runtime == "onnx":
+                    raise ValueError(f"{self.name}: {error}") from error
+                warnings.warn(f"{self.name} runs on torch: {error}", stacklevel=2)
+                self.runtime = "torch"
+        inference = pixels.is_cuda and not torch.is_grad_enabled()
+        with torch.autocast("cuda", torch.bfloat16, enabled=inference) if inference else nullcontext():
+            return self.network(pixels).float()
 
     def _through_onnx(self, pixels: Tensor) -> bool:
         if self.runtime == "torch" or pixels.device.type != "cpu" or self.training:
@@ -297,6 +307,9 @@ def timm_backbone(
     source = str(full.pretrained_cfg.get("hf_hub_id") or name) if weights == "pretrained" else weights
     if weights not in ("pretrained", "random"):
         _fill_from_file(full, weights)
+    patch = getattr(getattr(full, "patch_embed", None), "patch_size", None)
+    if patch and size % patch[0]:
+        raise ValueError(f"timm's {name} sees patches of {patch[0]} pixels: backbone.size={size} must be a multiple")
     if hasattr(full, "set_input_size"):
         # After the weights: position embeddings are resampled from the size that they were trained for.
         try:

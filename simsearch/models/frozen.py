@@ -120,7 +120,6 @@ class FrozenRetriever(pl.LightningModule):
         maps_limit_gb: float = 8.0,
         extract_batch_size: int = 128,
         sample: int = 10_000,
-        seed: int = 0,
     ) -> None:
         super().__init__()
         if not scales or min(scales) <= 0:
@@ -140,7 +139,7 @@ class FrozenRetriever(pl.LightningModule):
         self.dimension = self.bits or width
         self.sizes = [max(1, round(backbone.size * scale)) for scale in scales]
         self.cache, self.maps_limit = cache, maps_limit_gb * 2**30
-        self.extract_batch_size, self.sample, self.seed = extract_batch_size, sample, seed
+        self.extract_batch_size, self.sample = extract_batch_size, sample
         self._stored: list[tuple[np.ndarray, bool]] | None = None  # per scale: array, are these maps?
         self._moments: Moments | None = None
         self._kept: list[list[Tensor]] = []
@@ -153,12 +152,20 @@ class FrozenRetriever(pl.LightningModule):
 
     def describe(self, regions: list[Tensor]) -> Tensor:
         """Descriptors or real-valued codes of the region vectors (B, R, C) at each scale."""
-        descriptor = F.normalize(torch.stack([self.head.aggregate(r) for r in regions]).sum(0), dim=-1)
-        if self.binarizer is None:
-            return descriptor
-        if not self.code_weight.any():
-            raise RuntimeError("the binarizer is not fitted: run `simsearch train`, or load a trained run")
-        return descriptor @ self.code_weight.T + self.code_bias
+        with torch.autocast(
+            self.device.type, enabled=False
+        ):  # a descriptor is float32 whatever the trainer's precision
+            descriptor = F.normalize(torch.stack([self.head.aggregate(r) for r in regions]).sum(0), dim=-1)
+            if self.binarizer is None:
+                return descriptor
+            if not self.code_weight.any():
+                raise RuntimeError("the binarizer is not fitted: run `simsearch train`, or load a trained run")
+            return descriptor @ self.code_weight.T + self.code_bias
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Plain facts about the weights, for every result."""
+        return self.backbone.provenance
 
     @property
     def input_size(self) -> int:
@@ -179,7 +186,10 @@ class FrozenRetriever(pl.LightningModule):
     # The features of a whole collection, computed once
 
     def setup(self, stage: str) -> None:
-        collection = getattr(getattr(self.trainer, "datamodule", None), "collection", None)
+        data = getattr(self.trainer, "datamodule", None)
+        collection = getattr(data, "collection", None)
+        if self.cache is not None and getattr(data, "augment", None) is not None:
+            raise ValueError("data.augment changes images that model.cache keeps the features of: set one to null")
         if self.cache is not None and collection is not None and self._stored is None:
             self.to(self.trainer.strategy.root_device)  # Lightning moves the module after this hook only
             self._stored = [self._features(collection, size) for size in self.sizes]
@@ -196,6 +206,8 @@ class FrozenRetriever(pl.LightningModule):
             pooled = self.head.regions(probe)
         maps = len(images) * probe[0].numel() * 2 <= self.maps_limit
         parts = self.backbone.identity(size) | {"data": collection.fingerprint, "precision": "float16"}
+        if self.device.type == "cuda":
+            parts |= {"compute": "bfloat16"}
         if not maps:
             parts |= {"pooled": repr(self.head.pooling), "whiten_regions": self.head.whiten_regions}
         shape = (len(images), *(probe if maps else pooled).shape[1:])
@@ -212,9 +224,8 @@ class FrozenRetriever(pl.LightningModule):
             with torch.no_grad(), bar:
                 for low in range(start, len(images), step):
                     batch = images[low : low + step].to(self.device)
-                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                        features = self.backbone(batch, size)
-                    features = features.float() if maps else self.head.regions(features)
+                    features = self.backbone(batch, size)
+                    features = features if maps else self.head.regions(features)
                     if not torch.isfinite(features).all() or features.abs().max() > 65504:
                         raise ValueError(f"{self.backbone.name} gives features beyond float16 in rows from {low}")
                     out[low : low + len(batch)] = features.cpu().numpy()
@@ -284,11 +295,15 @@ class FrozenRetriever(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {n: v for n, v in state.items() if not n.startswith("backbone.")}
+        if self.backbone.provenance["weights"] != "random":  # these are nowhere else
+            checkpoint["state_dict"] = {n: v for n, v in state.items() if not n.startswith("backbone.")}
         checkpoint["backbone"] = dict(self.backbone.provenance)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         saved, own = checkpoint["backbone"], self.backbone.provenance
+        if saved["weights"] == own["weights"] == "random":
+            self.backbone.provenance = dict(saved)
+            return
         if saved["sha256"] != own["sha256"]:
             raise ValueError(
                 f"the checkpoint was fitted on weights {saved['sha256']} ({saved['source']}), "

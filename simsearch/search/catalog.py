@@ -30,6 +30,7 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import state_fingerprint
 
 FORMAT = 1
+_ENTRIES = {"catalog.json", "index", "items.parquet", "encoder.safetensors", "skipped.csv"}
 THUMBNAIL = "thumbnail"
 _GROUP = 1024  # rows of items.parquet that are read together
 
@@ -107,8 +108,13 @@ def write_catalog(
     folder = Path(folder).resolve()
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file: give another place by out=")
-    if folder.exists() and not (folder / "catalog.json").is_file() and any(folder.iterdir()):
+    entries = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if entries and "catalog.json" not in entries:
         raise FileExistsError(f"{folder} exists and is no catalog: give another place by out=")
+    if strange := sorted(entries - _ENTRIES):
+        raise FileExistsError(
+            f"the catalog {folder} holds other things too ({', '.join(strange[:3])}): give another out="
+        )
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
