@@ -150,9 +150,9 @@ def build_encoder(config: Mapping[str, Any]) -> nn.Module:
     classes and functions of simsearch's own models and binarizers.
     """
     model = json.loads(json.dumps(config["model"]))
-    _check_targets(model)
     model["backbone"]["weights"] = "random"
     model["cache"] = None
+    _check_targets(model)
     return build(model).eval()
 
 
@@ -164,7 +164,7 @@ def _check_targets(node: Any) -> None:
     if isinstance(node, dict) and "_target_" in node:
         target = str(node["_target_"])
         module = target.rpartition(".")[0]
-        known = re.fullmatch(r"simsearch\.(models\.\w+|index\.binarize|cache)", module)
+        known = re.fullmatch(r"simsearch\.(models\.\w+|index\.binarize)", module)
         # Defined there, not only imported: models.backbones.torch leads anywhere.
         if not known or getattr(hydra.utils.get_object(target), "__module__", None) != module:
             raise ValueError(f"the catalog's config wants to call {target}: only simsearch's own models may be built")

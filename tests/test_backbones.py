@@ -471,7 +471,7 @@ class TestRuntime:
         (lambda: timm_backbone("mixer_s32_224", weights="random", size=64), "mixer_s32_224 does not run .* 64 pixels"),
         (lambda: timm_backbone("resnet10t", weights="random", size=0), "size must be a positive number"),
         (lambda: timm_backbone("resnet10t", weights="random", runtime="tpu"), "auto, torch or onnx, got 'tpu'"),
-        (lambda: timm_backbone("vit_tiny_patch16_224", weights="random", size=8), "images of 8 pixels"),
+        (lambda: timm_backbone("vit_tiny_patch16_224", weights="random", size=8), "backbone.size=8 must be a multiple"),
     ],
 )
 def test_wrong_values_are_named(build, message):

@@ -246,7 +246,9 @@ def test_two_ranks_share_each_loader(tmp_path):
 
 
 def build(name: str, protocol: RetrievalProtocol) -> RetrievalDataModule:
-    return instantiate(OmegaConf.load(CONF / f"{name}.yaml"), _partial_=True)(protocol=protocol)
+    config = OmegaConf.load(CONF / f"{name}.yaml")
+    config.pop("defaults", None)  # the choice of a protocol, which is Hydra's
+    return instantiate(config, _partial_=True)(protocol=protocol)
 
 
 def write_cifar10(root: Path) -> None:

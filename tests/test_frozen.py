@@ -65,7 +65,7 @@ def state() -> dict[str, Tensor]:
 def backbone(state: dict[str, Tensor]) -> Backbone:
     backbone = timm_backbone("test_resnet", weights="random", size=SIZE, runtime="torch")
     backbone.network.load_state_dict(state)
-    backbone.provenance["sha256"] = "of the fixture"
+    backbone.provenance |= {"sha256": "of the fixture", "weights": "file"}
     return backbone
 
 
