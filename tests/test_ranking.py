@@ -315,3 +315,12 @@ def test_memory_stays_a_block():
     growth = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
     assert growth.keys() == {"None", "48", "248"}
     assert max(growth.values()) < 40, f"MiB by width in bits: {growth}"
+
+
+def test_a_label_that_the_gallery_lacks_is_not_taken_for_its_neighbour():
+    """Its place in label order is where the next label begins."""
+    codes = torch.randint(0, 256, (40, 2), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    gallery = Descriptors(codes[:30], torch.tensor([0, 2, 4]).repeat_interleave(10), torch.arange(30), bits=16)
+    query = Descriptors(codes[30:], torch.tensor([2, 1, 2, 1, 3, 4, 3, 4, -1, 0]), torch.arange(30, 40), bits=16)
+    together = measure_ranking(query, gallery, ks=(1,))["relevant"].tolist()
+    assert together == [10, 0, 10, 0, 0, 10, 0, 10, 0, 10]

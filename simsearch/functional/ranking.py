@@ -22,7 +22,7 @@ from simsearch.functional.ties import Rankings
 from simsearch.types import Descriptors
 
 BLOCK_BYTES = 2**27
-_CHUNK_BYTES = 2**21  # of 64-bit words that stay in a core's cache
+_CHUNK_BYTES = 2**22  # of 64-bit words that stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -214,16 +214,19 @@ def _distance_histograms(
     b, g = len(words), planes.shape[1]
     total = np.zeros((b, bins), np.int64)
     hits = np.zeros((b, bins), np.int64)
-    dtype = np.uint8 if bins <= 256 else np.uint16
-    rows = max(1, _CHUNK_BYTES // (8 * max(g, 256 * bins)))  # _histograms holds 256 * bins counts a row
+    dtype = np.uint8 if bins <= 256 else np.int16
+    rows = max(1, _CHUNK_BYTES // (8 * max(g, 256 * bins)))  # the joint histogram has 256 * bins counts a row
+
+    # Few, long calls: threads that fetch the interpreter lock for short ones wait for it instead. So
+    # queries go in chunks, and side by side where they have the same relevant items.
+    order = np.lexsort((high, low))
 
     def work(part: np.ndarray) -> None:
-        # Few, long NumPy calls: threads that fetch the interpreter lock for short ones wait for it instead.
         xor = np.empty((rows, g), np.uint64)
         count = np.empty((rows, g), np.uint8)
         padded = np.zeros((rows, g + g % 2), dtype)
         for start in range(0, len(part), rows):
-            chunk = part[start : start + rows]
+            chunk = order[part[start : start + rows]]
             c = len(chunk)
             distance = padded[:c, :g]
             for w, plane in enumerate(planes):
@@ -232,28 +235,36 @@ def _distance_histograms(
                     np.bitwise_count(xor[:c], out=distance)
                 else:
                     distance += np.bitwise_count(xor[:c], out=count[:c])
-            total[chunk] = _histograms(padded[:c], bins)
-            for i, row in zip(chunk, distance, strict=True):
-                hits[i] = np.bincount(row[low[i] : high[i]], minlength=bins)
+            total[chunk] = _histograms_of_all(padded[:c], bins)
+            first = np.flatnonzero(np.diff(low[chunk], prepend=-1) | np.diff(high[chunk], prepend=-1))
+            for i, j in zip(first, [*first[1:], c], strict=True):
+                relevant = distance[i:j, low[chunk[i]] : high[chunk[i]]]
+                hits[chunk[i:j]] = _histograms(relevant, bins)
 
     _in_threads(work, b)
     total[:, 0] -= g % 2  # the padding's distance is 0
     return torch.from_numpy(total), torch.from_numpy(hits)
 
 
-def _histograms(distance: np.ndarray, bins: int) -> np.ndarray:
-    """Histograms (c, bins) of the rows of `distance` (c, even).
+def _histograms(values: np.ndarray, bins: int) -> np.ndarray:
+    """Histograms int64 (c, bins) of the rows of `values` (c, n), in one call of torch.bincount.
 
-    Bytes are counted in pairs, which halves the counting; the joint histogram's margins add up.
+    It counts 32-bit integers as they are; NumPy's widens them first.
     """
-    c = len(distance)
-    values, joint = (distance.view(np.uint16), bins << 8) if distance.dtype == np.uint8 else (distance, bins)
-    keys = values + np.arange(0, c * joint, joint)[:, None]
-    counts = np.bincount(keys.ravel(), minlength=c * joint)
+    c = len(values)
+    keys = np.add(values, np.arange(0, c * bins, bins, dtype=np.int32)[:, None], dtype=np.int32)
+    return torch.bincount(torch.from_numpy(keys.ravel()), minlength=c * bins).numpy().reshape(c, bins)
+
+
+def _histograms_of_all(distance: np.ndarray, bins: int) -> np.ndarray:
+    """Histograms int64 (c, bins) of whole rows (c, even).
+
+    Bytes are counted in pairs, which halves the counting; the joint histograms' margins add up.
+    """
     if distance.dtype != np.uint8:
-        return counts.reshape(c, bins)
-    counts = counts.reshape(c, bins, 256)
-    return counts.sum(2) + counts.sum(1)[:, :bins]
+        return _histograms(distance, bins)
+    joint = _histograms(distance.view(np.uint16), bins << 8).reshape(len(distance), bins, 256)[:, :, :bins]
+    return joint.sum(1) + joint.sum(2)
 
 
 def hamming_pairs(left: Tensor, right: Tensor) -> Tensor:
