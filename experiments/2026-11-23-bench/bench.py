@@ -10,8 +10,11 @@ Run it on an idle machine: two threads on busy cores wait for each other.
 from __future__ import annotations
 
 import csv
+import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +37,10 @@ Q, G, BITS, D = 10_000, 50_000, 48, 128
 def main() -> None:
     wanted = sys.argv[1:]
     rows = []
-    for bench in (hamming, cosine, index_ranking, extraction, preprocessing):
+    if wanted == ["--hamming-json"]:
+        print(json.dumps(hamming()))
+        return
+    for bench in (hamming, hamming_plain_sort, cosine, index_ranking, extraction, preprocessing):
         if not wanted or any(word in bench.__name__ for word in wanted):
             row = bench()
             rows.append(row)
@@ -102,6 +108,15 @@ def hamming() -> tuple:
     assert abs(expected.mean().item() - got.mean()) < 1e-3
     mine = seconds(ours, 5)
     return (f"hamming-map-{Q}x{G}-{BITS}bit", mine, peer, "argsort loop", peer / mine, seconds(floor, 3), "s")
+
+
+def hamming_plain_sort() -> tuple:
+    """The same with NumPy's AVX2 and AVX-512 kernels off for both sides, as on processors that lack them."""
+    settings = os.environ | {"NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL"}
+    command = [sys.executable, __file__, "--hamming-json"]
+    out = subprocess.run(command, env=settings, capture_output=True, text=True, check=True).stdout
+    name, *rest = json.loads(out.splitlines()[-1])
+    return (f"{name}-plain-numpy", *rest)
 
 
 def cosine() -> tuple:
