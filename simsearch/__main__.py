@@ -11,12 +11,16 @@ COMMANDS = {
     "evaluate": "measure a run's checkpoint again, also under another protocol or index",
     "index": "make a catalog of a folder or manifest of images with a run's encoder",
     "search": "find images in a catalog that are similar to an image or a folder of images",
+    "instance": "measure a run's encoder on a benchmark with easy, hard and junk items (Revisited Oxford / Paris)",
     "data audit": "list near-duplicates between queries and gallery or training images",
     "data export": "write images of a collection as files with a manifest",
+    "data convert": "turn a ground truth of Revisited Oxford / Paris (.pkl) into JSON, executing nothing in it",
 }
 
 # Keys whose values are paths.
 PATHS = (
+    "gnd",
+    "model.start",
     "image",
     "images",
     "catalog",

@@ -144,16 +144,27 @@ def build_trainer(config: Mapping[str, Any], folder: Path, loggers: list[Logger]
 
 
 def build_encoder(config: Mapping[str, Any]) -> nn.Module:
-    """The model of a config on random weights and without a cache, for tensors that are loaded next.
+    """The encoder of a catalog's config on random weights, without a cache, for tensors that are loaded next.
 
     The config may come from a stranger's catalog: raises ValueError where it names anything but the
     classes and functions of simsearch's own models and binarizers.
     """
-    model = json.loads(json.dumps(config["model"]))
-    model["backbone"]["weights"] = "random"
-    model["cache"] = None
+    model = _without_weights(config["model"])
     _check_targets(model)
     return build(model).eval()
+
+
+def encoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's config builds its encoder: the network of a trained family, the whole frozen model."""
+    model = config["model"]
+    return {"model": model.get("network", model)}
+
+
+def _without_weights(node: Any) -> Any:
+    if isinstance(node, dict):
+        blank = {"weights": "random", "cache": None}
+        return {name: blank[name] if name in blank else _without_weights(value) for name, value in node.items()}
+    return [_without_weights(value) for value in node] if isinstance(node, list) else node
 
 
 def _check_targets(node: Any) -> None:

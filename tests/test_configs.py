@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
@@ -36,7 +37,8 @@ def compose(*overrides: str, name: str = "train") -> dict:
 
 
 def test_there_are_configs():
-    assert {"train", "evaluate", "index", "search", "data_audit", "data_export"} == set(PRIMARY)
+    commands = {"train", "evaluate", "index", "search", "instance", "data_audit", "data_export", "data_convert"}
+    assert commands == set(PRIMARY)
     assert {
         "data",
         "model",
@@ -58,6 +60,8 @@ def test_primary_composes(name):
         "search": ["catalog=c", "image=i"],
         "data_audit": ["run=r"],
         "data_export": ["out=o"],
+        "data_convert": ["gnd=g"],
+        "instance": ["run=r", "gnd=g", "images=i", "run_dir=d"],
     }
     values = compose(*required.get(name, []), name=name)
     assert values
@@ -70,8 +74,15 @@ def test_option_composes_and_builds(group, option):
         size = 70 if option == "dinov2-small" else 32  # transformers take multiples of their patch
         overrides += [f"backbone.size={size}", "backbone.weights=random", "model.cache=null"]
     elif group in ("model", "pooling", "experiment"):
-        overrides += ["backbone.weights=random", "backbone.size=64", "model.cache=null"]
+        overrides += ["backbone.weights=random", "backbone.size=64"]
+    elif group in ("loss", "optimizer", "scheduler"):
+        overrides += ["model=hashing", "backbone.weights=random", "backbone.size=32"]
+    elif group == "sampler" and option == "mined":
+        overrides += ["model=dir"]
+    elif group == "callbacks" and option == "mining":
+        overrides += ["model=dir"]
     values = compose(*overrides)
+    values["model"] |= {"cache": None} if "cache" in values["model"] else {}
     if group in ("backbone", "model", "pooling", "experiment"):
         model = runtime.build(values["model"])
         assert model.dimension > 0
@@ -91,6 +102,17 @@ def test_option_composes_and_builds(group, option):
         if values["trainer"]["accelerator"] != "gpu":  # that needs the hardware: composed only
             trainer = runtime.build_trainer({**values, "callbacks": {}}, Path("unused"), [])
             assert trainer.max_epochs == values["trainer"]["max_epochs"]
+    elif group in ("loss", "optimizer", "scheduler"):
+        module = runtime.build(values["model"])
+        assert module.configure_optimizers()
+        embeddings = torch.randn(6, module.dimension, requires_grad=True)
+        labels = torch.tensor([0, 0, 1, 1, 1, 0])
+        assert module.loss(embeddings, labels).isfinite()
+    elif group == "sampler":
+        batches = runtime.build(values["sampler"])(torch.arange(200) % 20)
+        assert len(batches) > 0
+    elif group == "rerank":
+        assert callable(runtime.build(values["rerank"]).fit)
     elif group == "logger":
         assert runtime.wandb_mode(values["logger"]["mode"])
     else:

@@ -28,6 +28,7 @@ from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import OfficialSplit
 from simsearch.functional.codes import pack_codes, unpack_codes
 from simsearch.index.faiss_index import FaissIndex
+from simsearch.search.rerank import AQE
 from simsearch.types import Descriptors, RetrievalTask
 
 KS = (1, 5, 20)
@@ -457,6 +458,23 @@ class TestCallback:
         for query, row in enumerate(found.tolist()):
             assert all((40 + position) // 8 != (60 + query) // 8 for position in row)
         assert json.loads((tmp_path / "metrics.json").read_text())["test"]["junk"] == "work"
+
+    def test_reranking_is_measured_at_test_and_when_validating_but_not_in_training(self, tmp_path):
+        data = Pictures(OfficialSplit("tiny", gallery="train", exclude_self=True, validation=0.3))
+        callback = RetrievalEvaluation(FaissIndex("Flat"), ks=KS, rerank=AQE(3))
+        model = Projection()
+        trainer(tmp_path, callback).fit(model, data)
+        assert not any(name.startswith("rerank/") for name in callback.results["validate"].metrics)
+        for stage, key in (("validate", "val"), ("test", "test")):
+            worker = trainer(tmp_path, callback)
+            logged = getattr(worker, stage)(model, data, verbose=False)[0]
+            metrics = callback.results[stage].metrics
+            assert logged[f"{key}/rerank/mAP"] == pytest.approx(metrics["rerank/mAP"])
+            about = json.loads((tmp_path / "metrics.json").read_text())[key]
+            assert about["metrics"]["rerank/P@5"] == metrics["rerank/P@5"]
+            assert "rerank/mAP" in about["intervals"]
+        table = pq.read_table(tmp_path / "per_query.parquet")
+        assert np.nanmean(table["rerank/AP"].to_numpy()) == pytest.approx(metrics["rerank/mAP"], abs=1e-12)
 
 
 class TestNeighbours:

@@ -16,10 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from simsearch.files import replacing, write_json
 from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, measure_ranking
+from simsearch.functional.reranking import Reranker, unit_vectors
 from simsearch.functional.significance import bootstrap_interval
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.metrics.retrieval import RetrievalMetrics, mean_name
@@ -33,7 +35,9 @@ _RECALL_QUERIES = 1000
 class Evaluation:
     """One measurement of one task.
 
-    metrics: name -> value, means over queries; names under `index/` are of what the index returned.
+    metrics: name -> value, means over queries; names under `index/` are of what the index returned,
+    those under `rerank/` of the full ranking after re-ranking; under `code/` is the health of codes
+    (functional.code_statistics), `code/empty_ball@2` the share of queries with nothing within distance 2.
     intervals: name -> (low, high), 95% bootstrap over queries. per_query: name -> float64 (Q,).
     query, gallery: what was compared. found: the index's answer without junk, ids are gallery
     positions. index: the built index.
@@ -56,6 +60,7 @@ def evaluate(
     ks: Sequence[int] = (1, 10, 100),
     exclude_self: bool = False,
     index_order: bool = False,
+    rerank: Reranker | None = None,
     seed: int = 0,
 ) -> Evaluation:
     """The full ranking and the index's answers, measured on queries against a gallery.
@@ -64,6 +69,11 @@ def evaluate(
     compressing index (PQ, scalar quantiser) over its decoded vectors, the queries uncompressed. The
     index's recall is against exact search of the uncompressed gallery, on at most 1,000 queries.
     With `index_order` codes also get `mAP_index_order`, ties broken by gallery order.
+
+    With `rerank` the metrics of the full ranking come once more, as `rerank/mAP` and so on, after
+    re-ranking what the index stores by cosine (codes as vectors of + and - 1); beside them
+    `rerank/fit_s`, seconds that the gallery took once, and `rerank/seconds_per_query`, of the first
+    exact search and the re-ranking; an expanded query is then searched again, which is not in it.
 
     Queries without relevant items have no value; they are counted in `queries_without_relevant`.
     """
@@ -77,12 +87,16 @@ def evaluate(
     if index_order and gallery.bits is not None:
         per_query["AP_index_order"] = average_precision_in_index_order(query, gallery, exclude_self=exclude_self)
     junk = find_junk(query, gallery, exclude_self=exclude_self)
+    metrics: dict[str, float] = {}
+    if rerank is not None:
+        reranked, metrics = _measure_reranked(rerank, query, gallery, index, junk, ks, exclude_self)
+        per_query |= reranked
     found, search_seconds = _search(index, query, junk, k=min(max(ks), len(gallery)))
     relevant = per_query.pop("relevant")
     per_query |= _measure_found(found, query, gallery, relevant, ks)
 
     values = torch.stack(list(per_query.values()), dim=1)
-    metrics = {mean_name(n): float(v.nanmean()) for n, v in per_query.items()}
+    metrics |= {mean_name(n): float(v.nanmean()) for n, v in per_query.items()}
     bounds = bootstrap_interval(values, seed=seed).tolist()
     intervals = {mean_name(n): (low, high) for n, (low, high) in zip(per_query, bounds, strict=True)}
     metrics |= _index_recall(index, query, gallery, ks, seed)
@@ -96,6 +110,8 @@ def evaluate(
         "gallery": float(len(gallery)),
         "queries_without_relevant": float((relevant == 0).sum()),
     }
+    if gallery.bits is not None:
+        metrics["code/empty_ball@2"] = float((found.scores[:, 0] < -2).double().mean())
     return Evaluation(metrics, intervals, per_query, query, gallery, found, index)
 
 
@@ -109,8 +125,7 @@ def _as_ranked(query: Descriptors, gallery: Descriptors, index: FaissIndex) -> t
     """Query and gallery so that inner products rank as the index's own (decoded) scores do."""
     if index.is_binary:
         return query, gallery
-    stored = index.reconstruct() if index.code_bytes < 4 * gallery.vectors.shape[1] else gallery.vectors
-    wanted = query.vectors
+    stored, wanted = _stored(gallery, index), query.vectors
     if index.metric == "l2":
         # -|q - x|^2 orders as q.x - |x|^2 / 2: one more column.
         stored = torch.cat([stored, -0.5 * stored.square().sum(1, keepdim=True)], dim=1)
@@ -119,6 +134,40 @@ def _as_ranked(query: Descriptors, gallery: Descriptors, index: FaissIndex) -> t
         Descriptors(wanted, query.label, query.index, group=query.group),
         Descriptors(stored, gallery.label, gallery.index, group=gallery.group),
     )
+
+
+def _stored(gallery: Descriptors, index: FaissIndex) -> Tensor:
+    """The gallery's vectors as the index holds them: decoded where it compresses."""
+    compresses = not index.is_binary and index.code_bytes < 4 * gallery.vectors.shape[1]
+    return index.reconstruct() if compresses else gallery.vectors
+
+
+def _measure_reranked(
+    rerank: Reranker,
+    query: Descriptors,
+    gallery: Descriptors,
+    index: FaissIndex,
+    junk: Junk,
+    ks: Sequence[int],
+    exclude_self: bool,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Full-ranking metrics after re-ranking, float64 (Q,), and the times that it took."""
+    start = time.perf_counter()
+    ready = rerank.fit(unit_vectors(_stored(gallery, index), gallery.bits))
+    fitted = time.perf_counter()
+    wanted, ahead = ready.rerank(unit_vectors(query.vectors, query.bits), junk)
+    times = {
+        "rerank/fit_s": fitted - start,
+        "rerank/seconds_per_query": (time.perf_counter() - fitted) / len(query),
+    }
+    per_query = measure_ranking(
+        Descriptors(wanted, query.label, query.index, group=query.group),
+        Descriptors(ready.vectors, gallery.label, gallery.index, group=gallery.group),
+        ks=ks,
+        exclude_self=exclude_self,
+        ahead=ahead,
+    )
+    return {f"rerank/{name}": value for name, value in per_query.items() if name != "relevant"}, times
 
 
 def _search(index: FaissIndex, query: Descriptors, junk: Junk, k: int) -> tuple[SearchResult, float]:
@@ -187,16 +236,24 @@ def _latency(index: FaissIndex, query: Descriptors, k: int) -> dict[str, float]:
 class RetrievalEvaluation(pl.Callback):
     """Evaluates every validation epoch and at test, and logs on every rank.
 
-    index: the index to fill, fresh each time. ks: the cutoffs. The outputs of the module's
-    validation and test steps are its embeddings; two loaders, query and gallery, come in that
-    order; the DataModule tells the RetrievalTask. Results lie in the run directory, written by rank
-    0: metrics.json by stage, per_query.parquet of the test.
+    index: the index to fill, fresh each time. ks: the cutoffs. rerank: also measure after re-ranking,
+    at test and when only validating, but not in the epochs of a training, which it would slow.
+
+    The outputs of the module's validation and test steps are its embeddings; two loaders, query and
+    gallery, come in that order; the DataModule tells the RetrievalTask. Results lie in the run
+    directory, written by rank 0: metrics.json by stage, per_query.parquet of the test.
     """
 
-    def __init__(self, index: FaissIndex, ks: Sequence[int] = (1, 10, 100), seed: int = 0) -> None:
+    def __init__(
+        self,
+        index: FaissIndex,
+        ks: Sequence[int] = (1, 10, 100),
+        seed: int = 0,
+        rerank: Reranker | None = None,
+    ) -> None:
         if isinstance(ks, int) or not list(ks) or min(ks) < 1:
             raise ValueError(f"ks must be a list of ranks from 1, such as [1, 10], got {ks}")
-        self.index, self.ks, self.seed = index, tuple(ks), seed
+        self.index, self.ks, self.seed, self.rerank = index, tuple(ks), seed, rerank
         self.results: dict[str, Evaluation] = {}
         self._metrics: RetrievalMetrics | None = None
 
@@ -226,6 +283,7 @@ class RetrievalEvaluation(pl.Callback):
         task: RetrievalTask = data.task(stage)
         with self._metrics.sync_context():
             query, gallery = self._metrics.descriptors("query"), self._metrics.descriptors("gallery")
+            health = {f"code/{name}": value for name, value in self._metrics.code_statistics().items()}
         self._metrics = None
         for part, got, expected in (("query", query, task.query), ("gallery", gallery, task.gallery)):
             if not torch.equal(got.index, expected.sort().values):
@@ -240,8 +298,10 @@ class RetrievalEvaluation(pl.Callback):
             ks=self.ks,
             exclude_self=task.exclude_self,
             index_order=task.index_order,
+            rerank=None if trainer.state.fn == TrainerFn.FITTING else self.rerank,
             seed=self.seed,
         )
+        result.metrics.update(health)
         self.results[stage] = result
         prefix = "val" if stage == "validate" else stage
         # Every rank holds all descriptors and so the same values: nothing to reduce.

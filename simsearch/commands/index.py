@@ -30,7 +30,7 @@ def main(config: DictConfig) -> None:
     name = source.name if source.is_dir() else source.stem
     out = Path(config.out) if config.out else run.folder / "catalogs" / name
     index = runtime.build(runtime.plain(config)["index"])
-    encoder = runtime.load_model(run).to(runtime.device(config.device))
+    encoder = runtime.load_model(run).encoder.to(runtime.device(config.device))
     if index.is_binary != (encoder.bits is not None):
         kind = "codes: index=binary-flat" if encoder.bits else "float descriptors: index=flat"
         raise ValueError(f"index={index.factory} does not fit this run, which gives {kind} or another of that kind")
@@ -58,7 +58,7 @@ def main(config: DictConfig) -> None:
         index=index,
         items=item_table(columns, thumbnails),
         encoder=encoder,
-        config={"model": run.config["model"]},
+        config=runtime.encoder_config(run.config),
         about={
             "source": {"run": run.folder.name, "images": str(manifest.root)},
             "skipped": reasons | manifest.skipped,

@@ -42,7 +42,9 @@ def main(config: DictConfig) -> None:
     encoder = runtime.build_encoder(catalog.about["config"])
     catalog.load_encoder_state(encoder)
     encoder.to(runtime.device(config.device))
-    answers, milliseconds = search(Engine(catalog, encoder), Path(config.image), config.k, config.batch_size)
+    rerank = runtime.build(config.rerank) if config.get("rerank") else None
+    engine = Engine(catalog, encoder, rerank)
+    answers, milliseconds = search(engine, Path(config.image), config.k, config.batch_size)
     if config.format == "json":
         for answer in answers:
             print(json.dumps({"query": answer.query, "results": answer.items}))

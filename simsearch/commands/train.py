@@ -83,8 +83,8 @@ def save_catalog(
         run.folder / "catalog",
         index=result.index,
         items=item_table(columns, thumbnails),
-        encoder=model,
-        config={"model": run.config["model"]},
+        encoder=model.encoder,
+        config=runtime.encoder_config(run.config),
         about={"source": {"run": run.folder.name, "data": collection.name, "protocol": task.name}},
     )
 

@@ -9,11 +9,12 @@ from typing import Literal
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from simsearch.data.cifar10 import read_cifar10
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import RetrievalProtocol, Split
+from simsearch.data.samplers import Batches, ResumableLoader, ShuffledBatches
 from simsearch.types import Batch, RetrievalTask
 
 
@@ -45,9 +46,10 @@ class CollectionRows(Dataset):
 class RetrievalDataModule(pl.LightningDataModule):
     """Loaders of a collection under a protocol; a subclass says in `read` where the collection is from.
 
-    protocol: gives the split. batch_size, eval_batch_size: images a batch. augment: maps uint8
-    (B, 3, H, W) to the same, on the device, in training only. num_workers: loader processes. sampler:
-    makes a sampler of positions 0..N-1 from the training labels, int64 (N,), in place of shuffling.
+    protocol: gives the split. sampler: makes the training batches, as positions 0..N-1, from the training
+    labels, int64 (N,); shuffled batches of 128 where None. eval_batch_size: images a batch in evaluation.
+    augment: maps uint8 (B, 3, H, W) to the same, on the device, in training only. num_workers: loader
+    processes.
 
     Raises ValueError for a batch size below 1 or a negative num_workers, TypeError for a protocol that
     cannot split.
@@ -56,11 +58,10 @@ class RetrievalDataModule(pl.LightningDataModule):
     def __init__(
         self,
         protocol: RetrievalProtocol,
-        batch_size: int = 128,
+        sampler: Callable[[Tensor], Batches] | None = None,
         eval_batch_size: int = 512,
         augment: nn.Module | None = None,
         num_workers: int = 0,
-        sampler: Callable[[Tensor], Sampler] | None = None,
     ) -> None:
         super().__init__()
         if not callable(getattr(protocol, "split", None)):
@@ -70,14 +71,12 @@ class RetrievalDataModule(pl.LightningDataModule):
                 "instantiate(config, _partial_=True)(protocol=protocol)"
             )
         for name, value, least in (
-            ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
             ("num_workers", num_workers, 0),
         ):
             if value < least:
                 raise ValueError(f"{name}={value} is too small: use {least} or more")
         self.protocol = protocol
-        self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.augment = augment
         self.num_workers = num_workers
@@ -110,22 +109,26 @@ class RetrievalDataModule(pl.LightningDataModule):
         return self._split
 
     def task(self, stage: Literal["validate", "test"]) -> RetrievalTask:
-        """The task that a stage measures. Raises ValueError for another stage."""
+        """The task that a stage measures. Raises ValueError for another stage, or where nothing is held out."""
         if stage not in ("validate", "test"):
             raise ValueError(f"stage={stage!r} measures nothing: use 'validate' or 'test'")
-        return self.split.validation if stage == "validate" else self.split.test
+        if stage == "test":
+            return self.split.test
+        if self.split.validation is None:
+            raise ValueError("protocol.validation=null trains on all rows: there is no validation task to measure")
+        return self.split.validation
 
-    def train_dataloader(self) -> DataLoader:
-        """Loader of the training rows, shuffled or in the sampler's order; the last batch may be smaller."""
+    def train_dataloader(self) -> ResumableLoader:
+        """Loader of the training rows in the sampler's order, which goes on where a run was interrupted."""
         attribute = self.split.test.attribute
-        if self.sampler is None:
-            return self._loader(self.split.train, attribute, self.batch_size, shuffle=True)
         labels = self.collection.column(attribute)[self.split.train]
-        return self._loader(self.split.train, attribute, self.batch_size, sampler=self.sampler(labels))
+        batches = ShuffledBatches(labels, 128) if self.sampler is None else self.sampler(labels)
+        rows = CollectionRows(self.collection, self.split.train, attribute)
+        return ResumableLoader(rows, batches, _whole_batch, self.num_workers)
 
     def val_dataloader(self) -> dict[str, DataLoader]:
-        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the validation task, in its order."""
-        return self._evaluation_loaders("validate")
+        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the validation task, in its order; or none."""
+        return {} if self.split.validation is None else self._evaluation_loaders("validate")
 
     def test_dataloader(self) -> dict[str, DataLoader]:
         """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the test task, in its order."""
@@ -154,14 +157,10 @@ class RetrievalDataModule(pl.LightningDataModule):
         rows: Tensor,
         attribute: str,
         batch_size: int,
-        shuffle: bool = False,
-        sampler: Sampler | None = None,
     ) -> DataLoader:
         return DataLoader(
             CollectionRows(self.collection, rows, attribute),
             batch_size=batch_size,
-            shuffle=shuffle,
-            sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=_whole_batch,
@@ -181,13 +180,12 @@ class CIFAR10DataModule(RetrievalDataModule):
         root: str,
         download: bool = False,
         cache: str | None = None,
-        batch_size: int = 128,
+        sampler: Callable[[Tensor], Batches] | None = None,
         eval_batch_size: int = 512,
         augment: nn.Module | None = None,
         num_workers: int = 0,
-        sampler: Callable[[Tensor], Sampler] | None = None,
     ) -> None:
-        super().__init__(protocol, batch_size, eval_batch_size, augment, num_workers, sampler)
+        super().__init__(protocol, sampler, eval_batch_size, augment, num_workers)
         self.root = Path(root)
         self.download = download
         self.cache = None if cache is None else Path(cache)
@@ -218,13 +216,12 @@ class RenderedDataModule(RetrievalDataModule):
         photographs: int = 5,
         size: int = 96,
         seed: int = 0,
-        batch_size: int = 128,
+        sampler: Callable[[Tensor], Batches] | None = None,
         eval_batch_size: int = 512,
         augment: nn.Module | None = None,
         num_workers: int = 0,
-        sampler: Callable[[Tensor], Sampler] | None = None,
     ) -> None:
-        super().__init__(protocol, batch_size, eval_batch_size, augment, num_workers, sampler)
+        super().__init__(protocol, sampler, eval_batch_size, augment, num_workers)
         self.styles = styles
         self.artists = artists
         self.works = works

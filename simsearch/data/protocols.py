@@ -24,17 +24,18 @@ class Split:
     """Rows to train on, and the two tasks that measure.
 
     train: int64 (N,), sorted collection rows. validation: drawn from the training part, for choosing
-    models. test: what is reported.
+    models, or None where all of it trains. test: what is reported.
 
     Raises ValueError where a query of either task is trained on, or validation shares a query with test.
     """
 
     train: Tensor
-    validation: RetrievalTask
+    validation: RetrievalTask | None
     test: RetrievalTask
 
     def __post_init__(self) -> None:
-        train, validation, test = (t.numpy() for t in (self.train, self.validation.query, self.test.query))
+        held = self.train[:0] if self.validation is None else self.validation.query
+        train, validation, test = (t.numpy() for t in (self.train, held, self.test.query))
         for first, second, what in (
             (train, test, "test queries are training rows"),
             (train, validation, "validation queries are training rows"),
@@ -61,22 +62,23 @@ class OfficialSplit:
 
     name: as reports print it. gallery: "train" searches the training images (10k-50k), "test" the test
     images themselves (the DSH release). exclude_self: take the query's own row out of its ranking.
-    validation: share of each class's training rows, in (0, 1), that become validation queries.
-    index_order: codes are also measured with ties broken by gallery order.
+    validation: share of each class's training rows, in (0, 1), that become validation queries; None
+    trains on all. index_order: codes are also measured with ties broken by gallery order.
     """
 
     name: str
     gallery: Literal["train", "test"]
     exclude_self: bool
     index_order: bool = False
-    validation: float = 0.1
+    validation: float | None = 0.1
     attribute: str = "class"
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.gallery not in ("train", "test"):
             raise ValueError(f"gallery={self.gallery!r} is unknown: use 'train' or 'test'")
-        _check_share("validation", self.validation)
+        if self.validation is not None:
+            _check_share("validation", self.validation)
         _check_seed(self.seed)
 
     def split(self, collection: Collection) -> Split:
@@ -96,14 +98,14 @@ class SampledSplit:
     name: as reports print it. queries_per_class, train_per_class: rows drawn of each class.
     train_in_gallery: whether the training rows are searched too (1k-59k) or left out (1k-54k).
     validation: share of each class's training rows, in (0, 1), that become validation queries; they
-    stay out of, or in, the test gallery with the other training rows.
+    stay out of, or in, the test gallery with the other training rows. None trains on all.
     """
 
     name: str
     train_in_gallery: bool
     queries_per_class: int = 100
     train_per_class: int = 500
-    validation: float = 0.1
+    validation: float | None = 0.1
     attribute: str = "class"
     seed: int = 0
 
@@ -111,7 +113,8 @@ class SampledSplit:
         for field, least in (("queries_per_class", 1), ("train_per_class", 2)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field}={getattr(self, field)} draws too few: use {least} or more")
-        _check_share("validation", self.validation)
+        if self.validation is not None:
+            _check_share("validation", self.validation)
         _check_seed(self.seed)
 
     def split(self, collection: Collection) -> Split:
@@ -142,7 +145,8 @@ class UnseenClasses:
 
     name: the task is called `<name>/<fold>`. folds: disjoint groups of class numbers. fold: the group
     held out; its test images are the queries, its training images the gallery. Report the mean over
-    folds. validation: share of each remaining class's training rows, in (0, 1), that become queries.
+    folds. validation: share of each remaining class's training rows, in (0, 1), that become queries; None
+    trains on all.
 
     Sablayrolles, Douze, Usunier, Jégou 2016, "How should we evaluate supervised hashing?".
     """
@@ -150,7 +154,7 @@ class UnseenClasses:
     name: str = "unseen-classes"
     folds: tuple[tuple[int, ...], ...] = ((0, 1, 2), (3, 4, 5), (6, 7, 8))
     fold: int = 0
-    validation: float = 0.1
+    validation: float | None = 0.1
     attribute: str = "class"
     seed: int = 0
 
@@ -164,7 +168,8 @@ class UnseenClasses:
         twice = sorted({c for c in held if held.count(c) > 1})
         if twice:
             raise ValueError(f"folds overlap in the classes {twice}: hold each class out once")
-        _check_share("validation", self.validation)
+        if self.validation is not None:
+            _check_share("validation", self.validation)
         _check_seed(self.seed)
 
     def split(self, collection: Collection) -> Split:
@@ -365,9 +370,11 @@ def _official_parts(collection: Collection, values: np.ndarray, protocol: str) -
 
 
 def _validation(
-    collection: Collection, name: str, train: np.ndarray, attribute: str, share: float, seed: int
-) -> tuple[Tensor, RetrievalTask]:
-    """Training rows that remain, and the task in which a share of each class searches them."""
+    collection: Collection, name: str, train: np.ndarray, attribute: str, share: float | None, seed: int
+) -> tuple[Tensor, RetrievalTask | None]:
+    """Training rows that remain, and the task in which a share of each class searches them (None: no task)."""
+    if share is None:
+        return torch.from_numpy(train), None
     values = collection.column(attribute).numpy()[train]
     classes, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     for value, count in zip(classes, counts, strict=True):

@@ -19,7 +19,7 @@ from torch import Tensor
 from simsearch.functional import ties
 from simsearch.functional.codes import code_words
 from simsearch.functional.ties import Rankings
-from simsearch.types import Descriptors
+from simsearch.types import Descriptors, SearchResult
 
 BLOCK_BYTES = 2**27
 _CHUNK_BYTES = 2**22  # of 64-bit words that stay in a core's cache
@@ -100,11 +100,17 @@ class _ByLabel:
 
 
 def rank_vectors(
-    query: Descriptors, gallery: Descriptors, *, exclude_self: bool = False, block_bytes: int = BLOCK_BYTES
+    query: Descriptors,
+    gallery: Descriptors,
+    *,
+    exclude_self: bool = False,
+    block_bytes: int = BLOCK_BYTES,
+    ahead: SearchResult | None = None,
 ) -> Iterator[Rankings]:
     """Rankings by inner product, one Rankings a block of queries, in order.
 
-    Relevant is what shares the query's label; labels below 0 are relevant to nothing.
+    Relevant is what shares the query's label; labels below 0 are relevant to nothing. The items of
+    `ahead` (re-ranked shortlists) come before all others, in the order of their own scores.
     """
     junk = find_junk(query, gallery, exclude_self=exclude_self)
     stored = _ByLabel.of(gallery)
@@ -117,9 +123,20 @@ def rank_vectors(
         stop = min(start + step, len(query))
         block = torch.nn.functional.pad(query.vectors[start:stop], (0, 0, 0, (start - stop) % unit))
         scores = torch.mm(block, transposed, out=buffer[: len(block)])[: stop - start]
+        if ahead is not None:
+            _put_ahead(scores, ahead.ids[start:stop], ahead.scores[start:stop], stored.place)
         rows, columns = junk.block(start, stop)
         scores[rows, stored.place[columns]] = -torch.inf
         yield _rank_scores(scores.numpy(), *stored.relevant(query.label[start:stop]))
+
+
+def _put_ahead(scores: Tensor, ids: Tensor, new: Tensor, place: Tensor) -> None:
+    """Raises the shortlisted items' scores (B, G) above all others, equal where the new scores (B, K) are equal."""
+    lower = torch.nn.functional.pad(new[:, 1:] < new[:, :-1], (1, 0))
+    level = new.shape[1] - lower.cumsum(1)
+    rows, columns = (ids >= 0).nonzero(as_tuple=True)
+    # Exact in float32, and no inner product of descriptors is near 2^100.
+    scores[rows, place[ids[rows, columns]]] = level[rows, columns] * 2.0**100
 
 
 def _rank_scores(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> Rankings:
@@ -274,11 +291,17 @@ def hamming_pairs(left: Tensor, right: Tensor) -> Tensor:
 
 
 def rank(
-    query: Descriptors, gallery: Descriptors, *, exclude_self: bool = False, block_bytes: int = BLOCK_BYTES
+    query: Descriptors,
+    gallery: Descriptors,
+    *,
+    exclude_self: bool = False,
+    block_bytes: int = BLOCK_BYTES,
+    ahead: SearchResult | None = None,
 ) -> Iterator[Rankings]:
     """All rankings in blocks of queries: by Hamming distance for codes, by inner product else.
 
-    Raises ValueError for an empty gallery or where the two sides differ in width or kind.
+    Raises ValueError for an empty gallery, where the two sides differ in width or kind, and for
+    `ahead` with codes.
     """
     if len(gallery) == 0:
         raise ValueError("the gallery is empty: there is nothing to rank")
@@ -288,8 +311,10 @@ def rank(
             f"{gallery.vectors.shape[1]} columns, bits {gallery.bits}"
         )
     if gallery.bits is not None:
+        if ahead is not None:
+            raise ValueError("re-ranked shortlists go with vectors: unpack the codes first")
         return rank_codes(query, gallery, exclude_self=exclude_self, block_bytes=block_bytes)
-    return rank_vectors(query, gallery, exclude_self=exclude_self, block_bytes=block_bytes)
+    return rank_vectors(query, gallery, exclude_self=exclude_self, block_bytes=block_bytes, ahead=ahead)
 
 
 def measure_ranking(
@@ -299,6 +324,7 @@ def measure_ranking(
     ks: Sequence[int] = (1, 10, 100),
     exclude_self: bool = False,
     block_bytes: int = BLOCK_BYTES,
+    ahead: SearchResult | None = None,
 ) -> dict[str, Tensor]:
     """Full-ranking metrics of each query: name -> float64 (Q,), NaN for a query without relevant items.
 
@@ -306,7 +332,8 @@ def measure_ranking(
     `AP@k_minRk` and `AP@k_R` by their normalisers,
     `P@k`, `R@k` (hit rate), `NDCG@k`, `RP` (R-precision), all in expectation over ties; for codes
     also `AP_pessimistic` and `AP_optimistic`. A k beyond the gallery counts the missing ranks as
-    wrong. Peak memory beyond the descriptors is about `block_bytes`.
+    wrong. Peak memory beyond the descriptors is about `block_bytes`. `ahead`: re-ranked shortlists,
+    which come before what the vectors rank.
     """
     for k in ks:
         if k < 1:
@@ -314,7 +341,7 @@ def measure_ranking(
     harmonic = ties.harmonic_numbers(len(gallery))
     metrics: dict[str, Tensor] = {}  # filled in place: small results between large blocks fragment the heap
     start = 0
-    for ranking in rank(query, gallery, exclude_self=exclude_self, block_bytes=block_bytes):
+    for ranking in rank(query, gallery, exclude_self=exclude_self, block_bytes=block_bytes, ahead=ahead):
         block = {
             "relevant": ranking.relevant.double(),
             "AP": ties.average_precision(ranking, harmonic),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from simsearch.functional.code_statistics import CodeMoments
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.ranking import measure_ranking
 from simsearch.types import Descriptors
@@ -44,6 +45,11 @@ class RetrievalMetrics(Metric):
         for part in ("query", "gallery"):
             for name in ("vectors", "label", "index", "group"):
                 self.add_state(f"{part}_{name}", default=[], dist_reduce_fx="cat")
+        if bits is not None:
+            zeros = CodeMoments.zeros(bits)
+            for name in ("count", "total", "products", "error"):
+                default = torch.as_tensor(getattr(zeros, name), dtype=torch.float64)
+                self.add_state(f"code_{name}", default=default, dist_reduce_fx="sum")
 
     def update(self, part: Part, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None) -> None:
         """Adds a batch to the queries or to the gallery. Raises ValueError for another part."""
@@ -55,6 +61,12 @@ class RetrievalMetrics(Metric):
                 raise ValueError(f"codes of {self.bits} bits need embeddings as wide, got {vectors.shape[1]}")
             if not torch.isfinite(vectors).all():
                 raise ValueError("the real-valued codes hold NaN or infinity: their signs mean nothing")
+            if part == "gallery":
+                moments = CodeMoments.zeros(self.bits)
+                moments.add(vectors)
+                for name in ("count", "total", "products", "error"):
+                    state = getattr(self, f"code_{name}")
+                    state += torch.as_tensor(getattr(moments, name), dtype=state.dtype, device=state.device)
             vectors = pack_codes(vectors)
         group = torch.full_like(index, -1) if group is None else group
         for name, value in (("vectors", vectors), ("label", label), ("index", index), ("group", group)):
@@ -78,6 +90,16 @@ class RetrievalMetrics(Metric):
         first = torch.from_numpy(np.unique(column("index").numpy(), return_index=True)[1])
         vectors, label, index, group = (column(name)[first] for name in ("vectors", "label", "index", "group"))
         return Descriptors(vectors.contiguous(), label, index, bits=self.bits, group=group)
+
+    def code_statistics(self) -> dict[str, float]:
+        """Health of the gallery's codes (functional.code_statistics); empty for float descriptors.
+
+        A padded sampler's doubles count twice here.
+        """
+        if self.bits is None:
+            return {}
+        count, error = int(self.code_count), float(self.code_error)
+        return CodeMoments(count, self.code_total.cpu(), self.code_products.cpu(), error).statistics()
 
     def per_query(self) -> dict[str, Tensor]:
         """Metrics of each query: name -> float64 (Q,), queries by ascending row."""

@@ -163,9 +163,18 @@ class FrozenRetriever(pl.LightningModule):
             return descriptor @ self.code_weight.T + self.code_bias
 
     @property
+    def encoder(self) -> nn.Module:
+        """The module that a catalog keeps."""
+        return self
+
+    @property
     def provenance(self) -> dict[str, str]:
         """Plain facts about the weights, for every result."""
         return self.backbone.provenance
+
+    @provenance.setter
+    def provenance(self, facts: dict[str, str]) -> None:
+        self.backbone.provenance = facts
 
     @property
     def input_size(self) -> int:

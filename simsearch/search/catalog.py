@@ -75,7 +75,7 @@ class Catalog:
             encoder.load_state_dict(load_file(self.folder / "encoder.safetensors"))
         except (RuntimeError, SafetensorError, OSError) as error:
             raise CatalogError(f"cannot load the encoder of {self.folder}: {error}") from error
-        encoder.backbone.provenance = dict(self.about["backbone"])  # type: ignore[union-attr]
+        encoder.provenance = dict(self.about["backbone"])  # type: ignore[assignment]
         self.check_encoder(encoder)
 
     def check_encoder(self, encoder: nn.Module) -> None:
@@ -128,7 +128,7 @@ def write_catalog(
             {
                 "format": FORMAT,
                 "encoder_fingerprint": encoder_fingerprint(encoder),
-                "backbone": dict(encoder.backbone.provenance),  # type: ignore[union-attr, arg-type]
+                "backbone": dict(encoder.provenance),  # type: ignore[arg-type]
                 "items": len(items),
                 "bytes_per_item": index.code_bytes,
                 "config": dict(config),

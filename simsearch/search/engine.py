@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from simsearch.functional.codes import pack_codes
+from simsearch.functional.reranking import Reranker, unit_vectors
 from simsearch.search.catalog import Catalog
 from simsearch.types import SearchResult
 
@@ -19,14 +20,27 @@ def encode(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 class Engine:
-    """Searches a catalog with the encoder that filled it. Raises CatalogError for another encoder."""
+    """Searches a catalog with the encoder that filled it. Raises CatalogError for another encoder.
 
-    def __init__(self, catalog: Catalog, encoder: nn.Module) -> None:
+    With `rerank` all vectors that the index stores are read into memory as float32, and a query is
+    compared with each of them: exact whatever the index, at the cost of a full pass.
+    """
+
+    def __init__(self, catalog: Catalog, encoder: nn.Module, rerank: Reranker | None = None) -> None:
         catalog.check_encoder(encoder)
         self.catalog, self.encoder = catalog, encoder.eval()
+        self._bits: int | None = encoder.bits  # type: ignore[assignment]
+        self._reranked = rerank and rerank.fit(unit_vectors(catalog.index.reconstruct(), self._bits))
 
     def search(self, images: Tensor, k: int) -> SearchResult:
-        """The k most similar items, or all where there are fewer, of images uint8 (B, 3, H, W)."""
+        """The k most similar items, or all where there are fewer, of images uint8 (B, 3, H, W).
+
+        After re-ranking the scores are the method's own: inner products of its vectors, or what orders
+        its shortlist. Raises ValueError for k < 1, and for more than a shortlist holds.
+        """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        return self.catalog.index.search(encode(self.encoder, images), min(k, len(self.catalog)))
+        vectors = encode(self.encoder, images)
+        if self._reranked is not None:
+            return self._reranked.search(unit_vectors(vectors, self._bits), k)
+        return self.catalog.index.search(vectors, min(k, len(self.catalog)))

@@ -1,0 +1,113 @@
+"""The mining pool: describes random training images anew and hands their hardest triplets to the sampler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from simsearch.functional.mining import draw_triplets, hardest_triplets
+
+_PROBE = 256
+
+
+class TripletMining(pl.Callback):
+    """Mines the triplets of each epoch of a MinedTriplets sampler from a pool of random training images.
+
+    pool: images described by the present network, shared out over ranks. per_query: hardest triplets
+    kept of each; a batch's triplets are drawn by a query, then one of its own. margin: that of the loss.
+    seed: with the epoch it decides pool and draw, equally on all ranks.
+
+    Logs what was mined (`mining/active`: share of pool images with a triplet within the margin,
+    `mining/loss`: their triplets' mean loss) and how stale it had become before
+    (`mining/staleness`: mean distance between the old and the present descriptors of 256 pool images;
+    `mining/age`: steps since then). A resumed run goes on with the triplets that it had.
+
+    Raises ValueError where no triplet is within the margin. Gordo et al. 2016: a pool of 5,000, 25 a query.
+    """
+
+    def __init__(
+        self, pool: int = 5000, per_query: int = 25, margin: float = 0.1, batch_size: int = 256, seed: int = 0
+    ) -> None:
+        for name, value in (("pool", pool), ("per_query", per_query), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"callbacks.mining.{name}={value} is too small: use 1 or more")
+        self.pool, self.per_query, self.margin = pool, per_query, margin
+        self.batch_size, self.seed = batch_size, seed
+        self.step = 0
+        self._probe: tuple[Tensor, Tensor] | None = None  # collection rows and descriptors as they were mined
+
+    def state_dict(self) -> dict[str, Any]:
+        rows, vectors = self._probe or (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0))
+        return {"step": self.step, "rows": rows, "vectors": vectors}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.step = state_dict["step"]
+        self._probe = (state_dict["rows"], state_dict["vectors"]) if len(state_dict["rows"]) else None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._mine(trainer, pl_module)  # after a resume from an epoch's end no epoch start is reported
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._mine(trainer, pl_module)
+
+    def _mine(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sampler = trainer.train_dataloader.sampler
+        if not hasattr(sampler, "set_triplets"):
+            raise ValueError("the mining callback needs the sampler that takes its triplets: sampler=mined")
+        if not sampler.needs_triplets:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + sampler.epoch)
+        place = torch.randperm(len(data.split.train), generator=generator)[: self.pool]
+        rows = data.split.train[place]
+        self._log_staleness(trainer, pl_module)
+        vectors = self._describe(trainer, pl_module, rows)
+        labels = data.collection.column(data.split.test.attribute)[rows]
+        triplets, losses = hardest_triplets(vectors, labels, margin=self.margin, per_query=self.per_query)
+        if len(triplets) == 0:
+            raise ValueError(
+                f"no triplet of the {len(rows)} images in the pool is within the margin {self.margin}: the network "
+                "separates them all; stop here, or raise loss.margin or callbacks.mining.pool"
+            )
+        sampler.set_triplets(place[draw_triplets(triplets, sampler.wanted, generator)])
+        self.step = trainer.global_step
+        self._probe = rows[:_PROBE].clone(), vectors[:_PROBE].clone()
+        active = len(triplets[:, 0].unique()) / len(rows)
+        self._log(trainer, {"mining/active": active, "mining/loss": float(losses.mean())})
+
+    def _log_staleness(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self._probe is not None:
+            rows, old = self._probe
+            new = self._describe(trainer, module, rows)
+            drift = float((new - old).norm(dim=1).mean())
+            age = float(trainer.global_step - self.step)
+            self._log(trainer, {"mining/staleness": drift, "mining/age": age})
+
+    @staticmethod
+    def _log(trainer: pl.Trainer, values: dict[str, float]) -> None:
+        for logger in trainer.loggers:  # Lightning's own log has no place at the start of training
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def _describe(self, trainer: pl.Trainer, module: pl.LightningModule, rows: Tensor) -> Tensor:
+        """Descriptors float32 (N, D) of collection rows on the CPU, each rank having described its share."""
+        images = trainer.datamodule.collection.images  # type: ignore[attr-defined]
+        world, rank = trainer.world_size, trainer.global_rank
+        share = -(-len(rows) // world)
+        own = rows[rank * share : (rank + 1) * share]
+        own = torch.cat([own, rows[: share - len(own)]])  # equal shares for the gather
+        training = module.training
+        module.eval()
+        parts = []
+        with torch.no_grad(), tqdm(total=len(own), desc="mining pool", unit="img", leave=False) as bar:
+            for some in own.split(self.batch_size):
+                parts.append(module.embed(images[some].to(module.device)).float())
+                bar.update(len(some))
+        module.train(training)
+        vectors = torch.cat(parts)
+        if world > 1:
+            vectors = module.all_gather(vectors).flatten(0, 1)
+        return vectors.cpu()[: len(rows)]

@@ -1,0 +1,29 @@
+"""simsearch data convert: the ground truth of Revisited Oxford / Paris (gnd_*.pkl) as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from simsearch import runtime
+from simsearch.data.revisited import convert_ground_truth, write_benchmark
+from simsearch.functional.graded import GRADES
+
+
+@runtime.command("data_convert")
+def main(config: DictConfig) -> None:
+    source = Path(config.gnd)
+    name = config.name or source.stem.removeprefix("gnd_")
+    out = Path(config.out) if config.out else source.with_suffix(".json")
+    if out == source:
+        raise ValueError(f"{source} would be overwritten: give another place by out=")
+    benchmark = convert_ground_truth(source, name)
+    write_benchmark(out, benchmark)
+    counts = ", ".join(f"{sum(map(len, benchmark.listed(grade)))} {grade}" for grade in GRADES)
+    print(f"{name}: {len(benchmark.queries)} queries, {len(benchmark.images)} images, {counts}, in {out}")
+    print(f"try next: simsearch instance run=<run> gnd={out} images=<folder of the images>")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""simsearch instance: a run's encoder measured on a benchmark with easy, hard and junk items."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from simsearch import runtime
+from simsearch.data.revisited import Benchmark, fingerprint, load_gallery, load_queries, read_benchmark
+from simsearch.files import replacing, write_json
+from simsearch.functional.codes import unpack_codes
+from simsearch.functional.graded import GRADES, SETUPS, measure_graded
+from simsearch.functional.significance import bootstrap_interval
+from simsearch.search.engine import encode
+
+
+@runtime.command("instance")
+def main(config: DictConfig) -> None:
+    ks = runtime.plain(config)["ks"]
+    run = runtime.open_run(Path(config.run))
+    benchmark = read_benchmark(Path(config.gnd))
+    root = Path(config.images)
+    mark = fingerprint(benchmark, root)  # finds missing files before hours of work
+    encoder = runtime.load_model(run).to(runtime.device(config.device))
+    size, batch_size, workers = encoder.input_size, config.batch_size, config.workers
+    queries = load_queries(benchmark, root, size=size, batch_size=batch_size, workers=workers)
+    query = describe_all(encoder, queries, len(benchmark.queries), "queries")
+    images = load_gallery(benchmark, root, size=size, batch_size=batch_size, workers=workers)
+    gallery = describe_all(encoder, images, len(benchmark.images), "gallery")
+    per_query = measure_graded(query, gallery, *map(benchmark.listed, GRADES), ks=ks)
+    about = {
+        "protocol": benchmark.name,
+        "fingerprint": mark,
+        "model": {"identity": encoder.identity(), **encoder.provenance},
+        **summary(per_query, config.seed),
+    }
+    about["metrics"] |= {
+        "queries": len(query),
+        "gallery": len(gallery),
+        "bytes_per_item": 4 * gallery.shape[1] if encoder.bits is None else -(-encoder.bits // 8),
+    }
+    folder = Path(config.run_dir)
+    write_results(folder, benchmark, about, per_query)
+    runtime.show(results_table(about, list(ks)))
+    print(f"results: {folder / 'metrics.json'}")
+
+
+def describe_all(encoder: nn.Module, batches: Iterator[Tensor], total: int, what: str) -> Tensor:
+    """Descriptors float32 (total, D) of all batches, with a progress bar."""
+    parts = []
+    with tqdm(total=total, unit="img", desc=what) as bar:
+        for images in batches:
+            parts.append(describe(encoder, images))
+            bar.update(len(images))
+    return torch.cat(parts)
+
+
+def describe(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Descriptors float32 (B, D) of images uint8 (B, 3, H, W) to compare by inner product; codes as -1 and 1."""
+    encoded = encode(encoder, images)
+    return encoded if encoder.bits is None else 2 * unpack_codes(encoded, encoder.bits) - 1
+
+
+def summary(per_query: Mapping[str, Tensor], seed: int) -> dict[str, Any]:
+    """`metrics`, means over the queries that have a value, and their 95% `intervals`; None where none has."""
+    bounds = bootstrap_interval(torch.stack(list(per_query.values()), dim=1), seed=seed).tolist()
+    metrics: dict[str, float | None] = {}
+    intervals = {}
+    for (name, values), (low, high) in zip(per_query.items(), bounds, strict=True):
+        setup, _, metric = name.partition("/")
+        mean = f"{setup}/m{metric}"
+        value = float(values.nanmean())
+        metrics[mean] = None if math.isnan(value) else value
+        if not math.isnan(value):
+            intervals[mean] = (low, high)
+    for setup in SETUPS:
+        metrics[f"{setup}/queries_without_relevant"] = int(per_query[f"{setup}/AP"].isnan().sum())
+    return {"metrics": metrics, "intervals": intervals}
+
+
+def write_results(
+    folder: Path, benchmark: Benchmark, about: Mapping[str, Any], per_query: Mapping[str, Tensor]
+) -> None:
+    """Leaves metrics.json and per_query.parquet in `folder`. Atomic each."""
+    write_json(folder / "metrics.json", {"test": about})
+    columns = {"query": range(len(benchmark.queries)), "image": [query.image for query in benchmark.queries]}
+    columns |= {name: values.numpy() for name, values in per_query.items()}
+    meta = {key: about[key] for key in ("protocol", "fingerprint")} | {"model": json.dumps(about["model"])}
+    with replacing(folder / "per_query.parquet") as temporary:
+        pq.write_table(pa.table(columns).replace_schema_metadata(meta), temporary)
+
+
+def results_table(about: Mapping[str, Any], ks: list[int]) -> Table:
+    """The setups as rows: means and 95% intervals, and over how many queries."""
+    metrics, intervals = about["metrics"], about["intervals"]
+    table = Table(title=f"{about['protocol']} {about['fingerprint']} (95% bootstrap interval over queries)")
+    table.add_column("setup", no_wrap=True)
+    names = ["mAP", *(f"mP@{k}" for k in ks)]
+    for name in (*names, "queries"):
+        table.add_column(name, justify="right")
+    for setup in SETUPS:
+        cells = [setup.capitalize()]
+        for name in names:
+            key = f"{setup}/{name}"
+            if metrics[key] is None:
+                cells.append("-")
+            else:
+                low, high = intervals[key]
+                cells.append(f"{metrics[key]:.4f}\n[dim]{low:.4f}-{high:.4f}[/dim]")
+        table.add_row(*cells, str(metrics["queries"] - metrics[f"{setup}/queries_without_relevant"]))
+    if about["model"].get("weights") == "random":
+        table.caption = "random weights: these numbers say nothing about a trained network"
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Deep Image Retrieval: R-MAC whose projection learns (Gordo, Almazán, Revaud, Larlus 2016, 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simsearch.functional.whitening import Moments, whitening_matrix
+from simsearch.models.backbones import Backbone
+from simsearch.models.frozen import DescriptorHead
+
+
+class RegionNetwork(nn.Module):
+    """L2-normalised descriptors (B, dimension) of images (B, 3, H, W).
+
+    Backbone, regions of `pooling`, L2, a shift and a fully connected layer, L2, sum over regions, L2.
+    `prepare` initialises shift and layer by PCA of the regions of `sample` training images, whitened
+    with `power` (0 rotates only, 1 whitens fully; simsearch.functional.whitening). Another pooling
+    (GeM, ...) has one region. scales: `embed` sums the descriptors at these factors of the image size
+    and normalises them again (the papers test at 550, 800 and 1,050 pixels); training uses one size.
+    """
+
+    bits = None
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pooling: nn.Module,
+        dimension: int,
+        power: float = 1.0,
+        scales: Sequence[float] = (1.0,),
+        sample: int = 2000,
+    ) -> None:
+        super().__init__()
+        if not 1 <= dimension <= backbone.channels:
+            raise ValueError(
+                f"model.network.dimension={dimension} must lie in 1..{backbone.channels}, the backbone's channels"
+            )
+        if not scales or min(scales) <= 0:
+            raise ValueError(f"model.network.scales must be positive factors of the image size, got {list(scales)}")
+        if not 0 <= power <= 1:
+            raise ValueError(f"model.network.power must lie in [0, 1], got {power}")
+        self.backbone, self.dimension, self.power, self.sample = backbone, dimension, power, sample
+        self.scales = tuple(scales)
+        self.descriptor = DescriptorHead(pooling, nn.Linear(backbone.channels, dimension))
+
+    @property
+    def head(self) -> nn.Module:
+        """The projection: shift and fully connected layer in one."""
+        return self.descriptor.whitening  # type: ignore[return-value]
+
+    @property
+    def input_size(self) -> int:
+        """Side in pixels to which files are best decoded: that of the largest scale."""
+        return max(self._size(scale) for scale in self.scales)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Plain facts about the weights that training started from."""
+        return self.backbone.provenance
+
+    @provenance.setter
+    def provenance(self, facts: dict[str, str]) -> None:
+        self.backbone.provenance = facts
+
+    def prepare(self, images: Tensor) -> None:
+        """Initialises the projection by PCA of the region vectors of the training images uint8 (N, 3, H, W).
+
+        Raises ValueError where there are fewer region vectors than dimensions.
+        """
+        few = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: self.sample]
+        moments = Moments.zeros(self.backbone.channels)
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            for rows in few.split(64):
+                regions = self.descriptor.regions(self.backbone(images[rows].to(self.head.weight.device)))
+                moments.add(regions.flatten(0, 1))
+            if moments.count <= self.dimension:
+                raise ValueError(
+                    f"PCA to {self.dimension} dimensions needs more than {moments.count} region vectors: lower "
+                    "model.network.dimension or give more training images"
+                )
+            mean, values, vectors = moments.principal()
+            matrix = whitening_matrix(values, vectors, self.dimension, power=self.power)
+            self.head.weight.copy_(matrix)  # type: ignore[union-attr, operator]
+            self.head.bias.copy_(-(matrix @ mean))  # type: ignore[union-attr, operator]
+        self.train(training)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.descriptor(self.backbone(image))
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Descriptors summed over `scales`, L2-normalised, (B, dimension)."""
+        parts = [self.descriptor(self.backbone(image, self._size(scale))) for scale in self.scales]
+        return parts[0] if len(parts) == 1 else F.normalize(torch.stack(parts).sum(0), dim=-1)
+
+    def _size(self, scale: float) -> int:
+        return max(1, round(self.backbone.size * scale))
+
+    def identity(self) -> dict[str, object]:
+        """What decides the descriptors besides the tensors, as plain values."""
+        return {
+            "family": "dir",
+            "backbones": [self.backbone.identity(self._size(scale)) for scale in self.scales],
+            "pooling": repr(self.descriptor.pooling),
+            "dimension": self.dimension,
+        }

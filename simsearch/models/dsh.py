@@ -1,0 +1,81 @@
+"""The network of Deep Supervised Hashing (Liu et al. 2016), as the authors' CIFAR-10 release has it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_SIDE = 32
+
+
+def local_response(x: Tensor, alpha: float = 5e-5, beta: float = 0.75) -> Tensor:
+    """Responses divided by (1 + alpha * the mean of squares in 3 x 3)^beta, (B, C, H, W), each channel by itself.
+
+    Caffe's WITHIN_CHANNEL normalisation: zeros beyond the border count in the mean. torch's
+    LocalResponseNorm runs across channels instead.
+    """
+    energy = F.avg_pool2d(x.square(), 3, stride=1, padding=1, count_include_pad=True)
+    return x * (1 + alpha * energy).pow(-beta)
+
+
+class DSHNetwork(nn.Module):
+    """Real-valued codes (B, bits) of images uint8 or float (B, 3, 32, 32) in 0..255.
+
+    Three 5 x 5 convolutions with pooling in ceil mode, 500 hidden units, `bits` linear outputs: 597,840
+    parameters at 12 bits. The training set's mean image, which `prepare` takes, is subtracted. Weights
+    are drawn as Caffe's xavier filler does, U(-sqrt(3 / fan_in), sqrt(3 / fan_in)), biases are 0.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        if bits < 1:
+            raise ValueError(f"model.network.bits={bits}: a code needs at least 1 bit")
+        self.bits = self.dimension = bits
+        self.input_size = _SIDE
+        self.provenance = {"weights": "none", "source": "trained from random weights"}
+        self.conv1 = nn.Conv2d(3, 32, 5, padding=2)
+        self.conv2 = nn.Conv2d(32, 32, 5, padding=2)
+        self.conv3 = nn.Conv2d(32, 64, 5, padding=2)
+        self.hidden = nn.Linear(64 * 4 * 4, 500)
+        self.head = nn.Linear(500, bits)
+        self.register_buffer("mean", torch.zeros(3, _SIDE, _SIDE))
+        for layer in (self.conv1, self.conv2, self.conv3, self.hidden, self.head):
+            bound = math.sqrt(3 / layer.weight[0].numel())
+            nn.init.uniform_(layer.weight, -bound, bound)
+            nn.init.zeros_(layer.bias)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def prepare(self, images: Tensor) -> None:
+        """Takes the mean image of the training images uint8 (N, 3, 32, 32)."""
+        self._check(images)
+        total = torch.zeros(3, _SIDE, _SIDE, dtype=torch.float64)
+        for block in images.split(4096):
+            total += block.sum(0, dtype=torch.int64)
+        self.mean.copy_(total / len(images))
+
+    def forward(self, image: Tensor) -> Tensor:
+        self._check(image)
+        x = (image.float() - self.mean).contiguous(memory_format=torch.channels_last)
+        x = F.max_pool2d(self.conv1(x), 3, stride=2, ceil_mode=True)
+        x = local_response(F.relu(x))
+        x = F.avg_pool2d(self.conv2(x), 3, stride=2, ceil_mode=True)
+        x = local_response(F.relu(x))
+        x = F.avg_pool2d(F.relu(self.conv3(x)), 3, stride=2, ceil_mode=True)
+        return self.head(F.relu(self.hidden(x.flatten(1))))
+
+    embed = forward
+
+    def identity(self) -> dict[str, object]:
+        """What decides the codes besides the tensors, as plain values."""
+        return {"family": "dsh", "bits": self.bits}
+
+    @staticmethod
+    def _check(image: Tensor) -> None:
+        if image.shape[1:] != (3, _SIDE, _SIDE):
+            raise ValueError(
+                f"the DSH network takes images of 3 x {_SIDE} x {_SIDE}, got {tuple(image.shape[1:])}: "
+                "use model=hashing, which carries the loss on any backbone"
+            )

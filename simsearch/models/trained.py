@@ -1,0 +1,240 @@
+"""The LightningModule of every family that trains: a network, a loss, parameter groups, an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from simsearch.functional.gather import gather_rows
+from simsearch.models.backbones import load_state
+from simsearch.types import Batch
+
+
+class Network(Protocol):
+    """What a trained family's torch module has besides forward: images (B, 3, H, W) to (B, D).
+
+    bits: width of the codes whose real values forward gives, or None for L2-normalised descriptors.
+    head: the last layer, which may learn at another rate. provenance: plain facts about the weights
+    that training starts from.
+    """
+
+    bits: int | None
+    dimension: int
+    input_size: int
+    head: nn.Module
+    provenance: dict[str, str]
+
+    def embed(self, image: Tensor) -> Tensor: ...
+
+    def prepare(self, images: Tensor) -> None:
+        """Takes from the training images uint8 (N, 3, H, W) what is computed, not learnt (mean image, PCA)."""
+
+    def identity(self) -> dict[str, object]: ...
+
+
+def parameter_groups(
+    network: nn.Module,
+    loss: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    head_lr: float = 1.0,
+    bias_lr: float = 1.0,
+    bias_decay: bool = True,
+) -> list[dict[str, Any]]:
+    """Parameters that train, grouped by learning rate and decay; the loss's own come at the rate of the head.
+
+    lr, weight_decay: of the body's weights. head_lr, bias_lr: factors for the last layer and for biases,
+    both for the last layer's bias. bias_decay: whether biases, and the scales and shifts of
+    normalisation layers, decay.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    head = {id(p) for p in network.head.parameters()} | {id(p) for p in loss.parameters()}  # type: ignore[union-attr]
+    for name, parameter in _named(network, loss):
+        if not parameter.requires_grad:
+            continue
+        bias = name.rpartition(".")[2] == "bias"
+        rate = lr * (head_lr if id(parameter) in head else 1.0) * (bias_lr if bias else 1.0)
+        decay = weight_decay if bias_decay or parameter.ndim > 1 else 0.0
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _named(network: nn.Module, loss: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    yield from network.named_parameters()
+    yield from loss.named_parameters()
+
+
+class NonFiniteLoss(ValueError):
+    """The loss became NaN or infinite."""
+
+
+class TrainedRetriever(pl.LightningModule):
+    """Trains `network` by `loss` on whole batches, in whatever precision the trainer has; the loss is float32.
+
+    optimizer: a partial with `lr` (and `weight_decay`), called with the parameter groups. scheduler: a
+    partial called with the optimizer, stepped after each optimizer step. head_lr, bias_lr, bias_decay:
+    as parameter_groups has them. start: a run directory or checkpoint whose tensors of equal name and
+    shape training starts from. freeze_batchnorm: batch normalisation stays as it is, statistics and
+    all, which small batches want. slices: where memory is short, the batch goes through the network in
+    slices of so many images, forward without stored activations and backward one after another (the
+    streams of Gordo et al. 2016); gradients are those of the whole batch, for which batch normalisation
+    must be frozen. gather: the loss sees the embeddings of all ranks, and its gradient is that of one
+    large batch.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: nn.Module,
+        optimizer: partial,
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        head_lr: float = 1.0,
+        bias_lr: float = 1.0,
+        bias_decay: bool = True,
+        start: str | None = None,
+        freeze_batchnorm: bool = False,
+        slices: int | None = None,
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(optimizer, partial) or "lr" not in optimizer.keywords:
+            raise ValueError("model.optimizer must be a partial with lr: `_partial_: true` and `lr: 1e-3` in its yaml")
+        if slices is not None and slices < 1:
+            raise ValueError(f"model.slices={slices}: give a number of images, or null for the whole batch")
+        if slices is not None and not freeze_batchnorm and any(isinstance(m, _BATCHNORM) for m in network.modules()):
+            raise ValueError(
+                "model.slices needs model.freeze_batchnorm=true: each slice would be normalised by itself, "
+                "and gradients would not be those of the whole batch"
+            )
+        self.network, self.loss = network, loss
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.head_lr, self.bias_lr, self.bias_decay = head_lr, bias_lr, bias_decay
+        self.start, self.freeze_batchnorm = start, freeze_batchnorm
+        self.slices, self.gather = slices, gather
+        self.bits = network.bits
+        self.dimension = network.dimension
+
+    # What a searcher calls
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The module that a catalog keeps."""
+        return self.network
+
+    @property
+    def input_size(self) -> int:
+        """Side in pixels to which files are best decoded."""
+        return self.network.input_size  # type: ignore[return-value]
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Plain facts about the weights, for every result."""
+        start = dict(self.network.provenance)  # type: ignore[arg-type]
+        start["start"] = start.pop("weights")
+        return {"weights": "trained", **start}
+
+    def identity(self) -> dict[str, object]:
+        """What decides the embeddings besides the tensors, as plain values."""
+        return self.network.identity()  # type: ignore[operator]
+
+    def embed(self, image: Tensor) -> Tensor:
+        """L2-normalised descriptors (B, D), or real-valued codes (B, bits), float32, of images (B, 3, H, W)."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self.network.embed(image).float()  # type: ignore[operator]
+
+    # Training
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit" or self.trainer.ckpt_path:
+            return  # a resumed run has it all in its checkpoint
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        known = {} if self.start is None else self._start_tensors(Path(self.start))
+        self.network.load_state_dict(known, strict=False)  # what is prepared may depend on it
+        self.network.to(self.trainer.strategy.root_device)
+        self.network.prepare(data.collection.images[data.split.train])  # type: ignore[operator]
+        self.network.load_state_dict(known, strict=False)
+
+    def _start_tensors(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a run or checkpoint that have a place in the network. Raises ValueError for none."""
+        file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
+        saved = {n.removeprefix("network."): v for n, v in load_state(file).items() if not n.startswith("loss.")}
+        own = self.network.state_dict()
+        fits = {n: v for n, v in saved.items() if n in own and own[n].shape == v.shape}
+        if not any(n in dict(self.network.named_parameters()) for n in fits):
+            raise ValueError(f"model.start: no tensor of {file} fits this network")
+        new = sorted(set(own) - set(fits))
+        rank_zero_info(f"starting from {file}: {len(fits)} tensors; new: {', '.join(new[:4]) or 'none'}")
+        return fits
+
+    def train(self, mode: bool = True) -> TrainedRetriever:
+        super().train(mode)
+        if self.freeze_batchnorm:
+            for module in self.network.modules():
+                if isinstance(module, _BATCHNORM):
+                    module.eval()
+        return self
+
+    def configure_optimizers(self) -> Any:
+        settings = self.optimizer.keywords
+        groups = parameter_groups(
+            self.network,
+            self.loss,
+            lr=settings["lr"],
+            weight_decay=settings.get("weight_decay", 0.0),
+            head_lr=self.head_lr,
+            bias_lr=self.bias_lr,
+            bias_decay=self.bias_decay,
+        )
+        optimizer = self.optimizer(groups)
+        if self.scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        embeddings, labels = self._embeddings(batch["image"]).float(), batch["label"]
+        if self.gather:
+            embeddings, labels = gather_rows(embeddings), gather_rows(labels)
+        with torch.autocast(self.device.type, enabled=False):
+            loss = self.loss(embeddings, labels)
+        if not torch.isfinite(loss):
+            rows = batch["index"][:8].tolist()
+            raise NonFiniteLoss(
+                f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx}, "
+                f"collection rows {rows} ...): lower optimizer.lr, clip gradients "
+                "(trainer.gradient_clip_val=1), or use precision 32; the last checkpoint is from before"
+            )
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        return loss
+
+    def _embeddings(self, images: Tensor) -> Tensor:
+        if self.slices is None:
+            return self.network(images)
+        parts = images.split(self.slices)
+        return torch.cat([recompute(self.network, part, use_reentrant=False) for part in parts])
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self.embed(batch["image"])
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        return self.embed(batch["image"])
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.embed(batch["image"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["provenance"] = dict(self.network.provenance)  # type: ignore[arg-type]
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        self.network.provenance = dict(checkpoint["provenance"])  # type: ignore[assignment]
+
+
+_BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -1,0 +1,151 @@
+"""Ways of re-ranking with their parameters, for evaluation and search; the mathematics is functional.reranking's."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from simsearch.functional import reranking
+from simsearch.functional.ranking import Junk
+from simsearch.functional.reranking import RerankedGallery, nearest
+from simsearch.types import SearchResult
+
+
+class AQE:
+    """Average query expansion with the k nearest. Raises ValueError for k < 1."""
+
+    def __init__(self, k: int = 10) -> None:
+        _check_counts(("k", k))
+        self.k = k
+
+    def fit(self, gallery: Tensor) -> RerankedGallery:
+        def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, None]:
+            found = nearest(query, gallery, self.k, junk)
+            return reranking.average_query_expansion(query, gallery, found), None
+
+        return RerankedGallery(gallery, rerank)
+
+
+class AlphaQE:
+    """alpha query expansion with the k nearest. Raises ValueError for k < 1 or alpha < 0."""
+
+    def __init__(self, k: int = 50, alpha: float = 3.0) -> None:
+        _check_counts(("k", k))
+        if not alpha >= 0:
+            raise ValueError(f"alpha must be at least 0 (0 is plain average query expansion), got {alpha}")
+        self.k, self.alpha = k, alpha
+
+    def fit(self, gallery: Tensor) -> RerankedGallery:
+        def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, None]:
+            found = nearest(query, gallery, self.k, junk)
+            return reranking.alpha_query_expansion(query, gallery, found, self.alpha), None
+
+        return RerankedGallery(gallery, rerank)
+
+
+class DBA:
+    """Database augmentation with k items, itself included, then average query expansion with `expand` (0: none).
+
+    A gallery item may be mixed with an item that is junk to some query: only a query's own expansion
+    leaves its junk out. Raises ValueError for k < 2 (it would change nothing) or expand < 0.
+    """
+
+    def __init__(self, k: int = 20, expand: int = 0) -> None:
+        if k < 2:
+            raise ValueError(f"k counts the item itself: it must be at least 2 to add a neighbour, got {k}")
+        if expand < 0:
+            raise ValueError(f"expand must be at least 0 (0: no query expansion), got {expand}")
+        self.k, self.expand = k, expand
+
+    def fit(self, gallery: Tensor) -> RerankedGallery:
+        augmented = reranking.augment_database(gallery, self.k)
+
+        def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, None]:
+            if self.expand == 0:
+                return query, None
+            found = nearest(query, augmented, self.expand, junk)
+            return reranking.average_query_expansion(query, augmented, found), None
+
+        return RerankedGallery(augmented, rerank)
+
+
+class CSLS:
+    """Hubness correction by the mean similarity to the k nearest. Raises ValueError for k < 1."""
+
+    def __init__(self, k: int = 10) -> None:
+        _check_counts(("k", k))
+        self.k = k
+
+    def fit(self, gallery: Tensor) -> RerankedGallery:
+        def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, None]:
+            return F.pad(query, (0, 1), value=1.0), None
+
+        return RerankedGallery(reranking.csls_gallery(gallery, self.k), rerank)
+
+
+class KReciprocal:
+    """k-reciprocal re-ranking of the `depth` nearest.
+
+    Raises ValueError for counts below 1, k2 > k1, depth < k1 and lambda_ outside [0, 1].
+    """
+
+    def __init__(self, k1: int = 20, k2: int = 6, lambda_: float = 0.3, depth: int = 200) -> None:
+        _check_counts(("k1", k1), ("k2", k2), ("depth", depth))
+        if k2 > k1 or depth < k1:
+            raise ValueError(
+                f"k2 <= k1 <= depth must hold, got k2={k2}, k1={k1}, depth={depth}: raise depth or lower k"
+            )
+        if not 0 <= lambda_ <= 1:
+            raise ValueError(f"lambda_ must lie in [0, 1] (1: the cosine alone), got {lambda_}")
+        self.k1, self.k2, self.lambda_, self.depth = k1, k2, lambda_, depth
+
+    def fit(self, gallery: Tensor) -> RerankedGallery:
+        encoded = reranking.neighbourhoods(gallery, self.k1, self.k2)
+
+        def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, SearchResult]:
+            return query, reranking.k_reciprocal(nearest(query, gallery, self.depth, junk), encoded, self.lambda_)
+
+        return RerankedGallery(gallery, rerank)
+
+
+class Diffusion:
+    """Diffusion over the `depth` nearest, started at the `seeds` nearest, on the graph of k mutual neighbours.
+
+    Raises ValueError for counts below 1, seeds > depth, alpha outside (0, 1) and gamma < 0.
+    """
+
+    def __init__(
+        self,
+        k: int = 50,
+        seeds: int = 10,
+        gamma: float = 3.0,
+        alpha: float = 0.99,
+        iterations: int = 20,
+        depth: int = 1000,
+    ) -> None:
+        _check_counts(("k", k), ("seeds", seeds), ("iterations", iterations), ("depth", depth))
+        if seeds > depth:
+            raise ValueError(f"seeds are taken from the shortlist: raise depth={depth} to at least seeds={seeds}")
+        if not 0 < alpha < 1:
+            raise ValueError(f"alpha must lie between 0 and 1 (near 1: wider spread), got {alpha}")
+        if not gamma >= 0:
+            raise ValueError(f"gamma must be at least 0 (0: all neighbours alike), got {gamma}")
+        self.k, self.seeds, self.gamma = k, seeds, gamma
+        self.alpha, self.iterations, self.depth = alpha, iterations, depth
+
+    def fit(self, gallery: Tensor) -> RerankedGallery:
+        graph = reranking.affinity_graph(gallery, self.k, self.gamma)
+
+        def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, SearchResult]:
+            found = nearest(query, gallery, self.depth, junk)
+            return query, reranking.diffuse(
+                found, graph, seeds=self.seeds, alpha=self.alpha, iterations=self.iterations
+            )
+
+        return RerankedGallery(gallery, rerank)
+
+
+def _check_counts(*counts: tuple[str, int]) -> None:
+    for name, value in counts:
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
