@@ -37,7 +37,17 @@ def compose(*overrides: str, name: str = "train") -> dict:
 
 
 def test_there_are_configs():
-    commands = {"train", "evaluate", "index", "search", "instance", "data_audit", "data_export", "data_convert"}
+    commands = {
+        "train",
+        "evaluate",
+        "index",
+        "search",
+        "instance",
+        "reproduce",
+        "data_audit",
+        "data_export",
+        "data_convert",
+    }
     assert commands == set(PRIMARY)
     assert {
         "data",
@@ -77,9 +87,7 @@ def test_option_composes_and_builds(group, option):
         overrides += ["backbone.weights=random", "backbone.size=64"]
     elif group in ("loss", "optimizer", "scheduler"):
         overrides += ["model=hashing", "backbone.weights=random", "backbone.size=32"]
-    elif group == "sampler" and option == "mined":
-        overrides += ["model=dir"]
-    elif group == "callbacks" and option == "mining":
+    elif (group == "sampler" and option == "mined") or (group == "callbacks" and option == "mining"):
         overrides += ["model=dir"]
     values = compose(*overrides)
     values["model"] |= {"cache": None} if "cache" in values["model"] else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import SubsetRandomSampler
 
 from simsearch.data import datamodule as module
 from simsearch.data.cifar10 import DataError
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import CIFAR10DataModule, RenderedDataModule, RetrievalDataModule
 from simsearch.data.protocols import ByAttribute, OfficialSplit, RetrievalProtocol
+from simsearch.data.samplers import ShuffledBatches
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
 PROTOCOL = OfficialSplit("p", gallery="train", exclude_self=True, validation=0.2)
@@ -57,7 +58,8 @@ class Invert(nn.Module):
 
 
 def ready(**arguments) -> RandomDataModule:
-    data = RandomDataModule(PROTOCOL, batch_size=16, eval_batch_size=10, **arguments)
+    arguments = {"sampler": partial(ShuffledBatches, batch_size=16), **arguments}
+    data = RandomDataModule(PROTOCOL, eval_batch_size=10, **arguments)
     data.setup()
     return data
 
@@ -74,8 +76,9 @@ def check(batch: dict, collection: Collection) -> None:
 def test_training_batches_hold_every_row_once_in_a_new_order():
     data = ready()
     epochs = []
+    loader = data.train_dataloader()
     for _ in range(2):
-        batches = list(data.train_dataloader())
+        batches = list(loader)
         assert [len(batch["label"]) for batch in batches] == [16] * 5
         for batch in batches:
             check(batch, data.collection)
@@ -86,9 +89,14 @@ def test_training_batches_hold_every_row_once_in_a_new_order():
 
 
 def test_the_last_training_batch_is_kept():
-    data = RandomDataModule(PROTOCOL, batch_size=32)
-    data.setup()
+    data = ready(sampler=partial(ShuffledBatches, batch_size=32))
     assert [len(batch["label"]) for batch in data.train_dataloader()] == [32, 32, 16]
+
+
+def test_batches_of_128_without_a_sampler():
+    data = ready(sampler=None)
+    assert [len(batch["label"]) for batch in data.train_dataloader()] == [80]
+    assert data.train_dataloader().sampler.batch_size == 128
 
 
 @pytest.mark.parametrize("stage", ["validate", "test"])
@@ -124,9 +132,16 @@ def test_the_label_is_the_attribute_of_the_protocol():
 def test_a_sampler_replaces_shuffling():
     seen = []
 
-    def sampler(labels: Tensor) -> SubsetRandomSampler:
+    class OneClass(ShuffledBatches):
+        def global_batch(self, number, world):
+            rows = super().global_batch(number, world)
+            return rows[self.labels[rows] == 2]
+
+    def sampler(labels: Tensor) -> OneClass:
         seen.append(labels)
-        return SubsetRandomSampler((labels == 2).nonzero()[:, 0].tolist())
+        batches = OneClass(labels, batch_size=16)
+        batches.labels = labels
+        return batches
 
     data = ready(sampler=sampler)
     labels = torch.cat([batch["label"] for batch in data.train_dataloader()])
@@ -168,7 +183,7 @@ class Recorder(pl.LightningModule):
 
 
 def test_under_a_trainer(tmp_path):
-    data = RandomDataModule(PROTOCOL, batch_size=16, eval_batch_size=10, augment=Invert())
+    data = ready(augment=Invert())
     trainer = pl.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -216,7 +231,7 @@ class RowsOfRanks(Recorder):
 
 
 def test_two_ranks_share_each_loader(tmp_path):
-    data = RandomDataModule(PROTOCOL, batch_size=16, eval_batch_size=10)
+    data = ready()
     trainer = pl.Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -248,7 +263,8 @@ def test_two_ranks_share_each_loader(tmp_path):
 def build(name: str, protocol: RetrievalProtocol) -> RetrievalDataModule:
     config = OmegaConf.load(CONF / f"{name}.yaml")
     config.pop("defaults", None)  # the choice of a protocol, which is Hydra's
-    return instantiate(config, _partial_=True)(protocol=protocol)
+    config.sampler = None  # another group's
+    return instantiate(config, _convert_="all", _partial_=True)(protocol=protocol)
 
 
 def write_cifar10(root: Path) -> None:
@@ -328,7 +344,6 @@ def test_rendered_config_has_the_defaults():
         "photographs",
         "size",
         "seed",
-        "batch_size",
         "eval_batch_size",
     ):
         assert getattr(data, name) == getattr(default, name)
@@ -350,7 +365,7 @@ def test_use_before_setup():
 
 
 def test_wrong_values_are_refused():
-    for argument, value in (("batch_size", 0), ("eval_batch_size", -1), ("num_workers", -1)):
+    for argument, value in (("eval_batch_size", -1), ("num_workers", -1)):
         with pytest.raises(ValueError, match=f"{argument}={value} is too small"):
             RandomDataModule(PROTOCOL, **{argument: value})
     with pytest.raises(ValueError, match="stage='fit' measures nothing: use 'validate' or 'test'"):
@@ -359,5 +374,6 @@ def test_wrong_values_are_refused():
 
 def test_a_protocol_that_hydra_turned_into_a_config_is_refused():
     config = OmegaConf.load(CONF / "rendered.yaml")
+    config.sampler = None
     with pytest.raises(InstantiationException, match=r"got DictConfig: .*_partial_=True\)\(protocol=protocol\)"):
         instantiate(config, protocol=PROTOCOL)

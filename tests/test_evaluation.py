@@ -291,7 +291,7 @@ class Projection(pl.LightningModule):
 @pytest.fixture
 def data() -> Pictures:
     protocol = OfficialSplit("tiny", gallery="train", exclude_self=True, validation=0.3)
-    return Pictures(protocol, batch_size=16, eval_batch_size=7)
+    return Pictures(protocol, eval_batch_size=7)
 
 
 def trainer(folder: Path, *callbacks: pl.Callback, epochs: int = 1, sanity: int = 0) -> pl.Trainer:

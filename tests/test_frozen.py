@@ -44,7 +44,7 @@ class Pictures(RetrievalDataModule):
 
 @pytest.fixture(scope="module")
 def data() -> Pictures:
-    module = Pictures(OfficialSplit("p", gallery="train", exclude_self=True), batch_size=16, eval_batch_size=16)
+    module = Pictures(OfficialSplit("p", gallery="train", exclude_self=True), eval_batch_size=16)
     module.setup()
     return module
 

@@ -4,6 +4,8 @@
     python bench.py hamming    only those whose name holds the word
 
 A ratio is how many times the usual way takes; `floor` is the work that no way of doing it can leave out.
+Trainings are in images a second: their floor is a bare loop over tensors in memory, the usual way the
+same loop over a DataLoader of per-image transforms.
 Run it on an idle machine: two threads on busy cores wait for each other.
 """
 
@@ -16,18 +18,37 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.loggers import CSVLogger
+from torch import nn
 
+from simsearch.callbacks.training import StepSeed, Throughput
+from simsearch.data.collection import Collection
+from simsearch.data.datamodule import RetrievalDataModule
+from simsearch.data.protocols import OfficialSplit
+from simsearch.data.samplers import ShuffledBatches
+from simsearch.data.transforms import RandomCropFlip
 from simsearch.files import replacing
 from simsearch.functional.codes import code_words, pack_codes
 from simsearch.functional.ranking import measure_ranking
+from simsearch.losses.dsh import DSHLoss
+from simsearch.losses.greedyhash import GreedyHashLoss
+from simsearch.losses.triplet import BatchHardTripletLoss
 from simsearch.models.backbones import lite0_backbone
+from simsearch.models.dir import RegionNetwork
+from simsearch.models.dsh import DSHNetwork
+from simsearch.models.hashing import HashNetwork
+from simsearch.models.pooling import RMAC, Average
+from simsearch.models.trained import TrainedRetriever
 from simsearch.types import Descriptors
 
 HEADER = ("bench", "ours", "peer", "peer_name", "ratio", "floor", "unit", "machine")
@@ -40,13 +61,14 @@ def main() -> None:
     if wanted == ["--hamming-json"]:
         print(json.dumps(hamming()))
         return
-    for bench in (hamming, hamming_plain_sort, cosine, index_ranking, extraction, preprocessing):
+    benches = (hamming, hamming_plain_sort, cosine, index_ranking, extraction, preprocessing)
+    for bench in (*benches, training_dsh, training_hashing, training_dir):
         if not wanted or any(word in bench.__name__ for word in wanted):
             row = bench()
             rows.append(row)
             name, ours, peer, peer_name, ratio, floor, unit = row
             print(f"{name}: ours {ours:.3g} {unit}, {peer_name} {peer:.3g} {unit}: {ratio:.1f} times", flush=True)
-            print(f"    floor {floor:.3g} {unit}", flush=True)
+            print(f"    floor {floor:.3g} {unit}, {min(ours, floor) / max(ours, floor):.0%} of it", flush=True)
     if not wanted:
         with replacing(Path(__file__).parent / "bench.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -220,6 +242,118 @@ def preprocessing() -> tuple:
     out = torch.empty(2048, 3, 128, 128)
     floor = seconds(lambda: out.fill_(0.5), 3)  # writing the result once
     return ("preprocess-2048-images-128px", mine, peer, "per-image transforms", peer / mine, floor, "s")
+
+
+def training_dsh() -> tuple:
+    """Images a second of the DSH network and loss, batches of 200, bf16 autocast."""
+    return _training("train-dsh-32px-batch200", lambda: DSHNetwork(12), DSHLoss(), 200, 60, "bf16-mixed")
+
+
+def training_hashing() -> tuple:
+    """Images a second of GreedyHash codes on EfficientNet-Lite0 at 64 px, batches of 64, float32."""
+
+    def network() -> HashNetwork:
+        return HashNetwork(lite0_backbone(size=64), Average(), 48)
+
+    return _training("train-hashing-lite0-64px-batch64", network, GreedyHashLoss(48, 10), 64, 12, "32-true")
+
+
+def training_dir() -> tuple:
+    """Images a second of the R-MAC network on EfficientNet-Lite0 at 64 px, hardest triplets in batches of 64."""
+
+    def network() -> RegionNetwork:
+        return RegionNetwork(lite0_backbone(size=64), RMAC(levels=2), 128, sample=100)
+
+    return _training("train-dir-lite0-64px-batch64", network, BatchHardTripletLoss(0.1), 64, 12, "32-true")
+
+
+def _training(
+    name: str, make: Callable[[], nn.Module], loss: nn.Module, size: int, steps: int, precision: str
+) -> tuple:
+    """Images a second of `simsearch train`'s loop, of a loop with per-image transforms, and of a bare loop."""
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision import transforms
+
+    warm, autocast = 3, precision.startswith("bf16")
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (size * (steps + warm + 2), 3, 32, 32), dtype=torch.uint8, generator=rng)
+    labels = torch.randint(10, (len(images),), generator=rng)
+    augment = RandomCropFlip(4, True)
+    optimizer = partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
+
+    class InMemory(RetrievalDataModule):
+        def read(self) -> Collection:
+            names = (tuple("0123456789"),)
+            test = torch.arange(len(images)) >= len(images) - size
+            return Collection("bench", images, labels[:, None], ("class",), names, test)
+
+    class Clock(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+            if trainer.global_step == warm:
+                self.start = time.perf_counter()
+            self.end = time.perf_counter()
+
+    def step(network: nn.Module, update: torch.optim.Optimizer, batch: torch.Tensor, label: torch.Tensor) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            embeddings = network(batch)
+        update.zero_grad()
+        loss(embeddings.float(), label).backward()
+        update.step()
+
+    def timed(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        network = make().train()
+        update = optimizer([*network.parameters(), *loss.parameters()])
+        for number, (batch, label) in enumerate(batches, start=1):
+            step(network, update, batch, label)
+            if number == warm:
+                start = time.perf_counter()
+            if number == warm + steps:
+                return steps * size / (time.perf_counter() - start)
+        raise AssertionError("too few batches")
+
+    def bare() -> float:
+        order = torch.randperm(len(images)).split(size)
+        return timed((augment(images[rows]), labels[rows]) for rows in order)
+
+    class PerImage(Dataset):
+        change = transforms.Compose(
+            [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
+        )
+
+        def __len__(self) -> int:
+            return len(images)
+
+        def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+            return self.change(Image.fromarray(images[i].permute(1, 2, 0).numpy())), int(labels[i])
+
+    def usual() -> float:
+        return timed(DataLoader(PerImage(), batch_size=size, shuffle=True))
+
+    def ours() -> float:
+        clock = Clock()
+        data = InMemory(
+            OfficialSplit("bench", gallery="train", exclude_self=True, validation=None),
+            sampler=partial(ShuffledBatches, batch_size=size),
+            augment=augment,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = pl.Trainer(
+                max_steps=warm + steps,
+                precision=precision,
+                accelerator="cpu",
+                callbacks=[StepSeed(), Throughput(), clock],
+                logger=CSVLogger(folder),
+                default_root_dir=folder,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(TrainedRetriever(make(), loss, optimizer), data)
+        return steps * size / (clock.end - clock.start)
+
+    rounds = [(ours(), bare(), usual()) for _ in range(3)]  # side by side: the machine's speed drifts
+    mine, floor, peer = (statistics.median(values) for values in zip(*rounds, strict=True))
+    return (name, mine, peer, "per-image transforms", mine / peer, floor, "img/s")
 
 
 if __name__ == "__main__":

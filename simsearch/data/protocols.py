@@ -203,8 +203,9 @@ class ByAttribute:
 
     name: as reports print it. attribute: what makes items relevant. junk: an attribute whose sharing
     takes an item out of the ranking, or None. group: no value of it is in two parts. evaluation,
-    validation: shares of the groups, in (0, 1), together below 1. One item of each group of a part is a
-    query, all items of the part are its gallery, the query's own row excluded.
+    validation: shares of the groups, in (0, 1), together below 1; validation=None trains on all that is
+    not evaluated. One item of each group of a part is a query, all items of the part are its gallery, the
+    query's own row excluded.
     """
 
     name: str
@@ -212,14 +213,15 @@ class ByAttribute:
     junk: str | None
     group: str = "work"
     evaluation: float = 0.5
-    validation: float = 0.2
+    validation: float | None = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_share("evaluation", self.evaluation)
-        _check_share("validation", self.validation)
+        if self.validation is not None:
+            _check_share("validation", self.validation)
         _check_seed(self.seed)
-        if self.evaluation + self.validation >= 1:
+        if self.evaluation + (self.validation or 0) >= 1:
             raise ValueError(
                 f"evaluation={self.evaluation} and validation={self.validation} leave nothing to train on: "
                 "keep their sum below 1"
@@ -235,8 +237,9 @@ class ByAttribute:
         present = np.unique(groups[rows])
         rank = _rank(present, np.zeros_like(present), self.seed, "groups")
         evaluated = round(self.evaluation * len(present))
-        validated = evaluated + round(self.validation * len(present))
-        if not 0 < evaluated < validated < len(present):
+        validated = evaluated + round((self.validation or 0) * len(present))
+        empty = self.validation is not None and evaluated == validated
+        if empty or not 0 < evaluated <= validated < len(present):
             raise ValueError(
                 f"protocol {self.name} divides {len(present)} values of {self.group!r} into {evaluated} "
                 f"for evaluation, {validated - evaluated} for validation, {len(present) - validated} for "
@@ -248,9 +251,10 @@ class ByAttribute:
             query = gallery[_rank(gallery, groups[gallery], self.seed, "queries") == 0]
             return _task(collection, name, query, gallery, self.attribute, self.junk, True)
 
+        held = present[(rank >= evaluated) & (rank < validated)]
         return Split(
             torch.from_numpy(rows[np.isin(groups[rows], present[rank >= validated])]),
-            part(f"{self.name}/val", present[(rank >= evaluated) & (rank < validated)]),
+            None if self.validation is None else part(f"{self.name}/val", held),
             part(self.name, present[rank < evaluated]),
         )
 

@@ -19,14 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from simsearch.data.manifest import ENDINGS, Manifest, load_images
+from simsearch.data.manifest import ENDINGS, ImageBatch, Item, Manifest, load_batches, load_images
 from simsearch.files import write_json
 from simsearch.functional.graded import GRADES
-from simsearch.functional.resize import resize_square
+from simsearch.functional.resize import Fit, resize_to_fit
 from simsearch.images import ImageError, read_image
 
 Box = tuple[float, float, float, float]
@@ -137,28 +136,28 @@ def fingerprint(benchmark: Benchmark, root: Path) -> str:
 # ---------------------------------------------------------------------------------------------- images
 
 
-class QueryCrops(Dataset[Tensor | ValueError]):
-    """The queries of a benchmark, cropped to their boxes; item i is uint8 (3, size, size), or what is wrong.
+class QueryCrops(Dataset[Item]):
+    """The queries of a benchmark, cropped to their boxes; item i is i and uint8 (3, H, W), or what is wrong.
 
     Boxes count in pixels of the upright image, corners rounded. One that reaches past the image by more than
-    a pixel is an error: then the file is not the image that the box was drawn on.
+    a pixel is an error: then the file is not the image that the box was drawn on. Crops are resized by `fit`.
     """
 
-    def __init__(self, benchmark: Benchmark, root: Path, *, size: int) -> None:
-        self.benchmark, self.root, self.size = benchmark, root, size
+    def __init__(self, benchmark: Benchmark, root: Path, *, size: int, fit: Fit = "square") -> None:
+        self.benchmark, self.root, self.size, self.fit = benchmark, root, size, fit
 
     def __len__(self) -> int:
         return len(self.benchmark.queries)
 
-    def __getitem__(self, i: int) -> Tensor | ValueError:
+    def __getitem__(self, i: int) -> Item:
         query = self.benchmark.queries[i]
         path = self.root / file_name(query.image)
         try:
-            return resize_square(_crop(read_image(path), query.bbx, path), self.size)
+            return i, resize_to_fit(_crop(read_image(path), query.bbx, path), self.size, self.fit)
         except ImageError as error:
-            return ImageError(error.path, error.reason, error.detail)
+            return i, ImageError(error.path, error.reason, error.detail)
         except ValueError as error:
-            return ValueError(str(error))
+            return i, ValueError(str(error))
 
 
 def _crop(image: Tensor, box: Box | None, path: Path) -> Tensor:
@@ -175,29 +174,33 @@ def _crop(image: Tensor, box: Box | None, path: Path) -> Tensor:
 
 
 def load_queries(
-    benchmark: Benchmark, root: Path, *, size: int, batch_size: int = 64, workers: int = 0
-) -> Iterator[Tensor]:
-    """Batches of cropped queries in order, uint8 (B, 3, size, size).
+    benchmark: Benchmark, root: Path, *, size: int, fit: Fit = "square", batch_size: int = 64, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of cropped queries, uint8 (B, 3, H, W) of one shape, and their positions int64 (B,).
 
-    Raises ImageError for a file that cannot be read, ValueError for a box that does not fit its image.
+    In order with fit "square"; else as `load_batches` gives them. Raises ImageError for a file that cannot
+    be read, ValueError for a box that does not fit its image.
     """
-    crops = QueryCrops(benchmark, root, size=size)
-    for items in DataLoader(crops, batch_size=batch_size, num_workers=workers, collate_fn=list):
-        for item in items:
-            if isinstance(item, ValueError):
-                raise item
-        yield torch.stack(items)
+    crops = QueryCrops(benchmark, root, size=size, fit=fit)
+    return _all_readable(load_batches(crops, batch_size=batch_size, workers=workers))
 
 
 def load_gallery(
-    benchmark: Benchmark, root: Path, *, size: int, batch_size: int = 64, workers: int = 0
-) -> Iterator[Tensor]:
-    """Batches of the gallery in order, uint8 (B, 3, size, size). Raises ImageError for an unreadable file:
-    with images left out, numbers would be those of another benchmark."""
-    for images, _, errors in load_images(benchmark.gallery(root), size=size, batch_size=batch_size, workers=workers):
+    benchmark: Benchmark, root: Path, *, size: int, fit: Fit = "square", batch_size: int = 64, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the gallery and their positions, as `load_queries` gives those of queries.
+
+    Raises ImageError for an unreadable file: with images left out, numbers would be those of another benchmark.
+    """
+    images = load_images(benchmark.gallery(root), size=size, fit=fit, batch_size=batch_size, workers=workers)
+    return _all_readable(images)
+
+
+def _all_readable(batches: Iterator[ImageBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+    for images, rows, errors in batches:
         if errors:
             raise errors[0]
-        yield images
+        yield images, rows
 
 
 # ------------------------------------------------------------------------------------- JSON and pickles
