@@ -16,7 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from simsearch.functional.resize import resize, resize_square
+from simsearch.functional.resize import Fit, check_fit, longest_shape, resize, resize_square
 
 REASONS = {
     "missing": "there is no such file",
@@ -65,6 +65,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = tuple(_UPRIGHT[tag] for tag in (5, 6, 7, 8))
 
 
 class ImageError(ValueError):
@@ -86,6 +87,7 @@ def read_image(
     source: Path | bytes,
     *,
     size: int | None = None,
+    fit: Fit = "square",
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
     min_side: int = 1,
@@ -97,8 +99,9 @@ def read_image(
     bits; 32-bit grey, which has no fixed white, is stretched from its own minimum to its maximum. Colour
     profiles (ICC) are ignored: the numbers in the file are taken as sRGB.
 
-    size: give (3, size, size) instead: the centre square, by `resize_square`. A JPEG whose shorter side is
-    at least 4 * size is then decoded at 1/2, 1/4 or 1/8 scale, to no less than 2 * size. That is many times
+    size: give (3, size, size) instead: the centre square, by `resize_square`; or with fit "longest" the whole
+    image at a longest side of `size`, (3, h, w) as `longest_shape` has it. A JPEG of at least 4 times the
+    needed pixels a side is then decoded at 1/2, 1/4 or 1/8 scale, to no less than twice. That is many times
     faster, leaves pixels about one level off on average and less than half a pixel aside, and lets a JPEG
     of more than max_pixels through: up to Pillow's own guard of 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million,
     and no progressive one, which is held in full while it is decoded.
@@ -111,6 +114,7 @@ def read_image(
     for name, value in limits.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    check_fit(fit)
     path = None if isinstance(source, bytes) else Path(source)
     data = source if isinstance(source, bytes) else _read_file(Path(source), max_bytes)
     if not data:
@@ -121,12 +125,14 @@ def read_image(
         # Narrow on purpose: filters are global to the process, so that threads may undo each other's.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            pixels = _decode(data, path=path, size=size, max_pixels=max_pixels, min_side=min_side)
+            pixels, shape = _decode(data, path=path, size=size, fit=fit, max_pixels=max_pixels, min_side=min_side)
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every built-in exception on damaged files
         raise ImageError(path, *_explain(error, data)) from error
-    return (pixels if size is None else resize_square(pixels, size)).contiguous()
+    if size is not None:
+        pixels = resize_square(pixels, size) if fit == "square" else resize(pixels, *shape)
+    return pixels.contiguous()
 
 
 def encode_thumbnail(image: Tensor, side: int) -> bytes:
@@ -175,21 +181,28 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
     return data
 
 
-def _decode(data: bytes, *, path: Path | None, size: int | None, max_pixels: int, min_side: int) -> Tensor:
+def _decode(
+    data: bytes, *, path: Path | None, size: int | None, fit: Fit, max_pixels: int, min_side: int
+) -> tuple[Tensor, tuple[int, int]]:
+    """The pixels, perhaps at a smaller scale, and the upright height and width that they are needed in."""
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         width, height = image.size
         if min(width, height) < min_side:
             raise ImageError(path, "too-small", f"{width} x {height} pixels, both sides must be >= {min_side}")
+        needed = height, width
         if size is not None:
-            image.draft(None, (2 * size, 2 * size))  # does something to JPEG only
+            # By the header: decoding at a smaller scale rounds both sides.
+            needed = (size, size) if fit == "square" else longest_shape(height, width, size)
+            image.draft(None, (2 * needed[1], 2 * needed[0]))  # does something to JPEG only
         # A progressive JPEG is held in full while it is decoded, at whatever scale.
         held = width * height if "progressive" in image.info else image.width * image.height
         if held > max_pixels:
             detail = f"{width} x {height}, at most {max_pixels:,} pixels are decoded"
             raise ImageError(path, "too-many-pixels", detail)
         image.load()
-        pixels = np.array(_to_rgb(_upright(image)))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        turn = _turn(image)
+        pixels = np.array(_to_rgb(image if turn is None else image.transpose(turn)))
+    return torch.from_numpy(pixels).permute(2, 0, 1), needed[::-1] if turn in _ON_ITS_SIDE else needed
 
 
 def _explain(error: Exception, data: bytes) -> tuple[str, str]:
@@ -211,12 +224,12 @@ def _explain(error: Exception, data: bytes) -> tuple[str, str]:
     return "not-an-image", f"it does not begin as {', '.join(_FORMATS)} do"
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What sets the image upright, by its EXIF orientation."""
     try:
-        method = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # damaged metadata is no reason to refuse sound pixels
-        method = None
-    return image if method is None else image.transpose(method)
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -526,8 +526,10 @@ def oxford(tmp_path_factory) -> Path:
 
 def test_queries_are_cropped_and_the_gallery_is_whole(oxford):
     benchmark = convert_ground_truth(oxford / "gnd_toy.pkl", "toy")
-    (queries,) = load_queries(benchmark, oxford / "jpg", size=SIDE)
-    gallery = torch.cat(list(load_gallery(benchmark, oxford / "jpg", size=SIDE, batch_size=3)))
+    ((queries, _),) = load_queries(benchmark, oxford / "jpg", size=SIDE)
+    images, positions = zip(*load_gallery(benchmark, oxford / "jpg", size=SIDE, batch_size=3), strict=True)
+    gallery = torch.cat(images)
+    assert torch.cat(positions).tolist() == list(range(8))
     assert queries.shape == (3, 3, SIDE, SIDE)
     assert torch.equal(queries, gallery[:3])
     assert torch.equal(gallery[7], torch.from_numpy(pattern(7)).permute(2, 0, 1))
@@ -546,7 +548,7 @@ def test_boxes_that_do_not_fit_their_image_are_refused(box, message, oxford):
 def test_boxes_may_reach_a_pixel_beyond(oxford):
     whole = Benchmark("toy", ("image_0",), (Query("query_0", None, (0,), (), ()),))
     beyond = Benchmark("toy", ("image_0",), (Query("query_0", (-0.6, -0.9, 193, 144.9), (0,), (), ()),))
-    first, second = (next(load_queries(b, oxford / "jpg", size=16)) for b in (whole, beyond))
+    (first, _), (second, _) = (next(load_queries(b, oxford / "jpg", size=16)) for b in (whole, beyond))
     assert torch.equal(first, second)
 
 

@@ -23,7 +23,9 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"stage must be test or validate, got {config.stage!r}")
     run = runtime.open_run(Path(config.run))
     values = runtime.plain(config)
-    merged = run.config | {group: values[group] for group in ("data", "protocol", "index", "rerank") if values.get(group)}
+    merged = run.config | {
+        group: values[group] for group in ("data", "protocol", "index", "rerank") if values.get(group)
+    }
     evaluation = merged["callbacks"]["evaluation"] | {"index": merged["index"], "rerank": merged.get("rerank")}
     merged["callbacks"] = {"evaluation": evaluation}
     if config.without and config.stage == "validate":

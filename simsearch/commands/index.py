@@ -36,7 +36,13 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"index={index.factory} does not fit this run, which gives {kind} or another of that kind")
 
     parts, rows, thumbnails, errors = [], [], [], []
-    batches = load_images(manifest, size=encoder.input_size, batch_size=config.batch_size, workers=config.workers)
+    batches = load_images(
+        manifest,
+        size=encoder.input_size,
+        fit=encoder.fit,
+        batch_size=config.batch_size,
+        workers=config.workers,
+    )
     with tqdm(total=len(manifest), unit="img", desc="index") as bar:
         for images, batch_rows, batch_errors in batches:
             if len(images):
@@ -48,7 +54,9 @@ def main(config: DictConfig) -> None:
     if not rows:
         raise ValueError(f"none of the {len(manifest)} images of {config.images} could be read: {errors[0]}")
 
-    index.add(torch.cat(parts))
+    order = sorted(range(len(rows)), key=rows.__getitem__)  # batches come by shape, a catalog as the manifest
+    rows, thumbnails = [rows[i] for i in order], [thumbnails[i] for i in order]
+    index.add(torch.cat(parts)[order])
     columns = {"path": [manifest.paths[row] for row in rows]}
     for name, values in manifest.attributes.items():
         columns[name] = [values[row] for row in rows]

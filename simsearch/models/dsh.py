@@ -34,7 +34,7 @@ class DSHNetwork(nn.Module):
         if bits < 1:
             raise ValueError(f"model.network.bits={bits}: a code needs at least 1 bit")
         self.bits = self.dimension = bits
-        self.input_size = _SIDE
+        self.input_size, self.fit = _SIDE, "square"
         self.provenance = {"weights": "none", "source": "trained from random weights"}
         self.conv1 = nn.Conv2d(3, 32, 5, padding=2)
         self.conv2 = nn.Conv2d(32, 32, 5, padding=2)

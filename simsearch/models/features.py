@@ -1,8 +1,8 @@
-"""The feature maps of a whole collection under a frozen backbone, computed once."""
+"""The features of a whole collection under a frozen backbone, computed once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,36 +14,45 @@ from simsearch.cache import ArrayCache
 from simsearch.models.backbones import Backbone
 
 
-def feature_maps(
-    backbone: Backbone, collection: Any, size: int, cache: ArrayCache, *, batch_size: int = 128
+def collection_features(
+    backbone: Backbone,
+    collection: Any,
+    size: int,
+    cache: ArrayCache,
+    *,
+    pool: Callable[[Tensor], Tensor] | None = None,
+    about: Mapping[str, object] | None = None,
+    batch_size: int = 128,
 ) -> np.ndarray:
     """Maps of all images of a collection, float16 (N, C, h, w), read-only: from the cache, or computed into it.
+
+    pool: maps to what is kept in their place, such as regions (N, R, C); about: what that depends on, as
+    plain values, by which the cache knows it.
 
     Raises ValueError where a feature lies beyond float16.
     """
     images, device = collection.images, backbone.mean.device
-    with torch.no_grad():
-        shape = (len(images), *backbone(images[:1].to(device), size).shape[1:])
+    parts = backbone.identity(size) | {"data": collection.fingerprint, "precision": "float16"} | dict(about or {})
+    if device.type == "cuda":
+        parts |= {"compute": "bfloat16"}
+
+    def features(batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            maps = backbone(batch.to(device), size)
+            return maps if pool is None else pool(maps)
 
     def fill(out: np.ndarray, start: int) -> Iterator[int]:
-        bar = tqdm(total=len(images), initial=start, unit="img", desc=f"{backbone.name} @ {size}px", leave=False)
-        with torch.no_grad(), bar:
+        name = f"{backbone.name} @ {size}px"
+        with tqdm(total=len(images), initial=start, unit="img", desc=name, leave=False) as bar:
             for low in range(start, len(images), batch_size):
-                batch = images[low : low + batch_size].to(device)
-                features = backbone(batch, size)
-                if not torch.isfinite(features).all() or features.abs().max() > 65504:
+                block = features(images[low : low + batch_size])
+                if not torch.isfinite(block).all() or block.abs().max() > 65504:
                     raise ValueError(f"{backbone.name} gives features beyond float16 in rows from {low}")
-                out[low : low + len(batch)] = features.cpu().numpy()
-                bar.update(len(batch))
-                yield low + len(batch)
+                out[low : low + len(block)] = block.cpu().numpy()
+                bar.update(len(block))
+                yield low + len(block)
 
-    return cache.get(feature_parts(backbone, collection, size), shape, "float16", fill)
-
-
-def feature_parts(backbone: Backbone, collection: Any, size: int) -> dict[str, object]:
-    """What the maps depend on, by which the cache knows them."""
-    parts = backbone.identity(size) | {"data": collection.fingerprint, "precision": "float16"}
-    return parts | ({"compute": "bfloat16"} if backbone.mean.device.type == "cuda" else {})
+    return cache.get(parts, (len(images), *features(images[:1]).shape[1:]), "float16", fill)
 
 
 def pooled_features(network: nn.Module, collection: Any, cache: ArrayCache) -> Tensor:
@@ -51,14 +60,11 @@ def pooled_features(network: nn.Module, collection: Any, cache: ArrayCache) -> T
 
     network: has `backbone` and `pool`, maps float32 (B, C, h, w) to regions (B, R, C).
     """
-    maps = feature_maps(network.backbone, collection, network.backbone.size, cache)  # type: ignore[arg-type, union-attr]
-    device, pooled, step = network.backbone.mean.device, None, 512  # type: ignore[union-attr]
+    backbone: Backbone = network.backbone  # type: ignore[assignment]
+    maps = collection_features(backbone, collection, backbone.size, cache)
+    pooled, step = [], 512
     with torch.no_grad():
         for low in tqdm(range(0, len(maps), step), desc="pool", unit_scale=step, unit="img", leave=False):
-            block = torch.from_numpy(maps[low : low + step]).to(device).float()
-            regions = network.pool(block).half().cpu()  # type: ignore[operator]
-            if pooled is None:
-                pooled = torch.empty((len(maps), *regions.shape[1:]), dtype=torch.float16)
-            pooled[low : low + len(regions)] = regions
-    assert pooled is not None
-    return pooled
+            block = torch.from_numpy(maps[low : low + step]).to(backbone.mean.device).float()
+            pooled.append(network.pool(block).half().cpu())  # type: ignore[operator]
+    return torch.cat(pooled)

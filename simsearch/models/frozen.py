@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,11 +10,12 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from simsearch.cache import ArrayCache
+from simsearch.functional.resize import Fit
 from simsearch.functional.whitening import Moments, whitening_matrix
 from simsearch.models.backbones import Backbone
+from simsearch.models.features import collection_features
 from simsearch.types import Batch
 
 # ---------------------------------------------------------------------------------- the torch module
@@ -178,8 +179,13 @@ class FrozenRetriever(pl.LightningModule):
 
     @property
     def input_size(self) -> int:
-        """Side in pixels to which files are best decoded: that of the largest scale."""
+        """Side in pixels (by `fit`) to which files are best decoded: that of the largest scale."""
         return max(self.sizes)
+
+    @property
+    def fit(self) -> Fit:
+        """What of an image is seen: its centre square, or the whole at its longest side."""
+        return self.backbone.fit
 
     def identity(self) -> dict[str, object]:
         """What decides the descriptors besides the tensors, as plain values."""
@@ -209,39 +215,16 @@ class FrozenRetriever(pl.LightningModule):
     def _features(self, collection: Any, size: int) -> tuple[np.ndarray, bool]:
         """The collection's features at one size, float16: maps (N, C, h, w), or regions (N, R, C)."""
         assert self.cache is not None
-        images = collection.images
         with torch.no_grad():
-            probe = self.backbone(images[:1].to(self.device), size)
-            pooled = self.head.regions(probe)
-        maps = len(images) * probe[0].numel() * 2 <= self.maps_limit
-        parts = self.backbone.identity(size) | {"data": collection.fingerprint, "precision": "float16"}
-        if self.device.type == "cuda":
-            parts |= {"compute": "bfloat16"}
-        if not maps:
-            parts |= {"pooled": repr(self.head.pooling), "whiten_regions": self.head.whiten_regions}
-        shape = (len(images), *(probe if maps else pooled).shape[1:])
-
-        def fill(out: np.ndarray, start: int) -> Iterator[int]:
-            step = self.extract_batch_size
-            bar = tqdm(
-                total=len(images),
-                initial=start,
-                unit="img",
-                desc=f"{self.backbone.name} @ {size}px",
-                leave=False,
-            )
-            with torch.no_grad(), bar:
-                for low in range(start, len(images), step):
-                    batch = images[low : low + step].to(self.device)
-                    features = self.backbone(batch, size)
-                    features = features if maps else self.head.regions(features)
-                    if not torch.isfinite(features).all() or features.abs().max() > 65504:
-                        raise ValueError(f"{self.backbone.name} gives features beyond float16 in rows from {low}")
-                    out[low : low + len(batch)] = features.cpu().numpy()
-                    bar.update(len(batch))
-                    yield low + len(batch)
-
-        return self.cache.get(parts, shape, "float16", fill), maps
+            probe = self.backbone(collection.images[:1].to(self.device), size)
+        maps = len(collection) * probe[0].numel() * 2 <= self.maps_limit
+        pool = None if maps else self.head.regions
+        about = {} if maps else {"pooled": repr(self.head.pooling), "whiten_regions": self.head.whiten_regions}
+        batch_size = self.extract_batch_size
+        array = collection_features(
+            self.backbone, collection, size, self.cache, pool=pool, about=about, batch_size=batch_size
+        )
+        return array, maps
 
     def _regions(self, batch: Batch) -> list[Tensor]:
         """Region vectors (B, R, C) at each scale: from the stored features, or through the backbone."""

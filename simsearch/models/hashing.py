@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from simsearch.functional.resize import Fit
 from simsearch.models.backbones import Backbone
 
 
 class HashNetwork(nn.Module):
     """Real-valued codes (B, bits) of images (B, 3, H, W): backbone, pooling, linear layer.
 
-    pooling: feature maps to region vectors, whose mean is taken.
+    pooling: feature maps to region vectors, whose mean is taken. hidden: width of a layer with ReLU
+    between, or None for none.
     """
 
-    def __init__(self, backbone: Backbone, pooling: nn.Module, bits: int) -> None:
+    def __init__(self, backbone: Backbone, pooling: nn.Module, bits: int, hidden: int | None = None) -> None:
         super().__init__()
         if bits < 1:
             raise ValueError(f"model.network.bits={bits}: a code needs at least 1 bit")
         self.backbone, self.pooling = backbone, pooling
         self.bits = self.dimension = bits
-        self.head = nn.Linear(backbone.channels, bits)
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"model.network.hidden={hidden}: give a width, or null for no hidden layer")
+        self.hidden = (
+            nn.Identity() if hidden is None else nn.Sequential(nn.Linear(backbone.channels, hidden), nn.ReLU())
+        )
+        self.head = nn.Linear(hidden or backbone.channels, bits)
 
     @property
     def input_size(self) -> int:
-        """Side in pixels to which files are best decoded."""
+        """Side in pixels (by `fit`) to which files are best decoded."""
         return self.backbone.size
+
+    @property
+    def fit(self) -> Fit:
+        """What of an image is seen: its centre square, or the whole at its longest side."""
+        return self.backbone.fit
 
     @property
     def provenance(self) -> dict[str, str]:
@@ -39,8 +50,16 @@ class HashNetwork(nn.Module):
     def prepare(self, images: Tensor) -> None:
         """Nothing is taken from the training images before training."""
 
+    def pool(self, maps: Tensor) -> Tensor:
+        """Region vectors (B, R, C) of the backbone's maps (B, C, h, w)."""
+        return self.pooling(maps)
+
+    def describe(self, regions: Tensor) -> Tensor:
+        """Real-valued codes (B, bits) of region vectors (B, R, C)."""
+        return self.head(self.hidden(regions.mean(1)))
+
     def forward(self, image: Tensor) -> Tensor:
-        return self.head(self.pooling(self.backbone(image)).mean(1))
+        return self.describe(self.pool(self.backbone(image)))
 
     embed = forward
 
@@ -50,5 +69,6 @@ class HashNetwork(nn.Module):
             "family": "hashing",
             "backbone": self.backbone.identity(),
             "pooling": repr(self.pooling),
+            "hidden": repr(self.hidden),
             "bits": self.bits,
         }

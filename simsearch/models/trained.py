@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,26 +10,29 @@ from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from simsearch.cache import ArrayCache
 from simsearch.functional.gather import gather_rows
+from simsearch.functional.resize import Fit
 from simsearch.models.backbones import load_state
+from simsearch.models.features import pooled_features
 from simsearch.types import Batch
 
 
 class Network(Protocol):
     """What a trained family's torch module has besides forward: images (B, 3, H, W) to (B, D).
 
-    bits: width of the codes whose real values forward gives, or None for L2-normalised descriptors.
-    head: the last layer, which may learn at another rate. provenance: plain facts about the weights
-    that training starts from.
+    input_size, fit: to which side and how files are best decoded. bits: width of the codes whose real
+    values forward gives, or None for L2-normalised descriptors. head: the last layer, which may learn
+    at another rate. provenance: plain facts about the weights that training starts from.
     """
 
     bits: int | None
     dimension: int
     input_size: int
+    fit: Fit
     head: nn.Module
     provenance: dict[str, str]
 
@@ -81,14 +85,16 @@ class TrainedRetriever(pl.LightningModule):
     """Trains `network` by `loss` on whole batches, in whatever precision the trainer has; the loss is float32.
 
     optimizer: a partial with `lr` (and `weight_decay`), called with the parameter groups. scheduler: a
-    partial called with the optimizer, stepped after each optimizer step. head_lr, bias_lr, bias_decay:
-    as parameter_groups has them. start: a run directory or checkpoint whose tensors of equal name and
-    shape training starts from. freeze_batchnorm: batch normalisation stays as it is, statistics and
-    all, which small batches want. slices: where memory is short, the batch goes through the network in
-    slices of so many images, forward without stored activations and backward one after another (the
-    streams of Gordo et al. 2016); gradients are those of the whole batch, for which batch normalisation
-    must be frozen. gather: the loss sees the embeddings of all ranks, and its gradient is that of one
-    large batch.
+    partial called with the optimizer, stepped after each optimizer step; its `max_lr`, where it has
+    one, is that of the body's weights. head_lr, bias_lr, bias_decay: as parameter_groups has them.
+    start: a run directory or checkpoint whose tensors of equal name and shape training starts from.
+    freeze_batchnorm: batch normalisation stays as it is, statistics and all, which small batches want.
+    slices: where memory is short, the batch goes through the network in slices of so many images,
+    forward without stored activations and backward one after another (the streams of Gordo et al.
+    2016); gradients are those of the whole batch, for which batch normalisation must be frozen. cache:
+    trains on a frozen backbone, whose maps of the whole collection are computed once, kept there and
+    pooled in memory; images can't be augmented then. gather: the loss sees the embeddings of all ranks,
+    and its gradient is that of one large batch.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class TrainedRetriever(pl.LightningModule):
         start: str | None = None,
         freeze_batchnorm: bool = False,
         slices: int | None = None,
+        cache: ArrayCache | None = None,
         gather: bool = False,
     ) -> None:
         super().__init__()
@@ -115,6 +122,15 @@ class TrainedRetriever(pl.LightningModule):
                 "model.slices needs model.freeze_batchnorm=true: each slice would be normalised by itself, "
                 "and gradients would not be those of the whole batch"
             )
+        if cache is not None:
+            if not hasattr(network, "pool"):
+                raise ValueError("model.cache keeps the maps of a backbone, and this network has none: set it to null")
+            network.backbone.requires_grad_(False)  # type: ignore[union-attr, operator]
+        if freeze_batchnorm:
+            for module in network.modules():
+                if isinstance(module, _BATCHNORM):
+                    module.requires_grad_(False)
+        self.cache, self._pooled = cache, None
         self.network, self.loss = network, loss
         self.optimizer, self.scheduler = optimizer, scheduler
         self.head_lr, self.bias_lr, self.bias_decay = head_lr, bias_lr, bias_decay
@@ -122,6 +138,7 @@ class TrainedRetriever(pl.LightningModule):
         self.slices, self.gather = slices, gather
         self.bits = network.bits
         self.dimension = network.dimension
+        self._gradients: dict[str, Tensor] = {}  # of an accumulation that a checkpoint cut in two
 
     # What a searcher calls
 
@@ -154,14 +171,30 @@ class TrainedRetriever(pl.LightningModule):
     # Training
 
     def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if self.cache is not None and self._pooled is None:
+            if data.augment is not None:
+                raise ValueError("data.augment changes images that model.cache keeps the maps of: set one to null")
+            self.network.to(self.trainer.strategy.root_device)
+            self._pooled = pooled_features(self.network.eval(), data.collection, self.cache)
         if stage != "fit" or self.trainer.ckpt_path:
             return  # a resumed run has it all in its checkpoint
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
         known = {} if self.start is None else self._start_tensors(Path(self.start))
         self.network.load_state_dict(known, strict=False)  # what is prepared may depend on it
         self.network.to(self.trainer.strategy.root_device)
         self.network.prepare(data.collection.images[data.split.train])  # type: ignore[operator]
         self.network.load_state_dict(known, strict=False)
+        if self.start is not None:
+            self.network.provenance = {**self.network.provenance, "weights": self.start}  # type: ignore[dict-item]
+
+    def on_fit_start(self) -> None:
+        self.train()  # the trainer takes the mode as it finds it, frozen layers and all
+
+    def on_train_start(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name in self._gradients:
+                parameter.grad = self._gradients[name].to(parameter.device)
+        self._gradients = {}
 
     def _start_tensors(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a run or checkpoint that have a place in the network. Raises ValueError for none."""
@@ -172,11 +205,14 @@ class TrainedRetriever(pl.LightningModule):
         if not any(n in dict(self.network.named_parameters()) for n in fits):
             raise ValueError(f"model.start: no tensor of {file} fits this network")
         new = sorted(set(own) - set(fits))
-        rank_zero_info(f"starting from {file}: {len(fits)} tensors; new: {', '.join(new[:4]) or 'none'}")
+        if self.trainer.is_global_zero:
+            print(f"starting from {file}: {len(fits)} tensors; new: {', '.join(new[:4]) or 'none'}", file=sys.stderr)
         return fits
 
     def train(self, mode: bool = True) -> TrainedRetriever:
         super().train(mode)
+        if self.cache is not None:
+            self.network.backbone.eval()  # type: ignore[union-attr]
         if self.freeze_batchnorm:
             for module in self.network.modules():
                 if isinstance(module, _BATCHNORM):
@@ -197,10 +233,14 @@ class TrainedRetriever(pl.LightningModule):
         optimizer = self.optimizer(groups)
         if self.scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.scheduler(optimizer), "interval": "step"}}
+        scheduler = self.scheduler
+        if "max_lr" in getattr(scheduler, "keywords", {}):  # one number would be that of every group
+            peak = scheduler.keywords["max_lr"] / settings["lr"]  # type: ignore[attr-defined]
+            scheduler = partial(scheduler, max_lr=[peak * group["lr"] for group in groups])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler(optimizer), "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        embeddings, labels = self._embeddings(batch["image"]).float(), batch["label"]
+        embeddings, labels = self._embeddings(batch).float(), batch["label"]
         if self.gather:
             embeddings, labels = gather_rows(embeddings), gather_rows(labels)
         with torch.autocast(self.device.type, enabled=False):
@@ -215,26 +255,42 @@ class TrainedRetriever(pl.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
-    def _embeddings(self, images: Tensor) -> Tensor:
+    def _embeddings(self, batch: Batch) -> Tensor:
+        if self._pooled is not None:
+            regions = self._pooled[batch["index"].cpu()].to(self.device).float()
+            return self.network.describe(regions)  # type: ignore[operator]
         if self.slices is None:
-            return self.network(images)
-        parts = images.split(self.slices)
+            return self.network(batch["image"])
+        parts = batch["image"].split(self.slices)
         return torch.cat([recompute(self.network, part, use_reentrant=False) for part in parts])
 
+    def _measured(self, batch: Batch) -> Tensor:
+        if self._pooled is None:
+            return self.embed(batch["image"])
+        with torch.autocast(self.device.type, enabled=False):
+            return self._embeddings(batch).float()
+
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.embed(batch["image"])
+        return self._measured(batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.embed(batch["image"])
+        return self._measured(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.embed(batch["image"])
+        return self._measured(batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["provenance"] = dict(self.network.provenance)  # type: ignore[arg-type]
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        if progress.current.processed % self.trainer.accumulate_grad_batches and not progress.is_last_batch:
+            # Ranks hold their own until the step; their mean adds up to the same.
+            reduce = partial(self.trainer.strategy.reduce, reduce_op="mean")
+            grown = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+            checkpoint["gradients"] = {name: reduce(gradient.clone()) for name, gradient in grown.items()}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.network.provenance = dict(checkpoint["provenance"])  # type: ignore[assignment]
+        self._gradients = checkpoint.get("gradients", {})
 
 
 _BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
