@@ -151,7 +151,7 @@ def build_encoder(config: Mapping[str, Any]) -> nn.Module:
     """
     model = _without_weights(config["model"])
     _check_targets(model)
-    return build(model).eval()
+    return build(model).eval().requires_grad_(False)
 
 
 def encoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def load_model(run: Run) -> pl.LightningModule:
         model.load_state_dict(checkpoint["state_dict"])
     except (LookupError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit the model in {run.folder / 'config.yaml'}: {error}") from error
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def versions() -> dict[str, str]:

@@ -48,6 +48,7 @@ def train(
     best, last = (run.folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     go_on = run.resumed and last.is_file()
     trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)
+    model.requires_grad_(False)  # what is frozen runs faster
     trainer.test(model, data, ckpt_path=str(best), weights_only=True, verbose=False)
 
     evaluation = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation))

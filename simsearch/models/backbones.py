@@ -119,6 +119,12 @@ class Backbone(nn.Module):
         y, x = max(0, self.min_side - height), max(0, self.min_side - width)
         return F.pad(pixels, (x // 2, x - x // 2, y // 2, y - y // 2), mode="replicate")
 
+    def prepare(self, images: Tensor) -> None:
+        """Lets a network that computes something from training images uint8 (N, 3, H, W) do so, before training."""
+        if hasattr(self.network, "prepare"):
+            with torch.no_grad():
+                self.network.prepare(self.preprocess(images[:5000].to(self.mean.device)))  # type: ignore[operator]
+
     def forward(self, image: Tensor, size: int | None = None) -> Tensor:
         size = size or self.size
         pixels = self.preprocess(image, size).contiguous(memory_format=torch.channels_last)

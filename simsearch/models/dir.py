@@ -77,6 +77,7 @@ class RegionNetwork(nn.Module):
 
         Raises ValueError where there are fewer region vectors than dimensions.
         """
+        self.backbone.prepare(images)
         few = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: self.sample]
         moments = Moments.zeros(self.backbone.channels)
         training = self.training

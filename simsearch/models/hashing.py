@@ -48,7 +48,8 @@ class HashNetwork(nn.Module):
         self.backbone.provenance = facts
 
     def prepare(self, images: Tensor) -> None:
-        """Nothing is taken from the training images before training."""
+        """Lets the backbone take from the training images uint8 (N, 3, H, W) what it computes."""
+        self.backbone.prepare(images)
 
     def pool(self, maps: Tensor) -> Tensor:
         """Region vectors (B, R, C) of the backbone's maps (B, C, h, w)."""

@@ -125,6 +125,8 @@ class TrainedRetriever(pl.LightningModule):
         if cache is not None:
             if not hasattr(network, "pool"):
                 raise ValueError("model.cache keeps the maps of a backbone, and this network has none: set it to null")
+            if getattr(network, "scales", (1.0,)) != (1.0,):
+                raise ValueError("model.cache keeps maps of one size: set it to null, or model.network.scales=[1.0]")
             network.backbone.requires_grad_(False)  # type: ignore[union-attr, operator]
         if freeze_batchnorm:
             for module in network.modules():
@@ -204,6 +206,10 @@ class TrainedRetriever(pl.LightningModule):
         fits = {n: v for n, v in saved.items() if n in own and own[n].shape == v.shape}
         if not any(n in dict(self.network.named_parameters()) for n in fits):
             raise ValueError(f"model.start: no tensor of {file} fits this network")
+        if self.cache is not None and any(
+            n.startswith("backbone.") and not v.equal(own[n].cpu()) for n, v in fits.items()
+        ):
+            raise ValueError(f"model.cache keeps maps of other weights than the backbone in {file} has: set it to null")
         new = sorted(set(own) - set(fits))
         if self.trainer.is_global_zero:
             print(f"starting from {file}: {len(fits)} tensors; new: {', '.join(new[:4]) or 'none'}", file=sys.stderr)
