@@ -1,10 +1,16 @@
-"""Bootstrap intervals against what statistics says of them."""
+"""Intervals and paired tests against what statistics says of them, SciPy and enumeration."""
+
+import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 
-from simsearch.functional.significance import bootstrap_interval
+from simsearch.functional.significance import bootstrap_interval, holm, paired_bootstrap, paired_permutation
 
 
 def normal(q: int, m: int, seed: int = 0) -> torch.Tensor:
@@ -77,3 +83,118 @@ def test_errors():
             bootstrap_interval(torch.zeros(4, 1), confidence=confidence)
     with pytest.raises(ValueError, match="at least 1 resample, got 0"):
         bootstrap_interval(torch.zeros(4, 1), resamples=0)
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=8))
+@settings(max_examples=60, deadline=None)
+def test_permutation_of_few_queries_counts_every_sign_pattern(differences):
+    """Small integers: sums are exact, ties are many."""
+    d = np.array(differences)
+    patterns = itertools.product((1, -1), repeat=len(d))
+    sums = [abs(sum(s * x for s, x in zip(signs, d, strict=True))) for signs in patterns]
+    expected = np.mean([s >= abs(d.sum()) for s in sums])
+    a = torch.tensor(d / 8 + 0.5)
+    assert paired_permutation(a, torch.full_like(a, 0.5)) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("q", [6, 12])
+def test_permutation_agrees_with_scipy_exactly(q):
+    a, b = normal(q, 2, seed=q).T
+    theirs = stats.permutation_test((a.numpy(), b.numpy()), lambda x, y, axis: np.mean(x - y, axis=axis),
+                                    permutation_type="samples", vectorized=True, n_resamples=np.inf)  # fmt: skip
+    assert paired_permutation(a, b) == pytest.approx(theirs.pvalue, abs=1e-12)
+
+
+def test_permutation_of_many_queries_agrees_with_the_t_test():
+    for shift in (0.0, 0.05, 0.1):
+        a, b = normal(500, 2, seed=1).T
+        p = paired_permutation(a + shift, b, resamples=20_000)
+        assert p == pytest.approx(float(stats.ttest_rel(a + shift, b).pvalue), abs=0.015)
+
+
+def test_permutation_says_nothing_is_different_once_in_twenty():
+    """Under the null the p-value is uniform: of 400 samples about 20 are below .05."""
+    pairs = normal(40, 800, seed=2)
+    p = [paired_permutation(pairs[:, 2 * i], pairs[:, 2 * i + 1], resamples=199) for i in range(400)]
+    assert 8 <= sum(value <= 0.05 for value in p) <= 34
+
+
+@given(st.integers(1, 40), st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_permutation_knows_no_order_no_scale_and_no_queries_without_values(q, seed):
+    a, b = normal(q, 2, seed=seed).T
+    p = paired_permutation(a, b, resamples=300)
+    assert 1 / 301 <= p <= 1
+    assert paired_permutation(b, a, resamples=300) == p
+    assert paired_permutation(4 * a, 4 * b, resamples=300) == p
+    missing = torch.tensor([torch.nan, 1.0], dtype=torch.float64)
+    more = torch.cat([a, missing]), torch.cat([b, missing.flip(0)])
+    assert paired_permutation(*more, resamples=300) == p
+
+
+def test_permutation_of_equal_systems_and_of_clearly_different_ones():
+    a = normal(200, 1)[:, 0]
+    assert paired_permutation(a, a) == 1
+    assert paired_permutation(a + 1, a, resamples=999) == pytest.approx(1 / 1000)
+
+
+def test_permutation_of_ten_thousand_queries_stays_small_in_memory():
+    a, b = normal(10_000, 2).T
+    tracemalloc.start()
+    paired_permutation(a, b, resamples=2_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60e6, "2,000 x 10,000 signs as float64 would be 160 MB"
+
+
+def test_paired_interval_is_that_of_the_differences_and_narrower_than_of_each():
+    common = normal(300, 1, seed=5)
+    a, b = (common + 0.1 * normal(300, 2, seed=6)).T
+    difference, low, high = paired_bootstrap(a + 0.02, b)
+    assert difference == pytest.approx(float((a + 0.02 - b).mean()), abs=1e-12)
+    half = 1.96 * float((a - b).std()) / 300**0.5
+    assert (low, high) == pytest.approx((difference - half, difference + half), abs=0.25 * half)
+    alone = bootstrap_interval(a[:, None])[0]
+    assert high - low < 0.5 * float(alone[1] - alone[0])
+    b[::3] = torch.nan
+    kept = ~b.isnan()
+    assert paired_bootstrap(a, b) == paired_bootstrap(a[kept], b[kept])
+
+
+@pytest.mark.parametrize("test", [paired_bootstrap, paired_permutation])
+def test_paired_values_must_be_of_the_same_queries(test):
+    with pytest.raises(ValueError, match="same queries"):
+        test(torch.zeros(3), torch.zeros(4))
+    with pytest.raises(ValueError, match="same queries"):
+        test(torch.zeros(3, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="nothing to compare"):
+        test(torch.zeros(3), torch.full((3,), torch.nan))
+    with pytest.raises(ValueError, match="at least 1 resample"):
+        test(torch.zeros(3), torch.ones(3), resamples=0)
+
+
+def test_holm_on_a_hand_worked_example():
+    found = holm(torch.tensor([0.01, 0.04, 0.03, 0.005, 0.9], dtype=torch.float64))
+    # ascending .005 x5, .01 x4, .03 x3, .04 x2 (kept at .09), .9 x1
+    np.testing.assert_allclose(found, [0.04, 0.09, 0.09, 0.025, 0.9], rtol=1e-12)
+    assert len(holm(torch.zeros(0))) == 0
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p):
+    found = holm(torch.tensor(p, dtype=torch.float64))
+    assert ((found >= torch.tensor(p, dtype=torch.float64)) & (found <= 1)).all()
+    order = np.argsort(p, kind="stable")
+    for alpha in (0.01, 0.05, 0.2):
+        rejected = set()
+        for i, test in enumerate(order):
+            if p[test] * (len(p) - i) > alpha:
+                break
+            rejected.add(int(test))
+        assert {i for i, value in enumerate(found.tolist()) if value <= alpha} == rejected
+
+
+def test_holm_refuses_what_is_no_p_value():
+    for wrong in (torch.tensor([0.1, 1.2]), torch.tensor([torch.nan]), torch.tensor([-0.1]), torch.zeros(2, 2)):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            holm(wrong)

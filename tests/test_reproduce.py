@@ -1,0 +1,364 @@
+"""simsearch reproduce: rows, runs of equal config, verdicts; one scaled-down row is trained in earnest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import simsearch
+from omegaconf import OmegaConf
+
+from simsearch import runtime
+from simsearch.commands import reproduce
+from simsearch.commands.reproduce import Expected, Measured, comparable, exit_status, read_rows, row_files
+
+TINY = (
+    "experiment=dsh data=rendered protocol=rendered-work protocol.validation=0.2 data.styles=2 data.artists=2 "
+    "data.works=4 data.photographs=2 data.size=32 sampler.batch_size=8 model.network.bits=16 optimizer.lr=1e-4 "
+    "trainer.max_steps=4 trainer.precision=32-true trainer.check_val_every_n_epoch=1000 callbacks.neighbours=null "
+    "logger.mode=disabled callbacks.evaluation.ks=[1,10]"
+)
+BOOK = f"""
+rows:
+  dsh-tiny:
+    what: a tiny network
+    train: {TINY}
+    minutes: 10
+    seeds: [0, 1]
+    expect:
+      rendered-work: {{mAP: 0.5 ± 0.05}}
+  dsh-longer:
+    what: goes on from it
+    train: {TINY} model.network.bits=24
+    start: dsh-tiny
+    minutes: 5
+    expect:
+      rendered-work: {{mAP: 0.5 ± 0.05, P@1: 0.25 +- 0}}
+      rendered-style rerank=aqe: {{rerank/mAP: null}}
+"""
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.yaml"
+    path.write_text(BOOK, encoding="utf-8")
+    return path
+
+
+def metrics(protocol: str, **values: float) -> dict:
+    stage = {"protocol": protocol, "fingerprint": "0" * 16, "metrics": values, "intervals": {}}
+    return {"test": stage}
+
+
+class Launched:
+    """Stands for the commands that would be run: leaves what they would leave, and keeps count."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, list[str]]] = []
+        self.values = {"mAP": 0.5, "P@1": 0.25, "rerank/mAP": 0.6}
+        self.by_seed: dict[int, float] = {}
+
+    def __call__(self, command: str, arguments: list[str]) -> None:
+        self.lines.append((command, list(arguments)))
+        given = dict(argument.split("=", 1) for argument in arguments)
+        folder = Path(given["run_dir"].strip("'"))
+        if command == "evaluate":
+            folder.mkdir(parents=True)
+            (folder / "metrics.json").write_text(json.dumps(metrics(given["protocol"], **self.values)))
+            return
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if "resume" not in given:
+            config = runtime.plain(runtime.hydra.compose("train", arguments))
+            OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+        seed = OmegaConf.load(folder / "config.yaml").seed
+        value = self.by_seed.get(seed, self.values["mAP"])
+        (folder / "checkpoints/best.ckpt").write_bytes(b"weights")
+        (folder / "metrics.json").write_text(json.dumps(metrics("rendered-work", **self.values | {"mAP": value})))
+
+    @property
+    def commands(self) -> list[str]:
+        return [command for command, _ in self.lines]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
+    double = Launched()
+    monkeypatch.setattr(reproduce, "launch", double)
+    return double
+
+
+def run(rows: Path, *arguments: str, expect: int = 0):
+    return simsearch("reproduce", f"rows={rows}", f"run_root={rows.parent}/runs", *arguments, expect=expect)
+
+
+class TestRun:
+    def test_a_scaled_down_row_in_earnest(self, tmp_path):
+        """The study's own smoke row where it is there; what it trains and measures is real."""
+        files = [path for path in row_files_or_none() if "smoke-dsh-rendered" in read_rows([path])]
+        if not files:
+            pytest.skip("no study has the row smoke-dsh-rendered")
+        done = simsearch("reproduce", "row=smoke-dsh-rendered", f"run_root={tmp_path}/runs")
+        assert "smoke-dsh-rendered: reproduced" in done.stderr
+        (run,) = tmp_path.glob("runs/smoke-dsh-rendered-s0-*")
+        stage = json.loads((run / "metrics.json").read_text())["test"]
+        assert f"{stage['metrics']['mAP']:.4f}" in done.stdout
+        assert stage["model"]["weights"] == "trained"
+
+    def test_start_rows_come_first_and_finished_runs_are_used_again(self, rows, launched):
+        done = run(rows, "row=dsh-longer", expect=1)  # a measurement of which nothing is expected yet is a gap
+        assert launched.commands == ["train", "train", "evaluate"]
+        first, second, third = (dict(a.split("=", 1) for a in arguments) for _, arguments in launched.lines)
+        assert Path(first["run_dir"]).name.startswith("dsh-tiny-s0-")
+        assert second["model.start"] == first["run_dir"]
+        assert third["run"] == second["run_dir"]
+        assert (third["protocol"], third["rerank"]) == ("rendered-style", "aqe")
+        assert "0.5000 ± 0.05" in done.stdout
+        assert "nothing yet" in done.stdout
+        again = run(rows, "row=dsh-longer", expect=1)
+        assert len(launched.lines) == 3
+        assert again.stderr.count("has an equal config") == 2
+        assert again.stdout == done.stdout
+
+    def test_a_run_of_another_name_counts_and_one_of_another_config_does_not(self, rows, launched):
+        run(rows, "row=dsh-tiny")
+        (folder,) = (rows.parent / "runs").glob("dsh-tiny-*")
+        folder.rename(folder.with_name("mine"))
+        assert "runs/mine has an equal config" in run(rows, "row=dsh-tiny").stderr
+        rows.write_text(rows.read_text().replace("optimizer.lr=1e-4", "optimizer.lr=2e-4"))
+        run(rows, "row=dsh-tiny")
+        assert launched.commands == ["train", "train"]
+
+    def test_reuse_false_trains_anew_beside_it(self, rows, launched):
+        run(rows, "row=dsh-tiny")
+        run(rows, "row=dsh-tiny", "reuse=false")
+        folders = {dict(a.split("=", 1) for a in arguments)["run_dir"] for _, arguments in launched.lines}
+        assert len(folders) == 2
+
+    def test_an_interrupted_run_goes_on(self, rows, launched):
+        run(rows, "row=dsh-tiny")
+        (folder,) = (rows.parent / "runs").glob("dsh-tiny-*")
+        (folder / "metrics.json").unlink()
+        (folder / "run.json").write_text("{}")
+        done = run(rows, "row=dsh-tiny")
+        assert "going on in" in done.stderr
+        assert launched.lines[-1] == ("train", [f"run_dir={folder}", "resume=true"])
+
+    def test_an_evaluation_older_than_the_checkpoint_is_done_again(self, rows, launched):
+        run(rows, "row=dsh-longer", expect=1)
+        (folder,) = (rows.parent / "runs").glob("dsh-longer-*")
+        (evaluation,) = folder.glob("evaluations/*")
+        os.utime(folder / "checkpoints/best.ckpt", (2e9, 2e9))
+        evaluation.rename(folder / "old")
+        run(rows, "row=dsh-longer", expect=1)
+        assert launched.commands == ["train", "train", "evaluate", "evaluate"]
+
+    def test_the_mean_over_seeds_counts(self, rows, launched):
+        launched.by_seed = {0: 0.42, 1: 0.56}
+        assert "gap" in run(rows, "row=dsh-tiny", expect=1).stdout
+        done = run(rows, "row=dsh-tiny", "seeds=[0,1]")
+        assert "2 seeds: 0.4200-0.5600" in " ".join(done.stdout.replace("│", " ").split())
+        assert "0.4900" in done.stdout
+        assert "-0.0100" in done.stdout
+
+    def test_a_gap_says_how_large(self, rows, launched):
+        launched.values["mAP"] = 0.4
+        done = run(rows, "row=dsh-tiny", expect=1)
+        assert "-0.1000" in done.stdout
+        assert "dsh-tiny: gap" in done.stderr
+
+    def test_a_failed_training_is_a_gap_and_leaves_the_other_rows(self, rows, launched, monkeypatch):
+        def fail(command, arguments):
+            if any("bits=24" in argument for argument in arguments):
+                raise reproduce.Failed("`simsearch train ...` ended with status 1")
+            launched(command, arguments)
+
+        monkeypatch.setattr(reproduce, "launch", fail)
+        done = run(rows, "row=all", expect=1)
+        assert "dsh-tiny: reproduced" in done.stderr
+        assert "dsh-longer: gap: `simsearch train ...` ended with status 1" in done.stderr
+
+    def test_a_bad_exit_status_is_reported_with_its_command(self, capfd):
+        with pytest.raises(reproduce.Failed, match=r"`simsearch trian seed=1` ended with status 2"):
+            reproduce.launch("trian", ["seed=1"])
+        assert "no command 'trian'" in capfd.readouterr().err
+
+
+class TestNotRunnable:
+    @pytest.mark.parametrize(
+        ("overrides", "missing"),
+        [
+            ("data=cifar10 protocol=10k-50k data.root=/nowhere", "no CIFAR-10 in /nowhere"),
+            ("model=hashing loss=greedyhash backbone.weights=/nowhere.pth", "no weights at /nowhere.pth"),
+            ("trainer.accelerator=gpu", "an accelerator is missing"),
+        ],
+    )
+    def test_what_is_missing_is_named(self, rows, launched, monkeypatch, overrides, missing):
+        monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: False)
+        train = TINY if "cifar10" not in overrides else "experiment=dsh"
+        if "hashing" in overrides:
+            train = "data=rendered data.styles=2 data.artists=2 data.works=4 data.photographs=2 data.size=32"
+        content = (
+            f"rows:\n  a:\n    what: w\n    train: {train} {overrides}\n    minutes: 1\n    expect: {{p: {{m: null}}}}"
+        )
+        rows.write_text(content)
+        done = run(rows, "row=a", expect=2)
+        assert "a: not runnable here: " in done.stderr
+        assert missing in done.stderr
+        assert launched.lines == []
+
+    def test_other_data_are_not_compared(self, rows, launched):
+        rows.write_text("fingerprints: {rendered-work: 1234567890abcdef}\n" + rows.read_text())
+        done = run(rows, "row=dsh-tiny", expect=2)
+        assert "they belong to 1234567890abcdef" in done.stderr
+        assert launched.lines == []
+
+    def test_a_budget_counts_what_is_still_to_train(self, rows, launched):
+        assert "about 15 minutes" in run(rows, "row=dsh-longer", "budget=14", expect=2).stderr
+        run(rows, "row=dsh-tiny", "budget=14")
+        run(rows, "row=dsh-longer", "budget=14", expect=1)
+        assert launched.commands == ["train", "train", "evaluate"]
+
+
+class TestList:
+    def test_rows_with_cost_and_what_is_finished(self, rows, launched):
+        run(rows, "row=dsh-tiny")
+        out = " ".join(run(rows, "list=true").stdout.replace("│", " ").split())
+        assert "dsh-tiny a tiny network rendered-work mAP 0.5000 ± 0.05 10 0,1 0" in out
+        assert "5 0 -" in out
+
+    def test_a_row_must_be_named(self, rows):
+        assert "which row? row=<name>; there are dsh-tiny, dsh-longer" in run(rows, expect=1).stderr
+        assert "there is no row 'dsh'" in run(rows, "row=dsh", expect=1).stderr
+
+
+class TestRows:
+    @pytest.mark.parametrize(
+        ("text", "value", "tolerance"),
+        [("0.61 ± 0.01", 0.61, 0.01), (".5 +- 1e-3", 0.5, 0.001), ("-2±0", -2, 0), ("3 ± .5", 3, 0.5)],
+    )
+    def test_expected_values(self, text, value, tolerance):
+        assert Expected.of(text) == Expected(value, tolerance)
+
+    @pytest.mark.parametrize("text", ["0.61", "0.61 ± -0.1", "± 1", "a ± b", "0.6 ± 0.1 ± 0.1"])
+    def test_what_is_no_expected_value(self, text):
+        with pytest.raises(ValueError, match="no expected value"):
+            Expected.of(text)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (("start: dsh-tiny", "start: dsh-none"), "starts from dsh-none, which is no row"),
+            (("start: dsh-tiny", "start: dsh-longer"), "starts from itself"),
+            (("what: a tiny network", "wat: x"), "row dsh-tiny lacks what"),
+            (("minutes: 10", "minutes: 10\n    budget: 3"), "unknown keys budget"),
+            (("{mAP: 0.5 ± 0.05}", "{mAP: 0.5}"), "no expected value"),
+            (("rows:", "rwos:"), "no file of rows"),
+            (("rows:", "rows: ["), "no file of rows"),
+        ],
+    )
+    def test_mistakes_are_named(self, rows, change, message):
+        assert change[0] in rows.read_text()
+        rows.write_text(rows.read_text().replace(*change))
+        with pytest.raises(ValueError, match=message):
+            read_rows([rows])
+
+    def test_two_files_with_one_name(self, rows):
+        with pytest.raises(ValueError, match="rows of another file again: dsh-tiny, dsh-longer"):
+            read_rows([rows, rows])
+
+    def test_a_missing_file_and_a_bad_override_end_in_one_line(self, rows, tmp_path):
+        done = simsearch("reproduce", f"rows={tmp_path}/none.yaml", "row=a", expect=1)
+        assert "none.yaml" in done.stderr
+        rows.write_text(rows.read_text().replace("experiment=dsh", "experiment=none"))
+        done = run(rows, "row=dsh-tiny", expect=1)
+        assert "Could not find 'experiment/none'" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def measured(difference: float, tolerance: float) -> Measured:
+    return Measured("p", "mAP", (0.5 + difference,), Expected(0.5, tolerance))
+
+
+def test_a_difference_of_just_the_tolerance_is_reproduced():
+    assert [measured(d, 0.01).verdict for d in (0.01, -0.01, 0.0101, -0.0101)] == ["reproduced"] * 2 + ["gap"] * 2
+    assert Measured("p", "m", (float("nan"),), Expected(0.5, 1)).verdict == "gap"
+    assert Measured("p", "m", (0.5,), None).verdict == "gap"
+
+
+def test_exit_status():
+    outcomes = {v: reproduce.Outcome("r", v) for v in (reproduce.REPRODUCED, reproduce.GAP, reproduce.NOT_RUNNABLE)}
+    good, gap, missing = outcomes.values()
+    assert exit_status([good, good]) == 0
+    assert exit_status([good, missing]) == 2
+    assert exit_status([missing, gap, good]) == 1
+
+
+class TestComparable:
+    @pytest.fixture(autouse=True)
+    def _hydra(self):
+        with runtime.hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+            yield
+
+    def tiny(self, **changes: object) -> dict:
+        """The tiny row's config with values changed by their dotted names."""
+        config = OmegaConf.create(reproduce.compose(tuple(shlex.split(TINY))))
+        for key, value in changes.items():
+            OmegaConf.update(config, key, value, force_add=True)
+        return OmegaConf.to_container(config)
+
+    def test_places_and_reports_do_not_count(self):
+        changes = {"run_root": "/elsewhere", "data.num_workers": 2, "logger.project": "p", "catalog.write": False}
+        changes |= {"trainer.log_every_n_steps": 7, "callbacks.progress": None, "callbacks.throughput": None}
+        assert comparable(self.tiny(**changes)) == comparable(self.tiny())
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("seed", 1), ("model.optimizer.lr", 2e-4), ("model.network.bits", 12), ("data.works", 5), ("protocol.seed", 1),
+         ("model.loss.weight", 0.1), ("data.sampler.batch_size", 4), ("trainer.precision", "bf16-mixed"),
+         ("callbacks.evaluation.ks", [1]), ("callbacks.evaluation.index.factory", "BHNSW16"),
+         ("callbacks.ema", {"_target_": "x.Y"}), ("callbacks.checkpoint.monitor", "val/mAP"),
+         ("model.start", "/some/where"), ("trainer.accumulate_grad_batches", 2),
+         ("model.cache", {"_target_": "simsearch.cache.ArrayCache", "root": "/a"})],
+    )  # fmt: skip
+    def test_what_decides_the_numbers_counts(self, key, value):
+        assert comparable(self.tiny(**{key: value})) != comparable(self.tiny())
+
+    def test_where_a_cache_lies_does_not_count(self):
+        a, b = ({"_target_": "simsearch.cache.ArrayCache", "root": root} for root in ("/a", "/b"))
+        assert comparable(self.tiny(**{"model.cache": a})) == comparable(self.tiny(**{"model.cache": b}))
+
+    def test_a_config_from_before_an_option_came_equals_one_at_its_default(self):
+        older = self.tiny()
+        del older["model"]["head_lr"], older["model"]["start"], older["data"]["eval_batch_size"]
+        assert comparable(older) == comparable(self.tiny())
+        assert comparable(older) != comparable(self.tiny(**{"model.head_lr": 2.0}))
+
+    def test_a_start_counts_by_its_config_not_by_its_place(self, tmp_path):
+        for name, lr in (("a", 1), ("b", 1), ("c", 2)):
+            (tmp_path / name).mkdir()
+            config = self.tiny(**{"model.optimizer.lr": lr})
+            OmegaConf.save(OmegaConf.create(config), tmp_path / name / "config.yaml")
+        a, b, c = (comparable(self.tiny(**{"model.start": str(tmp_path / name)})) for name in "abc")
+        assert a == b != c
+        assert comparable(self.tiny(**{"model.start": f"{tmp_path}/a/checkpoints/best.ckpt"})) == a
+
+
+def row_files_or_none() -> list[Path]:
+    try:
+        return row_files(None)
+    except ValueError:
+        return []
+
+
+@pytest.mark.parametrize("path", row_files_or_none(), ids=lambda p: p.parent.name)
+def test_the_rows_of_each_study_compose(path):
+    book = read_rows([path])
+    with runtime.hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+        for name, row in book.items():
+            start = Path("some/run") if row.start else None
+            config = reproduce.compose(reproduce.train_overrides(book, name, row.seeds[0], start))
+            assert config["seed"] == row.seeds[0]
+            assert (config["model"].get("start") is not None) == (row.start is not None)
