@@ -99,14 +99,15 @@ class TripletMining(pl.Callback):
         share = -(-len(rows) // world)
         own = rows[rank * share : (rank + 1) * share]
         own = torch.cat([own, rows[: share - len(own)]])  # equal shares for the gather
-        training = module.training
+        modes = [(part, part.training) for part in module.modules()]
         module.eval()
         parts = []
         with torch.no_grad(), tqdm(total=len(own), desc="mining pool", unit="img", leave=False) as bar:
             for some in own.split(self.batch_size):
                 parts.append(module.embed(images[some].to(module.device)).float())
                 bar.update(len(some))
-        module.train(training)
+        for part, training in modes:
+            part.training = training
         vectors = torch.cat(parts)
         if world > 1:
             vectors = module.all_gather(vectors).flatten(0, 1)

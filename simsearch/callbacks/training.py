@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 
@@ -21,6 +23,9 @@ class Throughput(pl.Callback):
 
     def __init__(self) -> None:
         self._ready = self._seconds = self._waited = self._images = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ready = time.perf_counter()  # after a resume in the middle of an epoch no epoch start is reported
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ready = time.perf_counter()
@@ -72,6 +77,12 @@ class StepSeed(pl.Callback):
         self.batches += 1
         self._seed(trainer)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seed(trainer)  # its loaders drew from the generator, which a run resumed from here would not know
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seed(trainer)
+
     def _seed(self, trainer: pl.Trainer) -> None:
         state = np.random.SeedSequence([self.seed, trainer.global_rank, self.batches]).generate_state(1, np.uint64)
         torch.manual_seed(int(state[0] >> 1))
@@ -80,10 +91,72 @@ class StepSeed(pl.Callback):
 class SaveOnSigterm(pl.Callback):
     """On SIGTERM writes last.ckpt into the ModelCheckpoint's folder, from which `resume=true` goes on.
 
-    The batch in work is finished first; the run then ends with the signal's exit status.
+    The batch in work, or the validation, is finished first: the trainer would not run an interrupted
+    validation again. The run then ends with the signal's exit status.
     """
 
+    def __init__(self) -> None:
+        self._late, self._handler = False, signal.SIG_DFL
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._handler = signal.signal(signal.SIGTERM, self._wait)
+        self._late, trainer._signal_connector.received_sigterm = trainer.received_sigterm, False
+
+    def _wait(self, *_: Any) -> None:
+        self._late = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self._handler)
+        if self._late:
+            self._late = False
+            signal.raise_signal(signal.SIGTERM)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException):
+        if not isinstance(exception, SIGTERMException):
+            return
+        exception.code = 128 + signal.SIGTERM  # Lightning's has none, which would be success
+        if trainer.state.fn == TrainerFn.FITTING:
             folder = next(c.dirpath for c in trainer.callbacks if isinstance(c, ModelCheckpoint))
             trainer.save_checkpoint(Path(str(folder)) / "last.ckpt")
+
+
+class WeightAverage(EMAWeightAveraging):
+    """An exponential moving average of the weights, which validation, checkpoints, test and the catalog see."""
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:  # at test it would bring back the weights that were averaged
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+class EpochsAfterResume(pl.Callback):
+    """A run that is resumed from the end of an epoch begins the next one.
+
+    With max_steps the trainer (Lightning 2.6) would run the ended epoch once more, without a batch, and count
+    it twice: samplers would leave an epoch out, and check_val_every_n_epoch would meet other epochs.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epochs, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        if batches.restarting and batches.batch_progress.is_last_batch:
+            progress = epochs.epoch_progress
+            progress.current.completed, progress.total.completed = progress.current.processed, progress.total.processed
+            batches.restarting = False
+            epochs.reset_restart_stage()
+            batches.reset_restart_stage()
+
+
+class LastValidation(pl.Callback):
+    """Validates after the last of the trainer's max_steps too, wherever in an epoch that falls.
+
+    So a run that is shorter than check_val_every_n_epoch has a checkpoint to choose, and the last weights
+    are always among those that are compared.
+    """
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.enable_validation and 0 < trainer.max_steps <= trainer.global_step:
+            trainer.check_val_every_n_epoch = None
+            trainer.should_stop = True

@@ -65,6 +65,6 @@ def pooled_features(network: nn.Module, collection: Any, cache: ArrayCache) -> T
     pooled, step = [], 512
     with torch.no_grad():
         for low in tqdm(range(0, len(maps), step), desc="pool", unit_scale=step, unit="img", leave=False):
-            block = torch.from_numpy(maps[low : low + step]).to(backbone.mean.device).float()
+            block = torch.tensor(maps[low : low + step]).to(backbone.mean.device).float()
             pooled.append(network.pool(block).half().cpu())  # type: ignore[operator]
     return torch.cat(pooled)

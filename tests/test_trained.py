@@ -1,0 +1,492 @@
+"""The LightningModule of the trained families: parameter groups, slices, warm start, and trainings by config alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import simsearch
+from safetensors.torch import load_file
+from test_resume import DATA, DSH, HASHING, checkpoint, numbers
+from torch import Tensor, nn
+
+from simsearch.cache import ArrayCache
+from simsearch.losses.classification import ClassificationLoss
+from simsearch.losses.dsh import DSHLoss
+from simsearch.models.backbones import timm_backbone
+from simsearch.models.dir import RegionNetwork
+from simsearch.models.dsh import DSHNetwork
+from simsearch.models.hashing import HashNetwork
+from simsearch.models.pooling import RMAC, Average
+from simsearch.models.trained import TrainedRetriever, parameter_groups
+
+SGD = partial(torch.optim.SGD, lr=0.1)
+FLOAT32 = "trainer.precision=32-true"
+
+
+def hashing(bits: int = 8, **arguments: Any) -> HashNetwork:
+    torch.manual_seed(0)
+    return HashNetwork(timm_backbone("test_efficientnet", "random", 32), Average(), bits, **arguments)
+
+
+def images(count: int = 8, side: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+
+
+def batch(count: int = 8) -> dict[str, Tensor]:
+    return {"image": images(count), "label": torch.arange(count) % 3, "index": 100 + torch.arange(count)}
+
+
+def train(run: Path, *arguments: str, expect: int = 0):
+    return simsearch("train", *DATA, *arguments, f"run_dir={run}", expect=expect)
+
+
+# ------------------------------------------------------------------------------ parameter groups
+
+
+def rates(network: nn.Module, loss: nn.Module, **settings: Any) -> dict[str, tuple[float, float]]:
+    """Of each parameter its rate and decay; asserts that none comes twice."""
+    names = {id(p): n for n, p in [*network.named_parameters(prefix="net"), *loss.named_parameters(prefix="loss")]}
+    found: dict[str, tuple[float, float]] = {}
+    for group in parameter_groups(network, loss, **settings):
+        for parameter in group["params"]:
+            assert names[id(parameter)] not in found
+            found[names[id(parameter)]] = (pytest.approx(group["lr"]), group["weight_decay"])
+    torch.optim.SGD(parameter_groups(network, loss, **settings))  # which refuses doubles
+    return found
+
+
+def test_groups_of_the_dsh_paper():
+    network = DSHNetwork(12)
+    got = rates(network, DSHLoss(), lr=1e-3, weight_decay=0.004, bias_lr=2.0, bias_decay=False)
+    wanted = {}
+    for layer in ("conv1", "conv2", "conv3", "hidden", "head"):
+        wanted |= {f"net.{layer}.weight": (1e-3, 0.004), f"net.{layer}.bias": (2e-3, 0.0)}
+    assert got == wanted
+    assert len(parameter_groups(network, DSHLoss(), lr=1.0, weight_decay=0.1)) == 1
+
+
+def test_groups_of_a_longer_code_have_the_last_layer_at_10_and_20():
+    got = rates(DSHNetwork(48), DSHLoss(), lr=1e-4, weight_decay=0.004, head_lr=10, bias_lr=2, bias_decay=False)
+    assert got["net.head.weight"] == (1e-3, 0.004)
+    assert got["net.head.bias"] == (2e-3, 0.0)
+    assert got["net.hidden.weight"] == (1e-4, 0.004)
+    assert got["net.hidden.bias"] == (2e-4, 0.0)
+
+
+def test_groups_hold_the_loss_s_own_at_the_rate_of_the_head_and_leave_frozen_ones_out():
+    network = hashing()
+    network.backbone.requires_grad_(False)
+    got = rates(network, ClassificationLoss(8, 3), lr=0.1, weight_decay=0.5, head_lr=3.0)
+    names = ("net.head.weight", "net.head.bias", "loss.classifier.weight", "loss.classifier.bias")
+    assert got == dict.fromkeys(names, (pytest.approx(0.3), 0.5))
+
+
+def test_scales_and_shifts_of_normalisation_decay_only_where_biases_do():
+    network = hashing()
+    narrow = {f"net.{name}" for name, p in network.named_parameters() if p.ndim == 1}
+    assert any("bn1.weight" in name for name in narrow)
+    without = rates(network, DSHLoss(), lr=0.1, weight_decay=0.5, bias_decay=False)
+    assert {name for name, (_, decay) in without.items() if decay == 0} == narrow
+    assert {decay for _, decay in rates(network, DSHLoss(), lr=0.1, weight_decay=0.5).values()} == {0.5}
+
+
+def test_one_cycle_keeps_the_ratio_of_the_groups():
+    schedule = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.2, total_steps=10)
+    module = TrainedRetriever(DSHNetwork(12), DSHLoss(), SGD, schedule, head_lr=10, bias_lr=2)
+    built = module.configure_optimizers()
+    optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
+    highest = [0.0] * len(optimizer.param_groups)
+    for _ in range(10):
+        now = [group["lr"] for group in optimizer.param_groups]
+        highest = [max(pair) for pair in zip(highest, now, strict=True)]
+        assert now == pytest.approx([now[0], 2 * now[0], 10 * now[0], 20 * now[0]])
+        optimizer.step()
+        scheduler.step()
+    assert highest[0] == pytest.approx(0.2, rel=0.2)
+
+
+# ------------------------------------------------------------------------------ the module alone
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("slices", [1, 3, 8, 100])
+def test_slices_give_the_gradients_of_the_whole_batch(slices, autocast):
+    gradients = []
+    for size in (None, slices):
+        module = TrainedRetriever(hashing(), DSHLoss(), SGD, freeze_batchnorm=True, slices=size).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = module.training_step(batch(), 0)
+        loss.backward()
+        gradients.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
+    assert gradients[0]["network.backbone.network.model.conv_stem.weight"].any()
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, whole in gradients[0].items():
+        # In bfloat16 a batch of another size is rounded elsewhere.
+        far = (gradients[1][name] - whole).norm() / whole.norm().clamp(min=1e-6)
+        assert far < (0.1 if autocast else 1e-4), name
+
+
+def test_slices_hold_activations_of_one_slice_only():
+    saved = {}
+    for size in (None, 2):
+        module = TrainedRetriever(hashing(), DSHLoss(), SGD, freeze_batchnorm=True, slices=size).train()
+        kept: list[int] = []
+        parameters = {p.data_ptr() for p in module.parameters()}
+
+        def pack(x: Tensor, kept=kept, parameters=parameters) -> Tensor:
+            kept.append(0 if x.data_ptr() in parameters else x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            module._embeddings(batch())
+        saved[size] = sum(kept)
+    assert saved[2] < saved[None] / 5
+
+
+class Typed(nn.Module):
+    """Notes in what precision it is called."""
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        self.seen = embeddings.dtype, torch.is_autocast_enabled("cpu"), (embeddings @ embeddings.T).dtype
+        return embeddings.square().sum()
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_the_loss_is_float32_under_autocast():
+    module = TrainedRetriever(hashing(), Typed(), SGD)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module._embeddings(batch()).dtype == torch.bfloat16
+        module.training_step(batch(), 0).backward()
+        embedded = module.eval().embed(images())
+    assert module.loss.seen == (torch.float32, False, torch.float32)
+    assert embedded.dtype == torch.float32
+    assert torch.equal(embedded, module.embed(images()))  # nor does autocast reach what is searched
+
+
+def test_frozen_batch_normalisation_stays_frozen():
+    module = TrainedRetriever(hashing(), DSHLoss(), SGD, freeze_batchnorm=True)
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    for mode in (True, False, True):
+        module.train(mode)
+        assert not any(m.training for m in norms)
+    assert module.network.head.training
+    assert not any(p.requires_grad for m in norms for p in m.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_names_step_and_rows(value):
+    class Broken(nn.Module):
+        def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+            return embeddings.square().sum() * value
+
+    module = TrainedRetriever(hashing(), Broken(), SGD)
+    with pytest.raises(ValueError, match=rf"loss is {value}.*step 0.*batch 7.*rows \[100, 101, .*lower optimizer.lr"):
+        module.training_step(batch(), 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optimizer": torch.optim.SGD}, "_partial_: true"),
+        ({"optimizer": partial(torch.optim.SGD, momentum=0.9)}, "partial with lr"),
+        ({"slices": 0}, "model.slices=0"),
+        ({"slices": 4}, "model.freeze_batchnorm=true"),
+        ({"cache": ArrayCache("nowhere"), "network": DSHNetwork(12)}, "model.cache"),
+        (
+            {
+                "cache": ArrayCache("nowhere"),
+                "network": RegionNetwork(timm_backbone("test_efficientnet", "random", 64), Average(), 4, scales=[1, 2]),
+            },
+            r"model.network.scales=\[1.0\]",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TrainedRetriever(**{"network": hashing(), "loss": DSHLoss(), "optimizer": SGD, **arguments})
+
+
+def test_provenance_says_trained_and_from_what():
+    module = TrainedRetriever(hashing(), DSHLoss(), SGD)
+    assert module.provenance["weights"] == "trained"
+    assert module.provenance["start"] == "random"
+    assert TrainedRetriever(DSHNetwork(12), DSHLoss(), SGD).provenance["start"] == "none"
+
+
+# ------------------------------------------------------------------------------ losses by yaml alone
+
+ONE_STEP = ("trainer.max_steps=1", FLOAT32)
+
+
+@pytest.mark.parametrize("loss", ["multi-similarity", "contrastive", "batch-hard", "orthohash", "greedyhash"])
+def test_a_loss_by_its_yaml(loss, tmp_path):
+    train(tmp_path / "run", *HASHING, *ONE_STEP, f"loss={loss}", "catalog.write=false", "scheduler=constant")
+    state = checkpoint(tmp_path / "run")["optimizer_states"][0]["state"]
+    assert any(entry["momentum_buffer"].any() for entry in state.values())
+
+
+def test_a_loss_of_another_library_with_parameters_joins_optimizer_and_checkpoint(tmp_path):
+    (tmp_path / "conf" / "loss").mkdir(parents=True)
+    (tmp_path / "conf" / "loss" / "mine.yaml").write_text(
+        "_target_: pytorch_metric_learning.losses.ProxyAnchorLoss\nnum_classes: 3\nembedding_size: 8\n"
+    )
+    run = tmp_path / "run"
+    search = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
+    train(run, *HASHING, *ONE_STEP, search, "loss=mine", "scheduler=constant", "model.head_lr=7", "optimizer.lr=0.01")
+    saved = checkpoint(run)
+    assert saved["state_dict"]["loss.proxies"].shape == (3, 8)
+    groups = saved["optimizer_states"][0]["param_groups"]
+    assert {round(group["lr"], 6) for group in groups} == {0.01, 0.07}
+    count = sum(len(group["params"]) for group in groups)
+    network = hashing()
+    assert count == len(list(network.parameters())) + 1
+    assert not any(name.startswith("loss") for name in load_file(run / "catalog" / "encoder.safetensors"))
+
+
+def test_a_memory_and_a_count_are_in_the_checkpoint(tmp_path):
+    bank = ("loss=xbm", "loss.start=1", "loss.size=20")
+    train(tmp_path / "a", *HASHING, "trainer.max_steps=2", *bank, "scheduler=constant", "catalog.write=false")
+    state = checkpoint(tmp_path / "a")["state_dict"]
+    assert state["loss.step"] == 2
+    assert state["loss.stored"] == 8  # the first batch was not remembered
+    assert state["loss.memory"][:8].any(1).all()
+    assert not state["loss.memory"][8:].any()
+    train(tmp_path / "b", *HASHING, "trainer.max_steps=2", "loss=hashnet", "scheduler=constant", "catalog.write=false")
+    assert checkpoint(tmp_path / "b")["state_dict"]["loss.step"] == 2
+
+
+# ------------------------------------------------------------------------------ trainings by config
+
+PLAIN = (  # plain gradient descent, its gradient left in the weights
+    *("optimizer.lr=0.01", "optimizer.momentum=0", "optimizer.weight_decay=0", "scheduler=constant", "model.head_lr=1"),
+    *("loss=classification", "loss.classes=3", "catalog.write=false", "model.freeze_batchnorm=true", FLOAT32),
+    *("data.augment=null", "trainer.max_steps=1"),
+)
+
+
+def weights(run: Path, name: str = "last") -> dict[str, Tensor]:
+    state = checkpoint(run, name)["state_dict"]
+    return {n: v for n, v in state.items() if v.is_floating_point()}
+
+
+def test_accumulated_batches_are_one_and_clipping_shortens_the_step(tmp_path):
+    train(tmp_path / "whole", *HASHING, *PLAIN, "sampler.batch_size=16")
+    train(tmp_path / "parts", *HASHING, *PLAIN, "trainer.accumulate_grad_batches=2")
+    train(tmp_path / "still", *HASHING, *PLAIN, "optimizer.lr=0")
+    train(tmp_path / "short", *HASHING, *PLAIN, "sampler.batch_size=16", "trainer.gradient_clip_val=0.001")
+    start, whole, parts, short = (weights(tmp_path / name) for name in ("still", "whole", "parts", "short"))
+
+    def step(end: dict[str, Tensor]) -> Tensor:
+        return torch.cat([(end[name] - start[name]).flatten() for name in start])
+
+    assert step(whole).norm() > 1e-3
+    torch.testing.assert_close(step(parts), step(whole), rtol=1e-3, atol=1e-7)
+    assert step(short).norm().item() == pytest.approx(0.01 * 0.001, rel=0.05)
+    assert torch.cosine_similarity(step(short), step(whole), dim=0) > 0.99
+
+
+def test_frozen_batch_normalisation_stays_as_it_was_in_a_training(tmp_path):
+    train(tmp_path / "run", *HASHING, *PLAIN)
+    state = checkpoint(tmp_path / "run")["state_dict"]
+    means = [v for n, v in state.items() if n.endswith("running_mean")]
+    assert means
+    assert not any(v.any() for v in means)  # as a random network has them
+    assert not any(v for n, v in state.items() if n.endswith("num_batches_tracked"))
+
+
+class Later(nn.Module):
+    """A loss that is no number from its sixth batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        self.calls += 1
+        return embeddings.square().mean() * (float("nan") if self.calls >= 6 else 1.0)
+
+
+def test_nan_stops_a_training_and_leaves_the_last_checkpoint(tmp_path):
+    (tmp_path / "conf" / "loss").mkdir(parents=True)
+    (tmp_path / "conf" / "loss" / "later.yaml").write_text("_target_: test_trained.Later\n")
+    search = f"hydra.searchpath=[file://{tmp_path / 'conf'}]"
+    run = tmp_path / "run"
+    arguments = (*DSH, search, "loss=later", "trainer.max_steps=20", "trainer.check_val_every_n_epoch=1")
+    done = train(run, *arguments, expect=1)
+    (line,) = (line for line in done.stderr.splitlines() if "loss is nan" in line)
+    assert "step 5 (epoch 1, batch 1, collection rows [" in line
+    assert "lower optimizer.lr" in line
+    assert "Traceback" not in done.stderr
+    saved = checkpoint(run)
+    assert saved["global_step"] == 4  # of the end of the first epoch
+    assert all(v.isfinite().all() for v in saved["state_dict"].values())
+
+
+def test_a_deterministic_training_repeats_itself(tmp_path):
+    arguments = (*HASHING, "trainer.max_steps=3", "trainer.deterministic=true", "loss=hashnet", "scheduler=constant")
+    try:
+        for name in ("a", "b"):
+            train(tmp_path / name, *arguments, "seed=3")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    train(tmp_path / "c", *arguments, "seed=4", "trainer.deterministic=false")
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+    first, again, other = (weights(tmp_path / name) for name in "abc")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+class Average64(pl.Callback):
+    """The average of the weights after each step, in double precision."""
+
+    def __init__(self) -> None:
+        self.average: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        for name, value in module.state_dict().items():
+            wide = value.detach().double().clone()
+            self.average[name] = 0.5 * (self.average[name] + wide) if name in self.average else wide
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        torch.save(self.average, Path(trainer.default_root_dir) / "average.pt")
+
+
+def test_averaged_weights_are_tested_and_cataloged(tmp_path):
+    run = tmp_path / "run"
+    train(
+        run, *HASHING, "callbacks=ema", "callbacks.ema.decay=0.5", "trainer.max_steps=5", "scheduler=constant",
+        "loss=greedyhash", "optimizer.lr=0.1", FLOAT32, "+callbacks.average._target_=test_trained.Average64",
+    )  # fmt: skip
+    average = torch.load(run / "average.pt", weights_only=True)
+    saved = checkpoint(run, "best")
+    names = [n for n, v in saved["state_dict"].items() if v.is_floating_point() and n.startswith("network.")]
+    cataloged = load_file(run / "catalog" / "encoder.safetensors")
+    for name in names:
+        torch.testing.assert_close(saved["state_dict"][name].double(), average[name], rtol=1e-4, atol=1e-5)
+        assert torch.equal(cataloged[name.removeprefix("network.")], saved["state_dict"][name])
+    far = [n for n in names if not torch.allclose(saved["current_model_state"][n], saved["state_dict"][n])]
+    assert "network.head.weight" in far
+    simsearch("evaluate", f"run={run}", f"run_dir={tmp_path / 'again'}")
+    again, first = numbers(tmp_path / "again")["test"], numbers(run)["test"]
+    assert again["metrics"] == first["metrics"]
+
+
+def test_a_run_shorter_than_the_pause_between_validations_has_a_best_checkpoint(tmp_path):
+    train(tmp_path / "run", *DSH, "trainer.max_steps=2", "catalog.write=false")
+    assert checkpoint(tmp_path / "run", "best")["global_step"] == 2
+    stages = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert set(stages) == {"val", "test"}
+
+
+# ------------------------------------------------------------------------------ starting from another run
+
+
+@pytest.fixture(scope="module")
+def short_code(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("start") / "12 bits"
+    train(run, *DSH, "trainer.max_steps=3")
+    return run
+
+
+@pytest.fixture(scope="module")
+def hashed(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("start") / "hashed"
+    train(run, *HASHING, "backbone.size=64", "trainer.max_steps=3", "scheduler=constant", "loss=greedyhash")
+    return run
+
+
+def test_a_longer_code_starts_from_the_12_bit_net(short_code, tmp_path):
+    run = tmp_path / "run"
+    arguments = (*DSH, "model.network.bits=24", "optimizer.lr=0", "trainer.max_steps=1")
+    done = train(run, *arguments, f"model.start={short_code}", "model.head_lr=10")
+    assert "new: head.bias, head.weight" in done.stderr
+    before, after = weights(short_code, "best"), weights(run)
+    assert before.keys() == after.keys()
+    for name in before:
+        if name.startswith("network.head"):
+            assert after[name].shape[0] == 24
+        else:
+            assert torch.equal(after[name], before[name]), name
+    about = json.loads((run / "metrics.json").read_text())["test"]["model"]
+    assert about["start"] == str(short_code)
+    # A checkpoint's own path does as well.
+    train(
+        tmp_path / "file", *arguments, f"model.start={short_code / 'checkpoints' / 'last.ckpt'}", "catalog.write=false"
+    )
+    assert torch.equal(weights(tmp_path / "file")["network.conv1.weight"], weights(short_code)["network.conv1.weight"])
+
+
+def test_dir_takes_the_pca_of_the_backbone_that_it_starts_from(hashed, tmp_path):
+    from test_resume import DIR
+
+    run = tmp_path / "run"
+    train(run, *DIR, "optimizer.lr=0", "trainer.max_steps=1", f"model.start={hashed}", FLOAT32)
+    before, after = weights(hashed, "best"), weights(run)
+    backbone = [name for name in before if name.startswith("network.backbone.")]
+    assert all(torch.equal(after[name], before[name]) for name in backbone)
+
+    network = RegionNetwork(timm_backbone("test_efficientnet", "random", 64), RMAC(levels=2), 8, power=0.5)
+    network.load_state_dict({n.removeprefix("network."): before[n] for n in backbone}, strict=False)
+    from simsearch import runtime
+
+    config = runtime.open_run(run).config
+    data = runtime.build_data(config)
+    network.prepare(data.collection.images[data.split.train])
+    torch.testing.assert_close(after["network.descriptor.whitening.weight"], network.head.weight.data)
+    torch.testing.assert_close(after["network.descriptor.whitening.bias"], network.head.bias.data)
+
+
+def test_the_second_stage_of_dir_goes_on_with_its_projection(tmp_path):
+    from test_resume import DIR
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    stage = ("loss=classification", "loss.classes=3", "sampler=shuffle", "sampler.batch_size=8", "callbacks=training")
+    arguments = tuple(a for a in DIR if not a.startswith(("sampler.", "callbacks.")))
+    train(first, *arguments, *stage, "trainer.max_steps=2", "catalog.write=false")
+    train(second, *DIR, "trainer.max_steps=1", "optimizer.lr=0", f"model.start={first}", "catalog.write=false")
+    before, after = weights(first, "best"), weights(second)
+    assert "loss.classifier.weight" in before
+    assert "loss.classifier.weight" not in after
+    assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_what_cannot_be_started_from_is_named(short_code, hashed, tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("no weights")
+    for number, (start, message) in enumerate(
+        [
+            (short_code, "no tensor of .* fits this network"),
+            (tmp_path, r"no weights at .*best\.ckpt"),
+            (tmp_path / "nothing.ckpt", r"no weights at .*nothing\.ckpt"),
+            (text, r"cannot read weights from .*notes\.txt"),
+        ]
+    ):
+        arguments = (*HASHING, "trainer.max_steps=1", "scheduler=constant", f"model.start={start}")
+        done = train(tmp_path / str(number), *arguments, expect=1)
+        assert "Traceback" not in done.stderr
+        assert re.search(message, done.stderr)
+
+
+def test_a_cached_backbone_trains_its_head_only_and_refuses_other_weights(hashed, tmp_path):
+    cached = (
+        f"model.cache={{_target_: simsearch.cache.ArrayCache, root: {tmp_path / 'cache'}}}",
+        *("data.augment=null", "trainer.max_steps=3", "loss=greedyhash", "scheduler=constant", "backbone.size=64"),
+    )
+    run = tmp_path / "run"
+    train(run, *HASHING, *cached)
+    assert {group["lr"] for group in checkpoint(run)["optimizer_states"][0]["param_groups"]} == {0.1}
+    simsearch("evaluate", f"run={run}", f"run_dir={tmp_path / 'again'}")
+    assert numbers(tmp_path / "again")["test"]["metrics"] == numbers(run)["test"]["metrics"]
+    refused = train(tmp_path / "other", *HASHING, *cached, f"model.start={hashed}", expect=1)
+    assert "model.cache keeps maps of other weights" in refused.stderr
+    train(tmp_path / "longer", *HASHING, *cached, f"model.start={run}", "model.network.bits=16", "catalog.write=false")
