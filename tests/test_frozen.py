@@ -233,9 +233,7 @@ class TestStoredFeatures:
         backbone.network = counting = Counting(backbone.network)
         cache = ArrayCache(tmp_path / "cache")
         first = fitted(model(cache), data, tmp_path)
-        assert (
-            2 * N <= counting.images <= 2 * N + 4
-        )  # probes of the shape
+        assert 2 * N <= counting.images <= 2 * N + 4  # probes of the shape
         arrays = sorted(np.load(path).shape for path in tmp_path.glob("cache/*/array.npy"))
         regions = 5 if isinstance(pooling, RMAC) else 1
         assert arrays == ([(N, 96, 3, 3), (N, 96, 3, 3)] if limit else [(N, regions, 96)] * 2)

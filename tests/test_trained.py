@@ -147,7 +147,7 @@ def test_slices_hold_activations_of_one_slice_only():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            module._embeddings(batch())
+            module(batch())
         saved[size] = sum(kept)
     assert saved[2] < saved[None] / 5
 
@@ -164,7 +164,7 @@ class Typed(nn.Module):
 def test_the_loss_is_float32_under_autocast():
     module = TrainedRetriever(hashing(), Typed(), SGD)
     with torch.autocast("cpu", torch.bfloat16):
-        assert module._embeddings(batch()).dtype == torch.bfloat16
+        assert module(batch()).dtype == torch.bfloat16
         module.training_step(batch(), 0).backward()
         embedded = module.eval().embed(images())
     assert module.loss.seen == (torch.float32, False, torch.float32)

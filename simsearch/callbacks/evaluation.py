@@ -37,7 +37,7 @@ class Evaluation:
 
     metrics: name -> value, means over queries; names under `index/` are of what the index returned,
     those under `rerank/` of the full ranking after re-ranking; under `code/` is the health of codes
-    (functional.code_statistics), `code/empty_ball@2` the share of queries with nothing within distance 2.
+    (functional.code_statistics), `code/empty_ball@2` the share of queries with nothing else within distance 2.
     intervals: name -> (low, high), 95% bootstrap over queries. per_query: name -> float64 (Q,).
     query, gallery: what was compared. found: the index's answer without junk, ids are gallery
     positions. index: the built index.
@@ -111,7 +111,8 @@ def evaluate(
         "queries_without_relevant": float((relevant == 0).sum()),
     }
     if gallery.bits is not None:
-        metrics["code/empty_ball@2"] = float((found.scores[:, 0] < -2).double().mean())
+        others, _ = _search(index, query, find_junk(query, gallery, exclude_self=True), k=1)
+        metrics["code/empty_ball@2"] = float((others.scores[:, 0] < -2).double().mean())
     return Evaluation(metrics, intervals, per_query, query, gallery, found, index)
 
 

@@ -67,7 +67,10 @@ class TripletMining(pl.Callback):
         self._log_staleness(trainer, pl_module)
         vectors = self._describe(trainer, pl_module, rows)
         labels = data.collection.column(data.split.test.attribute)[rows]
-        triplets, losses = hardest_triplets(vectors, labels, margin=self.margin, per_query=self.per_query)
+        mined = None
+        if trainer.is_global_zero:  # rounding may differ between machines: one decides for all
+            mined = hardest_triplets(vectors, labels, margin=self.margin, per_query=self.per_query)
+        triplets, losses = trainer.strategy.broadcast(mined)
         if len(triplets) == 0:
             raise ValueError(
                 f"no triplet of the {len(rows)} images in the pool is within the margin {self.margin}: the network "
@@ -104,7 +107,8 @@ class TripletMining(pl.Callback):
         parts = []
         with torch.no_grad(), tqdm(total=len(own), desc="mining pool", unit="img", leave=False) as bar:
             for some in own.split(self.batch_size):
-                parts.append(module.embed(images[some].to(module.device)).float())
+                batch = {"image": images[some].to(module.device), "index": some}
+                parts.append(module(batch).float())
                 bar.update(len(some))
         for part, training in modes:
             part.training = training

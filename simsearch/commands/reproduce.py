@@ -41,7 +41,7 @@ _IDLE = {
     # Pictures, logging and resuming; a callback that is not listed counts.
     "callbacks": (
         *("neighbours", "progress", "throughput", "learning_rate"),
-        *("sigterm", "last", "last_validation", "epochs"),
+        *("sigterm", "last", "epochs"),
     ),
 }
 _CHOOSES = ("monitor", "mode")  # of a ModelCheckpoint: which checkpoint is tested

@@ -3,7 +3,8 @@
 All of it works on unit vectors and inner products. Two kinds of result serve a full ranking: new
 vectors of query and gallery, or a shortlist in a new order that goes ahead of the rest. Similarities
 are computed in blocks; what is kept is lists of K neighbours. A query's own copies and its group
-(junk) are left out of its list by `nearest`, so that nothing below can see them.
+(junk) are left out of its own list by `nearest`; lists of gallery items are of the whole gallery, where
+what is junk to one query may stand.
 
 Nothing here looks at other queries: what is measured is what a single searcher gets.
 """

@@ -30,8 +30,9 @@ class ClassificationLoss(nn.Module):
     Embeddings are taken as they are, without sign or norm. smoothing: share of the target spread evenly
     over all classes, in [0, 1).
 
-    The baseline that Sablayrolles, Douze, Usunier, Jégou 2016, "How should we evaluate supervised hashing?",
-    ask a code to be held against; Gordo et al. 2016 train by it before they train by triplets.
+    With codes it is the baseline in the spirit of Sablayrolles, Douze, Usunier, Jégou 2016, "How should we
+    evaluate supervised hashing?", here by the signs of what the classifier reads (theirs encode its output).
+    Gordo et al. 2016 train by it before they train by triplets.
     """
 
     def __init__(self, dimension: int, classes: int, smoothing: float = 0.0) -> None:

@@ -14,7 +14,8 @@ class CrossBatchMemory(nn.Module):
     pytorch-metric-learning way, loss(embeddings, labels, pairs, reference embeddings, reference labels).
     size: rows of the memory, at least a batch. dimension: D. start: so many first training batches are
     held against themselves alone and not remembered, while embeddings still move fast. Outside of
-    training the batch is held against itself and the memory stays as it is.
+    training the batch is held against itself and the memory stays as it is. On several ranks gather their
+    embeddings (model.gather=true): buffers are those of rank 0, whose memory would be the only one.
 
     Memory, fill and counts are buffers. The library's own CrossBatchMemory keeps its place in the queue
     and whether it is full as plain attributes, which no state dict holds, so that a resumed run would

@@ -14,7 +14,6 @@ import re
 import warnings
 from bisect import bisect_left
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -137,9 +136,7 @@ class Backbone(nn.Module):
                     raise ValueError(f"{self.name}: {error}") from error
                 warnings.warn(f"{self.name} runs on torch: {error}", stacklevel=2)
                 self.runtime = "torch"
-        inference = pixels.is_cuda and not torch.is_grad_enabled()
-        with torch.autocast("cuda", torch.bfloat16, enabled=inference) if inference else nullcontext():
-            return self.network(pixels).float()
+        return self.network(pixels).float()
 
     def _exported(self, size: int) -> OnnxNetwork:
         if self.fit == "longest":

@@ -74,8 +74,8 @@ def _convolution(channels: int, out: int) -> nn.Conv2d:
     return layer
 
 
-def cifar_backbone(width: int = 64, weights: str = "random") -> Backbone:
-    """The network with 4 `width` channels for images of 32 pixels, on random weights.
+def cifar_backbone(width: int = 64, size: int = 32, weights: str = "random") -> Backbone:
+    """The network with 4 `width` channels, made for images of 32 pixels, on random weights.
 
     Raises ValueError for a width below 24 or other weights.
     """
@@ -87,7 +87,7 @@ def cifar_backbone(width: int = 64, weights: str = "random") -> Backbone:
     return Backbone(
         network,
         name=f"cifar/{width}",
-        size=32,
+        size=size,
         mean=(125.3, 123.0, 113.9),
         std=(63.0, 62.1, 66.7),
         provenance={

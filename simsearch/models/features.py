@@ -37,7 +37,7 @@ def collection_features(
         parts |= {"compute": "bfloat16"}
 
     def features(batch: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             maps = backbone(batch.to(device), size)
             return maps if pool is None else pool(maps)
 

@@ -91,7 +91,7 @@ class TrainedRetriever(pl.LightningModule):
     freeze_batchnorm: batch normalisation stays as it is, statistics and all, which small batches want.
     slices: where memory is short, the batch goes through the network in slices of so many images,
     forward without stored activations and backward one after another (the streams of Gordo et al.
-    2016); gradients are those of the whole batch, for which batch normalisation must be frozen. cache:
+    2016); gradients are those of the whole batch, without dropout and with frozen batch normalisation. cache:
     trains on a frozen backbone, whose maps of the whole collection are computed once, kept there and
     pooled in memory; images can't be augmented then. gather: the loss sees the embeddings of all ranks,
     and its gradient is that of one large batch.
@@ -127,7 +127,12 @@ class TrainedRetriever(pl.LightningModule):
                 raise ValueError("model.cache keeps the maps of a backbone, and this network has none: set it to null")
             if getattr(network, "scales", (1.0,)) != (1.0,):
                 raise ValueError("model.cache keeps maps of one size: set it to null, or model.network.scales=[1.0]")
+            if hasattr(network.backbone.network, "prepare"):  # type: ignore[union-attr]
+                raise ValueError("model.cache: this backbone is made from the training images; train it instead")
             network.backbone.requires_grad_(False)  # type: ignore[union-attr, operator]
+            for name, module in network.named_modules():
+                if name.endswith("pooling") and any(p.requires_grad for p in module.parameters()):
+                    raise ValueError("model.cache keeps what is pooled: pooling.trainable must be false")
         if freeze_batchnorm:
             for module in network.modules():
                 if isinstance(module, _BATCHNORM):
@@ -246,7 +251,7 @@ class TrainedRetriever(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler(optimizer), "interval": "step"}}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        embeddings, labels = self._embeddings(batch).float(), batch["label"]
+        embeddings, labels = self(batch).float(), batch["label"]
         if self.gather:
             embeddings, labels = gather_rows(embeddings), gather_rows(labels)
         with torch.autocast(self.device.type, enabled=False):
@@ -261,7 +266,8 @@ class TrainedRetriever(pl.LightningModule):
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
 
-    def _embeddings(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> Tensor:
+        """Embeddings (B, D) of a training batch, at one scale and in the trainer's precision."""
         if self._pooled is not None:
             regions = self._pooled[batch["index"].cpu()].to(self.device).float()
             return self.network.describe(regions)  # type: ignore[operator]
@@ -270,20 +276,21 @@ class TrainedRetriever(pl.LightningModule):
         parts = batch["image"].split(self.slices)
         return torch.cat([recompute(self.network, part, use_reentrant=False) for part in parts])
 
-    def _measured(self, batch: Batch) -> Tensor:
+    def describe(self, batch: Batch) -> Tensor:
+        """Embeddings float32 (B, D) of a batch, of its stored features where there are any."""
         if self._pooled is None:
             return self.embed(batch["image"])
         with torch.autocast(self.device.type, enabled=False):
-            return self._embeddings(batch).float()
+            return self(batch).float()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self._measured(batch)
+        return self.describe(batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self._measured(batch)
+        return self.describe(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self._measured(batch)
+        return self.describe(batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["provenance"] = dict(self.network.provenance)  # type: ignore[arg-type]
