@@ -227,6 +227,8 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
         kept[group] = _without_defaults(node)
     checkpoint = kept["callbacks"].get("checkpoint") or {}
     kept["callbacks"]["checkpoint"] = {key: checkpoint[key] for key in _CHOOSES if key in checkpoint}
+    if config["protocol"].get("validation") is None:
+        kept["callbacks"].pop("last_validation", None)  # there is none
     start = config["model"].get("start")
     if start is not None:
         path = Path(start)
