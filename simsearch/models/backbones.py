@@ -186,6 +186,7 @@ class TokenMap(nn.Module):
         if tokens == "cls" and not getattr(vit, "has_class_token", False):
             raise ValueError("backbone.tokens=cls: this network has no class token; use patch")
         self.vit, self.tokens = vit, tokens
+        vit.get_classifier().requires_grad_(False)  # type: ignore[operator]
 
     def forward(self, pixels: Tensor) -> Tensor:
         embed = self.vit.patch_embed
@@ -206,6 +207,8 @@ class _TimmMap(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        # Never run: ranks would wait for its gradients.
+        model.get_classifier().requires_grad_(False)  # type: ignore[operator]
 
     def forward(self, pixels: Tensor) -> Tensor:
         features = self.model.forward_features(pixels)
