@@ -255,7 +255,7 @@ def training_hashing() -> tuple:
     def network() -> HashNetwork:
         return HashNetwork(lite0_backbone(size=64), Average(), 48)
 
-    return _training("train-hashing-lite0-64px-batch64", network, GreedyHashLoss(48, 10), 64, 12, "32-true")
+    return _training("train-hashing-lite0-64px-batch64", network, GreedyHashLoss(48, 10), 64, 30, "32-true")
 
 
 def training_dir() -> tuple:
@@ -264,7 +264,7 @@ def training_dir() -> tuple:
     def network() -> RegionNetwork:
         return RegionNetwork(lite0_backbone(size=64), RMAC(levels=2), 128, sample=100)
 
-    return _training("train-dir-lite0-64px-batch64", network, BatchHardTripletLoss(0.1), 64, 12, "32-true")
+    return _training("train-dir-lite0-64px-batch64", network, BatchHardTripletLoss(0.1), 64, 30, "32-true")
 
 
 def _training(
