@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simsearch.functional.mining import batch_hard, draw_triplets, hardest_triplets
+from simsearch.functional.mining import batch_hard, draw_triplets, hardest_triplets, semihard_triplets
 
 
 def all_triplets(x: torch.Tensor, labels: torch.Tensor, margin: float) -> dict[int, list[tuple[float, int, int]]]:
@@ -49,6 +49,45 @@ def test_hardest_triplets_are_the_hardest_of_all(labels, seed, per_query, block,
         values = {(p, n): loss for loss, p, n in rows}
         for (_, p, n), loss in zip(triplets[mine].tolist(), losses[mine].tolist(), strict=True):
             assert values[p, n] == pytest.approx(loss, abs=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 3), min_size=1, max_size=11),
+    seed=st.integers(0, 10**6),
+    block=st.sampled_from([1, 3, 64]),
+    margin=st.sampled_from([0.5, 4.5]),
+)
+def test_semihard_triplets_are_each_positives_next_negative(labels, seed, block, margin):
+    y = torch.tensor(labels)
+    x = torch.randn(len(y), 3, generator=torch.Generator().manual_seed(seed))  # rounding decides no tie
+    generator = torch.Generator().manual_seed(seed)
+    triplets, losses = semihard_triplets(x, y, margin=margin, per_query=200, generator=generator, block=block)
+
+    def distance(a: int, b: int) -> float:
+        return float(((x[a].double() - x[b].double()) ** 2).sum())
+
+    expected = {}  # of 200 draws among at most 10 positives none is left out
+    for q, p in product(range(len(y)), repeat=2):
+        farther = [distance(q, n) for n in range(len(y)) if y[n] != y[q] and distance(q, n) > distance(q, p)]
+        if q != p and y[q] == y[p] and farther and (loss := 0.5 * (margin + distance(q, p) - min(farther))) > 0:
+            expected[q, p] = loss
+    assert {(q, p) for q, p, _ in triplets.tolist()} == set(expected)
+    assert triplets[:, 0].tolist() == sorted(triplets[:, 0].tolist())
+    for (q, p, n), loss in zip(triplets.tolist(), losses.tolist(), strict=True):
+        assert y[n] != y[q]
+        assert distance(q, n) > distance(q, p)
+        assert loss == pytest.approx(expected[q, p], abs=1e-4)
+        assert loss == pytest.approx(0.5 * (margin + distance(q, p) - distance(q, n)), abs=1e-4)
+
+
+def test_semihard_positives_are_drawn_evenly():
+    x = torch.tensor([[0.0], [0.1], [0.2], [0.3], [0.35]])
+    y = torch.tensor([0, 0, 0, 0, 1])
+    generator = torch.Generator().manual_seed(0)
+    triplets, _ = semihard_triplets(x, y, margin=1.0, per_query=3000, generator=generator)
+    positives = triplets[triplets[:, 0] == 0, 1]
+    assert torch.bincount(positives).tolist()[1:] == pytest.approx([1000, 1000, 1000], abs=120)
 
 
 def test_hardest_triplets_by_hand():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simsearch.functional.mining import draw_triplets, hardest_triplets
+from simsearch.functional.mining import draw_triplets, hardest_triplets, semihard_triplets
 
 _PROBE = 256
 
@@ -17,8 +17,9 @@ _PROBE = 256
 class TripletMining(pl.Callback):
     """Mines the triplets of each epoch of a MinedTriplets sampler from a pool of random training images.
 
-    pool: images described by the present network, shared out over ranks. per_query: hardest triplets
-    kept of each; a batch's triplets are drawn by a query, then one of its own. margin: that of the loss.
+    pool: images described by the present network, shared out over ranks. per_query: triplets kept of
+    each; a batch's triplets are drawn by a query, then one of its own. margin: that of the loss. select:
+    the hardest of each query, for labels that name one object, or semi-hard ones, for classes.
     seed: with the epoch it decides pool and draw, equally on all ranks.
 
     Logs what was mined (`mining/active`: share of pool images with a triplet within the margin,
@@ -30,12 +31,20 @@ class TripletMining(pl.Callback):
     """
 
     def __init__(
-        self, pool: int = 5000, per_query: int = 25, margin: float = 0.1, batch_size: int = 256, seed: int = 0
+        self,
+        pool: int = 5000,
+        per_query: int = 25,
+        margin: float = 0.1,
+        select: Literal["hardest", "semihard"] = "hardest",
+        batch_size: int = 256,
+        seed: int = 0,
     ) -> None:
         for name, value in (("pool", pool), ("per_query", per_query), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"callbacks.mining.{name}={value} is too small: use 1 or more")
-        self.pool, self.per_query, self.margin = pool, per_query, margin
+        if select not in ("hardest", "semihard"):
+            raise ValueError(f"callbacks.mining.select={select!r}: choose hardest or semihard")
+        self.pool, self.per_query, self.margin, self.select = pool, per_query, margin, select
         self.batch_size, self.seed = batch_size, seed
         self.step = 0
         self._probe: tuple[Tensor, Tensor] | None = None  # collection rows and descriptors as they were mined
@@ -69,7 +78,11 @@ class TripletMining(pl.Callback):
         labels = data.collection.column(data.split.test.attribute)[rows]
         mined = None
         if trainer.is_global_zero:  # rounding may differ between machines: one decides for all
-            mined = hardest_triplets(vectors, labels, margin=self.margin, per_query=self.per_query)
+            if self.select == "hardest":
+                mined = hardest_triplets(vectors, labels, margin=self.margin, per_query=self.per_query)
+            else:
+                own = generator.clone_state()  # that of the draw below must be equal on all ranks
+                mined = semihard_triplets(vectors, labels, margin=self.margin, per_query=self.per_query, generator=own)
         triplets, losses = trainer.strategy.broadcast(mined)
         if len(triplets) == 0:
             raise ValueError(

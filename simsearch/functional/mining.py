@@ -1,4 +1,4 @@
-"""Which triplets to learn from: the hardest of a pool, the hardest of a batch."""
+"""Which triplets to learn from: the hardest or the semi-hard of a pool, the hardest of a batch."""
 
 from __future__ import annotations
 
@@ -24,15 +24,7 @@ def hardest_triplets(
 
     Gordo, Almazán, Revaud, Larlus 2016, "Deep Image Retrieval" (25 a query in 5,000 images).
     """
-    if descriptors.ndim != 2 or labels.shape != (len(descriptors),):
-        raise ValueError(
-            f"descriptors must be (N, D) and labels (N,), got {tuple(descriptors.shape)} and {tuple(labels.shape)}"
-        )
-    if per_query < 1:
-        raise ValueError(f"per_query={per_query}: keep 1 triplet a query or more")
-    if (labels < 0).any():
-        raise ValueError("the pool holds unknown labels (below 0): mine labelled items only")
-    n = len(descriptors)
+    n = _check_pool(descriptors, labels, per_query)
     if n == 0:
         return labels.new_zeros(0, 3), descriptors.new_zeros(0)
     short = min(per_query, n)
@@ -52,6 +44,66 @@ def hardest_triplets(
         triplets.append(torch.stack([query[row], p[row, place // short], q[row, place % short]], dim=1))
         losses.append(hardest[row, column])
     return torch.cat(triplets), torch.cat(losses)
+
+
+def semihard_triplets(
+    descriptors: Tensor,
+    labels: Tensor,
+    *,
+    margin: float,
+    per_query: int = 25,
+    generator: torch.Generator,
+    block: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Semi-hard triplets of each item of a pool, int64 (T, 3), and their losses (T,), by query.
+
+    descriptors, labels, margin, block and the loss: as hardest_triplets has them. A query gets `per_query`
+    positives drawn with replacement, each with the nearest negative that is farther away than it; pairs whose
+    negative is not within the margin are left out, and a pair drawn twice stays twice. generator: of the CPU.
+
+    Where labels are classes, not objects, the farthest positive is often an outlier and the nearest
+    negative no mistake at all: learning from these alone pulls everything into one point.
+
+    Raises ValueError as hardest_triplets does.
+
+    Schroff, Kalenichenko, Philbin 2015, "FaceNet", section 3.2.
+    """
+    n = _check_pool(descriptors, labels, per_query)
+    centred = descriptors - descriptors.mean(0)
+    square = centred.square().sum(1)
+    order = labels.argsort(stable=True)
+    ordered = labels[order].contiguous()
+    low, high = torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
+    place = order.argsort()
+    triplets, losses = [labels.new_zeros(0, 3)], [descriptors.new_zeros(0)]
+    for query in torch.arange(n, device=labels.device).split(block):
+        positive, negative = _positive_and_negative(centred, square, labels, query)
+        nearest, name = negative.sort(dim=1)
+        others = (high - low)[query, None] - 1
+        draw = torch.rand(len(query), per_query, dtype=torch.float64, generator=generator).to(labels.device)
+        other = low[query, None] + (draw * others).long().clamp(max=n - 1)
+        p = order[(other + (other >= place[query, None]).long()).clamp(max=n - 1)]  # all of the class but itself
+        far = positive.gather(1, p)
+        next_one = torch.searchsorted(nearest, far, right=True).clamp(max=n - 1)
+        near = nearest.gather(1, next_one)
+        loss = 0.5 * (margin + far - near)
+        row, column = torch.where((others > 0) & (near > far) & (loss > 0))
+        triplets.append(torch.stack([query[row], p[row, column], name[row, next_one[row, column]]], dim=1))
+        losses.append(loss[row, column])
+    return torch.cat(triplets), torch.cat(losses)
+
+
+def _check_pool(descriptors: Tensor, labels: Tensor, per_query: int) -> int:
+    """The pool's number of items. Raises ValueError for wrong shapes, unknown labels and per_query < 1."""
+    if descriptors.ndim != 2 or labels.shape != (len(descriptors),):
+        raise ValueError(
+            f"descriptors must be (N, D) and labels (N,), got {tuple(descriptors.shape)} and {tuple(labels.shape)}"
+        )
+    if per_query < 1:
+        raise ValueError(f"per_query={per_query}: keep 1 triplet a query or more")
+    if (labels < 0).any():
+        raise ValueError("the pool holds unknown labels (below 0): mine labelled items only")
+    return len(descriptors)
 
 
 def _positive_and_negative(x: Tensor, square: Tensor, labels: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
