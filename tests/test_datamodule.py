@@ -253,8 +253,8 @@ def test_two_ranks_share_each_loader(tmp_path):
         expected |= {f"{stage}-0": task.query, f"{stage}-1": task.gallery}
     for name, rows in expected.items():
         ranks = [np.load(tmp_path / f"{name}-{rank}.npy").tolist() for rank in range(2)]
-        assert len(ranks[0]) == len(ranks[1]) == -(-len(rows) // 2)
-        assert set(ranks[0]) | set(ranks[1]) == set(rows.tolist())
+        assert abs(len(ranks[0]) - len(ranks[1])) <= 1
+        assert sorted(ranks[0] + ranks[1]) == sorted(rows.tolist())  # no padding counted twice
 
 
 # CIFAR-10 and the rendered sample

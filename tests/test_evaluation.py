@@ -138,7 +138,8 @@ class TestEvaluate:
         assert_metrics(result.metrics, brute_force(query, gallery, np.round(scores, 6)), tolerance=0.01)
         assert result.metrics["bytes_per_item"] == result.index.code_bytes
         exact = evaluate(query, gallery, FaissIndex("Flat", metric=metric), ks=KS)
-        truth, found = exact.index.search(query.vectors, 20).ids, result.index.search(query.vectors, 20).ids
+        # Of the items that tie with the 20th the first count; FAISS's own choice is another.
+        truth, found = (r.index.search(query.vectors, 36).ids[:, :20] for r in (exact, result))
         overlap = np.mean([len(set(t) & set(f)) / 20 for t, f in zip(truth.tolist(), found.tolist(), strict=True)])
         assert result.metrics["index/recall@20"] == pytest.approx(overlap, abs=1e-6)
         assert result.metrics["index/recall@20"] < 1

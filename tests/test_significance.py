@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from simsearch.functional.significance import bootstrap_interval, holm, paired_bootstrap, paired_permutation
+from simsearch.functional.significance import (
+    bootstrap_interval,
+    holm,
+    minimum_detectable_effect,
+    paired_bootstrap,
+    paired_permutation,
+)
 
 
 def normal(q: int, m: int, seed: int = 0) -> torch.Tensor:
@@ -198,3 +204,37 @@ def test_holm_refuses_what_is_no_p_value():
     for wrong in (torch.tensor([0.1, 1.2]), torch.tensor([torch.nan]), torch.tensor([-0.1]), torch.zeros(2, 2)):
         with pytest.raises(ValueError, match=r"\[0, 1\]"):
             holm(wrong)
+
+
+@pytest.mark.parametrize(("alpha", "power"), [(0.05, 0.8), (0.01, 0.9)])
+def test_a_detectable_effect_is_detected_as_often_as_said(alpha, power):
+    """4,000 samples of 120 queries whose differences have just that mean: t-tests find the stated share."""
+    a, b = normal(120, 2, seed=7).T
+    effect = minimum_detectable_effect(a, b, alpha=alpha, power=power)
+    spread = float((a - b).std())
+    samples = effect + spread * normal(120, 4000, seed=8)
+    found = (stats.ttest_1samp(samples.numpy(), 0.0).pvalue < alpha).mean()
+    assert found == pytest.approx(power, abs=0.03)
+
+
+def test_a_detectable_effect_shrinks_with_the_root_of_the_queries_and_skips_missing_ones():
+    a, b = normal(400, 2, seed=9).T
+    whole = minimum_detectable_effect(a, b)
+    assert whole == pytest.approx(2.8016 * float((a - b).std()) / 20, rel=1e-4)  # z(.975) + z(.8) = 1.95996 + 0.84162
+    assert minimum_detectable_effect(a.repeat(4), b.repeat(4)) == pytest.approx(whole / 2, rel=2e-3)
+    assert minimum_detectable_effect(3 * a, 3 * b) == pytest.approx(3 * whole)
+    b[::4] = torch.nan
+    kept = ~b.isnan()
+    assert minimum_detectable_effect(a, b) == minimum_detectable_effect(a[kept], b[kept])
+
+
+def test_a_detectable_effect_needs_sense():
+    a, b = normal(10, 2).T
+    for alpha in (0.0, 1.0):
+        with pytest.raises(ValueError, match="alpha must lie between 0 and 1"):
+            minimum_detectable_effect(a, b, alpha=alpha)
+    for power in (0.05, 1.0):
+        with pytest.raises(ValueError, match="power must lie between alpha"):
+            minimum_detectable_effect(a, b, power=power)
+    with pytest.raises(ValueError, match="at least 2"):
+        minimum_detectable_effect(a[:1], b[:1])

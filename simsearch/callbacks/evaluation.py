@@ -19,9 +19,12 @@ import torch
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
+from simsearch.callbacks.sharded_index import ShardedIndex, whole_index
 from simsearch.files import replacing, write_json
+from simsearch.functional.definitions import average_precision_definitions
 from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, measure_ranking
 from simsearch.functional.reranking import Reranker, unit_vectors
+from simsearch.functional.sharded import Sharded
 from simsearch.functional.significance import bootstrap_interval
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.metrics.retrieval import RetrievalMetrics, mean_name
@@ -29,6 +32,7 @@ from simsearch.types import Descriptors, RetrievalTask, SearchResult
 
 _LATENCY_QUERIES = 200
 _RECALL_QUERIES = 1000
+_KEPT = 10  # neighbours of a query in per_query.parquet, collection rows, -1 where fewer were found
 
 
 @dataclass(frozen=True)
@@ -39,22 +43,27 @@ class Evaluation:
     those under `rerank/` of the full ranking after re-ranking; under `code/` is the health of codes
     (functional.code_statistics), `code/empty_ball@2` the share of queries with nothing else within distance 2.
     intervals: name -> (low, high), 95% bootstrap over queries. per_query: name -> float64 (Q,).
-    query, gallery: what was compared. found: the index's answer without junk, ids are gallery
-    positions. index: the built index.
+    query, gallery: what was compared; their label and index are of all items, the vectors those of this
+    rank. found: the index's answer without junk, ids are gallery positions. index: the built index, with
+    this rank's part of the gallery. All but vectors and index are equal on all ranks.
     """
 
     metrics: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     per_query: dict[str, Tensor]
-    query: Descriptors
-    gallery: Descriptors
+    query: Sharded
+    gallery: Sharded
     found: SearchResult
     index: FaissIndex
 
+    def whole_index(self) -> FaissIndex | None:
+        """One index of the whole gallery on rank 0, None on the others. Every rank must call."""
+        return whole_index(self.index, self.gallery)
+
 
 def evaluate(
-    query: Descriptors,
-    gallery: Descriptors,
+    query: Descriptors | Sharded,
+    gallery: Descriptors | Sharded,
     index: FaissIndex,
     *,
     ks: Sequence[int] = (1, 10, 100),
@@ -68,7 +77,9 @@ def evaluate(
     `index` is filled with the gallery. The full ranking is over what the index stores: for a
     compressing index (PQ, scalar quantiser) over its decoded vectors, the queries uncompressed. The
     index's recall is against exact search of the uncompressed gallery, on at most 1,000 queries.
-    With `index_order` codes also get `mAP_index_order`, ties broken by gallery order.
+    With `index_order` codes also get `mAP_index_order`, ties broken by gallery order. A float Flat
+    index's answers are put into the order of the full ranking's scores, since FAISS rounds a score
+    by where its vectors lie.
 
     With `rerank` the metrics of the full ranking come once more, as `rerank/mAP` and so on, after
     re-ranking what the index stores by cosine (codes as vectors of + and - 1); beside them
@@ -76,22 +87,30 @@ def evaluate(
     exact search and the re-ranking; an expanded query is then searched again, which is not in it.
 
     Queries without relevant items have no value; they are counted in `queries_without_relevant`.
-    """
-    _check_kind(index, gallery.bits)
-    start = time.perf_counter()
-    index.add(gallery.vectors)
-    build_seconds = time.perf_counter() - start
 
-    ranked_query, ranked_gallery = _as_ranked(query, gallery, index)
-    per_query = measure_ranking(ranked_query, ranked_gallery, ks=ks, exclude_self=exclude_self)
+    A gallery on several ranks (Sharded; every rank must call) stays there: each ranks and indexes its part.
+    Ranks and counts of the full ranking are those of one process, and metrics within 1e-12, whatever the
+    number of ranks; those under `index/` as far as ShardedIndex answers as one index does. Build time,
+    queries per second and latency are those of the slowest rank, without the exchange between ranks.
+
+    Raises ValueError for an index of the other kind, and for `rerank` with several ranks.
+    """
+    query, gallery = Sharded.of(query), Sharded.of(gallery)
+    _check_kind(index, gallery.bits)
+    if rerank is not None:
+        _check_rerank(gallery.ranks.world)
+    filled = ShardedIndex(index, gallery)
+
+    ranked = filled.as_ranked(query)
+    per_query = measure_ranking(*ranked, ks=ks, exclude_self=exclude_self)
     if index_order and gallery.bits is not None:
         per_query["AP_index_order"] = average_precision_in_index_order(query, gallery, exclude_self=exclude_self)
-    junk = find_junk(query, gallery, exclude_self=exclude_self)
+    junk = find_junk(query, gallery.own, exclude_self=exclude_self)
     metrics: dict[str, float] = {}
     if rerank is not None:
-        reranked, metrics = _measure_reranked(rerank, query, gallery, index, junk, ks, exclude_self)
+        reranked, metrics = _measure_reranked(rerank, query, filled, junk, ks, exclude_self)
         per_query |= reranked
-    found, search_seconds = _search(index, query, junk, k=min(max(ks), len(gallery)))
+    found, search_seconds = filled.search(query, min(max(ks), len(gallery)), junk=junk)
     relevant = per_query.pop("relevant")
     per_query |= _measure_found(found, query, gallery, relevant, ks)
 
@@ -99,19 +118,20 @@ def evaluate(
     metrics |= {mean_name(n): float(v.nanmean()) for n, v in per_query.items()}
     bounds = bootstrap_interval(values, seed=seed).tolist()
     intervals = {mean_name(n): (low, high) for n, (low, high) in zip(per_query, bounds, strict=True)}
-    metrics |= _index_recall(index, query, gallery, ks, seed)
-    metrics |= _latency(index, query, k=min(10, len(gallery)))
+    metrics |= _index_recall(filled, query, ks, seed)
+    alone = filled.seconds_alone(query, _LATENCY_QUERIES, k=10)
+    metrics |= {f"index/latency_ms_p{p}": 1e3 * float(np.percentile(alone, p)) for p in (50, 95, 99)}
     metrics |= {
-        "index/build_s": build_seconds,
+        "index/build_s": filled.build_seconds,
         "index/queries_per_s": len(query) / search_seconds,
-        "index/bytes_per_item": float(index.bytes_per_item),
-        "bytes_per_item": float(index.code_bytes),
+        "index/bytes_per_item": filled.bytes_per_item,
+        "bytes_per_item": filled.code_bytes,
         "queries": float(len(query)),
         "gallery": float(len(gallery)),
         "queries_without_relevant": float((relevant == 0).sum()),
     }
     if gallery.bits is not None:
-        others, _ = _search(index, query, find_junk(query, gallery, exclude_self=True), k=1)
+        others, _ = filled.search(query, 1, junk=find_junk(query, gallery.own, exclude_self=True))
         metrics["code/empty_ball@2"] = float((others.scores[:, 0] < -2).double().mean())
     return Evaluation(metrics, intervals, per_query, query, gallery, found, index)
 
@@ -122,48 +142,34 @@ def _check_kind(index: FaissIndex, bits: int | None) -> None:
         raise ValueError(f"index {index.factory!r} does not fit the model's {kind} or another of that kind")
 
 
-def _as_ranked(query: Descriptors, gallery: Descriptors, index: FaissIndex) -> tuple[Descriptors, Descriptors]:
-    """Query and gallery so that inner products rank as the index's own (decoded) scores do."""
-    if index.is_binary:
-        return query, gallery
-    stored, wanted = _stored(gallery, index), query.vectors
-    if index.metric == "l2":
-        # -|q - x|^2 orders as q.x - |x|^2 / 2: one more column.
-        stored = torch.cat([stored, -0.5 * stored.square().sum(1, keepdim=True)], dim=1)
-        wanted = torch.cat([wanted, torch.ones(len(wanted), 1)], dim=1)
-    return (
-        Descriptors(wanted, query.label, query.index, group=query.group),
-        Descriptors(stored, gallery.label, gallery.index, group=gallery.group),
-    )
-
-
-def _stored(gallery: Descriptors, index: FaissIndex) -> Tensor:
-    """The gallery's vectors as the index holds them: decoded where it compresses."""
-    compresses = not index.is_binary and index.code_bytes < 4 * gallery.vectors.shape[1]
-    return index.reconstruct() if compresses else gallery.vectors
+def _check_rerank(world: int) -> None:
+    if world > 1:
+        raise ValueError(
+            f"re-ranking needs the whole gallery in one process, there are {world}: train with rerank=null, then "
+            "`simsearch evaluate run=... rerank=... trainer.devices=1`"
+        )
 
 
 def _measure_reranked(
     rerank: Reranker,
-    query: Descriptors,
-    gallery: Descriptors,
-    index: FaissIndex,
+    query: Sharded,
+    index: ShardedIndex,
     junk: Junk,
     ks: Sequence[int],
     exclude_self: bool,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Full-ranking metrics after re-ranking, float64 (Q,), and the times that it took."""
     start = time.perf_counter()
-    ready = rerank.fit(unit_vectors(_stored(gallery, index), gallery.bits))
+    ready = rerank.fit(unit_vectors(index.stored, query.bits))
     fitted = time.perf_counter()
-    wanted, ahead = ready.rerank(unit_vectors(query.vectors, query.bits), junk)
+    wanted, ahead = ready.rerank(unit_vectors(query.own.vectors, query.bits), junk)
     times = {
         "rerank/fit_s": fitted - start,
         "rerank/seconds_per_query": (time.perf_counter() - fitted) / len(query),
     }
     per_query = measure_ranking(
-        Descriptors(wanted, query.label, query.index, group=query.group),
-        Descriptors(ready.vectors, gallery.label, gallery.index, group=gallery.group),
+        query.with_vectors(wanted),
+        index.gallery.with_vectors(ready.vectors),
         ks=ks,
         exclude_self=exclude_self,
         ahead=ahead,
@@ -171,24 +177,8 @@ def _measure_reranked(
     return {f"rerank/{name}": value for name, value in per_query.items() if name != "relevant"}, times
 
 
-def _search(index: FaissIndex, query: Descriptors, junk: Junk, k: int) -> tuple[SearchResult, float]:
-    """The k best that are not junk, and the seconds that the search took."""
-    most = int(torch.bincount(junk.rows).max()) if len(junk.rows) else 0
-    start = time.perf_counter()
-    found = index.search(query.vectors, min(k + most, len(index)))
-    seconds = time.perf_counter() - start
-    if most:
-        g = len(index)
-        keys = torch.arange(len(query))[:, None] * g + found.ids
-        bad = torch.isin(keys, junk.rows * g + junk.columns) & (found.ids >= 0)
-        order = bad.long().argsort(dim=1, stable=True)[:, :k]
-        ids = found.ids.masked_fill(bad, -1).gather(1, order)
-        found = SearchResult(ids, found.scores.masked_fill(bad, -torch.inf).gather(1, order))
-    return found, seconds
-
-
 def _measure_found(
-    found: SearchResult, query: Descriptors, gallery: Descriptors, relevant: Tensor, ks: Sequence[int]
+    found: SearchResult, query: Sharded, gallery: Sharded, relevant: Tensor, ks: Sequence[int]
 ) -> dict[str, Tensor]:
     """P@k, R@k and AP@k (divided by min(R, k)) of the returned lists, float64 (Q,)."""
     right = (gallery.label[found.ids.clamp(min=0)] == query.label[:, None]) & (found.ids >= 0)
@@ -200,38 +190,32 @@ def _measure_found(
         metrics[f"index/P@{k}"] = hits[:, last - 1] / k
         metrics[f"index/R@{k}"] = (hits[:, last - 1] > 0).double()
         metrics[f"index/AP@{k}_minRk"] = (precision * right)[:, :last].sum(1) / relevant.clamp(min=1, max=k)
+    # One ranking by every definition of mAP@k, so that a paper's number can be translated.
+    counted = right & (relevant > 0)[:, None]  # an unknown label equals no other
+    first = torch.nn.functional.pad(counted, (0, max(ks) - right.shape[1]))
+    named = average_precision_definitions(first, relevant.long())
+    metrics |= {f"definitions/{name}": value for name, value in named.items()}
     return {name: value.masked_fill(relevant == 0, torch.nan) for name, value in metrics.items()}
 
 
-def _index_recall(
-    index: FaissIndex, query: Descriptors, gallery: Descriptors, ks: Sequence[int], seed: int
-) -> dict[str, float]:
+def _index_recall(index: ShardedIndex, query: Sharded, ks: Sequence[int], seed: int) -> dict[str, float]:
     """Share of the exact k nearest that the index returns, junk and self included, by k."""
-    few = np.random.default_rng(seed).permutation(len(query))[:_RECALL_QUERIES]
-    wanted = query.vectors[torch.from_numpy(few)]
+    few = torch.from_numpy(np.random.default_rng(seed).permutation(len(query))[:_RECALL_QUERIES])
+    gallery, binary = index.gallery, index.index.is_binary
     k = min(max(ks), len(gallery))
-    exact = FaissIndex("BFlat") if index.is_binary else FaissIndex("Flat", metric=index.metric)
-    exact.add(gallery.vectors)
-    truth, got = exact.search(wanted, k), index.search(wanted, k)
+    truth = got = index.search(query, k, chosen=few)[0]
+    if index.index.factory not in ("Flat", "BFlat"):  # these are the exact search
+        flat = FaissIndex("BFlat") if binary else FaissIndex("Flat", metric=index.index.metric)
+        truth = ShardedIndex(flat, gallery).search(query, k, chosen=few)[0]
     recall = {}
     for k in sorted({min(k, len(gallery)) for k in ks}):
-        if index.is_binary:
+        if binary:
             # Distances tie: whatever is as near as the k-th nearest is one of the nearest.
             kept = got.scores[:, :k] >= truth.scores[:, k - 1 : k]
         else:
             kept = (got.ids[:, :k, None] == truth.ids[:, None, :k]).any(2)
         recall[f"index/recall@{k}"] = float(kept.double().mean())
     return recall
-
-
-def _latency(index: FaissIndex, query: Descriptors, k: int) -> dict[str, float]:
-    """Percentiles of the milliseconds that one query alone takes."""
-    seconds = []
-    for i in range(min(_LATENCY_QUERIES, len(query))):
-        start = time.perf_counter()
-        index.search(query.vectors[i : i + 1], k)
-        seconds.append(time.perf_counter() - start)
-    return {f"index/latency_ms_p{p}": 1e3 * float(np.percentile(seconds, p)) for p in (50, 95, 99)}
 
 
 class RetrievalEvaluation(pl.Callback):
@@ -260,6 +244,8 @@ class RetrievalEvaluation(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         _check_kind(self.index, getattr(pl_module, "bits", None))  # before hours of work, not after
+        if self.rerank is not None:
+            _check_rerank(trainer.world_size)
 
     def _start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if trainer.sanity_checking:
@@ -282,9 +268,8 @@ class RetrievalEvaluation(pl.Callback):
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         task: RetrievalTask = data.task(stage)
-        with self._metrics.sync_context():
-            query, gallery = self._metrics.descriptors("query"), self._metrics.descriptors("gallery")
-            health = {f"code/{name}": value for name, value in self._metrics.code_statistics().items()}
+        query, gallery = self._metrics.sharded("query"), self._metrics.sharded("gallery")
+        health = {f"code/{name}": value for name, value in self._metrics.code_statistics(gallery.ranks).items()}
         self._metrics = None
         for part, got, expected in (("query", query, task.query), ("gallery", gallery, task.gallery)):
             if not torch.equal(got.index, expected.sort().values):
@@ -305,7 +290,7 @@ class RetrievalEvaluation(pl.Callback):
         result.metrics.update(health)
         self.results[stage] = result
         prefix = "val" if stage == "validate" else stage
-        # Every rank holds all descriptors and so the same values: nothing to reduce.
+        # Every rank has the values of all queries: nothing to reduce.
         module.log_dict({f"{prefix}/{name}": value for name, value in result.metrics.items()}, rank_zero_only=False)
         if trainer.is_global_zero:
             about = {"identity": module.identity(), **module.provenance} if hasattr(module, "provenance") else {}
@@ -367,6 +352,9 @@ def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluat
     if stage == "test":
         columns = {"index": result.query.index.numpy(), "label": result.query.label.numpy()}
         columns |= {name: value.numpy() for name, value in result.per_query.items()}
+        ids = result.found.ids[:, :_KEPT]
+        rows = result.gallery.index[ids.clamp(min=0)].masked_fill(ids < 0, -1).int()
+        columns["found"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.flatten().numpy()), rows.shape[1])
         meta = {"protocol": task.name, "fingerprint": task.fingerprint, "model": json.dumps(dict(model))}
         with replacing(folder / "per_query.parquet") as temporary:
             pq.write_table(pa.table(columns).replace_schema_metadata(meta), temporary)

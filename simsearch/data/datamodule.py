@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +10,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from simsearch.data.cifar10 import read_cifar10
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import RetrievalProtocol, Split
 from simsearch.data.samplers import Batches, ResumableLoader, ShuffledBatches
+from simsearch.functional.ragged import Ragged
+from simsearch.functional.sharded import Ranks
 from simsearch.types import Batch, RetrievalTask
 
 
@@ -40,7 +43,32 @@ class CollectionRows(Dataset):
     def __getitems__(self, positions: list[int]) -> Batch:
         """The batch of the given positions, which DataLoader asks for where this method exists."""
         rows = self.rows[positions]
-        return Batch(image=self.images[rows], label=self.labels[rows], index=rows)
+        images = self.images[rows]
+        if isinstance(images, Ragged):  # a view: a worker would send all pixels of the collection
+            images = images.packed()
+        return Batch(image=images, label=self.labels[rows], index=rows)  # type: ignore[typeddict-item]
+
+
+class OwnPart(DistributedSampler):
+    """This rank's part of a data set's positions, in one piece and without padding; all of them in one process.
+
+    It is a DistributedSampler so that a Trainer does not deal out a second time.
+    """
+
+    def __init__(self, dataset: Sized) -> None:
+        ranks = Ranks.here()
+        super().__init__(dataset, ranks.world, ranks.rank, shuffle=False)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._part)
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    @property
+    def _part(self) -> range:
+        count = len(self.dataset)  # type: ignore[arg-type]
+        return range(count * self.rank // self.num_replicas, count * (self.rank + 1) // self.num_replicas)
 
 
 class RetrievalDataModule(pl.LightningDataModule):
@@ -81,6 +109,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.augment = augment
         self.num_workers = num_workers
         self.sampler = sampler
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # few queries on many ranks
         self._collection: Collection | None = None
         self._split: Split | None = None
 
@@ -127,11 +156,18 @@ class RetrievalDataModule(pl.LightningDataModule):
         return ResumableLoader(rows, batches, _whole_batch, self.num_workers)
 
     def val_dataloader(self) -> dict[str, DataLoader]:
-        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the validation task, in its order; or none."""
+        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the validation task, in its order; or none.
+
+        Of several ranks each gets its own part, as of the test task.
+        """
         return {} if self.split.validation is None else self._evaluation_loaders("validate")
 
     def test_dataloader(self) -> dict[str, DataLoader]:
-        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the test task, in its order."""
+        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the test task, in its order.
+
+        Of several ranks each gets its own part of both: in one piece, no row twice, perhaps none. Raises
+        ValueError where there are fewer gallery images than ranks.
+        """
         return self._evaluation_loaders("test")
 
     def predict_dataloader(self) -> DataLoader:
@@ -147,9 +183,12 @@ class RetrievalDataModule(pl.LightningDataModule):
 
     def _evaluation_loaders(self, stage: Literal["validate", "test"]) -> dict[str, DataLoader]:
         task = self.task(stage)
+        world = Ranks.here().world
+        if len(task.gallery) < world:  # a rank with nothing at all would leave the others waiting
+            raise ValueError(f"{task.name} has {len(task.gallery)} gallery images: use no more processes, not {world}")
         return {
-            "query": self._loader(task.query, task.attribute, self.eval_batch_size),
-            "gallery": self._loader(task.gallery, task.attribute, self.eval_batch_size),
+            "query": self._loader(task.query, task.attribute, self.eval_batch_size, shared=True),
+            "gallery": self._loader(task.gallery, task.attribute, self.eval_batch_size, shared=True),
         }
 
     def _loader(
@@ -157,10 +196,13 @@ class RetrievalDataModule(pl.LightningDataModule):
         rows: Tensor,
         attribute: str,
         batch_size: int,
+        shared: bool = False,
     ) -> DataLoader:
+        data = CollectionRows(self.collection, rows, attribute)
         return DataLoader(
-            CollectionRows(self.collection, rows, attribute),
+            data,
             batch_size=batch_size,
+            sampler=OwnPart(data) if shared else None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=_whole_batch,

@@ -4,6 +4,9 @@ Real scores: one block of scores is sorted by value only (no argsort); the rank 
 item is then a binary search of its score, and equal scores are found by the same search.
 Hamming distances: a ranking is its histogram of b + 1 distances, so that xor, popcount and
 counting are all the work.
+
+A gallery may be spread over ranks (Sharded). Each block of queries goes to all of them, each ranks its
+own items, and counts are summed: the rankings are those of one process, on every rank.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ from torch import Tensor
 
 from simsearch.functional import ties
 from simsearch.functional.codes import code_words
+from simsearch.functional.sharded import Ranks, Sharded
 from simsearch.functional.ties import Rankings
 from simsearch.types import Descriptors, SearchResult
 
 BLOCK_BYTES = 2**27
 _CHUNK_BYTES = 2**22  # of 64-bit words that stay in a core's cache
+_LEAST_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def _join(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return rows, order[low.repeat_interleave(count) + offset]
 
 
-def find_junk(query: Descriptors, gallery: Descriptors, *, exclude_self: bool) -> Junk:
+def find_junk(query: Descriptors | Sharded, gallery: Descriptors, *, exclude_self: bool) -> Junk:
     """Pairs that no ranking counts: self matches (equal `index`), and items of the query's `group` where both
     sides have groups."""
     g = len(gallery)
@@ -99,9 +104,29 @@ class _ByLabel:
         return low, np.where(wanted < 0, low, np.searchsorted(self.label, wanted, "right"))
 
 
+def inner_products(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Inner products float32 (B, N) of rows (B, D) and (N, D), each a function of its two vectors alone.
+
+    Equal vectors tie wherever they stand, and a part of the rows has the products that the whole has, bit for
+    bit. Matrix kernels (MKL: tested; others: the tests tell) give that once there are a few rows a thread and
+    a few columns; with fewer they sum in another order. out: float32 (>= B, >= N) contiguous, to write into.
+    """
+    b, n = len(left), len(right)
+    unit = _row_unit()
+    left = torch.nn.functional.pad(left, (0, 0, 0, -b % unit))
+    right = torch.nn.functional.pad(right, (0, 0, 0, max(_LEAST_COLUMNS - n, 0))) if n < _LEAST_COLUMNS else right
+    if out is not None:
+        out = out[: len(left)]
+    return torch.mm(left, right.T, out=out)[:b, :n]
+
+
+def _row_unit() -> int:
+    return 4 * torch.get_num_threads()
+
+
 def rank_vectors(
-    query: Descriptors,
-    gallery: Descriptors,
+    query: Descriptors | Sharded,
+    gallery: Descriptors | Sharded,
     *,
     exclude_self: bool = False,
     block_bytes: int = BLOCK_BYTES,
@@ -112,105 +137,138 @@ def rank_vectors(
     Relevant is what shares the query's label; labels below 0 are relevant to nothing. The items of
     `ahead` (re-ranked shortlists) come before all others, in the order of their own scores.
     """
-    junk = find_junk(query, gallery, exclude_self=exclude_self)
-    stored = _ByLabel.of(gallery)
-    transposed = stored.vectors.T
-    # With fewer rows a thread, matrix kernels sum some columns in another order: equal vectors would not tie.
-    unit = 4 * torch.get_num_threads()
-    step = max(block_bytes // (8 * len(gallery)) // unit, 1) * unit
-    buffer = torch.empty(min(step, -(-len(query) // unit) * unit), len(gallery))
+    query, gallery = Sharded.of(query), Sharded.of(gallery)
+    ranks, g = gallery.ranks, len(gallery.own)
+    junk = find_junk(query, gallery.own, exclude_self=exclude_self)
+    stored = _ByLabel.of(gallery.own)
+    step = _block_rows(query, gallery, block_bytes)
+    buffer = torch.empty(min(step, len(query)) + _row_unit(), max(g, _LEAST_COLUMNS))
     for start in range(0, len(query), step):
         stop = min(start + step, len(query))
-        block = torch.nn.functional.pad(query.vectors[start:stop], (0, 0, 0, (start - stop) % unit))
-        scores = torch.mm(block, transposed, out=buffer[: len(block)])[: stop - start]
+        # Negative scores, so that the best sort first.
+        keys = inner_products(-query.rows(torch.arange(start, stop)), stored.vectors, buffer)
         if ahead is not None:
-            _put_ahead(scores, ahead.ids[start:stop], ahead.scores[start:stop], stored.place)
+            _put_ahead(keys, ahead.ids[start:stop], ahead.scores[start:stop], stored.place)
         rows, columns = junk.block(start, stop)
-        scores[rows, stored.place[columns]] = -torch.inf
-        yield _rank_scores(scores.numpy(), *stored.relevant(query.label[start:stop]))
+        keys[rows, stored.place[columns]] = torch.inf
+        yield _rank_keys(keys.numpy(), *stored.relevant(query.label[start:stop]), np.inf, ranks)
 
 
-def _put_ahead(scores: Tensor, ids: Tensor, new: Tensor, place: Tensor) -> None:
-    """Raises the shortlisted items' scores (B, G) above all others, equal where the new scores (B, K) are equal."""
+def _block_rows(query: Sharded, gallery: Sharded, block_bytes: int) -> int:
+    """Queries in a block, the same on all ranks: by the longest shard, or by the most relevant items of a query."""
+    _, counts = gallery.label[gallery.label >= 0].unique(return_counts=True)
+    widest = max(len(gallery.own), int(counts.max()) if len(counts) else 0, 1)
+    unit = _row_unit()
+    widest, unit = gallery.ranks.largest(torch.tensor([widest, unit])).tolist()
+    return max(block_bytes // (8 * widest) // unit, 1) * unit
+
+
+def _put_ahead(keys: Tensor, ids: Tensor, new: Tensor, place: Tensor) -> None:
+    """Sets the shortlisted items' keys (B, G) before all others, equal where the new scores (B, K) are equal."""
     lower = torch.nn.functional.pad(new[:, 1:] < new[:, :-1], (1, 0))
     level = new.shape[1] - lower.cumsum(1)
     rows, columns = (ids >= 0).nonzero(as_tuple=True)
     # Exact in float32, and no inner product of descriptors is near 2^100.
-    scores[rows, place[ids[rows, columns]]] = level[rows, columns] * 2.0**100
+    keys[rows, place[ids[rows, columns]]] = level[rows, columns] * -(2.0**100)
 
 
-def _rank_scores(scores: np.ndarray, low: np.ndarray, high: np.ndarray) -> Rankings:
-    """Rankings of a block of scores (B, G), relevant low[i]:high[i], junk -inf. Sorts `scores` in place."""
-    b, g = scores.shape
-    width = int((high - low).max())
-    above = np.zeros((b, width), np.int64)
-    alone = np.zeros((b, width), bool)
-    relevant = np.zeros(b, np.int64)
-    groups: list[np.ndarray] = [np.empty((5, 0), np.int64)]
+def _rank_keys(keys: np.ndarray, low: np.ndarray, high: np.ndarray, nothing: float, ranks: Ranks) -> Rankings:
+    """Rankings of a block by ascending keys (B, g) of each rank's items, relevant low[i]:high[i].
+
+    `nothing`, above all keys, marks junk. Between ranks travel the keys of relevant items, and of each how
+    many items come before it and how many share its key. Sorts `keys` in place.
+    """
+    wanted = _all_relevant(keys, low, high, nothing, ranks)
+    relevant = (wanted < nothing).sum(1)
+    counts = np.zeros((2, *wanted.shape), np.int32)
 
     def work(part: np.ndarray) -> None:
         for i in part:
-            row = scores[i]
-            wanted = np.sort(row[low[i] : high[i]])
-            wanted = wanted[np.searchsorted(wanted, -np.inf, "right") :]  # ascending, without junk
-            r = relevant[i] = len(wanted)
-            if r == 0:
+            row, own = keys[i], wanted[i, : relevant[i]]
+            if len(row) == 0 or len(own) == 0:
                 continue
             row.sort()
-            at_or_below = np.searchsorted(row, wanted, "right")
-            tied = row[np.maximum(at_or_below - 2, 0)] == wanted
-            tied &= at_or_below >= 2
-            above[i, :r] = (g - at_or_below)[::-1]
-            alone[i, :r] = ~tied[::-1]
-            if tied.any():
-                score, hits = np.unique(wanted[tied], return_counts=True)
-                top = np.searchsorted(row, score, "right")
-                size = top - np.searchsorted(row, score, "left")
-                hits_above = r - np.searchsorted(wanted, score, "right")
-                groups.append(np.stack([np.full_like(top, i), g - top, size, hits_above, hits]))
+            first = np.searchsorted(row, own)
+            above, size = counts[:, i, : relevant[i]]
+            above[:] = first
+            size[:] = row.take(first, mode="clip") == own
+            more = row.take(first + 1, mode="clip") == own
+            if more.any():
+                size[more] = np.searchsorted(row, own[more], "right") - first[more]
 
-    _in_threads(work, b)
-    query, at, size, hits_above, hits = torch.from_numpy(np.concatenate(groups, axis=1))
+    _in_threads(work, len(keys))
+    above, size = ranks.sum(torch.from_numpy(counts)).long()
+    tied = size > 1
+    start = tied.numpy().copy()
+    start[:, 1:] &= wanted[:, 1:] != wanted[:, :-1]
+    first = torch.from_numpy(start)
+    query, slot = first.nonzero(as_tuple=True)
     return Rankings(
         torch.from_numpy(relevant),
-        torch.from_numpy(above),
-        torch.from_numpy(alone),
+        above,
+        size == 1,
         query,
-        at,
-        size,
-        hits_above,
-        hits,
+        above[query, slot],
+        size[query, slot],
+        slot,
+        torch.bincount(first[tied].cumsum(0) - 1, minlength=len(query)),
     )
 
 
-def _common_width(query: Descriptors, gallery: Descriptors) -> int:
+def _all_relevant(keys: np.ndarray, low: np.ndarray, high: np.ndarray, nothing: float, ranks: Ranks) -> np.ndarray:
+    """The keys of the relevant items of all ranks (B, T), ascending, `nothing` where a query has fewer."""
+    width = int(ranks.largest(torch.tensor((high - low).max())))
+    own = np.full((len(keys), width), nothing, keys.dtype)
+
+    def work(part: np.ndarray) -> None:
+        for i in part:
+            row = own[i, : high[i] - low[i]]
+            row[:] = keys[i, low[i] : high[i]]
+            row.sort()
+
+    _in_threads(work, len(keys))
+    if ranks.world == 1:
+        return own
+    every = ranks.stack(torch.from_numpy(own)).transpose(0, 1).flatten(1).numpy()
+    every.sort(axis=1)
+    return every[:, : int((every < nothing).sum(1).max())]
+
+
+def _common_width(query: Sharded, gallery: Sharded) -> int:
     if gallery.bits is None or query.bits != gallery.bits:
         raise ValueError(f"query and gallery must be codes of one width, got {query.bits} and {gallery.bits} bits")
     return gallery.bits
 
 
 def rank_codes(
-    query: Descriptors, gallery: Descriptors, *, exclude_self: bool = False, block_bytes: int = BLOCK_BYTES
+    query: Descriptors | Sharded,
+    gallery: Descriptors | Sharded,
+    *,
+    exclude_self: bool = False,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[Rankings]:
     """Rankings by Hamming distance, in blocks of queries: a tie group for each distance 0..b.
 
     Raises ValueError where the two sides are not codes of one width.
     """
+    query, gallery = Sharded.of(query), Sharded.of(gallery)
     bins = _common_width(query, gallery) + 1
-    junk = find_junk(query, gallery, exclude_self=exclude_self)
-    stored = _ByLabel.of(gallery)
+    own, ranks = gallery.own, gallery.ranks
+    junk = find_junk(query, own, exclude_self=exclude_self)
+    stored = _ByLabel.of(own)
     planes = np.ascontiguousarray(code_words(stored.vectors).T)  # (W, G)
     step = max(1, block_bytes // (128 * bins))
     for start in range(0, len(query), step):
         stop = min(start + step, len(query))
-        codes, label = query.vectors[start:stop], query.label[start:stop]
+        codes, label = query.rows(torch.arange(start, stop)), query.label[start:stop]
         total, hits = _distance_histograms(code_words(codes), planes, bins, *stored.relevant(label))
         rows, columns = junk.block(start, stop)
         if len(rows):
-            distance = hamming_pairs(codes[rows], gallery.vectors[columns])
-            counted = (label[rows] == gallery.label[columns]) & (label[rows] >= 0)
+            distance = hamming_pairs(codes[rows], own.vectors[columns])
+            counted = (label[rows] == own.label[columns]) & (label[rows] >= 0)
             total.index_put_((rows, distance), -torch.ones_like(rows), accumulate=True)
             hits.index_put_((rows, distance), -counted.long(), accumulate=True)
+        total, hits = ranks.sum(total), ranks.sum(hits)
         row, bin_ = hits.nonzero(as_tuple=True)
         yield Rankings(
             relevant=hits.sum(1),
@@ -291,8 +349,8 @@ def hamming_pairs(left: Tensor, right: Tensor) -> Tensor:
 
 
 def rank(
-    query: Descriptors,
-    gallery: Descriptors,
+    query: Descriptors | Sharded,
+    gallery: Descriptors | Sharded,
     *,
     exclude_self: bool = False,
     block_bytes: int = BLOCK_BYTES,
@@ -300,16 +358,21 @@ def rank(
 ) -> Iterator[Rankings]:
     """All rankings in blocks of queries: by Hamming distance for codes, by inner product else.
 
+    Where query or gallery are spread over ranks, every rank must call and take all blocks.
+
     Raises ValueError for an empty gallery, where the two sides differ in width or kind, and for
-    `ahead` with codes.
+    `ahead` with codes or with a gallery on several ranks.
     """
+    query, gallery = Sharded.of(query), Sharded.of(gallery)
     if len(gallery) == 0:
         raise ValueError("the gallery is empty: there is nothing to rank")
-    if query.bits != gallery.bits or query.vectors.shape[1] != gallery.vectors.shape[1]:
+    if query.bits != gallery.bits or query.columns != gallery.columns:
         raise ValueError(
-            f"query and gallery differ: {query.vectors.shape[1]} columns, bits {query.bits} against "
-            f"{gallery.vectors.shape[1]} columns, bits {gallery.bits}"
+            f"query and gallery differ: {query.columns} columns, bits {query.bits} against "
+            f"{gallery.columns} columns, bits {gallery.bits}"
         )
+    if ahead is not None and gallery.ranks.world > 1:
+        raise ValueError("re-ranked shortlists go with a gallery that one process holds")
     if gallery.bits is not None:
         if ahead is not None:
             raise ValueError("re-ranked shortlists go with vectors: unpack the codes first")
@@ -318,8 +381,8 @@ def rank(
 
 
 def measure_ranking(
-    query: Descriptors,
-    gallery: Descriptors,
+    query: Descriptors | Sharded,
+    gallery: Descriptors | Sharded,
     *,
     ks: Sequence[int] = (1, 10, 100),
     exclude_self: bool = False,
@@ -334,6 +397,9 @@ def measure_ranking(
     also `AP_pessimistic` and `AP_optimistic`. A k beyond the gallery counts the missing ranks as
     wrong. Peak memory beyond the descriptors is about `block_bytes`. `ahead`: re-ranked shortlists,
     which come before what the vectors rank.
+
+    Where query or gallery are spread over ranks, every rank must call; all get the values that one
+    process would, of all queries, but for the order in which float64 fractions are summed.
     """
     for k in ks:
         if k < 1:
@@ -367,7 +433,13 @@ def measure_ranking(
     return metrics
 
 
-def average_precision_in_index_order(query: Descriptors, gallery: Descriptors, *, exclude_self: bool = False) -> Tensor:
+def average_precision_in_index_order(
+    query: Descriptors | Sharded,
+    gallery: Descriptors | Sharded,
+    *,
+    exclude_self: bool = False,
+    block_bytes: int = BLOCK_BYTES,
+) -> Tensor:
     """AP of each query with equal Hamming distances ranked in gallery order, float64 (Q,).
 
     The DSH release's evaluation breaks ties so. It depends on how the gallery is sorted: report it
@@ -375,25 +447,33 @@ def average_precision_in_index_order(query: Descriptors, gallery: Descriptors, *
 
     Raises ValueError where the two sides are not codes of one width.
     """
-    _common_width(query, gallery)
-    junk = find_junk(query, gallery, exclude_self=exclude_self)
-    words, stored = code_words(query.vectors), np.ascontiguousarray(code_words(gallery.vectors).T)
-    labels = gallery.label.numpy()
-    values = np.full(len(query), np.nan)
+    query, gallery = Sharded.of(query), Sharded.of(gallery)
+    bins = _common_width(query, gallery) + 1
+    junk = find_junk(query, gallery.own, exclude_self=exclude_self)
+    stored = _ByLabel.of(gallery.own)
+    planes = np.ascontiguousarray(code_words(stored.vectors).T)  # (W, g)
+    # A distance and a position in one integer, of which no two are equal.
+    dtype = np.int32 if bins * len(gallery) < 2**31 else np.int64
+    position = np.empty(len(gallery.own), dtype)
+    position[stored.place.numpy()] = gallery.position.numpy()
+    step = _block_rows(query, gallery, block_bytes)
+    values = torch.empty(len(query), dtype=torch.float64)
+    for start in range(0, len(query), step):
+        stop = min(start + step, len(query))
+        words = code_words(query.rows(torch.arange(start, stop)))
+        keys = np.zeros((len(words), len(position)), dtype)
 
-    def work(part: np.ndarray) -> None:
-        for i in part:
-            distance = np.zeros(len(labels), np.uint16)
-            for w, plane in enumerate(stored):
-                distance += np.bitwise_count(plane ^ words[i, w])
-            keep = np.ones(len(labels), bool)
-            keep[junk.block(int(i), int(i) + 1)[1].numpy()] = False
-            wanted = int(query.label[i])
-            relevant = (labels == wanted)[keep] & (wanted >= 0)
-            order = np.argsort(distance[keep], kind="stable")
-            ranks = np.flatnonzero(relevant[order]) + 1
-            if len(ranks):
-                values[i] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
+        def work(part: np.ndarray, words: np.ndarray = words, keys: np.ndarray = keys) -> None:
+            for i in part:
+                for w, plane in enumerate(planes):
+                    keys[i] += np.bitwise_count(plane ^ words[i, w])
+                keys[i] *= len(gallery)
+                keys[i] += position
 
-    _in_threads(work, len(query))
-    return torch.from_numpy(values)
+        _in_threads(work, len(words))
+        rows, columns = junk.block(start, stop)
+        nothing = np.iinfo(dtype).max
+        keys[rows.numpy(), stored.place[columns].numpy()] = nothing
+        ranking = _rank_keys(keys, *stored.relevant(query.label[start:stop]), nothing, gallery.ranks)
+        values[start:stop] = ties.average_precision(ranking, ties.harmonic_numbers(0))
+    return values

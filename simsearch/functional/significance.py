@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -85,6 +87,28 @@ def paired_permutation(a: Tensor, b: Tensor, *, resamples: int = 10_000, seed: i
             signs = np.unpackbits(raw, axis=1, count=n).astype(np.float64)
         beyond += int((np.abs(total - 2 * (signs @ values)) >= bound).sum())
     return beyond / patterns if exact else (beyond + 1) / (patterns + 1)
+
+
+def minimum_detectable_effect(a: Tensor, b: Tensor, *, alpha: float = 0.05, power: float = 0.8) -> float:
+    """The true mean of a - b that a two-sided paired test at level `alpha` finds with the chance `power`.
+
+    a, b: float64 (Q,), values of the same queries; those for which either is NaN are left out. In units of the
+    metric, by the normal approximation (z(1 - alpha / 2) + z(power)) s / sqrt(n), s the standard deviation of the
+    differences of the n queries (Cohen 1988): a smaller difference may be real and is likely to be missed.
+
+    Raises ValueError for shapes that are not both (Q,), fewer than 2 queries with both values, an alpha outside
+    (0, 1) and a power outside (alpha, 1).
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
+    if not alpha < power < 1:
+        raise ValueError(f"power must lie between alpha ({alpha}) and 1, got {power}")
+    difference = _paired(a, b)
+    if len(difference) < 2:
+        raise ValueError("one query has no spread: a detectable effect needs at least 2")
+    normal = NormalDist()
+    steps = normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)
+    return steps * float(difference.std()) / len(difference) ** 0.5
 
 
 def _paired(a: Tensor, b: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from simsearch.functional.ranks import sum_over_ranks
+
 
 @dataclass
 class Moments:
@@ -33,6 +35,13 @@ class Moments:
         self.count += len(wide)
         self.total += wide.sum(0)
         self.outer += wide.T @ wide
+
+    def reduce(self, device: torch.device) -> None:
+        """Adds the vectors of all other ranks; `device` is that of the collectives. Every rank must call."""
+        count = torch.tensor([self.count], dtype=torch.int64)
+        self.count = int(sum_over_ranks(count, device))
+        self.total = sum_over_ranks(self.total, device)
+        self.outer = sum_over_ranks(self.outer, device)
 
     def principal(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean (D,), eigenvalues (D,) of the covariance in descending order, eigenvectors (D, D) by row.

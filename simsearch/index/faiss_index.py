@@ -115,6 +115,45 @@ class FaissIndex:
             raise ValueError("the index is trained already: make a new FaissIndex to train another")
         self._train(self._checked(vectors))
 
+    def learns(self, width: int) -> bool:
+        """Whether training learns anything from vectors of `width` columns (Flat and HNSW learn nothing).
+
+        Raises ValueError where FAISS refuses the factory at this width.
+        """
+        return not self._allocated(width).is_trained
+
+    def sample(self, count: int) -> Tensor:
+        """Positions int64 (n,) of those among `count` vectors that training learns from, in its order."""
+        if count <= self.train_size:
+            return torch.arange(count)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[: self.train_size]
+
+    def emptied(self) -> FaissIndex:
+        """An index of the same settings that learnt the same and holds nothing."""
+        other = FaissIndex(**{name: getattr(self, name) for name in _SETTINGS})
+        if self._index is not None and not _new_index(self.factory, self.metric, self._index.d).is_trained:
+            clone = faiss.clone_binary_index if self.is_binary else faiss.clone_index  # type: ignore[attr-defined]
+            empty = clone(self._index)
+            empty.reset()
+            other._finish(empty)
+        return other
+
+    def trained(self) -> Tensor:
+        """What was learnt, bytes uint8 (n,) for `load_trained`; items are left out.
+
+        Raises ValueError where nothing was learnt.
+        """
+        index = self.emptied()._index
+        if index is None:
+            raise ValueError(f"{self.factory!r} learnt nothing: there is no state to hand on")
+        write = faiss.serialize_index_binary if self.is_binary else faiss.serialize_index
+        return torch.from_numpy(write(index))
+
+    def load_trained(self, state: Tensor) -> None:
+        """Takes what an index of the same settings learnt, as `trained` gave it."""
+        read = faiss.deserialize_index_binary if self.is_binary else faiss.deserialize_index
+        self._finish(read(state.numpy()))
+
     def add(self, vectors: Tensor) -> None:
         """Appends `vectors`, which get the positions len(index), len(index) + 1, ...
 
@@ -270,11 +309,7 @@ class FaissIndex:
 
     def _train(self, array: np.ndarray) -> None:
         """Allocates an index for the arrays' width and trains it."""
-        dimension = array.shape[1] * 8 if self.is_binary else array.shape[1]
-        reason = _factory_failure(self.factory, self.metric, dimension)
-        if reason is not None:
-            raise ValueError(_explain(self.factory, self.metric, dimension, reason))
-        index = _new_index(self.factory, self.metric, dimension)
+        index = self._allocated(array.shape[1])
         if not index.is_trained:
             count = min(len(array), self.train_size)
             needed = max(_centroids(part) for part in _parts(index))
@@ -286,8 +321,7 @@ class FaissIndex:
                 )
                 raise ValueError(f"{self.factory!r} needs at least {needed} vectors to train, got {count}: {mend}")
             if count < len(array):
-                order = torch.randperm(len(array), generator=torch.Generator().manual_seed(self.seed))
-                array = array[order[:count].numpy()]
+                array = array[self.sample(len(array)).numpy()]
             if count < _ADVISED_PER_CENTROID * needed and needed > 1:
                 warnings.warn(
                     f"{self.factory!r} learns {needed} centroids from {count} vectors: fewer than the "
@@ -298,6 +332,17 @@ class FaissIndex:
                 _train_seeded(index, array, self.seed)
             except RuntimeError as error:
                 raise ValueError(f"FAISS cannot train {self.factory!r} on {count} vectors: {_reason(error)}") from None
+        self._finish(index)
+
+    def _allocated(self, width: int) -> Any:
+        dimension = width * 8 if self.is_binary else width
+        reason = _factory_failure(self.factory, self.metric, dimension)
+        if reason is not None:
+            raise ValueError(_explain(self.factory, self.metric, dimension, reason))
+        return _new_index(self.factory, self.metric, dimension)
+
+    def _finish(self, index: Any) -> None:
+        """Takes a trained index without items."""
         self._configure(index)
         self._empty_bytes = _serialised_bytes(index)
         self._index = index

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from simsearch.functional.code_statistics import CodeMoments
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.ranking import measure_ranking
+from simsearch.functional.sharded import Ranks, Sharded
 from simsearch.types import Descriptors
 
 Part = Literal["query", "gallery"]
@@ -31,6 +32,10 @@ class RetrievalMetrics(Metric):
     their junk groups, and whether they are queries or gallery. Rows that came twice (a padded
     sampler) count once. With `bits` the signs of the embeddings are compared by Hamming distance.
     `compute` gives the means over queries with at least one relevant item.
+
+    On several ranks `compute` gives each the metrics of all items, yet descriptors stay where they were
+    collected: it does not sync states but ranks each rank's gallery there (functional.sharded). The
+    explicit `sync`, as torchmetrics has it, still gathers all descriptors on every rank.
     """
 
     full_state_update = False
@@ -38,7 +43,7 @@ class RetrievalMetrics(Metric):
     is_differentiable = False
 
     def __init__(self, ks: Sequence[int] = (1, 10, 100), bits: int | None = None, exclude_self: bool = False) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         if not ks or min(ks) < 1:
             raise ValueError(f"ks must be ranks from 1, got {list(ks)}")
         self.ks, self.bits, self.exclude_self = tuple(ks), bits, exclude_self
@@ -77,7 +82,10 @@ class RetrievalMetrics(Metric):
         self.update(part, embedding, label, index, group)
 
     def descriptors(self, part: Part) -> Descriptors:
-        """The collected queries or gallery by ascending row, each row once, on the CPU."""
+        """This rank's queries or gallery by ascending row, each row once, on the CPU.
+
+        Raises ValueError where nothing was collected, and as Descriptors does.
+        """
 
         def column(name: str) -> Tensor:
             value = getattr(self, f"{part}_{name}")
@@ -87,25 +95,57 @@ class RetrievalMetrics(Metric):
                 value = torch.cat(value)
             return value.cpu()
 
-        first = torch.from_numpy(np.unique(column("index").numpy(), return_index=True)[1])
-        vectors, label, index, group = (column(name)[first] for name in ("vectors", "label", "index", "group"))
+        vectors, label, index, group = (column(name) for name in ("vectors", "label", "index", "group"))
+        first = torch.from_numpy(np.unique(index.numpy(), return_index=True)[1])
+        if not torch.equal(first, torch.arange(len(index))):  # a copy only where it is needed
+            vectors, label, index, group = (values[first] for values in (vectors, label, index, group))
         return Descriptors(vectors.contiguous(), label, index, bits=self.bits, group=group)
 
-    def code_statistics(self) -> dict[str, float]:
-        """Health of the gallery's codes (functional.code_statistics); empty for float descriptors.
+    def sharded(self, part: Part) -> Sharded:
+        """The queries or the gallery of all ranks, each row on the lowest rank that collected it.
 
-        A padded sampler's doubles count twice here.
+        Every rank must call; it may have collected nothing. Raises ValueError where all ranks collected
+        nothing, for embeddings of different widths and as Descriptors does; where another rank's items
+        are at fault RuntimeError.
+        """
+        ranks = Ranks.here(self.device)
+        vectors = getattr(self, f"{part}_vectors")
+        own_width = vectors[0].shape[-1] if len(vectors) else 0
+        width = int(ranks.largest(torch.tensor(own_width)))
+        own, error = None, None
+        try:
+            if width == 0:
+                raise ValueError(f"no {part} items were collected")
+            if own_width == 0:
+                none = torch.zeros(0, dtype=torch.int64)
+                empty = torch.zeros(0, width, dtype=torch.float32 if self.bits is None else torch.uint8)
+                own = Descriptors(empty, none, none, bits=self.bits, group=none)
+            elif own_width == width:
+                own = self.descriptors(part)
+            else:
+                raise ValueError(f"{part} embeddings have {own_width} columns here, {width} on another rank")
+        except ValueError as problem:
+            error = problem
+        ranks.raise_together(error)
+        assert own is not None
+        return Sharded.spread(own, ranks)
+
+    def code_statistics(self, ranks: Ranks = Ranks()) -> dict[str, float]:  # noqa: B008  (frozen)
+        """Health of the gallery's codes (functional.code_statistics), of all `ranks`; empty for float descriptors.
+
+        Every one of `ranks` must call. A padded sampler's doubles count twice here.
         """
         if self.bits is None:
             return {}
-        count, error = int(self.code_count), float(self.code_error)
-        return CodeMoments(count, self.code_total.cpu(), self.code_products.cpu(), error).statistics()
+        count, total, products, error = (
+            ranks.sum(getattr(self, f"code_{name}")).cpu() for name in ("count", "total", "products", "error")
+        )
+        return CodeMoments(int(count), total, products, float(error)).statistics()
 
     def per_query(self) -> dict[str, Tensor]:
-        """Metrics of each query: name -> float64 (Q,), queries by ascending row."""
-        return measure_ranking(
-            self.descriptors("query"), self.descriptors("gallery"), ks=self.ks, exclude_self=self.exclude_self
-        )
+        """Metrics of each query of all ranks: name -> float64 (Q,), queries by ascending row."""
+        query, gallery = self.sharded("query"), self.sharded("gallery")
+        return measure_ranking(query, gallery, ks=self.ks, exclude_self=self.exclude_self)
 
     def compute(self) -> dict[str, Tensor]:
         """Means over queries: name -> float64 scalar; NaN where no query has a relevant item."""

@@ -1,0 +1,220 @@
+"""One gallery in the FAISS indexes of several ranks, searched as if it were one index."""
+
+from __future__ import annotations
+
+import re
+import time
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from simsearch.functional.ranking import Junk, inner_products
+from simsearch.functional.sharded import Sharded
+from simsearch.index.faiss_index import FaissIndex
+from simsearch.types import SearchResult
+
+_BLOCK = 4096  # queries or items that travel together
+_SPARE = 16  # candidates beyond k, among which equal scores are put into gallery order
+_ROUNDING = 2e-6  # of |q| |x|, beyond what FAISS's float32 inner products err by
+
+
+class ShardedIndex:
+    """Fills `index` with this rank's part of a gallery; `search` asks all ranks' parts. Alone it is one index.
+
+    What is learnt (centroids, codebooks) is learnt on rank 0 from the vectors that one process would take, at
+    most the index's train_size, and shared. Flat and BFlat then answer exactly as one index of the whole
+    gallery. IVF, PQ and scalar quantisers do up to rounding at the borders of lists and codes, and up to FAISS's
+    choice among more than 16 items that tie with the k-th. Several HNSW graphs are another index than one.
+
+    index: empty. gallery: every rank must call, with its part. Raises ValueError as FaissIndex does.
+    """
+
+    def __init__(self, index: FaissIndex, gallery: Sharded) -> None:
+        self.index, self.gallery, self.ranks = index, gallery, gallery.ranks
+        start = time.perf_counter()
+        if self.ranks.world > 1 and index.learns(gallery.columns):
+            self._learn()
+        if len(gallery.own):
+            index.add(gallery.own.vectors)
+        self.build_seconds = self._slowest(torch.tensor([time.perf_counter() - start]))[0]
+
+    def search(
+        self, query: Sharded, k: int, *, chosen: Tensor | None = None, junk: Junk | None = None
+    ) -> tuple[SearchResult, float]:
+        """The k best of the whole gallery without junk, and the seconds that the slowest rank took for its part.
+
+        k: at most the gallery's items. chosen: int64 (n,) positions of the queries to search, or all. junk: all
+        queries' junk among this rank's items, which goes with all queries. The answers are equal on all ranks.
+        """
+        chosen = torch.arange(len(query)) if chosen is None else chosen
+        most = int(torch.bincount(junk.rows).max()) if junk is not None and len(junk.rows) else 0
+        answers, seconds = [], 0.0
+        for start in range(0, len(chosen), _BLOCK):
+            wanted = query.rows(chosen[start : start + _BLOCK])
+            ids, scores, took = self._nearest(wanted, k + most)
+            seconds += took
+            if junk is not None and most:
+                ids, scores = _without(ids, scores, *junk.block(start, start + len(wanted)), len(self.index))
+            answers.append(self._merged(ids[:, :k], scores[:, :k], k))
+        found = SearchResult(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
+        return found, self._slowest(torch.tensor([seconds]))[0]
+
+    def seconds_alone(self, query: Sharded, count: int, k: int) -> list[float]:
+        """Seconds that each of the first `count` queries takes alone, on the rank that is slowest for it."""
+        wanted = query.rows(torch.arange(min(count, len(query))))
+        seconds = torch.zeros(len(wanted))
+        for i in range(len(wanted)):
+            start = time.perf_counter()
+            if len(self.index):
+                self.index.search(wanted[i : i + 1], min(k, len(self.index)))
+            seconds[i] = time.perf_counter() - start
+        return self._slowest(seconds)
+
+    def as_ranked(self, query: Sharded) -> tuple[Sharded, Sharded]:
+        """Query and gallery so that inner products rank as the index's own (decoded) scores do."""
+        if self.index.is_binary:
+            return query, self.gallery
+        return query.with_vectors(self._lifted(query.own.vectors)), self._ranked
+
+    @cached_property
+    def stored(self) -> Tensor:
+        """This rank's vectors as the index holds them: decoded where it compresses."""
+        own = self.gallery.own.vectors
+        compresses = not self.index.is_binary and len(own) and self.index.code_bytes < 4 * own.shape[1]
+        return self.index.reconstruct() if compresses else own
+
+    @property
+    def code_bytes(self) -> float:
+        """Bytes of an item's code."""
+        own = self.index.code_bytes if len(self.index) else 0
+        return float(self.ranks.largest(torch.tensor(own)))
+
+    @property
+    def bytes_per_item(self) -> float:
+        """Bytes of the filled indexes of all ranks, without what each has before the first item, an item."""
+        n = len(self.index)
+        bytes_ = n * self.index.bytes_per_item if n else 0.0
+        total, items = self.ranks.sum(torch.tensor([bytes_, n], dtype=torch.float64)).tolist()
+        return total / items
+
+    def _learn(self) -> None:
+        rows = self.index.sample(len(self.gallery))
+        blocks = [self.gallery.rows_on_first(positions) for positions in rows.split(_BLOCK)]
+        state, error = None, None
+        if self.ranks.rank == 0:
+            try:
+                self.index.train(torch.cat([block for block in blocks if block is not None]))
+                state = self.index.trained()
+            except ValueError as problem:
+                error = problem
+        self.ranks.raise_together(error)
+        state = self.ranks.from_first(state)
+        if self.ranks.rank:
+            self.index.load_trained(state)
+
+    def _slowest(self, seconds: Tensor) -> list[float]:
+        return self.ranks.largest(seconds.double()).tolist()
+
+    @cached_property
+    def _ranked(self) -> Sharded:
+        if self.index.metric == "ip":
+            return self.gallery.with_vectors(self.stored)
+        # -|q - x|^2 orders as q.x - |x|^2 / 2: one more column.
+        half = -0.5 * self.stored.square().sum(1, keepdim=True)
+        return self.gallery.with_vectors(torch.cat([self.stored, half], dim=1))
+
+    def _lifted(self, queries: Tensor) -> Tensor:
+        return queries if self.index.metric == "ip" else pad(queries, (0, 1), value=1.0)
+
+    def _nearest(self, wanted: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+        """Ids and scores (B, <= k) of this rank's part, equal scores in gallery order, and its seconds."""
+        if len(self.index) == 0:
+            return torch.zeros(len(wanted), 0, dtype=torch.int64), torch.zeros(len(wanted), 0), 0.0
+        # More candidates would make a graph, and what refines candidates, another index; BFlat keeps the first.
+        spare = 0 if re.search("BFlat|HNSW|NSG|RFlat|Refine", self.index.factory) else _SPARE
+        start = time.perf_counter()
+        found = self.index.search(wanted, min(k + spare, len(self.index)))
+        seconds = time.perf_counter() - start
+        ids, scores = found.ids, found.scores
+        if self.index.factory == "Flat":
+            ids, scores = self._rescored(wanted, ids, scores, k)
+        return ids[:, :k], scores[:, :k], seconds
+
+    def _rescored(self, wanted: Tensor, ids: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """An exact search's candidates (B, K) by the full ranking's own scores.
+
+        FAISS rounds an inner product by where in a block its vectors lie: equal items would not tie, and
+        another division among ranks would order near ones otherwise.
+        """
+        queries, items = self._lifted(wanted), self._ranked.own.vectors
+        norm = queries.norm(dim=1) * items.norm(dim=1).max()
+        square = wanted.square().sum(1) if self.index.metric == "l2" else torch.zeros(len(wanted))
+        last = scores[:, -1] if self.index.metric == "ip" else (scores[:, -1] + square) / 2
+        exact = torch.empty_like(scores)
+        for start in range(0, len(wanted), 8):  # the products of few queries with all their candidates
+            some = ids[start : start + 8]
+            products = inner_products(queries[start : start + 8], items[some.flatten()])
+            b = len(some)
+            exact[start : start + b] = products.view(b, b, -1)[torch.arange(b), torch.arange(b)]
+        ids, exact = _best_first(ids, exact)
+        if ids.shape[1] < len(items):
+            # So near to the last candidate, that others beyond it may be as good.
+            unsure = (exact[:, k - 1] - last <= _ROUNDING * norm).nonzero()[:, 0]
+            for rows in unsure.split(8):
+                ids[rows], exact[rows] = _best_of_all(inner_products(queries[rows], items), ids.shape[1])
+        if self.index.metric == "l2":  # rounds once more: what became equal is put in order
+            return _best_first(ids, (2 * exact - square[:, None]).clamp(max=0.0))
+        return ids, exact
+
+    def _merged(self, ids: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best of all ranks' answers, as positions in the whole gallery."""
+        if self.ranks.world == 1:
+            return ids, scores
+        missing = k - ids.shape[1]
+        there = ids >= 0
+        ids = pad(self.gallery.position[ids.clamp(min=0)].masked_fill(~there, -1), (0, missing), value=-1)
+        scores = pad(scores, (0, missing), value=-torch.inf)
+        every_ids, every_score = (self.ranks.stack(part).transpose(0, 1).flatten(1) for part in (ids, scores))
+        every_ids, every_score = _best_first(every_ids, every_score)
+        return every_ids[:, :k], every_score[:, :k]
+
+
+def whole_index(index: FaissIndex, gallery: Sharded) -> FaissIndex | None:
+    """One index of the whole gallery, in its order, on rank 0; None on the others. Every rank must call.
+
+    index: this rank's, filled with its part. Vectors come to rank 0 a block at a time.
+    """
+    if gallery.ranks.world == 1:
+        return index
+    whole = index.emptied() if gallery.ranks.rank == 0 else None
+    for positions in torch.arange(len(gallery)).split(_BLOCK):
+        vectors = gallery.rows_on_first(positions)
+        if whole is not None and vectors is not None:
+            whole.add(vectors)
+    return whole
+
+
+def _best_first(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and scores (B, K) by descending score, equal ones by ascending id, ids of -1 last."""
+    by_id = ids.masked_fill(ids < 0, torch.iinfo(torch.int64).max).argsort(dim=1)
+    order = by_id.gather(1, scores.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
+    return ids.gather(1, order), scores.gather(1, order)
+
+
+def _best_of_all(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and scores (B, k) of the k best of all scores (B, N), of equal ones the first."""
+    least = scores.topk(k, dim=1).values[:, -1:]
+    above, equal = scores > least, scores == least
+    taken = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    ids = taken.nonzero()[:, 1].view(-1, k)
+    return _best_first(ids, scores.gather(1, ids))
+
+
+def _without(ids: Tensor, scores: Tensor, rows: Tensor, columns: Tensor, g: int) -> tuple[Tensor, Tensor]:
+    """Ids and scores (B, K) with the pairs (rows, columns) taken out, what is left moved up."""
+    keys = torch.arange(len(ids))[:, None] * g + ids
+    bad = torch.isin(keys, rows * g + columns) & (ids >= 0)
+    order = bad.long().argsort(dim=1, stable=True)
+    return ids.masked_fill(bad, -1).gather(1, order), scores.masked_fill(bad, -torch.inf).gather(1, order)

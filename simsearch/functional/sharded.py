@@ -1,0 +1,163 @@
+"""Descriptors that are spread over ranks, and the little that travels between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simsearch.types import Descriptors
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that work together; alone by default. Every one must call each method, in the same order.
+
+    device: that of the collectives, a GPU for NCCL. Results lie on the CPU, equal on all ranks.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device | str = "cpu"
+
+    @classmethod
+    def here(cls, device: torch.device | str = "cpu") -> Ranks:
+        """The ranks of the default process group; one where there is none."""
+        if not dist.is_available() or not dist.is_initialized():
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks of tensors of one shape."""
+        return values if self.world == 1 else self._reduced(values)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of the ranks' values, by element."""
+        return values if self.world == 1 else self._reduced(values, largest=True)
+
+    def stack(self, values: Tensor) -> Tensor:
+        """The ranks' tensors (...), of one shape, as (world, ...)."""
+        if self.world == 1:
+            return values[None]
+        own = values.to(self.device).contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(parts, own)
+        return torch.stack([part.cpu() for part in parts])
+
+    def sum_on_first(self, values: Tensor) -> Tensor | None:
+        """The sum over ranks on rank 0, None on the others."""
+        if self.world == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        dist.reduce(total, dst=0)
+        return total.cpu() if self.rank == 0 else None
+
+    def from_first(self, values: Tensor | None) -> Tensor:
+        """The bytes uint8 (n,) of rank 0; what the others give is not looked at."""
+        if self.world == 1:
+            assert values is not None
+            return values
+        own = torch.empty(0, dtype=torch.uint8) if self.rank or values is None else values
+        size = torch.tensor(len(own), device=self.device)
+        dist.broadcast(size, src=0)
+        sent = own.to(self.device) if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(sent, src=0)
+        return sent.cpu()
+
+    def raise_together(self, error: ValueError | None) -> None:
+        """Raises the error, and on ranks without one a RuntimeError where another has one: none is left waiting."""
+        failed = self.stack(torch.tensor(int(error is not None)))
+        if error is not None:
+            raise error
+        if failed.any():
+            raise RuntimeError(f"rank {failed.nonzero()[:, 0].tolist()} failed: see its message")
+
+    def _reduced(self, values: Tensor, *, largest: bool = False) -> Tensor:
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        return total.cpu()
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """N descriptors, each on one rank.
+
+    own: those of this rank (n). position: int64 (n,), their places in the whole, ascending. label, index:
+    int64 (N,), and group, int64 (N,) or None, are the whole's, equal on all ranks: 24 bytes an item.
+    """
+
+    own: Descriptors
+    position: Tensor
+    label: Tensor
+    index: Tensor
+    group: Tensor | None
+    ranks: Ranks
+
+    @classmethod
+    def of(cls, whole: Descriptors | Sharded) -> Sharded:
+        """Descriptors that this process holds all, in their order."""
+        if isinstance(whole, Sharded):
+            return whole
+        return cls(whole, torch.arange(len(whole)), whole.label, whole.index, whole.group, Ranks())
+
+    @classmethod
+    def spread(cls, own: Descriptors, ranks: Ranks) -> Sharded:
+        """All ranks' descriptors, by ascending row. A row that several have stays with the lowest of them.
+
+        Every rank must call; it may have none. Either all have groups or nobody.
+        """
+        most = int(ranks.largest(torch.tensor(len(own))))
+        about = torch.full((4, most), -1, dtype=torch.int64)
+        about[3, len(own) :] = 0  # nothing is there
+        for line, column in zip(about, (own.index, own.label, own.group), strict=False):
+            if column is not None:
+                line[: len(own)] = column
+        columns = ranks.stack(about).transpose(0, 1).flatten(1)  # (4, world * most), rank by rank
+        there = columns[3].nonzero()[:, 0]
+        _, first = np.unique(columns[0, there].numpy(), return_index=True)
+        kept = there[torch.from_numpy(first)]
+        index, label, group = columns[:3, kept]
+        mine = kept // max(most, 1) == ranks.rank
+        place = kept[mine] - ranks.rank * most
+        if not torch.equal(place, torch.arange(len(own))):
+            junk = None if own.group is None else own.group[place]
+            own = Descriptors(own.vectors[place], own.label[place], own.index[place], own.bits, junk)
+        return cls(own, mine.nonzero()[:, 0], label, index, None if own.group is None else group, ranks)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def bits(self) -> int | None:
+        """Width of the codes, None for float descriptors."""
+        return self.own.bits
+
+    @property
+    def columns(self) -> int:
+        """D of float descriptors, bytes of codes."""
+        return self.own.vectors.shape[1]
+
+    def with_vectors(self, vectors: Tensor) -> Sharded:
+        """The same items with other float vectors (n, D) on each rank."""
+        own = self.own
+        return replace(self, own=Descriptors(vectors, own.label, own.index, group=own.group))
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """The vectors at `positions`, int64 (P,) places in the whole, on every rank. Every rank must call."""
+        return self.ranks.sum(self._of_mine(positions))
+
+    def rows_on_first(self, positions: Tensor) -> Tensor | None:
+        """The vectors at `positions` on rank 0, None on the others. Every rank must call."""
+        return self.ranks.sum_on_first(self._of_mine(positions))
+
+    def _of_mine(self, positions: Tensor) -> Tensor:
+        """The vectors at `positions` that are here, zeros for the others: the sum over ranks is all of them."""
+        if self.ranks.world == 1:
+            return self.own.vectors[positions]
+        vectors = self.own.vectors.new_zeros(len(positions), self.columns)
+        here = torch.isin(positions, self.position)
+        vectors[here] = self.own.vectors[torch.searchsorted(self.position, positions[here])]
+        return vectors
