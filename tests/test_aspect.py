@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
-from simsearch.commands.instance import describe_all
+from simsearch.commands.instance import describe_all, seen_otherwise
 from simsearch.data.manifest import Manifest, batches_by_shape, load_images, read_manifest
 from simsearch.data.revisited import Benchmark, Query, load_gallery, load_queries, write_benchmark
 from simsearch.functional.resize import longest_shape, resize_longest, resize_square
@@ -458,6 +459,7 @@ def test_instance_keeps_the_order_of_the_benchmark(longest, small_run, tmp_path)
     torch.testing.assert_close(gallery[8:9], encode(encoder, image[None]), rtol=0, atol=1e-4)
 
     run = seen_whole(small_run, tmp_path / "run")
+    config = (small_run / "config.yaml").read_text()
     write_benchmark(tmp_path / "mixed.json", benchmark)
     simsearch(
         "instance", f"run={run}", f"gnd={tmp_path / 'mixed.json'}", f"images={root}", f"run_dir={tmp_path / 'out'}",
@@ -468,6 +470,26 @@ def test_instance_keeps_the_order_of_the_benchmark(longest, small_run, tmp_path)
     assert "longest-side" in json.dumps(about["model"])
     images = pq.read_table(tmp_path / "out" / "per_query.parquet")["image"].to_pylist()
     assert images == [query.image for query in benchmark.queries]
+
+    def again(*arguments: str, expect: int = 0) -> tuple[dict, str]:
+        done = simsearch(
+            "instance", f"run={small_run}", f"gnd={tmp_path / 'mixed.json'}", f"images={root}",
+            f"run_dir={tmp_path / 'again'}", "workers=0", "ks=[1]", *arguments, expect=expect,
+        )  # fmt: skip
+        return json.loads((tmp_path / "again" / "metrics.json").read_text())["test"], done.stderr
+
+    squares, warning = again()
+    assert re.search(r"fit=square leaves out \d+% of the images", warning)
+    assert "centre-square" in json.dumps(squares["model"])
+    whole, silence = again("fit=longest")
+    assert "leaves out" not in silence
+    assert whole["model"]["identity"] == about["model"]["identity"]
+    assert whole["metrics"] == pytest.approx(about["metrics"], abs=1e-9)
+    scaled, _ = again("fit=longest", "size=48", "scales=[1.0,1.5]")
+    assert [b["size"] for b in scaled["model"]["identity"]["backbones"]] == [48, 72]
+    assert config == (small_run / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="size=64: the network of this run has no size to change"):
+        seen_otherwise({"model": {"network": {"bits": 12}}}, 64, None, None)
 
 
 def test_an_unreadable_image_of_a_benchmark_is_an_error(tmp_path):

@@ -151,8 +151,13 @@ def test_an_incomplete_last_batch_is_shared_or_left_out(monkeypatch):
         parts.append(list(ShuffledBatches(LABELS, batch_size=4)))
     assert [[len(b) for b in part] for part in parts] == [[4, 4, 4, 2], [4, 4, 4, 1], [4, 4, 4, 1]]
     assert sorted(chain(*chain(*parts))) == list(range(40))
-    pretend(monkeypatch, 0, 3)
-    assert [len(b) for b in ShuffledBatches(LABELS, batch_size=13)] == [13]  # one row is left: not enough for three
+    parts = []
+    for rank in range(3):  # one row is left, not enough for three: it joins the batch before
+        pretend(monkeypatch, rank, 3)
+        parts.append(list(ShuffledBatches(LABELS, batch_size=13)))
+        assert [len(b) for b in ShuffledBatches(LABELS, batch_size=13, drop_last=True)] == [13]
+    assert [[len(b) for b in part] for part in parts] == [[14], [13], [13]]
+    assert sorted(chain(*chain(*parts))) == list(range(40))
 
 
 def test_rank_and_world_come_from_torch_distributed(monkeypatch):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +20,30 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from simsearch import runtime
-from simsearch.data.revisited import Benchmark, fingerprint, load_gallery, load_queries, read_benchmark
+from simsearch.data.revisited import Benchmark, file_name, fingerprint, load_gallery, load_queries, read_benchmark
 from simsearch.files import replacing, write_json
 from simsearch.functional.codes import unpack_codes
 from simsearch.functional.graded import GRADES, SETUPS, measure_graded
 from simsearch.functional.significance import bootstrap_interval
+from simsearch.images import read_image
 from simsearch.search.engine import encode
+
+_SAMPLE, _CROPPED = 16, 0.02  # images looked at, and the share of one that may be cropped without a word
 
 
 @runtime.command("instance")
 def main(config: DictConfig) -> None:
-    ks = runtime.plain(config)["ks"]
+    values = runtime.plain(config)
+    ks = values["ks"]
     run = runtime.open_run(Path(config.run))
+    run = replace(run, config=seen_otherwise(run.config, values["size"], values["fit"], values["scales"]))
     benchmark = read_benchmark(Path(config.gnd))
     root = Path(config.images)
     mark = fingerprint(benchmark, root)  # finds missing files before hours of work
     encoder = runtime.load_model(run).to(runtime.device(config.device))
     size, fit = encoder.input_size, encoder.encoder.fit
+    if fit == "square":
+        warn_of_crops(root, benchmark.images[:_SAMPLE])
     batch_size, workers = config.batch_size, config.workers
     queries = load_queries(benchmark, root, size=size, fit=fit, batch_size=batch_size, workers=workers)
     query = describe_all(encoder, queries, len(benchmark.queries), "queries")
@@ -55,6 +65,36 @@ def main(config: DictConfig) -> None:
     write_results(folder, benchmark, about, per_query)
     runtime.show(results_table(about, list(ks)))
     print(f"results: {folder / 'metrics.json'}")
+
+
+def seen_otherwise(
+    run: Mapping[str, Any], size: int | None, fit: str | None, scales: list[float] | None
+) -> dict[str, Any]:
+    """The config of a run whose encoder sees images otherwise, where these are not None; the run's own is left alone.
+
+    Raises ValueError for a network that has no such setting.
+    """
+    config = copy.deepcopy(dict(run))
+    network = config["model"].get("network", config["model"])
+    for part, name, value in (("backbone", "size", size), ("backbone", "fit", fit), (None, "scales", scales)):
+        if value is not None:
+            settings = network.get(part, {}) if part else network
+            if name not in settings:
+                raise ValueError(f"{name}={value}: the network of this run has no {name} to change")
+            settings[name] = value
+    return config
+
+
+def warn_of_crops(root: Path, names: Sequence[str]) -> None:
+    """Says to stderr how much of the images a network that sees their centre squares leaves out, if anything."""
+    shapes = [read_image(root / file_name(name)).shape[1:] for name in names]
+    lost = [1 - min(shape) / max(shape) for shape in shapes]
+    if max(lost, default=0) > _CROPPED:
+        print(
+            f"fit=square leaves out {sum(lost) / len(lost):.0%} of the images (mean of the first {len(lost)}): "
+            "fit=longest sees them whole",
+            file=sys.stderr,
+        )
 
 
 def describe_all(encoder: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], total: int, what: str) -> Tensor:

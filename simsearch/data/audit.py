@@ -34,6 +34,7 @@ from tqdm import tqdm
 from simsearch.data.collection import Collection
 from simsearch.files import replacing
 from simsearch.functional.codes import code_words, pack_codes
+from simsearch.functional.ragged import Ragged
 from simsearch.types import RetrievalTask
 
 MIN_SIMILARITY = 0.92
@@ -110,8 +111,8 @@ class Duplicates:
         return torch.unique(self.query[stands])
 
 
-def perceptual_hashes(images: Tensor, *, progress: bool = False) -> Tensor:
-    """Perceptual hashes, packed uint8 (N, 8), of images uint8 (N, 3, H, W): imagehash.phash, 64 bits.
+def perceptual_hashes(images: Tensor | Ragged, *, progress: bool = False) -> Tensor:
+    """Perceptual hashes, packed uint8 (N, 8), of images uint8 (N, 3, H, W) or Ragged: imagehash.phash.
 
     A bit says whether one of the lowest 8 x 8 coefficients of the grey image's cosine transform exceeds
     their median; bits are packed as by simsearch.functional.codes.pack_codes. progress: show a bar on
@@ -180,7 +181,7 @@ def near_pairs_by_descriptor(
 
 
 def audit(
-    images: Tensor,
+    images: Tensor | Ragged,
     descriptors: Tensor | None,
     task: RetrievalTask,
     train_rows: Tensor,
@@ -191,7 +192,7 @@ def audit(
 ) -> Duplicates:
     """Duplicates: near-duplicates of the task's queries in its gallery and among the training rows.
 
-    images: uint8 (N, 3, H, W), the whole collection. descriptors: L2-normalised float32 (N, D) of the
+    images: uint8 (N, 3, H, W) or Ragged, the whole collection. descriptors: L2-normalised float32 (N, D) of the
     same rows, or None to compare hashes only. train_rows: int64, collection rows. A pair counts by
     either criterion; a row is never paired with itself. Pairs that the task's junk rule takes out of
     the ranking are listed like others. progress: show a bar while hashing.
@@ -307,10 +308,10 @@ def read_csv(path: Path) -> Duplicates:
         raise ValueError(f"{path} holds no duplicates of ours: {error}") from error
 
 
-def contact_sheet(images: Tensor, pairs: Duplicates, path: Path, limit: int = 40) -> None:
+def contact_sheet(images: Tensor | Ragged, pairs: Duplicates, path: Path, limit: int = 40) -> None:
     """Writes a PNG of pairs side by side, each with its rows, similarity and distance, for a person to judge.
 
-    images: uint8 (N, 3, H, W), the whole collection. Of more than `limit` pairs it shows `limit`, evenly
+    images: uint8 (N, 3, H, W) or Ragged, the whole collection. Of more than `limit` pairs it shows `limit`, evenly
     spaced from the worst to the least, so that it shows where true duplicates end. Without pairs it
     says so.
     """
@@ -319,8 +320,9 @@ def contact_sheet(images: Tensor, pairs: Duplicates, path: Path, limit: int = 40
         raise ValueError(f"limit={limit} shows nothing: use 1 or more")
     if len(pairs) > limit:
         pairs = pairs.select(torch.linspace(0, len(pairs) - 1, limit).round().long())
-    scale = _SHEET_SIDE / max(images.shape[2:])
-    height, width = (round(side * scale) for side in images.shape[2:])
+    sides = images.shapes.amax(0).tolist() if isinstance(images, Ragged) else images.shape[2:]
+    scale = _SHEET_SIDE / max(sides)
+    height, width = (round(side * scale) for side in sides)
     cell = (2 * width + 3 * _SHEET_GAP, height + 2 * _SHEET_GAP + _SHEET_CAPTION)
     columns = min(5, max(1, len(pairs)))
     sheet = Image.new("RGB", (columns * cell[0], max(1, -(-len(pairs) // columns)) * cell[1]), "white")
@@ -330,7 +332,9 @@ def contact_sheet(images: Tensor, pairs: Duplicates, path: Path, limit: int = 40
     for place, (query, other) in enumerate(zip(pairs.query.tolist(), pairs.other.tolist(), strict=True)):
         x, y = place % columns * cell[0] + _SHEET_GAP, place // columns * cell[1] + _SHEET_GAP
         for step, row in enumerate((query, other)):
-            shown = _to_image(images[row]).resize((width, height), Image.Resampling.BICUBIC)
+            picture = _to_image(images[row])  # type: ignore[arg-type]
+            size = tuple(max(1, round(side * scale)) for side in picture.size)
+            shown = picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
             sheet.paste(shown, (x + step * (width + _SHEET_GAP), y))
         similarity, distance = float(pairs.similarity[place]), int(pairs.hash_distance[place])
         parts = (
@@ -387,7 +391,9 @@ def _gather(parts: Iterable[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) 
     return rows, columns, values
 
 
-def _check_images(images: Tensor) -> None:
+def _check_images(images: Tensor | Ragged) -> None:
+    if isinstance(images, Ragged):
+        return
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
 

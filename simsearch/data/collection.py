@@ -1,4 +1,4 @@
-"""A collection of images held as one tensor, and what is known about each."""
+"""A collection of images, in memory or mapped into it, and what is known about each."""
 
 from __future__ import annotations
 
@@ -10,29 +10,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simsearch.functional.ragged import Ragged
+
 
 @dataclass(frozen=True)
 class Collection:
-    """N images of one size with their attributes.
+    """N images with their attributes.
 
-    name: what reports call it. images: uint8 (N, 3, H, W) RGB. labels: int64 (N, A), one column an
-    attribute, -1 where unknown. attributes: the A column names. classes: for each attribute the
-    names of its values, so that labels[i, a] == c is classes[a][c]. is_test: bool (N,), the
-    official test part (all False where there is none).
+    name: what reports call it. images: uint8 (N, 3, H, W) RGB, or Ragged where shapes differ. labels: int64
+    (N, A), one column an attribute, -1 where unknown. attributes: the A column names. classes: for each
+    attribute the names of its values, so that labels[i, a] == c is classes[a][c]. is_test: bool (N,), the
+    official test part (all False where there is none). paths: the files that the images were read from, or
+    None. digest: hash of those files, which stands for the pixels in the fingerprint: decoded to another size
+    they are the same data.
 
     Raises ValueError where shapes, dtypes or label ranges disagree.
     """
 
     name: str
-    images: Tensor
+    images: Tensor | Ragged
     labels: Tensor
     attributes: tuple[str, ...]
     classes: tuple[tuple[str, ...], ...]
     is_test: Tensor
+    paths: tuple[str, ...] | None = None
+    digest: str | None = None
 
     def __post_init__(self) -> None:
         n, a = len(self.images), len(self.attributes)
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
+        if isinstance(self.images, Ragged):
+            if self.images.pixels.dtype != torch.uint8:
+                raise ValueError(f"images must be uint8, got {self.images.pixels.dtype}")
+        elif self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
             raise ValueError(f"images must be uint8 (N, 3, H, W), got {self.images.dtype} {tuple(self.images.shape)}")
         if self.labels.dtype != torch.int64 or self.labels.shape != (n, a):
             raise ValueError(f"labels must be int64 ({n}, {a}), got {self.labels.dtype} {tuple(self.labels.shape)}")
@@ -40,6 +49,8 @@ class Collection:
             raise ValueError(f"is_test must be bool ({n},), got {self.is_test.dtype}")
         if len(self.classes) != a:
             raise ValueError(f"{a} attributes but class names for {len(self.classes)}")
+        if self.paths is not None and len(self.paths) != n:
+            raise ValueError(f"{n} images but {len(self.paths)} paths")
         for column, (attribute, names) in enumerate(zip(self.attributes, self.classes, strict=True)):
             if n and not -1 <= int(self.labels[:, column].min()) <= int(self.labels[:, column].max()) < len(names):
                 raise ValueError(f"labels of {attribute!r} must lie in -1..{len(names) - 1}")
@@ -53,10 +64,28 @@ class Collection:
             raise ValueError(f"no attribute {attribute!r} in {self.name}; it has {', '.join(self.attributes)}")
         return self.labels[:, self.attributes.index(attribute)]
 
+    def path(self, row: int) -> str:
+        """What reports call an image: its file, or the collection's name and the row."""
+        return f"{self.name}/{row}" if self.paths is None else self.paths[row]
+
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of a SHA-256 over pixels, labels, attributes and the test part."""
-        digest = hashlib.sha256(repr((tuple(self.images.shape), self.attributes, self.classes)).encode())
-        for tensor in (self.images, self.labels, self.is_test):
+        """16 hex digits of a SHA-256 over pixels (or files), labels, attributes and the test part."""
+        images, pixels = self.digest or self._shape, []
+        if self.digest is None:
+            pixels = [self.images.packed().pixels if isinstance(self.images, Ragged) else self.images]
+        digest = hashlib.sha256(repr((images, self.attributes, self.classes)).encode())
+        for tensor in (*pixels, self.labels, self.is_test):
             digest.update(np.ascontiguousarray(tensor.numpy()))
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def content(self) -> str:
+        """The fingerprint, and for files what they were decoded to: by this features are cached."""
+        if self.digest is None:
+            return self.fingerprint
+        return hashlib.sha256(repr((self.fingerprint, self._shape)).encode()).hexdigest()[:16]
+
+    @property
+    def _shape(self) -> tuple[int, ...] | list[list[int]]:
+        return self.images.shapes.tolist() if isinstance(self.images, Ragged) else tuple(self.images.shape)

@@ -119,9 +119,16 @@ def load_batches(items: SizedItems, *, batch_size: int, workers: int = 0) -> Ite
     once, and nothing is padded. workers: processes that decode beside this one. Raises ValueError for a
     batch_size below 1.
     """
-    pack = functools.partial(_stack, size=items.size) if items.fit == "square" else _pack
-    loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=pack)  # type: ignore[arg-type]
-    return iter(loader) if items.fit == "square" else batches_by_shape(_unpack(loader), batch_size)
+    if items.fit == "longest":
+        return batches_by_shape(load_items(items, batch_size=batch_size, workers=workers), batch_size)
+    pack = functools.partial(_stack, size=items.size)
+    return iter(DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=pack))  # type: ignore[arg-type]
+
+
+def load_items(items: SizedItems, *, batch_size: int, workers: int = 0) -> Iterator[Item]:
+    """All items in order, one by one. batch_size: how many a worker decodes at a time; workers: as above."""
+    loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=_pack)  # type: ignore[arg-type]
+    return _unpack(loader)
 
 
 def batches_by_shape(

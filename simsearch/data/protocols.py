@@ -202,16 +202,16 @@ class ByAttribute:
     """Groups (works) divided into training, validation and evaluation, for collections without a test part.
 
     name: as reports print it. attribute: what makes items relevant. junk: an attribute whose sharing
-    takes an item out of the ranking, or None. group: no value of it is in two parts. evaluation,
-    validation: shares of the groups, in (0, 1), together below 1; validation=None trains on all that is
-    not evaluated. One item of each group of a part is a query, all items of the part are its gallery, the
-    query's own row excluded.
+    takes an item out of the ranking, or None. group: no value of it is in two parts; None: each image is a
+    group of its own. evaluation, validation: shares of the groups, in (0, 1), together below 1;
+    validation=None trains on all that is not evaluated. One item of each group of a part is a query, all
+    items of the part are its gallery, the query's own row excluded.
     """
 
     name: str
     attribute: str
     junk: str | None
-    group: str = "work"
+    group: str | None = "work"
     evaluation: float = 0.5
     validation: float | None = 0.2
     seed: int = 0
@@ -230,7 +230,7 @@ class ByAttribute:
     def split(self, collection: Collection) -> Split:
         """Split of a collection. Raises ValueError for a missing attribute or too few groups."""
         values = _values(collection, self.attribute, self.name)
-        groups = _values(collection, self.group, self.name)
+        groups = np.arange(len(values)) if self.group is None else _values(collection, self.group, self.name)
         if self.junk is not None:
             _values(collection, self.junk, self.name)
         rows = np.flatnonzero((values >= 0) & (groups >= 0))
@@ -241,7 +241,7 @@ class ByAttribute:
         empty = self.validation is not None and evaluated == validated
         if empty or not 0 < evaluated <= validated < len(present):
             raise ValueError(
-                f"protocol {self.name} divides {len(present)} values of {self.group!r} into {evaluated} "
+                f"protocol {self.name} divides {len(present)} values of {self.group or 'row'!r} into {evaluated} "
                 f"for evaluation, {validated - evaluated} for validation, {len(present) - validated} for "
                 "training: each part needs one; use a larger collection or other shares"
             )

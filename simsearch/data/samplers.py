@@ -82,7 +82,7 @@ class ShuffledBatches(Batches):
     """Each training row once an epoch, in random order, `batch_size` a batch and process.
 
     labels: int64 (N,). drop_last: leave out the last global batch where it is not full. Otherwise ranks
-    share it as evenly as can be, unless there are fewer rows left than ranks.
+    share it as evenly as can be; where fewer rows are left than ranks, they join the batch before.
     """
 
     def __init__(self, labels: Tensor, batch_size: int, seed: int = 0, drop_last: bool = False) -> None:
@@ -106,7 +106,8 @@ class ShuffledBatches(Batches):
         if self._order is None or self._order[0] != self.epoch:
             self._order = self.epoch, self._generator().permutation(self.count)
         size = self.batch_size * world
-        return self._order[1][number * size : (number + 1) * size]
+        last = number + 1 == self.length(world) and not self.drop_last
+        return self._order[1][number * size : None if last else (number + 1) * size]
 
 
 class PKBatches(Batches):

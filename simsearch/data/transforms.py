@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from simsearch.functional.ragged import Ragged, ragged, stacks
+
 
 def crop_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
     """Crops of the zero-padded images at their own size, some mirrored, (B, C, H, W) of the same dtype.
@@ -38,8 +40,16 @@ class RandomCropFlip(nn.Module):
         self.padding = padding
         self.flip = flip
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Augmented images, (B, C, H, W) of the same dtype."""
-        offsets = torch.randint(0, 2 * self.padding + 1, (len(images), 2), device=images.device)
-        flips = torch.rand(len(images), device=images.device) < (0.5 if self.flip else 0.0)
-        return crop_flip(images, offsets, flips, self.padding)
+    def forward(self, images: Tensor | Ragged) -> Tensor | Ragged:
+        """Augmented images, (B, C, H, W) or Ragged as they came, of the same dtype."""
+        device = images.pixels.device if isinstance(images, Ragged) else images.device
+        offsets = torch.randint(0, 2 * self.padding + 1, (len(images), 2), device=device)
+        flips = torch.rand(len(images), device=device) < (0.5 if self.flip else 0.0)
+        if isinstance(images, Tensor):
+            return crop_flip(images, offsets, flips, self.padding)
+        augmented: list[Tensor] = [offsets] * len(images)
+        for places, stack in stacks(images):
+            new = crop_flip(stack, offsets[places.to(device)], flips[places.to(device)], self.padding)
+            for place, image in zip(places.tolist(), new, strict=True):
+                augmented[place] = image
+        return ragged(augmented)

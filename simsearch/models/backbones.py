@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import Fit, check_fit, resize_to_fit
 from simsearch.models.onnx import OnnxNetwork
 
@@ -118,9 +119,14 @@ class Backbone(nn.Module):
         y, x = max(0, self.min_side - height), max(0, self.min_side - width)
         return F.pad(pixels, (x // 2, x - x // 2, y // 2, y - y // 2), mode="replicate")
 
-    def prepare(self, images: Tensor) -> None:
-        """Lets a network that computes something from training images uint8 (N, 3, H, W) do so, before training."""
+    def prepare(self, images: Tensor | Ragged) -> None:
+        """Lets a network that computes something from training images uint8 (N, 3, H, W) do so, before training.
+
+        Raises ValueError where such a network is given images of many shapes.
+        """
         if hasattr(self.network, "prepare"):
+            if isinstance(images, Ragged):
+                raise ValueError(f"{self.name} is made from training images of one shape: use data.fit=square")
             with torch.no_grad():
                 self.network.prepare(self.preprocess(images[:5000].to(self.mean.device)))  # type: ignore[operator]
 
@@ -169,6 +175,32 @@ class Backbone(nn.Module):
             "std": self.std.flatten().tolist(),
             "resize": square if self.fit == "square" else f"longest-side bicubic antialias, >= {self.min_side} across",
         }
+
+
+class OnBackbone:
+    """What a network has from its `backbone`, and from `sizes`, those at which it describes images."""
+
+    backbone: Backbone
+    sizes: Sequence[int]
+
+    @property
+    def input_size(self) -> int:
+        """Side in pixels (by `fit`) to which files are best decoded: that of the largest scale."""
+        return max(self.sizes)
+
+    @property
+    def fit(self) -> Fit:
+        """What of an image is seen: its centre square, or the whole at its longest side."""
+        return self.backbone.fit
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Plain facts about the weights that training started from."""
+        return self.backbone.provenance
+
+    @provenance.setter
+    def provenance(self, facts: dict[str, str]) -> None:
+        self.backbone.provenance = facts
 
 
 def _drop_exported(backbone: nn.Module, _: object) -> None:

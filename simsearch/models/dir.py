@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsearch.functional.resize import Fit
+from simsearch.functional.ragged import Ragged, stacks
 from simsearch.functional.whitening import Moments, whitening_matrix
-from simsearch.models.backbones import Backbone
+from simsearch.models.backbones import Backbone, OnBackbone
 from simsearch.models.frozen import DescriptorHead
 
 
-class RegionNetwork(nn.Module):
+class RegionNetwork(OnBackbone, nn.Module):
     """L2-normalised descriptors (B, dimension) of images (B, 3, H, W).
 
     Backbone, regions of `pooling`, L2, a shift and a fully connected layer, L2, sum over regions, L2.
@@ -46,6 +46,7 @@ class RegionNetwork(nn.Module):
             raise ValueError(f"model.network.power must lie in [0, 1], got {power}")
         self.backbone, self.dimension, self.power, self.sample = backbone, dimension, power, sample
         self.scales = tuple(scales)
+        self.sizes = [max(1, round(backbone.size * scale)) for scale in scales]
         self.descriptor = DescriptorHead(pooling, nn.Linear(backbone.channels, dimension))
 
     @property
@@ -53,27 +54,9 @@ class RegionNetwork(nn.Module):
         """The projection: shift and fully connected layer in one."""
         return self.descriptor.whitening  # type: ignore[return-value]
 
-    @property
-    def input_size(self) -> int:
-        """Side in pixels (by `fit`) to which files are best decoded: that of the largest scale."""
-        return max(self._size(scale) for scale in self.scales)
-
-    @property
-    def fit(self) -> Fit:
-        """What of an image is seen: its centre square, or the whole at its longest side."""
-        return self.backbone.fit
-
-    @property
-    def provenance(self) -> dict[str, str]:
-        """Plain facts about the weights that training started from."""
-        return self.backbone.provenance
-
-    @provenance.setter
-    def provenance(self, facts: dict[str, str]) -> None:
-        self.backbone.provenance = facts
-
-    def prepare(self, images: Tensor) -> None:
-        """Initialises the projection by PCA of the region vectors of the training images uint8 (N, 3, H, W).
+    def prepare(self, images: Tensor | Ragged) -> None:
+        """Initialises the projection by PCA of the region vectors of the training images, uint8 (N, 3, H, W)
+        or Ragged.
 
         Raises ValueError where there are fewer region vectors than dimensions.
         """
@@ -84,8 +67,8 @@ class RegionNetwork(nn.Module):
         self.eval()
         with torch.no_grad():
             for rows in few.split(64):
-                regions = self.descriptor.regions(self.backbone(images[rows].to(self.head.weight.device)))
-                moments.add(regions.flatten(0, 1))
+                for _, stack in stacks(images[rows].to(self.head.weight.device)):  # type: ignore[arg-type]
+                    moments.add(self.descriptor.regions(self.backbone(stack)).flatten(0, 1))
             if moments.count <= self.dimension:
                 raise ValueError(
                     f"PCA to {self.dimension} dimensions needs more than {moments.count} region vectors: lower "
@@ -110,17 +93,14 @@ class RegionNetwork(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """Descriptors summed over `scales`, L2-normalised, (B, dimension)."""
-        parts = [self.descriptor(self.backbone(image, self._size(scale))) for scale in self.scales]
+        parts = [self.descriptor(self.backbone(image, size)) for size in self.sizes]
         return parts[0] if len(parts) == 1 else F.normalize(torch.stack(parts).sum(0), dim=-1)
-
-    def _size(self, scale: float) -> int:
-        return max(1, round(self.backbone.size * scale))
 
     def identity(self) -> dict[str, object]:
         """What decides the descriptors besides the tensors, as plain values."""
         return {
             "family": "dir",
-            "backbones": [self.backbone.identity(self._size(scale)) for scale in self.scales],
+            "backbones": [self.backbone.identity(size) for size in self.sizes],
             "pooling": repr(self.descriptor.pooling),
             "dimension": self.dimension,
         }

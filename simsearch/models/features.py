@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from simsearch.cache import ArrayCache
+from simsearch.functional.ragged import Ragged, by_shape
 from simsearch.models.backbones import Backbone
 
 
@@ -26,20 +27,23 @@ def collection_features(
 ) -> np.ndarray:
     """Maps of all images of a collection, float16 (N, C, h, w), read-only: from the cache, or computed into it.
 
-    pool: maps to what is kept in their place, such as regions (N, R, C); about: what that depends on, as
-    plain values, by which the cache knows it.
+    pool: maps to what is kept in their place, such as regions (N, R, C), which images of many shapes need;
+    about: what that depends on, as plain values, by which the cache knows it.
 
     Raises ValueError where a feature lies beyond float16.
     """
     images, device = collection.images, backbone.mean.device
-    parts = backbone.identity(size) | {"data": collection.fingerprint, "precision": "float16"} | dict(about or {})
+    parts = backbone.identity(size) | {"data": collection.content, "precision": "float16"} | dict(about or {})
     if device.type == "cuda":
         parts |= {"compute": "bfloat16"}
 
-    def features(batch: Tensor) -> Tensor:
+    def described(batch: Tensor) -> Tensor:
+        maps = backbone(batch, size)
+        return maps if pool is None else pool(maps)
+
+    def features(batch: Tensor | Ragged) -> Tensor:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            maps = backbone(batch.to(device), size)
-            return maps if pool is None else pool(maps)
+            return by_shape(described, batch.to(device))
 
     def fill(out: np.ndarray, start: int) -> Iterator[int]:
         name = f"{backbone.name} @ {size}px"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsearch.cache import ArrayCache
-from simsearch.functional.resize import Fit
+from simsearch.functional.ragged import Ragged, in_order, stacks
+from simsearch.functional.ranks import from_first_rank, gather_batches, world_size
 from simsearch.functional.whitening import Moments, whitening_matrix
-from simsearch.models.backbones import Backbone
+from simsearch.models.backbones import Backbone, OnBackbone
 from simsearch.models.features import collection_features
 from simsearch.types import Batch
 
@@ -99,7 +100,7 @@ class DescriptorHead(nn.Module):
 # ------------------------------------------------------------------------------- the LightningModule
 
 
-class FrozenRetriever(pl.LightningModule):
+class FrozenRetriever(OnBackbone, pl.LightningModule):
     """Descriptors of a frozen backbone. `fit` takes one pass over the training split for whitening and codes.
 
     scales: the image sizes, relative to the backbone's, whose descriptors are summed (multi-scale at
@@ -107,6 +108,9 @@ class FrozenRetriever(pl.LightningModule):
     the backbone's features of a whole collection, float16, so that later runs with another head
     don't compute them again; as maps where all maps together take at most `maps_limit_gb`, else
     pooled. sample: at most so many training descriptors fit the binarizer.
+
+    Images of many shapes (Ragged) are described shape by shape; the cache keeps their features where each
+    has one region (not with R-MAC, whose regions depend on the shape).
     """
 
     def __init__(
@@ -143,7 +147,8 @@ class FrozenRetriever(pl.LightningModule):
         self.extract_batch_size, self.sample = extract_batch_size, sample
         self._stored: list[tuple[np.ndarray, bool]] | None = None  # per scale: array, are these maps?
         self._moments: Moments | None = None
-        self._kept: list[list[Tensor]] = []
+        self._kept: list[list[tuple[Tensor, list[Tensor]]]] = []  # of each batch: places, regions by scale
+        self._seen = 0
 
     # What a searcher calls
 
@@ -156,36 +161,22 @@ class FrozenRetriever(pl.LightningModule):
         with torch.autocast(
             self.device.type, enabled=False
         ):  # a descriptor is float32 whatever the trainer's precision
-            descriptor = F.normalize(torch.stack([self.head.aggregate(r) for r in regions]).sum(0), dim=-1)
+            descriptor = self._descriptor(regions)
             if self.binarizer is None:
                 return descriptor
             if not self.code_weight.any():
                 raise RuntimeError("the binarizer is not fitted: run `simsearch train`, or load a trained run")
             return descriptor @ self.code_weight.T + self.code_bias
 
+    def _descriptor(self, regions: list[Tensor]) -> Tensor:
+        """L2-normalised descriptors (B, D) of the region vectors (B, R, C) at each scale."""
+        parts = [self.head.aggregate(vectors.to(self.device)) for vectors in regions]
+        return F.normalize(torch.stack(parts).sum(0), dim=-1)
+
     @property
     def encoder(self) -> nn.Module:
         """The module that a catalog keeps."""
         return self
-
-    @property
-    def provenance(self) -> dict[str, str]:
-        """Plain facts about the weights, for every result."""
-        return self.backbone.provenance
-
-    @provenance.setter
-    def provenance(self, facts: dict[str, str]) -> None:
-        self.backbone.provenance = facts
-
-    @property
-    def input_size(self) -> int:
-        """Side in pixels (by `fit`) to which files are best decoded: that of the largest scale."""
-        return max(self.sizes)
-
-    @property
-    def fit(self) -> Fit:
-        """What of an image is seen: its centre square, or the whole at its longest side."""
-        return self.backbone.fit
 
     def identity(self) -> dict[str, object]:
         """What decides the descriptors besides the tensors, as plain values."""
@@ -207,7 +198,8 @@ class FrozenRetriever(pl.LightningModule):
             raise ValueError("data.augment changes images that model.cache keeps the features of: set one to null")
         if self.cache is not None and collection is not None and self._stored is None:
             self.to(self.trainer.strategy.root_device)  # Lightning moves the module after this hook only
-            self._stored = [self._features(collection, size) for size in self.sizes]
+            if not isinstance(collection.images, Ragged) or self._one_region():
+                self._stored = [self._features(collection, size) for size in self.sizes]
 
     def teardown(self, stage: str) -> None:
         self._stored = None
@@ -216,8 +208,9 @@ class FrozenRetriever(pl.LightningModule):
         """The collection's features at one size, float16: maps (N, C, h, w), or regions (N, R, C)."""
         assert self.cache is not None
         with torch.no_grad():
-            probe = self.backbone(collection.images[:1].to(self.device), size)
-        maps = len(collection) * probe[0].numel() * 2 <= self.maps_limit
+            probe = self.backbone(collection.images[0][None].to(self.device), size)
+        ragged = isinstance(collection.images, Ragged)
+        maps = not ragged and len(collection) * probe[0].numel() * 2 <= self.maps_limit
         pool = None if maps else self.head.regions
         about = {} if maps else {"pooled": repr(self.head.pooling), "whiten_regions": self.head.whiten_regions}
         batch_size = self.extract_batch_size
@@ -226,16 +219,30 @@ class FrozenRetriever(pl.LightningModule):
         )
         return array, maps
 
-    def _regions(self, batch: Batch) -> list[Tensor]:
-        """Region vectors (B, R, C) at each scale: from the stored features, or through the backbone."""
+    def _one_region(self) -> bool:
+        """Whether images of every shape have one region."""
+        with torch.no_grad():
+            return self.head.regions(torch.rand(1, self.backbone.channels, 8, 16, device=self.device)).shape[1] == 1
+
+    def _regions(self, batch: Batch) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Places in the batch and region vectors (b, R, C) at each scale, by shape of image.
+
+        From the stored features, then all at once, or through the backbone.
+        """
         if self._stored is None:
-            return [self.head.regions(self.backbone(batch["image"], size)) for size in self.sizes]
+            for places, images in stacks(batch["image"]):
+                yield places, [self.head.regions(self.backbone(images, size)) for size in self.sizes]
+            return
         rows = batch["index"].cpu().numpy()
         regions = []
         for array, maps in self._stored:
             features = torch.from_numpy(array[rows]).to(self.device).float()
             regions.append(self.head.regions(features) if maps else features)
-        return regions
+        yield torch.arange(len(rows)), regions
+
+    def _describe(self, batch: Batch) -> Tensor:
+        """Descriptors or real-valued codes of a batch, in its order."""
+        return in_order(*zip(*((places, self.describe(parts)) for places, parts in self._regions(batch)), strict=True))
 
     # Fitting and evaluation under a Trainer
 
@@ -248,40 +255,48 @@ class FrozenRetriever(pl.LightningModule):
         return None
 
     def on_train_epoch_start(self) -> None:
-        self._moments, self._kept = Moments.zeros(self.backbone.channels), []
+        self._moments, self._kept, self._seen = Moments.zeros(self.backbone.channels), [], 0
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def backward(self, loss: Tensor) -> None:
+        """Nothing: there is no gradient."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         with torch.no_grad():
-            regions = self._regions(batch)
+            found = list(self._regions(batch))
         if self.head.whitening is not None:
             assert self._moments is not None
-            for vectors in regions:
+            for vectors in (vectors for _, regions in found for vectors in regions):
                 self._moments.add(vectors.flatten(0, 1))
-        if self.binarizer is not None and sum(len(kept[0]) for kept in self._kept) < self.sample:
-            self._kept.append([vectors.cpu() for vectors in regions])
+        if self.binarizer is not None and world_size() * self._seen < self.sample:
+            self._kept.append([(places, [vectors.cpu() for vectors in regions]) for places, regions in found])
+            self._seen += len(batch["index"])
         if self.trainer.is_last_batch:  # before the validation of this epoch
             self._fit_head()
+        return None if self.trainer.world_size == 1 else torch.zeros((), device=self.device)  # None: for one rank only
 
     def _fit_head(self) -> None:
-        if self.head.whitening is not None:
+        """Fits whitening and binarizer to what all ranks saw, as one process would."""
+        if (whitening := self.head.whitening) is not None:
             assert self._moments is not None
-            self.head.whitening.fit(self._moments)
+            self._moments.reduce(self.device)
+            whitening.fit(self._moments)
+            from_first_rank(whitening.mean)
+            from_first_rank(whitening.projection)
         if self.binarizer is not None:
-            scales = [torch.cat(parts)[: self.sample].to(self.device) for parts in zip(*self._kept, strict=True)]
-            descriptor = F.normalize(torch.stack([self.head.aggregate(s) for s in scales]).sum(0), dim=-1)
-            weight, bias = self.binarizer.fit(descriptor.cpu())
-            self.code_weight.copy_(weight)
-            self.code_bias.copy_(bias)
+            batches = [in_order(*zip(*((p, self._descriptor(r)) for p, r in kept), strict=True)) for kept in self._kept]
+            weight, bias = self.binarizer.fit(gather_batches(batches, self.code_weight.shape[1])[: self.sample])
+            from_first_rank(self.code_weight.copy_(weight))
+            from_first_rank(self.code_bias.copy_(bias))
         self._moments, self._kept = None, []
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.describe(self._regions(batch))
+        return self._describe(batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.describe(self._regions(batch))
+        return self._describe(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.describe(self._regions(batch))
+        return self._describe(batch)
 
     # Checkpoints hold what was fitted; the backbone comes again from where its weights came from
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from simsearch.functional.resize import Fit
-from simsearch.models.backbones import Backbone
+from simsearch.functional.ragged import Ragged
+from simsearch.models.backbones import Backbone, OnBackbone
 
 
-class HashNetwork(nn.Module):
+class HashNetwork(OnBackbone, nn.Module):
     """Real-valued codes (B, bits) of images (B, 3, H, W): backbone, pooling, linear layer.
 
     pooling: feature maps to region vectors, whose mean is taken. hidden: width of a layer with ReLU
@@ -21,6 +21,7 @@ class HashNetwork(nn.Module):
             raise ValueError(f"model.network.bits={bits}: a code needs at least 1 bit")
         self.backbone, self.pooling = backbone, pooling
         self.bits = self.dimension = bits
+        self.sizes = [backbone.size]
         if hidden is not None and hidden < 1:
             raise ValueError(f"model.network.hidden={hidden}: give a width, or null for no hidden layer")
         self.hidden = (
@@ -28,26 +29,7 @@ class HashNetwork(nn.Module):
         )
         self.head = nn.Linear(hidden or backbone.channels, bits)
 
-    @property
-    def input_size(self) -> int:
-        """Side in pixels (by `fit`) to which files are best decoded."""
-        return self.backbone.size
-
-    @property
-    def fit(self) -> Fit:
-        """What of an image is seen: its centre square, or the whole at its longest side."""
-        return self.backbone.fit
-
-    @property
-    def provenance(self) -> dict[str, str]:
-        """Plain facts about the weights that training started from."""
-        return self.backbone.provenance
-
-    @provenance.setter
-    def provenance(self, facts: dict[str, str]) -> None:
-        self.backbone.provenance = facts
-
-    def prepare(self, images: Tensor) -> None:
+    def prepare(self, images: Tensor | Ragged) -> None:
         """Lets the backbone take from the training images uint8 (N, 3, H, W) what it computes."""
         self.backbone.prepare(images)
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from simsearch.cache import ArrayCache
 from simsearch.functional.gather import gather_rows
+from simsearch.functional.ragged import Ragged, by_shape
 from simsearch.functional.resize import Fit
 from simsearch.models.backbones import load_state
 from simsearch.models.features import pooled_features
@@ -38,8 +39,11 @@ class Network(Protocol):
 
     def embed(self, image: Tensor) -> Tensor: ...
 
-    def prepare(self, images: Tensor) -> None:
-        """Takes from the training images uint8 (N, 3, H, W) what is computed, not learnt (mean image, PCA)."""
+    def prepare(self, images: Tensor | Ragged) -> None:
+        """Takes from the training images uint8 (N, 3, H, W) what is computed, not learnt (mean image, PCA).
+
+        They are Ragged only where `fit` is "longest".
+        """
 
     def identity(self) -> dict[str, object]: ...
 
@@ -93,8 +97,11 @@ class TrainedRetriever(pl.LightningModule):
     forward without stored activations and backward one after another (the streams of Gordo et al.
     2016); gradients are those of the whole batch, without dropout and with frozen batch normalisation. cache:
     trains on a frozen backbone, whose maps of the whole collection are computed once, kept there and
-    pooled in memory; images can't be augmented then. gather: the loss sees the embeddings of all ranks,
-    and its gradient is that of one large batch.
+    pooled in memory; images must be of one shape then, and can't be augmented. gather: the loss sees the
+    embeddings of all ranks, and its gradient is that of one large batch.
+
+    Images of many shapes (Ragged) go through the network shape by shape: the embedding of one does not
+    depend on the others in its batch. So batch normalisation must be frozen.
     """
 
     def __init__(
@@ -179,6 +186,8 @@ class TrainedRetriever(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data.collection.images, Ragged):
+            self._check_ragged(stage)
         if self.cache is not None and self._pooled is None:
             if data.augment is not None:
                 raise ValueError("data.augment changes images that model.cache keeps the maps of: set one to null")
@@ -193,6 +202,20 @@ class TrainedRetriever(pl.LightningModule):
         self.network.load_state_dict(known, strict=False)
         if self.start is not None:
             self.network.provenance = {**self.network.provenance, "weights": self.start}  # type: ignore[dict-item]
+
+    def _check_ragged(self, stage: str) -> None:
+        if self.network.fit != "longest":
+            raise ValueError(
+                "the images are of many shapes (data.fit=longest) and the network sees squares: use "
+                "backbone.fit=longest, or data.fit=square"
+            )
+        if self.cache is not None:
+            raise ValueError("model.cache keeps maps of one shape: set it to null, or data.fit=square")
+        if stage == "fit" and not self.freeze_batchnorm and any(isinstance(m, _BATCHNORM) for m in self.modules()):
+            raise ValueError(
+                "images of many shapes (data.fit=longest) go through the network shape by shape, and batch "
+                "normalisation would see each by itself: set model.freeze_batchnorm=true, or data.fit=square"
+            )
 
     def on_fit_start(self) -> None:
         self.train()  # the trainer takes the mode as it finds it, frozen layers and all
@@ -271,15 +294,13 @@ class TrainedRetriever(pl.LightningModule):
         if self._pooled is not None:
             regions = self._pooled[batch["index"].cpu()].to(self.device).float()
             return self.network.describe(regions)  # type: ignore[operator]
-        if self.slices is None:
-            return self.network(batch["image"])
-        parts = batch["image"].split(self.slices)
-        return torch.cat([recompute(self.network, part, use_reentrant=False) for part in parts])
+        network = self.network if self.slices is None else partial(recompute, self.network, use_reentrant=False)
+        return by_shape(network, batch["image"], self.slices)
 
     def describe(self, batch: Batch) -> Tensor:
         """Embeddings float32 (B, D) of a batch, of its stored features where there are any."""
         if self._pooled is None:
-            return self.embed(batch["image"])
+            return by_shape(self.embed, batch["image"])
         with torch.autocast(self.device.type, enabled=False):
             return self(batch).float()
 

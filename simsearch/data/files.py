@@ -1,0 +1,226 @@
+"""Image files as a collection to train on: decoded once, by several processes, and mapped into memory since."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from simsearch.data.collection import Collection
+from simsearch.data.datamodule import RetrievalDataModule
+from simsearch.data.manifest import ImageFiles, Manifest, load_items, read_manifest
+from simsearch.data.protocols import RetrievalProtocol
+from simsearch.data.samplers import Batches
+from simsearch.files import write_json
+from simsearch.functional.ragged import Ragged
+from simsearch.functional.resize import Fit
+from simsearch.images import ImageError
+
+# Columns that a search result has of its own.
+RESERVED = ("rank", "score", "thumbnail")
+_PER_TASK = 16
+
+
+@dataclass(frozen=True)
+class DecodedFiles:
+    """The images of a manifest that could be read.
+
+    images: uint8, Ragged with fit "longest", (N, 3, size, size) with fit "square"; mapped from disk. rows: int64
+    (N,), their rows in the manifest, rising. errors: of the other rows. digest: hash of the files' bytes.
+    """
+
+    images: Tensor | Ragged
+    rows: Tensor
+    errors: list[ImageError]
+    digest: str
+
+
+def decode_files(manifest: Manifest, *, size: int, fit: Fit, cache: Path, workers: int = 0) -> DecodedFiles:
+    """The images of a manifest at one size by `fit`, from `cache`, or decoded into it with a progress bar.
+
+    cache: a folder (made when needed) for an entry by the files' names, lengths and times, which is there whole or
+    not at all; a second process waits for the first one's. workers: processes that decode beside this one.
+
+    Raises ValueError where no file can be read, and what ImageFiles does; OSError where the disk is full.
+    """
+    items = ImageFiles(manifest, size=size, fit=fit)
+    entry = cache.expanduser() / f"files-{_key(manifest, size, fit)}"
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{entry}.lock"):
+        if (found := _open(entry, manifest, fit)) is None:
+            shutil.rmtree(entry, ignore_errors=True)
+            _decode(items, entry, workers)
+            found = _open(entry, manifest, fit)
+    assert found is not None
+    return found
+
+
+def _key(manifest: Manifest, size: int, fit: Fit) -> str:
+    """24 hex digits of what decides the pixels."""
+    digest = hashlib.sha256(json.dumps([size, fit, os.path.realpath(manifest.root)]).encode())
+    for path in manifest.paths:
+        file = manifest.root / path
+        try:
+            status = file.stat()
+            facts = [status.st_size, status.st_mtime_ns, os.access(file, os.R_OK)]
+        except OSError:
+            facts = []
+        digest.update(json.dumps([path, facts]).encode())
+    return digest.hexdigest()[:24]
+
+
+def _decode(items: ImageFiles, entry: Path, workers: int) -> None:
+    partial = entry.with_name(f"{entry.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    shapes, errors, digest = [], [], hashlib.sha256()
+    try:
+        with (
+            (partial / "pixels.bin").open("wb") as file,
+            tqdm(total=len(items), unit="img", desc="decode files") as bar,
+        ):
+            for row, image in load_items(items, batch_size=_PER_TASK, workers=workers):
+                if isinstance(image, Tensor):
+                    file.write(image.numpy().data)
+                    source = items.manifest.root / items.manifest.paths[row]
+                    digest.update(hashlib.sha256(source.read_bytes()).digest())
+                    shapes.append((row, *image.shape[1:]))
+                else:
+                    assert isinstance(image, ImageError)
+                    errors.append([row, image.reason, image.detail])
+                bar.update()
+        if not shapes:
+            row, reason, detail = errors[0]
+            first = ImageError(items.manifest.root / items.manifest.paths[row], reason, detail)
+            raise ValueError(f"none of the {len(items)} images in {items.manifest.root} could be read: {first}")
+        np.save(partial / "shapes.npy", np.array(shapes, dtype=np.int64))
+        write_json(partial / "meta.json", {"digest": digest.hexdigest(), "errors": errors})
+        os.replace(partial, entry)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open(entry: Path, manifest: Manifest, fit: Fit) -> DecodedFiles | None:
+    """What a sound entry holds, else None."""
+    try:
+        meta = json.loads((entry / "meta.json").read_text())
+        rows, heights, widths = torch.from_numpy(np.load(entry / "shapes.npy", allow_pickle=False)).unbind(1)
+        sizes = 3 * heights * widths
+        # Copy on write, since a tensor must be writable: nothing reaches the file.
+        mapped = np.memmap(entry / "pixels.bin", dtype=np.uint8, mode="c", shape=(int(sizes.sum()),))
+        if (entry / "pixels.bin").stat().st_size != len(mapped):
+            return None
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
+    pixels = torch.from_numpy(mapped)
+    if fit == "square":
+        images: Tensor | Ragged = pixels.view(len(rows), 3, int(heights[0]), int(widths[0]))
+    else:
+        images = Ragged(pixels, sizes.cumsum(0) - sizes, torch.stack([heights, widths], dim=1))
+    errors = [ImageError(manifest.root / manifest.paths[row], *why) for row, *why in meta["errors"]]
+    return DecodedFiles(images, rows, errors, meta["digest"])
+
+
+def files_collection(
+    name: str, manifest: Manifest, decoded: DecodedFiles, attributes: Sequence[str] | None = None
+) -> Collection:
+    """The collection of what could be read, with the manifest's attributes (all where None) as labels.
+
+    Classes of an attribute are its values among these images, sorted. Raises ValueError for an attribute that the
+    manifest lacks.
+    """
+    rows = decoded.rows.tolist()
+    names = tuple(manifest.attributes) if attributes is None else tuple(attributes)
+    if missing := [attribute for attribute in names if attribute not in manifest.attributes]:
+        have = ", ".join(manifest.attributes) or "none"
+        raise ValueError(f"data.attributes: {name} has no column {missing[0]!r}; it has {have}")
+    labels, classes = torch.empty(len(rows), len(names), dtype=torch.int64), []
+    for column, attribute in enumerate(names):
+        values = [manifest.attributes[attribute][row] for row in rows]
+        present = sorted({value for value in values if value is not None})
+        number: dict[str | None, int] = {value: i for i, value in enumerate(present)} | {None: -1}
+        labels[:, column] = torch.tensor([number[value] for value in values], dtype=torch.int64)
+        classes.append(tuple(present))
+    return Collection(
+        name=name,
+        images=decoded.images,
+        labels=labels,
+        attributes=names,
+        classes=tuple(classes),
+        is_test=torch.zeros(len(rows), dtype=torch.bool),
+        paths=tuple(manifest.paths[row] for row in rows),
+        digest=decoded.digest,
+    )
+
+
+class FilesDataModule(RetrievalDataModule):
+    """The images of a folder or a table (.csv, .parquet), as read_manifest has them, under a protocol.
+
+    source, root: the folder or table, and what its paths are relative to. size, fit: files are decoded to this
+    size, "longest" the whole image at its longest side, so that batches hold images of many shapes (Ragged),
+    "square" the centre square. attributes: the columns to keep, all where None. cache: a folder for the decoded
+    images. workers: processes that decode, once. The rest: as RetrievalDataModule has it; files that cannot be
+    read are left out and reported.
+
+    Raises ValueError for a column that a search result has of its own, and what read_manifest does.
+    """
+
+    def __init__(
+        self,
+        protocol: RetrievalProtocol,
+        source: str,
+        size: int,
+        fit: Fit,
+        cache: str,
+        root: str | None = None,
+        attributes: Sequence[str] | None = None,
+        workers: int = 0,
+        sampler: Callable[[Tensor], Batches] | None = None,
+        eval_batch_size: int = 512,
+        augment: nn.Module | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(protocol, sampler, eval_batch_size, augment, num_workers)
+        self.source, self.root = Path(source), None if root is None else Path(root)
+        self.size, self.fit, self.cache = size, fit, Path(cache)
+        self.attributes, self.workers = attributes, workers
+
+    def prepare_data(self) -> None:
+        """Decodes what is not decoded yet."""
+        self._decoded()
+
+    def read(self) -> Collection:
+        """The images that can be read; the others are reported to stderr, and listed beside the cached pixels."""
+        manifest, decoded = self._decoded()
+        report(decoded.errors)
+        name = self.source.resolve().name if self.source.is_dir() else self.source.stem
+        return files_collection(name, manifest, decoded, self.attributes)
+
+    def _decoded(self) -> tuple[Manifest, DecodedFiles]:
+        manifest = read_manifest(self.source.resolve(), self.root)
+        if reserved := sorted(set(RESERVED) & set(self.attributes or manifest.attributes)):
+            raise ValueError(
+                f"{self.source} has the columns {', '.join(reserved)}, which a result has too: rename them"
+            )
+        return manifest, decode_files(manifest, size=self.size, fit=self.fit, cache=self.cache, workers=self.workers)
+
+
+@rank_zero_only
+def report(errors: Sequence[ImageError]) -> None:
+    """Prints to stderr which files were left out, and why."""
+    for reason, count in Counter(error.reason for error in errors).most_common():
+        some = [str(error.path) for error in errors if error.reason == reason][:3]
+        print(f"left out {count} files, {reason} ({', '.join(some)}{' ...' * (count > 3)})", file=sys.stderr)
