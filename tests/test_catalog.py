@@ -129,14 +129,14 @@ class TestWriting:
         assert read_catalog(folder).thumbnails([3]) == [b"new thumbnail 3"]
         assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
-    @pytest.mark.parametrize("place", ["write_table", "save_file", "write_json", "encoder_fingerprint"])
+    @pytest.mark.parametrize("place", ["ParquetWriter", "save", "write_json", "encoder_fingerprint"])
     def test_a_failure_while_writing_leaves_the_old_one(self, place, write, tmp_path, monkeypatch):
         folder = write(mark="old")
 
         def fail(*_: object, **__: object) -> None:
             raise OSError("no space left")
 
-        monkeypatch.setattr(module.pq if place == "write_table" else module, place, fail)
+        monkeypatch.setattr(module.pq if place == "ParquetWriter" else module, place, fail)
         with pytest.raises(OSError, match="no space"):
             write(mark="new")
         with pytest.raises(OSError, match="no space"):

@@ -1,4 +1,4 @@
-"""simsearch index: a catalog of a folder or manifest of images, described by a run's encoder."""
+"""simsearch index: a catalog of a folder or manifest of images, described by a run's encoder, or of shards."""
 
 from __future__ import annotations
 
@@ -6,35 +6,73 @@ import csv
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import torch
 from omegaconf import DictConfig
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from simsearch import runtime
 from simsearch.data.manifest import load_images, read_manifest
 from simsearch.files import replacing
 from simsearch.images import ImageError, encode_thumbnail
-from simsearch.search.catalog import THUMBNAIL, item_table, write_catalog
+from simsearch.index.faiss_index import FaissIndex
+from simsearch.search.catalog import fill_index, path_table, with_thumbnails, write_catalog
 from simsearch.search.engine import encode
+from simsearch.search.shards import ShardError, open_shards
+
+
+@dataclass(frozen=True)
+class Described:
+    """Images that were described, in parts: vectors(i) gives the counts[i] of part i, `items` their tables.
+
+    config: what builds the encoder. out: where the catalog goes unless told otherwise. source: `run` and `images`.
+    """
+
+    encoder: nn.Module
+    config: dict[str, Any]
+    counts: list[int]
+    vectors: Callable[[int], Tensor]
+    items: Iterable[pa.Table]
+    errors: list[ImageError]
+    skipped: dict[str, int]
+    source: dict[str, str]
+    out: Path
 
 
 @runtime.command("index")
 def main(config: DictConfig) -> None:
+    index = runtime.build(runtime.plain(config)["index"])
+    described = from_shards(config, index) if config.shards else from_images(config, index)
+    out = Path(config.out) if config.out else described.out
+    fill_index(index, described.counts, described.vectors)
+    reasons = dict(Counter(error.reason for error in described.errors))
+    write_catalog(
+        out,
+        index=index,
+        items=described.items,
+        encoder=described.encoder,
+        config=described.config,
+        about={"source": described.source, "skipped": reasons | described.skipped},
+    )
+    report(out, len(index), index.code_bytes, described.errors, described.skipped)
+
+
+def from_images(config: DictConfig, index: FaissIndex) -> Described:
+    """Describes the images of a folder or manifest now."""
+    if not config.run or not config.images:
+        raise ValueError("give run=<run> and images=<folder or manifest>, or shards=<out of simsearch extract>")
     run = runtime.open_run(Path(config.run))
     source = Path(config.images).resolve()
     manifest = read_manifest(source, Path(config.root) if config.root else None)
-    if reserved := sorted({"rank", "score", THUMBNAIL} & set(manifest.attributes)):
-        raise ValueError(f"{config.images} has the columns {', '.join(reserved)}, which a result has too: rename them")
-    name = source.name if source.is_dir() else source.stem
-    out = Path(config.out) if config.out else run.folder / "catalogs" / name
-    index = runtime.build(runtime.plain(config)["index"])
+    table = path_table(manifest)
     encoder = runtime.load_model(run).encoder.to(runtime.device(config.device))
-    if index.is_binary != (encoder.bits is not None):
-        kind = "codes: index=binary-flat" if encoder.bits else "float descriptors: index=flat"
-        raise ValueError(f"index={index.factory} does not fit this run, which gives {kind} or another of that kind")
-
+    check_kind(index, encoder)
     parts, rows, thumbnails, errors = [], [], [], []
     batches = load_images(
         manifest,
@@ -55,40 +93,81 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"none of the {len(manifest)} images of {config.images} could be read: {errors[0]}")
 
     order = sorted(range(len(rows)), key=rows.__getitem__)  # batches come by shape, a catalog as the manifest
-    rows, thumbnails = [rows[i] for i in order], [thumbnails[i] for i in order]
-    index.add(torch.cat(parts)[order])
-    columns = {"path": [manifest.paths[row] for row in rows]}
-    for name, values in manifest.attributes.items():
-        columns[name] = [values[row] for row in rows]
-    reasons = dict(Counter(error.reason for error in errors))
-    write_catalog(
-        out,
-        index=index,
-        items=item_table(columns, thumbnails),
+    vectors = torch.cat(parts)[order]
+    return Described(
         encoder=encoder,
         config=runtime.encoder_config(run.config),
-        about={
-            "source": {"run": run.folder.name, "images": str(manifest.root)},
-            "skipped": reasons | manifest.skipped,
-        },
+        counts=[len(rows)],
+        vectors=lambda _: vectors,
+        items=[with_thumbnails(table.take([rows[i] for i in order]), [thumbnails[i] for i in order])],
+        errors=errors,
+        skipped=manifest.skipped,
+        source={"run": run.folder.name, "images": str(manifest.root)},
+        out=run.folder / "catalogs" / (source.name if source.is_dir() else source.stem),
     )
-    report(out, len(rows), index.code_bytes, errors, manifest.skipped)
+
+
+def from_shards(config: DictConfig, index: FaissIndex) -> Described:
+    """What `simsearch extract` left; it is read piece by piece when it is needed."""
+    if config.run or config.images:
+        raise ValueError("shards= know their run and images: leave run= and images= out")
+    shards = open_shards(Path(config.shards))
+    if missing := shards.missing():
+        raise ValueError(
+            f"{len(missing)} of the {len(shards)} shards in {shards.folder} are missing; this goes on with them: "
+            f"{shards.about['command']}"
+        )
+    encoder = runtime.build_encoder(shards.about["config"])
+    shards.load_encoder_state(encoder)
+    check_kind(index, encoder)
+    numbers = tqdm(range(len(shards)), unit="shard", desc="check")
+    try:
+        checked = [(number, shards.check(number)) for number in numbers]
+    except ShardError as error:
+        raise ValueError(f"{error}; this does it again: {shards.about['command']}") from error
+    errors = [error for number in range(len(shards)) for error in shards.errors(number)]
+    filled = [(number, count) for number, count in checked if count]
+    if not filled:
+        raise ValueError(f"none of the {len(shards.items)} images of the shards could be read: {errors[0]}")
+    return Described(
+        encoder=encoder,
+        config=shards.about["config"],
+        counts=[count for _, count in filled],
+        vectors=lambda part: shards.vectors(filled[part][0]),
+        items=(shards.catalog_items(number) for number, _ in filled),
+        errors=errors,
+        skipped=shards.about["skipped"],
+        source=shards.about["source"],
+        out=shards.folder / "catalog",
+    )
+
+
+def check_kind(index: FaissIndex, encoder: nn.Module) -> None:
+    """Raises ValueError for an index of floats with an encoder that gives codes, or the other way."""
+    if index.is_binary != (encoder.bits is not None):
+        kind = "codes: index=binary-flat" if encoder.bits else "float descriptors: index=flat"
+        raise ValueError(f"index={index.factory} does not fit this run, which gives {kind} or another of that kind")
 
 
 def report(out: Path, count: int, code_bytes: int, errors: list[ImageError], skipped: dict[str, int]) -> None:
     """Prints what was indexed and what was not; unreadable files are listed in <out>/skipped.csv."""
     print(f"{count} images, {code_bytes} bytes each, in the catalog {out}")
-    for reason, n in Counter(error.reason for error in errors).most_common():
-        example = next(error.path for error in errors if error.reason == reason)
-        print(f"skipped {n} files, {reason} (first {example})", file=sys.stderr)
-    for reason, n in skipped.items():
-        print(f"left out {n} entries of the folder: {reason}", file=sys.stderr)
+    report_errors(errors, skipped)
     if errors:
         with replacing(out / "skipped.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["path", "reason", "detail"])
             writer.writerows([error.path, error.reason, error.detail] for error in errors)
     print(f"try next: simsearch search {shlex.quote(f'catalog={out}')} image=<image or folder>")
+
+
+def report_errors(errors: list[ImageError], skipped: dict[str, int]) -> None:
+    """Says on standard error how many files were left out, by reason."""
+    for reason, n in Counter(error.reason for error in errors).most_common():
+        example = next(error.path for error in errors if error.reason == reason)
+        print(f"skipped {n} files, {reason} (first {example})", file=sys.stderr)
+    for reason, n in skipped.items():
+        print(f"left out {n} entries of the folder: {reason}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from simsearch.cache import cache_key
+from simsearch.data.manifest import Manifest
 from simsearch.files import write_json
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import state_fingerprint
@@ -33,6 +36,8 @@ FORMAT = 1
 _ENTRIES = {"catalog.json", "index", "items.parquet", "encoder.safetensors", "skipped.csv"}
 THUMBNAIL = "thumbnail"
 _GROUP = 1024  # rows of items.parquet that are read together
+_ADDED = 2**16  # vectors that an index is given together
+Rows = TypeVar("Rows", Tensor, pa.Table)
 
 
 class CatalogError(ValueError):
@@ -71,11 +76,7 @@ class Catalog:
 
         Raises CatalogError where the tensors do not fit or the result is another encoder.
         """
-        try:
-            encoder.load_state_dict(load_file(self.folder / "encoder.safetensors"))
-        except (RuntimeError, SafetensorError, OSError) as error:
-            raise CatalogError(f"cannot load the encoder of {self.folder}: {error}") from error
-        encoder.provenance = dict(self.about["backbone"])  # type: ignore[assignment]
+        read_encoder(self.folder, self.about, encoder)
         self.check_encoder(encoder)
 
     def check_encoder(self, encoder: nn.Module) -> None:
@@ -88,23 +89,90 @@ class Catalog:
             )
 
 
+def write_encoder(folder: Path, encoder: nn.Module) -> dict[str, Any]:
+    """Fingerprint and provenance of an encoder, for an `about`; its tensors go to encoder.safetensors in `folder`."""
+    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    (folder / "encoder.safetensors").write_bytes(save(state))  # save_file would keep it from other users
+    return {
+        "encoder_fingerprint": encoder_fingerprint(encoder),
+        "backbone": dict(encoder.provenance),  # type: ignore[arg-type]
+    }
+
+
+def read_encoder(folder: Path, about: Mapping[str, Any], encoder: nn.Module) -> None:
+    """Loads what `write_encoder` left. Raises CatalogError where the tensors do not fit or are damaged."""
+    try:
+        encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
+    except (RuntimeError, SafetensorError, OSError) as error:
+        raise CatalogError(f"cannot load the encoder of {folder}: {error}") from error
+    encoder.provenance = dict(about["backbone"])  # type: ignore[assignment]
+
+
+def fill_index(index: FaissIndex, counts: Sequence[int], read: Callable[[int], Tensor]) -> None:
+    """Trains and fills an empty `index` with the vectors of parts 0, 1, ...: `read(i)` gives the counts[i] of part i.
+
+    The result does not depend on how the vectors are cut into parts. Many are read twice: first at most
+    index.train_size of them, a random choice, to train. Beside the index it holds these, then a block of
+    _ADDED and a part.
+    """
+    total = sum(counts)
+    if total > _ADDED:  # else the index trains by itself
+        chosen = torch.arange(total)
+        if total > index.train_size:
+            chosen = torch.randperm(total, generator=torch.Generator().manual_seed(index.seed))[: index.train_size]
+        index.train(_take(chosen, counts, read))
+    for block in regroup(map(read, range(len(counts))), _ADDED, torch.cat):
+        index.add(block)
+
+
+def _take(rows: Tensor, counts: Sequence[int], read: Callable[[int], Tensor]) -> Tensor:
+    """The vectors at these rows of all parts together, in this order."""
+    rows, order = rows.sort()
+    ends = torch.tensor(counts).cumsum(0)
+    cuts = [0, *torch.searchsorted(rows, ends).tolist()]
+    found: Tensor | None = None
+    for part, (start, stop) in enumerate(pairwise(cuts)):
+        if start < stop:
+            vectors = read(part)[rows[start:stop] - (ends[part] - counts[part])]
+            if found is None:
+                found = vectors.new_empty(len(rows), vectors.shape[1])
+            found[order[start:stop]] = vectors
+    assert found is not None
+    return found
+
+
+def regroup(parts: Iterable[Rows], size: int, join: Callable[[list[Rows]], Rows]) -> Iterator[Rows]:
+    """The rows of all parts, in order, in groups of `size` and a last one of the rest."""
+    waiting: list[Rows] = []
+    count = 0
+    for part in parts:
+        waiting.append(part)
+        count += len(part)
+        if count >= size:
+            whole = join(waiting)
+            full = count - count % size
+            for start in range(0, full, size):
+                yield whole[start : start + size]
+            waiting, count = [whole[full:]], count - full
+    if count:
+        yield join(waiting)
+
+
 def write_catalog(
     folder: Path,
     *,
     index: FaissIndex,
-    items: pa.Table,
+    items: pa.Table | Iterable[pa.Table],
     encoder: nn.Module,
     config: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> None:
     """Writes a catalog of the items in `index`, taking the place of one that may be in `folder`.
 
-    config: the plain config that builds the encoder. about: further plain facts (protocol, skipped
-    files, ...). Raises ValueError where items and index differ in number, FileExistsError where
-    `folder` holds something else.
+    items: a row an item, in one table or several. config: the plain config that builds the encoder. about:
+    further plain facts (protocol, skipped files, ...). Raises ValueError where items and index differ in
+    number, FileExistsError where `folder` holds something else.
     """
-    if len(index) != len(items):
-        raise ValueError(f"the index holds {len(index)} items, the table {len(items)}")
     folder = Path(folder).resolve()
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file: give another place by out=")
@@ -120,16 +188,15 @@ def write_catalog(
     temporary.mkdir(parents=True)
     try:
         index.save(temporary / "index")
-        pq.write_table(items, temporary / "items.parquet", row_group_size=_GROUP)
-        state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-        save_file(state, temporary / "encoder.safetensors")
+        count = _write_items(temporary / "items.parquet", [items] if isinstance(items, pa.Table) else items)
+        if len(index) != count:
+            raise ValueError(f"the index holds {len(index)} items, the table {count}")
         write_json(
             temporary / "catalog.json",
             {
                 "format": FORMAT,
-                "encoder_fingerprint": encoder_fingerprint(encoder),
-                "backbone": dict(encoder.provenance),  # type: ignore[arg-type]
-                "items": len(items),
+                **write_encoder(temporary, encoder),
+                "items": count,
                 "bytes_per_item": index.code_bytes,
                 "config": dict(config),
                 **about,
@@ -148,6 +215,20 @@ def write_catalog(
             os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_items(path: Path, tables: Iterable[pa.Table]) -> int:
+    """How many rows there were; they lie in groups of _GROUP, by which `thumbnails` finds them."""
+    count, writer = 0, None
+    try:
+        for table in regroup(tables, _GROUP, pa.concat_tables):
+            writer = writer or pq.ParquetWriter(path, table.schema)
+            writer.write_table(table, row_group_size=_GROUP)
+            count += len(table)
+    finally:
+        if writer is not None:
+            writer.close()
+    return count
 
 
 def read_catalog(folder: Path) -> Catalog:
@@ -178,4 +259,16 @@ def read_catalog(folder: Path) -> Catalog:
 
 def item_table(columns: Mapping[str, Sequence[Any]], thumbnails: Sequence[bytes]) -> pa.Table:
     """A catalog's items: the given columns and a thumbnail each."""
-    return pa.table({**{n: pa.array(v) for n, v in columns.items()}, THUMBNAIL: pa.array(thumbnails, pa.binary())})
+    return with_thumbnails(pa.table({n: pa.array(v) for n, v in columns.items()}), thumbnails)
+
+
+def path_table(manifest: Manifest) -> pa.Table:
+    """Path and attributes of a manifest's images, as text. Raises ValueError for columns that a result has too."""
+    if reserved := sorted({"rank", "score", THUMBNAIL} & set(manifest.attributes)):
+        raise ValueError(f"the images have the columns {', '.join(reserved)}, which a result has too: rename them")
+    return pa.table({n: pa.array(v, pa.string()) for n, v in {"path": manifest.paths, **manifest.attributes}.items()})
+
+
+def with_thumbnails(table: pa.Table, thumbnails: Sequence[bytes]) -> pa.Table:
+    """A catalog's items: `table` and a thumbnail each."""
+    return table.append_column(THUMBNAIL, pa.array(thumbnails, pa.binary()))

@@ -1,0 +1,304 @@
+"""simsearch extract: descriptors of many images, by any number of processes, as shards to build an index from."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from tqdm import tqdm
+
+from simsearch import runtime
+from simsearch.commands.index import report_errors
+from simsearch.data.chunks import load_chunks
+from simsearch.data.manifest import ImageBatch, ImageFiles, Manifest, read_manifest
+from simsearch.images import ImageError, encode_thumbnail
+from simsearch.search.claims import Claims, claimed
+from simsearch.search.engine import encode
+from simsearch.search.shards import ShardError, Shards, begin, open_shards
+
+POLL_SECONDS = 0.5
+# Names of a process's number, how many there are, and its number on its own machine.
+_LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a rank is told, in plain values. local: its number on its machine, which chooses its accelerator."""
+
+    shards: Path
+    root: Path
+    rank: int
+    ranks: int
+    local: int
+    batch_size: int
+    workers: int
+    device: str
+
+
+@runtime.command("extract")
+def main(config: DictConfig) -> None:
+    rank, ranks, local = place(config.rank, config.ranks, os.environ)
+    run = runtime.open_run(Path(config.run))
+    source, out = Path(config.images).resolve(), Path(config.out).resolve()
+    manifest = read_manifest(source, Path(config.root) if config.root else None)
+    encoder = runtime.load_model(run).encoder
+    given = {"run": run.folder.resolve(), "images": source, "root": config.root and Path(config.root).resolve()}
+    given |= {"out": out, "chunk": config.chunk, "thumbnail": config.thumbnail}
+    shards = begin(
+        out,
+        manifest,
+        encoder=encoder,
+        config=runtime.encoder_config(run.config),
+        chunk=config.chunk,
+        thumbnail=config.thumbnail,
+        source={"run": run.folder.name, "images": str(manifest.root)},
+        command=shlex.join(["simsearch", "extract", *(f"{key}={value}" for key, value in given.items() if value)]),
+    )
+    work = Work(out, manifest.root, rank or 0, ranks, local, config.batch_size, config.workers, config.device)
+    with stopping(shards):
+        if rank is None:
+            run_ranks(shards, work)
+        else:
+            with progress(shards, shown=rank == 0) as show:
+                describe(shards, encoder, manifest, work, show)
+    shards.clear()
+    if not rank:
+        report(shards)
+
+
+def place(rank: int | None, ranks: int | None, environment: Mapping[str, str]) -> tuple[int | None, int, int]:
+    """This process's rank (None: it is to start `ranks` processes), the number of ranks, its number on its machine.
+
+    Raises ValueError where rank and ranks do not fit.
+    """
+    if rank is not None:
+        if ranks is None or not 0 <= rank < ranks:
+            raise ValueError(f"rank={rank} needs ranks=, the number of all, to be larger than it: got ranks={ranks}")
+        return rank, ranks, rank
+    if ranks is not None:
+        if ranks < 1:
+            raise ValueError(f"ranks must be at least 1, got {ranks}")
+        return (None, ranks, 0) if ranks > 1 else (0, 1, 0)
+    for own, world, local in _LAUNCHERS:
+        if own in environment and world in environment:
+            return int(environment[own]), int(environment[world]), int(environment.get(local, environment[own]))
+    return 0, 1, 0
+
+
+# -------------------------------------------------------------------------------------------- one rank
+
+
+def describe(shards: Shards, encoder: nn.Module, manifest: Manifest, work: Work, show: Callable[[], None]) -> None:
+    """Describes chunks that nobody else does until none is missing, those of ranks that died too."""
+    encoder = encoder.to(accelerator(work.device, work.local))
+    check_own(shards, work.rank, work.ranks)
+    files = ImageFiles(manifest, size=encoder.input_size, fit=encoder.fit)
+    size = shards.about["chunk"]
+    with Claims(shards.folder / "claims") as claims:
+        while shards.missing():
+            numbers = free_chunks(shards, claims, work.rank * len(shards) // work.ranks)
+            chunks = (shards.rows(number) for number in numbers)
+            idle = True
+            for rows, batches in load_chunks(files, chunks, batch_size=work.batch_size, workers=work.workers):
+                idle = False
+                number = rows.start // size
+
+                def advance(done: int, number: int = number) -> None:
+                    claims.advance(number, done)
+                    show()
+
+                describe_chunk(shards, number, encoder, manifest.root, batches, advance)
+                claims.release(number)
+            if idle:
+                abandon_with_parent()
+                show()
+                time.sleep(POLL_SECONDS)
+
+
+def free_chunks(shards: Shards, claims: Claims, first: int) -> Iterator[int]:
+    """The missing chunks that can be claimed, each claimed when it is asked for; from `first` on, then the others."""
+    missing = shards.missing()
+    for number in [n for n in missing if n >= first] + [n for n in missing if n < first]:
+        if not shards.path(number).exists() and claims.take(number):
+            if shards.path(number).exists():  # finished between the question and the claim
+                claims.release(number)
+            else:
+                yield number
+
+
+def describe_chunk(
+    shards: Shards,
+    number: int,
+    encoder: nn.Module,
+    root: Path,
+    batches: Iterator[ImageBatch],
+    advance: Callable[[int], None],
+) -> None:
+    """Writes the shard of one chunk from its batches."""
+    vectors, rows, thumbnails, errors = [], [], [], []
+    for images, batch_rows, batch_errors in batches:
+        abandon_with_parent()
+        if len(images):
+            vectors.append(encode(encoder, images))
+            rows.append(batch_rows)
+            thumbnails += [encode_thumbnail(image, shards.about["thumbnail"]) for image in images]
+        errors += [ImageError(error.path.relative_to(root), error.reason, error.detail) for error in batch_errors]
+        advance(len(thumbnails) + len(errors))
+    none = torch.empty(0, dtype=torch.int64)
+    shards.write(
+        number,
+        torch.cat(rows) if rows else none,
+        torch.cat(vectors) if vectors else torch.empty(0, 0),
+        thumbnails,
+        errors,
+    )
+
+
+def check_own(shards: Shards, rank: int, ranks: int) -> None:
+    """Reads this rank's part of the finished shards and deletes damaged ones, to be done again."""
+    missing = set(shards.missing())
+    for number in range(rank, len(shards), ranks):
+        if number not in missing:
+            try:
+                shards.check(number)
+            except ShardError as error:
+                print(f"{error}: it is done again", file=sys.stderr)
+                shards.path(number).unlink(missing_ok=True)
+
+
+def accelerator(name: str, local: int) -> torch.device:
+    """The device of that name; where the machine has several accelerators, the one for its process `local`."""
+    device = runtime.device(name)
+    if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
+        return torch.device("cuda", local % torch.cuda.device_count())
+    return device
+
+
+def abandon_with_parent() -> None:
+    """Ends a process that `run_ranks` started when the one that started it is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        raise SystemExit(1)
+
+
+# ------------------------------------------------------------------------------ ranks of this machine
+
+
+def run_ranks(shards: Shards, work: Work) -> None:
+    """Starts `work.ranks` processes and waits for them. Raises ValueError where they leave chunks undone."""
+    context = multiprocessing.get_context("spawn")
+    arguments = ("shards", "root", "batch_size", "workers", "device")
+    values = {name: getattr(work, name) for name in arguments}
+    processes = [
+        context.Process(target=rank_main, args=(Work(rank=rank, ranks=work.ranks, local=rank, **values),))
+        for rank in range(work.ranks)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        with progress(shards, shown=True) as show:
+            while sum(process.is_alive() for process in processes):  # of all: asking buries the dead
+                show()
+                time.sleep(POLL_SECONDS)
+            show()
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+        for process in processes:
+            if process.pid:
+                process.join()
+    if missing := shards.missing():
+        codes = [process.exitcode for process in processes]
+        raise ValueError(f"{len(missing)} of {len(shards)} chunks are undone, the ranks ended with {codes}")
+
+
+def rank_main(work: Work) -> None:
+    """What a process of `run_ranks` does: no Hydra, the encoder from the plan."""
+    runtime.quiet_libraries()
+    torch.set_num_threads(max(1, torch.get_num_threads() // work.ranks))
+    try:
+        shards = open_shards(work.shards)
+        with stopping(shards, quiet=True):
+            encoder = runtime.build_encoder(shards.about["config"])
+            shards.load_encoder_state(encoder)
+            manifest = Manifest(work.root, tuple(shards.items["path"].to_pylist()))
+            describe(shards, encoder, manifest, work, show=lambda: None)
+    except (ValueError, OSError) as error:
+        if os.environ.get("SIMSEARCH_DEBUG") == "1":
+            raise
+        print(f"simsearch extract: rank {work.rank}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+# ------------------------------------------------------------------------------- stopping and reports
+
+
+@contextmanager
+def stopping(shards: Shards, quiet: bool = False) -> Iterator[None]:
+    """SIGTERM and SIGINT drop the chunk that is being described, give it back and end the process."""
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough: what follows is clearing up
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except SystemExit:
+        if not quiet:
+            done = len(shards) - len(shards.missing())
+            print(f"stopped: {done} of {len(shards)} shards are finished, the same command goes on", file=sys.stderr)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress(shards: Shards, shown: bool) -> Iterator[Callable[[], None]]:
+    """A bar over what all ranks have done, brought up to date by calling what this gives."""
+    last = 0.0
+
+    def show() -> None:
+        nonlocal last
+        if shown and time.monotonic() - last > POLL_SECONDS:
+            bar.update(images_done(shards) - bar.n)
+            last = time.monotonic()
+
+    start = images_done(shards) if shown else 0
+    with tqdm(total=len(shards.items), initial=start, unit="img", desc="extract", disable=not shown) as bar:
+        yield show
+        if shown:
+            bar.update(images_done(shards) - bar.n)
+
+
+def images_done(shards: Shards) -> int:
+    """Images in finished shards and those that ranks have said to be done of others."""
+    missing = shards.missing()
+    done = len(shards.items) - sum(len(shards.rows(number)) for number in missing)
+    claims = claimed(shards.folder / "claims")
+    return done + sum(claims.get(number, 0) for number in missing)
+
+
+def report(shards: Shards) -> None:
+    """Prints what was described and what was not."""
+    errors = [error for number in range(len(shards)) for error in shards.errors(number)]
+    print(f"{len(shards.items) - len(errors)} images in {len(shards)} shards in {shards.folder}")
+    report_errors(errors, shards.about["skipped"])
+    print(f"try next: simsearch index {shlex.quote(f'shards={shards.folder}')} out=<catalog>")
+
+
+if __name__ == "__main__":
+    main()

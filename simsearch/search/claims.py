@@ -1,0 +1,114 @@
+"""Who works on what, told by files, for processes on machines that share nothing but a folder."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+BEAT_SECONDS = 2.0
+STALE_SECONDS = 90.0  # more than network file systems keep a file's times for
+
+
+class Claims:
+    """Claims on numbered pieces of work; within `with`, those that are held are renewed every BEAT_SECONDS.
+
+    A claim spares double work and is no lock: a process that was suspended may lose its own to another. So a
+    piece must come out the same whoever does it, and be put in its place whole. A claim is dead when its
+    process on this machine is, or when it was not renewed for STALE_SECONDS of this process's own clock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._owner = f"{socket.gethostname()} {os.getpid()}"
+        self._held: dict[int, int] = {}
+        self._seen: dict[int, tuple[int, float]] = {}  # a claim's time of change, and since when we know it
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Claims:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        self._thread.join()
+        for number in list(self._held):
+            self.release(number)
+
+    def take(self, number: int) -> bool:
+        """Whether `number` is now this process's: nobody had claimed it, or nobody who is still alive."""
+        path = self.folder / str(number)
+        try:
+            with path.open("x") as file:
+                file.write(f"{self._owner} 0")
+        except FileExistsError:
+            if not self._is_dead(number):
+                return False
+            path.write_text(f"{self._owner} 0")
+        with self._lock:
+            self._held[number] = 0
+        return True
+
+    def advance(self, number: int, done: int) -> None:
+        """Says with the next renewal that `done` items of a held piece are done."""
+        with self._lock:
+            self._held[number] = done
+
+    def release(self, number: int) -> None:
+        """Gives a held piece back."""
+        with self._lock:
+            (self.folder / str(number)).unlink(missing_ok=True)
+            self._held.pop(number, None)  # last: a signal in between leaves it to the end of `with`
+
+    def _beat(self) -> None:
+        while not self._closed.wait(BEAT_SECONDS):
+            with self._lock:
+                for number, done in self._held.items():
+                    (self.folder / str(number)).write_text(f"{self._owner} {done}")
+
+    def _is_dead(self, number: int) -> bool:
+        path = self.folder / str(number)
+        try:
+            owner = path.read_text().rpartition(" ")[0]
+            changed = path.stat().st_mtime_ns
+        except OSError:  # given back in this moment
+            return False
+        host, _, pid = owner.rpartition(" ")
+        if host == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid)):
+            return True
+        before, since = self._seen.get(number, (None, 0.0))
+        if before != changed:
+            self._seen[number] = changed, time.monotonic()
+            return False
+        return time.monotonic() - since > STALE_SECONDS
+
+
+def claimed(folder: Path) -> dict[int, int]:
+    """The numbers that are claimed in `folder`, and how many items of each are said to be done."""
+    found = {}
+    for path in folder.glob("*"):
+        try:
+            found[int(path.name)] = int(path.read_text().rpartition(" ")[2])
+        except (OSError, ValueError):  # given back, or being written in this moment
+            continue
+    return found
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # an earlier process of this number: what is held is not asked for
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,312 @@
+"""Descriptors of many images as shards in a folder, which any number of processes write and an index is built from.
+
+    plan/plan.json             format, chunk, fingerprints of the images and the encoder, the encoder's config
+    plan/items.parquet         one row an image: path, attributes
+    plan/sizes.npy             bytes of each file, -1 where there was none
+    plan/encoder.safetensors   all tensors of the encoder
+    shards/000017.safetensors  vectors, thumbnails and failures of chunk 17: rows 17 * chunk .. 18 * chunk - 1
+    claims/17                  who works on chunk 17
+
+No pickles. The plan appears whole and never changes; a shard appears whole, and which process writes it, or how
+many do, changes nothing in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from simsearch.cache import cache_key
+from simsearch.data.manifest import Manifest
+from simsearch.files import replacing, write_json
+from simsearch.images import ImageError
+from simsearch.search.catalog import encoder_fingerprint, path_table, read_encoder, with_thumbnails, write_encoder
+
+FORMAT = 1
+_DECIDING = ("format", "listing", "encoder_fingerprint", "chunk", "thumbnail")
+_STATS = 1000  # files whose sizes one thread asks for in a row
+_ENDING = ".safetensors"
+
+
+class ShardError(ValueError):
+    """A folder without a plan, a plan made for something else, or a damaged shard."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """An opened folder of shards, finished or not. about: plan.json; items: path and attributes of N images."""
+
+    folder: Path
+    about: dict[str, Any]
+    items: pa.Table
+
+    def __len__(self) -> int:
+        """The number of chunks."""
+        return -(-len(self.items) // self.about["chunk"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits over all that decides what is in the shards."""
+        return cache_key({name: self.about[name] for name in _DECIDING})[:16]
+
+    def rows(self, number: int) -> range:
+        """The rows of `items` that chunk `number` covers."""
+        start = number * self.about["chunk"]
+        return range(start, min(start + self.about["chunk"], len(self.items)))
+
+    def path(self, number: int) -> Path:
+        """The file of chunk `number`, there or not."""
+        return self.folder / "shards" / f"{number:06d}{_ENDING}"
+
+    def missing(self) -> list[int]:
+        """The chunks that have no shard yet."""
+        found = _names(self.folder / "shards")
+        return [number for number in range(len(self)) if self.path(number).name not in found]
+
+    def load_encoder_state(self, encoder: nn.Module) -> None:
+        """Loads the plan's tensors into an encoder built from its config. Raises what is raised for a catalog's."""
+        read_encoder(self.folder / "plan", self.about, encoder)
+        self.check_encoder(encoder)
+
+    def check_encoder(self, encoder: nn.Module) -> None:
+        """Raises ShardError for an encoder other than the plan's."""
+        own, other = self.about["encoder_fingerprint"], encoder_fingerprint(encoder)
+        if own != other:
+            raise ShardError(
+                f"{self.folder} was begun with encoder {own} (run {self.about['source']['run']}), this one is {other}: "
+                "their descriptors do not compare. Go on with that run, or give another out="
+            )
+
+    def write(
+        self, number: int, rows: Tensor, vectors: Tensor, thumbnails: Sequence[bytes], errors: Sequence[ImageError]
+    ) -> None:
+        """Puts the shard of a chunk in its place, whole.
+
+        rows: int64 (n,) in any order, of the images that could be read; vectors: (n, D) as an index takes them,
+        and n thumbnails, in the same order; errors: of the others, their paths as in `items`. Raises ValueError
+        where images of the chunk are missing or double, and where the encoder gave NaN.
+        """
+        span = self.rows(number)
+        row_of = dict(zip(self.items["path"][span.start : span.stop].to_pylist(), span, strict=True))
+        failed = sorted((row_of[str(error.path)], error.reason, error.detail) for error in errors)
+        if sorted([*rows.tolist(), *(row for row, _, _ in failed)]) != list(span):
+            raise ValueError(f"chunk {number} does not hold each of its {len(span)} images once")
+        if vectors.is_floating_point() and not (finite := torch.isfinite(vectors).all(1)).all():
+            path = self.items["path"][int(rows[~finite][0])].as_py()
+            raise ValueError(f"the encoder gave NaN or infinity for {path}: no index takes that")
+        order = rows.argsort()
+        sizes = [len(thumbnails[i]) for i in order.tolist()]
+        tensors = {
+            "rows": rows[order],
+            "vectors": vectors[order].contiguous(),
+            "thumbnails": _bytes(b"".join(thumbnails[i] for i in order.tolist())),
+            "ends": torch.tensor(sizes, dtype=torch.int64).cumsum(0),
+            "errors": _bytes(json.dumps(failed).encode()),
+        }
+        # One entry: safetensors writes several in any order, and equal work should give equal bytes.
+        about = {"plan": self.fingerprint, "chunk": number, "sha256": _digest(tensors)}
+        path = self.path(number)
+        try:
+            with replacing(path) as temporary:
+                # save_file would keep it from other users
+                temporary.write_bytes(save(tensors, {"shard": json.dumps(about)}))
+        except FileNotFoundError:  # `clear` of another, for whom all was finished, took it for a left-over
+            if not path.is_file():
+                raise
+
+    def clear(self) -> None:
+        """Takes away what killed processes left in the midst of writing. For finished shards only."""
+        for path in [*(self.folder / "claims").glob("*"), *(self.folder / "shards").glob(".*")]:
+            path.unlink(missing_ok=True)
+        for path in self.folder.glob(".plan.*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def check(self, number: int) -> int:
+        """How many vectors the shard of a chunk has, after reading all of it.
+
+        Raises ShardError where it is missing, damaged, of another plan, or not of each image of the chunk once.
+        """
+        path = self.path(number)
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["shard"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            if about != {"plan": self.fingerprint, "chunk": number, "sha256": _digest(tensors)}:
+                raise ShardError("it is of another plan, or its content is not what was written")
+            failed = [row for row, _, _ in json.loads(tensors["errors"].numpy().tobytes())]
+            if sorted([*tensors["rows"].tolist(), *failed]) != list(self.rows(number)):
+                raise ShardError("it does not hold each of its images once")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise ShardError(f"the shard {path} is damaged or missing: {error}") from error
+        return len(tensors["rows"])
+
+    def vectors(self, number: int) -> Tensor:
+        """The vectors of a checked shard, (n, D), in the order of its rows."""
+        return self._read(number, "vectors")[0]
+
+    def catalog_items(self, number: int) -> pa.Table:
+        """Path, attributes and thumbnail of the images that a checked shard has vectors of."""
+        rows, ends, data = self._read(number, "rows", "ends", "thumbnails")
+        content, cuts = data.numpy().tobytes(), [0, *ends.tolist()]
+        thumbnails = [content[start:stop] for start, stop in pairwise(cuts)]
+        return with_thumbnails(self.items.take(rows.numpy()), thumbnails)
+
+    def errors(self, number: int) -> list[ImageError]:
+        """What could not be read in the chunk of a checked shard; paths below the images' folder."""
+        root, paths = Path(self.about["source"]["images"]), self.items["path"]
+        failed = json.loads(self._read(number, "errors")[0].numpy().tobytes())
+        return [ImageError(root / paths[row].as_py(), reason, detail) for row, reason, detail in failed]
+
+    def _read(self, number: int, *names: str) -> list[Tensor]:
+        try:
+            with safe_open(self.path(number), "pt") as file:
+                return [file.get_tensor(name) for name in names]
+        except (SafetensorError, OSError) as error:
+            raise ShardError(f"the shard {self.path(number)} is damaged or missing: {error}") from error
+
+
+def begin(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    encoder: nn.Module,
+    config: Mapping[str, Any],
+    chunk: int,
+    thumbnail: int,
+    source: Mapping[str, str],
+    command: str,
+) -> Shards:
+    """The shards of a manifest's images in `folder`, their plan made where there is none.
+
+    config: the plain config that builds the encoder. source: `run`, the run's name, and `images`, the folder
+    that paths are relative to. command: what goes on with the extraction. Any number of processes may call
+    this at once: one plan is made.
+
+    Raises ValueError for a chunk or thumbnail below 1, FileExistsError where `folder` holds something else, and
+    ShardError where it was begun with other images, another encoder, chunk or thumbnail.
+    """
+    for name, value in (("chunk", chunk), ("thumbnail", thumbnail)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    items, sizes = path_table(manifest), _sizes(manifest)
+    listing = cache_key({"columns": items.to_pydict(), "sizes": sizes.tolist()})
+    plan = folder / "plan"
+    if not plan.exists():
+        if strange := sorted(n for n in _names(folder) if n[0] != "." and n not in ("plan", "shards", "claims")):
+            raise FileExistsError(f"{folder} holds other things ({strange[0]}): give another place by out=")
+        temporary = folder / f".plan.{uuid.uuid4().hex[:8]}"
+        temporary.mkdir(parents=True)
+        try:
+            pq.write_table(items, temporary / "items.parquet")
+            np.save(temporary / "sizes.npy", sizes)
+            about = {"format": FORMAT, "images": len(items), "listing": listing, "chunk": chunk, "thumbnail": thumbnail}
+            about |= write_encoder(temporary, encoder)
+            about |= {"config": config, "source": source, "skipped": manifest.skipped, "command": command}
+            write_json(temporary / "plan.json", about)
+            os.rename(temporary, plan)
+        except OSError:  # a folder that is not empty is not replaced: another process was first
+            if not (plan / "plan.json").is_file():
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    shards = open_shards(folder)
+    shards.check_encoder(encoder)
+    if shards.about["listing"] != listing:
+        change = _change(shards, items, sizes)
+        raise ShardError(
+            f"the images are not those that {folder} was begun with ({change}): put them back, or give another out="
+        )
+    for name, value in (("chunk", chunk), ("thumbnail", thumbnail)):
+        if shards.about[name] != value:
+            raise ShardError(
+                f"{folder} was begun with {name}={shards.about[name]}, not {value}: give that, or another out="
+            )
+    return shards
+
+
+def open_shards(folder: Path) -> Shards:
+    """The shards in `folder`. Raises ShardError where there is no plan or it is damaged."""
+    try:
+        about = json.loads((folder / "plan" / "plan.json").read_text())
+        items = pq.read_table(folder / "plan" / "items.parquet")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ShardError(f"no shards in {folder} ({error}): give the out= of `simsearch extract`") from error
+    about = about if isinstance(about, dict) else {}
+    if about.get("format") != FORMAT:
+        raise ShardError(f"{folder} has shard format {about.get('format')}, this version reads {FORMAT}")
+    if missing := sorted({*_DECIDING, "images", "backbone", "config", "source", "skipped", "command"} - set(about)):
+        raise ShardError(f"the plan of {folder} is damaged (plan.json lacks {', '.join(missing)}): delete {folder}")
+    if about["images"] != len(items):
+        raise ShardError(f"the plan of {folder} is damaged: {len(items)} of {about['images']} rows: delete {folder}")
+    return Shards(folder, about, items)
+
+
+def _sizes(manifest: Manifest) -> np.ndarray:
+    """Bytes of each file, int64 (N,), -1 where there is none. By threads: on a network each asks and waits."""
+
+    def sizes(start: int) -> list[int]:
+        return [_size(manifest.root / path) for path in manifest.paths[start : start + _STATS]]
+
+    with ThreadPoolExecutor(16) as pool:
+        parts = list(pool.map(sizes, range(0, len(manifest), _STATS)))
+    return np.array([size for part in parts for size in part], dtype=np.int64)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _change(shards: Shards, items: pa.Table, sizes: np.ndarray) -> str:
+    """How a list of images differs from the plan's, in words."""
+    old_sizes = np.load(shards.folder / "plan" / "sizes.npy", allow_pickle=False)
+    old = dict(zip(shards.items["path"].to_pylist(), old_sizes.tolist(), strict=True))
+    new = dict(zip(items["path"].to_pylist(), sizes.tolist(), strict=True))
+    found = {
+        "new": new.keys() - old.keys(),
+        "gone": old.keys() - new.keys(),
+        "of another size": {path for path in new.keys() & old.keys() if new[path] != old[path]},
+    }
+    words = [f"{len(paths)} {kind}, first {min(paths)}" for kind, paths in found.items() if paths]
+    return "; ".join(words) or "other attributes or another order"
+
+
+def _names(folder: Path) -> set[str]:
+    """What is in a folder, nothing where there is none."""
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:
+        return set()
+
+
+def _bytes(content: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.numpy())
+    return digest.hexdigest()
