@@ -1,0 +1,287 @@
+"""simsearch compare: runs side by side, with paired tests against a baseline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.markup import escape
+from torch import Tensor
+from tqdm import tqdm
+
+from simsearch import runtime
+from simsearch.commands import reproduce
+from simsearch.comparison.leaderboard import Entry, check_comparable, config_differences, leaderboard
+from simsearch.comparison.page import DETAILED, Case, Comparison, Picture, differences_by_query, page
+from simsearch.comparison.report import columns, csv_text, markdown_table, terminal_table
+from simsearch.comparison.runs import Missing, Result, expand, read_all, read_wandb, short_names
+from simsearch.data.collection import Collection
+from simsearch.files import replacing
+from simsearch.images import encode_thumbnail
+from simsearch.search.catalog import read_catalog
+from simsearch.search.engine import Engine
+
+THUMBNAIL_SIDE = 96
+# Of a config: where a run lies and who watches, which decides no number.
+PLACES = ("run_dir", "run_root", "resume", "logger", "catalog", "data.root", "data.cache", "data.download")
+
+
+@runtime.command("compare")
+def main(config: DictConfig) -> None:
+    values = runtime.plain(config)
+    results, missing = read(listed(values["runs"]))
+    if values["baseline"] is None:
+        baseline = results[0]
+    else:
+        baseline, results = find_baseline(str(values["baseline"]), results)
+    if not values["force"]:
+        check_comparable(results)
+    metric = values["metric"]
+    headlines = [name for name in dict.fromkeys((metric, *runtime.HEADLINES)) if _known(results, name)]
+    definitions = list(dict.fromkeys(n for r in results for n in r.metrics if n.startswith("definitions/")))
+    seed = values["seed"]
+    also = [*headlines, *definitions]
+    entries = leaderboard(results, configuration, baseline=baseline, metric=metric, also=also, seed=seed)
+    shown = columns(entries, headlines)
+
+    classes, cases = pictures(entries, metric, values["regressions"], values["k"])
+    comparison = Comparison(
+        entries=entries,
+        columns=shown,
+        metric=metric,
+        missing=missing,
+        classes=classes,
+        cases=cases,
+        differences=config_differences(entries, PLACES),
+        forced=len({entry.fingerprint for entry in entries}) > 1,
+    )
+    out = Path(values["out"])
+    for name, text in (
+        ("leaderboard.csv", csv_text(entries, also, missing)),
+        ("leaderboard.md", markdown_table(entries, shown, missing)),
+        ("index.html", page(comparison)),
+    ):
+        with replacing(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    show(comparison, baseline)
+    print(f"page:  {out / 'index.html'}\ntable: {out / 'leaderboard.csv'}, {out / 'leaderboard.md'}")
+
+
+def show(comparison: Comparison, baseline: Result) -> None:
+    """Prints the leaderboard, and the runs that are not in it."""
+    runtime.show(terminal_table(comparison.entries, comparison.columns))
+    tested = sum(entry.paired is not None for entry in comparison.entries)
+    runtime.show(f"baseline {escape(baseline.name)}; {tested} paired tests, p adjusted by Holm; the page says more")
+    if comparison.forced:
+        runtime.show("[red]these runs are of different protocols or data: their values do not compare[/red]")
+    for m in comparison.missing:
+        runtime.show(f"{escape(m.name)}: {m.state}, {escape(m.reason)}")
+
+
+# ------------------------------------------------------------------------------------------- the runs
+
+
+def listed(given: Any) -> list[str]:
+    """The names that `runs` gives: a list, or one text, of several where commas part it."""
+    if isinstance(given, list):
+        return [str(name) for name in given]
+    text = str(given)
+    return [text] if Path(text).expanduser().exists() else [part.strip() for part in text.split(",")]
+
+
+def read(names: Sequence[str]) -> tuple[list[Result], list[Missing]]:
+    """Results of all runs that the names lead to, and the runs without one. Raises ValueError for none with one."""
+    remote = [name.removeprefix("wandb:") for name in names if name.startswith("wandb:")]
+    results, missing = read_all(expand([name for name in names if not name.startswith("wandb:")]))
+    if remote:
+        with runtime.wandb_api() as api:
+            for address in remote:
+                more, without = read_wandb(api, address)
+                results, missing = [*results, *more], [*missing, *without]
+    if not results:
+        reasons = "".join(f"\n  {m.name}: {m.state}, {m.reason}" for m in missing)
+        raise ValueError(f"no run has a finished test:{reasons}")
+    return results, missing
+
+
+def find_baseline(wanted: str, results: Sequence[Result]) -> tuple[Result, list[Result]]:
+    """The result that `wanted` names, by name or folder, and all results with it, which may be a run beside them.
+
+    Raises ValueError where it leads to no run or to a run without a result.
+    """
+    folder = Path(wanted).expanduser()
+    for result in results:
+        if wanted in (result.name, result.place) or str(folder.resolve()) == result.place:
+            return result, list(results)
+    if not folder.is_dir():
+        names = ", ".join(result.name for result in results)
+        raise ValueError(f"baseline={wanted} is neither a folder nor one of the runs {names}")
+    found, missing = read_all(expand([wanted]))
+    if len(found) + len(missing) != 1:
+        raise ValueError(f"baseline={wanted} holds {len(found) + len(missing)} runs: name one of them")
+    if missing:
+        raise ValueError(f"baseline={wanted} is {missing[0].state}: {missing[0].reason}")
+    together = [*found, *results]
+    names = short_names([result.place for result in together])
+    together = [replace(result, name=name) for result, name in zip(together, names, strict=True)]
+    return together[0], together
+
+
+def _known(results: Sequence[Result], name: str) -> bool:
+    return any(result.metrics.get(name) is not None for result in results)
+
+
+def configuration(result: Result) -> str:
+    """What runs share that differ in the seed only: all of the config that decides numbers, and the measurement."""
+    measured = "" if result.run is None else Path(result.place).relative_to(result.run)
+    try:
+        return f"{seedless_digest(result.config)} {measured}"
+    except (LookupError, TypeError, AttributeError):  # of another time or hand: only equal to itself
+        return result.place
+
+
+def seedless_digest(config: Mapping[str, Any]) -> str:
+    """reproduce.digest without the seeds, also those of the run that the training starts from."""
+    plain = _without_seeds(config)
+    start = plain["model"].get("start")
+    if start is not None:
+        folder = Path(start) if Path(start).is_dir() else Path(start).parent.parent
+        if (folder / "config.yaml").is_file():
+            plain["model"]["start"] = seedless_digest(runtime.open_run(folder).config)
+    return reproduce.digest({"seed": None, **plain})
+
+
+def _without_seeds(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {key: _without_seeds(value) for key, value in node.items() if key != "seed"}
+    return [_without_seeds(value) for value in node] if isinstance(node, list) else node
+
+
+# ---------------------------------------------------------------------------------------- regressions
+
+
+def pictures(
+    entries: Sequence[Entry], metric: str, count: int, k: int
+) -> tuple[Sequence[str] | None, dict[str, Sequence[Case] | str]]:
+    """Names of the labels, and of each entry the worst regressions with images, or why there are none.
+
+    Neighbours are those that the runs kept, else what their catalogs answer now; images come from the data.
+    """
+    line = next(entry for entry in entries if entry.is_baseline)
+    compared = [entry for entry in entries if entry.paired is not None][:DETAILED]
+    if count < 1 or not compared:
+        return None, {}
+    if metric.startswith("rerank/"):
+        return None, {e.name: "no pictures: what was found after re-ranking is not kept" for e in compared}
+    try:
+        collection = runtime.build_data(line.results[0].config).collection  # type: ignore[attr-defined]
+        judge = Judge.of(collection, line)
+    except (*runtime.MENDABLE, LookupError) as error:
+        return None, {e.name: f"no pictures: the data cannot be read ({runtime.reason(error)})" for e in compared}
+    cases: dict[str, Sequence[Case] | str] = {}
+    for entry in tqdm(compared, desc="regressions", unit="run", leave=False):
+        worst = worst_queries(entry, line, count)
+        try:
+            found = [neighbours(e.results[0], collection, judge, worst, k) for e in (line, entry)]
+        except (ValueError, OSError) as error:
+            cases[entry.name] = f"no pictures: {error}"
+            continue
+        cases[entry.name] = [judge.case(row, line, entry, *two) for row, *two in zip(worst, *found, strict=True)]
+    return judge.names, cases
+
+
+def worst_queries(entry: Entry, line: Entry, count: int) -> list[int]:
+    """Collection rows of the queries whose value falls most against the baseline, the greatest fall first."""
+    change = differences_by_query(entry, line).nan_to_num(0.0)
+    order = change.argsort(stable=True)[:count]
+    return line.queries.index[order[change[order] < 0]].tolist()  # type: ignore[union-attr]
+
+
+def neighbours(result: Result, collection: Collection, judge: Judge, rows: list[int], k: int) -> list[list[int]]:
+    """Collection rows of the first k neighbours of the queries `rows`: those that the run kept, else its catalog's.
+
+    Raises ValueError where it has neither.
+    """
+    if (kept := result.found(rows)) is not None:
+        return [line[:k] for line in kept]
+    folder = result.run / "catalog"  # type: ignore[operator]
+    if not folder.is_dir():
+        raise ValueError(f"{result.name} kept no neighbours of its queries and has no catalog to ask")
+    catalog = read_catalog(folder)
+    source = catalog.about.get("source", {})
+    if (source.get("data"), source.get("protocol")) != (collection.name, result.protocol):
+        raise ValueError(f"the catalog of {result.name} holds {source.get('data')}, {source.get('protocol')}")
+    encoder = runtime.build_encoder(catalog.about["config"])
+    catalog.load_encoder_state(encoder)
+    places = {collection.path(row): row for row in range(len(collection))}
+    try:
+        items = torch.tensor([places[path] for path in catalog.items["path"].to_pylist()])
+    except KeyError as error:
+        raise ValueError(f"the catalog of {result.name} holds {error}, which the data have not") from None
+    engine = Engine(catalog, encoder)
+    answers = []
+    for row in rows:
+        ids = engine.search(collection.images[row][None], k + int(judge.junk(row, items).sum())).ids[0]
+        near = items[ids[ids >= 0]]
+        answers.append(near[~judge.junk(row, near)][:k].tolist())
+    return answers
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What is relevant to what in a collection, and how it looks.
+
+    label, group: int64 (N,), items of one label are relevant to each other, those of one group junk. names: of the
+    labels. exclude_self: a query is junk to itself.
+    """
+
+    collection: Collection
+    label: Tensor
+    group: Tensor | None
+    names: Sequence[str]
+    exclude_self: bool
+
+    @classmethod
+    def of(cls, collection: Collection, line: Entry) -> Judge:
+        """The judge of the baseline's test. Raises ValueError where the collection has other labels than the test."""
+        about = json.loads((Path(line.results[0].place) / "metrics.json").read_text())["test"]
+        label = collection.column(about["attribute"])
+        queries = line.queries
+        assert queries is not None
+        if len(label) <= int(queries.index.max()) or not torch.equal(label[queries.index], queries.label):
+            raise ValueError("they are no longer those of the runs")
+        group = collection.column(about["junk"]) if about["junk"] else None
+        names = collection.classes[collection.attributes.index(about["attribute"])]
+        return cls(collection, label, group, names, about["exclude_self"])
+
+    def junk(self, row: int, others: Tensor) -> Tensor:
+        """Which of the collection rows `others` (M,) a ranking of query `row` leaves out, bool (M,)."""
+        itself = (others == row) & self.exclude_self
+        if self.group is None or self.group[row] < 0:
+            return itself
+        return itself | (self.group[others] == self.group[row])
+
+    def picture(self, row: int, query: int | None = None) -> Picture:
+        """A row's thumbnail with its label's name, judged for `query` where given."""
+        label = int(self.label[row])
+        right = None if query is None else label == int(self.label[query]) >= 0
+        data = encode_thumbnail(self.collection.images[row], THUMBNAIL_SIDE)
+        return Picture(data, self.names[label] if label >= 0 else "unknown", right)
+
+    def case(self, row: int, line: Entry, entry: Entry, before: Sequence[int], after: Sequence[int]) -> Case:
+        """The query `row` with what the baseline found (collection rows) and what the entry found."""
+        values = []
+        for queries in (line.queries, entry.queries):
+            assert queries is not None
+            values.append(float(queries.value[queries.index == row]))
+        found = [[self.picture(other, row) for other in rows] for rows in (before, after)]
+        return Case(self.picture(row), values[0], values[1], *found)
+
+
+if __name__ == "__main__":
+    main()

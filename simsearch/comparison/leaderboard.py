@@ -1,0 +1,228 @@
+"""Runs side by side: seeds together, values with intervals, and paired tests against a baseline."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from simsearch.comparison.runs import Queries, Result
+from simsearch.functional.significance import (
+    bootstrap_interval,
+    holm,
+    minimum_detectable_effect,
+    paired_bootstrap,
+    paired_permutation,
+)
+
+ALPHA, POWER = 0.05, 0.8
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metric's mean over seeds, its 95% interval over queries, and the standard deviation between seeds."""
+
+    mean: float
+    interval: tuple[float, float] | None
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A paired comparison with the baseline, entry - baseline, over the queries of both.
+
+    difference with its 95% bootstrap interval low..high; p of the sign-flip test, p_holm adjusted over all
+    comparisons of the leaderboard; detectable: the difference that would be found with 80% chance.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    detectable: float
+    queries: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the leaderboard: one configuration, whose runs differ in the seed only.
+
+    values: metric -> Value. queries: each query's mean over the seeds, of the metric that ranks; None where some
+    run has none. paired: against the baseline, or None for the baseline itself and where queries differ.
+    """
+
+    name: str
+    results: tuple[Result, ...]
+    values: Mapping[str, Value]
+    queries: Queries | None
+    paired: Paired | None = None
+    is_baseline: bool = False
+
+    @property
+    def protocol(self) -> str:
+        return self.results[0].protocol
+
+    @property
+    def fingerprint(self) -> str:
+        return self.results[0].fingerprint
+
+    @property
+    def seeds(self) -> list[Any]:
+        return [result.config.get("seed") for result in self.results]
+
+    def cost(self, name: str) -> float | None:
+        """The mean over seeds of `bytes_per_item`, `index/latency_ms_p50`, `train_seconds` or `parameters`."""
+        known = [r.facts.get(name, r.metrics.get(name)) for r in self.results]
+        given = [float(value) for value in known if value is not None]
+        return statistics.fmean(given) if len(given) == len(known) else None
+
+
+def check_comparable(results: Sequence[Result]) -> None:
+    """Raises ValueError where the results are of more than one protocol or fingerprint."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for result in results:
+        kinds.setdefault((result.protocol, result.fingerprint), []).append(result.name)
+    if len(kinds) > 1:
+        lines = [f"  {protocol} {fingerprint}: {_some(names)}" for (protocol, fingerprint), names in kinds.items()]
+        raise ValueError(
+            "these runs do not compare: other queries, gallery, data or rules\n"
+            + "\n".join(lines)
+            + "\nGive runs of one protocol (a measurement in a run's evaluations/ can be given too), or force=true"
+            " to list them in one table all the same"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def leaderboard(
+    results: Sequence[Result],
+    configuration: Callable[[Result], Hashable],
+    *,
+    baseline: Result,
+    metric: str,
+    also: Sequence[str],
+    seed: int = 0,
+) -> list[Entry]:
+    """Entries, best mean of `metric` first.
+
+    configuration: what runs of one entry share, beside the fingerprint. baseline: a run of the entry that all
+    others are tested against. also: further metrics to list, where a run has them.
+
+    Tests compare each query's mean over seeds: they tell these trained networks apart, and say nothing about
+    other trainings, which only the deviation between seeds does.
+
+    Raises ValueError where a result lacks the metric.
+    """
+    for result in results:
+        if result.metrics.get(metric) is None:
+            there = [name for name in result.metrics if result.has_queries(name) or result.run is None]
+            raise ValueError(f"{result.name} has no {metric}; it has {', '.join(there)}")
+    groups: dict[Hashable, list[Result]] = {}
+    for result in results:
+        groups.setdefault((configuration(result), result.fingerprint), []).append(result)
+    entries = [
+        _entry(tuple(group), (metric, *also), any(r is baseline for r in group), seed) for group in groups.values()
+    ]
+    line = next(entry for entry in entries if entry.is_baseline)
+    tested = [entry for entry in entries if not entry.is_baseline and _pairs(entry, line)]
+    found = dict(zip(map(id, tested), _tests(tested, line, seed), strict=True))
+    entries = [replace(entry, paired=found.get(id(entry))) for entry in entries]
+    return sorted(entries, key=lambda entry: -entry.values[metric].mean)
+
+
+def _entry(group: tuple[Result, ...], metrics: Sequence[str], is_baseline: bool, seed: int) -> Entry:
+    values = {}
+    for name in metrics:
+        numbers = [result.metrics.get(name) for result in group]
+        given = [number for number in numbers if number is not None]
+        if len(given) < len(group):
+            continue
+        interval = group[0].intervals.get(name)
+        if len(group) > 1:
+            interval = None
+            if queries := _mean_queries(group, name):
+                interval = bootstrap_interval(queries.value[:, None], seed=seed)[0].tolist()
+        deviation = statistics.stdev(given) if len(given) > 1 else None
+        values[name] = Value(
+            statistics.fmean(given), None if interval is None else (interval[0], interval[1]), deviation
+        )
+    seeds = len({result.config.get("seed") for result in group})
+    several = f" ({len(group)} {'seeds' if seeds == len(group) else 'runs'})" if len(group) > 1 else ""
+    queries = _mean_queries(group, metrics[0])
+    return Entry(group[0].name + several, group, values, queries, is_baseline=is_baseline)
+
+
+def _mean_queries(group: Sequence[Result], metric: str) -> Queries | None:
+    if not all(result.has_queries(metric) for result in group):
+        return None
+    parts = [result.per_query(metric) for result in group]
+    for result, part in zip(group, parts, strict=True):
+        if not torch.equal(part.index, parts[0].index):
+            raise ValueError(f"{result.name} and {group[0].name} have other queries under one fingerprint: damaged?")
+    return replace(parts[0], value=torch.stack([part.value for part in parts]).mean(0))
+
+
+def _pairs(entry: Entry, line: Entry) -> bool:
+    if entry.queries is None or line.queries is None or entry.fingerprint != line.fingerprint:
+        return False
+    if not torch.equal(entry.queries.index, line.queries.index):
+        raise ValueError(f"{entry.name} and {line.name} have other queries under one fingerprint: is one damaged?")
+    return True
+
+
+def _tests(entries: Sequence[Entry], line: Entry, seed: int) -> list[Paired]:
+    """Paired comparisons of the entries with the baseline's entry, one family for Holm's correction."""
+    rows = []
+    for entry in entries:
+        pair = entry.queries.value, line.queries.value  # type: ignore[union-attr]
+        p = paired_permutation(*pair, resamples=RESAMPLES, seed=seed)
+        # Holm's strictest step, so that such a difference is found whatever the others show.
+        detectable = minimum_detectable_effect(*pair, alpha=ALPHA / len(entries), power=POWER)
+        both = int((pair[0] - pair[1]).isfinite().sum())
+        rows.append((*paired_bootstrap(*pair, seed=seed), p, detectable, both))
+    adjusted = holm(torch.tensor([row[3] for row in rows], dtype=torch.float64)).tolist()
+    return [
+        Paired(difference, low, high, p, p_holm, detectable, queries)
+        for (difference, low, high, p, detectable, queries), p_holm in zip(rows, adjusted, strict=True)
+    ]
+
+
+# ------------------------------------------------------------------------------------- config differences
+
+
+def config_differences(entries: Sequence[Entry], without: Sequence[str]) -> dict[str, list[str]]:
+    """Dotted keys whose values differ between entries -> one text an entry, "-" where it lacks the key.
+
+    Seeds are left out and so are keys in `without` with all below them, and copies that interpolation made: a key
+    that ends in another one that differs in the same way (model.optimizer.lr beside optimizer.lr).
+    """
+    flat = [_flat(entry.results[0].config) for entry in entries]
+    keys = sorted(set().union(*flat), key=lambda key: (key.count("."), key))
+    kept: dict[str, list[str]] = {}
+    for key in keys:
+        if key.split(".")[-1] == "seed" or any(key == w or key.startswith(f"{w}.") for w in without):
+            continue
+        texts = [_text(key, values[key]) if key in values else "-" for values in flat]
+        if len(set(texts)) > 1 and not any(key.endswith(f".{k}") and texts == kept[k] for k in kept):
+            kept[key] = texts
+    return kept
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    pairs: dict[str, Any] = {}
+    for key, value in node.items():
+        pairs |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return pairs
+
+
+def _text(key: str, value: Any) -> str:
+    if key.endswith("_target_"):
+        return str(value).rpartition(".")[2]
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

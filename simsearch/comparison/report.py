@@ -1,0 +1,204 @@
+"""The leaderboard as a table for the terminal, as CSV and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rich.markup import escape
+from rich.table import Table
+
+from simsearch.comparison.leaderboard import Entry, Value
+from simsearch.comparison.runs import Missing
+
+COSTS = ("bytes_per_item", "index/latency_ms_p50", "train_seconds", "parameters")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table shows: a text, what stands small below it, and the value to sort by (None: last)."""
+
+    text: str
+    detail: str = ""
+    sort: float | str | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its title, what it holds in a sentence, its cell of an entry, and whether small values are good."""
+
+    title: str
+    about: str
+    cell: Callable[[Entry], Cell]
+    ascending: bool = False
+
+
+NOTHING = Cell("-")
+
+
+def columns(entries: Sequence[Entry], metrics: Sequence[str]) -> list[Column]:
+    """The columns that have something to show: metrics, the comparison with the baseline, costs."""
+    made = [Column(name, f"{name}, with its 95% bootstrap interval over queries", _metric(name)) for name in metrics]
+    made += [
+        Column("difference", f"{metrics[0]} minus the baseline's, paired by query, with its 95% interval", _difference),
+        Column("p Holm", "two-sided sign-flip test of the difference, adjusted for all comparisons here", _p, True),
+        Column("MDE 80%", "the difference that this pairing would find with a chance of 80%", _detectable, True),
+        Column("bytes", "bytes an image in the index", _cost("bytes_per_item", _count), True),
+        Column("ms/query", "median latency of one query alone", _cost("index/latency_ms_p50", "{:.2f}".format), True),
+        Column("training", "wall time of the training, validation included", _cost("train_seconds", duration), True),
+        Column("params", "parameters of the encoder", _cost("parameters", _short), True),
+        Column("protocol", "which queries, gallery and rules; numbers of other fingerprints do not compare", _protocol),
+    ]
+    if len({entry.fingerprint for entry in entries}) == 1:
+        made.pop()
+    return [column for column in made if any(column.cell(entry) != NOTHING for entry in entries)]
+
+
+def _metric(name: str) -> Callable[[Entry], Cell]:
+    def cell(entry: Entry) -> Cell:
+        value = entry.values.get(name)
+        return NOTHING if value is None else Cell(f"{value.mean:.4f}", spread(value), value.mean)
+
+    return cell
+
+
+def spread(value: Value) -> str:
+    """A value's interval over queries, and its deviation between seeds."""
+    between = "" if value.deviation is None else f"± {value.deviation:.4f} seeds"
+    over = "" if value.interval is None else f"{value.interval[0]:.4f}-{value.interval[1]:.4f}"
+    return "\n".join(part for part in (over, between) if part)
+
+
+def _difference(entry: Entry) -> Cell:
+    if entry.is_baseline:
+        return Cell("baseline", sort=0.0)
+    if entry.paired is None:
+        return NOTHING
+    return Cell(
+        f"{entry.paired.difference:+.4f}",
+        f"{entry.paired.low:+.4f}..{entry.paired.high:+.4f}",
+        entry.paired.difference,
+    )
+
+
+def _p(entry: Entry) -> Cell:
+    if entry.paired is None:
+        return NOTHING
+    return Cell(p_text(entry.paired.p_holm), "", entry.paired.p_holm)
+
+
+def p_text(p: float) -> str:
+    """A p-value as reports print it."""
+    return f"{p:.3f}" if p >= 0.001 else "< .001"
+
+
+def _detectable(entry: Entry) -> Cell:
+    return NOTHING if entry.paired is None else Cell(f"{entry.paired.detectable:.4f}", "", entry.paired.detectable)
+
+
+def _cost(name: str, text: Callable[[float], str]) -> Callable[[Entry], Cell]:
+    def cell(entry: Entry) -> Cell:
+        value = entry.cost(name)
+        if value is None:
+            return NOTHING
+        devices = {str(result.facts["device"]) for result in entry.results if "device" in result.facts}
+        return Cell(text(value), ", ".join(sorted(devices)) if name == "train_seconds" else "", value)
+
+    return cell
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _short(value: float) -> str:
+    return f"{value / 1e6:.2f} M" if value >= 1e5 else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that fits."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.3g} h"
+
+
+def _protocol(entry: Entry) -> Cell:
+    return Cell(entry.protocol, entry.fingerprint, entry.protocol)
+
+
+# ---------------------------------------------------------------------------------------------- outputs
+
+
+def terminal_table(entries: Sequence[Entry], shown: Sequence[Column]) -> Table:
+    """The leaderboard for a terminal, which has no room for metrics but the one that ranks."""
+    kept = [shown[0], *(column for column in shown if column.title not in entries[0].values)]
+    table = Table(title="Runs, best first (95% intervals over queries)", caption=stated(entries))
+    table.add_column("#", justify="right")
+    table.add_column("run", overflow="fold", min_width=12)
+    for column in kept:
+        table.add_column(column.title, justify="right", no_wrap=True)
+    for rank, entry in enumerate(entries, start=1):
+        cells = [column.cell(entry) for column in kept]
+        texts = [escape(c.text) + (f"\n[dim]{escape(c.detail)}[/dim]" if c.detail else "") for c in cells]
+        name = escape(entry.name)
+        table.add_row(str(rank), f"[bold]{name}[/bold]" if entry.is_baseline else name, *texts)
+    return table
+
+
+def stated(entries: Sequence[Entry]) -> str:
+    """The protocols and fingerprints of the entries."""
+    return "; ".join(sorted({f"protocol {entry.protocol}, fingerprint {entry.fingerprint}" for entry in entries}))
+
+
+def markdown_table(entries: Sequence[Entry], shown: Sequence[Column], missing: Sequence[Missing]) -> str:
+    """The leaderboard, and below it the runs without a result, as Markdown."""
+    lines = [
+        _line(["#", "run", *(column.title for column in shown)]),
+        _line(["--:", "---", *("---" if column.title == "protocol" else "--:" for column in shown)]),
+    ]
+    for rank, entry in enumerate(entries, start=1):
+        cells = [column.cell(entry) for column in shown]
+        texts = [c.text + (f" ({c.detail})" if c.detail else "") for c in cells]
+        lines.append(_line([str(rank), entry.name, *texts]))
+    lines += ["", _plain(stated(entries))]
+    if missing:
+        lines += ["", *(f"- {_plain(m.name)}: {m.state}, {_plain(m.reason)}" for m in missing)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(_plain, cells)) + " |"
+
+
+def _plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    one = " ".join(text.split())
+    for mark in "\\|`*_[]<>":
+        one = one.replace(mark, f"\\{mark}")
+    return one
+
+
+def csv_text(entries: Sequence[Entry], metrics: Sequence[str], missing: Sequence[Missing]) -> str:
+    """The leaderboard with full precision, one line an entry and one a run without a result."""
+    values = [f"{name}{end}" for name in metrics for end in ("", "_low", "_high", "_seed_deviation")]
+    paired = ("difference", "difference_low", "difference_high", "p", "p_holm", "detectable")
+    head = ["rank", "run", "state", "runs", "seeds", "baseline", *values, *paired, "queries"]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*head, *COSTS, "protocol", "fingerprint", "places", "reason"])
+    for rank, entry in enumerate(entries, start=1):
+        line = [rank, entry.name, "finished", len(entry.results), " ".join(map(str, entry.seeds)), entry.is_baseline]
+        for name in metrics:
+            value = entry.values.get(name)
+            low, high = (value and value.interval) or ("", "")
+            line += [value and value.mean, low, high, value and value.deviation]
+        p = entry.paired
+        line += [p.difference, p.low, p.high, p.p, p.p_holm, p.detectable, p.queries] if p else [""] * 7
+        line += [entry.cost(name) for name in COSTS]
+        writer.writerow([*line, entry.protocol, entry.fingerprint, "; ".join(r.place for r in entry.results), ""])
+    blank = len(values) + len(paired) + 1 + len(COSTS) + 3
+    for m in missing:
+        writer.writerow(["", m.name, m.state, "", "", "", *[""] * blank, m.reason])
+    return buffer.getvalue()
