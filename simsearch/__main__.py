@@ -9,9 +9,12 @@ import sys
 COMMANDS = {
     "train": "fit a model (frozen: its whitening), measure it, leave a run directory with a catalog",
     "evaluate": "measure a run's checkpoint again, also under another protocol or index",
-    "index": "make a catalog of a folder or manifest of images with a run's encoder",
+    "progress": "how the trials of a sweep stand, live, on this machine or on a cluster",
+    "index": "make a catalog of a folder or manifest of images with a run's encoder, or of shards",
+    "extract": "describe many images by any number of processes into shards, to make a catalog of with index",
     "search": "find images in a catalog that are similar to an image or a folder of images",
     "instance": "measure a run's encoder on a benchmark with easy, hard and junk items (Revisited Oxford / Paris)",
+    "compare": "rank runs in a table and on a page, with paired tests against a baseline",
     "reproduce": "train and measure a study's row anew, beside the value that the study states",
     "data audit": "list near-duplicates between queries and gallery or training images",
     "data export": "write images of a collection as files with a manifest",
@@ -28,8 +31,12 @@ PATHS = (
     "out",
     "root",
     "run",
+    "runs",
+    "baseline",
+    "shards",
     "run_dir",
     "run_root",
+    "folder",
     "rows",
     "figure",
     "without",
@@ -81,6 +88,8 @@ def quoted(argument: str) -> str:
     """The argument with a path's value quoted, so that Hydra's grammar takes any file name, `~` expanded."""
     key, equals, value = argument.partition("=")
     if not equals or key not in PATHS or value in ("", "null", "???") or value[0] in "'\"" or "${" in value:
+        return argument
+    if key == "runs" and value[0] == "[":  # several
         return argument
     escaped = os.path.expanduser(value).replace("'", "\\'")
     return f"{key}='{escaped}'"

@@ -1,4 +1,4 @@
-"""Pictures that people look at: queries beside their neighbours, right and wrong ones framed."""
+"""Pictures that people look at: queries beside their neighbours, right and wrong ones framed; curves."""
 
 from __future__ import annotations
 
@@ -60,6 +60,19 @@ def save_grid(path: Path, rows: Sequence[Sequence[Tile]], *, title: str = "", si
             draw.text((left + frame, top + side + 2 * frame), caption, fill="black", font=small)
     with replacing(path) as temporary:
         canvas.save(temporary, "PNG")
+
+
+def save_curve(path: Path, points: Sequence[tuple[float, float]], *, title: str) -> None:
+    """Writes a PNG of precision against recall; points: (recall, precision), both in [0, 1], by recall."""
+    from matplotlib.figure import Figure  # half a second that searching need not wait
+
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", title=title)
+    axes.title.set_size(9)
+    axes.grid(alpha=0.3)
+    axes.plot(*zip(*points, strict=True), marker=".")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def _clip(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int) -> str:

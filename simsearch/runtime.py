@@ -1,14 +1,14 @@
-"""All Hydra, OmegaConf and Weights & Biases glue: objects from a config, run directories, loggers."""
+"""All Hydra and OmegaConf glue: objects from a config, run directories."""
 
 from __future__ import annotations
 
 import json
 import logging
-import netrc
 import os
 import pickle
 import re
 import sys
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +26,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.loggers import Logger
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from simsearch import launch
+from simsearch.files import replacing, write_json
 from simsearch.models.backbones import WeightsError
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
@@ -44,28 +46,27 @@ RESULT_COLUMNS = (
 # ------------------------------------------------------------------------------- commands and errors
 
 
-def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+MENDABLE = (ValueError, OSError, WeightsError, InstantiationException, OmegaConfBaseException)
+
+
+def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """A decorator that makes `task(config)` a Hydra command composed from conf/<name>.yaml.
 
-    What a user can mend (a wrong value, a missing file) ends in one line, not in a traceback;
-    SIMSEARCH_DEBUG=1 shows the traceback.
+    What a user can mend (MENDABLE: a wrong value, a missing file) ends in one line, not in a traceback;
+    SIMSEARCH_DEBUG=1 shows the traceback. What the task returns is what a sweeper optimises.
     """
 
-    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
-        def guarded(config: DictConfig) -> None:
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        def guarded(config: DictConfig) -> Any:
             quiet_libraries()
             try:
-                task(config)
-            except (
-                ValueError,
-                OSError,
-                WeightsError,
-                InstantiationException,
-                OmegaConfBaseException,
-            ) as error:
+                return task(config)
+            except (*MENDABLE, launch.RankError) as error:
                 if os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
-                print(f"simsearch {name.replace('_', ' ')}: {_reason(error)}", file=sys.stderr)
+                if isinstance(error, launch.RankError) and error.details:
+                    print(error.details, file=sys.stderr)
+                print(f"simsearch {name.replace('_', ' ')}: {reason(error)}", file=sys.stderr)
                 if HydraConfig.get().mode is RunMode.MULTIRUN:
                     raise  # an exit would end the sweep; an exception fails this job alone
                 raise SystemExit(1) from None
@@ -75,12 +76,12 @@ def command(name: str) -> Callable[[Callable[[DictConfig], None]], Callable[[], 
     return decorate
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The message of an error, without Hydra's wrapping where there is one."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         cause = error.__cause__
         key = str(error).rpartition("full_key: ")[2].strip()
-        return f"{key}: {_reason(cause)}" if key and key != str(error) else _reason(cause)
+        return f"{key}: {reason(cause)}" if key and key != str(error) else reason(cause)
     return str(error) or type(error).__name__
 
 
@@ -97,11 +98,18 @@ def quiet_libraries() -> None:
         ".*is an instance of `nn.Module` and is already saved during checkpointing.*",
         ".*Experiment logs directory .* exists and is not empty.*",
         ".*smaller than the logging interval.*",
+        ".*`srun` command is available on your system but is not used.*",
+        ".*`self.log\\(.*sync_dist=True.*",  # what is logged is equal on all ranks, or of one
         ".*module\\(s\\) in eval mode at the start of training.*",
     ):
         warnings.filterwarnings("ignore", message=text)
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    for name in ("pytorch_lightning.accelerators", "faiss.loader"):
+    for name in (
+        "pytorch_lightning.accelerators",
+        "pytorch_lightning.trainer.connectors.signal_connector",
+        "lightning_fabric.utilities.distributed",
+        "faiss.loader",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -122,24 +130,34 @@ def build(config: Mapping[str, Any]) -> Any:
 
 def build_data(config: Mapping[str, Any], protocol: Any = None) -> pl.LightningDataModule:
     """The DataModule of `config["data"]` with its data read, under `protocol` or that of the config."""
+    data = prepare_data(config, protocol)
+    data.setup()
+    return data
+
+
+def prepare_data(config: Mapping[str, Any], protocol: Any = None) -> pl.LightningDataModule:
+    """The DataModule, its data downloaded where the config asks for it, but not read."""
     node = OmegaConf.create(dict(config["data"]))
     # Not as an argument of instantiate, which would turn the protocol's dataclass into a config.
     partial = hydra.utils.instantiate(node, _convert_="all", _partial_=True)
     data = partial(protocol=protocol or build(config["protocol"]))
     data.prepare_data()
-    data.setup()
     return data
 
 
-def build_trainer(config: Mapping[str, Any], folder: Path, loggers: list[Logger]) -> pl.Trainer:
-    """The Trainer with its callbacks, writing into `folder`."""
-    callbacks = [build(node) for node in config["callbacks"].values() if node]
+def build_trainer(
+    config: Mapping[str, Any], folder: Path, loggers: list[Logger], more: Sequence[pl.Callback] = ()
+) -> pl.Trainer:
+    """The Trainer with its callbacks, then those in `more`, writing into `folder`."""
+    callbacks = [*(build(node) for node in config["callbacks"].values() if node), *more]
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback.dirpath = str(folder / "checkpoints")
-    settings = OmegaConf.create(dict(config["trainer"]))
+    settings = {"use_distributed_sampler": False, **config["trainer"]}  # our loaders deal out to ranks themselves
+    if launch.is_rank() and settings.get("strategy", "auto") in ("auto", "ddp"):
+        settings["strategy"] = {"_target_": "simsearch.launch.DataParallel"}
     return hydra.utils.instantiate(
-        settings, callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
+        OmegaConf.create(settings), callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
     )
 
 
@@ -203,26 +221,94 @@ class Run:
 def start_run(config: DictConfig) -> Run:
     """A new run directory (Hydra's) with config.yaml; with resume=true the one in `run_dir`, with its config.
 
+    Under srun rank 0 makes it and the others wait for it; a step that SLURM queued again goes on in its own.
+
     Raises ValueError where there is no run to resume, and where the folder of a new run holds one already.
     """
     if config.get("resume"):
         run = replace(open_run(Path(config.run_dir)), resumed=True)
-        print(f"resuming {run.folder} with its own config", file=sys.stderr)
     else:
         folder = Path(HydraConfig.get().runtime.output_dir)
         config.run_dir = str(folder)  # in a sweep the job's own folder; other values refer to it
         values = plain(config)
-        try:
-            with (folder / "run.json").open("x") as file:  # two jobs cannot both have the folder
-                json.dump({"wandb_id": uuid.uuid4().hex[:8], "versions": versions()}, file, indent=2)
-        except FileExistsError:
-            raise ValueError(
-                f"{folder} holds a run already: go on with it by resume=true, or give another run_dir"
-            ) from None
-        OmegaConf.save(OmegaConf.create(values), folder / "config.yaml")
-        run = Run(folder, values)
+        values["trainer"] = launch.settle_devices(values["trainer"])
+        run = _claim(folder, values) if launch.rank() == 0 else _await(folder)
+    if run.resumed and launch.rank() == 0:
+        print(f"resuming {run.folder} with its own config", file=sys.stderr)
     pl.seed_everything(run.config["seed"], workers=True, verbose=False)
     return run
+
+
+def _claim(folder: Path, values: dict[str, Any]) -> Run:
+    """The run of a folder that nobody else has, or that this SLURM step had before it was queued again."""
+    about = {"wandb_id": _new_id(), "slurm_step": launch.slurm_step(), "versions": versions()}
+    try:
+        with (folder / "run.json").open("x") as file:  # two jobs cannot both have the folder
+            file.write(json.dumps(about, indent=2))
+    except FileExistsError:
+        if not _is_ours(folder):
+            raise _taken(folder) from None
+        if (folder / "config.yaml").is_file():
+            return replace(open_run(folder), resumed=True)
+    with replacing(folder / "config.yaml") as temporary:
+        OmegaConf.save(OmegaConf.create(values), temporary)
+    return Run(folder, values)
+
+
+def _new_id() -> str:
+    """An id for W&B: the one that its agent gave, where a sweep of W&B's started this process."""
+    given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    return given or uuid.uuid4().hex[:8]
+
+
+def _await(folder: Path, seconds: float = 600.0) -> Run:
+    """The run that rank 0 of this SLURM step makes, or had made before the step was queued again."""
+    deadline = time.monotonic() + seconds
+    while not (_is_ours(folder) and (folder / "config.yaml").is_file()):
+        if _is_ours(folder) is False:
+            raise _taken(folder)
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"rank {launch.rank()} waited {seconds:.0f} s for rank 0 to write {folder / 'config.yaml'}: "
+                "see what ended rank 0, or put run_root on a file system that all nodes share"
+            )
+        time.sleep(0.1)
+    return replace(open_run(folder), resumed=True)
+
+
+def _is_ours(folder: Path) -> bool | None:
+    """Whether this SLURM step made the run directory; None where nobody did yet."""
+    try:
+        step = json.loads((folder / "run.json").read_text()).get("slurm_step")
+    except (OSError, ValueError):  # not there, or being written
+        return None
+    return step is not None and step == launch.slurm_step()
+
+
+def _taken(folder: Path) -> ValueError:
+    return ValueError(f"{folder} holds a run already: go on with it by resume=true, or give another run_dir")
+
+
+OmegaConf.register_new_resolver(
+    # Tasks of a SLURM step compose in different seconds, and again after a requeue, but must share a folder.
+    "started",
+    lambda now: now if (step := launch.slurm_step()) is None else f"slurm-{step}",
+    replace=True,
+)
+
+
+def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    """Adds to run.json how long a part of the training took, on what, and how many parameters the encoder has.
+
+    The parts of a resumed run add up; one that was killed without a chance to end is missing.
+    """
+    about = json.loads((folder / "run.json").read_text())
+    cuda = trainer.strategy.root_device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    about["train_seconds"] = about.get("train_seconds", 0.0) + seconds
+    about["device"] = name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"
+    about["parameters"] = sum(parameter.numel() for parameter in model.encoder.parameters())
+    write_json(folder / "run.json", about)
 
 
 def open_run(folder: Path) -> Run:
@@ -263,119 +349,6 @@ def versions() -> dict[str, str]:
 
     names = ("torch", "torchvision", "timm", "faiss-cpu", "pytorch-lightning", "numpy", "onnxruntime")
     return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
-
-
-# -------------------------------------------------------------------------------------------- loggers
-
-
-def wandb_mode(mode: str) -> str:
-    """ "auto" becomes "online" where a key is known, else "offline"; other modes stay. Never asks."""
-    if mode not in ("auto", "online", "offline", "disabled"):
-        raise ValueError(f"logger.wandb.mode must be auto, online, offline or disabled, got {mode!r}")
-    if mode != "auto":
-        return mode
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "online"):
-        return os.environ["WANDB_MODE"]
-    if os.environ.get("WANDB_API_KEY"):
-        return "online"
-    try:
-        known = netrc.netrc().authenticators("api.wandb.ai")
-    except (OSError, netrc.NetrcParseError):
-        known = None
-    return "online" if known else "offline"
-
-
-def build_loggers(run: Run) -> list[Logger]:
-    """CSV always; Weights & Biases unless its mode is disabled, under the run's own id."""
-    history = run.folder / "metrics.csv"
-    if history.is_file():  # Lightning's logger starts a file anew: keep what was logged before
-        earlier = len(list(run.folder.glob("metrics-*.csv")))
-        history.rename(run.folder / f"metrics-{earlier}.csv")
-    loggers: list[Logger] = [CSVLogger(run.folder, name="", version="")]
-    settings = run.config["logger"]
-    mode = wandb_mode(settings["mode"])
-    if mode == "disabled":
-        return loggers
-    import wandb
-
-    identity = json.loads((run.folder / "run.json").read_text())["wandb_id"]
-
-    def start(mode: str) -> Any:
-        return wandb.init(
-            name=settings["name"] or run.folder.name,
-            project=settings["project"],
-            group=settings["group"],
-            tags=settings["tags"],
-            job_type="train",
-            id=identity,
-            resume="allow",
-            dir=run.folder,
-            config=run.config,
-            reinit="create_new",  # never the run of an earlier job of this process
-            settings=wandb.Settings(mode=mode, silent=True, console="off", init_timeout=30),
-        )
-
-    try:
-        experiment = start(mode)
-    except wandb.errors.Error as error:
-        if settings["mode"] != "auto":
-            raise ValueError(f"logger.mode={mode}: {error}") from error
-        print(f"W&B cannot be reached ({error}): logging offline, `wandb sync` it later", file=sys.stderr)
-        experiment = start("offline")
-    return [WandbLogger(experiment=experiment), *loggers]
-
-
-def log_summary(loggers: list[Logger], path: Path) -> None:
-    """Puts what metrics.json says of each stage's protocol and intervals beside the logged metrics."""
-    summary = {}
-    for stage, about in json.loads(path.read_text()).items():
-        summary |= {f"{stage}/{key}": about[key] for key in ("protocol", "fingerprint")}
-        for name in HEADLINES:
-            if name in about["intervals"]:
-                low, high = about["intervals"][name]
-                summary |= {f"{stage}/{name}_low": low, f"{stage}/{name}_high": high}
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(summary)
-
-
-def log_neighbours(loggers: list[Logger], examples: list[Any]) -> None:
-    """Logs examples (callbacks.neighbours.Example) as the W&B Table `neighbours` with thumbnails."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger) and examples:
-            import wandb
-
-            def picture(tile: Any) -> Any:
-                return wandb.Image(tile.image.permute(1, 2, 0).numpy(), caption=tile.caption)
-
-            k = max(len(example.tiles) for example in examples) - 1
-            columns = ["AP", "query", *(f"neighbour {i + 1}" for i in range(k)), "right"]
-            rows = []
-            for example in examples:
-                found = [picture(tile) for tile in example.tiles[1:]]
-                right = "".join("+" if tile.right else "-" for tile in example.tiles[1:])
-                query = picture(example.tiles[0])
-                rows.append([example.average_precision, query, *found, *[None] * (k - len(found)), right])
-            logger.log_table("neighbours", columns=columns, data=rows)
-
-
-def log_catalog(loggers: list[Logger], folder: Path) -> None:
-    """Logs the catalog in `folder` as a W&B artifact of type `catalog`."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            import wandb
-
-            artifact = wandb.Artifact(f"catalog-{logger.experiment.id}", type="catalog")
-            artifact.add_dir(str(folder))
-            logger.experiment.log_artifact(artifact)
-
-
-def finish_loggers(loggers: list[Logger], status: str = "success") -> None:
-    """Ends the loggers' runs, so that the next job of a sweep gets its own."""
-    for logger in loggers:
-        logger.finalize(status)
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=0 if status == "success" else 1)
 
 
 # -------------------------------------------------------------------------------------------- reports

@@ -28,17 +28,22 @@ MAY_IMPORT = {
     "search": {"index", "models", "functional", "images", "cache", "data", *GROUND},
     "callbacks": {"index", "metrics", "functional", "figures", *GROUND},
 }
+MAY_IMPORT["launch"] = {"callbacks", *GROUND}
 MAY_IMPORT["runtime"] = {*MAY_IMPORT, "runtime"}
+MAY_IMPORT["tracking"] = {"launch", "runtime", "callbacks", "data", "figures", *GROUND}
+MAY_IMPORT["sweeps"] = {"launch", "runtime", *GROUND}
+MAY_IMPORT["comparison"] = {"functional", "metrics"}
 MAY_IMPORT["commands"] = {*MAY_IMPORT, "runtime"}
+MAY_IMPORT["rank"] = {"launch", "runtime", "commands"}
 MAY_IMPORT["__main__"] = {"commands"}
 MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
     "faiss": {"simsearch/index/"},
     "timm": {"simsearch/models/backbones.py"},
-    "hydra": {"simsearch/runtime.py"},
-    "omegaconf": {"simsearch/runtime.py", "simsearch/commands/"},
-    "wandb": {"simsearch/runtime.py"},
+    "hydra": {"simsearch/runtime.py", "simsearch/sweeps.py"},
+    "omegaconf": {"simsearch/runtime.py", "simsearch/sweeps.py", "simsearch/commands/"},
+    "wandb": {"simsearch/tracking.py"},
     "lightning": set(),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

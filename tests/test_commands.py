@@ -119,10 +119,12 @@ class TestTrain:
         cache = Path(runtime.os.environ["SIMSEARCH_CACHE"]) / "features"
         newer = [p for p in cache.glob("*/array.npy") if p.stat().st_mtime > started]
         assert len(newer) <= 1
-        for job in ("0", "1"):
-            assert (tmp_path / job / "checkpoints/best.ckpt").is_file()
-            assert (tmp_path / job / "catalog/catalog.json").is_file()
-            metrics = json.loads((tmp_path / job / "metrics.json").read_text())["test"]["metrics"]
+        jobs = [path.parent for path in tmp_path.glob("*/trial.json")]
+        assert len(jobs) == 2
+        for job in jobs:
+            assert (job / "checkpoints/best.ckpt").is_file()
+            assert (job / "catalog/catalog.json").is_file()
+            metrics = json.loads((job / "metrics.json").read_text())["test"]["metrics"]
             assert metrics["bytes_per_item"] == 2
             assert metrics["mAP_pessimistic"] <= metrics["mAP"] <= metrics["mAP_optimistic"]
 
@@ -168,8 +170,9 @@ class TestTrain:
             "catalog.write=false", f"hydra.sweep.dir={tmp_path}", expect=1,
         )  # fmt: skip
         assert "1280 channels" in done.stderr
-        assert not (tmp_path / "0/metrics.json").exists()
-        assert (tmp_path / "1/metrics.json").is_file()
+        states = {path.parent: json.loads(path.read_text())["state"] for path in tmp_path.glob("*/trial.json")}
+        assert sorted(states.values()) == ["failed", "finished"]
+        assert all((job / "metrics.json").is_file() == (state == "finished") for job, state in states.items())
 
 
 class TestEvaluate:

@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from simsearch import runtime
+from simsearch import runtime, tracking
 from simsearch.commands import compare
 from simsearch.comparison import charts, page
 from simsearch.comparison.leaderboard import check_comparable, config_differences, leaderboard
@@ -576,7 +576,7 @@ def test_the_command_reads_wandb_beside_folders(tmp_path, monkeypatch):
     def reached():
         yield FakeApi([wandb_run("remote", 0.9)])
 
-    monkeypatch.setattr(runtime, "wandb_api", reached)
+    monkeypatch.setattr(tracking, "wandb_api", reached)
     make_run(tmp_path / "local", values(1))
     done = simsearch("compare", f"runs=[{tmp_path / 'local'},wandb:team/project]", f"out={tmp_path / 'out'}")
     assert re.search(r"1 .*remote.*0\.9000", done.stdout)

@@ -8,9 +8,10 @@ import hydra
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from simsearch import runtime
+from simsearch import runtime, tracking
 
 CONF = Path(runtime.CONF)
 PRIMARY = sorted(p.stem for p in CONF.glob("*.yaml"))
@@ -20,6 +21,7 @@ NEEDS_A_NAME = {
     "torchvision": ["backbone.name=resnet18"],
     "timm": ["backbone.name=resnet10t"],
     "factory": ["index.factory=Flat"],
+    "files": ["data.source=images"],
 }
 
 
@@ -40,7 +42,10 @@ def test_there_are_configs():
     commands = {
         "train",
         "evaluate",
+        "compare",
+        "extract",
         "index",
+        "progress",
         "search",
         "instance",
         "reproduce",
@@ -66,7 +71,10 @@ def test_there_are_configs():
 def test_primary_composes(name):
     required = {
         "evaluate": ["run=r", "run_dir=d"],
+        "compare": ["runs=[r]"],
+        "extract": ["run=r", "images=i", "out=o"],
         "index": ["run=r", "images=i"],
+        "progress": ["folder=f"],
         "search": ["catalog=c", "image=i"],
         "data_audit": ["run=r"],
         "data_export": ["out=o"],
@@ -75,6 +83,19 @@ def test_primary_composes(name):
     }
     values = compose(*required.get(name, []), name=name)
     assert values
+
+
+def swept(sweep: str) -> list[str]:
+    """Overrides by each value that a sweep gives to each of its parameters, the ends of those without steps."""
+    params = hydra.compose("train", ["run_dir=unused", f"sweep={sweep}"], return_hydra_config=True).hydra.sweeper.params
+    found = []
+    for one in OverridesParser.create().parse_overrides([f"{key}={value}" for key, value in params.items()]):
+        if one.is_discrete_sweep():
+            found += [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        else:
+            found += [f"{one.get_key_element()}={end}" for end in (one.value().start, one.value().end)]
+    assert found
+    return found
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}={o}" for g, o in OPTIONS])
@@ -87,7 +108,7 @@ def test_option_composes_and_builds(group, option):
         overrides += ["backbone.weights=random", "backbone.size=64"]
     elif group in ("loss", "optimizer", "scheduler"):
         overrides += ["model=hashing", "backbone.weights=random", "backbone.size=32"]
-    elif (group == "sampler" and option == "mined") or (group == "callbacks" and option == "mining"):
+    elif (group == "sampler" and option == "mined") or (group == "callbacks" and option.startswith("mining")):
         overrides += ["model=dir"]
     values = compose(*overrides)
     values["model"] |= {"cache": None} if "cache" in values["model"] else {}
@@ -121,8 +142,12 @@ def test_option_composes_and_builds(group, option):
         assert len(batches) > 0
     elif group == "rerank":
         assert callable(runtime.build(values["rerank"]).fit)
+    elif group == "sweep":
+        for trial in swept(option):
+            model = compose(*overrides, "backbone.weights=random", "backbone.size=64", trial)["model"]
+            assert runtime.build(model | ({"cache": None} if "cache" in model else {})).dimension > 0
     elif group == "logger":
-        assert runtime.wandb_mode(values["logger"]["mode"])
+        assert tracking.wandb_mode(values["logger"]["mode"])
     else:
         pytest.fail(f"no check for the group {group}: say what it builds")
 

@@ -1,11 +1,10 @@
-"""Configs to objects, run directories, checkpoints from strangers, loggers that never ask."""
+"""Configs to objects, run directories, checkpoints from strangers."""
 
 from __future__ import annotations
 
 import io
 import json
 import pickle
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,18 +19,15 @@ import torch
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
-from pytorch_lightning.loggers import CSVLogger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
-from test_commands import wandb_records
 
 from simsearch import runtime
-from simsearch.callbacks.neighbours import Example
 from simsearch.data.datamodule import RenderedDataModule
 from simsearch.data.protocols import ByAttribute
-from simsearch.figures import Tile
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.frozen import FrozenRetriever
-from simsearch.runtime import Run, load_model, open_run, wandb_mode
+from simsearch.runtime import Run, load_model, open_run
 
 PROTOCOL = {
     "_target_": "simsearch.data.protocols.ByAttribute", "name": "p", "attribute": "artist", "junk": "work",
@@ -41,51 +37,6 @@ DATA = {
     "_target_": "simsearch.data.datamodule.RenderedDataModule", "styles": 2, "artists": 2, "works": 6,
     "photographs": 2, "size": 24,
 }  # fmt: skip
-LOGGER = {"mode": "offline", "project": "p", "name": None, "group": None, "tags": ["t"]}
-
-
-class TestWandbMode:
-    @pytest.fixture(autouse=True)
-    def _no_key(self, monkeypatch, tmp_path):
-        for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("HOME", str(tmp_path))
-
-        def never(*_: object) -> str:
-            raise AssertionError("asked")
-
-        monkeypatch.setattr("builtins.input", never)
-        self.netrc = tmp_path / ".netrc"
-
-    def test_without_a_key_it_is_offline(self):
-        assert wandb_mode("auto") == "offline"
-
-    def test_with_a_key_it_is_online(self, monkeypatch):
-        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        assert wandb_mode("auto") == "online"
-        assert wandb_mode("offline") == "offline"
-        assert wandb_mode("disabled") == "disabled"
-
-    def test_with_a_key_in_netrc_it_is_online(self):
-        self.netrc.write_text("machine example.org login me password secret\n")
-        self.netrc.chmod(0o600)
-        assert wandb_mode("auto") == "offline"
-        self.netrc.write_text("machine api.wandb.ai login user password secret\n")
-        assert wandb_mode("auto") == "online"
-        self.netrc.write_text("machine machine (((")
-        assert wandb_mode("auto") == "offline"
-
-    @pytest.mark.parametrize("mode", ["offline", "disabled", "online"])
-    def test_the_environment_decides_before_a_key(self, mode, monkeypatch):
-        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-        monkeypatch.setenv("WANDB_MODE", mode)
-        assert wandb_mode("auto") == mode
-        assert wandb_mode("offline") == "offline"
-
-    @pytest.mark.parametrize("mode", ["", "Online", "dryrun", "sometimes"])
-    def test_other_values(self, mode):
-        with pytest.raises(ValueError, match=f"must be auto, online, offline or disabled, got '{mode}'"):
-            wandb_mode(mode)
 
 
 class TestObjects:
@@ -138,8 +89,8 @@ class TestObjects:
         bad = {"_target_": "types.SimpleNamespace", "whitening": whitening(0)}
         with pytest.raises(InstantiationException) as error:
             runtime.build(bad)
-        assert runtime._reason(error.value) == "whitening: whitening.dimension must be at least 1, got 0"
-        assert runtime._reason(ValueError()) == "ValueError"
+        assert runtime.reason(error.value) == "whitening: whitening.dimension must be at least 1, got 0"
+        assert runtime.reason(ValueError()) == "ValueError"
 
 
 def whitening(dimension: int) -> dict[str, Any]:
@@ -165,7 +116,7 @@ def run(tmp_path: Path) -> Run:
     torch.save(timm.create_model("test_resnet").state_dict(), weights)
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
-    config = {"model": model_config(str(weights)), "seed": 3, "run_dir": str(folder), "logger": LOGGER}
+    config = {"model": model_config(str(weights)), "seed": 3, "run_dir": str(folder)}
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     (folder / "run.json").write_text(json.dumps({"wandb_id": "abcd1234"}))
     run = open_run(folder)
@@ -259,13 +210,22 @@ class TestStartRun:
             (tmp_path / name).mkdir()
             hydra_s = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(tmp_path / name)))
             monkeypatch.setattr(runtime.HydraConfig, "get", lambda found=hydra_s: found)
-            config = OmegaConf.create({"seed": 5, "run_dir": "elsewhere", "b": "${seed}", "resume": False})
+            trainer = {"devices": "auto", "accelerator": "cpu"}
+            config = OmegaConf.create(
+                {"seed": 5, "run_dir": "elsewhere", "b": "${seed}", "resume": False, "trainer": trainer}
+            )
             run = runtime.start_run(config)
             drawn = torch.rand(1), np.random.rand()  # noqa: NPY002
             pl.seed_everything(5, verbose=False)
             assert drawn == (torch.rand(1), np.random.rand())  # noqa: NPY002
             assert run.folder == tmp_path / name
-            assert run.config == {"seed": 5, "run_dir": str(tmp_path / name), "b": 5, "resume": False}
+            assert run.config == {
+                "seed": 5,
+                "run_dir": str(tmp_path / name),
+                "b": 5,
+                "resume": False,
+                "trainer": {"devices": 1, "accelerator": "cpu"},
+            }
             assert open_run(run.folder) == run
             about = json.loads((run.folder / "run.json").read_text())
             assert about["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -285,78 +245,6 @@ class TestStartRun:
     def test_nothing_to_resume(self, tmp_path):
         with pytest.raises(ValueError, match="is no run directory"):
             runtime.start_run(OmegaConf.create({"resume": True, "run_dir": str(tmp_path)}))
-
-
-def logged(folder: Path) -> tuple[dict[str, list[Any]], list[Any]]:
-    """History of the offline log in a run directory, by name, and its records."""
-    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 20
-    while True:  # W&B's own process closes the file a moment after the run was finished
-        records = wandb_records(path)
-        if any(record.HasField("exit") for record in records) or time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    history: dict[str, list[Any]] = {}
-    for record in records:
-        for item in record.history.item:
-            history.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
-    return history, records
-
-
-class TestLoggers:
-    def test_disabled_leaves_csv(self, run):
-        run.config["logger"] = LOGGER | {"mode": "disabled"}
-        (logger,) = runtime.build_loggers(run)
-        assert isinstance(logger, CSVLogger)
-        logger.log_metrics({"a": 1.0}, step=0)
-        runtime.finish_loggers([logger])
-        assert (run.folder / "metrics.csv").is_file()
-        assert not (run.folder / "wandb").exists()
-
-    def test_two_runs_of_one_process_stay_two(self, tmp_path):
-        runs, loggers = [], []
-        for name in ("first", "second"):
-            folder = tmp_path / name
-            folder.mkdir()
-            (folder / "run.json").write_text(json.dumps({"wandb_id": f"id{name}"}))
-            runs.append(Run(folder, {"seed": len(runs), "logger": LOGGER}))
-            loggers.append(runtime.build_loggers(runs[-1]))
-        for value, (online, csv) in enumerate(loggers):
-            assert isinstance(online, WandbLogger)
-            online.log_metrics({"val/mAP": 0.25 + value}, step=0)
-            csv.log_metrics({"val/mAP": 0.25 + value}, step=0)
-        tile = Tile(torch.zeros(3, 4, 4, dtype=torch.uint8), "c", True)
-        runtime.log_neighbours(loggers[0], [Example([tile, tile, tile], 0.5), Example([tile, tile], 0.9)])
-        (tmp_path / "catalog").mkdir()
-        (tmp_path / "catalog/catalog.json").write_text("{}")
-        runtime.log_catalog(loggers[1], tmp_path / "catalog")
-        stage = {
-            "protocol": "p", "fingerprint": "f", "metrics": {"mAP": 0.5},
-            "intervals": {"mAP": [0.4, 0.6], "NDCG@10": [0.1, 0.2]},
-        }  # fmt: skip
-        (tmp_path / "metrics.json").write_text(json.dumps({"test": stage}))
-        runtime.log_summary(loggers[0], tmp_path / "metrics.json")
-        runtime.finish_loggers(loggers[0])
-        runtime.finish_loggers(loggers[1], "failed")
-
-        for place, (run, exit_code) in enumerate(zip(runs, (0, 1), strict=True)):
-            history, records = logged(run.folder)
-            assert history["val/mAP"] == [0.25 + place]
-            assert {r.run.run_id for r in records if r.run.run_id} == {f"id{run.folder.name}"}
-            assert [r.exit.exit_code for r in records if r.HasField("exit")] == [exit_code]
-            config = {u.key: json.loads(u.value_json) for r in records for u in r.run.config.update}
-            assert config["seed"] == place
-            assert (run.folder / "metrics.csv").read_text().splitlines()[1].split(",")[-1] == str(0.25 + place)
-            assert ("neighbours/nrows" in history) == (place == 0)
-            kinds = {r.artifact.type for r in records if r.artifact.type}
-            assert ("catalog" in kinds) == (place == 1)
-        summary = {}
-        for record in logged(runs[0].folder)[1]:
-            for item in record.summary.update:
-                summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
-        expected = {"test/protocol": "p", "test/fingerprint": "f", "test/mAP_low": 0.4, "test/mAP_high": 0.6}
-        assert summary.items() >= expected.items()
-        assert "test/NDCG@10_low" not in summary
 
 
 def test_results_table_shows_values_and_intervals():

@@ -28,16 +28,15 @@ class ShardedIndex:
     gallery. IVF, PQ and scalar quantisers do up to rounding at the borders of lists and codes, and up to FAISS's
     choice among more than 16 items that tie with the k-th. Several HNSW graphs are another index than one.
 
-    index: empty. gallery: every rank must call, with its part. Raises ValueError as FaissIndex does.
+    index: empty, or on every rank filled with its part already. gallery: every rank must call, with its part.
+    Raises ValueError as FaissIndex does.
     """
 
     def __init__(self, index: FaissIndex, gallery: Sharded) -> None:
         self.index, self.gallery, self.ranks = index, gallery, gallery.ranks
         start = time.perf_counter()
-        if self.ranks.world > 1 and index.learns(gallery.columns):
-            self._learn()
-        if len(gallery.own):
-            index.add(gallery.own.vectors)
+        if not int(self.ranks.sum(torch.tensor(len(index)))):
+            self._fill()
         self.build_seconds = self._slowest(torch.tensor([time.perf_counter() - start]))[0]
 
     def search(
@@ -98,6 +97,12 @@ class ShardedIndex:
         bytes_ = n * self.index.bytes_per_item if n else 0.0
         total, items = self.ranks.sum(torch.tensor([bytes_, n], dtype=torch.float64)).tolist()
         return total / items
+
+    def _fill(self) -> None:
+        if self.ranks.world > 1 and self.index.learns(self.gallery.columns):
+            self._learn()
+        if len(self.gallery.own):
+            self.index.add(self.gallery.own.vectors)
 
     def _learn(self) -> None:
         rows = self.index.sample(len(self.gallery))

@@ -14,7 +14,7 @@ from rich.markup import escape
 from torch import Tensor
 from tqdm import tqdm
 
-from simsearch import runtime
+from simsearch import runtime, tracking
 from simsearch.commands import reproduce
 from simsearch.comparison.leaderboard import Entry, check_comparable, config_differences, leaderboard
 from simsearch.comparison.page import DETAILED, Case, Comparison, Picture, differences_by_query, page
@@ -99,7 +99,7 @@ def read(names: Sequence[str]) -> tuple[list[Result], list[Missing]]:
     remote = [name.removeprefix("wandb:") for name in names if name.startswith("wandb:")]
     results, missing = read_all(expand([name for name in names if not name.startswith("wandb:")]))
     if remote:
-        with runtime.wandb_api() as api:
+        with tracking.wandb_api() as api:
             for address in remote:
                 more, without = read_wandb(api, address)
                 results, missing = [*results, *more], [*missing, *without]

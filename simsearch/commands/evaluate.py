@@ -10,8 +10,9 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
+from pytorch_lightning.loggers import Logger
 
-from simsearch import runtime
+from simsearch import runtime, tracking
 from simsearch.data.audit import read_csv
 from simsearch.data.protocols import WithoutRows
 from simsearch.files import write_json
@@ -26,31 +27,45 @@ def main(config: DictConfig) -> None:
     merged = run.config | {
         group: values[group] for group in ("data", "protocol", "index", "rerank") if values.get(group)
     }
+    merged["logger"] = values["logger"]
     evaluation = merged["callbacks"]["evaluation"] | {"index": merged["index"], "rerank": merged.get("rerank")}
     merged["callbacks"] = {"evaluation": evaluation}
+    merged["trainer"] |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # whatever the run trained with
     if config.without and config.stage == "validate":
         raise ValueError("without= leaves queries out of the test: it has no meaning with stage=validate")
     model = runtime.load_model(run)
     folder = Path(config.run_dir)
 
     data = runtime.build_data(merged)
-    measure(model, data, merged, folder, config.stage)
-    if not values.get("data"):
-        note_trained_queries(run, data, folder, config.stage)
+    loggers = tracking.evaluation_loggers(run, merged, folder)
+    status = "failed"
+    try:
+        measure(model, data, merged, folder, config.stage, loggers)
+        if not values.get("data"):
+            note_trained_queries(run, data, folder, config.stage)
+        tracking.log_summary(loggers, folder)
+        status = "success"
+    finally:
+        tracking.finish_loggers(loggers, status)
     if config.without:
         rows = read_csv(Path(config.without)).query.unique()
         if not torch.isin(rows, data.task("test").query).all():  # type: ignore[attr-defined]
             raise ValueError(f"{config.without} lists rows that are no queries of {merged['protocol']['name']}")
         protocol = WithoutRows(runtime.build(merged["protocol"]), rows)
         data = runtime.build_data(merged, protocol)
-        measure(model, data, merged, folder / "without", config.stage)
+        measure(model, data, merged, folder / "without", config.stage, [])
 
 
 def measure(
-    model: pl.LightningModule, data: pl.LightningDataModule, config: dict[str, Any], folder: Path, stage: str
+    model: pl.LightningModule,
+    data: pl.LightningDataModule,
+    config: dict[str, Any],
+    folder: Path,
+    stage: str,
+    loggers: list[Logger],
 ) -> None:
     """Measures one stage, leaves metrics.json (and per_query.parquet) in `folder`, prints the table."""
-    trainer = runtime.build_trainer(config, folder, [])
+    trainer = runtime.build_trainer(config, folder, loggers)
     run_stage = trainer.test if stage == "test" else trainer.validate
     run_stage(model, data, verbose=False)
     runtime.show(runtime.results_table(json.loads((folder / "metrics.json").read_text())))

@@ -40,7 +40,7 @@ _IDLE = {
     "trainer": ("log_every_n_steps", "enable_model_summary", "enable_progress_bar"),
     # Pictures, logging and resuming; a callback that is not listed counts.
     "callbacks": (
-        *("neighbours", "progress", "throughput", "learning_rate"),
+        *("neighbours", "precision_recall", "progress", "throughput", "learning_rate"),
         *("sigterm", "last", "epochs"),
     ),
 }

@@ -7,33 +7,61 @@ import os
 import shlex
 import shutil
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from simsearch import runtime
-from simsearch.callbacks.evaluation import RetrievalEvaluation
+from simsearch import launch, runtime, sweeps, tracking
+from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
+from simsearch.callbacks.interruption import Interruption
 from simsearch.callbacks.neighbours import NeighbourFigure
+from simsearch.callbacks.precision_recall import PrecisionRecall
 from simsearch.images import encode_thumbnail
+from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import item_table, write_catalog
 
 THUMBNAIL_SIDE = 128
 
 
 @runtime.command("train")
-def main(config: DictConfig) -> None:
-    run = runtime.start_run(config)
-    data = runtime.build_data(run.config)
-    model = runtime.build(run.config["model"])
-    loggers = runtime.build_loggers(run)
-    status = "failed"
-    try:
-        train(run, data, model, loggers)
-        status = "success"
-    finally:
-        runtime.finish_loggers(loggers, status)
+def main(config: DictConfig) -> Any:
+    if launch.is_rank() and not launch.is_slurm_rank():
+        raise ValueError("simsearch train starts its ranks itself: leave torchrun out, give trainer.devices=2 or auto")
+    with launch.as_found(), sweeps.trial(config) as trial:
+        if trial is not None and trial.finished:
+            sweeps.check_same_data(trial.folder, config)
+            return trial.values
+        run = runtime.start_run(config)
+        ranks = launch.count_devices(run.config["trainer"]["devices"])
+        if ranks > 1 and not launch.is_slurm_rank():
+            runtime.prepare_data(run.config)
+            launch.run_ranks(run.folder, ranks)
+        else:
+            train_run(run)
+        values = sweeps.objectives(run.folder, run.config["objective"])
+        if trial is not None:
+            trial.values = values
+        return values
+
+
+def train_run(run: runtime.Run) -> None:
+    """Trains a run directory as one of its ranks, perhaps the only one."""
+    with Interruption(launch.rank()) as interruption:
+        data = runtime.build_data(run.config)
+        model = runtime.build(run.config["model"])
+        loggers = tracking.build_loggers(run)
+        status = "failed"
+        try:
+            tracking.log_inputs(loggers, run, data.collection)  # type: ignore[attr-defined]
+            train(run, data, model, loggers, [interruption])
+            status = "success"
+        finally:
+            tracking.finish_loggers(loggers, status)
 
 
 def train(
@@ -41,38 +69,51 @@ def train(
     data: pl.LightningDataModule,
     model: pl.LightningModule,
     loggers: list[pl.loggers.Logger],
+    callbacks: Sequence[pl.Callback] = (),
 ) -> None:
-    """Fits the model of `run`, tests its best checkpoint, writes figures and catalog, prints the table."""
-    trainer = runtime.build_trainer(run.config, run.folder, loggers)
+    """Fits the model of `run`, tests its best checkpoint; rank 0 writes figures and catalog, prints the table."""
+    trainer = runtime.build_trainer(run.config, run.folder, loggers, callbacks)
 
     best, last = (run.folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     go_on = run.resumed and last.is_file()
-    trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)
+    start = time.perf_counter()
+    try:
+        trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)
+    finally:
+        if trainer.is_global_zero:
+            runtime.note_training(run.folder, time.perf_counter() - start, trainer, model)
     model.requires_grad_(False)  # what is frozen runs faster
     trainer.test(model, data, ckpt_path=str(best), weights_only=True, verbose=False)
+    result = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation)).results["test"]
+    index = result.whole_index() if run.config["catalog"]["write"] else None  # with the help of all ranks
+    trainer.strategy.barrier()  # metrics.json is written
+    if not trainer.is_global_zero:
+        return
 
-    evaluation = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation))
-    figure = next((c for c in trainer.callbacks if isinstance(c, NeighbourFigure)), None)
-    runtime.log_summary(loggers, run.folder / "metrics.json")
-    if figure is not None:
-        runtime.log_neighbours(loggers, figure.examples)
-    if run.config["catalog"]["write"] and trainer.is_global_zero:
-        save_catalog(run, data, model, evaluation)
-        if run.config["catalog"]["log"]:
-            runtime.log_catalog(loggers, run.folder / "catalog")
-    if trainer.is_global_zero:
-        report(run.folder)
+    tracking.log_summary(loggers, run.folder)
+    for callback in trainer.callbacks:
+        if isinstance(callback, NeighbourFigure):
+            tracking.log_neighbours(loggers, callback.examples)
+        elif isinstance(callback, PrecisionRecall):
+            tracking.log_curve(loggers, callback.points)
+    if index is not None:
+        save_catalog(run, data, model, result, index)
+    tracking.log_outputs(loggers, run)
+    report(run.folder)
 
 
 def save_catalog(
-    run: runtime.Run, data: pl.LightningDataModule, model: pl.LightningModule, evaluation: RetrievalEvaluation
+    run: runtime.Run,
+    data: pl.LightningDataModule,
+    model: pl.LightningModule,
+    result: Evaluation,
+    index: FaissIndex,
 ) -> None:
     """Writes the test gallery, which the evaluation indexed already, as the run's catalog."""
-    result = evaluation.results["test"]
     task = data.task("test")  # type: ignore[attr-defined]
     collection = data.collection  # type: ignore[attr-defined]
     rows = result.gallery.index
-    columns: dict[str, list] = {"path": [f"{collection.name}/{row}" for row in rows.tolist()]}
+    columns: dict[str, list] = {"path": [collection.path(row) for row in rows.tolist()]}
     for names, attribute in zip(collection.classes, collection.attributes, strict=True):
         values = collection.column(attribute)[rows].tolist()
         key = "label" if attribute == task.attribute else attribute
@@ -82,7 +123,7 @@ def save_catalog(
     thumbnails = [encode_thumbnail(image, THUMBNAIL_SIDE) for image in bar]
     write_catalog(
         run.folder / "catalog",
-        index=result.index,
+        index=index,
         items=item_table(columns, thumbnails),
         encoder=model.encoder,
         config=runtime.encoder_config(run.config),

@@ -1,0 +1,127 @@
+"""Ending a run that is told to stop: all ranks after the same batch, and back into SLURM's queue where it warned."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import TracebackType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+_FINISH_S = 20.0  # for loggers that wait for the network, before the job goes back into the queue all the same
+
+
+class Interruption(pl.Callback):
+    """Listens to signals while it is entered as a context, and ends the run as one of its callbacks.
+
+    SIGTERM ends the process with status 143. SIGUSR1, listened to in a SLURM job only, is the warning
+    before a time limit that --signal=USR1@90 asks for: rank 0 puts the job back into the queue, and the
+    status is 0. rank: that of this process.
+
+    In a training the batch in work, or the validation, is finished first, and all ranks stop after the same
+    one, whichever of them was told: a rank alone would leave the others waiting, and a checkpoint from within
+    a batch would not go on exactly. SaveOnSigterm writes it. At other times the process ends at once.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.received = rank, 0
+        self._patient = self._requeued = False
+        self._latest: threading.Timer | None = None
+        self._found: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._found = {number: signal.signal(number, self._hear) for number in stop_signals()}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._found.items():
+            signal.signal(number, handler)
+        if self.received == signal.SIGUSR1 and error is not None:
+            self._requeue()
+            raise SystemExit(0) from None
+
+    def _hear(self, number: int, _: Any) -> None:
+        if not self.received:  # SLURM sends SIGTERM when it requeues
+            self.received = number
+            if not self._patient:
+                raise SystemExit(128 + number)
+
+    def _requeue(self) -> None:
+        if self._latest is not None:
+            self._latest.cancel()
+        if self.rank == 0 and not self._requeued:
+            self._requeued = True
+            requeue()
+
+    # As a callback
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Lightning's own handler talks to the other ranks wherever this one happens to be.
+        trainer._signal_connector._sigterm_notifier_fn = _nothing  # type: ignore[method-assign, assignment]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._patient = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._agree(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._patient:
+            self._agree(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._patient = False
+        if self._agree(trainer):
+            raise SystemExit(128 + self.received)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._patient = False
+        if isinstance(exception, SIGTERMException):  # the checkpoint is written
+            exception.code = 128 + self.received
+            if self.received == signal.SIGUSR1:  # loggers finish first: SLURM ends them when it requeues
+                self._latest = threading.Timer(_FINISH_S, self._requeue)
+                self._latest.daemon = True
+                self._latest.start()
+
+    def _agree(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank was told to stop; then the trainer knows on all of them."""
+        number = self.received
+        if trainer.world_size > 1:
+            told = torch.tensor(number, device=trainer.strategy.root_device)
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+            number = int(told)
+        if number:  # what this one hears from now on waits for the next batch, as it does on the others
+            self.received = number
+            trainer._signal_connector.received_sigterm = True
+        return bool(number)
+
+
+def stop_signals() -> tuple[int, ...]:
+    """The signals that end a run here."""
+    return (signal.SIGTERM, signal.SIGUSR1) if "SLURM_JOB_ID" in os.environ else (signal.SIGTERM,)
+
+
+def requeue() -> None:
+    """Puts the present SLURM job back into the queue. Raises SystemExit where SLURM refuses."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        raise SystemExit(f"cannot requeue the SLURM job {job}: {reason}") from error
+    print(f"the SLURM job {job} is queued again and will go on from here", file=sys.stderr)
+
+
+def _nothing(*_: Any) -> None:
+    pass

@@ -1,0 +1,47 @@
+"""The precision-recall curve of the test."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
+from simsearch.callbacks.sharded_index import ShardedIndex
+from simsearch.figures import save_curve
+from simsearch.files import replacing
+from simsearch.functional.curves import RECALL_LEVELS, precision_recall_curve
+from simsearch.types import RetrievalTask
+
+
+class PrecisionRecall(pl.Callback):
+    """After the test leaves figures/precision-recall.csv and .png: mean precision at 21 levels of recall.
+
+    Of the full ranking, as mAP is: over what the index stores, not re-ranked. It ranks once more.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[tuple[float, float]] = []
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        evaluation = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation))
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        task: RetrievalTask = data.task("test")
+        result = evaluation.results["test"]
+        self.points = curve(result, exclude_self=task.exclude_self)  # with the help of all ranks
+        if not trainer.is_global_zero:
+            return
+        path = Path(trainer.default_root_dir) / "figures" / "precision-recall.csv"
+        with replacing(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([("recall", "precision"), *self.points])
+        title = f"{data.collection.name}, {task.name}: mAP {result.metrics['mAP']:.3f}"
+        save_curve(path.with_suffix(".png"), self.points, title=title)
+
+
+def curve(result: Evaluation, *, exclude_self: bool) -> list[tuple[float, float]]:
+    """Recall and mean precision of an evaluation's full ranking. Every rank must call."""
+    ranked = ShardedIndex(result.index, result.gallery).as_ranked(result.query)
+    precision = precision_recall_curve(*ranked, exclude_self=exclude_self)
+    return list(zip(RECALL_LEVELS, precision.tolist(), strict=True))

@@ -1,0 +1,29 @@
+"""simsearch progress: how a sweep stands, live."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.live import Live
+
+from simsearch import runtime, sweeps
+
+
+@runtime.command("progress")
+def main(config: DictConfig) -> None:
+    folder = Path(config.folder)
+    if not config.watch:
+        runtime.show(sweeps.progress_table(folder))
+        return
+    if config.watch < 0:
+        raise ValueError(f"watch={config.watch}: give seconds between two looks, or 0 for one look")
+    with Live(sweeps.progress_table(folder), refresh_per_second=1) as live:
+        while sweeps.is_open(folder):
+            time.sleep(config.watch)
+            live.update(sweeps.progress_table(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""One rank of a training: `python -m simsearch.rank RUN_DIR [REPORTS]`, started by launch.run_ranks.
+
+Everything is in the run directory, Hydra has no part in it. torchrun can start it as well, on several nodes
+without SLURM say: `torchrun --nnodes=2 --nproc-per-node=4 ... -m simsearch.rank RUN_DIR`.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import pytorch_lightning as pl
+
+from simsearch import launch, runtime
+from simsearch.commands.train import train_run
+
+
+def main() -> None:
+    """Trains, and tells the parent of an error."""
+    folder, reports = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    if reports is not None:
+        launch.end_with_parent()
+    runtime.quiet_libraries()
+    with launch.as_found():
+        try:
+            run = replace(runtime.open_run(folder), resumed=True)  # a new run has no checkpoint to go on from
+            pl.seed_everything(run.config["seed"], workers=True, verbose=False)
+            train_run(run)
+        except Exception as error:
+            if reports is None:
+                raise
+            mendable = isinstance(error, runtime.MENDABLE)
+            message = runtime.reason(error) if mendable else f"{type(error).__name__}: {error}"
+            launch.report_error(reports, message, "" if mendable else traceback.format_exc())
+            raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,388 @@
+"""Sweeps that can be killed: a trial is known by what it computes, and a finished one is not computed again."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+import re
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.markup import escape
+from rich.table import Table
+
+from simsearch import launch, runtime
+from simsearch.files import write_json
+
+# What a trial's numbers do not depend on.
+_ASIDE = ("hydra", "run_dir", "run_root", "resume", "logger", "objective", "sweep_dir")
+_ENDED = ("finished", "failed")
+_CUT_OFF = "simsearch: cut off"
+
+
+# --------------------------------------------------------------------------------------------- trials
+
+
+def trial_name(*, _root_: DictConfig) -> str:
+    """The folder of a trial: its overrides as far as they fit, and a hash of its resolved config and the code.
+
+    Registered as the resolver `trial`, for hydra.sweep.subdir.
+    """
+    values = {name: _root_._get_node(name) for name in _root_ if name not in _ASIDE}
+    config = OmegaConf.create({**values, "run_dir": "", "run_root": ""}, flags={"allow_objects": True})
+    resolved = OmegaConf.to_container(config, resolve=True)
+    text = json.dumps([resolved, code_version()], sort_keys=True, default=str)
+    swept = set(_root_.hydra.sweeper.get("params") or {})
+    given = sorted(_root_.hydra.overrides.task, key=lambda override: override.partition("=")[0] not in swept)
+    short = [re.sub(r"^[\w.@/]*[./](?=\w+=)", "", override) for override in given]
+    named = "_".join(override for override in short if override.partition("=")[0] not in (*_ASIDE, "sweep"))
+    readable = re.sub(r"[^\w.+-]+", "-", named)  # nothing that a shell or Hydra's grammar reads its own way
+    return f"{readable[:60].strip('-_')}-{hashlib.sha256(text.encode()).hexdigest()[:10]}".lstrip("-")
+
+
+OmegaConf.register_new_resolver("trial", trial_name, replace=True)
+
+
+@cache
+def code_version() -> str:
+    """A hash of simsearch's own source as this process found it."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class Trial:
+    """One job of a sweep, which lives in `folder`; values: its objectives, where it was finished before."""
+
+    folder: Path
+    overrides: Sequence[str]
+    values: Any = None
+    finished: bool = False
+    _started: float = field(default_factory=time.time)
+
+    def write(self, state: str, error: str = "", fingerprint: str = "") -> None:
+        """Notes how it stands in folder/trial.json: running, finished, failed or interrupted. Atomic."""
+        if launch.rank() != 0:
+            return
+        about = {
+            "state": state,
+            "overrides": list(self.overrides),
+            "values": self.values,
+            "error": error,
+            "fingerprint": fingerprint,
+            "code": code_version(),
+            "started": self._started,
+            "ended": None if state == "running" else time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+        write_json(self.folder / "trial.json", about)
+
+
+@contextmanager
+def trial(config: DictConfig) -> Iterator[Trial | None]:
+    """The present job of a sweep, noted as it begins and ends; None where there is no sweep.
+
+    A finished one comes with `finished`. One that was cut off has `config.resume` set, to go on with its run.
+    Raises ValueError where another process has the trial in work.
+    """
+    settings = HydraConfig.get()
+    if settings.mode is not RunMode.MULTIRUN:
+        yield None
+        return
+    present = Trial(Path(settings.runtime.output_dir), list(settings.overrides.task))
+    path = present.folder / "trial.json"
+    lock = FileLock(present.folder / ".lock")
+    if launch.rank() == 0:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{present.folder} is in work already, by another process of this sweep") from None
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        if before.get("state") == "finished":
+            present.values, present.finished = before["values"], True
+            yield present
+            return
+        if (present.folder / "config.yaml").is_file():
+            config.resume, config.run_dir = True, str(present.folder)
+        present.write("running")
+        try:
+            yield present
+        except Exception as error:
+            present.write("failed", f"{type(error).__name__}: {error}")
+            raise
+        except BaseException:
+            present.write("interrupted")
+            raise
+        present.write("finished")
+    finally:
+        lock.release()
+
+
+def check_same_data(folder: Path, config: DictConfig) -> None:
+    """Raises ValueError where the data or protocol of a finished trial are not what they were."""
+    stored = json.loads((folder / "metrics.json").read_text())["test"]["fingerprint"]
+    values = OmegaConf.to_container(config, resolve=True)
+    now = _fingerprint(json.dumps({name: values[name] for name in ("data", "protocol", "backbone", "sampler")}))
+    if now != stored:
+        raise ValueError(
+            f"{folder} was measured on other data (fingerprint {stored}, now {now}): give the sweep another folder "
+            "(hydra.sweep.dir), or delete this trial"
+        )
+
+
+@cache  # a sweep that goes on asks for each of its finished trials
+def _fingerprint(config: str) -> str:
+    return str(runtime.build_data(json.loads(config)).task("test").fingerprint)
+
+
+def objectives(folder: Path, names: str | Sequence[str] | None) -> Any:
+    """The values of a finished run that a sweeper optimises, such as `val/mAP`: a float, or a list for several.
+
+    None for no names. Raises ValueError for one that was not measured, or has no value.
+    """
+    if names is None:
+        return None
+    stages = json.loads((folder / "metrics.json").read_text())
+
+    def value(name: str) -> float:
+        stage, _, metric = name.partition("/")
+        got = stages.get(stage, {}).get("metrics", {}).get(metric)
+        if got is None:
+            mend = (
+                ": nothing is held out, give protocol.validation=0.1" if stage == "val" and "val" not in stages else ""
+            )
+            raise ValueError(f"objective={name} was not measured{mend}; there are {', '.join(_measured(stages))}")
+        return float(got)
+
+    return value(names) if isinstance(names, str) else [value(name) for name in names]
+
+
+def _measured(stages: Mapping[str, Any]) -> list[str]:
+    return [f"{stage}/{name}" for stage, about in stages.items() for name in ("mAP", "P@10", "bytes_per_item")]
+
+
+# ------------------------------------------------------------------------------------ the whole sweep
+
+
+class Sweep(Callback):
+    """Hydra's callback around a sweep: lets it go on where it was killed, tells how it stands and what failed.
+
+    For a grid the trials themselves know whether they are finished. A study that Optuna keeps in a storage gets
+    only the trials that it still lacks, those first that were cut off.
+    """
+
+    def __init__(self) -> None:
+        self._since = time.time()
+
+    def on_multirun_start(self, config: DictConfig, config_name: str | None = None) -> None:
+        folder, sweeper = Path(config.hydra.sweep.dir), config.hydra.sweeper
+        folder.mkdir(parents=True, exist_ok=True)
+        planned = sweeper.n_trials if "n_trials" in sweeper else grid_size(sweeper.params, config.hydra.overrides.task)
+        write_json(folder / "sweep.json", {"planned": planned})
+        print(f"sweep {folder}: {summary(folder)}; watch it by `simsearch progress folder={folder}`", file=sys.stderr)
+        if sweeper.get("storage") and sweeper.get("study_name"):
+            with open_dict(config):
+                sweeper.n_trials, before = continue_study(sweeper.storage, sweeper.study_name, sweeper.n_trials)
+                if before and sweeper.sampler.get("seed") is not None:
+                    sweeper.sampler.seed += before  # or it would propose the same again
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn) -> None:
+        if config.hydra.mode is not RunMode.MULTIRUN:
+            return
+        print(f"sweep: {summary(Path(config.hydra.sweep.dir), self._since)}", file=sys.stderr)
+        if job_return.status is JobStatus.FAILED:
+            # Left as it is, a grid would report the first failure by its traceback and forget the others.
+            job_return.status, job_return.return_value = JobStatus.COMPLETED, None
+
+    def on_multirun_end(self, config: DictConfig, config_name: str | None = None) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        runtime.show(progress_table(folder))
+        failed = [about for about in read_trials(folder) if about["state"] == "failed"]
+        for about in failed:
+            print(f"failed: {about['folder']}: {about['error']}", file=sys.stderr)
+        if failed:
+            raise SystemExit(1)
+
+
+def grid_size(params: Mapping[str, Any] | None, overrides: Sequence[str]) -> int:
+    """How many jobs Hydra's basic sweeper makes of `params` and the command line's overrides."""
+    count = 1
+    arguments = {name: f"{name}={value}" for name, value in (params or {}).items()}
+    arguments |= {text.partition("=")[0]: text for text in overrides}
+    for override in OverridesParser.create().parse_overrides(list(arguments.values())):
+        if override.is_sweep_override() and override.is_discrete_sweep():
+            count *= len(list(override.sweep_string_iterator()))
+    return count
+
+
+def continue_study(storage: str, name: str, wanted: int) -> tuple[int, int]:
+    """Trials that an Optuna study still lacks of `wanted`, and how many it has; cut-off ones are queued again.
+
+    A cut-off trial is one that is running in the storage: nobody else may work on the study meanwhile.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        return wanted, 0
+    states = optuna.trial.TrialState
+    ended = 0
+    for known in study.get_trials(deepcopy=False):
+        if known.state == states.RUNNING:
+            optuna.trial.Trial(study, known._trial_id).set_user_attr(_CUT_OFF, True)
+            study.tell(known.number, state=states.FAIL)
+            if known.params:
+                study.enqueue_trial(known.params)
+        elif known.state == states.COMPLETE or (known.state == states.FAIL and _CUT_OFF not in known.user_attrs):
+            ended += 1
+    return max(wanted - ended, 0), len(study.get_trials(deepcopy=False))
+
+
+# ------------------------------------------------------------------------------------------- progress
+
+
+def read_trials(folder: Path) -> list[dict[str, Any]]:
+    """What trial.json says of each trial of a sweep, with its `folder`, by the time that it began."""
+    trials = []
+    for path in folder.glob("*/trial.json"):
+        about = json.loads(path.read_text())
+        about["folder"] = path.parent.name
+        if about["state"] == "running" and about["host"] == socket.gethostname() and not _alive(about["pid"]):
+            about["state"] = "interrupted"
+        trials.append(about)
+    return sorted(trials, key=lambda about: about["started"])
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def summary(folder: Path, since: float | None = None) -> str:
+    """One line on a sweep: trials by state, the best first objective, and the time left by those since `since`."""
+    trials, planned = read_trials(folder), _planned(folder)
+    states = [about["state"] for about in trials]
+    parts = [f"{states.count('finished')} of {planned} trials finished"]
+    parts += [f"{states.count(s)} {s}" for s in ("running", "failed", "interrupted") if s in states]
+    if (best := _best(trials)) is not None:
+        parts.append(f"best {_objective(best):.4f} ({best['folder']})")
+    recent = [about for about in trials if since is not None and (about["ended"] or 0) > since]
+    left = planned - states.count("finished") - states.count("failed")
+    if recent and left > 0:
+        seconds = (time.time() - min(about["started"] for about in recent)) / len(recent) * left
+        parts.append(f"about {_duration(seconds)} left")
+    return ", ".join(parts)
+
+
+def progress_table(folder: Path) -> Table:
+    """A sweep's trials as a table: state, how far, time, objectives; the best first objective is marked."""
+    trials = read_trials(folder)
+    best = _best(trials)
+    varying = _varying([about["overrides"] for about in trials])
+    caption = "mAP of the validation, or of the test (t) where there is none"
+    table = Table(title=f"{folder}\n{summary(folder)}", caption=caption)
+    for name in ("trial", "state", "step", "time", "objectives", "mAP"):
+        table.add_column(name, justify="left" if name in ("trial", "state") else "right")
+    for about, overrides in zip(trials, varying, strict=True):
+        values = about["values"] if isinstance(about["values"], list) else [about["values"]]
+        numbers = " ".join(f"{value:.4f}" for value in values if value is not None)
+        style = {"failed": "red", "running": "cyan", "interrupted": "yellow"}.get(about["state"], "")
+        if best is about:
+            numbers, style = f"* {numbers}", "bold"
+        cells = (
+            " ".join(overrides) or about["folder"],
+            about["state"],
+            _steps(folder / about["folder"]),
+            _duration((about["ended"] or time.time()) - about["started"]),
+            numbers or "-",
+            _mean_ap(folder / about["folder"]),
+        )
+        table.add_row(*map(escape, cells), style=style)
+    return table
+
+
+def is_open(folder: Path) -> bool:
+    """Whether a sweep has trials that did not end, or did not begin."""
+    ended = [about for about in read_trials(folder) if about["state"] in _ENDED]
+    return len(ended) < _planned(folder)
+
+
+def _planned(folder: Path) -> int:
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is no sweep: it has no sweep.json. Give a folder that `simsearch train -m` wrote to"
+        )
+    return int(json.loads(path.read_text())["planned"])
+
+
+def _objective(about: Mapping[str, Any]) -> float:
+    values = about["values"]
+    value = values[0] if isinstance(values, list) else values
+    return math.nan if value is None else float(value)
+
+
+def _best(trials: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    known = [about for about in trials if not math.isnan(_objective(about))]
+    return max(known, key=_objective, default=None)
+
+
+def _varying(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Of each trial's overrides those that not all trials have."""
+    common = set(overrides[0]).intersection(*overrides) if len(overrides) > 1 else set()
+    return [[text for text in some if text not in common] for some in overrides]
+
+
+def _steps(folder: Path) -> str:
+    """The last logged step of a run, of how many."""
+    history, config = folder / "metrics.csv", folder / "config.yaml"
+    if not history.is_file() or not config.is_file():
+        return "-"
+    with history.open(newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("step")]
+    most = OmegaConf.load(config).trainer.get("max_steps", -1)
+    return f"{max(steps, default=0)}" + (f"/{most}" if most > 0 else "")
+
+
+def _mean_ap(folder: Path) -> str:
+    path = folder / "metrics.json"
+    stages = json.loads(path.read_text()) if path.is_file() else {}
+    stage = "val" if "val" in stages else "test"
+    value = stages.get(stage, {}).get("metrics", {}).get("mAP")
+    return "-" if value is None else f"{value:.4f}" + (" t" if stage == "test" else "")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}" if minutes >= 60 else f"{minutes}m{seconds:02d}s"

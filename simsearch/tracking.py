@@ -1,0 +1,345 @@
+"""Where runs are logged: a CSV file in the run directory, and Weights & Biases, where they stand side by side."""
+
+from __future__ import annotations
+
+import csv
+import json
+import netrc
+import os
+import re
+import sys
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.utilities import rank_zero_only
+
+from simsearch import launch
+from simsearch.callbacks.neighbours import Example
+from simsearch.data.collection import Collection
+from simsearch.figures import Tile
+from simsearch.runtime import HEADLINES, Run, open_run
+
+_TRAINING = ("train_seconds", "device", "parameters")  # of run.json, as runtime.note_training has them
+
+
+# --------------------------------------------------------------------------------------- with or without
+
+
+def wandb_mode(mode: str) -> str:
+    """ "auto" becomes "online" where a key is known, else "offline"; other modes stay. Never asks."""
+    if mode not in ("auto", "online", "offline", "disabled"):
+        raise ValueError(f"logger.mode must be auto, online, offline or disabled, got {mode!r}")
+    if mode != "auto":
+        return mode
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "online"):
+        return os.environ["WANDB_MODE"]
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    try:
+        known = netrc.netrc().authenticators("api.wandb.ai")
+    except (OSError, netrc.NetrcParseError):
+        known = None
+    return "online" if known else "offline"
+
+
+@contextmanager
+def wandb_api() -> Iterator[Any]:
+    """The API of Weights & Biases; where it cannot be reached, ValueError, inside of the block too. Never asks."""
+    if wandb_mode("auto") != "online":
+        raise ValueError("W&B cannot be read: no key (`wandb login` or WANDB_API_KEY), or WANDB_MODE forbids it")
+    import wandb
+
+    try:
+        yield wandb.Api(timeout=30)
+    except wandb.errors.Error as error:
+        raise ValueError(f"W&B cannot be read: {error}") from error
+
+
+# ------------------------------------------------------------------------------------- beginning and end
+
+
+def build_loggers(run: Run) -> list[Logger]:
+    """CSV always; Weights & Biases unless its mode is disabled, under the run's own id. Only rank 0 writes.
+
+    In W&B the run's group is logger.group, or the name of the sweep's folder that it lies in. A resumed run goes
+    on under its id, offline in another folder; `wandb sync` appends that one to the first.
+    """
+    history = run.folder / "metrics.csv"
+    csv_logger = CSVLogger(run.folder, name="", version="", flush_logs_every_n_steps=1)  # a kill should lose nothing
+    if launch.rank() > 0:
+        return [csv_logger]
+    if history.is_file():  # Lightning's logger starts a file anew: keep what was logged before
+        earlier = len(list(run.folder.glob("metrics-*.csv")))
+        history.rename(run.folder / f"metrics-{earlier}.csv")
+    settings, config = run.config["logger"], run.config
+    if (start := _start_run(config)) is not None:
+        config = {**config, "start_run": _identity(start)}
+    name = settings["name"] or run.folder.name
+    experiment = _start(run.folder, config, settings, _identity(run), name=name, group=_group(run), job_type="train")
+    if experiment is None:
+        return [csv_logger]
+    return [_WandbLogger(experiment, best_validation(run.folder)), csv_logger]
+
+
+def evaluation_loggers(run: Run, config: Mapping[str, Any], folder: Path) -> list[Logger]:
+    """Weights & Biases for a measurement of `run` that goes to `folder`: a run of job type `evaluate`.
+
+    config: the plain config of the measurement; its `logger` is None, for none, or as that of a training. The
+    checkpoint of `run` is marked as used where that logged it.
+    """
+    settings = config["logger"]
+    if settings is None:
+        return []
+    name = settings["name"] or f"{run.folder.name}/{folder.name}"
+    group = settings["group"] or _group(run)
+    config = {**config, "measured_run": _identity(run)}
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = uuid.uuid4().hex[:8]
+    experiment = _start(folder, config, settings, identity, name=name, group=group, job_type="evaluate")
+    if experiment is None:
+        return []
+    if run.config["logger"].get("checkpoint"):
+        _use(experiment, _checkpoint(run))
+    return [_WandbLogger(experiment, {})]
+
+
+def finish_loggers(loggers: list[Logger], status: str = "success") -> None:
+    """Ends the loggers' runs, so that the next job of a sweep gets its own."""
+    for logger in loggers:
+        logger.finalize(status)
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish(exit_code=0 if status == "success" else 1)
+
+
+def _start(
+    folder: Path,
+    config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    identity: str,
+    *,
+    name: str,
+    group: str | None,
+    job_type: str,
+) -> Any:
+    """W&B's run, None where it is disabled."""
+    mode = wandb_mode(settings["mode"])
+    if mode == "disabled":
+        return None
+    import wandb
+
+    def start(mode: str) -> Any:
+        return wandb.init(
+            name=name,
+            project=settings["project"],
+            group=group,
+            tags=settings["tags"] or None,
+            job_type=job_type,
+            id=identity,
+            resume="allow",  # offline too: by this `wandb sync` counts on where the earlier part ended
+            dir=folder,
+            config=dict(config),
+            reinit="create_new",  # never the run of an earlier job of this process
+            settings=wandb.Settings(mode=mode, silent=True, console="off", init_timeout=30),
+        )
+
+    try:
+        experiment = start(mode)
+    except wandb.errors.Error as error:
+        if settings["mode"] != "auto":
+            raise ValueError(f"logger.mode={mode}: {error}") from error
+        print(f"W&B cannot be reached ({error}): logging offline, `wandb sync` it later", file=sys.stderr)
+        experiment = start("offline")
+    experiment.define_metric("trainer/global_step")
+    experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return experiment
+
+
+def _group(run: Run) -> str | None:
+    sweep = run.folder.parent
+    return run.config["logger"]["group"] or (sweep.name if (sweep / "sweep.json").is_file() else None)
+
+
+def _identity(run: Run) -> str:
+    return str(json.loads((run.folder / "run.json").read_text())["wandb_id"])
+
+
+# ------------------------------------------------------------------------------------- the best validation
+
+
+class _WandbLogger(WandbLogger):
+    """Keeps in the summary what the best validation gave, as `best_validation` has it.
+
+    That is one checkpoint's, and a resumed run knows what came before. define_metric(summary="max") takes each
+    metric's own best of this part of the run, and puts it as {"max": ...} where W&B's sweeps expect a number.
+    """
+
+    def __init__(self, experiment: Any, best: Mapping[str, float]) -> None:
+        super().__init__(experiment=experiment)
+        self._best = dict(best)
+        experiment.summary.update(self._best)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+        best = _better(self._best, {**metrics, "step": step})
+        if best is not self._best:
+            self._best = best
+            self.experiment.summary.update(best)
+
+
+def best_validation(folder: Path) -> dict[str, float]:
+    """`best/mAP`, the other headline metrics, `best/epoch` and `best/step` of the validation that has the highest mAP.
+
+    From metrics.csv and those of earlier parts of the run; empty where nothing was validated.
+    """
+    parts = sorted(folder.glob("metrics-*.csv"), key=lambda path: int(path.stem.rpartition("-")[2]))
+    best: dict[str, float] = {}
+    for path in (*parts, folder / "metrics.csv"):
+        if path.is_file():
+            with path.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    best = _better(best, {name: float(value) for name, value in row.items() if value})
+    return best
+
+
+def _better(best: dict[str, float], row: Mapping[str, Any]) -> dict[str, float]:
+    """`best`, or what is kept of a row of logged values that holds a better validation."""
+    if not row.get("val/mAP", -1.0) > best.get("best/mAP", -1.0):
+        return best
+    kept = {f"best/{name}": row[name] for name in ("epoch", "step") if row.get(name) is not None}
+    return kept | {f"best/{name}": float(row[f"val/{name}"]) for name in HEADLINES if f"val/{name}" in row}
+
+
+# ---------------------------------------------------------------------------------------- what was measured
+
+
+def log_summary(loggers: list[Logger], folder: Path) -> None:
+    """Puts what lies in `folder` beside the logged metrics.
+
+    Of metrics.json each stage's protocol and the intervals of its headline metrics, of run.json what the
+    training took.
+    """
+    summary = {}
+    for stage, about in json.loads((folder / "metrics.json").read_text()).items():
+        summary |= {f"{stage}/{key}": about[key] for key in ("protocol", "fingerprint")}
+        for name in HEADLINES:
+            if name in about["intervals"]:
+                low, high = about["intervals"][name]
+                summary |= {f"{stage}/{name}_low": low, f"{stage}/{name}_high": high}
+    if (folder / "run.json").is_file():
+        facts = json.loads((folder / "run.json").read_text())
+        summary |= {name: facts[name] for name in _TRAINING if name in facts}
+    for experiment in _experiments(loggers):
+        experiment.summary.update(summary)
+
+
+def log_neighbours(loggers: list[Logger], examples: Sequence[Example]) -> None:
+    """Logs examples as the W&B Table `neighbours`: average precision and thumbnails, a query a row."""
+    for experiment in _experiments(loggers):
+        if not examples:
+            continue
+        import wandb
+
+        def picture(tile: Tile) -> Any:
+            return wandb.Image(tile.image.permute(1, 2, 0).numpy(), caption=tile.caption)
+
+        k = max(len(example.tiles) for example in examples) - 1
+        columns = ["AP", "query", *(f"neighbour {i + 1}" for i in range(k)), "right"]
+        rows = []
+        for example in examples:
+            found = [picture(tile) for tile in example.tiles[1:]]
+            right = "".join("+" if tile.right else "-" for tile in example.tiles[1:])
+            query = picture(example.tiles[0])
+            rows.append([example.average_precision, query, *found, *[None] * (k - len(found)), right])
+        experiment.log({"neighbours": wandb.Table(columns=columns, data=rows)})
+
+
+def log_curve(loggers: list[Logger], points: Sequence[tuple[float, float]]) -> None:
+    """Logs (recall, precision) of the test as the W&B line plot `precision_recall`, which overlays runs."""
+    for experiment in _experiments(loggers):
+        import wandb
+
+        table = wandb.Table(columns=["recall", "precision"], data=[list(point) for point in points])
+        plot = wandb.plot.line(table, "recall", "precision", title="Precision and recall of the test")
+        experiment.log({"precision_recall": plot})
+
+
+# ---------------------------------------------------------------------------------- artifacts and lineage
+
+
+def log_inputs(loggers: list[Logger], run: Run, collection: Collection) -> None:
+    """Marks as used by the run: its data (their fingerprint, no image), and the checkpoint that model.start names.
+
+    That one where the run that made it logged it too (logger.checkpoint); `start_run` in the config has its id
+    anyway.
+    """
+    for experiment in _experiments(loggers):
+        import wandb
+
+        about = {"fingerprint": collection.fingerprint, "images": len(collection)}
+        data = wandb.Artifact(f"data-{_named(collection.name)}", type="dataset", metadata=about)
+        with data.new_file("data.json") as file:  # without a file all versions would be one
+            json.dump(about, file)
+        _use(experiment, data)
+        start = _start_run(run.config)
+        if start is not None and start.config["logger"].get("checkpoint"):
+            _use(experiment, _checkpoint(start))
+
+
+def log_outputs(loggers: list[Logger], run: Run) -> None:
+    """Logs what the run made and the config wants logged: the best checkpoint, type `model`, and the catalog."""
+    for experiment in _experiments(loggers):
+        if run.config["logger"].get("checkpoint"):
+            experiment.log_artifact(_checkpoint(run), aliases=["best"])
+        if run.config["catalog"]["log"] and (run.folder / "catalog").is_dir():
+            import wandb
+
+            about = _measured(run.folder)
+            artifact = wandb.Artifact(f"catalog-{_identity(run)}", type="catalog", metadata=about)
+            artifact.add_dir(str(run.folder / "catalog"), policy="immutable")  # that is: not copied
+            experiment.log_artifact(artifact)
+
+
+def _checkpoint(run: Run) -> Any:
+    """The artifact of a run's best checkpoint, the same one whoever logs or uses it."""
+    import wandb
+
+    artifact = wandb.Artifact(f"checkpoint-{_identity(run)}", type="model", metadata=_measured(run.folder))
+    artifact.add_file(str(run.folder / "checkpoints" / "best.ckpt"), policy="immutable")
+    return artifact
+
+
+def _measured(folder: Path) -> dict[str, Any]:
+    about = json.loads((folder / "metrics.json").read_text())["test"]
+    return {"protocol": about["protocol"], "fingerprint": about["fingerprint"], "mAP": about["metrics"]["mAP"]}
+
+
+def _use(experiment: Any, artifact: Any) -> None:
+    """Marks an artifact as an input of a run, and logs it where W&B does not have it.
+
+    Run.use_artifact does the same, but refuses offline, and online waits for the server.
+    """
+    experiment._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
+
+
+def _start_run(config: Mapping[str, Any]) -> Run | None:
+    """The run that model.start names by its folder or its best checkpoint; None for none."""
+    start = config.get("model", {}).get("start")
+    if start is None:
+        return None
+    path = Path(start)
+    folder = path.parent.parent if path.name == "best.ckpt" else path
+    there = all((folder / name).is_file() for name in ("config.yaml", "run.json", "metrics.json"))
+    return open_run(folder) if there else None
+
+
+def _named(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)[:100]
+
+
+def _experiments(loggers: list[Logger]) -> list[Any]:
+    return [logger.experiment for logger in loggers if isinstance(logger, WandbLogger)]

@@ -1,0 +1,611 @@
+"""Several ranks: real two-process trainings in every way that they are started, and how they end."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from conftest import SMALL, simsearch
+from omegaconf import OmegaConf
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from simsearch import launch, runtime
+from simsearch.callbacks import interruption
+from simsearch.callbacks.interruption import Interruption
+
+TINY = (
+    *("experiment=dsh", "data=rendered", "protocol=rendered-work", "protocol.validation=0.2", "data.size=32"),
+    *("data.styles=3", "data.artists=2", "data.works=4", "data.photographs=3", "sampler.batch_size=8"),
+    *("optimizer.lr=1e-5", "trainer.max_steps=3", "trainer.precision=32-true", "trainer.log_every_n_steps=1"),
+    *("callbacks.neighbours=null", "callbacks.progress.refresh_rate=0", "callbacks.evaluation.ks=[1,5]"),
+)
+RANKS = ("trainer=training-ddp", "trainer.devices=2", "trainer.max_steps=3", "trainer.precision=32-true")
+PROBE = ("+callbacks.probe._target_=test_ranks.Probe",)
+LEFT = {
+    *("catalog", "checkpoints", "config.yaml", "metrics.csv", "metrics.json", "per_query.parquet", "run.json"),
+    *("wandb", "train.log"),
+}
+
+
+class Probe(pl.Callback):
+    """Each rank writes down what it trained on and what came out."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[int]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, _: Any, batch: Any, *__: Any) -> None:
+        self.rows.append(batch["index"].tolist())
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        folder = Path(trainer.default_root_dir) / "probe"
+        folder.mkdir(exist_ok=True)
+        about = {
+            "rows": self.rows,
+            "weight": pl_module.loss.weight,
+            "world": trainer.world_size,
+            "threads": os.environ["OMP_NUM_THREADS"],
+            "parameters": {n: p.detach().cpu() for n, p in pl_module.named_parameters()},
+        }
+        torch.save(about, folder / f"{trainer.global_rank}.pt")
+
+
+class Fail(pl.Callback):
+    """Raises on rank 1, in the second batch."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, _: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and batch_idx == 1:  # the other one waits for its gradients then
+            raise ValueError("the power failed")
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def check_run(run: Path) -> list[dict[str, Any]]:
+    """Asserts that two ranks left one whole run in `run`; what they wrote down."""
+    names = {path.name for path in run.iterdir()} - {".hydra", ".lock", "trial.json", "figures"}
+    assert names == LEFT | {"probe"}
+    assert len(list(run.glob("wandb/offline-run-*"))) == 1
+    identity = json.loads((run / "run.json").read_text())["wandb_id"]
+    assert [path.name for path in run.glob("wandb/offline-run-*/*.wandb")] == [f"run-{identity}.wandb"]
+    assert sorted(path.name for path in (run / "probe").iterdir()) == ["0.pt", "1.pt"]
+    found = [torch.load(run / "probe" / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [about["world"] for about in found] == [2, 2]
+    for name, value in found[0]["parameters"].items():
+        assert torch.equal(value, found[1]["parameters"][name]), name
+    for first, second in zip(found[0]["rows"], found[1]["rows"], strict=True):
+        assert first
+        assert second
+        assert not set(first) & set(second)
+    lines = (run / "metrics.csv").read_text().splitlines()
+    assert sum("train/loss" in line for line in lines) == 1
+    assert len(lines) > 3
+    return found
+
+
+def test_two_ranks_leave_one_run(tmp_path):
+    before = dict(os.environ)
+    run = tmp_path / "run"
+    done = simsearch("train", *TINY, *PROBE, "trainer.devices=2", f"run_dir={run}", cwd=tmp_path)
+    assert done.stderr == ""
+    found = check_run(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert {n: v for n, v in os.environ.items() if not n.startswith("PYTEST")} == {
+        n: v for n, v in before.items() if not n.startswith("PYTEST")
+    }
+    assert not dist.is_initialized()
+    config = OmegaConf.load(run / "config.yaml")
+    assert (config.trainer.devices, config.run_dir) == (2, str(run))
+    started = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert started["global_step"] == 3
+    for name, value in found[0]["parameters"].items():
+        assert torch.equal(started["state_dict"][name].cpu(), value)
+    epoch = [row for about in found for rows in about["rows"][:2] for row in rows]
+    split = runtime.build_data(runtime.open_run(run).config).split  # type: ignore[attr-defined]
+    assert sorted(epoch) == sorted(split.train.tolist())  # the second batch is the epoch's last
+
+
+def test_a_failing_rank_is_one_line(tmp_path):
+    run = tmp_path / "run"
+    fail = "+callbacks.fail._target_=test_ranks.Fail"
+    done = simsearch("train", *TINY, fail, "trainer.devices=2", f"run_dir={run}", expect=1)
+    assert done.stderr == "simsearch train: rank 1 of 2: the power failed\n"
+    assert not (run / "catalog").exists()
+
+
+# ----------------------------------------------------------------------------------- ways of starting
+
+STARTS = {
+    "console script": (["simsearch", "train"], ["seed=1"], None),
+    "module, multirun": ([sys.executable, "-m", "simsearch", "train"], ["seed=0,1"], None),
+    "joblib": (
+        ["simsearch", "train"],
+        ["seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        "hydra_plugins.hydra_joblib_launcher",
+    ),
+    "submitit local": (
+        ["simsearch", "train"],
+        ["seed=0,1", "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"],
+        "hydra_plugins.hydra_submitit_launcher",
+    ),
+    "optuna": (
+        ["simsearch", "train"],
+        [
+            *("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.direction=maximize"),
+            *("loss.weight=interval(0.01, 0.1)", "objective=val/mAP"),
+        ],
+        "hydra_plugins.hydra_optuna_sweeper",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STARTS)
+def test_however_it_is_started(name, tmp_path):
+    program, arguments, plugin = STARTS[name]
+    if plugin:
+        pytest.importorskip(plugin)
+    if program[0] == "simsearch":
+        program = [str(Path(sys.executable).parent / "simsearch"), *program[1:]]
+    sweep = name != "console script"
+    place = tmp_path / "place"
+    where = f"{'hydra.sweep.dir' if sweep else 'run_dir'}={place}"
+    command = [*program, *(["-m"] if sweep else []), *TINY, *RANKS, *PROBE, *arguments, where]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+    runs = jobs(place) if sweep else [place]
+    assert len(runs) == (2 if sweep else 1)
+    settings, ids = set(), set()
+    for run in runs:
+        found = check_run(run)
+        config = OmegaConf.load(run / "config.yaml")
+        assert config.run_dir == str(run)
+        for about in found:  # what was composed is what every rank trained
+            assert about["weight"] == config.loss.weight
+        settings.add((config.seed, config.loss.weight))
+        ids.add(json.loads((run / "run.json").read_text())["wandb_id"])
+    assert len(ids) == len(settings) == len(runs)
+
+
+def jobs(sweep: Path) -> list[Path]:
+    """The run directories of a sweep's jobs, in order of start; asserts that there is no other folder."""
+    folders = [path for path in sweep.iterdir() if path.is_dir() and path.name not in (".submitit", ".optuna")]
+    assert all((folder / "run.json").is_file() for folder in folders)
+    return sorted(folders, key=lambda folder: (folder / "run.json").stat().st_mtime_ns)
+
+
+@pytest.mark.slow
+def test_a_frozen_model_is_fitted_as_by_one_process(tmp_path):
+    results = []
+    for name, arguments in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2"])):
+        common = (*SMALL, "logger.mode=disabled", "callbacks.neighbours=null", f"run_dir={tmp_path / name}")
+        simsearch("train", *common, *arguments)
+        results.append(json.loads((tmp_path / name / "metrics.json").read_text()))
+    one, two = ({stage: about["metrics"] for stage, about in result.items()} for result in results)
+    for stage in ("val", "test"):
+        for metric in ("mAP", "P@1", "R@10", "queries", "gallery"):
+            assert two[stage][metric] == pytest.approx(one[stage][metric], abs=1e-5), (stage, metric)
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_after_a_failing_job(tmp_path):
+    done = simsearch(
+        "train", "-m", *TINY, *RANKS, *PROBE, "optimizer.lr=-1,1e-6", f"hydra.sweep.dir={tmp_path}", expect=1
+    )  # fmt: skip
+    assert "Invalid learning rate: -1" in done.stderr
+    failed, went_well = jobs(tmp_path)
+    assert not (failed / "metrics.json").exists()
+    check_run(went_well)
+
+
+@pytest.mark.slow
+def test_ranks_that_are_told_to_stop_go_on_exactly(tmp_path):
+    arguments = (*TINY, *RANKS, "trainer.max_steps=300", "trainer.check_val_every_n_epoch=60", "logger.mode=disabled")
+    program = [sys.executable, "-m", "simsearch", "train"]
+    wanted, run = tmp_path / "wanted", tmp_path / "run"
+    subprocess.run([*program, *arguments, f"run_dir={wanted}"], check=True, capture_output=True, timeout=300)
+    with subprocess.Popen([*program, *arguments, f"run_dir={run}"], stderr=subprocess.DEVNULL) as process:
+        start = time.monotonic()
+        while not (run / "checkpoints" / "last.ckpt").is_file():
+            assert time.monotonic() - start < 200
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(100) == 128 + signal.SIGTERM
+    stopped = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert 0 < stopped["global_step"] < 300
+    simsearch("train", "resume=true", f"run_dir={run}")
+    first, second = (torch.load(r / "checkpoints/last.ckpt", weights_only=True) for r in (wanted, run))
+    assert first["global_step"] == second["global_step"] == 300
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+    results = [json.loads((r / "metrics.json").read_text())["test"]["metrics"]["mAP"] for r in (wanted, run)]
+    assert results[0] == results[1]
+
+
+# ------------------------------------------------------------------------------ processes, not trainings
+
+REPORT = """
+import json, pathlib, sys, time
+pathlib.Path({folder!r}, "{rank}.json").write_text(json.dumps({{"time": {when}, "message": "{text}", "details": ""}}))
+raise SystemExit(1)
+"""
+
+
+def run_programs(folder: Path, *programs: str) -> tuple[launch._Ranks, BaseException | None]:
+    """Lets Python programs be the ranks; the group and what it raised."""
+    with launch._Ranks(folder) as group:
+        for program in programs:
+            group.start([sys.executable, "-c", program], os.environ)
+        group.wait()
+        try:
+            group.judge()
+        except (launch.RankError, SystemExit) as error:
+            return group, error
+    return group, None
+
+
+class TestGroup:
+    def test_all_is_well(self, tmp_path):
+        assert run_programs(tmp_path, "", "")[1] is None
+
+    def test_the_first_error_counts_and_not_what_follows_from_it(self, tmp_path):
+        late = REPORT.format(folder=str(tmp_path), rank=0, when=20.0, text="connection closed")
+        early = REPORT.format(folder=str(tmp_path), rank=1, when=10.0, text="the cause")
+        assert str(run_programs(tmp_path, late, early)[1]) == "rank 1 of 2: the cause"
+
+    def test_one_that_is_killed_is_the_cause(self, tmp_path):
+        report = REPORT.format(folder=str(tmp_path), rank=0, when=1.0, text="connection closed")
+        dies = "import os, sys; print('last words', flush=True); os.kill(os.getpid(), 9)"
+        error = run_programs(tmp_path, report, dies)[1]
+        assert str(error) == "rank 1 of 2 ended by SIGKILL, without a word"
+        assert error.details == "last words\n"
+
+    def test_one_that_aborts_because_another_is_gone_is_not(self, tmp_path):
+        report = REPORT.format(folder=str(tmp_path), rank=0, when=1.0, text="the cause")
+        assert str(run_programs(tmp_path, report, "import os; os.abort()")[1]) == "rank 0 of 2: the cause"
+
+    def test_one_that_waits_for_ever_is_killed(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(launch, "_GRACE_S", 0.2)
+        group, error = run_programs(tmp_path, "import time; time.sleep(600)", "raise SystemExit(3)")
+        assert group.killed == {0}
+        assert str(error) == "rank 1 of 2 ended by status 3, without a word"
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    def test_signals_are_passed_on(self, number, tmp_path):
+        before = signal.getsignal(number)
+        program = (
+            "import pathlib, signal, sys, time\n"
+            f"signal.signal({int(number)}, lambda *_: sys.exit({128 + number}))\n"
+            f"pathlib.Path({str(tmp_path)!r}, sys.argv[0] + str(time.time_ns()) + '.ready').touch()\n"
+            "time.sleep(600)"
+        )
+
+        def tell() -> None:
+            while len(list(tmp_path.glob("*.ready"))) < 2:
+                time.sleep(0.01)
+            os.kill(os.getpid(), number)
+
+        threading.Thread(target=tell).start()
+        group, error = run_programs(tmp_path, program, program)
+        assert isinstance(error, SystemExit)
+        assert error.code == 128 + number
+        assert [process.returncode for process in group.processes] == [128 + number] * 2
+        assert signal.getsignal(number) == before
+
+    def test_a_second_interrupt_kills(self, tmp_path):
+        program = (
+            "import pathlib, signal, time\n"
+            f"signal.signal(2, lambda *_: pathlib.Path({str(tmp_path)!r}, 'heard').touch())\n"
+            f"pathlib.Path({str(tmp_path)!r}, 'ready').touch()\n"
+            "while True: time.sleep(0.01)"
+        )
+
+        def tell() -> None:
+            for name in ("ready", "heard"):
+                while not (tmp_path / name).exists():
+                    time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=tell).start()
+        group, error = run_programs(tmp_path, program)
+        assert group.processes[0].returncode == -signal.SIGKILL
+        assert error.code == 128 + signal.SIGINT
+
+    def test_a_job_that_is_queued_again_is_no_success(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("SLURM_JOB_ID", "1")
+        program = (
+            "import pathlib, signal, sys, time\n"
+            "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))\n"
+            f"pathlib.Path({str(tmp_path)!r}, 'ready').touch()\n"
+            "time.sleep(600)"
+        )
+
+        def tell() -> None:
+            while not (tmp_path / "ready").exists():
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        threading.Thread(target=tell).start()
+        error = run_programs(tmp_path, program)[1]
+        assert isinstance(error, SystemExit)
+        assert error.code == 0
+
+    def test_ranks_end_with_their_parent(self, tmp_path):
+        rank = (
+            "import os, pathlib, signal, sys, threading, time\n"
+            f"{inspect.getsource(launch.end_with_parent)}\n"  # without the imports of its module
+            f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(tmp_path)!r}, 'told').touch(), sys.exit()))\n"
+            "end_with_parent()\n"
+            f"pathlib.Path({str(tmp_path)!r}, 'ready').touch()\n"
+            "time.sleep(600)"
+        )
+        with subprocess.Popen([sys.executable, "-c", rank], stdin=subprocess.PIPE) as process:
+            while not (tmp_path / "ready").exists():
+                time.sleep(0.02)
+            assert process.poll() is None
+            process.stdin.close()  # as the system does when the parent is gone
+            assert process.wait(60) == 0
+        assert (tmp_path / "told").exists()
+
+
+# ------------------------------------------------------------------------------------- who a process is
+
+STEP = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "train",
+}  # fmt: skip
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """A function that makes this process a task of a SLURM step."""
+
+    def set_(**changes: str | None) -> None:
+        for name, value in (STEP | changes).items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    return set_
+
+
+class TestPlace:
+    def test_alone(self, slurm):
+        assert (launch.rank(), launch.is_rank(), launch.slurm_step()) == (0, False, None)
+
+    def test_in_a_slurm_step(self, slurm):
+        slurm()
+        assert (launch.rank(), launch.is_rank(), launch.is_slurm_rank(), launch.slurm_step()) == (3, True, True, "7.0")
+
+    def test_in_a_batch_script(self, slurm):
+        slurm(SLURM_STEP_ID=None, SLURM_STEP_NUM_TASKS=None, SLURM_PROCID="0")
+        assert (launch.rank(), launch.is_rank(), launch.slurm_step()) == (0, False, None)
+
+    def test_in_a_shell_on_a_node(self, slurm):
+        slurm(SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0", SLURM_JOB_NAME="bash")
+        assert (launch.is_rank(), launch.slurm_step()) == (False, None)
+
+    def test_started_by_a_parent_within_slurm(self, slurm, monkeypatch):
+        slurm(SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0")
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        monkeypatch.setenv("RANK", "1")
+        assert (launch.rank(), launch.is_rank(), launch.is_slurm_rank()) == (1, True, False)
+
+    def test_torchrun_around_the_command_is_refused(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        done = simsearch("train", f"run_dir={tmp_path}", expect=1)
+        assert "leave torchrun out" in done.stderr
+
+
+class TestDevices:
+    @pytest.mark.parametrize(("devices", "count"), [(1, 1), (4, 4), ("3", 3), ([0, 2], 2), ("0,2", 2), ("1,", 1)])
+    def test_count(self, devices, count):
+        assert launch.count_devices(devices) == count
+
+    @pytest.mark.parametrize("automatic", ["auto", -1, "-1"])
+    def test_auto_takes_what_is_there(self, automatic, slurm, monkeypatch):
+        settings = {"accelerator": "auto", "devices": automatic, "a": 1}
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+        assert launch.settle_devices(settings) == {"accelerator": "auto", "devices": 3, "a": 1}
+        assert launch.settle_devices(settings | {"accelerator": "cpu"})["devices"] == 1
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+        assert launch.settle_devices(settings)["devices"] == 1
+        slurm()
+        settled = launch.settle_devices(settings)
+        assert (settled["devices"], settled["num_nodes"]) == (2, 2)
+
+    def test_numbers_stay(self, slurm):
+        assert launch.settle_devices({"devices": 2}) == {"devices": 2}
+        slurm()
+        assert launch.settle_devices({"devices": [0, 1], "num_nodes": 2})["devices"] == [0, 1]
+
+    def test_more_than_there_is(self, slurm, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with pytest.raises(ValueError, match=r"trainer.devices=2, but this machine has 1 GPUs"):
+            launch.settle_devices({"devices": 2})
+        assert launch.settle_devices({"devices": 2, "accelerator": "cpu"})["devices"] == 2
+
+    def test_other_than_slurm_has(self, slurm):
+        slurm()
+        with pytest.raises(ValueError, match=r"SLURM runs 2 tasks on each of 2 nodes, but trainer.devices=1"):
+            launch.settle_devices({"devices": 1})
+        slurm(SLURM_NTASKS_PER_NODE=None)
+        with pytest.raises(ValueError, match="--ntasks-per-node"):
+            launch.settle_devices({"devices": "auto"})
+
+
+class TestSlurmRunDirectory:
+    VALUES = {"trainer": {"devices": "auto"}, "seed": 1}  # noqa: RUF012
+
+    @pytest.fixture
+    def start(self, slurm, tmp_path, monkeypatch):
+        """start_run as the task of a rank."""
+
+        def as_rank(rank: int, **changes: Any) -> runtime.Run:
+            slurm(SLURM_PROCID=str(rank), **{n: v for n, v in changes.items() if n.startswith("SLURM")})
+            values = {**self.VALUES, **{n: v for n, v in changes.items() if not n.startswith("SLURM")}}
+            if rank == 0:
+                return runtime._claim(tmp_path, values)
+            return runtime._await(tmp_path, seconds=0.3)
+
+        return as_rank
+
+    def test_rank_0_writes_and_the_others_read(self, start, tmp_path):
+        with pytest.raises(ValueError, match=r"rank 2 waited 0 s for rank 0 to write .*config.yaml"):
+            start(2)
+        run = start(0)
+        assert not run.resumed
+        assert start(2).config == run.config | {"run_dir": str(tmp_path)}
+
+    def test_queued_again_it_goes_on_in_its_own(self, start, tmp_path):
+        first = start(0, seed=5)
+        about = (tmp_path / "run.json").read_text()
+        again = start(0, seed=6)
+        assert again.resumed
+        assert again.config["seed"] == first.config["seed"] == 5
+        assert (tmp_path / "run.json").read_text() == about  # and with it the W&B run
+        assert start(1).config["seed"] == 5
+
+    def test_queued_again_before_there_was_a_config(self, start, tmp_path):
+        start(0)
+        (tmp_path / "config.yaml").unlink()
+        with pytest.raises(ValueError, match="waited"):
+            start(1)
+        assert not start(0).resumed
+        assert start(1).config["seed"] == 1
+
+    @pytest.mark.parametrize("other", [{"SLURM_JOB_ID": "8"}, {"SLURM_STEP_ID": "1"}, {"SLURM_STEP_ID": None}])
+    def test_what_another_wrote_is_not_read(self, other, start):
+        start(0)
+        for rank in (0, 1):
+            with pytest.raises(ValueError, match="holds a run already"):
+                start(rank, **other)
+
+    def test_a_file_in_the_making_is_waited_for(self, start, tmp_path):
+        (tmp_path / "run.json").write_text('{"slurm_')
+        with pytest.raises(ValueError, match="waited"):
+            start(1)
+
+    def test_tasks_share_a_folder_s_name(self, slurm):
+        config = OmegaConf.create({"run_dir": "out/${started:2026-01-01}_x"})
+        assert config.run_dir == "out/2026-01-01_x"
+        slurm()
+        assert config.run_dir == "out/slurm-7.0_x"
+
+
+# --------------------------------------------------------------------------------------------- stopping
+
+
+class FakeTrainer:
+    """As much of a trainer as Interruption looks at."""
+
+    world_size = 1
+
+    class _signal_connector:
+        received_sigterm = False
+
+
+class TestInterruption:
+    def test_outside_of_a_training_it_ends_at_once(self):
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as error, Interruption(0):
+            signal.raise_signal(signal.SIGTERM)
+        assert error.value.code == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == before
+
+    def test_in_a_training_it_waits_for_the_batch(self):
+        trainer = FakeTrainer()
+        trainer._signal_connector = FakeTrainer._signal_connector()
+        with Interruption(0) as stop:
+            stop.on_train_start(trainer, None)
+            stop.on_train_batch_end(trainer)
+            assert not trainer._signal_connector.received_sigterm
+            signal.raise_signal(signal.SIGTERM)
+            assert not trainer._signal_connector.received_sigterm
+            stop.on_train_batch_end(trainer)
+            assert trainer._signal_connector.received_sigterm
+            error = SIGTERMException()
+            stop.on_exception(trainer, None, error)
+            assert error.code == 128 + signal.SIGTERM
+
+    def test_in_the_last_batch_it_ends_after_the_training(self):
+        with Interruption(0) as stop:
+            stop.on_train_start(FakeTrainer(), None)
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(SystemExit):
+                stop.on_train_end(FakeTrainer(), None)
+
+    @pytest.fixture
+    def scontrol(self, tmp_path, monkeypatch):
+        """A scontrol that writes down its arguments; SLURM's job 12."""
+        program = tmp_path / "bin" / "scontrol"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ntest ! -e {tmp_path}/broken\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+        monkeypatch.setenv("SLURM_JOB_ID", "12")
+        monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+        return tmp_path
+
+    def test_the_warning_puts_the_job_back_into_the_queue(self, scontrol, capsys):
+        with pytest.raises(SystemExit) as error, Interruption(0):
+            signal.raise_signal(signal.SIGUSR1)
+        assert error.value.code == 0
+        assert (scontrol / "asked").read_text() == "requeue 12\n"
+        assert "12 is queued again" in capsys.readouterr().err
+
+    def test_whatever_ends_a_warned_run_it_is_queued_again_once(self, scontrol, monkeypatch, capsys):
+        monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+        monkeypatch.setattr(interruption, "_FINISH_S", 0.01)
+
+        def train() -> None:
+            with Interruption(0) as stop:
+                stop.on_train_start(FakeTrainer(), None)
+                signal.raise_signal(signal.SIGUSR1)
+                signal.raise_signal(signal.SIGTERM)  # as SLURM does
+                assert stop.received == signal.SIGUSR1
+                stop.on_exception(FakeTrainer(), None, SIGTERMException())
+                while not (scontrol / "asked").exists():  # loggers take long
+                    time.sleep(0.01)
+                raise RuntimeError("the others are gone")
+
+        with pytest.raises(SystemExit) as error:
+            train()
+        assert error.value.code == 0
+        assert (scontrol / "asked").read_text() == "requeue 10_2\n"
+        assert "job 10_2 is queued again" in capsys.readouterr().err
+
+    def test_only_rank_0_asks(self, scontrol):
+        with pytest.raises(SystemExit) as error, Interruption(1):
+            signal.raise_signal(signal.SIGUSR1)
+        assert error.value.code == 0
+        assert not (scontrol / "asked").exists()
+
+    def test_slurm_may_refuse(self, scontrol):
+        (scontrol / "broken").touch()
+        with pytest.raises(SystemExit, match="cannot requeue the SLURM job 12"), Interruption(0):
+            signal.raise_signal(signal.SIGUSR1)
+
+    def test_without_slurm_the_other_signal_is_not_ours(self, monkeypatch):
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+        before = signal.getsignal(signal.SIGUSR1)
+        with Interruption(0):
+            assert signal.getsignal(signal.SIGUSR1) == before
