@@ -5,7 +5,7 @@ READY := .venv/ready
 DATA ?= rendered
 ARGS ?=
 
-.PHONY: help run test test-slow test-gpu test-slurm bench lint format clean
+.PHONY: help run test test-slow test-gpu test-slurm test-browser bench lint format clean
 
 help:
 	@echo "make run                       the search engine on the embedded sample, from nothing"
@@ -13,6 +13,7 @@ help:
 	@echo "                               default), downloaded there where there is a network"
 	@echo "make run ARGS='pooling=gem'    any override of simsearch train"
 	@echo "make test                      the fast test suite;  make test-slow, make test-gpu: the others"
+	@echo "make test-browser              the comparison page in a headless Chromium that is installed"
 	@echo "make test-slurm                jobs on a SLURM of its own on this machine, taken down again (needs root)"
 	@echo "make bench                     speed beside the usual ways;  make lint, make format, make clean"
 
@@ -39,6 +40,9 @@ test-gpu: $(READY)
 
 test-slurm: $(READY)
 	tests/slurm/with.sh $(BIN)/python -m pytest -m slurm $(ARGS)
+
+test-browser: $(READY)
+	$(BIN)/python -m pytest -m browser $(ARGS)
 
 bench: $(READY)
 	$(BIN)/python experiments/2026-11-23-bench/bench.py $(ARGS)

@@ -146,7 +146,7 @@ def _check_rerank(world: int) -> None:
     if world > 1:
         raise ValueError(
             f"re-ranking needs the whole gallery in one process, there are {world}: train with rerank=null, then "
-            "`simsearch evaluate run=... rerank=... trainer.devices=1`"
+            "`simsearch evaluate run=... rerank=...`"
         )
 
 

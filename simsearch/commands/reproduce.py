@@ -37,7 +37,10 @@ _DECIDING = ("seed", "data", "protocol", "model", "trainer", "callbacks")
 _IDLE = {
     "data": ("root", "cache", "download", "num_workers"),
     "model": ("start",),
-    "trainer": ("log_every_n_steps", "enable_model_summary", "enable_progress_bar"),
+    "trainer": (
+        *("log_every_n_steps", "enable_model_summary", "enable_progress_bar"),
+        *("num_nodes", "strategy", "use_distributed_sampler"),
+    ),
     # Pictures, logging and resuming; a callback that is not listed counts.
     "callbacks": (
         *("neighbours", "precision_recall", "progress", "throughput", "learning_rate"),
