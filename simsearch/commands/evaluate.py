@@ -27,7 +27,7 @@ def main(config: DictConfig) -> None:
     merged = run.config | {
         group: values[group] for group in ("data", "protocol", "index", "rerank") if values.get(group)
     }
-    merged["logger"] = values["logger"]
+    merged["logger"] = values.get("logger")
     evaluation = merged["callbacks"]["evaluation"] | {"index": merged["index"], "rerank": merged.get("rerank")}
     merged["callbacks"] = {"evaluation": evaluation}
     merged["trainer"] |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # whatever the run trained with
