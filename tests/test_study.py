@@ -6,17 +6,13 @@ import importlib.util
 import json
 import sys
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from simsearch import runtime
-from simsearch.functional.codes import pack_codes
-from simsearch.functional.ranking import rank
 from simsearch.functional.significance import paired_permutation
-from simsearch.types import Descriptors
 
 PATH = runtime.Path(runtime.CONF).parent / "experiments/2026-11-23-cifar10-trained/study.py"
 
@@ -31,52 +27,6 @@ def study():
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
-
-
-def collection(vectors: torch.Tensor, classes: int, bits: int | None = None, start: int = 0) -> Descriptors:
-    n = len(vectors)
-    label = torch.randint(0, classes, (n,), generator=torch.Generator().manual_seed(n))
-    return Descriptors(vectors, label, torch.arange(start, start + n), bits=bits)
-
-
-def precisions(study, query: Descriptors, gallery: Descriptors, level: float) -> torch.Tensor:
-    return torch.cat([study.precision_at_recall(r, level) for r in rank(query, gallery)])
-
-
-@pytest.mark.parametrize("level", [0.01, 0.2, 0.5, 1.0])
-def test_precision_at_recall_of_rankings_without_ties(study, level):
-    generator = torch.Generator().manual_seed(0)
-    query = collection(torch.randn(12, 5, generator=generator), 3)
-    gallery = collection(torch.randn(40, 5, generator=generator), 3, start=100)
-    expected = []
-    for vector, label in zip(query.vectors, query.label, strict=True):
-        order = (gallery.vectors @ vector).argsort(descending=True)
-        ranks = np.flatnonzero((gallery.label[order] == label).numpy()) + 1
-        t = int(np.ceil(level * len(ranks)))
-        expected.append(t / ranks[t - 1])
-    np.testing.assert_allclose(precisions(study, query, gallery, level), expected, rtol=1e-9)
-
-
-@pytest.mark.parametrize("level", [0.1, 0.55, 1.0])
-def test_precision_at_recall_of_codes_goes_by_expected_counts(study, level):
-    """Walks the Hamming shells; inside one, relevant items come at an even pace."""
-    generator = torch.Generator().manual_seed(1)
-    bits = [torch.randn(n, 6, generator=generator) for n in (9, 60)]
-    query = collection(pack_codes(bits[0]), 3, bits=6)
-    gallery = collection(pack_codes(bits[1]), 3, bits=6, start=100)
-    expected = []
-    for code, label in zip(bits[0] > 0, query.label, strict=True):
-        distance = (code != (bits[1] > 0)).sum(1)
-        relevant = gallery.label == label
-        t, seen, hits = int(np.ceil(level * int(relevant.sum()) - 1e-9)), 0.0, 0
-        for shell in range(7):
-            n, r = int((distance == shell).sum()), int((relevant & (distance == shell)).sum())
-            if hits + r >= t:
-                seen += n * (t - hits) / r
-                break
-            seen, hits = seen + n, hits + r
-        expected.append(t / seen)
-    np.testing.assert_allclose(precisions(study, query, gallery, level), expected, rtol=1e-9)
 
 
 def measurement(study, folder, row, values, **metrics):

@@ -32,9 +32,8 @@ from simsearch import runtime
 from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.commands import reproduce
 from simsearch.files import replacing
-from simsearch.functional.ranking import rank
+from simsearch.functional.curves import RECALL_LEVELS, precision_recall_curve
 from simsearch.functional.significance import holm, paired_bootstrap, paired_permutation
-from simsearch.functional.ties import Rankings
 
 HERE = Path(__file__).parent
 RESULTS, PAIRED, CURVES, README = (HERE / n for n in ("results.csv", "paired.csv", "curves.csv", "README.md"))
@@ -50,7 +49,6 @@ MAIN, RELEASE = "10k-50k", "dsh-release"
 FROZEN = "frozen-lite0-rmac-128d"  # the line to beat
 PAPER = {12: 0.6157, 24: 0.6512, 36: 0.6607, 48: 0.6755}  # DSH, Liu et al. 2016
 RESAMPLES = 20_000
-LEVELS = (0.01, *(i / 20 for i in range(1, 21)))
 
 
 def main() -> None:
@@ -141,7 +139,10 @@ def flat(node: dict, prefix: str = "") -> dict[str, object]:
 
 
 def training_seconds(folder: Path) -> float:
-    """Wall seconds from the start of a run to its test; of the last part only where it was resumed."""
+    """Wall seconds of a training; of older runs, which did not note them, from their start to the last test."""
+    about = json.loads((folder / "run.json").read_text())
+    if "train_seconds" in about:
+        return float(about["train_seconds"])
     return max(0.0, (folder / "metrics.json").stat().st_mtime - (folder / "run.json").stat().st_mtime)
 
 
@@ -214,26 +215,6 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 # --------------------------------------------------------------------------------- precision and recall
 
 
-def precision_at_recall(ranking: Rankings, level: float) -> Tensor:
-    """Precision where `level` of a query's relevant items are found, float64 (B,), NaN without relevant items.
-
-    t = ceil(level * R) items found, divided by how far down the ranking they reach: the rank of the t-th,
-    or inside a tie group of n items, r relevant, below a items of which p are relevant, the a + n (t - p) / r
-    items after which t are found in expectation.
-    """
-    t = (level * ranking.relevant.double() - 1e-9).ceil().clamp(min=1)
-    depth = torch.full_like(t, torch.nan)
-    if ranking.above.shape[1]:
-        slot = (t.long() - 1).clamp(max=ranking.above.shape[1] - 1)[:, None]
-        here = ranking.alone.gather(1, slot)[:, 0] & (ranking.relevant > 0)
-        depth[here] = ranking.above.gather(1, slot)[here, 0].double() + 1
-    wanted = t[ranking.query]
-    inside = (ranking.hits_above < wanted) & (wanted <= ranking.hits_above + ranking.hits)
-    reached = ranking.at + ranking.size * (wanted - ranking.hits_above) / ranking.hits
-    depth[ranking.query[inside]] = reached[inside]
-    return t / depth
-
-
 def curves(root: Path, names: Sequence[str]) -> None:
     """Writes curves.csv: mean precision at levels of recall under the run's own protocol, seed 0 of each row."""
     book = reproduce.read_rows([HERE / "rows.yaml"])
@@ -246,13 +227,8 @@ def curves(root: Path, names: Sequence[str]) -> None:
         if run is None:
             raise SystemExit(f"{name} has no finished run in {root}")
         result, task = described(run)
-        sums, count = torch.zeros(len(LEVELS), dtype=torch.float64), 0
-        for ranking in tqdm(rank(result.query, result.gallery, exclude_self=task.exclude_self), desc=name):
-            kept = ranking.relevant > 0
-            sums += torch.stack([precision_at_recall(ranking, level)[kept].sum() for level in LEVELS])
-            count += int(kept.sum())
-        means = (sums / count).tolist()
-        lines += [[name, task.name, task.fingerprint, *pair] for pair in zip(LEVELS, means, strict=True)]
+        means = precision_recall_curve(result.query, result.gallery, exclude_self=task.exclude_self).tolist()
+        lines += [[name, task.name, task.fingerprint, *pair] for pair in zip(RECALL_LEVELS, means, strict=True)]
     write_csv(CURVES, CURVE_COLUMNS, lines)
 
 
