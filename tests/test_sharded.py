@@ -443,9 +443,8 @@ def _rank(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int, dict]]:
+def processes(folder: Path) -> list[tuple[int, int, dict]]:
     """World, rank and results of the ranks of 3 and of 2 processes."""
-    folder: Path = tmp_path_factory.mktemp("ranks")
     mp.spawn(_rank, args=(str(folder),), nprocs=3)
     return [
         (world, rank, torch.load(folder / f"{world}-{rank}.pt", weights_only=True))
@@ -455,8 +454,8 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, int, 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, processes: object) -> Path:
-    return tmp_path_factory.getbasetemp() / "ranks0"
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
 
 
 @pytest.mark.parametrize("how", HOW)
