@@ -54,6 +54,7 @@ def trial_name(*, _root_: DictConfig) -> str:
     given = sorted(_root_.hydra.overrides.task, key=lambda override: override.partition("=")[0] not in swept)
     short = [re.sub(r"^[\w.@/]*[./](?=\w+=)", "", override) for override in given]
     named = "_".join(override for override in short if override.partition("=")[0] not in (*_ASIDE, "sweep"))
+    named = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.4g}", named)
     readable = re.sub(r"[^\w.+-]+", "-", named)  # nothing that a shell or Hydra's grammar reads its own way
     return f"{readable[:60].strip('-_')}-{hashlib.sha256(text.encode()).hexdigest()[:10]}".lstrip("-")
 
