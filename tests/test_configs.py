@@ -22,6 +22,7 @@ NEEDS_A_NAME = {
     "timm": ["backbone.name=resnet10t"],
     "factory": ["index.factory=Flat"],
     "files": ["data.source=images"],
+    "art-targets": ["data.source=images"],
 }
 
 
