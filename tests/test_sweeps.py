@@ -51,7 +51,8 @@ def test_a_trials_name_is_what_it_computes():
 
 def test_a_trials_name_is_readable_and_safe_for_shells():
     found = name(
-        "sweep=index-families", "model.whitening.power=0.2500012345", "index=hnsw", "callbacks.checkpoint.filename='/a b,c'"
+        *("sweep=index-families", "model.whitening.power=0.2500012345"),
+        *("index=hnsw", "callbacks.checkpoint.filename='/a b,c'"),
     )
     assert found.startswith("index-hnsw_power-0.25_filename-a-b-c")
     assert re.fullmatch(r"[\w.+-]{1,80}", found)
