@@ -33,7 +33,7 @@ from simsearch import launch, runtime
 from simsearch.files import write_json
 
 # What a trial's numbers do not depend on.
-_ASIDE = ("hydra", "run_dir", "run_root", "resume", "logger", "objective", "sweep_dir")
+_ASIDE = ("hydra", "run_dir", "run_root", "resume", "logger", "objective")
 _ENDED = ("finished", "failed")
 _CUT_OFF = "simsearch: cut off"
 
@@ -82,7 +82,7 @@ class Trial:
     finished: bool = False
     _started: float = field(default_factory=time.time)
 
-    def write(self, state: str, error: str = "", fingerprint: str = "") -> None:
+    def write(self, state: str, error: str = "") -> None:
         """Notes how it stands in folder/trial.json: running, finished, failed or interrupted. Atomic."""
         if launch.rank() != 0:
             return
@@ -91,7 +91,6 @@ class Trial:
             "overrides": list(self.overrides),
             "values": self.values,
             "error": error,
-            "fingerprint": fingerprint,
             "code": code_version(),
             "started": self._started,
             "ended": None if state == "running" else time.time(),
@@ -214,7 +213,8 @@ class Sweep(Callback):
         if config.hydra.mode is not RunMode.MULTIRUN:
             return
         print(f"sweep: {summary(Path(config.hydra.sweep.dir), self._since)}", file=sys.stderr)
-        if job_return.status is JobStatus.FAILED:
+        told = Path(config.hydra.runtime.output_dir) / "trial.json"
+        if job_return.status is JobStatus.FAILED and told.is_file() and json.loads(told.read_text())["error"]:
             # Left as it is, a grid would report the first failure by its traceback and forget the others.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
