@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import (
     ByAttribute,
+    ByHash,
     OfficialSplit,
     SampledSplit,
     Split,
@@ -231,6 +232,173 @@ def test_draws_are_uniform():
     assert all(139 < drawn[row] < 261 for row in range(20))
 
 
+# Division by hash
+
+
+def art_rows(rows: list[tuple[str | None, ...]], name: str = "art") -> Collection:
+    """Images <place>.jpg with (style, artist, work), None where unknown; classes are sorted as of files."""
+    classes = tuple(
+        tuple(sorted({value for value in column if value is not None})) for column in zip(*rows, strict=True)
+    )
+    labels = [[-1 if v is None else names.index(v) for v, names in zip(row, classes, strict=True)] for row in rows]
+    return Collection(
+        name=name,
+        images=torch.zeros(len(rows), 3, 1, 1, dtype=torch.uint8),
+        labels=torch.tensor(labels),
+        attributes=("style", "artist", "work"),
+        classes=classes,
+        is_test=torch.zeros(len(rows), dtype=torch.bool),
+        paths=tuple(f"{place}.jpg" for place in range(len(rows))),
+    )
+
+
+def museum_rows() -> list[tuple[str | None, ...]]:
+    """60 artists of 1 to 8 works in 1 or 2 photographs, 4 styles; every fifth artist has a style to himself, and
+    every seventh image lacks its artist."""
+    rows = []
+    for artist in range(60):
+        for work in range(artist % 8 + 1):
+            style = f"s{(artist + work // 6) % 4}" if artist % 5 else f"of a{artist}"
+            rows += [(style, f"a{artist}", f"w{artist}-{work}")] * (1 + (artist + work) % 2)
+    return [(style, artist if i % 7 else None, work) for i, (style, artist, work) in enumerate(rows)]
+
+
+@pytest.fixture(scope="module")
+def museum() -> Collection:
+    return art_rows(museum_rows())
+
+
+def parts_of(split: Split) -> list[list[int]]:
+    validation = [] if split.validation is None else split.validation.gallery.tolist()
+    return [split.train.tolist(), validation, split.test.gallery.tolist()]
+
+
+def names_in(collection: Collection, attribute: str, rows: list[int]) -> set[int]:
+    return set(collection.column(attribute)[rows].tolist()) - {-1}
+
+
+@pytest.mark.parametrize("name", ["artist", "style", "work", "artist-random"])
+def test_by_hash_shares_no_artist_and_no_work_between_parts(museum, name):
+    split = load(f"art-{name}").split(museum)
+    parts = parts_of(split)
+    assert all(len(part) > 30 for part in parts)
+    for attribute in ("artist", "work"):
+        train, validation, test = (names_in(museum, attribute, part) for part in parts)
+        shared = train & validation | train & test | validation & test
+        assert bool(shared) == (name == "artist-random" and attribute == "artist")
+    for task in (split.validation, split.test):
+        assert set(task.query.tolist()) <= set(task.gallery.tolist())
+        assert task.exclude_self
+
+
+@pytest.mark.parametrize("name", ["artist", "style", "work", "artist-random"])
+def test_by_hash_asks_what_can_be_answered(museum, name):
+    """Against a loop over pairs: queries are the items with enough relevant ones, and all the others are searched."""
+    protocol = load(f"art-{name}")
+    split = protocol.split(museum)
+    label = museum.column(protocol.attribute).tolist()
+    junk = [-1] * len(museum) if protocol.junk is None else museum.column(protocol.junk).tolist()
+    for task in (split.validation, split.test):
+        gallery = task.gallery.tolist()
+        assert all(label[row] >= 0 for row in gallery)
+
+        def counts(row, other):
+            same_junk = junk[row] == junk[other] != -1
+            return other != row and label[other] == label[row] and not same_junk
+
+        asked = [row for row in gallery if sum(counts(row, other) for other in gallery) >= protocol.least]
+        assert task.query.tolist() == asked
+        assert 0 < len(asked) < len(gallery)
+    everything = sorted(row for part in parts_of(split) for row in part)
+    assert everything == [row for row in range(len(museum)) if label[row] >= 0]
+
+
+def test_artist_and_style_have_one_division(museum):
+    """A model trained on artists may be measured on styles and works: rows differ by what lacks a value only."""
+    artist, style, work = (parts_of(load(f"art-{name}").split(museum)) for name in ("artist", "style", "work"))
+    assert style == work
+    known = museum.column("artist") >= 0
+    assert artist == [[row for row in part if known[row]] for part in style]
+
+
+def test_shares_are_those_of_the_names():
+    """1,000 artists: binomial, so that 5 standard deviations of a share are at most 8 %."""
+    collection = art_rows([("s", f"a{i}", None) for i in range(1000) for _ in range(2)])
+    protocol = ByHash("p", "style", "artist", "artist", evaluation=0.3, validation=0.1)
+    train, validation, test = (len(part) / 2000 for part in parts_of(protocol.split(collection)))
+    assert abs(train - 0.6) < 0.08
+    assert abs(validation - 0.1) < 0.05
+    assert abs(test - 0.3) < 0.08
+    other = replace(protocol, seed=1).split(collection)
+    assert (
+        0.2 < len(set(other.test.gallery.tolist()) & set(protocol.split(collection).test.gallery.tolist())) / 600 < 0.4
+    )
+    assert replace(protocol, validation=None).split(collection).validation is None
+
+
+def component_names(rows: list[tuple[str | None, ...]]) -> list[str]:
+    """By hand: flood from each row over shared artists and works, and take the first name that was met."""
+    names = []
+    for start in range(len(rows)):
+        met, waiting = set(), [start]
+        while waiting:
+            row = waiting.pop()
+            met.add(row)
+            waiting += [
+                other
+                for other in range(len(rows))
+                if other not in met
+                and any(a == b and a is not None for a, b in zip(rows[row][1:], rows[other][1:], strict=True))
+            ]
+        artists, works = ([rows[row][i] for row in met if rows[row][i] is not None] for i in (1, 2))
+        names.append(min(artists or works or [f"{start}.jpg"]))
+    return names
+
+
+ART_ROW = st.tuples(
+    st.sampled_from("xyz"),
+    st.none() | st.integers(0, 9).map("a{}".format),
+    st.none() | st.integers(0, 30).map("w{}".format),
+)
+
+
+@given(old=st.lists(ART_ROW, min_size=12, max_size=40), new=st.lists(ART_ROW, max_size=40), seed=st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_more_images_move_none(old, new, seed):
+    """Whatever comes, a row moves only where its name does: where artists or works that were apart are joined."""
+    protocol = ByHash("p", "style", "artist", None, least=1, seed=seed)
+    try:
+        before, after = (protocol.split(art_rows(rows)) for rows in (old, old + new))
+    except ValueError as error:  # too few names for three parts
+        assert "has no query" in str(error) or "leaves none" in str(error)  # noqa: PT017
+        return
+    names = component_names(old), component_names(old + new)
+    place = [{row: i for i, part in enumerate(parts_of(split)) for row in part} for split in (before, after)]
+    assert len(place[1]) == len(old) + len(new)
+    by_name = {}
+    for row, name in enumerate(names[1]):
+        assert by_name.setdefault(name, place[1][row]) == place[1][row]
+    for row in range(len(old)):
+        if names[0][row] == names[1][row]:
+            assert place[0][row] == place[1][row]
+
+
+def test_queries_of_a_class_are_the_first_by_hash(museum):
+    protocol = replace(load("art-style"), most_queries=5)
+    all_queries, few = (p.split(museum).test.query.tolist() for p in (load("art-style"), protocol))
+    names = museum.classes[0]
+    every, asked = (Counter(names[v] for v in museum.column("style")[rows].tolist()) for rows in (all_queries, few))
+    assert set(few) < set(all_queries)
+    assert asked == {style: min(5, count) for style, count in every.items()}
+    # A larger collection asks no more of a class, and only new images push an old one out.
+    grown = art_rows(museum_rows() + [(f"s{i % 4}", f"new{i}", None) for i in range(40)])
+    task = protocol.split(grown).test
+    styles = Counter(grown.classes[0][v] for v in grown.column("style")[task.query].tolist())
+    assert max(styles.values()) == 5
+    old = {row for row in task.query.tolist() if row < len(museum)}
+    assert old < set(few)
+
+
 # Reproducibility and fingerprints
 
 
@@ -244,6 +412,10 @@ def test_draws_are_the_same_everywhere(art_like):
     assert split.train.tolist() == [3, 9, 12, 20]
     assert split.test.fingerprint == "6a95f2425565ebb2"
     assert load("rendered-style").split(art_like).test.query[:8].tolist() == [0, 2, 7, 8, 9, 12, 15, 18]
+    # `printf part/0/Monet | sha256sum` begins with f5, Rembrandt ae, Hokusai 8a, Cassatt 12, Turner 57: what is
+    # below 80 (a half) is evaluated, below b3 (0.7) validation.
+    painters = art_rows([("s", artist, None) for artist in ("Monet", "Rembrandt", "Hokusai", "Cassatt", "Turner")] * 2)
+    assert parts_of(load("art-style").split(painters)) == [[0, 5], [1, 2, 6, 7], [3, 4, 8, 9]]
 
 
 def test_fingerprints_tell_tasks_apart(cifar_like, art_like):
@@ -306,6 +478,9 @@ def test_drop_rows():
         (lambda: UnseenClasses(folds=((0, 1), ())), "holds an empty fold"),
         (lambda: ByAttribute("p", "style", None, evaluation=0.8, validation=0.2), "keep their sum below 1"),
         (lambda: ByAttribute("p", "style", None, evaluation=-0.1), r"evaluation=-0\.1 is no share"),
+        (lambda: ByHash("p", "style", None, None, evaluation=0.8, validation=0.2), "keep their sum below 1"),
+        (lambda: ByHash("p", "style", None, None, least=0), "least=0 is too few: use 1 or more"),
+        (lambda: ByHash("p", "style", None, None, most_queries=0), "most_queries=0 is too few: use 1 or more"),
     ],
 )
 def test_wrong_values_are_refused(make, message):
@@ -344,6 +519,17 @@ def test_wrong_values_are_refused(make, message):
         (ByAttribute("p", "style", None), [0], [], "needs the attribute 'style'"),
         (ByAttribute("p", "class", None, group="class"), [0, 1], [], "divides 2 values of 'class' into 1"),
         (ByAttribute("p", "class", "artist", group="class"), [0, 1], [], "needs the attribute 'artist'"),
+        (ByHash("p", "style", None, None), [0], [], "needs the attribute 'style', but fake has class: choose"),
+        (ByHash("p", "class", "artist", None), [0], [], "needs the attribute 'artist'"),
+        (ByHash("p", "class", None, None), [0], [], "needs the attribute 'work'.* or name one of these in it"),
+        (ByHash("p", "class", None, "artist", None), [0] * 20, [], "needs the attribute 'artist'"),
+        (ByHash("p", "class", None, None, None, 0.98, 0.01), [0] * 3, [], "p leaves none of the 3 images of fake"),
+        (
+            ByHash("p", "class", None, "class", None),
+            [0] * 20,
+            [],
+            r"p/val has no query: none of its \d images has least=2 .* \(same class, another class\); lower least",
+        ),
     ],
 )
 def test_collections_that_do_not_fit_are_refused(protocol, train, test, message):

@@ -2,12 +2,14 @@
 
 A draw is a rank under seeded random keys, one key a row, taken as raw output of NumPy's PCG64: that
 stream is the same on every platform and, unlike the methods of numpy.random.Generator, in every
-version of NumPy. Rows without a value of the attribute take no part. Row lists are sorted.
+version of NumPy. ByHash draws by SHA-256 of names instead, for collections that grow. Rows without a
+value of the attribute take no part. Row lists are sorted.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
@@ -217,15 +219,8 @@ class ByAttribute:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_share("evaluation", self.evaluation)
-        if self.validation is not None:
-            _check_share("validation", self.validation)
+        _check_shares(self.evaluation, self.validation)
         _check_seed(self.seed)
-        if self.evaluation + (self.validation or 0) >= 1:
-            raise ValueError(
-                f"evaluation={self.evaluation} and validation={self.validation} leave nothing to train on: "
-                "keep their sum below 1"
-            )
 
     def split(self, collection: Collection) -> Split:
         """Split of a collection. Raises ValueError for a missing attribute or too few groups."""
@@ -257,6 +252,88 @@ class ByAttribute:
             None if self.validation is None else part(f"{self.name}/val", held),
             part(self.name, present[rank < evaluated]),
         )
+
+
+@dataclass(frozen=True)
+class ByHash:
+    """Names (of artists, of works) divided into training, validation and evaluation by their hash, for
+    collections that grow: images that come later move none that are there, unless they join two names.
+
+    name: as reports print it. attribute: what makes items relevant. part: no value of it (an artist) is in two
+    parts, None where only `work` is to hold. work: no value of it (photographs and near-duplicates of one work)
+    is in two parts either, None where each image is a work of its own. junk: an attribute whose sharing takes
+    an item out of the ranking, or None. evaluation, validation: expected shares of the names, in (0, 1),
+    together below 1; validation=None trains on all that is not evaluated. All items of a part are its gallery;
+    queries are those of them that have `least` or more relevant items there, without junk and themselves, and of
+    each class at most `most_queries` (None: all), those of the smallest hash. So images of a rare artist are
+    searched, but never search, in whatever part they fall.
+
+    Images that share a part or a work, also over others, go together, by one name: the first in the alphabet of
+    their parts, or of their works where no part is known, or else the image's path. Which other attribute is
+    relevant and which rows lack it does not matter: protocols for artist and for style with the same part, work,
+    shares and seed have the same artists to train on.
+    """
+
+    name: str
+    attribute: str
+    part: str | None
+    junk: str | None
+    work: str | None = "work"
+    evaluation: float = 0.5
+    validation: float | None = 0.2
+    least: int = 2
+    most_queries: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_shares(self.evaluation, self.validation)
+        _check_seed(self.seed)
+        for field in ("least", "most_queries"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"{field}={value} is too few: use 1 or more")
+
+    def split(self, collection: Collection) -> Split:
+        """Split of a collection. Raises ValueError for a missing attribute and a part without a query or row."""
+        values = _values(collection, self.attribute, self.name)
+        apart = dict.fromkeys(attribute for attribute in (self.part, self.work) if attribute is not None)
+        names, named = _names_apart(collection, [*apart], self.name)
+        place = _hashed(names, self.seed, "part")[named]
+        held = self.evaluation + (self.validation or 0)
+        known = values >= 0
+        train = np.flatnonzero(known & (place >= held))
+        if not len(train):
+            raise ValueError(
+                f"protocol {self.name} leaves none of the {known.sum()} images of {collection.name} to train on: "
+                "use a larger collection, other shares or another seed"
+            )
+        validation = None
+        if self.validation is not None:
+            rows = np.flatnonzero(known & (place >= self.evaluation) & (place < held))
+            validation = self._task(collection, f"{self.name}/val", rows, values)
+        test = self._task(collection, self.name, np.flatnonzero(known & (place < self.evaluation)), values)
+        return Split(torch.from_numpy(train), validation, test)
+
+    def _task(self, collection: Collection, name: str, rows: np.ndarray, values: np.ndarray) -> RetrievalTask:
+        """The task in which the rows of one part search themselves."""
+        label = values[rows]
+        relevant = np.bincount(label, minlength=1)[label] - 1
+        if self.junk is not None:
+            junk = _values(collection, self.junk, self.name)[rows]
+            both = label * (junk.max(initial=-1) + 2) + junk + 1
+            _, pair, count = np.unique(both, return_inverse=True, return_counts=True)
+            relevant = np.where(junk < 0, relevant, relevant + 1 - count[pair])
+        asks = relevant >= self.least
+        if not asks.any():
+            raise ValueError(
+                f"protocol {name} has no query: none of its {len(rows)} images has least={self.least} relevant ones "
+                f"among them (same {self.attribute}{f', another {self.junk}' if self.junk else ''}); lower least, "
+                "or use a larger collection, other shares or another seed"
+            )
+        query = rows[asks]
+        if self.most_queries is not None:
+            key = _hashed([collection.path(row) for row in query.tolist()], self.seed, "query")
+            query = query[_rank_by(key, values[query]) < self.most_queries]
+        return _task(collection, name, query, rows, self.attribute, self.junk, True)
 
 
 def drop_rows(task: RetrievalTask, rows: Tensor, suffix: str) -> RetrievalTask:
@@ -344,6 +421,16 @@ def _check_share(field: str, value: float) -> None:
         raise ValueError(f"{field}={value} is no share: use a number between 0 and 1, such as 0.1")
 
 
+def _check_shares(evaluation: float, validation: float | None) -> None:
+    _check_share("evaluation", evaluation)
+    if validation is not None:
+        _check_share("validation", validation)
+    if evaluation + (validation or 0) >= 1:
+        raise ValueError(
+            f"evaluation={evaluation} and validation={validation} leave nothing to train on: keep their sum below 1"
+        )
+
+
 def _check_seed(seed: int) -> None:
     if seed < 0:
         raise ValueError(f"seed={seed} is negative: use 0 or more")
@@ -353,7 +440,7 @@ def _values(collection: Collection, attribute: str, protocol: str) -> np.ndarray
     if attribute not in collection.attributes:
         raise ValueError(
             f"protocol {protocol} needs the attribute {attribute!r}, but {collection.name} has "
-            f"{', '.join(collection.attributes)}: choose a protocol that fits the data"
+            f"{', '.join(collection.attributes)}: choose a protocol that fits the data, or name one of these in it"
         )
     return collection.column(attribute).numpy()
 
@@ -402,9 +489,49 @@ def _rank(items: np.ndarray, group: np.ndarray, seed: int, draw: str) -> np.ndar
     if not len(items):
         return np.empty(0, dtype=np.int64)
     stream = int.from_bytes(hashlib.sha256(draw.encode()).digest()[:4], "little")
-    key = np.random.PCG64([seed, stream]).random_raw(int(items.max()) + 1)[items]
+    return _rank_by(np.random.PCG64([seed, stream]).random_raw(int(items.max()) + 1)[items], group)
+
+
+def _rank_by(key: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """Place of each item in its group by rising key, int64 (N,) from 0. key, group: (N,)."""
     order = np.lexsort((key, group))
     starts = np.searchsorted(group[order], group[order])
-    rank = np.empty(len(items), dtype=np.int64)
-    rank[order] = np.arange(len(items)) - starts
+    rank = np.empty(len(key), dtype=np.int64)
+    rank[order] = np.arange(len(key)) - starts
     return rank
+
+
+def _hashed(names: Sequence[str], seed: int, draw: str) -> np.ndarray:
+    """A place in [0, 1) for each name, float64 (N,), by the name, the seed and what it is for alone."""
+    digests = b"".join(hashlib.sha256(f"{draw}/{seed}/{name}".encode()).digest()[:8] for name in names)
+    return (np.frombuffer(digests, dtype=">u8") >> 11) / 2.0**53
+
+
+def _names_apart(collection: Collection, attributes: Sequence[str], protocol: str) -> tuple[list[str], np.ndarray]:
+    """Names, and for each row the place int64 (N,) of the name that it goes by.
+
+    Rows that share a value of an attribute, directly or over other rows, have one name: their first in the
+    alphabet of the first of the attributes that any of them knows. Rows that know none go by their path.
+    """
+    columns = [_values(collection, attribute, protocol) for attribute in attributes]
+    names: list[str] = []
+    none = np.iinfo(np.int64).max
+    named = np.full(len(collection), none)
+    for attribute, column in zip(attributes, columns, strict=True):
+        classes = collection.classes[collection.attributes.index(attribute)]
+        order = sorted(range(len(classes)), key=classes.__getitem__)
+        place = np.full(len(classes) + 1, none)  # the last is that of -1, unknown
+        place[order] = len(names) + np.arange(len(classes))
+        named = np.minimum(named, place[column])
+        names += [classes[value] for value in order]
+    alone = np.flatnonzero(named == none)
+    named[alone] = len(names) + np.arange(len(alone))
+    names += [collection.path(row) for row in alone.tolist()]
+    before = None
+    while before is None or not np.array_equal(before, named):
+        before = named
+        for column in columns:
+            first = np.full(column.max(initial=-1) + 2, none)
+            np.minimum.at(first, column, named)
+            named = np.where(column < 0, named, first[column])
+    return names, named

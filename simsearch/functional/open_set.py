@@ -1,0 +1,96 @@
+"""Queries that have no match: thresholds that say so, and what accepting an answer's score is worth."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from simsearch.functional.ties import Rankings, average_precision, harmonic_numbers
+
+
+def threshold_at(no_match_scores: Tensor, rate: float) -> float:
+    """The smallest threshold that a new query without a match exceeds (score > threshold) with a chance of at
+    most `rate`; inf where so few scores cannot promise that (N + 1 < 1 / rate).
+
+    no_match_scores: (N,), top scores of queries without a match; a new one is taken to be drawn as they were.
+    It is as likely to have any place among the N + 1, so that it exceeds the j-th largest with a chance of at
+    most j / (N + 1): the threshold is that of j = floor(rate (N + 1)), and j - 1 of the scores or fewer exceed
+    it (split conformal prediction, Papadopoulos et al. 2002; Angelopoulos and Bates 2021).
+
+    Raises ValueError for scores that are not (N,) or hold NaN, and a rate outside (0, 1).
+    """
+    _check_scores("no_match_scores", no_match_scores)
+    if not 0 < rate < 1:
+        raise ValueError(f"rate={rate} is no rate of false matches: use a number between 0 and 1, such as 0.01")
+    place = math.floor(rate * (len(no_match_scores) + 1) + 1e-9)  # rate * (N + 1) may round down
+    if place == 0:
+        return math.inf
+    return float(no_match_scores.double().sort(descending=True).values[place - 1])
+
+
+def false_match_curve(match_scores: Tensor, no_match_scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Thresholds, recall, false-match rate and precision at each, float64 (T,) all.
+
+    match_scores: (M,), of queries with a match, -inf where the answer is not it. no_match_scores: (N,), of
+    queries without one. Thresholds are the scores that occur, rising; what exceeds one is accepted. recall: the
+    share of match_scores accepted; false-match rate: that of no_match_scores; precision: the share of matches
+    among all accepted, of these M and N; NaN at the last, where nothing is.
+
+    Raises ValueError for scores that are not (M,) and (N,), for none of either, and for NaN.
+    """
+    accepted = []
+    thresholds = torch.cat([match_scores.double().flatten(), no_match_scores.double().flatten()]).unique()
+    for name, scores in (("match_scores", match_scores), ("no_match_scores", no_match_scores)):
+        _check_scores(name, scores)
+        if len(scores) == 0:
+            raise ValueError(f"{name} is empty: a curve needs queries with a match and queries without")
+        below = torch.searchsorted(scores.double().sort().values, thresholds, right=True)
+        accepted.append((len(scores) - below).double())
+    match, no_match = accepted
+    return thresholds, match / len(match_scores), no_match / len(no_match_scores), match / (match + no_match)
+
+
+def global_average_precision(confidence: Tensor, correct: Tensor, total_positive: int) -> float:
+    """Micro-average precision (GAP) of one answer a query, in [0, 1].
+
+    All queries are ranked together by confidence; each correct answer adds the precision down to it, and the sum
+    is divided by `total_positive`, the queries that have a right answer. Equal confidences: the expectation over
+    their orders. As Google Landmarks (Weyand et al. 2020) and the Met benchmark (Ypsilantis et al. 2021) have it.
+
+    confidence: (Q,). correct: bool (Q,), never true of a distractor. Raises ValueError for other shapes, no
+    queries, NaN, and a total_positive below 1 or below the number of correct answers.
+    """
+    _check_scores("confidence", confidence)
+    if correct.shape != confidence.shape or correct.dtype != torch.bool:
+        raise ValueError(f"correct must be bool {tuple(confidence.shape)}, got {correct.dtype} {tuple(correct.shape)}")
+    found = int(correct.sum())
+    if total_positive < max(found, 1):
+        raise ValueError(
+            f"total_positive={total_positive}, but {found} answers are correct: count all queries with a right answer"
+        )
+    if found == 0:
+        return 0.0
+    _, level = (-confidence.double()).unique(return_inverse=True)
+    size = level.bincount()
+    hits = level[correct].bincount(minlength=len(size))
+    held = hits > 0
+    ranking = Rankings(
+        relevant=torch.tensor([found]),
+        above=torch.empty(1, 0, dtype=torch.int64),
+        alone=torch.empty(1, 0, dtype=torch.bool),
+        query=torch.zeros(int(held.sum()), dtype=torch.int64),
+        at=(size.cumsum(0) - size)[held],
+        size=size[held],
+        hits_above=(hits.cumsum(0) - hits)[held],
+        hits=hits[held],
+    )
+    return float(average_precision(ranking, harmonic_numbers(len(confidence)))) * found / total_positive
+
+
+def _check_scores(name: str, scores: Tensor) -> None:
+    if scores.ndim != 1:
+        raise ValueError(f"{name} must be one score a query, (N,), got {tuple(scores.shape)}")
+    if scores.isnan().any():
+        raise ValueError(f"{name} holds NaN: give each query a score, -inf for one that is never accepted")

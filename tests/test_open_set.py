@@ -1,0 +1,135 @@
+"""Thresholds for queries without a match, against counting and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, precision_recall_curve
+
+from simsearch.functional.open_set import false_match_curve, global_average_precision, threshold_at
+
+SCORES = st.lists(st.integers(-5, 5).map(lambda n: n / 4), min_size=1, max_size=30)
+
+
+@given(SCORES, st.sampled_from([0.01, 0.05, 0.1, 0.29, 0.5, 0.9]))
+@settings(max_examples=100, deadline=None)
+def test_threshold_is_the_smallest_that_keeps_the_promise(scores, rate):
+    """A new score is any of N + 1 with equal chance: put each of them in turn as the new one."""
+    threshold = threshold_at(torch.tensor(scores, dtype=torch.float64), rate)
+    allowed = rate * (len(scores) + 1) + 1e-9
+
+    def chance(t):  # at most: the new one exceeds t, and so do those of the others that do
+        return sum(s > t for s in scores) + 1
+
+    if math.isinf(threshold):
+        assert allowed < 1
+    else:
+        assert threshold in scores
+        assert chance(threshold) <= allowed
+        lower = [s for s in scores if s < threshold]
+        assert not lower or chance(max(lower)) > allowed
+
+
+def test_threshold_by_hand():
+    scores = torch.arange(99.0)
+    assert threshold_at(scores, 0.01) == 98.0
+    assert threshold_at(scores, 0.29) == 70.0  # 0.29 * 100 is 28.999999999999996 in floating point
+    assert threshold_at(scores[:98], 0.01) == math.inf
+    assert threshold_at(torch.tensor([]), 0.5) == math.inf
+    assert threshold_at(torch.tensor([0.5, -math.inf, 0.25]), 0.5) == 0.25
+
+
+def test_threshold_holds_for_new_scores():
+    """Of 2,000 draws of 60 scores and a new one, at most 5 % (and not far fewer) exceed; 4 sigma are 1.9 %."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(2_000, 61, generator=generator)
+    exceeded = np.mean([float(row[60]) > threshold_at(row[:60], 0.05) for row in drawn])
+    assert 0.03 < exceeded < 0.07
+
+
+@given(SCORES, SCORES)
+@settings(max_examples=60, deadline=None)
+def test_curve_against_scikit_learn_and_counting(match, no_match):
+    thresholds, recall, rate, precision = false_match_curve(torch.tensor(match), torch.tensor(no_match))
+    assert all(x.dtype == torch.float64 for x in (thresholds, recall, rate, precision))
+    assert thresholds.tolist() == sorted({*match, *no_match})
+    for t, r, f in zip(thresholds.tolist(), recall.tolist(), rate.tolist(), strict=True):
+        assert r == pytest.approx(sum(s > t for s in match) / len(match))
+        assert f == pytest.approx(sum(s > t for s in no_match) / len(no_match))
+    # scikit-learn accepts a score that equals the threshold: the one before it is ours.
+    labels = [1] * len(match) + [0] * len(no_match)
+    theirs, _, levels = precision_recall_curve(labels, match + no_match)
+    there = dict(zip(levels.tolist(), theirs[:-1].tolist(), strict=True))
+    assert precision[:-1].tolist() == pytest.approx([there[t] for t in thresholds[1:].tolist()])
+    assert math.isnan(precision[-1])
+
+
+def test_curve_never_accepts_a_wrong_answer_as_a_match():
+    _, recall, rate, precision = false_match_curve(torch.tensor([0.9, -math.inf]), torch.tensor([0.2]))
+    assert recall.tolist() == [0.5, 0.5, 0.0]
+    assert rate.tolist() == [1.0, 0.0, 0.0]
+    assert precision[:2].tolist() == [0.5, 1.0]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 5), st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+def test_gap_without_ties_against_scikit_learn(correct, missed, random):
+    confidence = [*range(len(correct))]
+    random.shuffle(confidence)
+    total = sum(correct) + missed
+    if total == 0:
+        return
+    ours = global_average_precision(torch.tensor(confidence).float() - 10, torch.tensor(correct), total)
+    theirs = average_precision_score(correct, confidence) * sum(correct) / total if any(correct) else 0.0
+    assert ours == pytest.approx(theirs, abs=1e-12)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=1, max_size=6), st.integers(1, 3))
+@settings(max_examples=40, deadline=None)
+def test_gap_of_ties_is_the_mean_over_all_orders(answers, missed):
+    def gap(ordered):
+        found, total = 0, 0.0
+        for place, (_, right) in enumerate(ordered, start=1):
+            found += right
+            total += right * found / place
+        return total / (sum(right for _, right in answers) + missed)
+
+    orders = [gap(o) for o in permutations(answers) if [c for c, _ in o] == sorted((c for c, _ in o), reverse=True)]
+    confidence, correct = (torch.tensor(column) for column in zip(*answers, strict=True))
+    ours = global_average_precision(confidence.float(), correct, int(correct.sum()) + missed)
+    assert ours == pytest.approx(np.mean(orders), abs=1e-12)
+
+
+def test_gap_counts_distractors_and_misses():
+    confidence = torch.tensor([0.9, 0.8, 0.7, 0.1])
+    correct = torch.tensor([True, False, True, False])  # the second is a confident distractor
+    assert global_average_precision(confidence, correct, 2) == pytest.approx((1 + 2 / 3) / 2)
+    assert global_average_precision(confidence, correct, 4) == pytest.approx((1 + 2 / 3) / 4)
+    assert global_average_precision(confidence, torch.zeros(4, dtype=torch.bool), 3) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: threshold_at(torch.ones(2), 0.0), r"rate=0\.0 is no rate"),
+        (lambda: threshold_at(torch.ones(2), 1.0), r"rate=1\.0 is no rate"),
+        (lambda: threshold_at(torch.ones(2, 1), 0.1), r"must be one score a query, \(N,\), got \(2, 1\)"),
+        (lambda: threshold_at(torch.tensor([math.nan]), 0.1), "no_match_scores holds NaN"),
+        (lambda: false_match_curve(torch.ones(0), torch.ones(1)), "match_scores is empty"),
+        (lambda: false_match_curve(torch.ones(1), torch.ones(0)), "no_match_scores is empty"),
+        (lambda: false_match_curve(torch.tensor([math.nan]), torch.ones(1)), "match_scores holds NaN"),
+        (lambda: global_average_precision(torch.ones(2), torch.ones(2), 2), "correct must be bool"),
+        (lambda: global_average_precision(torch.ones(2), torch.ones(3).bool(), 3), r"must be bool \(2,\)"),
+        (lambda: global_average_precision(torch.ones(2), torch.ones(2).bool(), 1), "2 answers are correct"),
+        (lambda: global_average_precision(torch.ones(2), torch.zeros(2).bool(), 0), "total_positive=0"),
+    ],
+)
+def test_wrong_values_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
