@@ -30,6 +30,9 @@ REASONS = {
     "too-small": "a side is shorter than min_side",
     "truncated": "it ends before its image does",
     "decode-failed": "its content is damaged",
+    "too-slow": "it was not decoded within the time allowed for an image",
+    "too-much-memory": "its decoding needs more memory than is allowed for an image",
+    "crashed": "its decoding ended the process that did it",
 }
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * 2**20
@@ -116,7 +119,7 @@ def read_image(
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_fit(fit)
     path = None if isinstance(source, bytes) else Path(source)
-    data = source if isinstance(source, bytes) else _read_file(Path(source), max_bytes)
+    data = source if isinstance(source, bytes) else read_file(Path(source), max_bytes)
     if not data:
         raise ImageError(path, "empty")
     if len(data) > max_bytes:
@@ -164,7 +167,20 @@ def decode_thumbnail(data: bytes) -> Tensor:
     return read_image(data)
 
 
-def _read_file(path: Path, max_bytes: int) -> bytes:
+def header_shape(data: bytes) -> tuple[int, int] | None:
+    """Height and width of the image in a file's bytes, upright, by its header; None where there is none to be had."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                width, height = image.size
+                return (width, height) if _turn(image) in _ON_ITS_SIDE else (height, width)
+    except Exception:  # what is wrong, read_image says
+        return None
+
+
+def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file, b"" for an empty one. Raises ImageError for what read_image would not read."""
     try:
         status = path.stat()
         regular, length = stat.S_ISREG(status.st_mode), status.st_size
@@ -210,6 +226,8 @@ def _explain(error: Exception, data: bytes) -> tuple[str, str]:
     detail = str(error) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):
         return "too-many-pixels", detail
+    if isinstance(error, MemoryError):
+        return "too-much-memory", REASONS["too-much-memory"]
     if data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") > len(data) - 8:
         return "truncated", "the file is shorter than its RIFF header says"
     if not isinstance(error, UnidentifiedImageError):

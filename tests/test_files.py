@@ -194,21 +194,31 @@ def test_files_are_decoded_once_to_what_reading_gives(fit, workers, table, tmp_p
     assert decode_files(manifest, **arguments).images[0].any()
 
 
-def test_an_entry_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_an_entry_is_there_whole_and_a_kill_costs_a_shard(tmp_path, monkeypatch):
     manifest = read_manifest(write_files(tmp_path / "art", 12))
     arguments = {"size": 16, "fit": "longest", "cache": tmp_path / "cache"}
-    real = module.load_items
+    wanted = decode_files(manifest, **arguments | {"cache": tmp_path / "straight"})
+    monkeypatch.setattr(module, "_PER_SHARD", 3)
+    real, asked = module.load_items, []
 
-    def interrupted(*positional, **named):
-        yield from list(real(*positional, **named))[:8]
-        raise KeyboardInterrupt
+    def interrupted(items, **named):
+        asked.append(len(items))
+        for i, item in enumerate(real(items, **named)):
+            if len(asked) == 1 and i == 8:
+                raise KeyboardInterrupt
+            yield item
 
     monkeypatch.setattr(module, "load_items", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decode_files(manifest, **arguments)
-    assert {path.suffix for path in (tmp_path / "cache").iterdir()} <= {".lock"}
-    monkeypatch.undo()
-    decoded = [image.clone() for image in decode_files(manifest, **arguments).images]
+    assert {path.suffix for path in (tmp_path / "cache").iterdir()} == {".lock", ".partial"}
+    resumed = decode_files(manifest, **arguments)
+    assert asked == [12, 6]  # the third shard was not finished
+    assert resumed.digest == wanted.digest
+    assert resumed.rows.tolist() == wanted.rows.tolist()
+    assert [str(error) for error in resumed.errors] == [str(error) for error in wanted.errors]
+    decoded = [image.clone() for image in resumed.images]
+    assert all(torch.equal(a, b) for a, b in zip(decoded, wanted.images, strict=True))
     (entry,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     for name, damage in (("pixels.bin", b"short"), ("shapes.npy", b""), ("meta.json", b"{")):
         (entry / name).write_bytes(damage)

@@ -8,8 +8,9 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,13 @@ import torch
 from filelock import FileLock
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
-from simsearch.data.manifest import ImageFiles, Manifest, load_items, read_manifest
+from simsearch.data.manifest import ImageFiles, Item, Manifest, load_items, read_ingest, read_manifest
+from simsearch.data.pixels import PIXELS, Image, Refusal, gathered, map_pixels, read_shards, write_shard
 from simsearch.data.protocols import RetrievalProtocol
 from simsearch.data.samplers import Batches
 from simsearch.files import write_json
@@ -32,6 +35,7 @@ from simsearch.images import ImageError
 # Columns that a search result has of its own.
 RESERVED = ("rank", "score", "thumbnail")
 _PER_TASK = 16
+_PER_SHARD = 4096  # what a kill costs
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def decode_files(manifest: Manifest, *, size: int, fit: Fit, cache: Path, worker
     """The images of a manifest at one size by `fit`, from `cache`, or decoded into it with a progress bar.
 
     cache: a folder (made when needed) for an entry by the files' names, lengths and times, which is there whole or
-    not at all; a second process waits for the first one's. workers: processes that decode beside this one.
+    not at all; a second process waits for the first one's, and what a killed one has done is not done again.
+    workers: processes that decode beside this one.
 
     Raises ValueError where no file can be read, and what ImageFiles does; OSError where the disk is full.
     """
@@ -84,33 +89,54 @@ def _key(manifest: Manifest, size: int, fit: Fit) -> str:
 
 def _decode(items: ImageFiles, entry: Path, workers: int) -> None:
     partial = entry.with_name(f"{entry.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    shapes, errors, digest = [], [], hashlib.sha256()
-    try:
-        with (
-            (partial / "pixels.bin").open("wb") as file,
-            tqdm(total=len(items), unit="img", desc="decode files") as bar,
-        ):
-            for row, image in load_items(items, batch_size=_PER_TASK, workers=workers):
-                if isinstance(image, Tensor):
-                    file.write(image.numpy().data)
-                    source = items.manifest.root / items.manifest.paths[row]
-                    digest.update(hashlib.sha256(source.read_bytes()).digest())
-                    shapes.append((row, *image.shape[1:]))
-                else:
-                    assert isinstance(image, ImageError)
-                    errors.append([row, image.reason, image.detail])
-                bar.update()
-        if not shapes:
-            row, reason, detail = errors[0]
-            first = ImageError(items.manifest.root / items.manifest.paths[row], reason, detail)
-            raise ValueError(f"none of the {len(items)} images in {items.manifest.root} could be read: {first}")
-        np.save(partial / "shapes.npy", np.array(shapes, dtype=np.int64))
-        write_json(partial / "meta.json", {"digest": digest.hexdigest(), "errors": errors})
-        os.replace(partial, entry)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(exist_ok=True)
+    total = -(-len(items) // _PER_SHARD)
+    shards = read_shards(partial, total)
+    first = min(len(items), len(shards) * _PER_SHARD)
+    if first < len(items):
+        rest = Remaining(items, first)
+        with tqdm(total=len(items), initial=first, unit="img", desc="decode files") as bar:
+            found = _entries(items.manifest, load_items(rest, batch_size=_PER_TASK, workers=workers), bar)
+            for number in range(len(shards), total):
+                start = shards[-1].stop if shards else 0
+                shards.append(write_shard(partial, number, start, islice(found, _PER_SHARD)))
+    errors = [[refusal.row, refusal.reason, refusal.detail] for shard in shards for refusal in shard.refusals]
+    rows = gathered(shards, "rows")
+    if not len(rows):
+        shutil.rmtree(partial)
+        row, reason, detail = errors[0]
+        error = ImageError(items.manifest.root / items.manifest.paths[row], reason, detail)
+        raise ValueError(f"none of the {len(items)} images in {items.manifest.root} could be read: {error}")
+    digest = hashlib.sha256(gathered(shards, "sha256").numpy().tobytes()).hexdigest()
+    with (partial / "shapes.npy").open("wb") as file:
+        np.save(file, torch.cat([rows[:, None], gathered(shards, "shapes")], dim=1).numpy(), allow_pickle=False)
+    write_json(partial / "meta.json", {"digest": digest, "errors": errors})
+    os.replace(partial, entry)
+
+
+class Remaining(Dataset[Item]):
+    """The items from `first` on."""
+
+    def __init__(self, items: ImageFiles, first: int) -> None:
+        self.items, self.first = items, first
+        self.size, self.fit = items.size, items.fit
+
+    def __len__(self) -> int:
+        return len(self.items) - self.first
+
+    def __getitem__(self, i: int) -> Item:
+        return self.items[self.first + i]
+
+
+def _entries(manifest: Manifest, items: Iterable[Item], bar: tqdm) -> Iterator[Image | Refusal]:
+    for row, image in items:
+        if isinstance(image, Tensor):
+            digest = hashlib.sha256((manifest.root / manifest.paths[row]).read_bytes()).digest()
+            yield Image(row, image, {"sha256": torch.tensor(list(digest), dtype=torch.uint8)})
+        else:
+            assert isinstance(image, ImageError)
+            yield Refusal(row, image.reason, image.detail)
+        bar.update()
 
 
 def _open(entry: Path, manifest: Manifest, fit: Fit) -> DecodedFiles | None:
@@ -119,19 +145,46 @@ def _open(entry: Path, manifest: Manifest, fit: Fit) -> DecodedFiles | None:
         meta = json.loads((entry / "meta.json").read_text())
         rows, heights, widths = torch.from_numpy(np.load(entry / "shapes.npy", allow_pickle=False)).unbind(1)
         sizes = 3 * heights * widths
-        # Copy on write, since a tensor must be writable: nothing reaches the file.
-        mapped = np.memmap(entry / "pixels.bin", dtype=np.uint8, mode="c", shape=(int(sizes.sum()),))
-        if (entry / "pixels.bin").stat().st_size != len(mapped):
+        pixels = map_pixels(entry / PIXELS, int(sizes.sum()))
+        if (entry / PIXELS).stat().st_size != len(pixels):
             return None
     except (OSError, ValueError, EOFError, KeyError):
         return None
-    pixels = torch.from_numpy(mapped)
     if fit == "square":
         images: Tensor | Ragged = pixels.view(len(rows), 3, int(heights[0]), int(widths[0]))
     else:
         images = Ragged(pixels, sizes.cumsum(0) - sizes, torch.stack([heights, widths], dim=1))
     errors = [ImageError(manifest.root / manifest.paths[row], *why) for row, *why in meta["errors"]]
     return DecodedFiles(images, rows, errors, meta["digest"])
+
+
+def open_ingest(folder: Path, manifest: Manifest, size: int) -> DecodedFiles:
+    """The decoded images of a finished `simsearch data ingest`, Ragged, as large as that made them.
+
+    Raises ValueError where they are smaller than `size`, or where the folder is damaged.
+    """
+    about = read_ingest(folder)
+    assert about is not None
+    made = about["settings"]["size"]
+    if made < size:
+        raise ValueError(
+            f"{folder} was ingested at {made} pixels, data.size={size} asks for more: ingest again with size={size}, "
+            f"or use data.size={made} or less"
+        )
+    try:
+        starts, heights, widths = torch.from_numpy(np.load(folder / "pixels" / "index.npy", allow_pickle=False)).unbind(
+            1
+        )
+        length = (folder / "pixels" / PIXELS).stat().st_size
+        images = Ragged(map_pixels(folder / "pixels" / PIXELS, length), starts, torch.stack([heights, widths], dim=1))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"the pixels in {folder} are damaged ({error}): run `simsearch data ingest` again") from error
+    if not len(manifest) == len(images) == about["images"]:
+        raise ValueError(
+            f"{folder} has a manifest of {len(manifest)} images, pixels of {len(images)} and says {about['images']}: "
+            "run `simsearch data ingest` again"
+        )
+    return DecodedFiles(images, torch.arange(len(images)), [], about["digest"])
 
 
 def files_collection(
@@ -175,6 +228,9 @@ class FilesDataModule(RetrievalDataModule):
     images. workers: processes that decode, once. The rest: as RetrievalDataModule has it; files that cannot be
     read are left out and reported.
 
+    source may be the folder of a finished `simsearch data ingest`: with fit "longest" its decoded images are used as
+    they are, of its own size (`size` or more), and nothing is decoded; with "square" the files that it lists are.
+
     Raises ValueError for a column that a search result has of its own, and what read_manifest does.
     """
 
@@ -215,6 +271,8 @@ class FilesDataModule(RetrievalDataModule):
             raise ValueError(
                 f"{self.source} has the columns {', '.join(reserved)}, which a result has too: rename them"
             )
+        if self.fit == "longest" and self.source.is_dir() and read_ingest(self.source):
+            return manifest, open_ingest(self.source, manifest, self.size)
         return manifest, decode_files(manifest, size=self.size, fit=self.fit, cache=self.cache, workers=self.workers)
 
 

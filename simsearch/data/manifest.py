@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import json
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,14 @@ from simsearch.images import ImageError, read_image
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 PATH_COLUMNS = ("path", "image_path")
+PATH_PROBLEMS = {
+    "path-empty": "is empty",
+    "path-zero-byte": "holds a zero byte",
+    "path-absolute": "is absolute",
+    "path-climbs": "climbs out with '..'",
+}
+# What marks the folder of a finished `simsearch data ingest`, and of one that is not; its cleaned table.
+INGEST, INGEST_PLAN, INGEST_TABLE = "ingest.json", "plan.json", "manifest.parquet"
 Column = tuple[str | None, ...]
 Item = tuple[int, Tensor | ValueError]  # a row, and its pixels or what is wrong with it
 ImageBatch = tuple[Tensor, Tensor, list[ValueError]]  # images of one shape, their rows, errors of other rows
@@ -52,8 +61,9 @@ class Manifest:
     def __post_init__(self) -> None:
         first_row: dict[str, int] = {}
         for row, path in enumerate(self.paths, start=1):
-            if problem := _path_problem(path):
-                raise ValueError(f"row {row}: path {path!r} {problem}; give paths relative to {self.root}")
+            if problem := path_problem(path):
+                what = PATH_PROBLEMS[problem]
+                raise ValueError(f"row {row}: path {path!r} {what}; give paths relative to {self.root}")
             if (before := first_row.setdefault(path, row)) != row:
                 raise ValueError(f"row {row}: path {path!r} is already in row {before}; leave one of them out")
         for name, values in self.attributes.items():
@@ -199,6 +209,8 @@ def read_manifest(source: Path, root: Path | None = None) -> Manifest:
     them). Hidden names, other endings, names that are not UTF-8, linked folders and links that leave the
     root are skipped and counted.
 
+    The folder of a finished `simsearch data ingest` stands for its cleaned table, with the root that was recorded.
+
     A table has a column `path` or `image_path`; every other column becomes an attribute, as text, None
     where empty. CSV is UTF-8, with or without a byte order mark, comma-separated, with a header; columns
     without a name are left out.
@@ -212,6 +224,9 @@ def read_manifest(source: Path, root: Path | None = None) -> Manifest:
     source = Path(source)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a folder, an image, a .csv or a .parquet")
+    if about := read_ingest(source):
+        table = source / INGEST_TABLE
+        return _from_table(table, Path(root or about["root"]), _read_parquet(table))
     if root is None:
         root = source if source.is_dir() else source.parent
     root = Path(root)
@@ -231,29 +246,57 @@ def read_manifest(source: Path, root: Path | None = None) -> Manifest:
     return _from_table(source, root, columns)
 
 
-def _read_folder(source: Path, root: Path) -> Manifest:
+def read_ingest(source: Path) -> dict[str, Any] | None:
+    """ingest.json of the folder of a finished `simsearch data ingest`, None for anything else.
+
+    Raises ValueError where an ingest was begun there and not finished, and where the file is damaged.
+    """
+    path = source / INGEST
+    if not path.is_file():
+        if (source / INGEST_PLAN).is_file() and (source / "pixels").is_dir():
+            raise ValueError(f"the ingest in {source} is not finished: run the same `simsearch data ingest` again")
+        return None
+    try:
+        about = json.loads(path.read_text())
+        return {"root": str(about["root"])} | about
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run `simsearch data ingest` again") from error
+
+
+def walk(source: Path, root: Path) -> Iterator[tuple[str, str | None]]:
+    """Each file and linked folder below a folder as (path below it, None), or with the reason to leave it out."""
     prefix = PurePosixPath(_below(source, root))
-    skipped: Counter[str] = Counter()
-    found = []
-    leaves_root = _link_check(root)
-    for folder, subfolders, names in os.walk(source, onerror=lambda _: skipped.update(["unreadable folder"])):
+    leaves_root = link_check(root)
+    unreadable: list[OSError] = []
+    for folder, subfolders, names in os.walk(source, onerror=unreadable.append):
         below = Path(folder).relative_to(source)
-        skipped["hidden"] += sum(name.startswith(".") for name in (*subfolders, *names))
-        skipped["linked folder"] += sum(os.path.islink(os.path.join(folder, name)) for name in subfolders)
+        for name in subfolders:
+            if os.path.islink(os.path.join(folder, name)):
+                yield (below / name).as_posix(), "linked folder"
+            if name.startswith("."):
+                yield (below / name).as_posix(), "hidden"
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
-            if name.startswith("."):
-                continue
             path = (below / name).as_posix()
-            if os.path.splitext(name)[1].lower() not in ENDINGS:
-                skipped["other ending"] += 1
+            if name.startswith("."):
+                yield path, "hidden"
+            elif os.path.splitext(name)[1].lower() not in ENDINGS:
+                yield path, "other ending"
             elif not _is_utf8(path):
-                skipped["name not UTF-8"] += 1
+                yield path, "name not UTF-8"
             elif leaves_root(str(prefix / path)):
-                skipped["link out of the root"] += 1
+                yield path, "link out of the root"
             else:
-                found.append(path)
-    skipped = Counter({reason: count for reason, count in skipped.items() if count})
+                yield path, None
+    for error in unreadable:
+        yield os.path.relpath(error.filename or source, source), "unreadable folder"
+
+
+def _read_folder(source: Path, root: Path) -> Manifest:
+    prefix = PurePosixPath(_below(source, root))
+    entries = list(walk(source, root))
+    found = [path for path, reason in entries if reason is None]
+    skipped = Counter(reason for _, reason in entries if reason is not None)
     if not found:
         others = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "it is empty"
         raise ValueError(f"{source} holds no images ({', '.join(ENDINGS)}); skipped: {others}")
@@ -276,7 +319,7 @@ def _from_table(source: Path, root: Path, columns: dict[str, Column]) -> Manifes
         manifest = Manifest(root, paths, columns)
     except ValueError as error:
         raise ValueError(f"{source}, {error}") from None
-    leaves_root = _link_check(root)
+    leaves_root = link_check(root)
     for row, path in enumerate(paths, start=1):
         if leaves_root(path):
             raise ValueError(f"{source}, row {row}: {path!r} is reached by a link that leaves {root}")
@@ -339,15 +382,16 @@ def _check_names(source: Path, names: Iterable[str]) -> None:
         raise ValueError(f"{source} has more than one column {doubled[0]!r}: rename or leave out the others")
 
 
-def _path_problem(path: str) -> str | None:
+def path_problem(path: str) -> str | None:
+    """Why a table may not list this path, a key of PATH_PROBLEMS; None where it may."""
     if path in ("", "."):
-        return "is empty"
+        return "path-empty"
     if "\0" in path:
-        return "holds a zero byte"
+        return "path-zero-byte"
     if PurePosixPath(path).is_absolute():
-        return "is absolute"
+        return "path-absolute"
     if ".." in PurePosixPath(path).parts:
-        return "climbs out with '..'"
+        return "path-climbs"
     return None
 
 
@@ -367,7 +411,7 @@ def _below(source: Path, root: Path) -> str:
         raise ValueError(f"{source} does not lie in root {root}: leave root out or give a folder above") from None
 
 
-def _link_check(root: Path) -> Callable[[str], bool]:
+def link_check(root: Path) -> Callable[[str], bool]:
     """A predicate on paths relative to `root`: do links take this one out of the root?"""
     real_root = os.path.realpath(root)
 

@@ -1,0 +1,399 @@
+"""A stranger's collection made ready: each file decoded once within bounds, doubles and blanks left out, attributes
+cleaned, images of one work tied together.
+
+    plan.json          settings and fingerprint of what is decoded; the same command goes on where it was killed
+    pixels/            decoded images (simsearch.data.pixels) and index.npy: where each image of the manifest begins
+    manifest.parquet   path, id, attributes, work, sha256, width, height of the images that were taken
+    rejected.csv       the others, and why
+    ingest.json        root, settings, digest; written last, so that it marks a finished ingest
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from simsearch.data.audit import perceptual_hashes
+from simsearch.data.bounded import Failure, bounded_map
+from simsearch.data.cleaning import Cleaned, clean
+from simsearch.data.listing import Listing, Rejected
+from simsearch.data.manifest import INGEST, INGEST_PLAN, INGEST_TABLE, Column
+from simsearch.data.pixels import Image, Refusal, Shard, gathered, read_shards, write_shard
+from simsearch.data.works import equal_pairs, union_find
+from simsearch.files import replacing, write_json
+from simsearch.images import MAX_BYTES, MAX_PIXELS, ImageError, header_shape, read_file, read_image
+
+FORMAT = 1
+GROUPS = ("work", "work_id", "group", "group_id")
+CATEGORICAL = ("artist", "style", "genre", "medium", "museum", "school", "movement", "technique", "license")
+REASONS = {
+    "duplicate": "its bytes are those of another file, which is kept",
+    "blank": "nearly all of it has one colour",
+}
+# Columns that the manifest has of its own, and those that a search result has.
+_OWN = ("id", "work", "sha256", "width", "height")
+_TAKEN = ("sha256", "width", "height", "rank", "score", "thumbnail")
+_BLANK = 2.0  # standard deviation of grey, of 255
+# Levels by which rows of a band of one colour differ from its first: JPEG is not exact, above all at its end.
+_FLAT_MEAN, _FLAT_MOST = 4, 12
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What decides the pixels and which files are refused.
+
+    size: pixels of the longest side, larger images are reduced. min_side: shortest side accepted, in pixels.
+    max_pixels, max_bytes: as read_image has them. seconds, memory: what a file may take; memory in bytes. chunk:
+    images a shard, which is what a kill costs.
+    """
+
+    size: int = 256
+    min_side: int = 32
+    max_pixels: int = MAX_PIXELS
+    max_bytes: int = MAX_BYTES
+    seconds: float = 30.0
+    memory: int = 2 * 2**30
+    chunk: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+
+# ------------------------------------------------------------------------------------------- decoding
+
+
+def begin(out: Path, listing: Listing, decoding: Decoding, source: Path) -> None:
+    """Writes the plan of an ingest, or finds that this is the one that was begun there.
+
+    Raises FileExistsError where `out` holds something else, ValueError where it was begun with other settings or
+    files.
+    """
+    plan = out / INGEST_PLAN
+    about = {
+        "format": FORMAT,
+        "source": str(source),
+        "root": os.path.realpath(listing.root),
+        "images": len(listing.paths),
+        "settings": asdict(decoding),
+        "fingerprint": _fingerprint(listing, decoding),
+    }
+    if not plan.exists():
+        if out.exists() and (strange := sorted(path.name for path in out.iterdir() if path.name[0] != ".")):
+            raise FileExistsError(f"{out} holds other things ({strange[0]}): give another place by out=")
+        write_json(plan, about)
+        return
+    try:
+        before = json.loads(plan.read_text())
+        differing = [
+            name for name in ("format", "root", "settings", "images", "fingerprint") if before[name] != about[name]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{plan} is damaged ({error}): delete {out} or give another place by out=") from error
+    if differing:
+        what = {"settings": f"settings {before['settings']}", "fingerprint": "files that have changed since"}
+        raise ValueError(
+            f"{out} was begun with another {what.get(differing[0], differing[0])}: give another place by out=, "
+            f"or delete {out} to begin again"
+        )
+
+
+def _fingerprint(listing: Listing, decoding: Decoding) -> str:
+    """32 hex digits of what decides the shards: settings, files by name, length and time."""
+    digest = hashlib.sha256(json.dumps([FORMAT, os.path.realpath(listing.root), asdict(decoding)]).encode())
+    for path in listing.paths:
+        try:
+            status = os.stat(listing.root / path)
+            facts = [status.st_size, status.st_mtime_ns]
+        except OSError:
+            facts = []
+        digest.update(json.dumps([path, facts]).encode())
+    return digest.hexdigest()[:32]
+
+
+def decode(out: Path, listing: Listing, decoding: Decoding, workers: int) -> list[Shard]:
+    """The shards of all files, those that are missing decoded with a progress bar."""
+    folder, count = out / "pixels", len(listing.paths)
+    folder.mkdir(exist_ok=True)
+    total = -(-count // decoding.chunk)
+    shards = read_shards(folder, total)
+    for leftover in folder.glob(".*.safetensors"):
+        leftover.unlink()
+    first = len(shards) * decoding.chunk
+    if first >= count:
+        return shards
+    with tqdm(total=count, initial=first, unit="img", desc="ingest") as bar:
+        results = bounded_map(
+            partial(decode_file, decoding=decoding),
+            (str(listing.root / path) for path in listing.paths[first:]),
+            workers=workers,
+            seconds=decoding.seconds,
+            memory=decoding.memory,
+        )
+        items = _items(results, first, bar)
+        for number in range(len(shards), total):
+            start = shards[-1].stop if shards else 0
+            shards.append(write_shard(folder, number, start, islice(items, decoding.chunk)))
+    return shards
+
+
+def _items(results: Iterable[Any], first: int, bar: tqdm) -> Iterator[Image | Refusal]:
+    for row, result in enumerate(results, start=first):
+        if isinstance(result, Failure):
+            yield Refusal(row, result.reason, result.detail)
+        elif len(result) == 2 and isinstance(result[0], str):
+            yield Refusal(row, *result)
+        else:
+            pixels, facts = result
+            yield Image(row, torch.from_numpy(pixels), {name: torch.from_numpy(fact) for name, fact in facts.items()})
+        bar.update()
+
+
+def decode_file(path: str, decoding: Decoding) -> tuple[np.ndarray, dict[str, np.ndarray]] | tuple[str, str]:
+    """Pixels uint8 (3, h, w) and facts of a file, or the reason and detail of its refusal. Runs in a worker.
+
+    Facts: sides int64 (2,), height and width in the file; sha256 uint8 (32,); hash uint8 (8,), perceptual; spread
+    float32 (), standard deviation of grey; band float32 (), share of the height of a band of one colour at the
+    bottom that is wider than one at the top.
+    """
+    try:
+        data = read_file(Path(path), decoding.max_bytes)
+        shape = header_shape(data)
+        reduced = shape is None or max(shape) > decoding.size
+        image = read_image(
+            data,
+            size=decoding.size if reduced else None,
+            fit="longest",
+            max_pixels=decoding.max_pixels,
+            max_bytes=decoding.max_bytes,
+            min_side=decoding.min_side,
+        )
+    except ImageError as error:
+        return error.reason, error.detail
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            return "too-much-memory", f"more than {decoding.memory / 2**30:g} GiB"
+        raise
+    grey = image.float().mean(0)
+    facts = {
+        "sides": np.array(shape or image.shape[1:], dtype=np.int64),
+        "sha256": np.frombuffer(hashlib.sha256(data).digest(), dtype=np.uint8).copy(),
+        "hash": perceptual_hashes(image[None])[0].numpy(),
+        "spread": np.array(float(grey.std(correction=0)), dtype=np.float32),
+        "band": np.array(band(image), dtype=np.float32),
+    }
+    return image.numpy(), facts
+
+
+def band(image: Tensor) -> float:
+    """Share of an image's height, uint8 (3, H, W), that a band of one colour at its bottom has beyond one at its top.
+
+    A file that was cut off and filled up has one below; a print on a page has margins on all sides.
+    """
+
+    def height(rows: Tensor) -> int:
+        off = (rows - rows[:, 0].median(1).values[:, None, None]).abs()
+        near = (off.amax((0, 2)) <= _FLAT_MOST) & (off.float().mean((0, 2)) <= _FLAT_MEAN)
+        return int(near.int().cumprod(0).sum())
+
+    pixels = image.to(torch.int16)
+    below, above = height(pixels.flip(1)), height(pixels)
+    return max(0, below - above) / image.shape[1]
+
+
+# ------------------------------------------------------------------------------------------ what is kept
+
+
+@dataclass(frozen=True)
+class Files:
+    """All files that were decoded, N in the order of the listing: what their shards say."""
+
+    rows: Tensor
+    shapes: Tensor
+    sides: Tensor
+    hashes: Tensor
+    spread: Tensor
+    band: Tensor
+    sha256: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def gather(shards: Sequence[Shard]) -> Files:
+    """The files of all shards. Raises ValueError where there is none."""
+    refusals = tuple(refusal for shard in shards for refusal in shard.refusals)
+    if not any(len(shard.columns["rows"]) for shard in shards):
+        counts = Counter(refusal.reason for refusal in refusals).most_common()
+        why = ", ".join(f"{count} {reason}" for reason, count in counts)
+        raise ValueError(f"none of the {len(refusals)} files could be taken ({why}): is root= right?")
+    digests = gathered(shards, "sha256").numpy().tobytes().hex()
+    return Files(
+        rows=gathered(shards, "rows"),
+        shapes=gathered(shards, "shapes"),
+        sides=gathered(shards, "sides"),
+        hashes=gathered(shards, "hash"),
+        spread=gathered(shards, "spread"),
+        band=gathered(shards, "band"),
+        sha256=tuple(digests[start : start + 64] for start in range(0, len(digests), 64)),
+        refusals=refusals,
+    )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an ingest takes, N images: their places among the files, and the columns of the manifest in order.
+
+    twins: for each file that is left out the place of the equal one that is kept. blank: places of blank files.
+    """
+
+    places: tuple[int, ...]
+    columns: dict[str, Column]
+    cleaned: Cleaned
+    twins: dict[int, int]
+    blank: tuple[int, ...]
+    notes: tuple[str, ...]
+
+
+def choose(listing: Listing, files: Files) -> tuple[list[int], dict[int, int], list[int]]:
+    """Places of the files to keep, rising; the twin of each that is a double; places of blank ones.
+
+    Of equal files the one about which most is known is kept, of equals the first.
+    """
+    rows = files.rows.tolist()
+    blank = [place for place, spread in enumerate(files.spread.tolist()) if spread < _BLANK]
+    known = [sum(values[row] is not None for values in listing.attributes.values()) for row in rows]
+    best: dict[str, int] = {}
+    left_out = set(blank)
+    sound = [place for place in range(len(files)) if place not in left_out]
+    for place in sound:
+        before = best.setdefault(files.sha256[place], place)
+        if known[place] > known[before]:
+            best[files.sha256[place]] = place
+    kept = sorted(best.values())
+    twins = {place: best[files.sha256[place]] for place in sound if best[files.sha256[place]] != place}
+    return kept, twins, blank
+
+
+def keep(
+    listing: Listing,
+    files: Files,
+    pairs: Iterable[tuple[int, int]],
+    *,
+    groups: Sequence[str] = GROUPS,
+    categorical: Sequence[str] = CATEGORICAL,
+) -> Kept:
+    """What is taken, with cleaned attributes and the work of each.
+
+    pairs: places of files that show the same work. groups: columns of which a shared value says the same.
+    """
+    rows = files.rows.tolist()
+    kept, twins, blank = choose(listing, files)
+    given = {name: values for name, values in listing.attributes.items() if name not in ("work", *_TAKEN)}
+    notes = [
+        f"the column {name!r} is left out: results have their own" for name in listing.attributes if name in _TAKEN
+    ]
+    cleaned = clean({name: tuple(values[rows[place]] for place in kept) for name, values in given.items()}, categorical)
+    connected = [*twins.items(), *pairs]
+    for name in groups:
+        if name in listing.attributes:
+            connected += equal_pairs([_group(listing.attributes[name][row]) for row in rows])
+    root = union_find(len(files), connected)
+    names: dict[int, str] = {}
+    for place in kept:
+        names[root[place]] = min(names.get(root[place], "~"), files.sha256[place])
+    ids = _ids(cleaned.columns.get("id"), [files.sha256[place] for place in kept], notes)
+    sides = files.sides[kept].tolist()
+    columns: dict[str, Column] = {
+        "path": tuple(listing.paths[rows[place]] for place in kept),
+        "id": tuple(ids),
+        **{name: values for name, values in cleaned.columns.items() if name not in _OWN},
+        "work": tuple(f"w{names[root[place]][:12]}" for place in kept),
+        "sha256": tuple(files.sha256[place] for place in kept),
+        "width": tuple(str(width) for _, width in sides),
+        "height": tuple(str(height) for height, _ in sides),
+    }
+    return Kept(tuple(kept), columns, cleaned, twins, tuple(blank), tuple(notes))
+
+
+def _group(value: str | None) -> str | None:
+    return clean({"group": (value,)}, ()).columns["group"][0]
+
+
+def _ids(given: Column | None, digests: Sequence[str], notes: list[str]) -> list[str]:
+    """An id of its own for each image: the given one, with a number where it is taken, else from the file's bytes."""
+    ids, used, doubled = [], set[str](), 0
+    for place, digest in enumerate(digests):
+        wanted = name = (given[place] if given else None) or digest[:12]
+        number = 2
+        while name in used:
+            name, number = f"{wanted}-{number}", number + 1
+        doubled += name != wanted
+        used.add(name)
+        ids.append(name)
+    if doubled:
+        notes.append(f"{doubled} ids were taken already and got a number")
+    return ids
+
+
+def rejections(listing: Listing, files: Files, kept: Kept) -> list[Rejected]:
+    """All that is not taken: rows of the listing, then files in its order."""
+    rows, paths = files.rows.tolist(), listing.paths
+    found = {refusal.row: Rejected(paths[refusal.row], refusal.reason, refusal.detail) for refusal in files.refusals}
+    for place in kept.blank:
+        detail = f"standard deviation of grey {float(files.spread[place]):.1f} of 255"
+        found[rows[place]] = Rejected(paths[rows[place]], "blank", detail)
+    for place, twin in kept.twins.items():
+        found[rows[place]] = Rejected(paths[rows[place]], "duplicate", f"kept: {paths[rows[twin]]}")
+    return [*listing.rejected, *(found[row] for row in sorted(found))]
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def write_results(
+    out: Path, listing: Listing, files: Files, kept: Kept, about: Mapping[str, Any], report: Mapping[str, Any]
+) -> None:
+    """Writes manifest, rejected.csv, the pixels' index, report.json and, last, ingest.json.
+
+    about: more plain values for ingest.json.
+    """
+    (out / INGEST).unlink(missing_ok=True)
+    table = {"width": pa.int32(), "height": pa.int32()}
+    columns = {
+        name: pa.array(values, pa.string()).cast(table[name]) if name in table else pa.array(values, pa.string())
+        for name, values in kept.columns.items()
+    }
+    with replacing(out / INGEST_TABLE) as temporary:
+        pq.write_table(pa.table(columns), temporary)
+    with replacing(out / "rejected.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "reason", "detail"])
+        for one in rejections(listing, files, kept):
+            writer.writerow([one.path.encode("utf-8", "backslashreplace").decode(), one.reason, one.detail])
+    sizes = 3 * files.shapes.prod(1)
+    index = torch.cat([(sizes.cumsum(0) - sizes)[:, None], files.shapes], dim=1)[list(kept.places)]
+    with replacing(out / "pixels" / "index.npy") as temporary, temporary.open("wb") as stream:
+        np.save(stream, index.numpy(), allow_pickle=False)
+    write_json(out / "report.json", report)
+    digest = hashlib.sha256(bytes.fromhex("".join(kept.columns["sha256"]))).hexdigest()  # type: ignore[arg-type]
+    plan = json.loads((out / INGEST_PLAN).read_text())
+    write_json(out / INGEST, {**plan, **about, "images": len(kept.places), "digest": digest})
