@@ -30,7 +30,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from simsearch import launch, runtime
-from simsearch.files import write_json
+from simsearch.files import is_alive, write_json
 
 # What a trial's numbers do not depend on.
 _ASIDE = ("hydra", "run_dir", "run_root", "resume", "logger", "objective")
@@ -274,20 +274,10 @@ def read_trials(folder: Path) -> list[dict[str, Any]]:
     for path in folder.glob("*/trial.json"):
         about = json.loads(path.read_text())
         about["folder"] = path.parent.name
-        if about["state"] == "running" and about["host"] == socket.gethostname() and not _alive(about["pid"]):
+        if about["state"] == "running" and about["host"] == socket.gethostname() and not is_alive(about["pid"]):
             about["state"] = "interrupted"
         trials.append(about)
     return sorted(trials, key=lambda about: about["started"])
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def summary(folder: Path, since: float | None = None) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from simsearch.__main__ import main
 
@@ -83,12 +85,16 @@ def simsearch(*arguments: str, cwd: Path | None = None, expect: int = 0) -> Done
     return Done(out.getvalue(), err.getvalue())
 
 
+def in_ranks(work: Callable[..., None], count: int, *arguments: object) -> None:
+    """Runs `work(rank, *arguments)` in `count` processes at once, forked of one that has imported the libraries."""
+    multiprocessing.set_forkserver_preload(["pytest", "hypothesis", "torchmetrics", "simsearch.callbacks.evaluation"])
+    mp.start_processes(work, args=arguments, nprocs=count, start_method="forkserver")
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory, _own_folders: None) -> Path:
     """The run directory of a training on a small rendered sample."""
     run = tmp_path_factory.mktemp("runs") / "small"
-    command = [sys.executable, "-m", "simsearch", "train", *SMALL, f"run_dir={run}", "callbacks.evaluation.ks=[1,10]"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = simsearch("train", *SMALL, f"run_dir={run}", "callbacks.evaluation.ks=[1,10]")
     (run / "stdout.txt").write_text(done.stdout)
     return run

@@ -442,7 +442,7 @@ class TestChunks:
 
 class TestClaims:
     def test_one_has_it_until_it_is_released(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(claims, "_is_alive", lambda pid: True)
+        monkeypatch.setattr(claims, "_is_gone", lambda pid: False)
         with Claims(tmp_path) as one, Claims(tmp_path) as other:
             assert one.take(3)
             assert not other.take(3)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from conftest import in_ranks
 
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.ranking import measure_ranking
@@ -188,7 +188,7 @@ def _rank(rank: int, folder: str) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path):
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
+    in_ranks(_rank, 2, str(tmp_path))
     query, gallery = make(31, seed=0, first=20), make(53, seed=1)
     for rank in range(2):
         results = torch.load(tmp_path / f"{rank}.pt", weights_only=True)

@@ -24,7 +24,7 @@ def all_triplets(x: torch.Tensor, labels: torch.Tensor, margin: float) -> dict[i
     return {q: sorted(rows, reverse=True) for q, rows in found.items()}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     labels=st.lists(st.integers(0, 3), min_size=1, max_size=11),
     seed=st.integers(0, 10**6),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-import torch.multiprocessing as mp
+from conftest import in_ranks
 from torch import Tensor, nn
 
 from simsearch.callbacks.mining import TripletMining
@@ -165,7 +165,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, args=(str(folder), port), nprocs=2)
+    in_ranks(_rank, 2, str(folder), port)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -1,14 +1,14 @@
 """Full rankings against scikit-learn, torchmetrics and naive loops; junk, blocks, threads and memory."""
 
+import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchmetrics.functional.retrieval as peer
+from conftest import in_ranks
 from sklearn.metrics import average_precision_score, ndcg_score
 
 from simsearch.functional.codes import pack_codes, unpack_codes
@@ -282,37 +282,32 @@ def test_errors_name_the_thing():
             average_precision_in_index_order(left, right)
 
 
-MEASURE = """
-import torch
-from simsearch.functional.ranking import measure_ranking
-from simsearch.types import Descriptors
-
-def memory(field):
+def _memory(field: str) -> float:
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith(field)) / 1024
 
-def make(n, bits, first):
-    vectors = torch.randn(n, 8) if bits is None else torch.randint(0, 256, (n, bits // 8)).byte()
-    return Descriptors(vectors, torch.arange(n) % 10, torch.arange(first, first + n), bits)
 
-torch.set_num_threads(1)
-for bits, q, g in ((None, 4000, 20000), (48, 4000, 40000), (248, 4000, 100)):
-    query, gallery = make(q, bits, g), make(g, bits, 0)
-    with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")  # sets the peak back to what is held now
-    before = memory("VmRSS")
-    measure_ranking(query, gallery, block_bytes=2**22)
-    print(bits, memory("VmHWM") - before)
-"""
+def _growth(_: int, path: str) -> None:
+    """Writes the MiB by which a ranking's memory grows at most, by width in bits."""
+    torch.set_num_threads(1)
+    growth = {}
+    for bits, q, g in ((None, 4000, 20000), (48, 4000, 40000), (248, 4000, 100)):
+        parts = []
+        for n, first in ((q, g), (g, 0)):
+            vectors = torch.randn(n, 8) if bits is None else torch.randint(0, 256, (n, bits // 8)).byte()
+            parts.append(Descriptors(vectors, torch.arange(n) % 10, torch.arange(first, first + n), bits))
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is held now
+        before = _memory("VmRSS")
+        measure_ranking(*parts, block_bytes=2**22)
+        growth[str(bits)] = _memory("VmHWM") - before
+    Path(path).write_text(json.dumps(growth))
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from /proc")
-def test_memory_stays_a_block():
+def test_memory_stays_a_block(tmp_path):
     """Scores would take 320 MB (float32) and 160 MB (bytes); joint histograms of short galleries 2 GB."""
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True)
-    growth = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
+    in_ranks(_growth, 1, str(tmp_path / "growth.json"))
+    growth = json.loads((tmp_path / "growth.json").read_text())
     assert growth.keys() == {"None", "48", "248"}
     assert max(growth.values()) < 40, f"MiB by width in bits: {growth}"
 

@@ -21,7 +21,7 @@ from conftest import SMALL, simsearch
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from simsearch import launch, runtime
+from simsearch import launch, rank, runtime
 from simsearch.callbacks import interruption
 from simsearch.callbacks.interruption import Interruption
 
@@ -118,12 +118,37 @@ def test_two_ranks_leave_one_run(tmp_path):
     assert sorted(epoch) == sorted(split.train.tolist())  # the second batch is the epoch's last
 
 
+@pytest.mark.slow
 def test_a_failing_rank_is_one_line(tmp_path):
     run = tmp_path / "run"
     fail = "+callbacks.fail._target_=test_ranks.Fail"
     done = simsearch("train", *TINY, fail, "trainer.devices=2", f"run_dir={run}", expect=1)
     assert done.stderr == "simsearch train: rank 1 of 2: the power failed\n"
     assert not (run / "catalog").exists()
+
+
+def test_a_rank_reports_what_ended_it(tmp_path, monkeypatch):
+    """In this process; how the parent tells of the first report is for TestGroup."""
+    parent = []
+    monkeypatch.setattr(launch, "end_with_parent", lambda: parent.append(True))
+    monkeypatch.setattr(sys, "argv", ["rank", str(tmp_path / "none"), str(tmp_path)])
+    with pytest.raises(SystemExit) as error:
+        rank.main()
+    assert error.value.code == 1
+    assert parent
+    report = json.loads((tmp_path / "0.json").read_text())
+    assert str(tmp_path / "none") in report["message"]
+    assert report["details"] == ""
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(runtime, "open_run", broken)
+    with pytest.raises(SystemExit):
+        rank.main()
+    report = json.loads((tmp_path / "0.json").read_text())
+    assert report["message"] == "RuntimeError: out of luck"
+    assert "Traceback" in report["details"]
 
 
 # ----------------------------------------------------------------------------------- ways of starting
@@ -494,9 +519,9 @@ class TestSlurmRunDirectory:
     @pytest.mark.parametrize("other", [{"SLURM_JOB_ID": "8"}, {"SLURM_STEP_ID": "1"}, {"SLURM_STEP_ID": None}])
     def test_what_another_wrote_is_not_read(self, other, start):
         start(0)
-        for rank in (0, 1):
+        for other_rank in (0, 1):
             with pytest.raises(ValueError, match="holds a run already"):
-                start(rank, **other)
+                start(other_rank, **other)
 
     def test_a_file_in_the_making_is_waited_for(self, start, tmp_path):
         (tmp_path / "run.json").write_text('{"slurm_')
@@ -540,6 +565,10 @@ class TestInterruption:
             signal.raise_signal(signal.SIGTERM)
             assert not trainer._signal_connector.received_sigterm
             stop.on_train_batch_end(trainer)
+            assert trainer._signal_connector.received_sigterm
+            stop.on_validation_start(trainer, None)
+            assert not trainer._signal_connector.received_sigterm  # it is not broken off
+            stop.on_validation_end(trainer, None)
             assert trainer._signal_connector.received_sigterm
             error = SIGTERMException()
             stop.on_exception(trainer, None, error)
@@ -589,6 +618,9 @@ class TestInterruption:
 
         with pytest.raises(SystemExit) as error:
             train()
+        for thread in threading.enumerate():
+            if isinstance(thread, threading.Timer):
+                thread.join()
         assert error.value.code == 0
         assert (scontrol / "asked").read_text() == "requeue 10_2\n"
         assert "job 10_2 is queued again" in capsys.readouterr().err

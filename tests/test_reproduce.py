@@ -12,8 +12,11 @@ from conftest import simsearch
 from omegaconf import OmegaConf
 
 from simsearch import runtime
-from simsearch.commands import reproduce
-from simsearch.commands.reproduce import Expected, Measured, comparable, exit_status, read_rows, row_files
+from simsearch.commands.reproduce import exit_status
+from simsearch.studies import check
+from simsearch.studies.check import Measured
+from simsearch.studies.rows import Expected, read_rows, row_files
+from simsearch.studies.runs import comparable, compose, train_overrides
 
 TINY = (
     "experiment=dsh data=rendered protocol=rendered-work protocol.validation=0.2 data.styles=2 data.artists=2 "
@@ -71,8 +74,8 @@ class Launched:
             return
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         if "resume" not in given:
-            config = runtime.plain(runtime.hydra.compose("train", arguments))
-            OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+            overrides = tuple(argument for argument in arguments if not argument.startswith("run_dir="))
+            OmegaConf.save(OmegaConf.create(compose(overrides)), folder / "config.yaml")
         seed = OmegaConf.load(folder / "config.yaml").seed
         value = self.by_seed.get(seed, self.values["mAP"])
         (folder / "checkpoints/best.ckpt").write_bytes(b"weights")
@@ -86,7 +89,7 @@ class Launched:
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     double = Launched()
-    monkeypatch.setattr(reproduce, "launch", double)
+    monkeypatch.setattr(check, "launch", double)
     return double
 
 
@@ -172,17 +175,17 @@ class TestRun:
     def test_a_failed_training_is_a_gap_and_leaves_the_other_rows(self, rows, launched, monkeypatch):
         def fail(command, arguments):
             if any("bits=24" in argument for argument in arguments):
-                raise reproduce.Failed("`simsearch train ...` ended with status 1")
+                raise check.Failed("`simsearch train ...` ended with status 1")
             launched(command, arguments)
 
-        monkeypatch.setattr(reproduce, "launch", fail)
+        monkeypatch.setattr(check, "launch", fail)
         done = run(rows, "row=all", expect=1)
         assert "dsh-tiny: reproduced" in done.stderr
         assert "dsh-longer: gap: `simsearch train ...` ended with status 1" in done.stderr
 
     def test_a_bad_exit_status_is_reported_with_its_command(self, capfd):
-        with pytest.raises(reproduce.Failed, match=r"`simsearch trian seed=1` ended with status 2"):
-            reproduce.launch("trian", ["seed=1"])
+        with pytest.raises(check.Failed, match=r"`simsearch trian seed=1` ended with status 2"):
+            check.launch("trian", ["seed=1"])
         assert "no command 'trian'" in capfd.readouterr().err
 
 
@@ -196,7 +199,7 @@ class TestNotRunnable:
         ],
     )
     def test_what_is_missing_is_named(self, rows, launched, monkeypatch, overrides, missing):
-        monkeypatch.setattr(reproduce.torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(check.torch.cuda, "is_available", lambda: False)
         train = TINY if "cifar10" not in overrides else "experiment=dsh"
         if "hashing" in overrides:
             train = "data=rendered data.styles=2 data.artists=2 data.works=4 data.photographs=2 data.size=32"
@@ -289,7 +292,7 @@ def test_a_difference_of_just_the_tolerance_is_reproduced():
 
 
 def test_exit_status():
-    outcomes = {v: reproduce.Outcome("r", v) for v in (reproduce.REPRODUCED, reproduce.GAP, reproduce.NOT_RUNNABLE)}
+    outcomes = {v: check.Outcome("r", v) for v in (check.REPRODUCED, check.GAP, check.NOT_RUNNABLE)}
     good, gap, missing = outcomes.values()
     assert exit_status([good, good]) == 0
     assert exit_status([good, missing]) == 2
@@ -304,7 +307,7 @@ class TestComparable:
 
     def tiny(self, **changes: object) -> dict:
         """The tiny row's config with values changed by their dotted names."""
-        config = OmegaConf.create(reproduce.compose(tuple(shlex.split(TINY))))
+        config = OmegaConf.create(compose(tuple(shlex.split(TINY))))
         for key, value in changes.items():
             OmegaConf.update(config, key, value, force_add=True)
         return OmegaConf.to_container(config)
@@ -359,6 +362,6 @@ def test_the_rows_of_each_study_compose(path):
     with runtime.hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
         for name, row in book.items():
             start = Path("some/run") if row.start else None
-            config = reproduce.compose(reproduce.train_overrides(book, name, row.seeds[0], start))
+            config = compose(train_overrides(book, name, row.seeds[0], start))
             assert config["seed"] == row.seeds[0]
             assert (config["model"].get("start") is not None) == (row.start is not None)

@@ -286,6 +286,10 @@ def test_a_trained_run_s_catalogs_answer(family, whole, tmp_path):
     simsearch("index", f"run={run}", f"images={folder}", f"out={tmp_path / 'catalog'}", "workers=0", f"index={kind}")
     own = read_catalog(tmp_path / "catalog")
     assert len(own) == 3
+    gallery = read_catalog(run / "catalog")
+    assert gallery.about["label"] == "style"
+    assert {"path", "artist", "style"} <= set(gallery.items.column_names)
+    assert len(set(gallery.items["style"].to_pylist())) > 1
     for catalog, paths in ((tmp_path / "catalog", ["0.png", "1.png", "2.png"]), (run / "catalog", None)):
         found = simsearch(
             "search", f"catalog={catalog}", f"image={folder}", "k=3", "format=json", "figure=null", cwd=tmp_path

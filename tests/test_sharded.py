@@ -15,8 +15,8 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from conftest import in_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -183,7 +183,7 @@ def shards(draw: st.DrawFn) -> tuple[int, int, int, int | None, list[list[int]],
     return world, q, g, draw(st.sampled_from([None, 7, 300])), *deals
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(shards(), st.booleans(), st.integers(0, 5))
 def test_any_deal_gives_the_rankings_of_one_process(dealt, exclude_self, seed):
     world, q, g, bits, *deals = dealt
@@ -445,7 +445,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def processes(folder: Path) -> list[tuple[int, int, dict]]:
     """World, rank and results of the ranks of 3 and of 2 processes."""
-    mp.spawn(_rank, args=(str(folder),), nprocs=3)
+    in_ranks(_rank, 3, str(folder))
     return [
         (world, rank, torch.load(folder / f"{world}-{rank}.pt", weights_only=True))
         for world in (2, 3)

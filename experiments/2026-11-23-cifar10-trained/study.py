@@ -30,10 +30,12 @@ from tqdm import tqdm
 
 from simsearch import runtime
 from simsearch.callbacks.evaluation import RetrievalEvaluation
-from simsearch.commands import reproduce
 from simsearch.files import replacing
 from simsearch.functional.curves import RECALL_LEVELS, precision_recall_curve
 from simsearch.functional.significance import holm, paired_bootstrap, paired_permutation
+from simsearch.studies.check import evaluation_folder
+from simsearch.studies.rows import check_names, read_rows
+from simsearch.studies.runs import comparable, compose, find_run, finished_runs
 
 HERE = Path(__file__).parent
 RESULTS, PAIRED, CURVES, README = (HERE / n for n in ("results.csv", "paired.csv", "curves.csv", "README.md"))
@@ -89,15 +91,15 @@ class Measurement:
 
 def found(root: Path) -> list[Measurement]:
     """Measurements of all rows that lie in `root`; prints what does not."""
-    book = reproduce.read_rows([HERE / "rows.yaml"])
-    runs = reproduce.finished_runs(root)
+    book = read_rows([HERE / "rows.yaml"])
+    runs = finished_runs(root)
     measurements = []
     with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
         for name, row in book.items():
             if name.startswith("smoke-"):
                 continue
             for seed in row.seeds:
-                run, config = reproduce.find_run(book, name, seed, runs)
+                run, config = find_run(book, name, seed, runs)
                 if run is None:
                     print(f"no finished run of {name}, seed {seed}{nearest(config, runs)}", file=sys.stderr)
                     continue
@@ -107,7 +109,7 @@ def found(root: Path) -> list[Measurement]:
                     protocol, *extra = measurement.split()
                     label = "+".join([name, *(word.partition("=")[2] for word in extra)])
                     at_home = protocol == own and not extra
-                    folder = run.folder if at_home else reproduce.evaluation_folder(run, measurement)
+                    folder = run.folder if at_home else evaluation_folder(run, measurement)
                     if (folder / "metrics.json").is_file():
                         measurements.append(Measurement(label, seed, folder, seconds))
                     else:
@@ -119,10 +121,10 @@ def nearest(config: dict | None, runs: dict[str, runtime.Run]) -> str:
     """Which finished run comes nearest to a config, and in what it differs."""
     if config is None:
         return ": its start row has none"
-    wanted = flat(reproduce.comparable(config))
+    wanted = flat(comparable(config))
     differences = []
     for run in runs.values():
-        got = flat(reproduce.comparable(run.config))
+        got = flat(comparable(run.config))
         differences.append((sorted(k for k in wanted | got if wanted.get(k) != got.get(k)), run.folder.name))
     if not differences:
         return ""
@@ -217,13 +219,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 def curves(root: Path, names: Sequence[str]) -> None:
     """Writes curves.csv: mean precision at levels of recall under the run's own protocol, seed 0 of each row."""
-    book = reproduce.read_rows([HERE / "rows.yaml"])
-    reproduce.check_names(names, book)
-    runs = reproduce.finished_runs(root)
+    book = read_rows([HERE / "rows.yaml"])
+    check_names(names, book)
+    runs = finished_runs(root)
     lines = []
     for name in names:
         with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
-            run, _ = reproduce.find_run(book, name, book[name].seeds[0], runs)
+            run, _ = find_run(book, name, book[name].seeds[0], runs)
         if run is None:
             raise SystemExit(f"{name} has no finished run in {root}")
         result, task = described(run)
@@ -236,7 +238,7 @@ def described(run: runtime.Run):
     """The evaluation of a run's checkpoint under MAIN, done anew, and its task."""
     config = dict(run.config)
     with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
-        config["protocol"] = reproduce.compose(("data=cifar10", f"protocol={MAIN}"))["protocol"]
+        config["protocol"] = compose(("data=cifar10", f"protocol={MAIN}"))["protocol"]
     config["callbacks"] = {"evaluation": config["callbacks"]["evaluation"] | {"rerank": None}}
     data, model = runtime.build_data(config), runtime.load_model(run)
     with tempfile.TemporaryDirectory() as folder:
@@ -596,7 +598,7 @@ def save(figure, path: Path, bottom: float | None = None) -> None:
 
     figure.tight_layout(rect=(0, bottom or 0, 1, 1))
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, dpi=120, format="png", bbox_inches="tight")  # or legends beside the axes are cut
     plt.close(figure)
 
 

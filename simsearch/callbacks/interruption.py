@@ -75,6 +75,10 @@ class Interruption(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self._agree(trainer)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Or it would be broken off after its first batch, and the trainer would not run it again.
+        trainer._signal_connector.received_sigterm = False
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._patient:
             self._agree(trainer)

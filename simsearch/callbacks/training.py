@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -89,33 +88,10 @@ class StepSeed(pl.Callback):
 
 
 class SaveOnSigterm(pl.Callback):
-    """On SIGTERM writes last.ckpt into the ModelCheckpoint's folder, from which `resume=true` goes on.
-
-    The batch in work, or the validation, is finished first: the trainer would not run an interrupted
-    validation again. The run then ends with the signal's exit status.
-    """
-
-    def __init__(self) -> None:
-        self._late, self._handler = False, signal.SIG_DFL
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._handler = signal.signal(signal.SIGTERM, self._wait)
-        self._late, trainer._signal_connector.received_sigterm = trainer.received_sigterm, False
-
-    def _wait(self, *_: Any) -> None:
-        self._late = True
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self._handler)
-        if self._late:
-            self._late = False
-            signal.raise_signal(signal.SIGTERM)
+    """Writes last.ckpt into the ModelCheckpoint's folder when Interruption ends a training; `resume=true` goes on."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, SIGTERMException):
-            return
-        exception.code = 128 + signal.SIGTERM  # Lightning's has none, which would be success
-        if trainer.state.fn == TrainerFn.FITTING:
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING:
             folder = next(c.dirpath for c in trainer.callbacks if isinstance(c, ModelCheckpoint))
             trainer.save_checkpoint(Path(str(folder)) / "last.ckpt")
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simsearch import runtime, tracking
-from simsearch.commands import reproduce
 from simsearch.comparison.leaderboard import Entry, check_comparable, config_differences, leaderboard
 from simsearch.comparison.page import DETAILED, Case, Comparison, Picture, differences_by_query, page
 from simsearch.comparison.report import columns, csv_text, markdown_table, terminal_table
@@ -25,6 +24,7 @@ from simsearch.files import replacing
 from simsearch.images import encode_thumbnail
 from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import Engine
+from simsearch.studies.runs import digest
 
 THUMBNAIL_SIDE = 96
 # Of a config: where a run lies and who watches, which decides no number.
@@ -146,14 +146,14 @@ def configuration(result: Result) -> str:
 
 
 def seedless_digest(config: Mapping[str, Any]) -> str:
-    """reproduce.digest without the seeds, also those of the run that the training starts from."""
+    """runs.digest without the seeds, also those of the run that the training starts from."""
     plain = _without_seeds(config)
     start = plain["model"].get("start")
     if start is not None:
         folder = Path(start) if Path(start).is_dir() else Path(start).parent.parent
         if (folder / "config.yaml").is_file():
             plain["model"]["start"] = seedless_digest(runtime.open_run(folder).config)
-    return reproduce.digest({"seed": None, **plain})
+    return digest({"seed": None, **plain})
 
 
 def _without_seeds(node: Any) -> Any:

@@ -116,8 +116,7 @@ def save_catalog(
     columns: dict[str, list] = {"path": [collection.path(row) for row in rows.tolist()]}
     for names, attribute in zip(collection.classes, collection.attributes, strict=True):
         values = collection.column(attribute)[rows].tolist()
-        key = "label" if attribute == task.attribute else attribute
-        columns[key] = [names[value] if value >= 0 else None for value in values]
+        columns[attribute] = [names[value] if value >= 0 else None for value in values]
     images = collection.images[rows]
     bar = tqdm(images, desc="catalog", unit="img", leave=False)
     thumbnails = [encode_thumbnail(image, THUMBNAIL_SIDE) for image in bar]
@@ -127,7 +126,10 @@ def save_catalog(
         items=item_table(columns, thumbnails),
         encoder=model.encoder,
         config=runtime.encoder_config(run.config),
-        about={"source": {"run": run.folder.name, "data": collection.name, "protocol": task.name}},
+        about={
+            "source": {"run": run.folder.name, "data": collection.name, "protocol": task.name},
+            "label": task.attribute,
+        },
     )
 
 

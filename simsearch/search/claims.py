@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from simsearch.files import is_alive
+
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 90.0  # more than network file systems keep a file's times for
 
@@ -82,7 +84,7 @@ class Claims:
         except OSError:  # given back in this moment
             return False
         host, _, pid = owner.rpartition(" ")
-        if host == socket.gethostname() and pid.isdigit() and not _is_alive(int(pid)):
+        if host == socket.gethostname() and pid.isdigit() and _is_gone(int(pid)):
             return True
         before, since = self._seen.get(number, (None, 0.0))
         if before != changed:
@@ -102,13 +104,6 @@ def claimed(folder: Path) -> dict[int, int]:
     return found
 
 
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False  # an earlier process of this number: what is held is not asked for
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _is_gone(pid: int) -> bool:
+    # This process's own number is then an earlier one's: what is held is not asked for.
+    return pid == os.getpid() or not is_alive(pid)

@@ -1,0 +1,119 @@
+"""The rows of a study, as its rows.yaml states them: what trains, what is measured, what is expected."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simsearch import runtime
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A stated value and how far from it a new measurement may lie, both in units of the metric."""
+
+    value: float
+    tolerance: float
+
+    @classmethod
+    def of(cls, text: str) -> Expected:
+        """`0.61 ± 0.01` (or `0.61 +- 0.01`) as a value. Raises ValueError for other text."""
+        number = r"(-?\d*\.?\d+(?:[eE][-+]?\d+)?)"
+        match = re.fullmatch(rf"{number}\s*(?:±|\+-)\s*{number}", str(text).strip())
+        if not match or float(match[2]) < 0:
+            raise ValueError(f"{text!r} is no expected value: write `0.61 ± 0.01`, or null until it is known")
+        return cls(float(match[1]), float(match[2]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a study: what trains, what it starts from, what is measured and expected.
+
+    name: family-variant-size. what: one line for a reader. train: overrides of `simsearch train`. start:
+    the row whose run `model.start` names, or None. seeds: those that the study ran. minutes: of one
+    training on two cores. expect: measurement -> metric -> Expected, or None where nothing is known yet. A
+    measurement is a protocol's name as reports print it, perhaps with overrides of `simsearch evaluate`:
+    `10k-50k rerank=aqe`. fingerprints: protocol -> fingerprint of the data that the values belong to.
+    """
+
+    name: str
+    what: str
+    train: tuple[str, ...]
+    start: str | None
+    seeds: tuple[int, ...]
+    minutes: float
+    expect: dict[str, dict[str, Expected | None]]
+    fingerprints: dict[str, str]
+
+    @classmethod
+    def of(cls, name: str, fields: Mapping[str, Any], fingerprints: Mapping[str, str]) -> Row:
+        """The row that a file's mapping describes. Raises ValueError naming the row and the key."""
+        required, optional = {"what", "train", "minutes", "expect"}, {"start", "seeds"}
+        if missing := sorted(required - set(fields)):
+            raise ValueError(f"row {name} lacks {', '.join(missing)}")
+        if unknown := sorted(set(fields) - required - optional):
+            raise ValueError(f"row {name} has unknown keys {', '.join(unknown)}: choose from {required | optional}")
+        if not fields["expect"]:
+            raise ValueError(f"row {name} expects nothing: name a protocol and a metric, the value may be null")
+        return cls(
+            name=name,
+            what=fields["what"],
+            train=tuple(shlex.split(fields["train"])),
+            start=fields.get("start"),
+            seeds=tuple(fields.get("seeds", (0,))),
+            minutes=float(fields["minutes"]),
+            expect={
+                measurement: {metric: None if text is None else Expected.of(text) for metric, text in metrics.items()}
+                for measurement, metrics in fields["expect"].items()
+            },
+            fingerprints=dict(fingerprints),
+        )
+
+
+def row_files(given: str | None) -> list[Path]:
+    """The files that hold rows: the one given, or those of all studies. Raises ValueError where there is none."""
+    if given is not None:
+        return [Path(given).expanduser()]
+    studies = Path(runtime.CONF).parent / "experiments"
+    files = sorted(studies.glob("*/rows.yaml"))
+    if not files:
+        raise ValueError(f"no study in {studies} has a rows.yaml: name one with rows=<file>")
+    return files
+
+
+def read_rows(files: Iterable[Path]) -> dict[str, Row]:
+    """All rows by name, in the files' order. Raises ValueError for a damaged file and what does not fit together."""
+    book: dict[str, Row] = {}
+    for path in files:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            rows, fingerprints = content["rows"], content.get("fingerprints") or {}
+            parsed = {name: Row.of(name, fields, fingerprints) for name, fields in rows.items()}
+        except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is no file of rows: {error}") from error
+        if twice := [name for name in parsed if name in book]:
+            raise ValueError(f"{path} has rows of another file again: {', '.join(twice)}; name one with rows=<file>")
+        book |= parsed
+    for row in book.values():
+        chain = [row.name]
+        while (start := book[chain[-1]].start) is not None:
+            if start not in book:
+                raise ValueError(f"row {chain[-1]} starts from {start}, which is no row")
+            if start in chain:
+                raise ValueError(f"row {start} starts from itself: {' <- '.join([*chain, start])}")
+            chain.append(start)
+    return book
+
+
+def check_names(names: Iterable[str | None], book: Mapping[str, Row]) -> None:
+    """Raises ValueError for a name that is no row's."""
+    for name in names:
+        if name not in book:
+            wrong = "which row? row=<name>" if name is None else f"there is no row {name!r}"
+            raise ValueError(f"{wrong}; there are {', '.join(book)}, and row=all; list=true says more")
