@@ -179,10 +179,16 @@ def encoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_weights(node: Any) -> Any:
-    if isinstance(node, dict):
-        blank = {"weights": "random", "cache": None}
-        return {name: blank[name] if name in blank else _without_weights(value) for name, value in node.items()}
-    return [_without_weights(value) for value in node] if isinstance(node, list) else node
+    if isinstance(node, list):
+        return [_without_weights(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    blank = {"weights": "random", "cache": None, "start": None}
+
+    def stays(name: str, value: Any) -> bool:
+        return name not in blank or (name == "weights" and isinstance(value, dict))  # those of parts
+
+    return {name: _without_weights(value) if stays(name, value) else blank[name] for name, value in node.items()}
 
 
 def _check_targets(node: Any) -> None:
@@ -197,6 +203,17 @@ def _check_targets(node: Any) -> None:
         # Defined there, not only imported: models.backbones.torch leads anywhere.
         if not known or getattr(hydra.utils.get_object(target), "__module__", None) != module:
             raise ValueError(f"the catalog's config wants to call {target}: only simsearch's own models may be built")
+
+
+def network_of(run: str) -> dict[str, Any]:
+    """The node `model.network` of a run of a trained family. Raises ValueError where it has none."""
+    model = open_run(Path(run)).config["model"]
+    if "network" not in model:
+        raise ValueError(f"{run} has no trained network, as model=dir has: its model is {model.get('_target_')}")
+    return model["network"]
+
+
+OmegaConf.register_new_resolver("network_of", network_of, replace=True)
 
 
 def device(name: str) -> torch.device:

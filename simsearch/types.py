@@ -120,3 +120,28 @@ class RetrievalTask:
     exclude_self: bool
     fingerprint: str
     index_order: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns start..stop of a descriptor that describe one side of an image, such as its style.
+
+    weight: the square of the norm that they have, so that the inner product of two descriptors is the sum of
+    weight * cosine over parts; the weights of all parts sum to 1.
+    """
+
+    start: int
+    stop: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """What each place of an image adds to the inner product of its descriptor with another vector.
+
+    values: float32 (h, w), a grid of equal cells over the whole image. rest: what comes from no place.
+    values.sum() + rest is the inner product.
+    """
+
+    values: Tensor
+    rest: float

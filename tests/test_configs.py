@@ -22,6 +22,7 @@ NEEDS_A_NAME = {
     "timm": ["backbone.name=resnet10t"],
     "factory": ["index.factory=Flat"],
     "files": ["data.source=images"],
+    "art": ["data.source=images"],
     "art-targets": ["data.source=images"],
 }
 
@@ -53,6 +54,12 @@ def test_there_are_configs():
         "data_audit",
         "data_export",
         "data_convert",
+        "data_ingest",
+        "recommend",
+        "calibrate",
+        "serve",
+        "assess",
+        "export",
     }
     assert commands == set(PRIMARY)
     assert {
@@ -81,6 +88,12 @@ def test_primary_composes(name):
         "data_export": ["out=o"],
         "data_convert": ["gnd=g"],
         "instance": ["run=r", "gnd=g", "images=i", "run_dir=d"],
+        "data_ingest": ["images=i", "out=o"],
+        "recommend": ["catalog=c", "image=i"],
+        "calibrate": ["catalog=c"],
+        "serve": ["catalog=c"],
+        "assess": ["runs=[r]"],
+        "export": ["catalog=c", "out=o"],
     }
     values = compose(*required.get(name, []), name=name)
     assert values
@@ -100,11 +113,18 @@ def swept(sweep: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}={o}" for g, o in OPTIONS])
-def test_option_composes_and_builds(group, option):
-    overrides = [f"{group}={option}", *NEEDS_A_NAME.get(option, [])]
+def test_option_composes_and_builds(group, option, tmp_path):
+    overrides = [f"{group}={option}", *(NEEDS_A_NAME.get(option, []) if group not in ("model", "loss") else [])]
+    if group == "experiment" and option.startswith("art-"):
+        overrides += NEEDS_A_NAME["art"]
+    if (group, option) == ("model", "art-trained"):  # the network of a run, which is all that is read of it here
+        network = compose("model=dir", "backbone.weights=random", "backbone.size=64")["model"]["network"]
+        OmegaConf.save(OmegaConf.create({"model": {"network": network}}), tmp_path / "config.yaml")
+        overrides += [f"model.encoders.content.start='{tmp_path}'"]
     if group == "backbone":
         size = 70 if option == "dinov2-small" else 32  # transformers take multiples of their patch
-        overrides += [f"backbone.size={size}", "backbone.weights=random", "model.cache=null"]
+        weights = [] if option == "colour" else ["backbone.weights=random"]
+        overrides += [f"backbone.size={size}", *weights, "model.cache=null"]
     elif group in ("model", "pooling", "experiment"):
         overrides += ["backbone.weights=random", "backbone.size=64"]
     elif group in ("loss", "optimizer", "scheduler"):
@@ -137,6 +157,8 @@ def test_option_composes_and_builds(group, option):
         assert module.configure_optimizers()
         embeddings = torch.randn(6, module.dimension, requires_grad=True)
         labels = torch.tensor([0, 0, 1, 1, 1, 0])
+        if option == "art":  # several attributes
+            labels = torch.stack([labels, 1 - labels], dim=1)
         assert module.loss(embeddings, labels).isfinite()
     elif group == "sampler":
         batches = runtime.build(values["sampler"])(torch.arange(200) % 20)

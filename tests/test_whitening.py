@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from sklearn.decomposition import PCA
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from simsearch.functional.whitening import Moments, whitening_matrix
+from simsearch.functional.whitening import ClassMoments, Moments, discriminative_projection, whitening_matrix
 
 
 def vectors(n: int = 300, d: int = 12, seed: int = 0) -> torch.Tensor:
@@ -132,3 +134,79 @@ def test_degenerate_data():
         whitening_matrix(values, rows, 3, power=1.0)
     with pytest.raises(ValueError, match=r"\(N, 3\), got \(5, 1\)"):
         Moments.zeros(3).add(torch.ones(5, 1))
+
+
+# ------------------------------------------------------------------------------------ whitening by classes
+
+
+def labelled(n: int = 240, d: int = 10, classes: int = 6, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors around the centres of their classes, and int64 labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    centres = torch.randn(classes, d, generator=generator)
+    noise = torch.randn(n, d, generator=generator) @ torch.randn(d, d, generator=generator)
+    return (centres[labels] + 0.5 * noise).double(), labels
+
+
+def class_moments(data: torch.Tensor, labels: torch.Tensor, step: int = 37) -> ClassMoments:
+    summed = ClassMoments.zeros(data.shape[1])
+    for rows, names in zip(data.split(step), labels.split(step), strict=True):
+        summed.add_labelled(rows, names)
+    return summed
+
+
+def test_covariance_within_classes_by_a_loop():
+    data, labels = labelled()
+    scatter = sum(
+        np.outer(x - mean, x - mean)
+        for c in labels.unique()
+        for group in [data[labels == c].numpy()]
+        for mean in [group.mean(0)]
+        for x in group
+    )
+    within = class_moments(data, labels).within()
+    np.testing.assert_allclose(within, scatter / (len(data) - 6), rtol=1e-9, atol=1e-12)
+
+
+def test_discriminative_projection_is_lda_without_shrinkage():
+    data, labels = labelled()
+    mean, projection = discriminative_projection(class_moments(data, labels), 5, shrinkage=0.0)
+    np.testing.assert_allclose(mean, data.mean(0), rtol=1e-10)
+    expected = LinearDiscriminantAnalysis(solver="eigen").fit(data.numpy(), labels.numpy()).scalings_[:, :5].T
+    ours = projection.numpy()
+    cosine = (ours * expected).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(expected, axis=1)
+    np.testing.assert_allclose(np.abs(cosine), 1.0, atol=1e-8)
+
+
+@pytest.mark.parametrize("shrinkage", [0.1, 0.5, 1.0])
+def test_discriminative_projection_solves_the_generalised_problem(shrinkage):
+    data, labels = labelled()
+    summed = class_moments(data, labels)
+    within = summed.within().numpy()
+    within = (1 - shrinkage) * within + shrinkage * within.trace() / 10 * np.eye(10)
+    _, expected = scipy.linalg.eigh(np.cov(data.numpy().T, bias=True), within)  # columns v with v.T W v = 1, ascending
+    _, ours = discriminative_projection(summed, 4, shrinkage=shrinkage)
+    np.testing.assert_allclose(np.abs(ours), np.abs(expected[:, ::-1][:, :4].T), rtol=1e-6, atol=1e-9)
+
+
+def test_unknown_classes_and_the_cut_into_batches_change_nothing():
+    data, labels = labelled()
+    wider = torch.cat([data, 9 * torch.ones(5, 10, dtype=torch.float64)])
+    unknown = torch.cat([labels, torch.full((5,), -1)])
+    expected = discriminative_projection(class_moments(data, labels, step=240), 3, shrinkage=0.2)
+    for ours, other in zip(
+        discriminative_projection(class_moments(wider, unknown, 11), 3, shrinkage=0.2), expected, strict=True
+    ):
+        torch.testing.assert_close(ours, other, rtol=1e-9, atol=1e-9)
+
+
+def test_whitening_by_classes_says_what_it_needs():
+    data, _ = labelled(n=6)
+    with pytest.raises(ValueError, match="2 training images"):
+        class_moments(data, torch.arange(6)).within()
+    with pytest.raises(ValueError, match="equal"):
+        discriminative_projection(class_moments(torch.ones(4, 3), torch.zeros(4).long()), 2, shrinkage=0.5)
+    moments_ = class_moments(*labelled())
+    for wrong in ({"dimension": 11, "shrinkage": 0.1}, {"dimension": 2, "shrinkage": 1.5}):
+        with pytest.raises(ValueError, match="must lie in"):
+            discriminative_projection(moments_, wrong["dimension"], shrinkage=wrong["shrinkage"])

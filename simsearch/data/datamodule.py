@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Literal
 
@@ -24,12 +24,15 @@ from simsearch.types import Batch, RetrievalTask
 class CollectionRows(Dataset):
     """Some rows of a collection; a DataLoader fetches a whole batch by one indexing operation.
 
-    collection: the images. rows: int64 (N,). attribute: the one that becomes `label`.
+    collection: the images. rows: int64 (N,). attribute: the one that becomes `label`, int64 (B,); of several, in a
+    list, it is (B, A).
     """
 
-    def __init__(self, collection: Collection, rows: Tensor, attribute: str) -> None:
+    def __init__(self, collection: Collection, rows: Tensor, attribute: str | Sequence[str]) -> None:
         self.images = collection.images
-        self.labels = collection.column(attribute)
+        one = isinstance(attribute, str)
+        columns = [collection.column(name) for name in ([attribute] if one else attribute)]
+        self.labels = columns[0] if one else torch.stack(columns, dim=1)
         self.rows = rows
 
     def __len__(self) -> int:
@@ -79,6 +82,9 @@ class RetrievalDataModule(pl.LightningDataModule):
     augment: maps uint8 (B, 3, H, W) to the same, on the device, in training only. num_workers: loader
     processes.
 
+    targets: attributes that training labels (B, A) hold, set by a model whose loss wants several before the training
+    loader is made; the sampler sees the first. None: the protocol's attribute, (B,), as in evaluation.
+
     Raises ValueError for a batch size below 1 or a negative num_workers, TypeError for a protocol that
     cannot split.
     """
@@ -109,6 +115,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.augment = augment
         self.num_workers = num_workers
         self.sampler = sampler
+        self.targets: Sequence[str] | None = None
         self.allow_zero_length_dataloader_with_multiple_devices = True  # few queries on many ranks
         self._collection: Collection | None = None
         self._split: Split | None = None
@@ -149,8 +156,9 @@ class RetrievalDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Loader of the training rows in the sampler's order, which goes on where a run was interrupted."""
-        attribute = self.split.test.attribute
-        labels = self.collection.column(attribute)[self.split.train]
+        attribute = self.targets or self.split.test.attribute
+        first = attribute if isinstance(attribute, str) else attribute[0]
+        labels = self.collection.column(first)[self.split.train]
         batches = ShuffledBatches(labels, 128) if self.sampler is None else self.sampler(labels)
         rows = CollectionRows(self.collection, self.split.train, attribute)
         return ResumableLoader(rows, batches, _whole_batch, self.num_workers)

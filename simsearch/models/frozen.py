@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from simsearch.cache import ArrayCache
 from simsearch.functional.ragged import Ragged, in_order, stacks
 from simsearch.functional.ranks import from_first_rank, gather_batches, world_size
-from simsearch.functional.whitening import Moments, whitening_matrix
+from simsearch.functional.whitening import ClassMoments, Moments, discriminative_projection, whitening_matrix
 from simsearch.models.backbones import Backbone, OnBackbone
-from simsearch.models.features import collection_features
-from simsearch.types import Batch
+from simsearch.models.features import collection_features, one_region
+from simsearch.models.heat_maps import has_regions, region_heat_map
+from simsearch.types import Batch, HeatMap
 
 # ---------------------------------------------------------------------------------- the torch module
 
@@ -46,6 +47,14 @@ class Whitening(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("projection", torch.zeros(self.dimension, channels))
 
+    def no_moments(self, channels: int) -> Moments:
+        """What `collect` adds to, of no vectors of `channels` entries."""
+        return Moments.zeros(channels)
+
+    def collect(self, moments: Moments, vectors: Tensor, label: Tensor) -> None:
+        """Adds training vectors (B, R, C) of images with these labels, int64 (B,)."""
+        moments.add(vectors.flatten(0, 1))
+
     def fit(self, moments: Moments) -> None:
         """Takes mean and projection from the moments of training vectors."""
         mean, values, vectors = moments.principal()
@@ -57,6 +66,33 @@ class Whitening(nn.Module):
         if not self.projection.any():
             raise RuntimeError("the whitening is not fitted: run `simsearch train`, or load a trained run")
         return (vectors - self.mean) @ self.projection.T
+
+
+class LearnedWhitening(Whitening):
+    """Centred vectors projected so that those of one label lie close: whitening by what differs within labels.
+
+    Fitted in closed form on the labels that the protocol trains on, such as artists; see
+    simsearch.functional.whitening.discriminative_projection. shrinkage: of the covariance within labels.
+    """
+
+    def __init__(self, dimension: int, shrinkage: float = 0.4) -> None:
+        super().__init__(dimension, power=1.0, shrinkage=shrinkage)
+
+    def no_moments(self, channels: int) -> ClassMoments:
+        """What `collect` adds to, of no vectors of `channels` entries."""
+        return ClassMoments.zeros(channels)
+
+    def collect(self, moments: Moments, vectors: Tensor, label: Tensor) -> None:
+        """Adds training vectors (B, R, C) of images with these labels, int64 (B,); -1 is left out."""
+        assert isinstance(moments, ClassMoments)
+        moments.add_labelled(vectors.flatten(0, 1), label.repeat_interleave(vectors.shape[1]))
+
+    def fit(self, moments: Moments) -> None:
+        """Takes mean and projection from the moments of training vectors by label."""
+        assert isinstance(moments, ClassMoments)
+        mean, matrix = discriminative_projection(moments, self.dimension, shrinkage=self.shrinkage)
+        self.mean.copy_(mean)
+        self.projection.copy_(matrix)
 
 
 class Binarizer(Protocol):
@@ -87,11 +123,13 @@ class DescriptorHead(nn.Module):
             vectors = F.normalize(vectors.sum(1, keepdim=True), dim=-1)
         return vectors
 
+    def unit_regions(self, regions: Tensor) -> Tensor:
+        """What is summed: the region vectors (B, R, C) whitened and L2-normalised again, (B, R, D)."""
+        return regions if self.whitening is None else F.normalize(self.whitening(regions), dim=-1)
+
     def aggregate(self, regions: Tensor) -> Tensor:
         """L2-normalised descriptors (B, D) of region vectors (B, R, C)."""
-        if self.whitening is not None:
-            regions = F.normalize(self.whitening(regions), dim=-1)
-        return F.normalize(regions.sum(1), dim=-1)
+        return F.normalize(self.unit_regions(regions).sum(1), dim=-1)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.aggregate(self.regions(features))
@@ -174,6 +212,18 @@ class FrozenRetriever(OnBackbone, pl.LightningModule):
         return F.normalize(torch.stack(parts).sum(0), dim=-1)
 
     @property
+    def explains(self) -> bool:
+        """Whether `heat_map` can say where a similarity comes from."""
+        return self.binarizer is None and has_regions(self.head)
+
+    def heat_map(self, image: Tensor, vector: Tensor) -> HeatMap:
+        """Contributions of the places of an image (3, H, W) to the inner product of its descriptor with `vector`.
+
+        Where `explains` is True.
+        """
+        return region_heat_map(self.backbone, self.head, self.sizes, image, vector)
+
+    @property
     def encoder(self) -> nn.Module:
         """The module that a catalog keeps."""
         return self
@@ -198,7 +248,7 @@ class FrozenRetriever(OnBackbone, pl.LightningModule):
             raise ValueError("data.augment changes images that model.cache keeps the features of: set one to null")
         if self.cache is not None and collection is not None and self._stored is None:
             self.to(self.trainer.strategy.root_device)  # Lightning moves the module after this hook only
-            if not isinstance(collection.images, Ragged) or self._one_region():
+            if not isinstance(collection.images, Ragged) or one_region(self.head.regions, self.backbone):
                 self._stored = [self._features(collection, size) for size in self.sizes]
 
     def teardown(self, stage: str) -> None:
@@ -219,11 +269,6 @@ class FrozenRetriever(OnBackbone, pl.LightningModule):
         )
         return array, maps
 
-    def _one_region(self) -> bool:
-        """Whether images of every shape have one region."""
-        with torch.no_grad():
-            return self.head.regions(torch.rand(1, self.backbone.channels, 8, 16, device=self.device)).shape[1] == 1
-
     def _regions(self, batch: Batch) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """Places in the batch and region vectors (b, R, C) at each scale, by shape of image.
 
@@ -240,8 +285,8 @@ class FrozenRetriever(OnBackbone, pl.LightningModule):
             regions.append(self.head.regions(features) if maps else features)
         yield torch.arange(len(rows)), regions
 
-    def _describe(self, batch: Batch) -> Tensor:
-        """Descriptors or real-valued codes of a batch, in its order."""
+    def describe_batch(self, batch: Batch) -> Tensor:
+        """Descriptors or real-valued codes of a batch, in its order, of its stored features where there are any."""
         return in_order(*zip(*((places, self.describe(parts)) for places, parts in self._regions(batch)), strict=True))
 
     # Fitting and evaluation under a Trainer
@@ -255,7 +300,9 @@ class FrozenRetriever(OnBackbone, pl.LightningModule):
         return None
 
     def on_train_epoch_start(self) -> None:
-        self._moments, self._kept, self._seen = Moments.zeros(self.backbone.channels), [], 0
+        whitening = self.head.whitening
+        self._moments = None if whitening is None else whitening.no_moments(self.backbone.channels)
+        self._kept, self._seen = [], 0
 
     def backward(self, loss: Tensor) -> None:
         """Nothing: there is no gradient."""
@@ -263,10 +310,12 @@ class FrozenRetriever(OnBackbone, pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         with torch.no_grad():
             found = list(self._regions(batch))
-        if self.head.whitening is not None:
+        if (whitening := self.head.whitening) is not None:
             assert self._moments is not None
-            for vectors in (vectors for _, regions in found for vectors in regions):
-                self._moments.add(vectors.flatten(0, 1))
+            label = batch["label"] if batch["label"].ndim == 1 else batch["label"][:, 0]
+            for places, regions in found:
+                for vectors in regions:
+                    whitening.collect(self._moments, vectors, label.cpu()[places])
         if self.binarizer is not None and world_size() * self._seen < self.sample:
             self._kept.append([(places, [vectors.cpu() for vectors in regions]) for places, regions in found])
             self._seen += len(batch["index"])
@@ -290,13 +339,13 @@ class FrozenRetriever(OnBackbone, pl.LightningModule):
         self._moments, self._kept = None, []
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self._describe(batch)
+        return self.describe_batch(batch)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self._describe(batch)
+        return self.describe_batch(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self._describe(batch)
+        return self.describe_batch(batch)
 
     # Checkpoints hold what was fitted; the backbone comes again from where its weights came from
 

@@ -18,7 +18,7 @@ from simsearch.functional.gather import gather_rows
 from simsearch.functional.ragged import Ragged, by_shape
 from simsearch.functional.resize import Fit
 from simsearch.models.backbones import load_state
-from simsearch.models.features import pooled_features
+from simsearch.models.features import one_region, pooled_features
 from simsearch.types import Batch
 
 
@@ -97,8 +97,11 @@ class TrainedRetriever(pl.LightningModule):
     forward without stored activations and backward one after another (the streams of Gordo et al.
     2016); gradients are those of the whole batch, without dropout and with frozen batch normalisation. cache:
     trains on a frozen backbone, whose maps of the whole collection are computed once, kept there and
-    pooled in memory; images must be of one shape then, and can't be augmented. gather: the loss sees the
-    embeddings of all ranks, and its gradient is that of one large batch.
+    pooled in memory; images can't be augmented then, and those of many shapes must have one region each.
+    gather: the loss sees the embeddings of all ranks, and its gradient is that of one large batch.
+
+    A loss that has `attributes`, names of several, gets labels (B, A) of those, in this order; the classes of
+    the sampler are the first's.
 
     Images of many shapes (Ragged) go through the network shape by shape: the embedding of one does not
     depend on the others in its batch. So batch normalisation must be frozen.
@@ -186,6 +189,7 @@ class TrainedRetriever(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        data.targets = getattr(self.loss, "attributes", None)
         if isinstance(data.collection.images, Ragged):
             self._check_ragged(stage)
         if self.cache is not None and self._pooled is None:
@@ -198,7 +202,10 @@ class TrainedRetriever(pl.LightningModule):
         known = {} if self.start is None else self._start_tensors(Path(self.start))
         self.network.load_state_dict(known, strict=False)  # what is prepared may depend on it
         self.network.to(self.trainer.strategy.root_device)
-        self.network.prepare(data.collection.images[data.split.train])  # type: ignore[operator]
+        if self._pooled is not None and hasattr(self.network, "prepare_regions"):
+            self.network.prepare_regions(self._pooled[data.split.train])
+        else:
+            self.network.prepare(data.collection.images[data.split.train])  # type: ignore[operator]
         self.network.load_state_dict(known, strict=False)
         if self.start is not None:
             self.network.provenance = {**self.network.provenance, "weights": self.start}  # type: ignore[dict-item]
@@ -209,9 +216,13 @@ class TrainedRetriever(pl.LightningModule):
                 "the images are of many shapes (data.fit=longest) and the network sees squares: use "
                 "backbone.fit=longest, or data.fit=square"
             )
-        if self.cache is not None:
-            raise ValueError("model.cache keeps maps of one shape: set it to null, or data.fit=square")
-        if stage == "fit" and not self.freeze_batchnorm and any(isinstance(m, _BATCHNORM) for m in self.modules()):
+        if self.cache is not None and not one_region(self.network.pool, self.network.backbone):  # type: ignore[arg-type]
+            raise ValueError(
+                "model.cache keeps as many regions of one image as of another: set it to null, or data.fit=square, or "
+                "choose a pooling with one region"
+            )
+        trains = stage == "fit" and not self.freeze_batchnorm and self.cache is None
+        if trains and any(isinstance(m, _BATCHNORM) for m in self.modules()):
             raise ValueError(
                 "images of many shapes (data.fit=longest) go through the network shape by shape, and batch "
                 "normalisation would see each by itself: set model.freeze_batchnorm=true, or data.fit=square"

@@ -1,0 +1,60 @@
+"""Which places of an image its descriptor's similarity comes from: exact for sums of region vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from simsearch.functional.heat_map import regrid, spread_regions
+from simsearch.functional.pooling import rmac_regions
+from simsearch.models.backbones import Backbone
+from simsearch.models.pooling import RMAC
+from simsearch.types import HeatMap
+
+
+def has_regions(head: nn.Module) -> bool:
+    """Whether a DescriptorHead sums vectors of regions that lie somewhere in the image."""
+    return isinstance(head.pooling, RMAC) and bool(head.whiten_regions)
+
+
+def region_heat_map(
+    backbone: Backbone, head: nn.Module, sizes: Sequence[int], image: Tensor, vector: Tensor
+) -> HeatMap:
+    """Contributions of places of an image (3, H, W) to the inner product of its descriptor with `vector` (D,).
+
+    head: a DescriptorHead for which has_regions holds. The descriptor is a sum over regions and scales, divided by
+    norms that are taken as they are; what a region adds is spread evenly over its cells, those of all scales added
+    on the finest grid. With fit "square" what lies outside the centre square has 0. rest is 0.
+    """
+    height, width = image.shape[1:]
+    box = (0.0, 1.0, 0.0, 1.0)
+    if backbone.fit == "square":
+        box = (*_middle(height, width), *_middle(width, height))
+    grids, totals = [], []
+    for size in sizes:
+        maps = backbone(image[None], size)
+        units = head.unit_regions(head.regions(maps))[0]  # type: ignore[operator]
+        total = units.sum(0)
+        shape = maps.shape[2:]
+        grids.append(spread_regions(units @ vector / total.norm(), _rectangles(head.pooling, *shape), *shape))
+        totals.append(total / total.norm())
+    norm = torch.stack(totals).sum(0).norm()
+    finest = max((grid.shape for grid in grids), key=lambda shape: shape[0] * shape[1])
+    cells = (round(finest[0] / (box[1] - box[0])), round(finest[1] / (box[3] - box[2])))
+    values = torch.stack([regrid(grid / norm, cells, box) for grid in grids]).sum(0)
+    return HeatMap(values, 0.0)
+
+
+def _middle(side: int, other: int) -> tuple[float, float]:
+    """Where the centre square begins and ends along one side of an image, in 0..1."""
+    square = min(side, other)
+    start = (side - square) // 2
+    return start / side, (start + square) / side
+
+
+def _rectangles(pooling: nn.Module, height: int, width: int) -> list[tuple[int, int, int, int]]:
+    squares = rmac_regions(height, width, pooling.levels, pooling.overlap)  # type: ignore[arg-type]
+    whole = [(0, 0, height, width)] if pooling.whole else []
+    return [(top, left, side, side) for top, left, side in squares] + whole
