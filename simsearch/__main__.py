@@ -13,9 +13,15 @@ COMMANDS = {
     "index": "make a catalog of a folder or manifest of images with a run's encoder, or of shards",
     "extract": "describe many images by any number of processes into shards, to make a catalog of with index",
     "search": "find images in a catalog that are similar to an image or a folder of images",
+    "recommend": "similar artworks by images or items, with filters, negatives, weights and diversity",
+    "calibrate": "thresholds by which a catalog says no, at a stated rate of false matches",
+    "serve": "an HTTP API and a web page on one or more catalogs",
+    "assess": "measure a run on an art collection: artist, style, period, work, open set, as a recommender",
+    "export": "a catalog's encoder as ONNX files, checked to give the same neighbours",
     "instance": "measure a run's encoder on a benchmark with easy, hard and junk items (Revisited Oxford / Paris)",
     "compare": "rank runs in a table and on a page, with paired tests against a baseline",
     "reproduce": "train and measure a study's row anew, beside the value that the study states",
+    "data ingest": "check, clean and decode a collection of images from anywhere; leaves a report",
     "data audit": "list near-duplicates between queries and gallery or training images",
     "data export": "write images of a collection as files with a manifest",
     "data convert": "turn a ground truth of Revisited Oxford / Paris (.pkl) into JSON, executing nothing in it",
@@ -26,6 +32,10 @@ PATHS = (
     "gnd",
     "model.start",
     "image",
+    "unlike",
+    "outside",
+    "where",
+    "id",
     "images",
     "catalog",
     "out",
@@ -41,6 +51,7 @@ PATHS = (
     "figure",
     "without",
     "data.root",
+    "data.source",
     "backbone.weights",
 )
 
@@ -89,7 +100,7 @@ def quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if not equals or key not in PATHS or value in ("", "null", "???") or value[0] in "'\"" or "${" in value:
         return argument
-    if key == "runs" and value[0] == "[":  # several
+    if key in ("runs", "catalog", "root", "image", "unlike", "id") and value[0] in "[{":  # several
         return argument
     escaped = os.path.expanduser(value).replace("'", "\\'")
     return f"{key}='{escaped}'"

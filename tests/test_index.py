@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from simsearch.index import faiss_index
 from simsearch.index.faiss_index import FaissIndex
 
 CONFIGS = sorted((Path(__file__).parents[1] / "conf" / "index").glob("*.yaml"))
@@ -264,6 +265,98 @@ class TestReconstruct:
         index = filled("BHash8", codes(50))
         with pytest.raises(ValueError, match="cannot decode the items of 'BHash8'"):
             index.reconstruct()
+
+
+class TestAmong:
+    """Search among some of the items is brute force over what is stored of them."""
+
+    FAMILIES = (*FLOAT_FAMILIES, "IVF8,PQ4x4,RFlat", "PQ4x4fs", *BINARY_FAMILIES)
+
+    @staticmethod
+    def expected(index: FaissIndex, queries: Tensor, mask: Tensor, k: int) -> Tensor:
+        """Scores float64 (Q, k), -inf where there are fewer."""
+        scores = similarities(queries, index.reconstruct(), index.metric)
+        scores[:, ~mask] = -math.inf
+        return ranked(scores, k)[1]
+
+    @pytest.mark.parametrize("share", [0.9, 0.2, 0.01])
+    @pytest.mark.parametrize("factory", FAMILIES)
+    def test_brute_force(self, factory, share):
+        items, queries = family_data(factory)
+        index = filled(factory, items)
+        mask = torch.rand(600, generator=torch.Generator().manual_seed(3)) < share
+        result = index.search(queries, 10, mask)
+        expected = self.expected(index, queries, mask, 10)
+        assert torch.equal(result.ids < 0, expected.isneginf())
+        assert mask[result.ids[result.ids >= 0]].all()
+        if factory.startswith("PCA"):  # its queries are projected too: the order is that of what is stored
+            return
+        torch.testing.assert_close(result.scores.double(), expected, atol=2e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize(("factory", "options"), [("IVF16,Flat", {"nprobe": 2}), ("HNSW16", {"ef_search": 16})])
+    def test_recall_of_selecting_inside(self, factory, options, monkeypatch):
+        """Where there are too many to compare all: the more selective, the wider the search."""
+        monkeypatch.setattr(faiss_index, "_FEW", 0)
+        monkeypatch.setattr(faiss_index, "_KEPT_ROWS", 0)
+        monkeypatch.setattr(FaissIndex, "_search_rows", None)
+        items, queries = clustered(2000), clustered(30, seed=1)
+        index = filled(factory, items, **options)
+        for share in (0.5, 0.05):
+            mask = torch.rand(2000, generator=torch.Generator().manual_seed(3)) < share
+            result = index.search(queries, 10, mask)
+            expected = self.expected(index, queries, mask, 10)
+            assert (result.scores >= expected[:, -1:] - 1e-5).double().mean() > 0.97
+
+    def test_blocks_and_ties(self, monkeypatch):
+        monkeypatch.setattr(faiss_index, "_BLOCK", 7)
+        items = codes(100, width=1)  # ties everywhere
+        index, mask = filled("BIVF4", items), torch.arange(100) % 3 == 0
+        result = index.search(items[:20], 12, mask)
+        scores = similarities(items[:20], items[mask], "hamming")
+        ids, values = ranked(scores, 12)
+        assert torch.equal(result.scores.double(), values)
+        assert torch.equal(result.ids, mask.nonzero()[:, 0][ids])
+
+    def test_all_and_none(self):
+        for factory in ("Flat", "IVF8,Flat", "PQ4x4", "BFlat"):
+            items, queries = family_data(factory)
+            index = filled(factory, items)
+            assert (index.search(queries, 3, torch.zeros(600, dtype=torch.bool)).ids == -1).all()
+        result = filled("Flat", clustered(50)).search(clustered(5, seed=1), 9, torch.ones(50, dtype=torch.bool))
+        assert torch.equal(result.ids, filled("Flat", clustered(50)).search(clustered(5, seed=1), 9).ids)
+
+    @pytest.mark.parametrize("among", [torch.ones(20), torch.ones(19, dtype=torch.bool)])
+    def test_wrong(self, among):
+        with pytest.raises(ValueError, match=r"among must be bool \(20,\)"):
+            filled("Flat", clustered(20)).search(clustered(1), 3, among)
+
+
+class TestRows:
+    @pytest.mark.parametrize("factory", [*FLOAT_FAMILIES, "RR16,IVF8,Flat", *BINARY_FAMILIES])
+    def test_are_those_of_reconstruct(self, factory):
+        items, _ = family_data(factory)
+        index = filled(factory, items)
+        positions = torch.tensor([599, 0, 17, 17])
+        torch.testing.assert_close(index.rows(positions), index.reconstruct()[positions])
+        assert index.rows(positions[:0]).shape == (0, items.shape[1])
+        index.add(items[:3])
+        torch.testing.assert_close(index.rows(torch.tensor([602, 5])), index.reconstruct()[[602, 5]])
+
+    def test_leave_no_trace_in_the_file(self, tmp_path):
+        items, _ = family_data("IVF8,Flat")
+        index = filled("IVF8,Flat", items)
+        before = index.bytes_per_item
+        index.save(tmp_path / "a")
+        index.rows(torch.tensor([3]))
+        index.save(tmp_path / "b")
+        assert index.bytes_per_item == before
+        assert (tmp_path / "a/index.faiss").read_bytes() == (tmp_path / "b/index.faiss").read_bytes()
+        assert torch.equal(index.rows(torch.tensor([3]))[0], items[3])
+
+    @pytest.mark.parametrize("position", [-1, 20])
+    def test_outside(self, position):
+        with pytest.raises(ValueError, match=r"positions must lie in 0 \.\. 19"):
+            filled("Flat", clustered(20)).rows(torch.tensor([0, position]))
 
 
 class TestGrowth:

@@ -52,6 +52,8 @@ def main(config: DictConfig) -> None:
         for answer in answers:
             runtime.show(answer_table(answer))
         print(f"{len(answers)} queries against {len(catalog)} items, {milliseconds:.1f} ms each with decoding")
+        if not config.figure:
+            print("see them: the same command with figure=neighbours.png", file=sys.stderr)
     if config.figure:
         save_grid(Path(config.figure), [answer_tiles(catalog, answer) for answer in answers[: config.rows]])
         print(f"picture: {config.figure}", file=sys.stderr)
@@ -114,7 +116,7 @@ def answer_tiles(catalog: Catalog, answer: Answer) -> list[Tile]:
     """The query and its items' thumbnails as a row of a picture."""
     tiles = [Tile(answer.image, Path(answer.query).name)]
     for item, data in zip(answer.items, catalog.thumbnails(answer.positions), strict=True):
-        name = item.get("label") or Path(item["path"]).name
+        name = item.get(catalog.about.get("label", "label")) or Path(item["path"]).name
         tiles.append(Tile(decode_thumbnail(data), f"{item['score']:.2f} {name}"))
     return tiles
 

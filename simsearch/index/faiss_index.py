@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,12 @@ from simsearch.types import SearchResult
 
 _METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 _ADVISED_PER_CENTROID = 39  # ClusteringParameters.min_points_per_centroid
+# Searching n selected of N items (measured in experiments/2026-11-23-art-recommender/filters.py): an IVF index visits
+# _MORE_LISTS N / n times its lists, an HNSW graph keeps _MORE_KEPT N / n times its candidates. Where these are so many
+# that they cost more than _KEPT_ROWS rows each, or where there are no more than _FEW items, all of them are compared.
+_MORE_LISTS, _MORE_KEPT, _KEPT_ROWS, _FEW = 4, 16, 5, 1000
+_BLOCK = 2**14  # stored rows that are decoded together
+_FIRST_READ = threading.Lock()  # of all indexes: one of its own could not be copied with the index
 _SETTINGS = ("factory", "metric", "nprobe", "ef_search", "train_size", "seed")
 
 
@@ -82,6 +89,7 @@ class FaissIndex:
         self.train_size = train_size
         self.seed = seed
         self._index: Any = None  # FAISS's own index, once the dimension is known
+        self._codes: Tensor | None = None  # of a binary index, for `rows`
         self._empty_bytes = 0
         # A misspelt factory should not wait for hours of feature extraction to be noticed; what
         # depends on the dimension waits for the vectors.
@@ -162,9 +170,10 @@ class FaissIndex:
         array = self._checked(vectors)
         if self._index is None:
             self._train(array)
+        self._codes = None
         self._index.add(array)
 
-    def search(self, vectors: Tensor, k: int) -> SearchResult:
+    def search(self, vectors: Tensor, k: int, among: Tensor | None = None) -> SearchResult:
         """Returns the k most similar items of each of Q queries: ids and scores (Q, k), best first.
 
         Scores: inner product, minus squared L2 distance, or minus Hamming distance; those of a
@@ -173,7 +182,12 @@ class FaissIndex:
         the items that tie with the k-th score are in: the first added for l2 and Hamming, FAISS's
         choice for inner product.)
 
-        Raises ValueError for bad queries, an empty index, k < 1 and k > len(index).
+        among: bool (N,), the items that may be answered; where they are fewer than k, the places left have id -1.
+        They are selected inside FAISS, not from what it found, and the more selective, the more an IVF index visits
+        and an HNSW graph keeps, so that recall holds up. Few of them, and those of the kinds that cannot select (PQ,
+        RFlat, IVF of codes, ...), are decoded and all compared.
+
+        Raises ValueError for bad queries, an empty index, k < 1 and k > len(index), and for another `among`.
         """
         array = self._checked(vectors)
         if len(self) == 0:
@@ -182,7 +196,51 @@ class FaissIndex:
             raise ValueError(f"k must be at least 1, got {k}")
         if k > len(self):
             raise ValueError(f"k={k} neighbours asked of an index of {len(self)} items: lower k")
-        values, positions = self._index.search(array, k)
+        if among is None:
+            return self._result(*self._index.search(array, k))
+        if among.dtype != torch.bool or among.shape != (len(self),):
+            raise ValueError(f"among must be bool ({len(self)},), got {among.dtype} {tuple(among.shape)}")
+        selected = int(among.sum())
+        parameters = self._selecting(among, selected)
+        if parameters is not None:
+            try:
+                return self._result(*self._index.search(array, k, params=parameters))
+            except RuntimeError:  # a kind, or a release of FAISS, that takes no selector
+                pass
+        return self._search_rows(vectors, k, among.nonzero()[:, 0])
+
+    def _selecting(self, among: Tensor, selected: int) -> Any:
+        """FAISS's search parameters that select; None where all rows are to be compared instead."""
+        if selected == 0:
+            return None
+        api: Any = faiss  # the stubs know nothing of what FAISS's Python layer adds
+        sel = api.IDSelectorBitmap(np.packbits(among.numpy(), bitorder="little"))
+        wider = len(self) / selected
+        for part in _parts(self._index):
+            if isinstance(part, faiss.IndexIVF):
+                lists = min(part.nlist, math.ceil(_MORE_LISTS * wider * part.nprobe))
+                return None if selected <= _FEW else api.SearchParametersIVF(sel=sel, nprobe=lists)
+            if hasattr(part, "hnsw"):
+                kept = math.ceil(_MORE_KEPT * wider * part.hnsw.efSearch)
+                few = selected <= max(_FEW, _KEPT_ROWS * kept)
+                return None if few else api.SearchParametersHNSW(sel=sel, efSearch=kept)
+        return api.SearchParameters(sel=sel)
+
+    def _search_rows(self, vectors: Tensor, k: int, positions: Tensor) -> SearchResult:
+        """The answer among the items at ascending `positions` (n,), by comparing all of them."""
+        ids = torch.full((len(vectors), k), -1, dtype=torch.int64)
+        scores = torch.full((len(vectors), k), -math.inf)
+        for block in positions.split(_BLOCK) if len(positions) else ():
+            rows = FaissIndex("BFlat" if self.is_binary else "Flat", self.metric)
+            rows.add(self.rows(block))
+            found = rows.search(vectors, min(k, len(block)))
+            both = torch.cat([scores, found.scores], dim=1)
+            # Stable, and earlier blocks first: equal scores stay in the order of addition.
+            best = both.argsort(dim=1, descending=True, stable=True)[:, :k]
+            scores, ids = both.gather(1, best), torch.cat([ids, block[found.ids]], dim=1).gather(1, best)
+        return SearchResult(ids, scores)
+
+    def _result(self, values: np.ndarray, positions: np.ndarray) -> SearchResult:
         ids = torch.from_numpy(positions)
         scores = torch.from_numpy(values).to(torch.float32)
         if self.metric != "ip":
@@ -212,6 +270,32 @@ class FaissIndex:
         except RuntimeError as error:
             raise ValueError(f"FAISS cannot decode the items of {self.factory!r}: {_reason(error)}") from None
 
+    def rows(self, positions: Tensor) -> Tensor:
+        """Returns what the index stores of the items at `positions`, int64 (n,): float32 (n, D), or codes uint8.
+
+        As `reconstruct` has it. The first call on an IVF index makes a map of 8 bytes an item, on a binary index a
+        copy of its codes. Any number of threads may call this and `search`.
+
+        Raises ValueError for a position outside the index, and where FAISS cannot decode the factory.
+        """
+        if len(positions) == 0:
+            return self.reconstruct(0, 0)
+        if int(positions.min()) < 0 or int(positions.max()) >= len(self):
+            raise ValueError(f"positions must lie in 0 .. {len(self) - 1}, got {positions[:5].tolist()} ...")
+        if self.is_binary:
+            with _FIRST_READ:
+                if self._codes is None:
+                    self._codes = self.reconstruct()
+            return self._codes[positions]
+        try:
+            with _FIRST_READ:
+                for part in _parts(self._index):
+                    if isinstance(part, faiss.IndexIVF) and part.direct_map.no():
+                        part.make_direct_map()
+            return torch.from_numpy(self._index.reconstruct_batch(np.ascontiguousarray(positions.numpy())))
+        except RuntimeError as error:
+            raise ValueError(f"FAISS cannot decode the items of {self.factory!r}: {_reason(error)}") from None
+
     @property
     def bytes_per_item(self) -> float:
         """Bytes that one more item adds: code, id and graph links, without what is shared.
@@ -224,6 +308,7 @@ class FaissIndex:
         """
         if len(self) == 0:
             raise ValueError("the index is empty: bytes per item are measured on items")
+        self._drop_maps()
         return (_serialised_bytes(self._index) - self._empty_bytes) / len(self)
 
     @property
@@ -246,6 +331,7 @@ class FaissIndex:
         """
         if self._index is None:
             raise ValueError("nothing to save: the index was neither trained nor filled")
+        self._drop_maps()
         folder = Path(path)
         with replacing(folder / "index.faiss") as data, replacing(folder / "index.json") as settings:
             write = faiss.write_index_binary if self.is_binary else faiss.write_index
@@ -346,6 +432,12 @@ class FaissIndex:
         self._configure(index)
         self._empty_bytes = _serialised_bytes(index)
         self._index = index
+
+    def _drop_maps(self) -> None:
+        """Takes away what `rows` made, which FAISS would write too."""
+        for part in _parts(self._index):
+            if isinstance(part, faiss.IndexIVF):
+                part.set_direct_map_type(faiss.DirectMap.NoMap)  # type: ignore[attr-defined]
 
     def _configure(self, index: Any) -> None:
         """Sets the search-time options wherever in the index they belong (behind OPQ, refinement, ...)."""

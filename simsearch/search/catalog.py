@@ -4,6 +4,7 @@
     index/                the FAISS index
     items.parquet         one row an item, in index order: path, attributes, thumbnail (image bytes)
     encoder.safetensors   all tensors of the encoder
+    calibration.json      scores from which on something is a match, by simsearch calibrate; its curves in calibration/
 
 No pickles. A catalog is written aside and moved into place whole.
 """
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,9 +32,11 @@ from simsearch.data.manifest import Manifest
 from simsearch.files import write_json
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import state_fingerprint
+from simsearch.types import Part
 
 FORMAT = 1
 _ENTRIES = {"catalog.json", "index", "items.parquet", "encoder.safetensors", "skipped.csv"}
+_ENTRIES |= {"calibration.json", "calibration"}
 THUMBNAIL = "thumbnail"
 _GROUP = 1024  # rows of items.parquet that are read together
 _ADDED = 2**16  # vectors that an index is given together
@@ -51,15 +54,27 @@ def encoder_fingerprint(encoder: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class Catalog:
-    """An opened catalog. items: one row an item without its thumbnail; about: catalog.json."""
+    """An opened catalog. items: one row an item without its thumbnail; about: catalog.json.
+
+    calibration: from which scores on something is a match (see `write_calibration`), None before it was calibrated.
+    """
 
     folder: Path
     index: FaissIndex
     items: pa.Table
     about: dict[str, Any]
+    calibration: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts of a descriptor, in the order of its columns; of a code one, its bits."""
+        if (stored := self.about.get("parts")) is not None:
+            return {name: Part(**part) for name, part in stored.items()}
+        width = self.index.bits if self.index.is_binary else self.index.dimension
+        return {"content": Part(0, int(width or 0), 1.0)}
 
     def thumbnails(self, positions: Sequence[int]) -> list[bytes]:
         """Image bytes of the items at these positions; reads only the parts of the file that hold them."""
@@ -96,7 +111,15 @@ def write_encoder(folder: Path, encoder: nn.Module) -> dict[str, Any]:
     return {
         "encoder_fingerprint": encoder_fingerprint(encoder),
         "backbone": dict(encoder.provenance),  # type: ignore[arg-type]
+        **_parts(encoder),
     }
+
+
+def _parts(encoder: nn.Module) -> dict[str, Any]:
+    """The entry `parts` of an encoder that has several, or codes, whose bits the index does not tell from padding."""
+    if (parts := getattr(encoder, "parts", None)) is None and encoder.bits is not None:
+        parts = {"content": Part(0, int(encoder.bits), 1.0)}  # type: ignore[arg-type]
+    return {} if parts is None else {"parts": {name: asdict(part) for name, part in parts.items()}}
 
 
 def read_encoder(folder: Path, about: Mapping[str, Any], encoder: nn.Module) -> None:
@@ -254,7 +277,32 @@ def read_catalog(folder: Path) -> Catalog:
         raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
     if len(index) != len(items):
         raise CatalogError(f"the catalog {folder} is damaged: {len(index)} vectors for {len(items)} items")
-    return Catalog(folder, index, items, about)
+    return Catalog(folder, index, items, about, _read_calibration(folder))
+
+
+def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
+    """Writes calibration.json of the catalog in `folder`, atomically; `read_catalog` reads it.
+
+    calibration: rate, the rate of false matches that was promised; same_work and similar, the scores (cosines at the
+    catalog's own weights) above which something is one, None where that was not calibrated; weights, of the parts;
+    negatives, how many scores of queries without a match each threshold comes from.
+    """
+    write_json(folder / "calibration.json", dict(calibration))
+
+
+def _read_calibration(folder: Path) -> dict[str, Any] | None:
+    try:
+        calibration = json.loads((folder / "calibration.json").read_text())
+        for name in ("same_work", "similar"):
+            if calibration[name] is not None:
+                float(calibration[name])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CatalogError(
+            f"{folder / 'calibration.json'} is damaged ({error!r}): delete it, or calibrate again"
+        ) from error
+    return calibration
 
 
 def item_table(columns: Mapping[str, Sequence[Any]], thumbnails: Sequence[bytes]) -> pa.Table:

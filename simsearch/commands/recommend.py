@@ -1,0 +1,203 @@
+"""simsearch recommend: artworks like these and not like those, with reasons, as a table, a JSON line and a picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor, nn
+
+from simsearch import runtime
+from simsearch.figures import Tile, save_grid
+from simsearch.images import decode_thumbnail, read_image
+from simsearch.search.catalog import Catalog, read_catalog
+from simsearch.search.engine import encode
+from simsearch.search.filters import parse_filters
+from simsearch.search.recommender import NONE, UNCALIBRATED, Recommendation, Recommender, Request
+
+_SHOWN = ("artist", "title", "year", "period", "style", "genre", "museum", "label")  # columns of the table
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to be like or unlike: an item of the catalog at `position`, or a file; its picture and descriptor."""
+
+    name: str
+    image: Tensor
+    vector: Tensor
+    position: int | None = None
+
+
+@runtime.command("recommend")
+def main(config: DictConfig) -> None:
+    if config.format not in ("table", "json"):
+        raise ValueError(f"format must be table or json, got {config.format!r}")
+    values = runtime.plain(config)
+    catalog = read_catalog(Path(config.catalog))
+    recommender = Recommender(catalog)
+    reader = Examples(recommender, runtime.device(config.device))
+    like = [reader.file(name) for name in listed(values["image"])]
+    like += [reader.item(recommender.position(name)) for name in listed(values["id"])]
+    unlike = [reader.any(name) for name in listed(values["unlike"])]
+    if not like:
+        raise ValueError("nothing to be like: give image=<file> or id=<position or path of an item>")
+    positions = [example.position for example in like + unlike if example.position is not None]
+    request = Request(
+        like=torch.stack([example.vector for example in like]),
+        unlike=torch.stack([example.vector for example in unlike]) if unlike else None,
+        k=config.k,
+        weights=given_weights(values["weights"], recommender),
+        where=parse_filters(config.where),
+        diversity=config.diversity,
+        collapse=config.collapse,
+        hubness=config.hubness,
+        exclude=tuple(positions),
+    )
+    answer = recommender.recommend(request)
+    kept = [i for i, verdict in enumerate(answer.verdicts) if config.force or verdict != NONE]
+    items = describe(recommender, answer, kept, [e.position for e in like if e.position is not None])
+    if config.format == "json":
+        query = {"like": [example.name for example in like], "unlike": [example.name for example in unlike]}
+        print(json.dumps({**query, "verdict": answer.verdict, "candidates": answer.candidates, "results": items}))
+    elif not len(answer.ids):
+        print(f"none of {len(catalog)} items is left to recommend: loosen where=")
+    elif not kept:
+        place = "among those that where= leaves" if request.where else "in the collection"
+        print(
+            f"no similar work {place}: the best of {answer.candidates} items scores {float(answer.scores.max()):.4f}, "
+            "which images from outside reach too; force=true shows it"
+        )
+    else:
+        runtime.show(answer_table(recommender, [e.name for e in like], [e.name for e in unlike], items, answer))
+        if len(kept) < len(answer.ids):
+            print(f"{len(answer.ids) - len(kept)} more are not similar enough to be told from chance; force=true")
+    if config.figure:
+        save_grid(Path(config.figure), tiles(catalog, like, unlike, items), side=128)
+        print(f"picture: {config.figure}", file=sys.stderr)
+
+
+class Examples:
+    """Reads examples for a recommender; its encoder is built when the first file is asked for."""
+
+    def __init__(self, recommender: Recommender, device: torch.device) -> None:
+        self.recommender, self.device = recommender, device
+        self._encoder: nn.Module | None = None
+
+    @property
+    def encoder(self) -> nn.Module:
+        if self._encoder is None:
+            encoder = runtime.build_encoder(self.recommender.catalog.about["config"])
+            self.recommender.catalog.load_encoder_state(encoder)
+            self._encoder = encoder.to(self.device)
+        return self._encoder
+
+    def file(self, name: str) -> Example:
+        """The image in a file. Raises ImageError where it cannot be read."""
+        image = read_image(Path(name), size=self.encoder.input_size, fit=self.encoder.fit)  # type: ignore[arg-type]
+        return Example(name, image, encode(self.encoder, image[None])[0])
+
+    def item(self, position: int) -> Example:
+        """An item of the catalog."""
+        catalog = self.recommender.catalog
+        name = catalog.items["path"][position].as_py()
+        image = decode_thumbnail(catalog.thumbnails([position])[0])
+        return Example(name, image, self.recommender.vectors([position])[0], position)
+
+    def any(self, name: str) -> Example:
+        """An item of the catalog by position or path, or else a file."""
+        try:
+            return self.item(self.recommender.position(name))
+        except ValueError:
+            return self.file(name)
+
+
+def listed(value: Any) -> list[str]:
+    """None, one value or several, as a list of texts."""
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [str(one) for one in values]
+
+
+def given_weights(weights: Mapping[str, float | None], recommender: Recommender) -> dict[str, float] | None:
+    """The weights that are given, None where none is."""
+    return {name: weight for name, weight in weights.items() if weight is not None} or None
+
+
+def describe(
+    recommender: Recommender, answer: Recommendation, kept: Sequence[int], examples: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Of each item kept: rank, id, score, verdict, parts, what it shares with the examples, and its attributes."""
+    ids = answer.ids[list(kept)].tolist()
+    rows = recommender.catalog.items.take(ids).to_pylist() if ids else []
+    shared = recommender.shared(ids, examples)
+    return [
+        {
+            "rank": i + 1,
+            "id": position,
+            "score": float(answer.scores[i]),
+            "verdict": answer.verdicts[i],
+            "parts": {name: float(part[i]) for name, part in answer.parts.items()},
+            "shared": common,
+            "attributes": row,
+        }
+        for i, position, row, common in zip(kept, ids, rows, shared, strict=True)
+    ]
+
+
+def answer_table(
+    recommender: Recommender,
+    like: Sequence[str],
+    unlike: Sequence[str],
+    items: Sequence[Mapping[str, Any]],
+    answer: Recommendation,
+) -> Table:
+    """The items as a table; what most of them share, or share with the examples, is said above it."""
+    title = escape(", ".join(like)) + (f"  (not like {escape(', '.join(unlike))})" if unlike else "")
+    consensus = recommender.consensus([item["id"] for item in items])
+    if consensus:
+        title += "\n" + escape("most are of " + ", ".join(f"{name} {value}" for name, value in consensus.items()))
+    judged = "" if answer.verdict == UNCALIBRATED else f"{answer.verdict}, "
+    title += f"\n{judged}of {answer.candidates} items"
+    table = Table(title=title, title_justify="left")
+    names = recommender.attributes.names
+    columns = [name for name in _SHOWN if name in names and any(item["attributes"][name] for item in items)]
+    parts = list(answer.parts) if len(answer.parts) > 1 else []
+    for name in ("rank", "score", *parts):
+        table.add_column(escape(name), justify="right", no_wrap=True)
+    for name in (*(["verdict"] if judged else []), *columns, "path"):
+        table.add_column(escape(name), overflow="fold")
+    for item in items:
+        cells = [str(item["rank"]), f"{item['score']:.4f}", *(f"{item['parts'][name]:.3f}" for name in parts)]
+        cells += [item["verdict"]] if judged else []
+        for name in columns:
+            text = escape("" if (value := item["attributes"][name]) is None else str(value))
+            cells.append(f"[bold]{text}[/bold]" if name in item["shared"] else text)
+        table.add_row(*cells, escape(item["attributes"]["path"]))
+    if any(item["shared"] for item in items):
+        table.caption = "bold: shared with the examples"
+    return table
+
+
+def tiles(
+    catalog: Catalog, like: Sequence[Example], unlike: Sequence[Example], items: Sequence[Mapping[str, Any]]
+) -> list[list[Tile]]:
+    """Rows of a picture: the first example and the items, then a row for each further example and counter-example."""
+    found = []
+    for item, data in zip(items, catalog.thumbnails([item["id"] for item in items]), strict=True):
+        about = [item["attributes"].get(name) for name in ("artist", "title", "year")]
+        words = ", ".join(str(word) for word in about if word) or Path(item["attributes"]["path"]).name
+        found.append(Tile(decode_thumbnail(data), f"{item['score']:.2f} {words}"))
+    rows = [[Tile(example.image, Path(example.name).name)] for example in like]
+    rows += [[Tile(example.image, f"not: {Path(example.name).name}")] for example in unlike]
+    return [[*rows[0], *found], *rows[1:]]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Conditions on the attributes of a catalog's items, from text to a mask.
+
+    artist=Claude Monet|Alfred Sisley; style!=Cubism; year=1850..1900; museum=*
+
+Conditions are joined by `;` and all must hold. `|` separates values of which one must match, letter case and
+spacing aside; `!=` turns a condition round; `low..high` is a range of numbers, either end may be left out; `*` is any
+known value. A name or value with one of `;|="` in it (a name: `!` too), a text like a range or `*`, and spaces at an
+end go in double quotes, a quote within is doubled: `title="Who; ""me""?"`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import threading
+import unicodedata
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+_CACHED = 64  # masks kept, a byte an item each
+_NUMERIC_SHARE = 0.9
+_TOKEN = re.compile(r'"(?:[^"]|"")*"|!=|[;|=]|[^;|="!]+|!|"')
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_RANGE = re.compile(rf"({_NUMBER})?\s*\.\.\s*({_NUMBER})?")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition: the attribute has one of `values`, or is a number in low .. high, or is known where none is given.
+
+    low, high: inclusive, None for an open end. negate: the items that the condition does not hold for, which are
+    all others, those whose value is unknown among them. str() is the text that `parse_filters` reads.
+
+    Raises ValueError for a range with values, and for ends the wrong way round.
+    """
+
+    attribute: str
+    values: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    negate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.values and (self.low is not None or self.high is not None):
+            raise ValueError(f"the filter on {self.attribute} has values and a range: make two conditions of them")
+        if self.low is not None and self.high is not None and not self.low <= self.high:
+            raise ValueError(f"the filter {self} holds for nothing: the lower end comes first")
+
+    def __str__(self) -> str:
+        if self.values:
+            right = "|".join(_quoted(value, value == "*" or bool(_RANGE.fullmatch(value))) for value in self.values)
+        elif self.low is None and self.high is None:
+            right = "*"
+        else:
+            right = "..".join("" if end is None else _number(end) for end in (self.low, self.high))
+        return f"{_quoted(self.attribute, '!' in self.attribute)}{'!=' if self.negate else '='}{right}"
+
+
+def parse_filters(text: str | None) -> tuple[Condition, ...]:
+    """The conditions that a text in the grammar of this module states; none for an empty text.
+
+    Raises ValueError for what is not in the grammar, naming the condition.
+    """
+    conditions, tokens = [], _TOKEN.findall(text or "")
+    while tokens:
+        end = tokens.index(";") if ";" in tokens else len(tokens)
+        if any(token.strip() for token in tokens[:end]):
+            conditions.append(_condition(tokens[:end]))
+        tokens = tokens[end + 1 :]
+    return tuple(conditions)
+
+
+def select(items: pa.Table, conditions: Sequence[Condition]) -> Tensor:
+    """Which rows of `items` meet all conditions, bool (N,). Raises ValueError as `Attributes.select` does."""
+    return Attributes(items).select(conditions)
+
+
+class Attributes:
+    """The attribute columns of a catalog's items, ready for filters; any number of threads may use it.
+
+    A column is read once, when it is first asked for, into a code an item; masks of the conditions last used are
+    kept. An empty text is an unknown value.
+    """
+
+    def __init__(self, items: pa.Table) -> None:
+        self.items = items
+        self._columns: dict[str, _Column] = {}
+        self._masks: OrderedDict[Condition, Tensor] = OrderedDict()
+        self._lock = threading.RLock()
+
+    @property
+    def names(self) -> list[str]:
+        """The attributes' names, in the order of the table."""
+        return list(self.items.column_names)
+
+    def column(self, name: str) -> _Column:
+        """The attribute of that name. Raises ValueError where there is none, naming those that exist."""
+        if name not in self.names:
+            close = difflib.get_close_matches(name, self.names, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(f"no attribute {name!r} in this catalog: {hint}there are {', '.join(self.names)}")
+        with self._lock:
+            if name not in self._columns:
+                self._columns[name] = _Column(self.items[name])
+            return self._columns[name]
+
+    def mask(self, condition: Condition) -> Tensor:
+        """Which items meet a condition, bool (N,), not to be written to. Raises ValueError as `select` does."""
+        with self._lock:
+            if condition not in self._masks:
+                self._masks[condition] = self._mask(condition)
+                while len(self._masks) > _CACHED:
+                    self._masks.popitem(last=False)
+            self._masks.move_to_end(condition)
+            return self._masks[condition]
+
+    def select(self, conditions: Sequence[Condition]) -> Tensor:
+        """Which items meet all conditions, bool (N,).
+
+        Raises ValueError for an unknown attribute, an unknown value, naming close ones, and a range over an attribute
+        without numbers.
+        """
+        mask = torch.ones(len(self.items), dtype=torch.bool)
+        for condition in conditions:
+            mask &= self.mask(condition)
+        return mask
+
+    def _mask(self, condition: Condition) -> Tensor:
+        column = self.column(condition.attribute)
+        if condition.low is None and condition.high is None:
+            holds = column.codes >= 0
+            if condition.values:
+                wanted = [code for value in condition.values for code in self._codes(condition.attribute, value)]
+                holds = np.isin(column.codes, wanted)
+        else:
+            numbers = column.numbers
+            if not np.isfinite(numbers).any():
+                raise ValueError(f"{condition.attribute} holds no numbers: a range has no meaning there")
+            low = -math.inf if condition.low is None else condition.low
+            high = math.inf if condition.high is None else condition.high
+            holds = (numbers >= low) & (numbers <= high)
+        return torch.from_numpy(~holds if condition.negate else holds)
+
+    def _codes(self, name: str, value: str) -> list[int]:
+        column = self.column(name)
+        if (codes := column.by_key.get(_key(value))) is None:
+            close = difflib.get_close_matches(_key(value), list(column.by_key)[:20_000], 3, cutoff=0.5)
+            near = " or ".join(repr(column.values[column.by_key[key][0]]) for key in close)
+            examples = ", ".join(repr(found) for found, _ in column.counted()[:3])
+            hint = f"did you mean {near}?" if near else f"there are {examples}, ..." if examples else "it has no values"
+            raise ValueError(f"no item has {name} {value!r}: {hint}")
+        return codes
+
+
+class _Column:
+    """One attribute. values: the distinct known texts; codes: int32 (N,), which of them, -1 for unknown.
+
+    by_key: positions in `values` of texts equal but for case and spacing, by their common form.
+    """
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        text = column if pa.types.is_string(column.type) else column.cast(pa.string())
+        text = pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), None, text)
+        encoded = pa.chunked_array(text.dictionary_encode()).unify_dictionaries().combine_chunks()
+        if isinstance(encoded, pa.ChunkedArray):  # combine_chunks of older releases
+            encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], pa.string()).dictionary_encode()
+        self.values: list[str] = encoded.dictionary.to_pylist()
+        self.codes: np.ndarray = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
+        self.by_key: dict[str, list[int]] = {}
+        for code, value in enumerate(self.values):
+            self.by_key.setdefault(_key(value), []).append(code)
+        self._numbers: np.ndarray | None = None
+
+    @property
+    def of_values(self) -> np.ndarray:
+        """The distinct values as numbers, float64, NaN for other texts."""
+        return np.array([_as_number(value) for value in self.values], dtype=np.float64)
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The items' values as numbers, float64 (N,), NaN where there is none."""
+        if self._numbers is None:
+            self._numbers = np.append(self.of_values, np.nan)[self.codes]
+        return self._numbers
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether nine in ten known values are numbers."""
+        known = self.codes >= 0
+        return bool(known.any()) and float(np.isfinite(self.numbers[known]).mean()) >= _NUMERIC_SHARE
+
+    def counted(self) -> list[tuple[str, int]]:
+        """Each distinct value and how many items have it, the most frequent first."""
+        counts = np.bincount(self.codes[self.codes >= 0], minlength=len(self.values))
+        order = np.argsort(-counts, kind="stable")
+        return [(self.values[code], int(counts[code])) for code in order]
+
+
+def _condition(tokens: list[str]) -> Condition:
+    text = "".join(tokens).strip()
+    sign = next((i for i, token in enumerate(tokens) if token in ("=", "!=")), None)
+    if sign is None:
+        raise ValueError(f"the filter {text!r} has no =: write attribute=value, as in artist=Claude Monet")
+    name, _ = _text(tokens[:sign], text)
+    if not name:
+        raise ValueError(f"the filter {text!r} names no attribute: write attribute=value")
+    right, negate = tokens[sign + 1 :], tokens[sign] == "!="
+    alternatives: list[list[str]] = [[]]
+    for token in right:
+        if token == "|":
+            alternatives.append([])
+        else:
+            alternatives[-1].append(token)
+    values = [_text(part, text) for part in alternatives]
+    if any(not value and not quoted for value, quoted in values):
+        raise ValueError(f"the filter {text!r} lacks a value: write attribute=value, or attribute=* for any known one")
+    if len(values) == 1 and not values[0][1]:
+        if values[0][0] == "*":
+            return Condition(name, negate=negate)
+        if (ends := _RANGE.fullmatch(values[0][0])) and any(ends.groups()):
+            low, high = (None if end is None else float(end) for end in ends.groups())
+            return Condition(name, (), low, high, negate)
+    for value, quoted in values:
+        if not quoted and (value == "*" or ((ends := _RANGE.fullmatch(value)) and any(ends.groups()))):
+            raise ValueError(f"in the filter {text!r} {value} stands beside other values: make two conditions of it")
+    return Condition(name, tuple(value for value, _ in values), negate=negate)
+
+
+def _text(tokens: list[str], condition: str) -> tuple[str, bool]:
+    """What a name or value says, and whether it was quoted."""
+    if "=" in tokens or "!=" in tokens:
+        raise ValueError(f"the filter {condition!r} has two =: put a value that holds one in double quotes")
+    if not any(token[0] == '"' for token in tokens):
+        return "".join(tokens).strip(), False
+    around = [token for token in tokens if token.strip()]
+    if len(around) > 1 or around[0] == '"':
+        raise ValueError(f"the quotes in the filter {condition!r} do not surround a whole value")
+    return around[0][1:-1].replace('""', '"'), True
+
+
+def _quoted(text: str, must: bool) -> str:
+    if must or not text or text != text.strip() or any(sign in text for sign in ';|="') or "!=" in text:
+        return '"' + text.replace('"', '""') + '"'
+    return text
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+
+
+def _as_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def _key(text: str) -> str:
+    """The form in which texts that differ in case, spacing or Unicode composition only are equal."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -1,0 +1,164 @@
+"""Filters: the grammar there and back, and masks against a search by hand."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simsearch.search.filters import Attributes, Condition, parse_filters, select
+
+TABLE = pa.table(
+    {
+        "artist": ["Claude Monet", "claude  monet", "Paul Cézanne", None, 'Who; me? | "x"', " ", "*"],
+        "year": ["1870", "1900", "c. 1890", None, "1850.5", "-3", "1900"],
+        "rating": pa.array([1, 2, None, 4, 5, 6, 7]),
+        "empty": pa.array([None] * 7, pa.string()),
+    }
+)
+
+
+def rows(text: str) -> list[int]:
+    return select(TABLE, parse_filters(text)).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", [0, 1, 2, 3, 4, 5, 6]),
+        (" ; ", [0, 1, 2, 3, 4, 5, 6]),
+        ("artist=CLAUDE MONET", [0, 1]),
+        ("artist = claude monet | Paul Ce\u0301zanne ;", [0, 1, 2]),
+        ("artist!=claude monet", [2, 3, 4, 5, 6]),
+        ("artist=*", [0, 1, 2, 4, 6]),
+        ("artist!=*", [3, 5]),
+        ('artist="*"', [6]),
+        ('artist="Who; me? | ""x"""', [4]),
+        ("year=1850..1890", [0, 4]),
+        ("year=1900..", [1, 6]),
+        ("year=..0", [5]),
+        ("year!=1850..1890", [1, 2, 3, 5, 6]),
+        ("year=1900", [1, 6]),
+        ("year=1850.5..1850.5", [4]),
+        ("rating=2..5", [1, 3, 4]),
+        ("rating=7|1", [0, 6]),
+        ("artist=claude monet; year=1880..; rating!=7", [1]),
+        ("empty!=*", [0, 1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_select(text, expected):
+    assert rows(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("artist", "has no =: write attribute=value"),
+        ("=x", "names no attribute"),
+        ("artist=", "lacks a value"),
+        ("artist=a|", "lacks a value"),
+        ("artist=a=b", "two =: put a value that holds one in double quotes"),
+        ('artist="a" b', "do not surround a whole value"),
+        ('artist="a', "do not surround a whole value"),
+        ("year=1800..1900|1950", "stands beside other values"),
+        ("artist=*|x", r"\* stands beside other values"),
+        ("year=1900..1800", "the lower end comes first"),
+        ("artsit=x", r"no attribute 'artsit' in this catalog: did you mean artist\? there are artist, year, rating"),
+        ("artist=Claude Mone", "did you mean 'Claude Monet'"),
+        ("artist=zzz", "no item has artist 'zzz': there are 'Claude Monet'"),
+        ("empty=x", "it has no values"),
+        ("artist=1800..1900", "artist holds no numbers: a range has no meaning there"),
+    ],
+)
+def test_what_is_wrong_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        rows(text)
+
+
+def test_a_condition_has_values_or_a_range():
+    with pytest.raises(ValueError, match="make two conditions"):
+        Condition("year", ("1900",), 1.0)
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12)
+NUMBER = st.floats(-1e18, 1e18).map(lambda value: value + 0.0)  # no -0.0
+
+
+@st.composite
+def conditions(draw: st.DrawFn) -> Condition:
+    name, negate = draw(TEXT), draw(st.booleans())
+    kind = draw(st.sampled_from(["values", "range", "known"]))
+    if kind == "values":
+        return Condition(name, tuple(draw(st.lists(TEXT, min_size=1, max_size=3))), negate=negate)
+    if kind == "known":
+        return Condition(name, negate=negate)
+    low, high = sorted([draw(NUMBER), draw(NUMBER)])
+    ends = draw(st.sampled_from([(low, high), (low, None), (None, high)]))
+    return Condition(name, (), *ends, negate)
+
+
+@given(st.lists(conditions(), max_size=3))
+@settings(deadline=None)
+def test_there_and_back(stated):
+    assert parse_filters("; ".join(map(str, stated))) == tuple(stated)
+
+
+@given(st.text(max_size=30))
+@settings(deadline=None)
+def test_any_text_is_read_or_refused(text):
+    try:
+        found = parse_filters(text)
+    except ValueError:
+        return
+    assert parse_filters("; ".join(map(str, found))) == found
+
+
+@given(
+    st.lists(st.one_of(st.none(), st.sampled_from(["a", "A", "b", "1", "2.5", "10", ""])), min_size=1, max_size=12),
+    st.sampled_from(["a", "1", "2.5"]),
+    st.booleans(),
+)
+@settings(deadline=None)
+def test_masks_are_a_search_by_hand(column, value, negate):
+    attributes = Attributes(pa.table({"x": pa.array(column, pa.string())}))
+    if any(text is not None and text.lower() == value for text in column):
+        mask = attributes.select([Condition("x", (value,), negate=negate)])
+        assert mask.tolist() == [((text or "").lower() == value) != negate for text in column]
+    if any(text in ("1", "2.5", "10") for text in column):
+        mask = attributes.select([Condition("x", (), 1.5, 10.0, negate)])
+        assert mask.tolist() == [(text in ("2.5", "10")) != negate for text in column]
+
+
+def test_masks_are_kept_and_not_handed_out():
+    attributes = Attributes(TABLE)
+    condition = Condition("year", (), 1800.0)
+    kept = attributes.mask(condition)
+    assert attributes.mask(condition) is kept
+    attributes.select([condition]).fill_(False)
+    assert attributes.mask(condition).sum() == 4
+    for year in range(70):
+        attributes.mask(Condition("year", (), float(year)))
+    assert attributes.mask(condition) is not kept
+    assert torch.equal(attributes.mask(condition), kept)
+
+
+def test_columns_tell_what_they_hold():
+    attributes = Attributes(TABLE)
+    assert attributes.names == ["artist", "year", "rating", "empty"]
+    assert attributes.column("year").counted()[0] == ("1900", 2)
+    assert {name: attributes.column(name).is_numeric for name in attributes.names} == {
+        "artist": False,
+        "year": False,  # five of six
+        "rating": True,
+        "empty": False,
+    }
+    assert attributes.column("empty").counted() == []
+
+
+def test_chunked_columns_share_their_values():
+    table = pa.concat_tables([pa.table({"x": ["a", "b"]}), pa.table({"x": ["b", "c", None]})])
+    assert table["x"].num_chunks == 2
+    assert select(table, parse_filters("x=b")).tolist() == [False, True, True, False, False]
+    assert select(table.slice(0, 0), ()).tolist() == []

@@ -1,0 +1,112 @@
+"""simsearch recommend and calibrate from a user's side."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import simsearch
+from PIL import Image
+
+from simsearch.__main__ import quoted
+from simsearch.search.catalog import read_catalog
+
+
+@pytest.fixture(scope="module")
+def catalog(small_run, tmp_path_factory) -> Path:
+    """A copy of the catalog of a run, to calibrate."""
+    return Path(shutil.copytree(small_run / "catalog", tmp_path_factory.mktemp("recommend") / "catalog"))
+
+
+@pytest.fixture(scope="module")
+def outside(tmp_path_factory) -> Path:
+    """Noise, and a file that is no image."""
+    folder = tmp_path_factory.mktemp("outside")
+    generator = np.random.default_rng(0)
+    for i in range(60):
+        Image.fromarray(generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder / "broken.png").write_text("nothing")
+    return folder
+
+
+def test_recommend_by_images_and_items(catalog, small_run, tmp_path):
+    items = read_catalog(catalog).items
+    image = sorted((small_run / "figures/queries").iterdir())[0]
+    path, other = items["path"][3].as_py(), items["path"][9].as_py()
+    done = simsearch(
+        "recommend",
+        f"catalog={catalog}",
+        f"image={image}",
+        f"id={path}",
+        "unlike=9",
+        "k=4",
+        "diversity=0.3",
+        "hubness=true",
+        "weights.content=2",
+        f"figure={tmp_path}/answer.png",
+        "format=json",
+    )
+    answer = json.loads(done.stdout)
+    assert answer["like"] == [str(image), path]
+    assert answer["unlike"] == [other]
+    assert answer["verdict"] == "uncalibrated"
+    assert [result["rank"] for result in answer["results"]] == [1, 2, 3, 4]
+    for result in answer["results"]:
+        assert result["attributes"]["path"] == items["path"][result["id"]].as_py()
+        assert sum(result["parts"].values()) == pytest.approx(result["score"], abs=1e-5)
+        assert result["id"] not in (3, 9)
+    with Image.open(tmp_path / "answer.png") as picture:
+        assert picture.width > 500
+        assert picture.height > 3 * 128  # two examples and a counter-example
+
+
+def test_filtered_table(catalog, tmp_path):
+    attribute = next(name for name in read_catalog(catalog).items.column_names if name in ("artist", "style", "label"))
+    value = read_catalog(catalog).items[attribute][0].as_py()
+    where = f"where={attribute}={value}"
+    done = simsearch("recommend", f"catalog={catalog}", "id=0", where, "k=3", cwd=tmp_path)
+    assert done.stdout.count(value) >= 3
+    assert "bold: shared with the examples" in done.stdout
+    assert not list(tmp_path.iterdir())  # no picture unless it is asked for
+    done = simsearch("recommend", f"catalog={catalog}", "id=0", f"where={attribute}=zzz", expect=1)
+    assert f"no item has {attribute} 'zzz'" in done.stderr
+
+
+def test_calibrated_it_says_no(catalog, outside):
+    done = simsearch("calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.1", "workers=0", "sample=1000")
+    assert "the same work" in done.stdout
+    assert "not-an-image" in done.stderr
+    calibration = json.loads((catalog / "calibration.json").read_text())
+    assert calibration["rate"] == 0.1
+    assert calibration["weights"] == {"content": 1.0}
+    assert calibration["same_work"] >= calibration["similar"]
+    assert calibration["negatives"]["similar"] + calibration["held_out"]["similar"]["of"] == 60
+    assert read_catalog(catalog).calibration == calibration
+    with (catalog / "calibration/curve.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["kind"] == "similar"]
+    thresholds = [float(row["threshold"]) for row in rows]
+    assert thresholds == sorted(thresholds)
+    with Image.open(catalog / "calibration/curve.png") as picture:
+        assert picture.width > 400
+
+    done = simsearch("recommend", f"catalog={catalog}", f"image={outside}/1.png", "k=3", "format=json")
+    answer = json.loads(done.stdout)
+    scores = [result["score"] for result in answer["results"]]
+    assert answer["verdict"] in ("none", "similar")  # one in ten may be taken for similar
+    assert all(score > calibration["similar"] for score in scores)
+    assert bool(scores) == (answer["verdict"] == "similar")
+
+
+def test_a_rate_that_cannot_be_promised(catalog):
+    done = simsearch("calibrate", f"catalog={catalog}", "rate=0.0001", expect=1)
+    assert "cannot promise a rate of 0.0001: it takes 9999" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["image", "id", "unlike"])
+def test_several_are_a_list(key):
+    assert quoted(f"{key}=[a.jpg,b.jpg]") == f"{key}=[a.jpg,b.jpg]"
+    assert quoted(f"{key}=a, b.jpg") == f"{key}='a, b.jpg'"
