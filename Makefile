@@ -13,7 +13,7 @@ help:
 	@echo "                               default), downloaded there where there is a network"
 	@echo "make run ARGS='pooling=gem'    any override of simsearch train"
 	@echo "make test                      the fast test suite;  make test-slow, make test-gpu: the others"
-	@echo "make test-browser              the comparison page in a headless Chromium that is installed"
+	@echo "make test-browser              the pages in a headless Chromium that is installed"
 	@echo "make test-slurm                jobs on a SLURM of its own on this machine, taken down again (needs root)"
 	@echo "make bench                     speed beside the usual ways;  make lint, make format, make clean"
 

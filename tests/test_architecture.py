@@ -28,11 +28,14 @@ MAY_IMPORT = {
     "search": {"index", "models", "functional", "images", "cache", "data", *GROUND},
     "callbacks": {"index", "metrics", "functional", "figures", *GROUND},
 }
+MAY_IMPORT["assessment"] = {"functional", "metrics", "data", *GROUND}
+MAY_IMPORT["serving"] = {"search", "index", "models", "functional", "images", "data", *GROUND}
 MAY_IMPORT["launch"] = {"callbacks", *GROUND}
 MAY_IMPORT["runtime"] = {*MAY_IMPORT, "runtime"}
 MAY_IMPORT["tracking"] = {"launch", "runtime", "callbacks", "data", "figures", *GROUND}
 MAY_IMPORT["sweeps"] = {"launch", "runtime", *GROUND}
 MAY_IMPORT["comparison"] = {"functional", "metrics"}
+MAY_IMPORT["studies"] = {*MAY_IMPORT, "runtime"}
 MAY_IMPORT["commands"] = {*MAY_IMPORT, "runtime"}
 MAY_IMPORT["rank"] = {"launch", "runtime", "commands"}
 MAY_IMPORT["__main__"] = {"commands"}

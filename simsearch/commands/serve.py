@@ -1,0 +1,150 @@
+"""simsearch serve: an HTTP API and a web page on one or more catalogs."""
+
+from __future__ import annotations
+
+import logging
+import re
+import signal
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+from omegaconf import DictConfig
+
+from simsearch import runtime
+from simsearch.serving.app import create_app
+from simsearch.serving.guard import is_loopback
+from simsearch.serving.library import Library, Source
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+SHUTDOWN_SECONDS = 30
+
+
+@runtime.command("serve")
+def main(config: DictConfig) -> None:
+    values = runtime.plain(config)
+    sources = find_sources(values["catalog"], values["root"])
+    limits = runtime.build(values["limits"])
+    if values["threads"] is not None:
+        torch.set_num_threads(values["threads"])
+    bound = bind(values["host"], values["port"])  # before the catalogs, which take their time
+    library = Library(sources, build=runtime.build_encoder, device=runtime.device(values["device"]), limits=limits)
+    hosts = values["allow_hosts"] or None
+    if is_loopback(values["host"]):
+        hosts = [*LOOPBACK, *(hosts or ())]
+    app = create_app(library, limits, hosts=hosts, origins=values["allow_origins"] or (), proxies=values["proxies"])
+    start_log()
+    server = Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=limits.connections,
+            timeout_keep_alive=75,  # longer than proxies keep theirs
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        ),
+        greeting(library, *bound.getsockname()[:2]),
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again once it has ended in order
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[bound])
+    print("ended", flush=True)
+
+
+class Server(uvicorn.Server):
+    """Says where it is once it answers."""
+
+    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
+        super().__init__(config)
+        self._greeting = greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(self._greeting, flush=True)
+
+
+def find_sources(catalog: str | Sequence[str] | Mapping[str, str], root: Any) -> dict[str, Source]:
+    """Catalogs by name. catalog: a folder, several, or {name: folder}; root: one for all, {name: root}, or None.
+
+    Raises ValueError for names that an address cannot hold or that come twice, and for roots that do not exist or
+    that no catalog has.
+    """
+    if isinstance(catalog, Mapping):
+        named = [(str(name), Path(folder)) for name, folder in catalog.items()]
+    else:
+        folders = [Path(folder) for folder in ([catalog] if isinstance(catalog, str) else catalog)]
+        named = [
+            (re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "catalog", folder) for folder in folders
+        ]
+    if not named:
+        raise ValueError("catalog lists none: give a folder, [a,b] or {name: folder}")
+    names = [name for name, _ in named]
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+            raise ValueError(f"a catalog's name is part of addresses: letters, digits, _ - and . only, got {name!r}")
+        if names.count(name) > 1:
+            raise ValueError(f"two catalogs are named {name}: name them by catalog={{one: <folder>, two: <folder>}}")
+    roots = root if isinstance(root, Mapping) else dict.fromkeys(names, root)
+    if unknown := sorted(set(roots) - set(names)):
+        raise ValueError(f"root names {unknown[0]}, which is no catalog here: there are {', '.join(names)}")
+    for path in roots.values():
+        if path is not None and not Path(path).is_dir():
+            raise ValueError(f"the image root {path} is not a folder")
+    return {name: Source(folder, Path(roots[name]) if roots.get(name) else None) for name, folder in named}
+
+
+def name_of(folder: Path) -> str:
+    """The folder's name as far as an address can hold it."""
+    return re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "catalog"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address. Raises ValueError where that cannot be."""
+    if not 0 <= port <= 65_535:
+        raise ValueError(f"port must lie in 0..65535 (0: any free one), got {port}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host} port {port} ({error}): give another host= or port=") from None
+    return bound
+
+
+def start_log() -> None:
+    """One line a request on standard error, and what goes wrong."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    for name, level in (("simsearch.serving", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
+def greeting(library: Library, host: str, port: int) -> str:
+    """What a user wants to know when the server is up."""
+    shown = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    lines = [f"simsearch serves at http://{shown}:{port}/ (API: http://{shown}:{port}/docs)"]
+    for loaded in library.catalogs:
+        images = f"images in {loaded.root}" if loaded.root else "thumbnails only (give root=<folder of the images>)"
+        lines.append(f"  {loaded.name}: {len(loaded.catalog)} items, {images}")
+        if loaded.catalog.calibration is None:
+            folder = library.sources[loaded.name].folder
+            lines.append(
+                "    not calibrated, so it answers whatever it is asked: simsearch calibrate "
+                f"catalog={folder} outside=<folder of other images>"
+            )
+    if not is_loopback(host):
+        lines.append("  open to all who reach this machine")
+    return "\n".join([*lines, "  ends with Ctrl-C"])
+
+
+if __name__ == "__main__":
+    main()

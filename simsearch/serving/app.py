@@ -1,0 +1,279 @@
+"""The HTTP API and the page: routes from requests to catalogs and back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+import simsearch
+from simsearch.images import ImageError
+from simsearch.serving.documentation import POLICY, documentation
+from simsearch.serving.guard import Guard
+from simsearch.serving.library import Library, Loaded
+from simsearch.serving.limits import Busy, Limits
+from simsearch.serving.messages import Explained, Reply, Search, Wanted
+from simsearch.serving.service import GONE, Service, position
+from simsearch.serving.uploads import status_of, viewable
+
+PAGE = Path(__file__).parent / "page"
+VIEW_SIDE = 1600
+_IMMUTABLE = "public, max-age=31536000, immutable"
+
+
+async def leased(request: Request, c: str) -> AsyncIterator[Loaded]:
+    """The catalog that an address names, held until the answer is sent."""
+    library: Library = request.app.state.service.library
+    with library.lease(c) as loaded:
+        if loaded is None:
+            names = ", ".join(other.name for other in library.catalogs)
+            raise HTTPException(404, f"no catalog {c!r}: there are {names}")
+        yield loaded
+
+
+Catalog = Annotated[Loaded, Depends(leased)]
+
+
+def cached(request: Request, etag: str, cache: str) -> Response | None:
+    """304 where the client has this version already."""
+    known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    if etag in known or "*" in known:
+        return Response(status_code=304, headers={"etag": etag, "cache-control": cache})
+    return None
+
+
+def media_type(data: bytes) -> str:
+    return "image/png" if data.startswith(b"\x89PNG") else "image/webp" if data[8:12] == b"WEBP" else "image/jpeg"
+
+
+def create_app(
+    library: Library,
+    limits: Limits,
+    *,
+    hosts: Sequence[str] | None = None,
+    origins: Sequence[str] = (),
+    proxies: int = 0,
+) -> FastAPI:
+    """The application that serves a library. hosts, origins, proxies: as `Guard` has them."""
+    service = Service(library, limits)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(service.watch())
+        yield
+        watching.cancel()
+        service.close()
+
+    app = FastAPI(
+        title="simsearch",
+        version=simsearch.__version__,
+        description="Similar images of one or more catalogs.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        default_response_class=Reply,
+    )
+    app.state.service = service
+    if origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"],
+                           allow_headers=["content-type"])  # fmt: skip
+    app.add_middleware(Guard, limits=limits, hosts=hosts, origins=origins, proxies=proxies)
+    _handle_errors(app)
+
+    @app.get("/api/health", tags=["server"])
+    async def health() -> Reply:
+        """Whether the server is well, and what it has loaded."""
+        catalogs = {
+            loaded.name: {"items": len(loaded.catalog), "loaded": loaded.since, "version": loaded.version}
+            | ({"error": library.problems[loaded.name]} if loaded.name in library.problems else {})
+            for loaded in library.catalogs
+        }
+        return Reply({"status": "ok", "uptime_s": service.uptime, "queue": service.pending, "catalogs": catalogs})
+
+    @app.get("/api/catalogs", tags=["catalogs"])
+    async def catalogs() -> Reply:
+        """The catalogs: their size, parts, attributes and calibration."""
+        return Reply([_about(loaded) for loaded in library.catalogs])
+
+    @app.get("/api/catalogs/{c}/values", tags=["catalogs"])
+    async def values(
+        request: Request,
+        loaded: Catalog,
+        attribute: str,
+        prefix: Annotated[str, Query(max_length=200)] = "",
+        limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+    ) -> Response:
+        """The values of an attribute and how many items have each, the most frequent first."""
+        etag = f'"{loaded.version}"'
+        if known := cached(request, etag, "no-cache"):
+            return known
+        try:
+            found = await service.reading.run(lambda: loaded.listing.values(attribute, prefix, limit))
+        except KeyError:
+            names = ", ".join(a.name for a in loaded.listing.attributes)
+            raise HTTPException(422, f"no attribute {attribute!r}: there are {names}") from None
+        return Reply(found, headers={"etag": etag, "cache-control": "no-cache"})
+
+    @app.get("/api/catalogs/{c}/items", tags=["items"])
+    async def items(
+        request: Request,
+        loaded: Catalog,
+        offset: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=1, le=500)] = 60,
+        text: Annotated[str, Query(max_length=200)] = "",
+        where: Annotated[str, Query(max_length=2000)] = "",
+        seed: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
+    ) -> Response:
+        """A page of the items with all words of `text` in title or artist that pass the filter `where`."""
+        etag = f'"{loaded.version}"'
+        if known := cached(request, etag, "no-cache"):
+            return known
+
+        def read() -> dict[str, Any]:
+            total, positions = loaded.listing.page(text=text, where=where, seed=seed, offset=offset, limit=limit)
+            return {"total": total, "items": loaded.describe(positions)}
+
+        try:
+            found = await service.reading.run(read)
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+        return Reply(found, headers={"etag": etag, "cache-control": "no-cache"})
+
+    @app.get("/api/catalogs/{c}/items/{item}", tags=["items"])
+    async def item(loaded: Catalog, item: int) -> Reply:
+        """An item's attributes and shape."""
+        at = position(item, loaded)
+        return Reply((await service.reading.run(lambda: loaded.describe([at])))[0])
+
+    @app.get("/api/catalogs/{c}/items/{item}/thumbnail", tags=["items"], response_class=Response)
+    async def thumbnail(request: Request, loaded: Catalog, item: int, v: str = "") -> Response:
+        """A small image of an item. With v=<version of the catalog> clients may keep it for good."""
+        at, etag = position(item, loaded), f'"{loaded.version}"'
+        cache = _IMMUTABLE if v == loaded.version else "no-cache"
+        if known := cached(request, etag, cache):
+            return known
+        data = await service.reading.run(lambda: loaded.thumbnails[at])
+        return Response(data, media_type=media_type(data), headers={"etag": etag, "cache-control": cache})
+
+    @app.get("/api/catalogs/{c}/items/{item}/image", tags=["items"], response_class=Response)
+    async def image(request: Request, loaded: Catalog, item: int, v: str = "") -> Response:
+        """An item's image at up to 1600 pixels where the image root is known, else its thumbnail."""
+        at, etag = position(item, loaded), f'"{loaded.version}"'
+        cache = _IMMUTABLE if v == loaded.version else "no-cache"
+        if known := cached(request, etag, cache):
+            return known
+
+        def read() -> bytes:
+            data = loaded.original(at)
+            if data is not None:
+                with contextlib.suppress(ImageError):
+                    return viewable(data, VIEW_SIDE, limits.max_pixels)
+            return loaded.thumbnails[at]
+
+        data = await service.decoding.run(read)
+        return Response(data, media_type=media_type(data), headers={"etag": etag, "cache-control": cache})
+
+    @app.post("/api/uploads", tags=["search"], status_code=201, openapi_extra=_FORM)
+    async def upload(request: Request) -> Reply:
+        """Keeps an image for searches, for a while."""
+        data = await service.received(request)
+        loaded = await service.opened(data, library.catalogs[0])
+        token = service.uploads.add(loaded)
+        about = {"upload": token, "width": loaded.width, "height": loaded.height}
+        return Reply(about | {"expires_s": limits.uploads_kept_seconds}, status_code=201)
+
+    @app.get("/api/uploads/{token}/image", tags=["search"], response_class=Response)
+    async def upload_image(token: str) -> Response:
+        """An upload at up to 1600 pixels."""
+        kept = service.uploads.get(token)
+        if kept is None:
+            raise HTTPException(404, GONE)
+        data = await service.decoding.run(lambda: viewable(kept.data, VIEW_SIDE, limits.max_pixels))
+        return Response(data, media_type=media_type(data), headers={"cache-control": "private, max-age=3600"})
+
+    @app.post("/api/catalogs/{c}/search", tags=["search"])
+    async def search(loaded: Catalog, wanted: Search) -> Reply:
+        """Items like the examples in `like` and unlike those in `unlike`."""
+        like = [service.example(one, loaded) for one in wanted.like]
+        unlike = [service.example(one, loaded) for one in wanted.unlike]
+        return await service.search(loaded, wanted, like, unlike)
+
+    @app.post("/api/catalogs/{c}/search/image", tags=["search"], openapi_extra=_FORM)
+    async def search_image(request: Request, loaded: Catalog, wanted: Annotated[Wanted, Query()]) -> Reply:
+        """Items like an image, in one request."""
+        data = await service.received(request)
+        return await service.search(loaded, wanted, [await service.opened(data, loaded)])
+
+    @app.post("/api/catalogs/{c}/heatmap", tags=["search"])
+    async def heatmap(loaded: Catalog, wanted: Explained) -> Reply:
+        """What each place of the query, and of the item, adds to their score."""
+        if not loaded.explains:
+            raise HTTPException(422, f"the descriptors of {loaded.name} have no regions that add up to a score")
+        return await service.explain(loaded, wanted)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(documentation(app.openapi()), headers={"content-security-policy": POLICY})
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
+
+    app.mount("/static", StaticFiles(directory=PAGE, check_dir=False))
+    return app
+
+
+_FILE = {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}, "required": ["file"]}
+_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FILE}}}}
+
+
+def _about(loaded: Loaded) -> dict[str, Any]:
+    attributes = []
+    for a in loaded.listing.attributes:
+        about: dict[str, Any] = {"name": a.name, "kind": a.kind, "distinct": a.distinct}
+        attributes.append(about | ({"low": a.low, "high": a.high} if a.kind == "number" else {}))
+    return {
+        "name": loaded.name,
+        "version": loaded.version,
+        "items": len(loaded.catalog),
+        "bytes_per_item": loaded.catalog.about.get("bytes_per_item"),
+        "parts": loaded.parts,
+        "attributes": attributes,
+        "calibration": loaded.catalog.calibration,
+        "explains": loaded.explains,
+    }
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> Reply:
+        detail = {404: "there is no such address: see /docs", 405: "this address does not take this method: see /docs"}
+        plain = detail.get(error.status_code, "") if error.detail in ("Not Found", "Method Not Allowed") else ""
+        return Reply({"error": plain or error.detail}, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Reply:
+        wrong = []
+        for problem in error.errors():
+            place = ".".join(str(part) for part in problem["loc"][1:])
+            wrong.append(f"{place}: {problem['msg']}" if place else problem["msg"])
+        return Reply({"error": "; ".join(wrong)}, status_code=422)
+
+    @app.exception_handler(ImageError)
+    async def bad_image(_: Request, error: ImageError) -> Reply:
+        about = {"error": f"{error.reason}: {error.detail}", "reason": error.reason}
+        return Reply(about, status_code=status_of(error))
+
+    @app.exception_handler(Busy)
+    async def busy(_: Request, error: Busy) -> Reply:
+        problem = "too many requests are waiting: come back in a second"
+        return Reply({"error": problem}, status_code=503, headers={"retry-after": "1"})

@@ -1,0 +1,132 @@
+"""An encoder in a thread of its own, which describes images that come at the same time together."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simsearch.search.engine import encode
+from simsearch.serving.limits import Busy
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    future: Future[Any]
+    image: Tensor | None = None
+    call: Callable[[nn.Module], Any] | None = None
+
+
+class EncoderWorker:
+    """Describes images for several catalogs and requests, each of which holds it by `retain` until its `release`.
+
+    The first image waits up to wait_ms for others; images of one shape, up to batch_size, go through the encoder
+    together. An image that fails does so alone. The thread ends when nobody holds the worker any more.
+    """
+
+    def __init__(self, encoder: nn.Module, *, batch_size: int, wait_ms: float, queue_length: int) -> None:
+        self.encoder = encoder.eval()
+        self.size: int = encoder.input_size  # type: ignore[assignment]
+        self.fit: Any = encoder.fit
+        self._batch_size, self._wait, self._most = batch_size, wait_ms / 1e3, queue_length
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._users = 1
+        self._thread = threading.Thread(target=self._run, name="encoder", daemon=True)
+        self._thread.start()
+
+    @property
+    def pending(self) -> int:
+        """Jobs that wait."""
+        return self._jobs.qsize()
+
+    def retain(self) -> bool:
+        """Whether the worker can still be held, and now is."""
+        with self._lock:
+            self._users += self._users > 0
+            return self._users > 0
+
+    def release(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._jobs.put(None)
+
+    def describe(self, image: Tensor) -> Future[Tensor]:
+        """The descriptor (D,) of an image uint8 (3, h, w) of the encoder's size and fit. Raises Busy."""
+        return self._put(_Job(Future(), image=image))
+
+    def call(self, function: Callable[[nn.Module], Any]) -> Future[Any]:
+        """What `function(encoder)` returns; it runs between batches. Raises Busy."""
+        return self._put(_Job(Future(), call=function))
+
+    def warm_up(self) -> None:
+        """Describes a grey image, so that the first request does not pay for what is set up lazily."""
+        height = self.size if self.fit == "square" else max(1, 3 * self.size // 4)
+        self.describe(torch.full((3, height, self.size), 128, dtype=torch.uint8)).result()
+
+    def _put(self, job: _Job) -> Future[Any]:
+        if self._jobs.qsize() >= self._most:
+            raise Busy
+        self._jobs.put(job)
+        return job.future
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            first = self._jobs.get()
+            if first is None:
+                return
+            batch, closing = self._collect(first)
+            live = [job for job in batch if job.future.set_running_or_notify_cancel()]
+            shapes: dict[tuple[int, ...], list[_Job]] = {}
+            for job in live:
+                if job.image is not None:
+                    shapes.setdefault(tuple(job.image.shape), []).append(job)
+                else:
+                    self._call(job)
+            for jobs in shapes.values():
+                self._describe(jobs)
+
+    def _collect(self, first: _Job) -> tuple[list[_Job], bool]:
+        """The batch that begins with `first`, and whether it is the last one."""
+        batch, deadline = [first], time.monotonic() + self._wait
+        while len(batch) < self._batch_size:
+            try:
+                job = self._jobs.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                break
+            if job is None:
+                return batch, True
+            batch.append(job)
+        return batch, False
+
+    def _describe(self, jobs: list[_Job]) -> None:
+        try:
+            vectors = encode(self.encoder, torch.stack([job.image for job in jobs if job.image is not None]))
+        except Exception as error:  # whatever it is belongs to one of these requests, not to the worker
+            if len(jobs) == 1:
+                jobs[0].future.set_exception(error)
+            else:
+                for job in jobs:
+                    self._describe([job])
+            return
+        for job, vector in zip(jobs, vectors, strict=True):
+            if torch.isfinite(vector).all():
+                job.future.set_result(vector.clone())
+            else:
+                job.future.set_exception(ValueError("the encoder gives no finite descriptor of this image"))
+
+    def _call(self, job: _Job) -> None:
+        assert job.call is not None
+        try:
+            job.future.set_result(job.call(self.encoder))
+        except Exception as error:
+            job.future.set_exception(error)

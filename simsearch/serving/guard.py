@@ -1,0 +1,202 @@
+"""What stands before the application: who may ask, how much, how long; headers of every answer; the log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from simsearch.serving.limits import Limits, TokenBuckets, client_address
+
+log = logging.getLogger("simsearch.serving")
+
+JSON_BYTES = 2**16  # of a request's body that is no upload
+_FORM_BYTES = 2**14  # what a form adds to its file
+_DRAINED = 4  # times the limit is read at most
+_DRAIN_SECONDS = 2.0
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server bound to this host is reached from its own machine only."""
+    return host in _LOOPBACK
+
+
+class Guard:
+    """Middleware that refuses what `limits` do not allow, and pages of other origins.
+
+    hosts: names in Host that are answered, None for all; a server of the own machine must check them, or any page
+    could reach it under a name of its own. origins: of pages elsewhere that may ask, such as https://art.example.
+    proxies: how many trusted ones stand before the server and add to X-Forwarded-For.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limits: Limits,
+        hosts: Sequence[str] | None = None,
+        origins: Sequence[str] = (),
+        proxies: int = 0,
+    ) -> None:
+        self.app, self._limits, self._origins, self._proxies = app, limits, origins, proxies
+        self._hosts = None if hosts is None else {host.lower() for host in hosts}
+        self._buckets = None if limits.rate is None else TokenBuckets(limits.rate, limits.burst)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 0
+        headers = Headers(scope=scope)
+        peer = scope["client"][0] if scope.get("client") else "?"
+        client = client_address(peer, headers.get("x-forwarded-for", ""), self._proxies)
+
+        body = self._body(scope, headers, receive)
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                given = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    given.setdefault(name, value)
+                if not body.complete:  # else the server would go on reading what may have no end
+                    given["connection"] = "close"
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope, headers, client)
+            if refusal is not None:
+                await body.drain(self._limits.max_upload_bytes)
+                await _reply(answer, refusal)
+            else:
+                await self.app(scope, body.receive, answer)
+        except Exception:
+            log.exception("%s %s failed", scope["method"], _target(scope))
+            if status:  # the answer has begun: all that is left is to break it off
+                raise
+            problem = "the server failed at this request: its log says why"
+            await _reply(answer, HTTPException(500, problem))
+        finally:
+            spent = 1e3 * (time.perf_counter() - started)
+            log.info("%s %s %s %d %.0f ms", client, scope["method"], _target(scope), status, spent)
+
+    def _refusal(self, scope: Scope, headers: Headers, client: str) -> HTTPException | None:
+        host = headers.get("host", "")
+        if self._hosts is not None and _name(host) not in self._hosts:
+            return HTTPException(
+                403, f"this server does not answer to the name {_name(host)!r}: start it with allow_hosts=[...]"
+            )
+        origin = headers.get("origin")
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            own = origin is None or urlsplit(origin).netloc.lower() == host.lower()
+            elsewhere = not own or (origin is None and headers.get("sec-fetch-site") == "cross-site")
+            if elsewhere and origin not in self._origins:
+                return HTTPException(
+                    403, f"pages of {origin or 'another site'} may not ask here: start it with allow_origins=[...]"
+                )
+        if self._buckets is not None and (price := cost(scope["path"])):
+            wait = self._buckets.take(client, price)
+            if wait:
+                seconds = math.ceil(wait)
+                problem = f"too many requests from {client}: come back in {seconds} s"
+                return HTTPException(429, problem, headers={"retry-after": str(seconds)})
+        return None
+
+    def _body(self, scope: Scope, headers: Headers, receive: Receive) -> _Body:
+        limits, path = self._limits, scope["path"]
+        if path == "/api/uploads" or path.endswith("/search/image"):
+            most, what = (
+                limits.max_upload_bytes + _FORM_BYTES,
+                f"an image of at most {limits.max_upload_bytes / 1e6:g} MB",
+            )
+        else:
+            most, what = JSON_BYTES, "less"
+        return _Body(receive, headers, most, limits.upload_seconds, what)
+
+
+class _Body:
+    """A request's body, of which no more than `most` bytes are handed on, all within `seconds`.
+
+    Raises HTTPException 413 and 408. complete: nothing of it is left to come.
+    """
+
+    def __init__(self, receive: Receive, headers: Headers, most: int, seconds: float, what: str) -> None:
+        self.complete = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+        self._receive, self._most, self._seconds, self._what = receive, most, seconds, what
+        self._deadline = time.monotonic() + seconds
+        self._count = 0
+
+    async def receive(self) -> Message:
+        if self.complete:
+            return await self._receive()
+        message = await self._part()
+        if self._count > self._most:
+            await self.drain(_DRAINED * self._most)
+            raise HTTPException(413, f"the request is larger than {self._most:,} bytes: send {self._what}")
+        return message
+
+    async def drain(self, most: int) -> None:
+        """Throws away what comes soon, up to so many bytes: browsers show no answer to a request that breaks off."""
+        self._deadline = min(self._deadline, time.monotonic() + _DRAIN_SECONDS)
+        with contextlib.suppress(HTTPException):
+            while not self.complete and self._count <= most:
+                await self._part()
+
+    async def _part(self) -> Message:
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, self._deadline - time.monotonic()))
+        except TimeoutError:
+            problem = f"the request did not arrive within {self._seconds:g} s: send it again"
+            raise HTTPException(408, problem) from None
+        self._count += len(message.get("body", b""))
+        self.complete = not message.get("more_body", False)
+        return message
+
+
+def cost(path: str) -> float:
+    """Tokens that a request takes: few for what a page shows by the dozen, none for what costs nothing."""
+    if not path.startswith("/api/") or path == "/api/health":
+        return 0.0
+    if path.endswith("/thumbnail"):
+        return 0.1
+    return 0.25 if path.endswith("/image") else 1.0
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    name = host.lower()
+    if name.startswith("["):
+        return name[1:].partition("]")[0]
+    return name.rpartition(":")[0] if ":" in name else name
+
+
+def _target(scope: Scope) -> str:
+    """The path as it was sent: percent-encoded, so that nothing in it breaks a line of the log."""
+    raw = scope.get("raw_path") or scope["path"].encode()
+    return ascii(raw[:200].decode("latin-1"))[1:-1]
+
+
+async def _reply(send: Send, error: HTTPException) -> None:
+    body = json.dumps({"error": error.detail}).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **(error.headers or {})}
+    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status_code, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,300 @@
+"""The catalogs that are served, exchanged for new ones when their folders change."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import io
+import itertools
+import os
+import stat
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import nn
+
+from simsearch.images import MAX_BYTES
+from simsearch.models.parts import can_explain
+from simsearch.search.catalog import THUMBNAIL, Catalog, CatalogError, read_catalog
+from simsearch.search.recommender import Recommender, Request
+from simsearch.serving.encoder import EncoderWorker
+from simsearch.serving.limits import Limits
+from simsearch.serving.listing import Listing, whole
+
+_FILES = (
+    *("catalog.json", "calibration.json", "items.parquet", "encoder.safetensors"),
+    *("index/index.json", "index/index.faiss"),
+)
+_HELD_BYTES = 2**30  # of thumbnails that are held in memory whole, else of groups of rows
+_TRIES = 3  # to read a catalog that changes while it is read
+Stamp = tuple[tuple[int, int, int] | None, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a catalog lies, and the images that it was made of where they may be shown."""
+
+    folder: Path
+    root: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A catalog as it was when it was loaded, with all that answers requests for it.
+
+    version: 16 hex digits, others when anything in the catalog changed. parts: the weights of its descriptor's parts.
+    """
+
+    name: str
+    catalog: Catalog
+    recommender: Recommender
+    worker: EncoderWorker
+    listing: Listing
+    thumbnails: Thumbnails
+    root: Path | None
+    version: str
+    since: str
+    parts: dict[str, float]
+    explains: bool
+
+    def describe(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """Id, attributes, width and height of items, as the API gives them."""
+        answer = []
+        for position, row in zip(positions, self.listing.rows(positions), strict=True):
+            width, height = whole(row.get("width")), whole(row.get("height"))
+            if not (width and height):  # of the thumbnail: the shape is the same
+                width, height = self.thumbnails.shape(position)
+            about = {n: v for n, v in row.items() if n not in ("width", "height", "sha1", "sha256")}
+            answer.append({"id": position, "attributes": about, "width": width, "height": height})
+        return answer
+
+    def original(self, position: int) -> bytes | None:
+        """The bytes of an item's image file; None where there is no root, or no such regular file in it."""
+        path = self.catalog.items["path"][position].as_py() if "path" in self.catalog.items.column_names else None
+        return read_inside(self.root, path) if self.root is not None and path else None
+
+
+class Thumbnails:
+    """The thumbnails in an items.parquet, by position; held in memory where all take at most `held_bytes`.
+
+    The file stays open: another catalog may take its place, and the old one still answers.
+    """
+
+    def __init__(self, path: Path, held_bytes: int = _HELD_BYTES) -> None:
+        self._file = pq.ParquetFile(pa.OSFile(str(path)))
+        self._lock = threading.Lock()
+        about = self._file.metadata
+        column = self._file.schema_arrow.get_field_index(THUMBNAIL)
+        sizes = [about.row_group(g).column(column).total_uncompressed_size for g in range(about.num_row_groups)]
+        counts = [about.row_group(g).num_rows for g in range(about.num_row_groups)]
+        self._starts = [0, *itertools.accumulate(counts)][:-1]
+        self._most = max(1, held_bytes // max(1, max(sizes, default=1)))
+        self._groups: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._shapes: dict[int, tuple[int, int]] = {}
+        if sum(sizes) <= held_bytes:
+            self._most = len(sizes)
+            for group in range(len(sizes)):
+                self._group(group)
+
+    def __getitem__(self, position: int) -> bytes:
+        group = bisect.bisect_right(self._starts, position) - 1
+        with self._lock:
+            return self._group(group)[position - self._starts[group]].as_py()
+
+    def shape(self, position: int) -> tuple[int, int]:
+        """Width and height of a thumbnail, 1 x 1 of a damaged one."""
+        if position not in self._shapes:
+            try:
+                with Image.open(io.BytesIO(self[position])) as picture:
+                    self._shapes[position] = picture.size
+            except Exception:  # Pillow raises nearly every built-in exception on damaged files
+                self._shapes[position] = 1, 1
+        return self._shapes[position]
+
+    def _group(self, group: int) -> pa.ChunkedArray:
+        if group in self._groups:
+            self._groups.move_to_end(group)
+        else:
+            self._groups[group] = self._file.read_row_group(group, columns=[THUMBNAIL]).column(THUMBNAIL)
+            if len(self._groups) > self._most:
+                self._groups.popitem(last=False)
+        return self._groups[group]
+
+
+class Library:
+    """Catalogs by name. `refresh` exchanges those whose folders changed; whoever holds an old one by `lease` keeps it.
+
+    build: the encoder of a catalog's config, on blank tensors. Encoders are shared by catalogs that one filled.
+    Raises ValueError (CatalogError) where a catalog cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        *,
+        build: Callable[[Mapping[str, Any]], nn.Module],
+        device: torch.device,
+        limits: Limits,
+    ) -> None:
+        self.sources = dict(sources)
+        self.problems: dict[str, str] = {}
+        self._build, self._device, self._limits = build, device, limits
+        self._lock = threading.Lock()
+        self._workers: dict[str, EncoderWorker] = {}
+        self._loaded: dict[str, Loaded] = {}
+        self._stamps: dict[str, Stamp] = {}
+        for name in self.sources:
+            self._loaded[name], self._stamps[name] = self._load(name)
+
+    @property
+    def catalogs(self) -> list[Loaded]:
+        """The catalogs as they are now."""
+        return list(self._loaded.values())
+
+    @property
+    def pending(self) -> int:
+        """Jobs that wait for an encoder."""
+        return sum(worker.pending for worker in {loaded.worker for loaded in self.catalogs})
+
+    @contextmanager
+    def lease(self, name: str) -> Iterator[Loaded | None]:
+        """The catalog of this name, None where there is none; its encoder works for as long as it is held."""
+        with self._lock:
+            loaded = self._loaded.get(name)
+            if loaded is not None:
+                loaded.worker.retain()
+        try:
+            yield loaded
+        finally:
+            if loaded is not None:
+                loaded.worker.release()
+
+    def refresh(self) -> list[str]:
+        """Names of catalogs that were exchanged. One that cannot be read stays as it was, with its problem noted."""
+        changed = []
+        for name, source in self.sources.items():
+            stamp = _stamp(source.folder)
+            if stamp == self._stamps[name]:
+                continue
+            try:
+                loaded, stamp = self._load(name)
+            except (ValueError, OSError, pa.ArrowException) as error:
+                self.problems[name], self._stamps[name] = str(error) or type(error).__name__, stamp
+                continue
+            with self._lock:
+                old, self._loaded[name], self._stamps[name] = self._loaded[name], loaded, stamp
+            self.problems.pop(name, None)
+            old.worker.release()
+            changed.append(name)
+        return changed
+
+    def close(self) -> None:
+        for loaded in self.catalogs:
+            loaded.worker.release()
+
+    def _load(self, name: str) -> tuple[Loaded, Stamp]:
+        source = self.sources[name]
+        for left in reversed(range(_TRIES)):
+            stamp = _stamp(source.folder)
+            try:
+                loaded = self._open(name, source)
+            except (CatalogError, OSError):
+                if left and _stamp(source.folder) != stamp:
+                    continue
+                raise
+            if _stamp(source.folder) == stamp:
+                return loaded, stamp
+            loaded.worker.release()
+        raise CatalogError(f"the catalog {source.folder} changes again and again while it is read")
+
+    def _open(self, name: str, source: Source) -> Loaded:
+        catalog = read_catalog(source.folder)
+        recommender = Recommender(catalog)
+        recommender.recommend(Request(like=recommender.vectors([0]), k=1, exclude=(0,)))  # reads what it reads lazily
+        listing = Listing(recommender.attributes)
+        thumbnails, version = Thumbnails(source.folder / "items.parquet"), _version(source.folder)
+        worker = self._worker(catalog)
+        return Loaded(
+            name=name,
+            catalog=catalog,
+            recommender=recommender,
+            worker=worker,
+            listing=listing,
+            thumbnails=thumbnails,
+            root=source.root,
+            version=version,
+            since=datetime.now(UTC).isoformat(timespec="seconds"),
+            parts={n: part.weight for n, part in catalog.parts.items()},
+            explains=can_explain(worker.encoder),
+        )
+
+    def _worker(self, catalog: Catalog) -> EncoderWorker:
+        """The worker of the catalog's encoder, held once more."""
+        fingerprint = catalog.about["encoder_fingerprint"]
+        known = self._workers.get(fingerprint)
+        if known is not None and known.retain():
+            return known
+        encoder = self._build(catalog.about["config"])
+        catalog.load_encoder_state(encoder)
+        limits = self._limits
+        worker = EncoderWorker(
+            encoder.to(self._device),
+            batch_size=limits.batch_size,
+            wait_ms=limits.batch_wait_ms,
+            queue_length=limits.queue,
+        )
+        try:
+            worker.warm_up()
+        except Exception:
+            worker.release()
+            raise
+        self._workers[fingerprint] = worker
+        return worker
+
+
+def read_inside(root: Path, path: str, most: int = MAX_BYTES) -> bytes | None:
+    """The bytes of a regular file below `root`, links resolved; None for anything else and for what leaves the root."""
+    try:
+        base = root.resolve(strict=True)
+        found = (base / path).resolve(strict=True)
+        if not found.is_relative_to(base):
+            return None
+        # What the path named a moment ago may be a link or a pipe by now.
+        descriptor = os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            about = os.fstat(descriptor)
+            return file.read() if stat.S_ISREG(about.st_mode) and about.st_size <= most else None
+    except (OSError, ValueError, RuntimeError):  # missing, a zero byte in the name, links in a circle
+        return None
+
+
+def _stamp(folder: Path) -> Stamp:
+    """What changes when the catalog in the folder does."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in _FILES:
+        try:
+            about = (folder / name).stat()
+            found.append((about.st_ino, about.st_mtime_ns, about.st_size))
+        except OSError:
+            found.append(None)
+    return tuple(found)
+
+
+def _version(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("catalog.json", "calibration.json", "index/index.json"):
+        path = folder / name
+        digest.update(path.read_bytes() if path.is_file() else b"-")
+    about = (folder / "items.parquet").stat()
+    digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,103 @@
+"""Images that clients sent, kept in memory for a while under tokens that cannot be guessed."""
+
+from __future__ import annotations
+
+import io
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from PIL import Image
+from torch import Tensor
+
+from simsearch.functional.resize import Fit
+from simsearch.images import ImageError, encode_thumbnail, read_image
+
+_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations
+STATUS = {"too-large-file": 413, "not-an-image": 415, "unsupported": 415, "empty": 415}  # others: 422
+
+
+def status_of(error: ImageError) -> int:
+    """The HTTP status for an image that cannot be used."""
+    return STATUS.get(error.reason, 422)
+
+
+def picture_size(data: bytes) -> tuple[int, int]:
+    """Width and height of the upright image, by its header. data: bytes that `read_image` has read."""
+    with Image.open(io.BytesIO(data)) as picture:
+        width, height = picture.size
+        try:
+            turned = picture.getexif().get(0x0112, 1) in _ON_ITS_SIDE
+        except Exception:  # damaged metadata, which read_image passes over too
+            turned = False
+        return (height, width) if turned else (width, height)
+
+
+def viewable(data: bytes, side: int, max_pixels: int) -> bytes:
+    """A JPEG (a tiny one PNG) of an image file, scaled to at most `side` pixels. Raises ImageError."""
+    longest = min(side, max(picture_size(data)))
+    return encode_thumbnail(read_image(data, size=longest, fit="longest", max_pixels=max_pixels), side)
+
+
+@dataclass(eq=False)
+class Upload:
+    """An image file from a client: its bytes, its pixels as encoders see them and its descriptors, as they come.
+
+    pixels: by (size, fit). descriptors: by encoder fingerprint, so that a new encoder makes its own.
+    """
+
+    data: bytes
+    width: int
+    height: int
+    pixels: dict[tuple[int, Fit], Tensor] = field(default_factory=dict)
+    descriptors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data) + sum(p.nbytes for p in (*self.pixels.values(), *self.descriptors.values()))
+
+
+def open_upload(data: bytes, size: int, fit: Fit, max_pixels: int) -> Upload:
+    """The upload of an image file that can be decoded for an encoder. Raises ImageError."""
+    pixels = read_image(data, size=size, fit=fit, max_pixels=max_pixels)
+    return Upload(data, *picture_size(data), pixels={(size, fit): pixels})
+
+
+class Uploads:
+    """At most `count` uploads of `nbytes` together, each until `seconds` after its last use. For one thread."""
+
+    def __init__(self, count: int, nbytes: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._count, self._bytes, self.seconds, self._clock = count, nbytes, seconds, clock
+        self._kept: OrderedDict[str, tuple[Upload, float]] = OrderedDict()  # the longest unused first
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def add(self, upload: Upload) -> str:
+        """A token for the upload; others may have to go."""
+        token = secrets.token_urlsafe(16)
+        self._kept[token] = upload, self._clock()
+        self.sweep()
+        return token
+
+    def get(self, token: str) -> Upload | None:
+        """The upload, None where there is none or it has gone."""
+        self.sweep()
+        if token not in self._kept:
+            return None
+        upload, _ = self._kept.pop(token)
+        self._kept[token] = upload, self._clock()
+        return upload
+
+    def sweep(self) -> None:
+        """Drops what has expired and what is too much."""
+        oldest = self._clock() - self.seconds
+        total = sum(upload.nbytes for upload, _ in self._kept.values())
+        while self._kept:
+            token, (upload, used) = next(iter(self._kept.items()))
+            if used > oldest and len(self._kept) <= self._count and (total <= self._bytes or len(self._kept) == 1):
+                return
+            del self._kept[token]
+            total -= upload.nbytes

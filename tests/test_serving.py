@@ -1,0 +1,998 @@
+"""The server: every address, every refusal, reload under load, batches, a real process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+from torch import Tensor, nn
+
+from simsearch import runtime
+from simsearch.commands.serve import bind, find_sources, greeting
+from simsearch.images import encode_thumbnail, read_image
+from simsearch.index.faiss_index import FaissIndex
+from simsearch.search.catalog import CatalogError, item_table, read_catalog, write_calibration, write_catalog
+from simsearch.search.engine import encode
+from simsearch.search.filters import Attributes
+from simsearch.serving import service as service_module
+from simsearch.serving.app import PAGE, create_app
+from simsearch.serving.encoder import EncoderWorker
+from simsearch.serving.guard import JSON_BYTES
+from simsearch.serving.library import Library, Source, Thumbnails, read_inside
+from simsearch.serving.limits import Busy, Limits, TokenBuckets, client_address
+from simsearch.serving.listing import Listing
+from simsearch.serving.uploads import Upload, Uploads, picture_size
+
+N = 24
+MODEL = {
+    "_target_": "simsearch.models.frozen.FrozenRetriever",
+    "backbone": {
+        "_target_": "simsearch.models.backbones.timm_backbone",
+        "name": "test_resnet",
+        "weights": "random",
+        "size": 64,
+        "runtime": "torch",
+    },
+    "pooling": {"_target_": "simsearch.models.pooling.RMAC", "levels": 2},
+}
+ARTISTS = ("Claude Monet", "Paul Cézanne", "Berthe Morisot")
+FREE = Limits(rate=None)
+
+
+# ------------------------------------------------------------------------------- a small collection
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """N pictures of 96 x 72, smooth and all different, beside a secret that no catalog may show."""
+    folder = tmp_path_factory.mktemp("collection")
+    (folder / "root").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(N):
+        small = Image.fromarray(generator.integers(0, 255, (4, 5, 3), dtype=np.uint8))
+        small.resize((96, 72), Image.Resampling.BICUBIC).save(folder / f"root/{i}.png")
+    Image.new("RGB", (50, 50), "red").save(folder / "secret.png")
+    return folder / "root"
+
+
+@pytest.fixture(scope="module")
+def encoder() -> nn.Module:
+    torch.manual_seed(1)
+    return runtime.build(MODEL).eval()
+
+
+def make_catalog(folder: Path, root: Path, encoder: nn.Module, *, mark: str = "", count: int = N) -> Path:
+    images = torch.stack([read_image(root / f"{i}.png", size=64) for i in range(count)])
+    index = FaissIndex("Flat")
+    index.add(encode(encoder, images))
+    columns = {
+        "path": [f"{i}.png" for i in range(count)],
+        "title": [f"{mark}Water lilies {i}" if i % 2 else f"{mark}Étude {i}" for i in range(count)],
+        "artist": [ARTISTS[i % 3] for i in range(count)],
+        "year": [None if i == 0 else str(1850 + i) for i in range(count)],
+        "work": [f"w{i // 2}" for i in range(count)],
+    }
+    thumbnails = [encode_thumbnail(read_image(root / f"{i}.png"), 48) for i in range(count)]
+    write_catalog(folder, index=index, items=item_table(columns, thumbnails), encoder=encoder,
+                  config={"model": MODEL}, about={})  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, root, encoder) -> Path:
+    return make_catalog(tmp_path_factory.mktemp("catalogs") / "art", root, encoder)
+
+
+def library(sources: dict[str, Source], limits: Limits = FREE) -> Library:
+    return Library(sources, build=runtime.build_encoder, device=torch.device("cpu"), limits=limits)
+
+
+@contextlib.contextmanager
+def serving(books: Library, limits: Limits = FREE, **guards) -> Iterator[httpx.Client]:
+    """A client of a real server on a free port of this machine."""
+    app = create_app(books, limits, **guards)
+    bound = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{bound.getsockname()[1]}", timeout=20) as client:
+            until(lambda: server.started)
+            client.service = app.state.service  # type: ignore[attr-defined]
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def until(holds: Callable[[], object], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def client(folder, root) -> Iterator[httpx.Client]:
+    with serving(library({"art": Source(folder, root), "bare": Source(folder)})) as client:
+        yield client
+
+
+def address(client: httpx.Client) -> tuple[str, int]:
+    return client.base_url.host, client.base_url.port or 80
+
+
+def png(i: int, root: Path) -> bytes:
+    return (root / f"{i}.png").read_bytes()
+
+
+def upload(client: httpx.Client, data: bytes, path: str = "/api/uploads", **more) -> httpx.Response:
+    return client.post(path, files={"file": ("../../etc/passwd.jpg", data)}, **more)
+
+
+def search(client: httpx.Client, catalog: str = "art", **body) -> httpx.Response:
+    return client.post(f"/api/catalogs/{catalog}/search", json=body)
+
+
+def error(response: httpx.Response, status: int) -> str:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    return response.json()["error"]
+
+
+# ----------------------------------------------------------------------------------------- browsing
+
+
+class TestBrowsing:
+    def test_health_and_catalogs(self, client):
+        health = client.get("/api/health").json()
+        assert health["status"] == "ok"
+        assert health["queue"] == 0
+        assert {name: about["items"] for name, about in health["catalogs"].items()} == {"art": N, "bare": N}
+        art, _ = client.get("/api/catalogs").json()
+        assert art["parts"] == {"content": 1.0}
+        assert art["calibration"] is None
+        assert art["explains"] is True
+        assert (
+            art["bytes_per_item"] == read_catalog(client.service.library.sources["art"].folder).about["bytes_per_item"]
+        )
+        year = {"name": "year", "kind": "number", "distinct": N - 1, "low": 1851, "high": 1850 + N - 1}
+        assert [a for a in art["attributes"] if a["name"] == "year"] == [year]
+        assert {"name": "artist", "kind": "text", "distinct": 3} in art["attributes"]
+        assert "path" not in {a["name"] for a in art["attributes"]}
+
+    def test_values(self, client):
+        def get(**asked: str) -> list[dict]:
+            return client.get("/api/catalogs/art/values", params={"attribute": "artist", **asked}).json()
+
+        assert get() == [{"value": name, "count": N // 3} for name in sorted(ARTISTS)]
+        assert [v["value"] for v in get(prefix="mo")] == ["Berthe Morisot", "Claude Monet"]
+        assert [v["value"] for v in get(prefix="CEZ")] == ["Paul Cézanne"]
+        assert get(prefix="onet") == []
+        assert len(get(limit="1")) == 1
+        missing = client.get("/api/catalogs/art/values", params={"attribute": "period"})
+        assert error(missing, 422) == "no attribute 'period': there are title, artist, year, work"
+
+    def test_items_in_pages(self, client):
+        def get(**asked: object) -> tuple[int, list[int]]:
+            answer = client.get("/api/catalogs/art/items", params=asked).json()
+            return answer["total"], [item["id"] for item in answer["items"]]
+
+        assert get() == (N, list(range(N)))
+        assert get(offset=5, limit=3) == (N, [5, 6, 7])
+        assert get(offset=N + 5) == (N, [])
+        assert get(text="ETUDE") == (N // 2, list(range(0, N, 2)))
+        assert get(text="cezanne lil") == (4, [1, 7, 13, 19])
+        assert get(text="water monet xyz") == (0, [])
+        assert get(where="artist=claude monet; year=1860..1868") == (3, [12, 15, 18])
+        total, first = get(seed=7, limit=10)
+        assert (total, get(seed=7, limit=10)[1]) == (N, first)
+        assert sorted(first + get(seed=7, limit=N, offset=10)[1]) == list(range(N))
+        assert get(seed=8, limit=10)[1] != first
+
+    def test_an_item(self, client):
+        item = client.get("/api/catalogs/art/items/0").json()
+        attributes = {"path": "0.png", "title": "Étude 0", "artist": "Claude Monet", "work": "w0"}
+        assert item == {"id": 0, "attributes": attributes, "width": 48, "height": 36}
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("/api/catalogs/none/items", "no catalog 'none': there are art, bare"),
+            ("/api/catalogs/art/items/24", "no item 24 in art: ids go from 0 to 23"),
+            ("/api/catalogs/art/items/-1", "no item -1"),
+            ("/api/catalogs/art/items/24/thumbnail", "no item 24"),
+            ("/api/catalogs/art/items/99/image", "no item 99"),
+            ("/api/uploads/AAAA/image", "expired or never was"),
+            ("/api/nothing", "no such address: see /docs"),
+        ],
+    )
+    def test_what_there_is_not(self, client, path, message):
+        assert message in error(client.get(path), 404)
+
+    @pytest.mark.parametrize(
+        ("query", "message"),
+        [
+            ("where=artist", "has no ="),
+            ("where=artist=Monet", "no item has artist 'Monet'"),
+            ("where=colour=red", "no attribute 'colour'"),
+            ("limit=100000", "limit: Input should be less than or equal to 500"),
+            ("offset=x", "offset: "),
+            ("text=" + "x" * 300, "text: "),
+        ],
+    )
+    def test_bad_questions(self, client, query, message):
+        assert message in error(client.get(f"/api/catalogs/art/items?{query}"), 422)
+        assert "this method" in error(client.delete("/api/catalogs/art/items"), 405)
+
+
+class TestImages:
+    def test_thumbnail_and_original(self, client, root, folder):
+        small = client.get("/api/catalogs/art/items/3/thumbnail")
+        assert small.content == read_catalog(folder).thumbnails([3])[0]
+        assert small.headers["content-type"] == "image/png"
+        large = client.get("/api/catalogs/art/items/3/image")
+        assert large.headers["content-type"] == "image/jpeg"
+        shown = read_image(large.content)
+        assert shown.shape == (3, 72, 96)
+        assert (shown.float() - read_image(png(3, root)).float()).abs().mean() < 4
+        assert client.get("/api/catalogs/bare/items/3/image").content == small.content
+
+    def test_a_client_keeps_what_it_has(self, client):
+        version = client.get("/api/catalogs").json()[0]["version"]
+        for address in ("items/3/thumbnail", "items/3/image"):
+            first = client.get(f"/api/catalogs/art/{address}")
+            assert first.headers["etag"] == f'"{version}"'
+            assert first.headers["cache-control"] == "no-cache"
+            again = client.get(f"/api/catalogs/art/{address}", headers={"if-none-match": first.headers["etag"]})
+            assert (again.status_code, again.content) == (304, b"")
+            old = client.get(f"/api/catalogs/art/{address}", headers={"if-none-match": '"0123"'})
+            assert (old.status_code, old.content) == (200, first.content)
+            kept = client.get(f"/api/catalogs/art/{address}?v={version}")
+            assert "immutable" in kept.headers["cache-control"]
+            assert "immutable" not in client.get(f"/api/catalogs/art/{address}?v=0").headers["cache-control"]
+
+    def test_nothing_outside_the_root_is_shown(self, root, encoder, tmp_path):
+        place = make_catalog(tmp_path / "c", root, encoder, count=6)
+        images = tmp_path / "images"
+        images.mkdir()
+        (images / "link.png").symlink_to(root.parent / "secret.png")
+        (images / "folder").symlink_to(root.parent)
+        (images / "inner.png").symlink_to(images / "real.png")
+        Image.new("RGB", (60, 20), "blue").save(images / "real.png")
+        os.mkfifo(images / "pipe.png")
+        table = pq.read_table(place / "items.parquet")
+        paths = ["../secret.png", str(root.parent / "secret.png"), "link.png", "folder/secret.png", "pipe.png",
+                 "inner.png"]  # fmt: skip
+        (images.parent / "secret.png").write_bytes((root.parent / "secret.png").read_bytes())
+        pq.write_table(table.set_column(0, "path", pa.array(paths)), place / "items.parquet")
+        with serving(library({"c": Source(place, images)})) as client:
+            thumbnails = read_catalog(place).thumbnails(range(6))
+            for i in range(5):
+                assert client.get(f"/api/catalogs/c/items/{i}/image").content == thumbnails[i], paths[i]
+                heat = client.post("/api/catalogs/c/heatmap", json={"like": {"id": i}, "id": 5})
+                assert heat.status_code == 200
+            assert read_image(client.get("/api/catalogs/c/items/5/image").content).shape == (3, 20, 60)
+        for path in (*paths[:5], "x\0y", ".", "none.png"):
+            assert read_inside(images, path) is None
+        assert read_inside(images, "inner.png") == (images / "real.png").read_bytes()
+        assert read_inside(images, "real.png", most=10) is None
+
+    @pytest.mark.parametrize("path", ["../app.py", "..%2fapp.py", "%2e%2e/app.py", "....//app.py", "/etc/passwd"])
+    def test_static_files_stay_in_the_page(self, client, path):
+        with socket.create_connection(address(client)) as raw:  # a client library would tidy the path up
+            raw.sendall(f"GET /static/{path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: raw.recv(65536), b""))
+        assert answer.split()[1] == b"404"
+
+
+class TestPage:
+    def test_page_and_documentation_need_nothing_else(self, client):
+        if (PAGE / "index.html").is_file():
+            page = client.get("/")
+            assert page.headers["content-type"].startswith("text/html")
+            assert client.get("/static/index.html").text == page.text
+        docs = client.get("/docs")
+        assert "POST</span> <code>/api/catalogs/{c}/search</code>" in docs.text
+        assert not re.search(r"""(src|href)=["'](?!/)""", docs.text)
+        assert "<script" not in docs.text
+        paths = client.get("/openapi.json").json()["paths"]
+        assert all(path in docs.text for path in paths)
+        assert len(paths) == 12
+
+    def test_headers(self, client):
+        for path in ("/api/health", "/api/nothing", "/static/index.html", "/api/catalogs/art/items/1/thumbnail"):
+            headers = client.get(path).headers
+            assert headers["content-security-policy"].startswith("default-src 'self'; img-src 'self' blob: data:")
+            assert headers["x-content-type-options"] == "nosniff"
+            assert "server" not in headers or "uvicorn" in headers["server"]
+        assert "default-src 'none'" in client.get("/docs").headers["content-security-policy"]
+
+
+# ---------------------------------------------------------------------------------------- searching
+
+
+class TestSearch:
+    def test_by_id_equals_brute_force(self, client, folder):
+        vectors = read_catalog(folder).index.reconstruct()
+        answer = search(client, like=[{"id": 4}], k=5, collapse=False).json()
+        scores = vectors @ vectors[4]
+        scores[4] = -2
+        order = scores.argsort(descending=True)[:5].tolist()
+        assert [r["id"] for r in answer["results"]] == order
+        assert [r["rank"] for r in answer["results"]] == [1, 2, 3, 4, 5]
+        for result in answer["results"]:
+            assert result["score"] == pytest.approx(float(scores[result["id"]]), abs=1e-5)
+            assert sum(result["parts"].values()) == pytest.approx(result["score"], abs=1e-5)
+            assert result["attributes"]["artist"] == ARTISTS[result["id"] % 3]
+            assert result["verdict"] == answer["verdict"] == "uncalibrated"
+            assert ("artist" in result["shared"]) == (result["id"] % 3 == 1)
+            assert (result["width"], result["height"]) == (48, 36)
+        assert answer["total_candidates"] == N - 1
+        assert set(answer["milliseconds"]) == {"encode", "search"}
+
+    def test_an_upload_finds_itself_whichever_way_it_comes(self, client, root):
+        data = png(9, root)
+        sent = upload(client, data)
+        assert sent.status_code == 201
+        token = sent.json().pop("upload")
+        assert sent.json() == {"upload": token, "width": 96, "height": 72, "expires_s": 3600}
+        by_token = search(client, like=[{"upload": token}], k=3).json()["results"]
+        at_once = upload(client, data, "/api/catalogs/art/search/image?k=3").json()["results"]
+        assert by_token[0]["id"] == 9
+        assert by_token[0]["score"] == pytest.approx(1, abs=1e-5)
+        assert [r["id"] for r in at_once] == [r["id"] for r in by_token]
+        assert len(at_once) == 3
+        assert read_image(client.get(f"/api/uploads/{token}/image").content).shape == (3, 72, 96)
+
+    def test_several_examples_filters_and_counterexamples(self, client, root):
+        token = upload(client, png(9, root)).json()["upload"]
+        both = search(
+            client, like=[{"upload": token}, {"id": 2}], unlike=[{"id": 5}], k=50, where="artist!=Claude Monet"
+        )
+        found = [r["id"] for r in both.json()["results"]]
+        assert {i % 3 for i in found} == {1, 2}
+        assert not {2, 3, 4, 5} & set(found)  # the examples and their works
+        assert both.json()["total_candidates"] == 2 * N // 3 - 3
+        assert search(client, like=[{"id": 0}], k=50, weights={"content": 2}).status_code == 200
+
+    def test_verdicts_come_from_the_calibration(self, root, encoder, tmp_path):
+        place = make_catalog(tmp_path / "c", root, encoder)
+        write_calibration(place, {"rate": 0.01, "same_work": 0.9999, "similar": None, "weights": {"content": 1.0},
+                                  "negatives": {"same_work": N}})  # fmt: skip
+        with serving(library({"c": Source(place)})) as client:
+            assert client.get("/api/catalogs").json()[0]["calibration"]["same_work"] == 0.9999
+            answer = upload(client, png(1, root), "/api/catalogs/c/search/image").json()
+            assert answer["verdict"] == answer["results"][0]["verdict"] == "same work"
+
+    @pytest.mark.parametrize(
+        ("body", "status", "message"),
+        [
+            ({"like": []}, 422, "like: "),
+            ({}, 422, "like: Field required"),
+            ({"like": [{"id": 1, "upload": "x"}]}, 422, "give either"),
+            ({"like": [{}]}, 422, "give either"),
+            ({"like": [{"id": 24}]}, 404, "no item 24"),
+            ({"like": [{"upload": "../../etc/passwd"}]}, 404, "send the image again"),
+            ({"like": [{"id": 1}], "unlike": [{"id": -2}]}, 404, "no item -2"),
+            ({"like": [{"id": 1}], "where": "artist~x"}, 422, "has no ="),
+            ({"like": [{"id": 1}], "where": "artist=Nobody"}, 422, "no item has artist 'Nobody'"),
+            ({"like": [{"id": 1}], "weights": {"smell": 1}}, 422, "no part 'smell'"),
+            ({"like": [{"id": 1}], "weights": {"content": -1}}, 422, "at least 0"),
+            ({"like": [{"id": 1}], "k": 0}, 422, "k: "),
+            ({"like": [{"id": 1}], "k": 10**9}, 422, "k: "),
+            ({"like": [{"id": 1}], "diversity": 2}, 422, "diversity: "),
+            ({"like": [{"id": 1}] * 17}, 422, "like: "),
+            ({"like": [{"id": 1}], "colour": 1}, 422, "colour: Extra inputs"),
+        ],
+    )
+    def test_bad_requests(self, client, body, status, message):
+        assert message in error(search(client, **body), status)
+
+    def test_bad_json(self, client):
+        for content in (b"{", b"[1]", b"\xff", b'{"like": NaN}'):
+            headers = {"content-type": "application/json"}
+            response = client.post("/api/catalogs/art/search", content=content, headers=headers)
+            assert error(response, 400 if content == b"\xff" else 422)
+        big = b'{"like": [' + b" " * JSON_BYTES + b"]}"
+        too_large = client.post("/api/catalogs/art/search", content=big, headers={"content-type": "application/json"})
+        assert "larger than" in error(too_large, 413)
+        assert client.post("/api/catalogs/none/search", json={"like": [{"id": 1}]}).status_code == 404
+
+
+class TestHeatMaps:
+    def test_contributions_sum_to_the_score(self, client, root):
+        token = upload(client, png(9, root)).json()["upload"]
+        for like in ({"id": 9}, {"upload": token}):
+            answer = client.post("/api/catalogs/art/heatmap", json={"like": like, "id": 4}).json()
+            found = search(client, like=[like], k=N, collapse=False).json()["results"]
+            score = next(r["score"] for r in found if r["id"] == 4)
+            assert answer["score"] == pytest.approx(score, abs=1e-5)
+            for side in ("query", "item"):
+                values = np.array(answer[side]["values"])
+                assert values.shape == (answer[side]["height"], answer[side]["width"])
+                assert values.sum() + answer[side]["rest"] == pytest.approx(score, abs=1e-5)
+
+    def test_refusals(self, client):
+        heat = "/api/catalogs/art/heatmap"
+        assert "no item 99" in error(client.post(heat, json={"like": {"id": 1}, "id": 99}), 404)
+        assert "no item 99" in error(client.post(heat, json={"like": {"id": 99}, "id": 1}), 404)
+        wrong = {"like": {"id": 1}, "id": 2, "weights": {"smell": 1}}
+        assert "no part 'smell'" in error(client.post(heat, json=wrong), 422)
+
+
+# ---------------------------------------------------------------------------------- hostile uploads
+
+
+def bomb(width: int = 30_000, height: int = 30_000) -> bytes:
+    """A PNG whose header claims many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
+    packed = b"".join(struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + packed
+
+
+def endless(raw: socket.socket) -> int:
+    """How many bytes of a body without end the server takes."""
+    sent = 0
+    with contextlib.suppress(OSError):
+        while sent < 100_000_000:
+            raw.sendall(b"10000\r\n" + b"x" * 65_536 + b"\r\n")
+            sent += 65_536
+    return sent
+
+
+class TestUploads:
+    @pytest.mark.parametrize("path", ["/api/uploads", "/api/catalogs/art/search/image"])
+    def test_bad_images_are_refused_with_a_reason(self, client, root, path):
+        for data, status, message in (
+            (b"this is no picture at all", 415, "not-an-image"),
+            (b"%PDF-1.7 ...", 415, "unsupported: PDF"),
+            (b"", 415, "empty"),
+            (png(1, root)[:200], 422, "truncated"),
+            (bomb(), 422, "too-many-pixels"),
+            (bomb(9000, 9000), 422, "too-many-pixels"),
+            (b"\xff\xd8\xff\xe0" + b"\0" * 50, 422, "decode-failed"),
+        ):
+            assert message in error(upload(client, data, path), status)
+        assert client.service.pending == 0
+
+    def test_forms(self, client, root):
+        url = "/api/uploads"
+        assert "multipart/form-data" in error(client.post(url, content=png(1, root)), 415)
+        assert "field file" in error(client.post(url, files={"picture": png(1, root)}), 422)
+        assert "field file" in error(client.post(url, files={"a": b""}, data={"file": "text"}), 422)
+        two = [("file", png(1, root)), ("file", png(2, root))]
+        assert "cannot be read" in error(client.post(url, files=two), 400)
+        for kind, body in (("multipart/form-data", b"x"), ("multipart/form-data; boundary=x", b"nonsense")):
+            assert error(client.post(url, content=body, headers={"content-type": kind}), 400)
+
+    def test_an_oversized_upload_is_cut_off(self, folder):
+        limits = Limits(rate=None, max_upload_bytes=100_000)
+        with serving(library({"art": Source(folder)}, limits), limits) as client:
+            assert "0.1 MB" in error(upload(client, b"\x89PNG" + b"x" * 400_000), 413)
+            assert "0.1 MB" in error(upload(client, b"\x89PNG" + b"x" * 100_001), 413)
+            form = {"content-type": "multipart/form-data; boundary=b"}
+            head = b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n'
+
+            host = address(client)
+            start = f"POST /api/uploads HTTP/1.1\r\nhost: x\r\ncontent-type: {form['content-type']}\r\n".encode()
+            with socket.create_connection(host, timeout=10) as raw:  # chunked and endless
+                raw.sendall(start + b"transfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(head), head))
+                assert endless(raw) < 100_000_000
+            for path in ("/api/uploads", "/api/catalogs/art/search", "/api/nothing"):
+                for origin in (b"", b"origin: https://evil.example\r\n"):
+                    with socket.create_connection(host, timeout=10) as raw:
+                        raw.sendall(start.replace(b"/api/uploads", path.encode()) + origin)
+                        raw.sendall(b"transfer-encoding: chunked\r\n\r\n")
+                        assert endless(raw) < 100_000_000
+            for length in (10**12, 500):  # a length that is not the truth
+                with socket.create_connection(host, timeout=10) as raw:
+                    raw.sendall(start + f"content-length: {length}\r\n\r\n".encode() + head)
+                    raw.sendall(b"x" * 450_000)
+                    assert re.match(rb"HTTP/1.1 4(13|00|22)", raw.recv(1000))
+            assert client.get("/api/health").json()["queue"] == 0
+
+    def test_a_slow_upload_is_given_up(self, folder):
+        limits = Limits(rate=None, upload_seconds=1)
+        books, kind = library({"art": Source(folder)}, limits), b"content-type: multipart/form-data; boundary=b"
+        with serving(books, limits) as client, socket.create_connection(address(client), timeout=10) as raw:
+            raw.sendall(b"POST /api/uploads HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n" + kind + b"\r\n\r\n--b")
+            assert raw.recv(1000).startswith(b"HTTP/1.1 408")
+
+    def test_they_expire_and_make_room(self, client, root):
+        now = [0.0]
+        kept = Uploads(2, 10_000, 60, clock=lambda: now[0])
+        one, two, three = (Upload(bytes(1000), 1, 1) for _ in range(3))
+        first, second = kept.add(one), kept.add(two)
+        assert kept.get(first) is one  # now the second is the longest unused
+        third = kept.add(three)
+        assert (kept.get(second), kept.get(first), kept.get(third)) == (None, one, three)
+        now[0] = 59
+        assert kept.get(first) is one
+        now[0] = 100
+        assert (kept.get(third), kept.get(first), len(kept)) == (None, one, 1)
+        now[0] = 200
+        assert kept.get(first) is None
+        large = Uploads(10, 2500, 60, clock=lambda: now[0])
+        tokens = [large.add(Upload(bytes(1000), 1, 1)) for _ in range(3)]
+        assert [large.get(token) is None for token in tokens] == [True, False, False]
+        large.get(tokens[1]).pixels[1, "square"] = torch.zeros(2000, dtype=torch.uint8)
+        large.sweep()  # too much, but the last one used
+        assert [large.get(token) is None for token in tokens] == [True, False, True]
+        assert len({*tokens, first, second, third}) == 6
+
+        token = upload(client, png(1, root)).json()["upload"]
+        client.service.uploads._clock = lambda: time.monotonic() + 3601
+        try:
+            assert "expired" in error(search(client, like=[{"upload": token}]), 404)
+            assert "expired" in error(client.get(f"/api/uploads/{token}/image"), 404)
+        finally:
+            client.service.uploads._clock = time.monotonic
+
+    def test_size_is_that_of_the_upright_image(self):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 20)).save(buffer, "JPEG", exif=exif)
+        assert picture_size(buffer.getvalue()) == (20, 40)
+        assert read_image(buffer.getvalue()).shape == (3, 40, 20)
+
+
+# --------------------------------------------------------------------------------- limits and guards
+
+
+class TestLimits:
+    @pytest.mark.parametrize(("name", "value"), [("rate", 0), ("queue", 0), ("batch_wait_ms", -1), ("burst", 0)])
+    def test_values(self, name, value):
+        with pytest.raises(ValueError, match=f"limits.{name} must be"):
+            Limits(**{name: value})
+
+    def test_buckets(self):
+        now = [0.0]
+        buckets = TokenBuckets(2.0, 3, clock=lambda: now[0])
+        assert [buckets.take("a", 1) for _ in range(3)] == [0, 0, 0]
+        assert buckets.take("a", 1) == pytest.approx(0.5)
+        assert buckets.take("b", 1) == 0
+        now[0] = 0.5
+        assert buckets.take("a", 1) == 0
+        assert buckets.take("a", 1) > 0
+        now[0] = 1000
+        assert [buckets.take("a", 1) > 0 for _ in range(4)] == [False, False, False, True]
+
+    @pytest.mark.parametrize(
+        ("peer", "forwarded", "proxies", "client"),
+        [
+            ("10.0.0.1", "1.2.3.4", 0, "10.0.0.1"),
+            ("10.0.0.1", "6.6.6.6, 1.2.3.4", 1, "1.2.3.4"),
+            ("10.0.0.1", "6.6.6.6, 1.2.3.4, 10.0.0.2", 2, "1.2.3.4"),
+            ("10.0.0.1", "", 1, "10.0.0.1"),
+            ("10.0.0.1", "nonsense", 1, "10.0.0.1"),
+            ("2001:db8:1:2:3::4", "", 0, "2001:db8:1:2::/64"),
+        ],
+    )
+    def test_who_a_client_is(self, peer, forwarded, proxies, client):
+        assert client_address(peer, forwarded, proxies) == client
+
+    def test_rate(self, folder):
+        limits = Limits(rate=0.5, burst=3)
+        with serving(library({"art": Source(folder)}, limits), limits, proxies=1) as client:
+            path = "/api/catalogs/art/items/1"
+            assert [client.get(path).status_code for _ in range(4)] == [200, 200, 200, 429]
+            refused = client.get(path)
+            assert "too many requests from 127.0.0.1" in error(refused, 429)
+            assert 1 <= int(refused.headers["retry-after"]) <= 2
+            assert "content-security-policy" in refused.headers
+            assert client.get("/api/health").status_code == 200
+            assert client.get(path, headers={"x-forwarded-for": "9.9.9.9"}).status_code == 200
+
+    def test_thumbnails_cost_a_tenth(self, folder):
+        limits = Limits(rate=0.01, burst=2)
+        with serving(library({"art": Source(folder)}, limits), limits) as client:
+            states = [client.get(f"/api/catalogs/art/items/{i}/thumbnail").status_code for i in range(21)]
+            assert states == [200] * 20 + [429]
+            assert client.get("/api/health", headers={"x-forwarded-for": "9.9.9.9"}).status_code == 200
+
+    def test_a_full_queue_tells_to_come_back(self, folder, root):
+        limits = Limits(rate=None, queue=2, batch_size=1)
+        books = library({"art": Source(folder)}, limits)
+        with serving(books, limits) as client, ThreadPoolExecutor(8) as threads:
+            (loaded,) = books.catalogs
+            gate = threading.Event()
+            blocked = loaded.worker.call(lambda _: gate.wait(20))
+            until(blocked.running)
+            token = upload(client, png(1, root)).json()["upload"]
+            asked = [threads.submit(search, client, like=[{"upload": token}]) for _ in range(6)]
+            done, waiting = wait(asked, timeout=2)
+            for answer in done:
+                refused = answer.result()
+                assert "too many requests are waiting" in error(refused, 503)
+                assert refused.headers["retry-after"] == "1"
+            assert (len(done), len(waiting)) == (4, 2)
+            assert client.get("/api/health").json()["queue"] == 2
+            gate.set()
+            assert [answer.result().status_code for answer in waiting] == [200, 200]
+            assert upload(client, png(2, root)).status_code == 201
+
+
+class TestOrigins:
+    def test_pages_of_others_may_not_ask(self, folder):
+        books = library({"art": Source(folder)})
+        with serving(books, hosts=["127.0.0.1", "localhost"], origins=["https://art.example"]) as client:
+            port = client.base_url.port
+
+            def post(**headers: str) -> httpx.Response:
+                named = {name.replace("_", "-"): value for name, value in headers.items()}
+                return client.post("/api/catalogs/art/search", json={"like": [{"id": 1}]}, headers=named)
+
+            assert post().status_code == 200
+            assert post(origin=f"http://127.0.0.1:{port}").status_code == 200
+            allowed = post(origin="https://art.example")
+            assert allowed.headers["access-control-allow-origin"] == "https://art.example"
+            for origin in ("https://evil.example", "null", f"http://localhost:{port}", "http://127.0.0.1:1"):
+                assert "may not ask here" in error(post(origin=origin), 403)
+            assert "may not ask here" in error(post(sec_fetch_site="cross-site"), 403)
+            for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example"):
+                assert "does not answer to the name" in error(post(host=host, origin=f"http://{host}"), 403)
+            preflight = {"origin": "https://art.example", "access-control-request-method": "POST"}
+            assert client.options("/api/catalogs/art/search", headers=preflight).status_code == 200
+            preflight["origin"] = "https://evil.example"
+            assert client.options("/api/catalogs/art/search", headers=preflight).status_code == 400
+
+
+# --------------------------------------------------------------------------------- encoder in a worker
+
+
+class Toy(nn.Module):
+    """Describes an image by its mean colour; refuses black ones; remembers its batches."""
+
+    bits, input_size, fit = None, 8, "longest"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(3), requires_grad=False)
+        self.batches: list[tuple[int, ...]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def embed(self, image: Tensor) -> Tensor:
+        self.gate.wait(20)
+        self.batches.append(tuple(image.shape))
+        means = image.float().mean((2, 3)) @ self.weight
+        if (means == 0).all(1).any():
+            raise RuntimeError("black")
+        return means / (means.norm(dim=1, keepdim=True) - (means == 255).all(1, keepdim=True) * means.norm())
+
+
+def worker(toy: nn.Module, **settings) -> EncoderWorker:
+    return EncoderWorker(toy, **{"batch_size": 4, "wait_ms": 50.0, "queue_length": 100, **settings})
+
+
+class TestEncoderWorker:
+    def test_batches_form_by_shape_and_equal_one_by_one(self):
+        toy = Toy()
+        work = worker(toy)
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(8, 6), (6, 8), (8, 6), (8, 6), (6, 8), (8, 6), (8, 6), (8, 6)]
+        images = [torch.randint(1, 255, (3, *s), generator=generator, dtype=torch.uint8) for s in shapes]
+        toy.gate.clear()
+        held = work.describe(images[0])
+        until(held.running)
+        found = [work.describe(image) for image in images]
+        toy.gate.set()
+        vectors = torch.stack([one.result(20) for one in found])
+        assert toy.batches == [(1, 3, 8, 6), (3, 3, 8, 6), (1, 3, 6, 8), (1, 3, 6, 8), (3, 3, 8, 6)]
+        alone = torch.cat([encode(toy, image[None]) for image in images])
+        torch.testing.assert_close(vectors, alone, rtol=0, atol=1e-6)
+        work.release()
+
+    def test_a_real_encoder_in_batches(self, encoder, root):
+        work = worker(encoder, batch_size=5)
+        images = [read_image(root / f"{i}.png", size=64) for i in range(10)]
+        sizes = []
+        real = encoder.embed
+        encoder.embed = lambda image: (sizes.append(len(image)), real(image))[1]
+        try:
+            gate = threading.Event()
+            until(work.call(lambda _: gate.wait(20)).running)
+            found = [work.describe(image) for image in images]
+            gate.set()
+            vectors = torch.stack([one.result(20) for one in found])
+        finally:
+            del encoder.embed
+        assert sizes == [5, 5]
+        alone = torch.cat([encode(encoder, image[None]) for image in images])
+        torch.testing.assert_close(vectors, alone, rtol=0, atol=1e-5)
+        work.release()
+
+    def test_an_image_that_fails_fails_alone(self):
+        toy = Toy()
+        work = worker(toy)
+        toy.gate.clear()
+        values = (7, 0, 255, 90)
+        found = [work.describe(torch.full((3, 8, 6), value, dtype=torch.uint8)) for value in values]
+        toy.gate.set()
+        assert found[0].result(20).tolist() == pytest.approx([3**-0.5] * 3)
+        with pytest.raises(RuntimeError, match="black"):
+            found[1].result(20)
+        with pytest.raises(ValueError, match="no finite descriptor"):
+            found[2].result(20)
+        assert found[3].result(20).tolist() == pytest.approx([3**-0.5] * 3)
+        with pytest.raises(ZeroDivisionError):
+            work.call(lambda _: 1 / 0).result(20)
+        assert work.call(lambda module: module is toy).result(20)
+        work.release()
+
+    def test_full_cancelled_and_released(self):
+        toy = Toy()
+        work = worker(toy, queue_length=2, batch_size=1)
+        image = torch.full((3, 8, 6), 9, dtype=torch.uint8)
+        toy.gate.clear()
+        first = work.describe(image)
+        until(first.running)
+        second, third = work.describe(image), work.describe(image)
+        with pytest.raises(Busy):
+            work.describe(image)
+        second.cancel()
+        assert work.retain()
+        work.release()
+        work.release()  # nobody holds it: what is asked is answered, then it ends
+        toy.gate.set()
+        assert third.result(20).shape == (3,)
+        assert first.result(20).shape == (3,)
+        assert len(toy.batches) == 2
+        assert not work.retain()
+        until(lambda: not any(t.name == "encoder" and t is work._thread for t in threading.enumerate()))
+
+
+# ---------------------------------------------------------------------------------- library, listing
+
+
+class TestLibrary:
+    def test_catalogs_of_one_encoder_share_its_worker(self, client):
+        art, bare = client.service.library.catalogs
+        assert art.worker is bare.worker
+
+    def test_an_upload_is_described_once_for_catalogs_that_share_an_encoder(self, folder, root):
+        books = library({"a": Source(folder), "b": Source(folder)})
+        with serving(books) as client:
+            sizes = []
+            encoder = books.catalogs[0].worker.encoder
+            real = encoder.embed
+            encoder.embed = lambda image: (sizes.append(len(image)), real(image))[1]
+            token = upload(client, png(3, root)).json()["upload"]
+            assert sizes == []
+            for name in ("a", "b", "a"):
+                assert search(client, name, like=[{"upload": token}]).json()["results"][0]["id"] == 3
+            assert sizes == [1]
+
+    def test_reload_while_requests_run(self, root, encoder, tmp_path, monkeypatch):
+        monkeypatch.setattr(service_module, "POLL_SECONDS", 0.05)
+        place = make_catalog(tmp_path / "c", root, encoder)
+        torch.manual_seed(2)
+        other = runtime.build(MODEL).eval()
+        with serving(library({"c": Source(place, root)})) as client, ThreadPoolExecutor(3) as threads:
+            token = upload(client, png(7, root)).json()["upload"]
+            first = client.get("/api/catalogs").json()[0]["version"]
+            old_worker = client.service.library.catalogs[0].worker
+            end, versions, failures = threading.Event(), set(), []
+
+            def ask(like: dict) -> None:
+                while not end.is_set():
+                    answer = search(client, "c", like=[like], k=5)
+                    if answer.status_code != 200:
+                        failures.append(answer.text)
+                        continue
+                    content = answer.json()
+                    versions.add(content["version"])
+                    titles = {r["attributes"]["title"].startswith("new ") for r in content["results"]}
+                    if len(titles) != 1 or ("upload" in like and content["results"][0]["id"] != 7):
+                        failures.append(answer.text)
+
+            asking = [threads.submit(ask, like) for like in ({"id": 3}, {"upload": token}, {"upload": token})]
+            until(lambda: first in versions)
+            make_catalog(place, root, encoder, mark="new ")  # the same encoder
+            until(lambda: len(versions) == 2)
+            assert client.service.library.catalogs[0].worker is old_worker
+            make_catalog(place, root, other, mark="new ")
+            until(lambda: len(versions) == 3)
+            assert client.service.library.catalogs[0].worker is not old_worker
+            write_calibration(place, {"rate": 0.01, "same_work": 0.5, "similar": None, "weights": {}, "negatives": {}})
+            until(lambda: len(versions) == 4)
+            end.set()
+            for one in asking:
+                one.result(20)
+            assert not failures
+            until(lambda: not old_worker._thread.is_alive())
+            last = client.get("/api/catalogs").json()[0]
+            assert last["calibration"]["rate"] == 0.01
+            again = client.get("/api/catalogs/c/items/1/thumbnail", headers={"if-none-match": f'"{first}"'})
+            assert again.status_code == 200
+            assert search(client, "c", like=[{"upload": token}]).json()["verdict"] == "same work"
+
+    def test_a_damaged_new_catalog_leaves_the_old_one(self, root, encoder, tmp_path):
+        place = make_catalog(tmp_path / "c", root, encoder)
+        books = library({"c": Source(place)})
+        with serving(books) as client:
+            assert books.refresh() == []
+            good = (place / "index/index.faiss").read_bytes()
+            with books.lease("c") as before:
+                (place / "index/index.faiss").write_bytes(b"damaged")
+                assert books.refresh() == []
+                assert "damaged" in client.get("/api/health").json()["catalogs"]["c"]["error"]
+                assert search(client, "c", like=[{"id": 1}]).status_code == 200
+                assert client.get("/api/catalogs/c/items/1/thumbnail").status_code == 200
+                (place / "index/index.faiss").write_bytes(good)
+                assert books.refresh() == ["c"]
+                assert "error" not in client.get("/api/health").json()["catalogs"]["c"]
+                assert before.thumbnails[3] == books.catalogs[0].thumbnails[3]
+            (place / "catalog.json").unlink()
+            assert books.refresh() == []
+            assert "no catalog in" in books.problems["c"]
+            assert books.refresh() == []
+
+    def test_what_cannot_be_loaded_at_the_start(self, tmp_path):
+        with pytest.raises(CatalogError, match="no catalog in"):
+            library({"c": Source(tmp_path)})
+
+    def test_an_old_catalog_shows_its_own_thumbnails(self, root, encoder, tmp_path):
+        place = make_catalog(tmp_path / "c", root, encoder)
+        small = Thumbnails(place / "items.parquet", held_bytes=1)
+        expected = read_catalog(place).thumbnails(range(N))
+        make_catalog(place, root, encoder, count=5)
+        assert [small[i] for i in (23, 0, 7)] == [expected[i] for i in (23, 0, 7)]
+
+    def test_thumbnails_of_many_groups(self, tmp_path):
+        n = 2500
+        data = [f"thumbnail {i}".encode() for i in range(n)]
+        pq.write_table(pa.table({"thumbnail": pa.array(data, pa.binary())}), tmp_path / "t", row_group_size=1024)
+        for held in (1, 10**9):
+            found = Thumbnails(tmp_path / "t", held_bytes=held)
+            assert [found[i] for i in (0, 1023, 1024, 2499, 5)] == [data[i] for i in (0, 1023, 1024, 2499, 5)]
+
+
+class TestListing:
+    def test_columns_of_all_kinds(self):
+        table = pa.table(
+            {
+                "year": ["1850", "c. 1851", *["1860"] * 20],
+                "height": pa.array([None, *[2.0] * 21]),
+                "price": pa.array([float("nan"), 3.5, *[4.0] * 20]),
+                "rank": pa.array(range(22)),
+                "public": pa.array([True, False] * 11),
+                "nothing": pa.array([None] * 22, pa.string()),
+            }
+        )
+        listing = Listing(Attributes(table))
+        kinds = {a.name: (a.kind, a.distinct, a.low, a.high) for a in listing.attributes}
+        assert kinds == {
+            "year": ("number", 3, 1850, 1860),
+            "price": ("number", 3, 3.5, 4.0),
+            "rank": ("number", 22, 0, 21),
+            "public": ("text", 2, None, None),
+            "nothing": ("text", 0, None, None),
+        }
+        assert listing.values("nothing", "", 5) == []
+        assert listing.values("rank", "2", 2) == [{"value": 2, "count": 1}, {"value": 20, "count": 1}]
+        assert listing.page(text="1850", where="", seed=None, offset=0, limit=5) == (0, [])
+        assert listing.page(text="", where="", seed=None, offset=20, limit=5) == (22, [20, 21])
+
+    def test_orders_are_remembered_for_a_few_questions(self):
+        table = pa.table({"title": [f"t{i}" for i in range(50)]})
+        listing = Listing(Attributes(table))
+        for seed in range(40):
+            first = listing.page(text="", where="", seed=seed, offset=0, limit=50)[1]
+            assert first == listing.page(text="", where="", seed=seed, offset=0, limit=50)[1]
+            assert sorted(first) == list(range(50))
+        assert len(listing._orders) <= 16
+
+
+# -------------------------------------------------------------------------------------- the command
+
+
+class TestCommand:
+    def test_catalogs_get_names(self, tmp_path):
+        for name in ("a", "my prints (1)", "x/a"):
+            (tmp_path / name).mkdir(parents=True)
+        path = str(tmp_path)
+        assert list(find_sources(f"{path}/a", None)) == ["a"]
+        assert list(find_sources([f"{path}/a", f"{path}/my prints (1)"], None)) == ["a", "my-prints-1"]
+        both = find_sources({"one": f"{path}/a", "two": f"{path}/x/a"}, {"two": path})
+        assert both == {"one": Source(tmp_path / "a"), "two": Source(tmp_path / "x/a", tmp_path)}
+        for catalog, root, message in (
+            ([f"{path}/a", f"{path}/x/a"], None, "two catalogs are named a"),
+            ({"a/b": path}, None, "part of addresses"),
+            ([], None, "lists none"),
+            (f"{path}/a", f"{path}/none", "is not a folder"),
+            ({"a": path}, {"b": path}, "root names b"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                find_sources(catalog, root)
+
+    def test_a_taken_port_is_named(self):
+        with bind("127.0.0.1", 0) as taken:
+            taken.listen()
+            port = taken.getsockname()[1]
+            with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1 port {port} .*another host= or port="):
+                bind("127.0.0.1", port)
+        with pytest.raises(ValueError, match="got 99999"):
+            bind("127.0.0.1", 99_999)
+        with pytest.raises(ValueError, match="cannot listen on 192"):
+            bind("192.0.2.1", 0)
+
+    def test_greeting(self, client):
+        said = greeting(client.service.library, "127.0.0.1", 8000)
+        assert "http://127.0.0.1:8000/" in said
+        assert f"art: {N} items, images in" in said
+        assert f"bare: {N} items, thumbnails only" in said
+        assert "simsearch calibrate catalog=" in said
+        assert "http://localhost:8000/" in greeting(client.service.library, "0.0.0.0", 8000)
+
+    @pytest.mark.slow
+    def test_a_process_serves_and_ends_in_order(self, folder, root):
+        command = [sys.executable, "-m", "simsearch", "serve", f"catalog={folder}", f"root={root}", "port=0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                address = re.search(r"http://[\d.:]+", process.stdout.readline())
+                assert address
+                with httpx.Client(base_url=address[0], timeout=20) as client:
+                    found = upload(client, png(5, root), "/api/catalogs/art/search/image?k=2").json()
+                    assert found["results"][0]["id"] == 5
+                    port = client.base_url.port
+                second = subprocess.run([*command[:-1], f"port={port}"], capture_output=True, text=True)
+                assert second.returncode == 1
+                assert "cannot listen on" in second.stderr
+                assert "Traceback" not in second.stderr
+                process.send_signal(signal.SIGTERM)
+                rest, log = process.communicate(timeout=30)
+            finally:
+                process.kill()
+        assert process.returncode == 0
+        assert rest.endswith("ended\n")
+        assert re.fullmatch(r"[\d:]+ 127.0.0.1 POST /api/catalogs/art/search/image 200 \d+ ms", log.strip())
+
+    def test_the_log_has_one_line_a_request(self, client, caplog):
+        with caplog.at_level("INFO", logger="simsearch.serving"):
+            client.get("/api/health?x=%0Ay")
+            client.get("/api/a%0Ab%1b[31m")
+        lines = [record.getMessage() for record in caplog.records]
+        assert re.fullmatch(r"127.0.0.1 GET /api/health 200 \d+ ms", lines[0])
+        assert re.fullmatch(r"127.0.0.1 GET /api/a%0Ab%1b(\[|%5B)31m 404 \d+ ms", lines[1])
+        assert len(lines) == 2
+
+    def test_a_failure_of_the_server_is_told_and_logged(self, client, caplog, monkeypatch):
+        monkeypatch.setattr(client.service.library.catalogs[0].listing, "rows", lambda _: 1 / 0)
+        answer = client.get("/api/catalogs/art/items/1")
+        assert error(answer, 500) == "the server failed at this request: its log says why"
+        assert "content-security-policy" in answer.headers
+        assert "ZeroDivisionError" in caplog.text
+
+
+def test_replies_have_no_nan():
+    from simsearch.serving.messages import Reply
+
+    body = Reply({"a": float("nan"), "b": [float("inf"), 1.5], "c": "é"}).body
+    assert json.loads(body) == {"a": None, "b": [None, 1.5], "c": "é"}

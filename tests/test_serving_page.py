@@ -1,0 +1,659 @@
+"""The recommender's page in a real browser, on a real server, with a collection of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+
+from simsearch import runtime
+from simsearch.commands.serve import bind
+from simsearch.data.rendered import render_collection
+from simsearch.images import encode_thumbnail, read_image
+from simsearch.index.faiss_index import FaissIndex
+from simsearch.search.catalog import item_table, write_calibration, write_catalog
+from simsearch.search.engine import encode
+from simsearch.serving.app import create_app
+from simsearch.serving.library import Library, Source
+from simsearch.serving.limits import Limits
+
+try:
+    from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+except ImportError:
+    sync_playwright = None
+BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(sync_playwright is None, reason="playwright is not installed: the page is NOT TESTED"),
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH: the page is NOT TESTED"),
+]
+
+SHAPES = ((96, 96), (96, 64), (60, 96), (96, 24))  # width, height
+FREE = Limits(rate=None)
+
+
+def frozen(pooling: dict) -> dict:
+    backbone = {"_target_": "simsearch.models.backbones.timm_backbone", "name": "test_resnet", "weights": "random"}
+    target = "simsearch.models.frozen.FrozenRetriever"
+    return {"_target_": target, "backbone": {**backbone, "size": 64, "runtime": "torch"}, "pooling": pooling}
+
+
+REGIONS = frozen({"_target_": "simsearch.models.pooling.RMAC", "levels": 2})
+PLAIN = frozen({"_target_": "simsearch.models.pooling.GeM"})
+COLOUR = {
+    "_target_": "simsearch.models.frozen.FrozenRetriever",
+    "backbone": {"_target_": "simsearch.models.colour.colour_backbone", "size": 64, "levels": [1]},
+    "pooling": {"_target_": "simsearch.models.pooling.Average"},
+}
+PARTS = {
+    "_target_": "simsearch.models.parts.PartsRetriever",
+    "weights": {"content": 0.7, "colour": 0.3},
+    "encoders": {"content": REGIONS, "colour": COLOUR},
+}
+
+
+def built(config: dict) -> torch.nn.Module:
+    torch.manual_seed(1)
+    return runtime.build(config["model"]).eval()
+
+
+def make_catalog(folder: Path, root: Path, model: dict, columns: dict[str, list]) -> Path:
+    encoder = built({"model": model})
+    index = FaissIndex("Flat")
+    index.add(encode(encoder, torch.stack([read_image(root / path, size=64) for path in columns["path"]])))
+    thumbnails = [encode_thumbnail(read_image(root / path), 48) for path in columns["path"]]
+    items = item_table(columns, thumbnails)
+    write_catalog(folder, index=index, items=items, encoder=encoder, config={"model": model}, about={})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("images")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, root) -> Iterator[str]:
+    """A server of two catalogs: `art`, of two parts, which explains, and `plain`, of one, to which all are strange."""
+    collection = render_collection(styles=4, artists=2, works=5, photographs=2)
+    columns: dict[str, list] = {name: [] for name in ("path", "title", "artist", "style", "year", "work")}
+    for i, (image, labels) in enumerate(zip(collection.images, collection.labels.tolist(), strict=True)):
+        width, height = SHAPES[i % len(SHAPES)]
+        Image.fromarray(image[:, :height, :width].permute(1, 2, 0).numpy()).save(root / f"{i}.png")
+        known = {a: collection.classes[j][labels[j]] for j, a in enumerate(collection.attributes)}
+        row = {"path": f"{i}.png", "title": f"Plate {i}", "year": str(1800 + i), **known}
+        for name, values in columns.items():
+            values.append(row[name])
+    folder = tmp_path_factory.mktemp("catalogs")
+    sources = {
+        "art": Source(make_catalog(folder / "art", root, PARTS, columns), root),
+        "plain": Source(make_catalog(folder / "plain", root, PLAIN, columns), root),
+    }
+    counts = {"same_work": 100, "similar": 100}
+    weights = {"content": 0.7, "colour": 0.3}
+    write_calibration(
+        folder / "art", {"rate": 0.01, "same_work": 2, "similar": -1, "weights": weights, "negatives": counts}
+    )
+    strict = {"rate": 0.01, "same_work": 2, "similar": 1.5, "weights": {"content": 1.0}, "negatives": counts}
+    write_calibration(folder / "plain", strict)
+    library = Library(sources, build=built, device=torch.device("cpu"), limits=FREE)
+    app = create_app(library, FREE)
+    bound = bind("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started:
+        assert time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+Opened = Callable[..., Page]
+
+
+@pytest.fixture
+def opened(browser, address) -> Iterator[Opened]:
+    """Opens the page at an address' hash; afterwards: nothing was asked of others, and nothing complained."""
+    complaints: list[str] = []
+    strangers: list[str] = []
+    with contextlib.ExitStack() as stack:
+
+        def opened(hash: str = "", **context) -> Page:
+            context = {"viewport": {"width": 1280, "height": 850}, "reduced_motion": "reduce"} | context
+            page = stack.enter_context(contextlib.closing(browser.new_context(**context))).new_page()
+            page.set_default_timeout(15_000)
+            own = urlsplit(address).netloc
+
+            def asked(request) -> None:
+                url = urlsplit(request.url)
+                if url.scheme not in ("blob", "data") and url.netloc != own:
+                    strangers.append(request.url)
+
+            page.on("request", asked)
+            page.on("pageerror", lambda error: complaints.append(str(error)))
+            page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
+            page.goto(f"{address}/{hash}")
+            page.wait_for_selector(".work:not(.skeleton), .none:not([hidden]), .note")
+            return page
+
+        opened.complaints = complaints  # type: ignore[attr-defined]
+        yield opened
+    assert strangers == [], "the page must work with no internet"
+    assert complaints == [], "errors in the browser's console"
+
+
+def ids(page: Page) -> list[int]:
+    return page.eval_on_selector_all(".work:not(.skeleton)", "cards => cards.map((card) => Number(card.dataset.id))")
+
+
+def said(page: Page, name: str) -> str | None:
+    """What the page's address says of something."""
+    found = re.search(rf"[#&]{name}=([^&]*)", page.url)
+    return unquote(found[1]) if found else None
+
+
+def results(page: Page) -> Locator:
+    return page.locator(".result")
+
+
+def picture(page: Page, root: Path, number: int, name: str = "mine.png"):
+    """A handle on a DataTransfer that holds the collection's image of this number as a file."""
+    data = list((root / f"{number}.png").read_bytes())
+    return page.evaluate_handle(
+        """([data, name]) => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(data)], name, { type: "image/png" }));
+            return transfer;
+        }""",
+        [data, name],
+    )
+
+
+def drop(page: Page, transfer, to: str = "new") -> None:
+    page.dispatch_event("body", "dragenter", {"dataTransfer": transfer})
+    page.dispatch_event(f"[data-to={to}]", "dragover", {"dataTransfer": transfer})
+    page.dispatch_event(f"[data-to={to}]", "drop", {"dataTransfer": transfer})
+
+
+def tune(page: Page, part: str, value: int) -> None:
+    page.locator(f"input[data-part={part}], #{part}").first.evaluate(
+        "(input, value) => { input.value = value; input.dispatchEvent(new Event('input', { bubbles: true })); }", value
+    )
+
+
+def settled(page: Page) -> None:
+    expect(page.locator("#works")).not_to_have_attribute("aria-busy", "true")
+
+
+def answers_to(page: Page, act: Callable[[], object], path: str = "/search") -> dict:
+    with page.expect_response(lambda r: urlsplit(r.url).path.endswith(path) and r.ok) as waiting:
+        act()
+    return waiting.value.json()
+
+
+# ------------------------------------------------------------------------------- the wall
+
+
+def test_a_wall_of_works_at_their_own_shapes(opened):
+    page = opened()
+    expect(page.locator("#zone")).to_be_visible()
+    expect(page.locator("#status")).to_have_text("80 works")
+    assert len(ids(page)) == 60
+    shapes = page.eval_on_selector_all(
+        ".wall",
+        """cards => cards.map((card) => {
+            const [image, frame] = [card.querySelector("img"), card.querySelector(".frame").getBoundingClientRect()];
+            return [image.getAttribute("width") / image.getAttribute("height"), frame.width / frame.height,
+                    image.loading, image.decoding, getComputedStyle(image).objectFit];
+        })""",
+    )
+    assert {round(own, 1) for own, *_ in shapes} == {round(w / h, 1) for w, h in SHAPES}
+    for own, shown, loading, decoding, fit in shapes:
+        assert shown == pytest.approx(own, rel=0.03) or (own > 2.6 and fit == "contain"), "a work was cropped"
+        assert (loading, decoding) == ("lazy", "async")
+    page.mouse.wheel(0, 20_000)
+    expect(page.locator(".wall")).to_have_count(80)
+    assert sorted(ids(page)) == list(range(80))
+
+
+def test_words_and_another_order(opened):
+    page = opened()
+    first = ids(page)
+    answers_to(page, lambda: page.click("#surprise"), "/items")
+    page.wait_for_function("first => document.querySelector('.work')?.dataset.id != first", arg=str(first[0]))
+    assert ids(page) != first
+    page.keyboard.press("/")
+    page.keyboard.type("plate 7")
+    expect(page.locator("#status")).to_contain_text("with “plate 7”")
+    expect(page.locator(".wall")).to_have_count(17)  # all with a 7 in it
+    page.fill("#text", "nothing of that name")
+    expect(page.locator("#none")).to_contain_text("Nothing is called")
+
+
+# ------------------------------------------------------------------------------- queries
+
+
+def test_a_work_of_the_wall_becomes_the_query_and_back_leads_back(opened):
+    page = opened()
+    wall = ids(page)
+    page.locator(".wall .frame").nth(3).click()
+    expect(results(page)).to_have_count(24)
+    assert said(page, "like") == str(wall[3])
+    assert wall[3] not in ids(page)
+    first = ids(page)
+    expect(page.locator("#status")).to_contain_text("The 24 nearest of")
+    assert "Plate" in results(page).first.locator(".caption").inner_text()
+    scores = [float(text) for text in page.locator(".result .number").all_inner_texts()]
+    assert scores == sorted(scores, reverse=True)
+
+    results(page).nth(1).hover()
+    page.locator(".result").nth(1).locator("[data-act=more]").click()
+    page.wait_for_function("id => location.hash.includes(`like=${id}`)", arg=first[1])
+    page.wait_for_function("first => document.querySelector('.result')?.dataset.id != first", arg=str(first[0]))
+    page.go_back()
+    page.wait_for_function("first => document.querySelector('.result')?.dataset.id == first", arg=str(first[0]))
+    assert ids(page) == first
+    again = opened(f"#{urlsplit(page.url).fragment}")
+    assert ids(again) == first, "the address alone brings the same answers"
+    page.go_back()
+    page.wait_for_selector(".wall")
+    assert ids(page)[:60] == wall[:60]
+    page.go_forward()
+    expect(results(page)).to_have_count(24)
+
+
+@pytest.mark.parametrize("way", ["drop", "paste", "choose"])
+def test_an_own_image(opened, root, way):
+    page = opened("#catalog=art")
+
+    def give() -> None:
+        if way == "drop":
+            transfer = picture(page, root, 5)
+            page.dispatch_event("body", "dragenter", {"dataTransfer": transfer})
+            expect(page.locator("#drop [data-to=new]")).to_be_visible()
+            expect(page.locator("#drop [data-to=unlike]")).to_be_hidden()
+            drop(page, transfer)
+            expect(page.locator("#drop")).to_be_hidden()
+        elif way == "paste":
+            transfer = picture(page, root, 5)
+            page.evaluate("data => document.dispatchEvent(new ClipboardEvent('paste', "
+                          "{ clipboardData: data, bubbles: true }))", transfer)  # fmt: skip
+        else:
+            with page.expect_file_chooser() as chooser:
+                page.click("#zone")
+            chooser.value.set_files(root / "5.png")
+
+    answers_to(page, give)
+    expect(results(page).first).to_have_attribute("data-id", "5")
+    assert float(results(page).first.locator(".number").inner_text()) >= 0.98
+    expect(page.locator("#primary figcaption")).to_contain_text("5.png" if way == "choose" else "mine.png")
+    assert page.locator("#primary img").evaluate("image => image.naturalWidth") == SHAPES[5 % 4][0]
+
+
+def test_several_images_for_and_against(opened, root):
+    page = opened("#catalog=art&like=3")
+    one = ids(page)
+    body = answers_to(page, lambda: drop(page, picture(page, root, 40), "like"))
+    expect(page.locator("#like .tile:not(.add)")).to_have_count(2)
+    assert [r["id"] for r in body["results"]] != one
+    settled(page)
+    results(page).first.hover()
+    worst = ids(page)[0]
+    asked: list[dict] = []
+    page.on("request", lambda r: asked.append(r.post_data_json) if r.url.endswith("/search") else None)
+    answers_to(page, lambda: results(page).first.locator("[data-act=unlike]").click())
+    expect(page.locator("#unlike .tile")).to_have_count(1)
+    assert asked[-1]["unlike"] == [{"id": worst}]
+    assert [kind for example in asked[-1]["like"] for kind in example] == ["id", "upload"]
+    page.wait_for_function("id => !document.querySelector(`.result[data-id='${id}']`)", arg=worst)
+    page.locator("#unlike .remove").click()  # known: nothing is asked again
+    page.wait_for_function("id => document.querySelector(`.result[data-id='${id}']`)", arg=worst)
+    page.locator("#like .remove").first.click()
+    expect(page.locator("#like .tile:not(.add)")).to_have_count(0)  # the one that is left stands large
+    assert said(page, "like").startswith("u")
+
+
+def test_works_are_dragged(opened):
+    page = opened("#catalog=art&like=3")
+    dragged = ids(page)[2]
+    transfer = page.evaluate_handle("() => new DataTransfer()")
+    page.dispatch_event(f".result[data-id='{dragged}'] img", "dragstart", {"dataTransfer": transfer})
+    answers_to(page, lambda: drop(page, transfer, "like"))
+    assert said(page, "like") == f"3,{dragged}"
+
+
+def test_an_upload_that_expired_is_sent_again(opened, root):
+    page = opened("#catalog=art")
+    answers_to(page, lambda: drop(page, picture(page, root, 8)))
+    expect(results(page)).to_have_count(24)
+    token = said(page, "like")[1:]
+    renewed: list[str] = []
+
+    def answer(route) -> None:  # what the server says once it has forgotten this token
+        request = route.request
+        old = token in request.url or token in (request.post_data or "")
+        if request.url.endswith("/uploads"):
+            renewed.append(request.url)
+        route.fulfill(status=404, json={"error": "no such upload"}) if old else route.continue_()
+
+    page.route("**/api/**", answer)
+    tune(page, "diversity", 50)
+    page.wait_for_function("() => location.hash.includes('diversity')")
+    settled(page)
+    assert len(renewed) == 1
+    expect(results(page)).to_have_count(24)
+    expect(page.locator(".note")).to_have_count(0)
+    opened.complaints[:] = [text for text in opened.complaints if "404" not in text]
+
+    lost = opened(f"#catalog=art&like=u{'0' * 20}")
+    expect(lost.locator(".note")).to_contain_text("no longer on the server")
+    expect(lost.locator(".wall").first).to_be_visible()
+    opened.complaints[:] = [text for text in opened.complaints if "404" not in text]
+
+
+# ------------------------------------------------------------------------------- tuning and filters
+
+
+def test_sliders_change_the_order_and_the_bars(opened):
+    page = opened("#catalog=art&like=3")
+    before = ids(page)
+    expect(page.locator("#weights input")).to_have_count(2)
+    body = answers_to(page, lambda: tune(page, "content", 0))
+    expect(page.locator("#weights output").first).to_have_text("0 %")
+    assert said(page, "weights") == "content:0,colour:1"
+    page.wait_for_function(
+        "first => document.querySelector('.result').dataset.id == first", arg=str(body["results"][0]["id"])
+    )
+    assert ids(page) != before
+    assert all(r["parts"]["content"] == 0 for r in body["results"])
+    settled(page)
+    results(page).first.locator(".score").hover()
+    shown = results(page).first.locator(".parts")
+    expect(shown).to_be_visible()
+    numbers = [float(text) for text in shown.locator("b").all_text_contents()]
+    assert sum(numbers) == pytest.approx(body["results"][0]["score"], abs=0.011)
+    page.click("#weights-reset")
+    page.wait_for_function("first => document.querySelector('.result').dataset.id == first", arg=str(before[0]))
+    assert ids(page) == before
+    assert said(page, "weights") is None
+    assert answers_to(page, lambda: tune(page, "diversity", 80))["results"]
+    assert said(page, "diversity") == "0.8"
+    settled(page)
+    seen = answers_to(page, lambda: page.uncheck("#collapse"))
+    assert len({r["attributes"]["work"] for r in seen["results"]}) < len(seen["results"])
+    page.locator(".advanced summary").click()
+    answers_to(page, lambda: page.check("#hubness"))
+    assert said(page, "hubness") == "1"
+
+
+def test_only_the_latest_answer_is_shown(opened):
+    page = opened("#catalog=art&like=3")
+    held: list = []
+
+    def hold(route) -> None:
+        held.append(route) if not held else route.continue_()
+
+    page.route("**/search", hold)
+    tune(page, "content", 10)
+    page.wait_for_function("() => location.hash.includes('content:')")
+    page.wait_for_timeout(200)
+    body = answers_to(page, lambda: tune(page, "content", 95))
+    with contextlib.suppress(Exception):  # it was given up by the page
+        held[0].continue_()
+    page.wait_for_timeout(300)
+    assert ids(page) == [r["id"] for r in body["results"]]
+
+
+def test_filters(opened):
+    page = opened("#catalog=art&like=3")
+    page.click("#filter-open")
+    facet = page.locator("#facets details", has=page.locator("summary", has_text="style"))
+    value = facet.locator(".values label span").first.inner_text()
+    body = answers_to(page, lambda: facet.locator(".values input").first.check())
+    assert {r["attributes"]["style"] for r in body["results"]} == {value}
+    assert said(page, "where") == f"style={value}"
+    expect(page.locator("#chips .chip")).to_have_text([value])
+    expect(page.locator("#filter-count")).to_have_text("1")
+    body = answers_to(page, lambda: facet.get_by_role("button", name=f"Not {value}", exact=True).click())
+    assert value not in {r["attributes"]["style"] for r in body["results"]}
+    assert said(page, "where") == f"style!={value}"
+    years = page.locator("#facets .range input")
+    assert years.nth(0).get_attribute("placeholder") == "1800"
+    body = answers_to(page, lambda: years.nth(0).fill("1850"))
+    assert min(int(r["attributes"]["year"]) for r in body["results"]) >= 1850
+    expect(page.locator("#chips .chip")).to_have_text([f"not {value}", "year 1850–…"])
+    page.locator("#chips .chip button").first.click()
+    expect(page.locator("#chips .chip")).to_have_text(["year 1850–…"])
+    artists = page.locator("#facets details", has=page.locator("summary", has_text="artist"))
+    artists.locator("input[type=search]").or_(artists.locator(".values input")).first.wait_for()
+    page.click("#filter-clear")
+    expect(page.locator("#chips .chip")).to_have_count(0)
+    page.go_back()
+    expect(page.locator("#chips .chip")).to_have_text(["year 1850–…"])
+    page.keyboard.press("Escape")
+    expect(page.locator("#filters")).to_be_hidden()
+    chip = results(page).locator(".because .chip").first
+    name, text = chip.get_attribute("data-attribute"), chip.get_attribute("data-value")
+    chip.click()
+    expect(page.locator("#chips .chip")).to_have_count(2)
+    assert f"{name}={text}" in said(page, "where")
+    nothing = opened("#catalog=art&like=3&where=year%3D1700..1701")
+    expect(nothing.locator("#none")).to_contain_text("Nothing passes these filters")
+    nothing.locator("#none button").click()
+    expect(results(nothing)).to_have_count(24)
+
+
+def test_it_says_no(opened):
+    page = opened("#catalog=plain&like=3")
+    expect(page.locator("#none h2")).to_have_text("No similar work in this collection")
+    expect(results(page)).to_have_count(0)
+    expect(page.locator("#weights-box")).to_be_hidden()
+    page.click("#anyway")
+    expect(results(page)).to_have_count(24)
+    page.select_option("#catalog", "art")
+    page.wait_for_selector(".wall")
+    assert said(page, "catalog") == "art"
+
+
+# ------------------------------------------------------------------------------- heat maps, large view, keys
+
+
+def painted(canvas: Locator) -> int:
+    """How many shades a canvas shows."""
+    return canvas.evaluate(
+        """canvas => {
+            const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+            return new Set(Array.from({ length: data.length / 4 }, (_, i) => data.slice(4 * i, 4 * i + 4).join())).size;
+        }"""
+    )
+
+
+def test_heat_maps_on_hover(opened):
+    page = opened("#catalog=art&like=3")
+    body = answers_to(page, lambda: results(page).nth(1).locator(".frame").hover(), "/heatmap")
+    card = results(page).nth(1)
+    expect(card).to_have_class(re.compile("hot"))
+    expect(page.locator("#primary")).to_have_class(re.compile("hot"))
+    assert painted(card.locator("canvas")) > 20
+    assert painted(page.locator("#primary canvas")) > 20
+    places = sum(map(sum, body["item"]["values"]))
+    assert places + body["rest"] == pytest.approx(body["score"], abs=1e-3)
+    expect(page.locator("#legend")).to_contain_text(f"{body['score']:.2f}")
+    expect(page.locator("#legend")).to_contain_text(f"{body['rest']:.2f}")
+    page.mouse.move(640, 20)
+    expect(card).not_to_have_class(re.compile("hot"))
+    page.uncheck("#hover")
+    results(page).nth(2).locator(".frame").hover()
+    page.wait_for_timeout(600)
+    expect(results(page).nth(2)).not_to_have_class(re.compile("hot"))
+    plain = opened("#catalog=plain&like=3")
+    plain.click("#anyway")
+    expect(plain.locator("[data-act=heat]")).to_have_count(0)
+
+
+def test_the_large_view(opened):
+    page = opened("#catalog=art&like=3")
+    shown = ids(page)
+    results(page).nth(1).locator(".frame").click()
+    large = page.locator("#large")
+    expect(large).to_be_visible()
+    expect(large.locator("#large-title")).to_have_text(f"Plate {shown[1]}")
+    page.keyboard.press("ArrowRight")
+    expect(large.locator("#large-title")).to_have_text(f"Plate {shown[2]}")
+    assert said(page, "open") == str(shown[2])
+    page.keyboard.press("ArrowLeft")
+    answers_to(page, lambda: page.keyboard.press("h"), "/heatmap")
+    expect(large.locator("#large-work")).to_have_class(re.compile("hot"))
+    assert painted(large.locator("#large-work canvas")) > 20
+    expect(large.locator(".large-legend")).to_contain_text("to the score")
+    page.keyboard.press("Escape")
+    expect(large).to_be_hidden()
+    assert said(page, "open") is None
+    assert page.evaluate("document.activeElement.closest('.work').dataset.id") == str(shown[1])
+    page.keyboard.press("Space")
+    expect(large).to_be_visible()
+    page.go_back()
+    expect(large).to_be_hidden()
+    assert ids(page) == shown
+    page.keyboard.press("Space")
+    style = large.locator("dd", has=page.locator(".not")).filter(has_text="-").first.locator(".value")
+    value = style.inner_text()
+    answers_to(page, style.click)
+    expect(large).to_be_hidden()
+    expect(page.locator("#chips .chip")).to_have_text([value])
+
+
+def test_keys(opened):
+    page = opened("#catalog=art&like=3")
+    shown = ids(page)
+    focused = "document.activeElement.closest('.work')?.dataset.id"
+    page.keyboard.press("ArrowDown")
+    assert page.evaluate(focused) == str(shown[0])
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate(focused) == str(shown[1])
+    page.keyboard.press("ArrowDown")
+    below = page.evaluate(focused)
+    assert shown.index(int(below)) > 1
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate(focused) in (str(i) for i in shown[: shown.index(int(below))])
+    page.keyboard.press("Home")
+    answers_to(page, lambda: page.keyboard.press("h"), "/heatmap")
+    expect(results(page).first).to_have_class(re.compile("hot"))
+    page.keyboard.press("Escape")
+    expect(results(page).first).not_to_have_class(re.compile("hot"))
+    answers_to(page, lambda: page.keyboard.press("n"))
+    assert said(page, "unlike") == str(shown[0])
+    settled(page)
+    page.keyboard.press("ArrowRight")
+    now = page.evaluate(focused)
+    answers_to(page, lambda: page.keyboard.press("Shift+Enter"))
+    assert said(page, "like") == f"3,{now}"
+    page.keyboard.press("ArrowRight")
+    now = page.evaluate(focused)
+    answers_to(page, lambda: page.keyboard.press("Enter"))
+    assert said(page, "like") == now
+    page.keyboard.press("?")
+    expect(page.locator("#help")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#help")).to_be_hidden()
+
+
+# ------------------------------------------------------------------------------- messages, narrow, dark
+
+
+def test_messages_in_words_and_one_retry(opened, root):
+    page = opened("#catalog=art")
+    busy = {"status": 503, "json": {"error": "too many requests are waiting"}, "headers": {"Retry-After": "1"}}
+    turned_away: list[str] = []
+
+    def once(route) -> None:
+        if turned_away:
+            return route.continue_()
+        turned_away.append(route.request.url)
+        route.fulfill(**busy)
+
+    page.route("**/search", once)
+    page.locator(".wall .frame").first.click()
+    expect(page.locator("#status")).to_contain_text("The server is busy. Trying again in 1 s.")
+    expect(results(page)).to_have_count(24)
+    page.unroute("**/search")
+    page.route("**/search", lambda route: route.fulfill(**busy))
+    page.locator(".result .frame").first.focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".note")).to_contain_text("too many requests are waiting")
+    page.unroute("**/search")
+    page.locator(".note button").click()
+    expect(page.locator(".note")).to_have_count(0)
+    transfer = page.evaluate_handle(
+        """() => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File(["no image at all"], "letter.png", { type: "image/png" }));
+            return transfer;
+        }"""
+    )
+    drop(page, transfer)
+    expect(page.locator(".note")).to_be_visible()
+    assert len(page.locator(".note span").inner_text()) > 10
+    assert all(re.search(r"\b(503|415|422)\b", text) for text in opened.complaints), opened.complaints
+    opened.complaints.clear()
+
+
+def test_narrow_screens(opened):
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    page = opened("#catalog=art&like=3", **phone)
+    expect(results(page)).to_have_count(24)
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(wide) <= 0, "the page must not scroll sideways"
+    tops = page.eval_on_selector_all(".result", "cards => cards.slice(0, 4).map((c) => c.getBoundingClientRect().left)")
+    assert tops[0] == tops[2] < tops[1] == tops[3], "two columns, in order"
+    expect(page.locator("#tuning")).to_be_hidden()
+    page.tap("#tune-open")
+    expect(page.locator("#weights input").first).to_be_visible()
+    answers_to(page, lambda: tune(page, "content", 5))
+    page.tap("#tune-close")
+    answers_to(page, lambda: page.tap(".result [data-act=heat]"), "/heatmap")
+    expect(results(page).first).to_have_class(re.compile("hot"))
+    page.tap(".result .frame >> nth=1")
+    expect(page.locator("#large .large-acts")).to_be_visible()
+    page.tap("#large-close")
+    page.tap("#filter-open")
+    expect(page.locator("#facets")).to_be_visible()
+    assert page.evaluate(wide) <= 0
+    start = opened("", **phone)
+    assert start.evaluate(wide) <= 0
+
+
+def test_dark_and_named(opened):
+    back = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0)"
+    light, dark = (opened("#catalog=art&like=3", color_scheme=scheme) for scheme in ("light", "dark"))
+    assert light.evaluate(back) > 650 > 150 > dark.evaluate(back)
+    unnamed = light.evaluate(
+        """() => [...document.querySelectorAll("button, input:not([type=file]), select")].filter((e) =>
+            !(e.ariaLabel || e.textContent.trim() || e.labels?.length || e.title)).map((e) => e.outerHTML)"""
+    )
+    assert unnamed == [], "every control has a name"
+    assert light.locator("#status").get_attribute("aria-live") == "polite"
+    # One work at a time is reached by Tab, then what may be done with it.
+    assert light.locator(".work .frame[tabindex='0']").count() == 1
