@@ -1,0 +1,206 @@
+"""Descriptors of an art collection measured in many ways: by attribute, graded, as an open set, as a recommender."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simsearch.data.collection import Collection
+from simsearch.functional.codes import pack_codes
+from simsearch.functional.diversity import mmr
+from simsearch.functional.graded_gain import COLUMNS, count_levels, graded_relevance, ndcg_graded
+from simsearch.functional.open_set import global_average_precision
+from simsearch.functional.ranking import find_junk, measure_ranking
+from simsearch.functional.recommendation import (
+    coverage,
+    exposure,
+    gini,
+    intra_list_diversity,
+    long_tail_share,
+    novelty,
+)
+from simsearch.functional.reranking import csls_gallery, nearest, unit_vectors
+from simsearch.functional.significance import bootstrap_interval
+from simsearch.metrics.retrieval import mean_name
+from simsearch.types import Descriptors, RetrievalTask
+
+K = 10
+SHORTLIST = 100
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Some metrics of one row under one protocol.
+
+    values: name -> mean. intervals: name -> (low, high), 95% bootstrap over queries, of those that have one.
+    per_query: name -> float64 (Q,), NaN where a query has none. index: collection rows of the queries.
+    """
+
+    protocol: str
+    fingerprint: str
+    values: dict[str, float]
+    index: Tensor
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    per_query: dict[str, Tensor] = field(default_factory=dict)
+
+
+def part_descriptors(
+    vectors: Tensor, bits: int | None, task: RetrievalTask, rows: Tensor, of: Collection
+) -> Descriptors:
+    """Descriptors of some collection rows under a task, from those of all, float32 (N, D) or real-valued codes."""
+    group = None if task.junk is None else of.column(task.junk)[rows]
+    kept = vectors[rows] if bits is None else pack_codes(vectors[rows])
+    return Descriptors(kept, of.column(task.attribute)[rows], rows, bits=bits, group=group)
+
+
+def measure_task(vectors: Tensor, bits: int | None, collection: Collection, task: RetrievalTask) -> Measured:
+    """mAP, P@k, R@k and the rest of the full ranking under a task."""
+    query, gallery = (part_descriptors(vectors, bits, task, rows, collection) for rows in (task.query, task.gallery))
+    per_query = measure_ranking(query, gallery, ks=(1, K, 100), exclude_self=task.exclude_self)
+    del per_query["relevant"]
+    return _measured(task, task.query, {mean_name(name): values for name, values in per_query.items()})
+
+
+def measure_graded(vectors: Tensor, bits: int | None, collection: Collection, task: RetrievalTask) -> Measured:
+    """NDCG@10 on the task's gallery: same work 3, same artist 2, same style and period 1, else 0."""
+    columns = torch.stack([_known(collection, name) for name in COLUMNS], dim=1)
+    ids = lists(vectors, bits, collection, replace(task, junk=None))
+    level = graded_relevance(columns[task.query][:, None], columns[task.gallery][ids.clamp(min=0)]).masked_fill(
+        ids < 0, 0
+    )
+    counts = count_levels(columns[task.query], columns[task.gallery], exclude_self=task.exclude_self)
+    return _measured(task, task.query, {f"NDCG@{K}_graded": ndcg_graded(level, counts)})
+
+
+def measure_open_set(
+    vectors: Tensor, bits: int | None, collection: Collection, task: RetrievalTask, outside: Tensor | None = None
+) -> Measured:
+    """GAP, GAP- and accuracy of the nearest item, as the Met benchmark has them, on the gallery of an instance task.
+
+    Queries are all gallery images, each without itself: one whose work has no other image has no match and is a
+    distractor, and so are the `outside` descriptors, float (M, D). GAP- leaves the distractors out.
+    """
+    label = collection.column(task.attribute)[task.gallery]
+    whole = replace(task, query=task.gallery, junk=None)
+    gallery = part_descriptors(vectors, bits, whole, task.gallery, collection)
+    junk = find_junk(gallery, gallery, exclude_self=True)
+    unit = unit_vectors(gallery.vectors, bits)
+    found = nearest(unit, unit, 1, junk)
+    correct = label[found.ids[:, 0]] == label
+    sizes = label.unique(return_inverse=True, return_counts=True)
+    has_match = sizes[2][sizes[1]] > 1
+    confidence, right, positives = found.scores[:, 0], correct & has_match, int(has_match.sum())
+    values = {
+        "GAP-": global_average_precision(confidence[has_match], right[has_match], positives),
+        "GAP": global_average_precision(confidence, right, positives),
+        "accuracy": float(right[has_match].double().mean()),
+    }
+    if outside is not None:
+        other = nearest(unit_vectors(outside if bits is None else pack_codes(outside), bits), unit, 1)
+        everything = torch.cat([confidence, other.scores[:, 0]])
+        none = torch.zeros(len(other.ids), dtype=torch.bool)
+        values["GAP_outside"] = global_average_precision(everything, torch.cat([right, none]), positives)
+        values["outside"] = float(len(none))
+    return Measured(task.name, task.fingerprint, values, task.gallery)
+
+
+def lists(
+    vectors: Tensor,
+    bits: int | None,
+    collection: Collection,
+    task: RetrievalTask,
+    *,
+    diversity: float = 0.0,
+    hubness: bool = False,
+) -> Tensor:
+    """Positions in the task's gallery of each query's 10 recommendations, int64 (Q, 10), junk and itself left out.
+
+    diversity: 1 - lambda of MMR on the 100 nearest. hubness: by CSLS.
+    """
+    query, gallery = (part_descriptors(vectors, bits, task, rows, collection) for rows in (task.query, task.gallery))
+    junk = find_junk(query, gallery, exclude_self=task.exclude_self)
+    asked, searched = unit_vectors(query.vectors, bits), unit_vectors(gallery.vectors, bits)
+    if hubness:
+        asked, searched = F.pad(asked, (0, 1), value=1.0), csls_gallery(searched, K)
+    if not diversity:
+        return nearest(asked, searched, K, junk).ids
+    found = nearest(asked, searched, SHORTLIST, junk)
+    chosen = torch.full((len(found.ids), K), -1, dtype=torch.int64)
+    for row, (ids, scores) in enumerate(zip(found.ids, found.scores, strict=True)):
+        ids, scores = ids[ids >= 0], scores[ids >= 0]
+        order = mmr(scores, searched[ids], K, 1 - diversity)
+        chosen[row, : len(order)] = ids[order]
+    return chosen
+
+
+def random_lists(collection: Collection, task: RetrievalTask, seed: int = 0) -> Tensor:
+    """10 random gallery positions for each query, int64 (Q, 10), without junk and itself."""
+    noise = torch.randn(len(collection), 32, generator=torch.Generator().manual_seed(seed))
+    return lists(F.normalize(noise, dim=1), None, collection, task)
+
+
+def popular_lists(collection: Collection, task: RetrievalTask, popularity: Tensor) -> Tensor:
+    """The 10 most popular gallery positions that are neither junk to a query nor itself, int64 (Q, 10).
+
+    popularity: (G,), of gallery items.
+    """
+    order = popularity.double().argsort(descending=True, stable=True)
+    rank = torch.empty(len(order)).scatter_(0, order, torch.arange(len(order), 0, -1).float())
+    vectors = torch.zeros(len(collection), 2)
+    angle = rank / (len(order) + 1) * torch.pi / 2  # the more popular, the nearer to (0, 1)
+    vectors[task.gallery] = torch.stack([angle.cos(), angle.sin()], dim=1)
+    query = part_descriptors(vectors, None, task, task.query, collection)
+    gallery = part_descriptors(vectors, None, task, task.gallery, collection)
+    junk = find_junk(query, gallery, exclude_self=task.exclude_self)
+    return nearest(torch.tensor([[0.0, 1.0]]).repeat(len(query), 1), gallery.vectors, K, junk).ids
+
+
+def measure_lists(
+    ids: Tensor, space: Tensor, collection: Collection, task: RetrievalTask, popularity: Tensor
+) -> Measured:
+    """P@10 and coverage, Gini, long tail, diversity, novelty of recommended lists, int64 (Q, 10) gallery positions.
+
+    space: float (N, D), descriptors of the collection in which diversity is measured, the same for all that are
+    compared. popularity: (G,).
+    """
+    counts = exposure(ids, len(task.gallery))
+    label = collection.column(task.attribute)
+    right = (label[task.gallery][ids.clamp(min=0)] == label[task.query][:, None]) & (ids >= 0)
+    per_query = {
+        f"P@{K}": right.double().mean(1),
+        "diversity": intra_list_diversity(ids, space[task.gallery]),
+        "novelty": novelty(ids, popularity),
+    }
+    shares = {"coverage": coverage(counts), "gini": gini(counts), "long_tail": long_tail_share(counts, popularity)}
+    measured = _measured(task, task.query, per_query)
+    return replace(measured, values=measured.values | shares)
+
+
+def artist_popularity(collection: Collection, task: RetrievalTask) -> Tensor:
+    """How many gallery images the artist of each gallery image has, int64 (G,); where unknown 1."""
+    artist = _known(collection, "artist")[task.gallery]
+    names, place, counts = artist.unique(return_inverse=True, return_counts=True)
+    return torch.where(names[place] < 0, 1, counts[place])
+
+
+def _known(collection: Collection, attribute: str) -> Tensor:
+    """Labels int64 (N,) of an attribute, all unknown (-1) where the collection lacks it."""
+    if attribute in collection.attributes:
+        return collection.column(attribute)
+    return torch.full((len(collection),), -1, dtype=torch.int64)
+
+
+def _measured(task: RetrievalTask, index: Tensor, per_query: Mapping[str, Tensor]) -> Measured:
+    bounds = bootstrap_interval(torch.stack(list(per_query.values()), dim=1)).tolist()
+    return Measured(
+        task.name,
+        task.fingerprint,
+        {name: float(values.nanmean()) for name, values in per_query.items()},
+        index,
+        {name: (low, high) for name, (low, high) in zip(per_query, bounds, strict=True)},
+        dict(per_query),
+    )

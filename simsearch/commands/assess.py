@@ -1,0 +1,235 @@
+"""simsearch assess: runs measured on an art collection in many ways at once, beside a baseline."""
+
+from __future__ import annotations
+
+import csv
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+from torch import Tensor, nn
+
+from simsearch import assessment, runtime
+from simsearch.assessment import Measured
+from simsearch.data.collection import Collection
+from simsearch.data.manifest import load_images, read_manifest
+from simsearch.files import replacing
+from simsearch.functional.significance import holm, paired_bootstrap, paired_permutation
+from simsearch.types import RetrievalTask
+
+SHOWN = (("art-artist", "mAP"), ("art-artist", "P@10"), ("art-style", "mAP"), ("art-style", "P@10"))
+INSTANCE = (("art-work", "R@1"), ("art-work", "GAP"), ("art-work", "GAP_outside"), ("art-artist", "NDCG@10_graded"))
+AS_LISTS = ("P@10", "coverage", "gini", "long_tail", "diversity", "novelty")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: its name, what describes, descriptors float32 (N, D) or real-valued codes of all images, and cost."""
+
+    name: str
+    vectors: Tensor
+    bits: int | None
+    outside: Tensor | None
+    seconds: float
+
+    @property
+    def bytes_per_item(self) -> int:
+        return 4 * self.vectors.shape[1] if self.bits is None else -(-self.bits // 8)
+
+
+@runtime.command("assess")
+def main(config: DictConfig) -> None:
+    values = runtime.plain(config)
+    runs = [runtime.open_run(Path(run)) for run in listed(values["runs"])]
+    names = listed(values["names"]) if values["names"] else [run.folder.name for run in runs]
+    if len(names) != len(runs) or len(set(names)) != len(names):
+        raise ValueError(f"names={names}: give one for each of the {len(runs)} runs, all different")
+    base = runs[0].config | ({"data": values["data"]} if values.get("data") else {})
+    rows, collection, tasks = [], None, {}
+    for name, run in zip(names, runs, strict=True):
+        data = runtime.build_data(run.config | {"data": fitted(base["data"], run.config["data"])})
+        if collection is None:
+            collection = data.collection  # type: ignore[attr-defined]
+            tasks = split(collection, values["protocols"])
+        elif data.collection.fingerprint != collection.fingerprint:  # type: ignore[attr-defined]
+            raise ValueError(f"{run.folder} has other data than {runs[0].folder}: give data= for all")
+        rows.append(describe(name, run, data, values["outside"], values["outside_limit"]))
+    assert collection is not None
+
+    found = {row.name: measure(row, collection, tasks) for row in rows}
+    recommended = recommend(rows, collection, tasks["artist"]) if "artist" in tasks else {}
+    out = Path(values["out"])
+    write_results(out / "results.csv", rows, found, recommended, values["seed"])
+    compared = compare(rows, found)
+    write_rows(out / "paired.csv", list(compared[0]) if compared else [], [list(line.values()) for line in compared])
+    for title, columns in (("By attribute", SHOWN), ("Same work, open set and graded", INSTANCE)):
+        runtime.show(values_table(title, columns, found))
+    runtime.show(lists_table(recommended))
+    for line in compared:
+        print(
+            f"{line['row']} - {line['baseline']}, {line['protocol']} mAP: {line['difference']:+.4f} "
+            f"({line['low']:+.4f} to {line['high']:+.4f}), p {line['p_holm']:.4f} after Holm"
+        )
+    print(f"results: {out / 'results.csv'}, {out / 'paired.csv'}")
+
+
+def listed(value: Any) -> list[str]:
+    """One value, several with commas between, or a list, as a list of texts."""
+    return [str(part) for part in (value if isinstance(value, list) else str(value).split(","))]
+
+
+def fitted(data: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The data of the first run, decoded to the size and fit that another run sees."""
+    return data | {name: own[name] for name in ("size", "fit") if name in own and name in data}
+
+
+def split(collection: Collection, protocols: dict[str, dict[str, Any]]) -> dict[str, RetrievalTask]:
+    """The test tasks that the collection has the attributes for; the others are named on stderr."""
+    tasks = {}
+    for name, node in protocols.items():
+        try:
+            tasks[name] = runtime.build(node).split(collection).test
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    if not tasks:
+        raise ValueError("none of the protocols fits the collection: see above, and set protocols.<name>.attribute")
+    return tasks
+
+
+def describe(name: str, run: runtime.Run, data: Any, outside: str | None, limit: int) -> Row:
+    """The descriptors of the whole collection, in row order, and of images from elsewhere."""
+    model = runtime.load_model(run)
+    one = run.config["trainer"] | {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    trainer = runtime.build_trainer({**run.config, "trainer": one, "callbacks": {}}, run.folder, [])
+    start = time.perf_counter()
+    vectors = torch.cat(trainer.predict(model, data))  # type: ignore[arg-type]
+    seconds = time.perf_counter() - start
+    return Row(name, vectors, model.bits, describe_files(model.encoder, outside, limit), seconds)
+
+
+def describe_files(encoder: nn.Module, source: str | None, limit: int) -> Tensor | None:
+    """Descriptors of at most `limit` image files of a folder or table; None without one."""
+    if source is None:
+        return None
+    manifest = read_manifest(Path(source))
+    parts = []
+    with torch.inference_mode():
+        for images, _, _ in load_images(manifest, size=encoder.input_size, fit=encoder.fit, batch_size=64):
+            if len(images) and sum(map(len, parts)) < limit:
+                parts.append(encoder.embed(images).float())  # type: ignore[operator]
+    if not parts:
+        raise ValueError(f"no image of outside={source} could be read")
+    return torch.cat(parts)[:limit]
+
+
+def measure(row: Row, collection: Collection, tasks: dict[str, RetrievalTask]) -> list[Measured]:
+    """All that is measured of a run but its recommendations."""
+    found = [assessment.measure_task(row.vectors, row.bits, collection, task) for task in tasks.values()]
+    if "artist" in tasks:
+        found.append(assessment.measure_graded(row.vectors, row.bits, collection, tasks["artist"]))
+    if "work" in tasks:
+        found.append(assessment.measure_open_set(row.vectors, row.bits, collection, tasks["work"], row.outside))
+    return found
+
+
+def recommend(rows: list[Row], collection: Collection, task: RetrievalTask) -> dict[str, Measured]:
+    """Lists of ten by each run, diverse and hub-corrected ones by the last, and by chance and popularity."""
+    popularity = assessment.artist_popularity(collection, task)
+    space = rows[0].vectors
+    made = {row.name: assessment.lists(row.vectors, row.bits, collection, task) for row in rows}
+    last = rows[-1]
+    for diversity in (0.3, 0.6):
+        made[f"{last.name} diversity={diversity}"] = assessment.lists(
+            last.vectors, last.bits, collection, task, diversity=diversity
+        )
+    made[f"{last.name} hubness"] = assessment.lists(last.vectors, last.bits, collection, task, hubness=True)
+    made["random"] = assessment.random_lists(collection, task)
+    made["popular"] = assessment.popular_lists(collection, task, popularity)
+    return {name: assessment.measure_lists(ids, space, collection, task, popularity) for name, ids in made.items()}
+
+
+def compare(rows: list[Row], found: dict[str, list[Measured]]) -> list[dict[str, Any]]:
+    """Paired differences in AP to the first run, by protocol; p by sign flips, adjusted over all (Holm)."""
+    lines = []
+    for row in rows[1:]:
+        for ours, base in zip(found[row.name], found[rows[0].name], strict=True):
+            if "mAP" not in ours.per_query:
+                continue
+            a, b = ours.per_query["mAP"], base.per_query["mAP"]
+            difference, low, high = paired_bootstrap(a, b)
+            facts = {"row": row.name, "baseline": rows[0].name, "protocol": ours.protocol}
+            facts |= {"fingerprint": ours.fingerprint, "difference": difference, "low": low, "high": high}
+            lines.append(facts | {"p": paired_permutation(a, b), "queries": int((~(a - b).isnan()).sum())})
+    adjusted = holm(torch.tensor([line["p"] for line in lines])).tolist() if lines else []
+    return [line | {"p_holm": p} for line, p in zip(lines, adjusted, strict=True)]
+
+
+def write_results(
+    path: Path, rows: list[Row], found: dict[str, list[Measured]], recommended: dict[str, Measured], seed: int
+) -> None:
+    """One measured value a line, in the columns of a study's results.csv."""
+    lines: list[list[Any]] = []
+
+    def add(name: str, measured: Measured, prefix: str, size: int | str, seconds: float | str) -> None:
+        for metric, value in measured.values.items():
+            ends = measured.intervals.get(metric, ("", ""))
+            head = [name, "art", measured.protocol, measured.fingerprint, prefix + metric, value, *ends]
+            lines.append([*head, len(measured.index), size, seconds, seed, "simsearch assess"])
+
+    for row in rows:
+        for measured in found[row.name]:
+            add(row.name, measured, "", row.bytes_per_item, round(row.seconds, 1))
+    for name, measured in recommended.items():
+        add(name, measured, "lists/", "", "")
+    write_rows(path, list(runtime.RESULT_COLUMNS), lines)
+
+
+def write_rows(path: Path, header: list[str], lines: list[list[Any]]) -> None:
+    """A CSV file, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([header, *lines])
+
+
+def values_table(title: str, columns: tuple[tuple[str, str], ...], found: dict[str, list[Measured]]) -> Table:
+    """Some metrics of each run with their intervals."""
+    table = Table(title=f"{title} (95% bootstrap interval over queries)", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for protocol, metric in columns:
+        table.add_column(f"{protocol}\n{metric}", justify="right")
+    for name, all_measured in found.items():
+        cells = [name]
+        for protocol, metric in columns:
+            holds = [m for m in all_measured if m.protocol == protocol and metric in m.values]
+            cells.append(cell(holds[0], metric) if holds else "-")
+        table.add_row(*cells)
+    return table
+
+
+def cell(measured: Measured, metric: str) -> str:
+    """A value and, below it, its interval."""
+    text = f"{measured.values[metric]:.4f}"
+    if metric in measured.intervals:
+        low, high = measured.intervals[metric]
+        text += f"\n[dim]{low:.4f}-{high:.4f}[/dim]"
+    return text
+
+
+def lists_table(recommended: dict[str, Measured]) -> Table:
+    """Ten recommendations a query: how right, how much of the collection, how diverse and how new."""
+    table = Table(title="As a recommender: ten works a query, by artist", title_justify="left")
+    table.add_column("lists", overflow="fold")
+    for metric in AS_LISTS:
+        table.add_column(metric, justify="right")
+    for name, measured in recommended.items():
+        table.add_row(name, *(f"{measured.values[metric]:.4f}" for metric in AS_LISTS))
+    return table
+
+
+if __name__ == "__main__":
+    main()
