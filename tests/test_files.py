@@ -382,7 +382,7 @@ def test_frozen_features_are_whitened_over_all_shapes(pooling, stored, table, tm
     [
         (lambda: trained(HashNetwork(backbone(), MAC(), 8), freeze_batchnorm=False), "model.freeze_batchnorm=true"),
         (lambda: trained(HashNetwork(backbone("square"), MAC(), 8)), "use backbone.fit=longest, or data.fit=square"),
-        (lambda: trained(HashNetwork(backbone(), MAC(), 8), cache=ArrayCache("unused")), "maps of one shape"),
+        (lambda: trained(RegionNetwork(backbone(), RMAC(2), 8), cache=ArrayCache("unused")), "pooling with one region"),
     ],
 )
 def test_what_cannot_train_on_many_shapes_says_so(model, message, table, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import sys
 import time
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def main(config: DictConfig) -> None:
         elif data.collection.fingerprint != collection.fingerprint:  # type: ignore[attr-defined]
             raise ValueError(f"{run.folder} has other data than {runs[0].folder}: give data= for all")
         rows.append(describe(name, run, data, values["outside"], values["outside_limit"]))
+        gc.collect()  # trainer and model hold each other, and sessions of ONNX Runtime gigabytes
     assert collection is not None
 
     found = {row.name: measure(row, collection, tasks) for row in rows}

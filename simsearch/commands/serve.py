@@ -31,7 +31,13 @@ def main(config: DictConfig) -> None:
     if values["threads"] is not None:
         torch.set_num_threads(values["threads"])
     bound = bind(values["host"], values["port"])  # before the catalogs, which take their time
-    library = Library(sources, build=runtime.build_encoder, device=runtime.device(values["device"]), limits=limits)
+    library = Library(
+        sources,
+        build=runtime.build_encoder,
+        device=runtime.device(values["device"]),
+        limits=limits,
+        runtime=values["runtime"],
+    )
     hosts = values["allow_hosts"] or None
     if is_loopback(values["host"]):
         hosts = [*LOOPBACK, *(hosts or ())]
@@ -135,6 +141,9 @@ def greeting(library: Library, host: str, port: int) -> str:
     for loaded in library.catalogs:
         images = f"images in {loaded.root}" if loaded.root else "thumbnails only (give root=<folder of the images>)"
         lines.append(f"  {loaded.name}: {len(loaded.catalog)} items, {images}")
+        if loaded.runtime is not None:
+            where = {"onnx": "in ONNX Runtime", "torch": "on torch"}[loaded.runtime.runtime]
+            lines.append(f"    its encoder runs {where} ({loaded.runtime.reason})")
         if loaded.catalog.calibration is None:
             folder = library.sources[loaded.name].folder
             lines.append(

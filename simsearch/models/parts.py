@@ -19,6 +19,9 @@ from simsearch.models.frozen import FrozenRetriever
 from simsearch.types import Batch, HeatMap, Part
 
 
+_AT_ONCE = 64  # images, however large an evaluation's batch: shallow maps are large
+
+
 def parts_of(encoder: nn.Module) -> dict[str, Part]:
     """The parts of an encoder's descriptors by name, in order of their columns; only `content` where it has none."""
     parts = getattr(encoder, "parts", None)
@@ -69,7 +72,7 @@ class TrainedPart(nn.Module):
 
     def describe_batch(self, batch: Batch) -> Tensor:
         """Descriptors of a batch, in its order."""
-        return by_shape(self.embed, batch["image"])
+        return by_shape(self.embed, batch["image"], _AT_ONCE)
 
     def train(self, mode: bool = True) -> TrainedPart:
         return super().train(False)

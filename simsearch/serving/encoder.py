@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from simsearch.search.engine import encode
 from simsearch.serving.limits import Busy
+from simsearch.serving.runtimes import Choice
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +29,14 @@ class EncoderWorker:
     """Describes images for several catalogs and requests, each of which holds it by `retain` until its `release`.
 
     The first image waits up to wait_ms for others; images of one shape, up to batch_size, go through the encoder
-    together. An image that fails does so alone. The thread ends when nobody holds the worker any more.
+    together. An image that fails does so alone. The thread ends when nobody holds the worker any more. runtime: how
+    the encoder's networks run, where that was chosen.
     """
 
-    def __init__(self, encoder: nn.Module, *, batch_size: int, wait_ms: float, queue_length: int) -> None:
-        self.encoder = encoder.eval()
+    def __init__(
+        self, encoder: nn.Module, *, batch_size: int, wait_ms: float, queue_length: int, runtime: Choice | None = None
+    ) -> None:
+        self.encoder, self.runtime = encoder.eval(), runtime
         self.size: int = encoder.input_size  # type: ignore[assignment]
         self.fit: Any = encoder.fit
         self._batch_size, self._wait, self._most = batch_size, wait_ms / 1e3, queue_length

@@ -24,12 +24,14 @@ from PIL import Image
 from torch import nn
 
 from simsearch.images import MAX_BYTES
+from simsearch.models.backbones import Runtime
 from simsearch.models.parts import can_explain
 from simsearch.search.catalog import THUMBNAIL, Catalog, CatalogError, read_catalog
 from simsearch.search.recommender import Recommender, Request
 from simsearch.serving.encoder import EncoderWorker
 from simsearch.serving.limits import Limits
 from simsearch.serving.listing import Listing, whole
+from simsearch.serving.runtimes import Choice, choose_runtime
 
 _FILES = (
     *("catalog.json", "calibration.json", "items.parquet", "encoder.safetensors"),
@@ -66,6 +68,7 @@ class Loaded:
     since: str
     parts: dict[str, float]
     explains: bool
+    runtime: Choice | None
 
     def describe(self, positions: Sequence[int]) -> list[dict[str, Any]]:
         """Id, attributes, width and height of items, as the API gives them."""
@@ -135,6 +138,7 @@ class Library:
     """Catalogs by name. `refresh` exchanges those whose folders changed; whoever holds an old one by `lease` keeps it.
 
     build: the encoder of a catalog's config, on blank tensors. Encoders are shared by catalogs that one filled.
+    runtime: what their networks run on (simsearch.serving.runtimes); None leaves that to their configs.
     Raises ValueError (CatalogError) where a catalog cannot be loaded.
     """
 
@@ -145,10 +149,11 @@ class Library:
         build: Callable[[Mapping[str, Any]], nn.Module],
         device: torch.device,
         limits: Limits,
+        runtime: Runtime | None = None,
     ) -> None:
         self.sources = dict(sources)
         self.problems: dict[str, str] = {}
-        self._build, self._device, self._limits = build, device, limits
+        self._build, self._device, self._limits, self._runtime = build, device, limits, runtime
         self._lock = threading.Lock()
         self._workers: dict[str, EncoderWorker] = {}
         self._loaded: dict[str, Loaded] = {}
@@ -236,6 +241,7 @@ class Library:
             since=datetime.now(UTC).isoformat(timespec="seconds"),
             parts={n: part.weight for n, part in catalog.parts.items()},
             explains=can_explain(worker.encoder),
+            runtime=worker.runtime,
         )
 
     def _worker(self, catalog: Catalog) -> EncoderWorker:
@@ -246,12 +252,13 @@ class Library:
             return known
         encoder = self._build(catalog.about["config"])
         catalog.load_encoder_state(encoder)
-        limits = self._limits
+        encoder, limits = encoder.to(self._device), self._limits
         worker = EncoderWorker(
-            encoder.to(self._device),
+            encoder,
             batch_size=limits.batch_size,
             wait_ms=limits.batch_wait_ms,
             queue_length=limits.queue,
+            runtime=choose_runtime(encoder, limits.batch_size, self._runtime) if self._runtime else None,
         )
         try:
             worker.warm_up()

@@ -1,0 +1,209 @@
+"""simsearch export: a catalog's encoder as ONNX files, checked to find the same neighbours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from rich.table import Table
+from torch import Tensor, nn
+
+from simsearch import __version__, runtime
+from simsearch.commands.calibrate import chosen
+from simsearch.commands.index import report_errors
+from simsearch.data.manifest import Manifest, load_images, read_manifest
+from simsearch.files import write_json
+from simsearch.functional.ragged import ragged, stacks
+from simsearch.functional.resize import resize_to_fit
+from simsearch.images import decode_thumbnail
+from simsearch.models.backbones import Backbone
+from simsearch.models.exported import ABOUT, ExportedEncoder, write_exported
+from simsearch.search.catalog import Catalog, read_catalog
+from simsearch.search.engine import encode
+from simsearch.serving.runtimes import seconds
+from simsearch.types import SearchResult
+
+BATCHES = (1, 8)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the exported files agree with torch on so many images, of which `k` neighbours each were found.
+
+    descriptor: largest L2 distance of two descriptors, which bounds that of scores. same_set, same_order: shares of
+    images with the same neighbours. border: largest distance from the k-th score of an item that only one has found.
+    """
+
+    images: int
+    k: int
+    descriptor: float
+    same_set: float
+    same_order: float
+    border: float
+
+
+@runtime.command("export")
+def main(config: DictConfig) -> None:
+    for name, least in (("k", 1), ("sample", 1), ("batch_size", 1), ("tolerance", 0)):
+        if not config[name] >= least:
+            raise ValueError(f"{name} must be at least {least}, got {config[name]}")
+    catalog = read_catalog(Path(config.catalog))
+    encoder = runtime.build_encoder(catalog.about["config"])
+    catalog.load_encoder_state(encoder)
+    for module in encoder.modules():
+        if isinstance(module, Backbone):
+            module.runtime = "torch"  # what is compared
+    out = Path(config.out)
+    with whole_folder(out) as temporary:
+        about = write_exported(temporary, encoder)
+        exported = ExportedEncoder(temporary)
+        batches = list(sample_images(config, catalog, encoder))
+        agreement = compare(catalog, encoder, exported, batches, config.k)
+        check(agreement, config.tolerance)
+        speeds = {n: [speed(describe, batches[0][:1], n) for describe in (encoder.embed, exported.embed)]
+                  for n in BATCHES}  # fmt: skip
+        checked = {**asdict(agreement), "tolerance": config.tolerance, "threads": torch.get_num_threads()}
+        checked |= {
+            "images_per_second": {str(n): dict(zip(("torch", "onnx"), s, strict=True)) for n, s in speeds.items()}
+        }
+        fingerprint = catalog.about["encoder_fingerprint"]
+        write_json(temporary / ABOUT, {**about, "encoder": fingerprint, "simsearch": __version__, "checked": checked})
+        sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+    runtime.show(results(agreement, speeds))
+    print(f"{out}: " + ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in sizes.items()))
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `out` when the block ends well; else `out` stays as it was.
+
+    Raises FileExistsError where `out` holds anything but an earlier export.
+    """
+    out = out.resolve()
+    if out.exists():
+        names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+        strange = sorted(n for n in names if n != ABOUT and not n.endswith((".onnx", ".safetensors")))
+        if not out.is_dir() or strange or (names and ABOUT not in names):
+            raise FileExistsError(f"{out} exists and holds other things than an export: give another out=")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if out.exists():
+            old = out.with_name(f".{out.name}.{os.getpid()}.old")
+            os.replace(out, old)
+            try:
+                os.replace(temporary, out)
+            except OSError:
+                os.replace(old, out)
+                raise
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def sample_images(config: DictConfig, catalog: Catalog, encoder: nn.Module) -> Iterator[Tensor]:
+    """Batches uint8 (B, 3, H, W), of one shape each, of some of the images given, else of the catalog's thumbnails.
+
+    Raises ValueError where none can be read.
+    """
+    size, fit = encoder.input_size, encoder.fit
+    if not config.images:
+        positions = chosen(len(catalog), config.sample, config.seed).tolist()
+        pictures = [
+            resize_to_fit(decode_thumbnail(data), size, fit)  # type: ignore[arg-type]
+            for data in catalog.thumbnails(positions)
+        ]
+        yield from (stack for _, stack in stacks(ragged(pictures), config.batch_size))
+        return
+    manifest = read_manifest(Path(config.images))
+    rows = chosen(len(manifest), config.sample, config.seed).tolist()
+    manifest = Manifest(manifest.root, tuple(manifest.paths[row] for row in rows))
+    errors, count = [], 0
+    for images, _, unreadable in load_images(manifest, size=size, fit=fit, batch_size=config.batch_size):  # type: ignore[arg-type]
+        errors += unreadable
+        count += len(images)
+        if len(images):
+            yield images
+    report_errors(errors, {})
+    if not count:
+        raise ValueError(f"no image of {config.images} could be read")
+
+
+def compare(
+    catalog: Catalog, encoder: nn.Module, exported: ExportedEncoder, batches: list[Tensor], k: int
+) -> Agreement:
+    """How far the files agree with torch on batches of images (B, 3, H, W), and on the neighbours of these."""
+    k = min(k, len(catalog))
+    expected = torch.cat([encode(encoder, images) for images in batches])
+    found = torch.cat([exported.embed(images) for images in batches])
+    one, other = catalog.index.search(expected, k), catalog.index.search(found, k)
+    ids = list(zip(one.ids, other.ids, strict=True))
+    same_set = [torch.equal(a.sort().values, b.sort().values) for a, b in ids]
+    return Agreement(
+        images=len(found),
+        k=k,
+        descriptor=float((found - expected).norm(dim=1).max()),
+        same_set=sum(same_set) / len(found),
+        same_order=sum(torch.equal(a, b) for a, b in ids) / len(found),
+        border=max(border(one, other), border(other, one)),
+    )
+
+
+def border(one: SearchResult, other: SearchResult) -> float:
+    """The largest distance from the last score, in `one`, of an item that `other` has not; 0 without any."""
+    missing = (one.ids[:, :, None] != other.ids[:, None, :]).all(2) & (one.ids >= 0)
+    apart = (one.scores - one.scores[:, -1:]).abs()
+    return float(apart[missing].max()) if missing.any() else 0.0
+
+
+def check(agreement: Agreement, tolerance: float) -> None:
+    """Raises ValueError where the files do not agree with torch within the tolerance."""
+    if not agreement.descriptor <= tolerance:  # nan too
+        raise ValueError(
+            f"the exported files give other descriptors than torch: they differ by up to {agreement.descriptor:.3g}, "
+            f"more than tolerance={tolerance:g}. Nothing was written"
+        )
+    # Both scores, that of the item and that at the border, may move by a descriptor's difference.
+    if not agreement.border <= 2 * tolerance:
+        raise ValueError(
+            f"the exported files find other items than torch for {1 - agreement.same_set:.1%} of the images, with "
+            f"scores up to {agreement.border:.3g} above the last, more than twice tolerance={tolerance:g}. "
+            "Nothing was written"
+        )
+
+
+def speed(describe: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> float:
+    """Images a second in batches of so many."""
+    images = image.expand(batch, -1, -1, -1).contiguous()
+    with torch.inference_mode():
+        return batch / seconds(lambda: describe(images), 2.0)
+
+
+def results(agreement: Agreement, speeds: dict[int, list[float]]) -> Table:
+    """What was checked, and how fast both are."""
+    table = Table(title=f"The exported files against torch, on {agreement.images} images", show_header=False)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_row("largest difference of descriptors (L2)", f"{agreement.descriptor:.2g}")
+    table.add_row(f"same {agreement.k} neighbours", f"{agreement.same_set:.1%}")
+    table.add_row("in the same order", f"{agreement.same_order:.1%}")
+    if agreement.border:
+        table.add_row("largest score above the last of an item that one lacks", f"{agreement.border:.2g}")
+    for batch, (torch_speed, onnx_speed) in speeds.items():
+        said = f"{torch_speed:.1f} torch, {onnx_speed:.1f} ONNX Runtime ({onnx_speed / torch_speed:.2f} x)"
+        table.add_row(f"images/s, {batch} at a time, {torch.get_num_threads()} threads", said)
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""An encoder of descriptors as ONNX files and a description of all that is done around them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from simsearch.files import write_json
+from simsearch.functional.pooling import rmac
+from simsearch.functional.resize import resize_to_fit
+from simsearch.models.backbones import Backbone
+from simsearch.models.dir import RegionNetwork
+from simsearch.models.frozen import DescriptorHead, FrozenRetriever, Whitening
+from simsearch.models.onnx import OnnxFile, check_shapes, export_network
+from simsearch.models.parts import PartsRetriever, TrainedPart, parts_of
+from simsearch.models.pooling import RMAC
+
+FORMAT = 1
+ABOUT = "encoder.json"
+_STEPS = (
+    "An image is decoded to RGB as its file has it, upright by its EXIF orientation, alpha on white, and scaled as "
+    "`image` says, to uint8. For each part and each of its scales:",
+    "1. scale it again, to the scale's size: fit square takes the centre square, fit longest the whole image with "
+    "its longest side at that size, the other rounded half up; bicubic (a = -0.5) with antialiasing, as Pillow "
+    "does, rounded to uint8; an image that has the size already stays as it is",
+    "2. pixels float32 (B, 3, H, W): (value in 0..255 - mean) / std, per channel R, G, B; where a side is shorter than "
+    "min_side, repeat the borders on both sides, the odd pixel after the image",
+    "3. run the file: input `pixels`, output `features`: L2-normalised vectors (B, D), or, where the part has a "
+    "`head`, maps (B, C, h, w), of which the head makes them: R-MAC regions' maxima, each L2-normalised (with "
+    "whiten_regions false: summed and L2-normalised), times weight (D, C) transposed plus bias where the head has a "
+    "file, L2-normalised, summed, L2-normalised",
+    "4. add the vectors of the part's scales, L2-normalise, multiply by the square root of the part's weight",
+    "These, in the columns start..stop of the parts, are the descriptor: the inner product of two is the similarity.",
+    "R-MAC regions of a map of sides short <= long: at level l = 1.. squares of side floor(2 short / (l + 1)), l along "
+    "the short side and l + n along the long one, their starts spread evenly over what room there is and rounded down. "
+    "n = 0 where short = long, else that of 1..6 for which (short^2 - short (long - short) / n) / short^2 is closest "
+    "to `overlap`, the least of equals. With `whole` the whole map is one more region.",
+)
+
+
+class Description(nn.Module):
+    """L2-normalised vectors (B, D) of normalised pixels (B, 3, H, W) at one scale."""
+
+    def __init__(self, network: nn.Module, head: DescriptorHead) -> None:
+        super().__init__()
+        self.network, self.head = network, head
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.network(pixels))
+
+
+def write_exported(folder: Path, encoder: nn.Module) -> dict[str, Any]:
+    """What encoder.json says of the files that are written into `folder`: it, an ONNX file a part and size.
+
+    encoder: of descriptors, on the CPU. Regions of R-MAC depend on the shape of the image, so that with fit "longest"
+    the file ends with the maps, and the head's tensors lie beside it.
+
+    Raises ValueError for an encoder of codes, of another kind, and where a network cannot be exported.
+    """
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "steps": _STEPS,
+        "image": {"size": encoder.input_size, "fit": encoder.fit},
+        "dimension": encoder.dimension,
+        "parts": {},
+    }
+    for name, part in parts_of(encoder).items():
+        member = encoder.encoders[name] if isinstance(encoder, PartsRetriever) else encoder  # type: ignore[index]
+        about["parts"][name] = {**asdict(part), **_write_part(folder, name, member)}
+    write_json(folder / ABOUT, about)
+    return about
+
+
+def _write_part(folder: Path, name: str, encoder: nn.Module) -> dict[str, Any]:
+    if isinstance(encoder, TrainedPart):
+        encoder = encoder.network
+    if not isinstance(encoder, FrozenRetriever | RegionNetwork) or encoder.bits is not None:
+        raise ValueError(
+            "encoders of descriptors on a backbone can be exported (model=frozen, dir, and parts of these), this one "
+            f"is {'of codes' if getattr(encoder, 'bits', None) else 'another'} ({type(encoder).__name__})"
+        )
+    backbone = encoder.backbone
+    head = encoder.head if isinstance(encoder, FrozenRetriever) else encoder.descriptor
+    longest = backbone.fit == "longest"
+    apart = longest and isinstance(head.pooling, RMAC)
+    network = backbone.network if apart else Description(backbone.network, head).eval()
+    files: dict[int, str] = {}
+    for size in encoder.sizes:
+        if size not in files:
+            files[size] = f"{name}.onnx" if longest or len(set(encoder.sizes)) == 1 else f"{name}-{size}.onnx"
+            if not (folder / files[size]).exists():
+                _write_network(folder / files[size], network, backbone, size)
+    return {
+        "scales": [{"file": files[size], "size": size} for size in encoder.sizes],
+        "mean": backbone.mean.flatten().tolist(),
+        "std": backbone.std.flatten().tolist(),
+        "min_side": backbone.min_side,
+        "head": _write_head(folder / f"{name}.safetensors", head) if apart else None,
+        "backbone": {"name": backbone.name, **backbone.provenance},
+    }
+
+
+def _write_network(path: Path, network: nn.Module, backbone: Backbone, size: int) -> None:
+    min_side = backbone.min_side if backbone.fit == "longest" else None
+    try:
+        path.write_bytes(export_network(network, size, min_side))
+        if min_side is not None:
+            check_shapes(OnnxFile(path, one_shape=False), network, min_side)
+    except RuntimeError as error:
+        reason = str(error).removesuffix(": set backbone.runtime=torch")
+        raise ValueError(f"{path.stem} ({backbone.name}): {reason}") from error
+
+
+def _write_head(path: Path, head: DescriptorHead) -> dict[str, Any]:
+    pooling, last = head.pooling, head.whitening
+    assert isinstance(pooling, RMAC)
+    about = {"levels": pooling.levels, "overlap": pooling.overlap, "whole": pooling.whole}
+    if last is None:
+        return {**about, "whiten_regions": head.whiten_regions, "file": None}
+    if isinstance(last, Whitening):
+        weight, bias = last.projection, -(last.projection @ last.mean)
+    else:  # a fully connected layer that learns
+        weight, bias = last.weight, last.bias
+    path.write_bytes(save({"weight": weight.detach().contiguous(), "bias": bias.detach().contiguous()}))
+    return {**about, "whiten_regions": head.whiten_regions, "file": path.name}
+
+
+class ExportedEncoder:
+    """Describes images by the files that `write_exported` left in a folder, and nothing else, in ONNX Runtime."""
+
+    def __init__(self, folder: Path) -> None:
+        about = json.loads((folder / ABOUT).read_text())
+        if about.get("format") != FORMAT:
+            raise ValueError(f"{folder / ABOUT} has format {about.get('format')}, this version reads {FORMAT}")
+        self.fit, self.parts = about["image"]["fit"], about["parts"]
+        names = {scale["file"] for part in self.parts.values() for scale in part["scales"]}
+        self._files = {name: OnnxFile(folder / name, self.fit == "square") for name in names}
+        heads = {name: part["head"]["file"] for name, part in self.parts.items() if part["head"]}
+        self._tensors = {name: load_file(folder / file) for name, file in heads.items() if file}
+
+    def embed(self, image: Tensor) -> Tensor:
+        """L2-normalised descriptors float32 (B, D) of images uint8 (B, 3, H, W)."""
+        vectors = []
+        for name, part in self.parts.items():
+            scales = [self._scale(image, name, scale) for scale in part["scales"]]
+            vectors.append(math.sqrt(part["weight"]) * F.normalize(torch.stack(scales).sum(0), dim=1))
+        return torch.cat(vectors, dim=1)
+
+    def _scale(self, image: Tensor, name: str, scale: dict[str, Any]) -> Tensor:
+        part = self.parts[name]
+        mean, std = (torch.tensor(part[key])[:, None, None] for key in ("mean", "std"))
+        pixels = (resize_to_fit(image, scale["size"], self.fit).float() - mean) / std
+        if self.fit == "longest":
+            y, x = (max(0, part["min_side"] - side) for side in pixels.shape[2:])
+            pixels = F.pad(pixels, (x // 2, x - x // 2, y // 2, y - y // 2), mode="replicate")
+        features = self._files[scale["file"]](pixels)
+        if (head := part["head"]) is None:
+            return features
+        regions = F.normalize(rmac(features, head["levels"], whole=head["whole"], overlap=head["overlap"]), dim=2)
+        if not head["whiten_regions"]:
+            regions = F.normalize(regions.sum(1, keepdim=True), dim=2)
+        if name in self._tensors:
+            tensors = self._tensors[name]
+            regions = F.normalize(regions @ tensors["weight"].T + tensors["bias"], dim=2)
+        return F.normalize(regions.sum(1), dim=1)

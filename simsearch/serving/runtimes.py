@@ -1,0 +1,107 @@
+"""Whether a catalog's networks run on torch or in ONNX Runtime here: whichever is faster, once it gives the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from simsearch.models.backbones import Backbone, Runtime
+
+AGREE = 1e-3  # L2 distance of descriptors of norm 1; of codes relative to theirs
+_SECONDS = 0.5  # of repetitions of one batch
+_TOGETHER = 8  # at most so many are timed together: the start of a server should take seconds
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How an encoder's networks run, and why, in words that a user reads at the start of the server."""
+
+    runtime: Runtime
+    reason: str
+
+
+def choose_runtime(encoder: nn.Module, batch_size: int, wanted: Runtime = "auto") -> Choice:
+    """Sets every backbone of an encoder to the runtime that serves faster, by one image and by several together.
+
+    Networks that ONNX Runtime cannot run stay on torch. So do all on an accelerator, and where the descriptors come
+    out otherwise; with wanted="onnx" these raise ValueError.
+    """
+    if wanted not in ("auto", "torch", "onnx"):
+        raise ValueError(f"runtime must be auto, torch or onnx, got {wanted!r}")
+    networks = [module for module in encoder.modules() if isinstance(module, Backbone)]
+    _set(networks, "torch")
+    if wanted == "torch":
+        return Choice("torch", "runtime=torch")
+    on_cpu = all(network.mean.device.type == "cpu" for network in networks)
+    if not networks or not on_cpu:
+        return _on_torch(networks, wanted, "it is not on the CPU" if networks else "it has no backbone")
+    images = _images(encoder, min(batch_size, _TOGETHER))
+    batches = [images[:1], images] if len(images) > 1 else [images]
+    embed = encoder.embed
+    with torch.inference_mode():
+        expected = embed(images)  # type: ignore[operator]
+        able, refused = [], []
+        for network in networks:
+            network.runtime = "onnx"
+            try:
+                network(images[:1])
+                able.append(network)
+            except Exception as error:  # ONNX Runtime has many kinds
+                network.runtime = "torch"
+                refused.append(f"{network.name} cannot run in ONNX Runtime: {error}")
+        if not able or (refused and wanted == "onnx"):
+            return _on_torch(networks, wanted, "; ".join(refused))
+        try:
+            found = embed(images)  # type: ignore[operator]
+        except Exception as error:  # at another scale
+            return _on_torch(networks, wanted, f"it cannot run in ONNX Runtime: {error}")
+        if not (apart := float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())) <= AGREE:
+            return _on_torch(networks, wanted, f"in ONNX Runtime its descriptors differ by {apart:.2g}")
+        times: dict[Runtime, list[float]] = {"torch": [], "onnx": []}
+        for runtime, taken in times.items():
+            _set(able, runtime)
+            taken += [seconds(partial(embed, batch)) for batch in batches]  # type: ignore[arg-type]
+    ratio = torch.tensor(times["torch"]) / torch.tensor(times["onnx"])
+    chosen: Runtime = wanted if wanted != "auto" else "onnx" if ratio.prod() > 1 else "torch"
+    _set(able, chosen)
+    said = [
+        f"{len(batch)} image{'s' * (len(batch) > 1)}: {1e3 * a:.0f} ms on torch, {1e3 * b:.0f} ms in ONNX Runtime"
+        for batch, a, b in zip(batches, times["torch"], times["onnx"], strict=True)
+    ]
+    return Choice(chosen, "; ".join(said + refused))
+
+
+def seconds(run: Callable[[], object], budget: float = _SECONDS) -> float:
+    """How long `run` takes: the median of up to 20 times in about `budget` seconds, the first left out of several."""
+    taken: list[float] = []
+    while not taken or (sum(taken) < budget and len(taken) < 20):
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    rest = sorted(taken[1:] or taken)
+    return rest[len(rest) // 2]
+
+
+def _on_torch(networks: list[Backbone], wanted: Runtime, why: str) -> Choice:
+    _set(networks, "torch")
+    if wanted == "onnx":
+        raise ValueError(f"runtime=onnx does not fit this encoder: {why}. Use runtime=auto")
+    return Choice("torch", why)
+
+
+def _set(networks: list[Backbone], runtime: Runtime) -> None:
+    for network in networks:
+        network.runtime = runtime
+
+
+def _images(encoder: nn.Module, count: int) -> Tensor:
+    """Noise that is smooth, as pictures are, uint8 (count, 3, H, W), with the sides of a usual image."""
+    size: int = encoder.input_size  # type: ignore[assignment]
+    height = size if encoder.fit == "square" else max(1, 3 * size // 4)
+    small = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
+    return nn.functional.interpolate(small, (height, size), mode="bilinear").to(torch.uint8)
