@@ -5,13 +5,15 @@ READY := .venv/ready
 DATA ?= rendered
 ARGS ?=
 
-.PHONY: help run test test-slow test-gpu test-slurm test-browser bench lint format clean
+.PHONY: help run art test test-slow test-gpu test-slurm test-browser bench lint format clean
 
 help:
 	@echo "make run                       the search engine on the embedded sample, from nothing"
 	@echo "make run DATA=cifar10          the same on CIFAR-10: from \$$SIMSEARCH_DATA/cifar10 (data/cifar10 by"
 	@echo "                               default), downloaded there where there is a network"
 	@echo "make run ARGS='pooling=gem'    any override of simsearch train"
+	@echo "make art                       an artwork recommender in the browser, of the embedded sample, step by step"
+	@echo "make art DATA=<folder>         ... of your own paintings: artist/work.jpg, a flat folder, or a table"
 	@echo "make test                      the fast test suite;  make test-slow, make test-gpu: the others"
 	@echo "make test-browser              the pages in a headless Chromium that is installed"
 	@echo "make test-slurm                jobs on a SLURM of its own on this machine, taken down again (needs root)"
@@ -28,6 +30,9 @@ $(READY): pyproject.toml
 
 run: $(READY)
 	$(BIN)/simsearch train data=$(DATA) $(if $(filter cifar10,$(DATA)),data.download=true) $(ARGS)
+
+art: $(READY)
+	$(BIN)/python experiments/2026-11-23-art-recommender/art.py $(if $(filter-out rendered,$(DATA)),--images '$(DATA)') $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)

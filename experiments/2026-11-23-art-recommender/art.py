@@ -41,7 +41,7 @@ HELD_OUT = 2  # styles of the sample that the catalog lacks
 FEW = 1000  # images to train on, below which their covariance is not to be trusted
 MEASURABLE = ("artist", "style", "genre", "period")
 LEAST_TRAINED = 10
-START_SECONDS = 120
+START_SECONDS = 300
 
 
 def main() -> None:
@@ -292,7 +292,7 @@ def browse(address: str, picture: Path) -> None:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
         page.goto(address)
-        page.locator(".work:not(.skeleton) button, .work:not(.skeleton) a").first.click()
+        page.locator(".wall .frame").first.click()
         page.locator(".result").first.wait_for()
         page.wait_for_load_state("networkidle")
         results = page.locator(".result").count()
