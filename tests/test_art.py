@@ -19,7 +19,8 @@ ART = Path(__file__).parents[1] / "experiments/2026-11-23-art-recommender/art.py
 @pytest.fixture(scope="module")
 def art():
     spec = importlib.util.spec_from_file_location("art", ART)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -43,9 +44,12 @@ def test_a_flat_folder_with_a_broken_file_ends_in_a_recommender(tmp_path):
     (images / "broken.jpg").write_text("no picture")
     command = [sys.executable, str(ART), "--images", str(images), "--out", str(out), "--size", "96", "--no-serve"]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "protocol.attribute=work" in said and "all is well" in said
+    assert "protocol.attribute=work" in said
+    assert "all is well" in said
     assert "not-an-image" in (out / "collection" / "rejected.csv").read_text()
     assert json.loads((out / "catalog" / "calibration.json").read_text())["similar"] is None
     assert (out / "recommendations.png").is_file()
     again = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert again.count("there already") == 3 and "simsearch train" not in again and "all is well" in again
+    assert again.count("there already") == 3
+    assert "simsearch train" not in again
+    assert "all is well" in again

@@ -18,7 +18,6 @@ from simsearch.models.backbones import WeightsError, load_state, state_fingerpri
 from simsearch.models.frozen import FrozenRetriever
 from simsearch.types import Batch, HeatMap, Part
 
-
 _AT_ONCE = 64  # images, however large an evaluation's batch: shallow maps are large
 
 
