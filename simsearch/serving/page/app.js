@@ -207,8 +207,7 @@ function drawAnswer(answer, fresh) {
   const none = answer.kind === "search" && answer.verdict === "none" && answer.works.length && !anyway;
   drawNone(answer, none);
   works.className = answer.kind === "search" ? "works results" : "works";
-  cool();
-  if (none) works.replaceChildren();
+  if (none) { cool(); works.replaceChildren(); }
   else if (answer.kind === "wall") works.replaceChildren(...answer.works.map((work) => wallCard(state.catalog, work)));
   else place(answer, fresh);
   activate($(".work", works), focused);
