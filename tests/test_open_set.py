@@ -10,47 +10,50 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import beta, binom
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
-from simsearch.functional.open_set import false_match_curve, global_average_precision, threshold_at
+from simsearch.functional.open_set import (
+    false_match_curve,
+    global_average_precision,
+    least_scores,
+    threshold_at,
+)
 
 SCORES = st.lists(st.integers(-5, 5).map(lambda n: n / 4), min_size=1, max_size=30)
 
 
-@given(SCORES, st.sampled_from([0.01, 0.05, 0.1, 0.29, 0.5, 0.9]))
+@given(SCORES, st.sampled_from([0.01, 0.05, 0.1, 0.29, 0.5, 0.9]), st.sampled_from([0.5, 0.8, 0.95]))
 @settings(max_examples=100, deadline=None)
-def test_threshold_is_the_smallest_that_keeps_the_promise(scores, rate):
-    """A new score is any of N + 1 with equal chance: put each of them in turn as the new one."""
-    threshold = threshold_at(torch.tensor(scores, dtype=torch.float64), rate)
-    allowed = rate * (len(scores) + 1) + 1e-9
-
-    def chance(t):  # at most: the new one exceeds t, and so do those of the others that do
-        return sum(s > t for s in scores) + 1
-
-    if math.isinf(threshold):
-        assert allowed < 1
-    else:
-        assert threshold in scores
-        assert chance(threshold) <= allowed
-        lower = [s for s in scores if s < threshold]
-        assert not lower or chance(max(lower)) > allowed
+def test_threshold_is_the_smallest_that_keeps_the_promise(scores, rate, certainty):
+    """Against SciPy: the rate above the j-th largest of N is Beta(j, N - j + 1)."""
+    threshold = threshold_at(torch.tensor(scores, dtype=torch.float64), rate, certainty)
+    count = len(scores)
+    places = [j for j in range(1, count + 1) if beta.cdf(rate, j, count - j + 1) >= certainty - 1e-12]
+    assert threshold == (sorted(scores, reverse=True)[places[-1] - 1] if places else math.inf)
+    assert math.isinf(threshold) == (count < least_scores(rate, certainty))
 
 
 def test_threshold_by_hand():
-    scores = torch.arange(99.0)
-    assert threshold_at(scores, 0.01) == 98.0
-    assert threshold_at(scores, 0.29) == 70.0  # 0.29 * 100 is 28.999999999999996 in floating point
-    assert threshold_at(scores[:98], 0.01) == math.inf
+    scores = torch.arange(299.0)
+    assert threshold_at(scores, 0.01) == 298.0  # 0.99 ** 299 is 0.0495
+    assert threshold_at(scores[:298], 0.01) == math.inf
+    assert least_scores(0.01) == 299
     assert threshold_at(torch.tensor([]), 0.5) == math.inf
-    assert threshold_at(torch.tensor([0.5, -math.inf, 0.25]), 0.5) == 0.25
+    assert threshold_at(torch.tensor([0.5, -math.inf, 0.25]), 0.5, 0.5) == 0.25  # the median of three
+
+
+def test_threshold_of_many_scores():
+    """A million: (1 - rate) ** N is no number any more."""
+    place = 1_000_000 - threshold_at(torch.arange(1_000_000.0), 0.01)
+    assert place == binom.ppf(0.05, 1_000_000, 0.01)
 
 
 def test_threshold_holds_for_new_scores():
-    """Of 2,000 draws of 60 scores and a new one, at most 5 % (and not far fewer) exceed; 4 sigma are 1.9 %."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(2_000, 61, generator=generator)
-    exceeded = np.mean([float(row[60]) > threshold_at(row[:60], 0.05) for row in drawn])
-    assert 0.03 < exceeded < 0.07
+    """Of 2,000 draws of 200 scores, in at most 5 % (and not far fewer) more than 5 % of new ones exceed."""
+    drawn = torch.rand(2_000, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    broken = np.mean([1 - threshold_at(row, 0.05) > 0.05 for row in drawn])  # uniform: 1 - t exceed t
+    assert 0.01 < broken < 0.065
 
 
 @given(SCORES, SCORES)
@@ -119,6 +122,7 @@ def test_gap_counts_distractors_and_misses():
     [
         (lambda: threshold_at(torch.ones(2), 0.0), r"rate=0\.0 is no rate"),
         (lambda: threshold_at(torch.ones(2), 1.0), r"rate=1\.0 is no rate"),
+        (lambda: threshold_at(torch.ones(2), 0.1, 1.0), r"certainty=1\.0 is no probability"),
         (lambda: threshold_at(torch.ones(2, 1), 0.1), r"must be one score a query, \(N,\), got \(2, 1\)"),
         (lambda: threshold_at(torch.tensor([math.nan]), 0.1), "no_match_scores holds NaN"),
         (lambda: false_match_curve(torch.ones(0), torch.ones(1)), "match_scores is empty"),

@@ -100,8 +100,8 @@ def make(images: Path | None, outside: Path | None, out: Path, size: int) -> Non
         else:
             arguments.append(f"outside={outside}")
             count = min(count, len(read_manifest(outside)))
-        # Half of the images choose the threshold, and a rate of false matches below one of them can't be had.
-        arguments.append(f"rate={min(0.3, max(0.01, math.ceil(300 / count) / 100)):g}")
+        # Half of the images choose the threshold, and it takes 3 / rate of them to promise a rate.
+        arguments.append(f"rate={min(0.3, max(0.01, math.ceil(800 / count) / 100)):g}")
         step("learn to say no", "calibrate", *arguments)
     if not done or not (out / "recommendations.png").is_file():
         step("recommend", "recommend", f"catalog={catalog}", "id=0", "force=true", f"figure={out}/recommendations.png")

@@ -38,7 +38,7 @@ def main(config: DictConfig) -> None:
             "count as other works and raise the threshold of the same work",
             file=sys.stderr,
         )
-    same_work = calibrate(match[~alone], no_match, first[~alone], first, config.rate)
+    same_work = calibrate(match[~alone], no_match, first[~alone], first, config.rate, config.certainty)
     thresholds = {"same_work": same_work}
     curves = {}
     if (~alone & ~first).any():
@@ -47,7 +47,7 @@ def main(config: DictConfig) -> None:
     if config.outside:
         outside, names = outside_scores(config, catalog, recommender)
         of_outside = halves(names)
-        similar = calibrate(no_match, outside, first, of_outside, config.rate)
+        similar = calibrate(no_match, outside, first, of_outside, config.rate, config.certainty)
         curves["similar"] = curve(no_match[~first], outside[~of_outside])
         thresholds["similar"] = similar
         if similar.value > same_work.value:  # or an image from outside could be "the same work" but not "similar"
@@ -65,6 +65,7 @@ def main(config: DictConfig) -> None:
         catalog.folder,
         {
             "rate": config.rate,
+            "certainty": config.certainty,
             "same_work": thresholds["same_work"].value,
             "similar": thresholds["similar"].value if "similar" in thresholds else None,
             "weights": {name: part.weight for name, part in catalog.parts.items()},

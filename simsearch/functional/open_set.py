@@ -10,24 +10,35 @@ from torch import Tensor
 from simsearch.functional.ties import Rankings, average_precision, harmonic_numbers
 
 
-def threshold_at(no_match_scores: Tensor, rate: float) -> float:
-    """The smallest threshold that a new query without a match exceeds (score > threshold) with a chance of at
-    most `rate`; inf where so few scores cannot promise that (N + 1 < 1 / rate).
+def threshold_at(no_match_scores: Tensor, rate: float, certainty: float = 0.95) -> float:
+    """The smallest of the scores that new queries without a match exceed (score > threshold) at a rate of at most
+    `rate`, with a probability of at least `certainty` over the scores drawn; inf where they are too few.
 
-    no_match_scores: (N,), top scores of queries without a match; a new one is taken to be drawn as they were.
-    It is as likely to have any place among the N + 1, so that it exceeds the j-th largest with a chance of at
-    most j / (N + 1): the threshold is that of j = floor(rate (N + 1)), and j - 1 of the scores or fewer exceed
-    it (split conformal prediction, Papadopoulos et al. 2002; Angelopoulos and Bates 2021).
+    no_match_scores: (N,), top scores of queries without a match; new ones are taken to be drawn as they were.
+    The rate at which these exceed the j-th largest is Beta(j, N - j + 1) or lower, and at most `rate` with the
+    probability that a Binomial(N, rate) is j or more: the threshold is that of the largest j for which it is
+    `certainty` (the tolerance limits of Wilks 1941; for conformal prediction Vovk 2012, proposition 2b).
 
-    Raises ValueError for scores that are not (N,) or hold NaN, and a rate outside (0, 1).
+    Raises ValueError for scores that are not (N,) or hold NaN, and for a rate or certainty outside (0, 1).
     """
     _check_scores("no_match_scores", no_match_scores)
     if not 0 < rate < 1:
         raise ValueError(f"rate={rate} is no rate of false matches: use a number between 0 and 1, such as 0.01")
-    place = math.floor(rate * (len(no_match_scores) + 1) + 1e-9)  # rate * (N + 1) may round down
+    if not 0 < certainty < 1:
+        raise ValueError(f"certainty={certainty} is no probability: use a number between 0 and 1, such as 0.95")
+    count = len(no_match_scores)
+    fewer = torch.arange(math.floor(rate * count) + 1, dtype=torch.float64)  # than j
+    chances = torch.lgamma(torch.tensor(count + 1.0, dtype=torch.float64)) - torch.lgamma(fewer + 1)
+    chances += fewer * math.log(rate) + (count - fewer) * math.log1p(-rate) - torch.lgamma(count - fewer + 1)
+    place = int((chances.exp().cumsum(0) <= 1 - certainty).sum())
     if place == 0:
         return math.inf
     return float(no_match_scores.double().sort(descending=True).values[place - 1])
+
+
+def least_scores(rate: float, certainty: float = 0.95) -> int:
+    """How many scores `threshold_at` takes at least to promise a rate."""
+    return math.ceil(math.log1p(-certainty) / math.log1p(-rate))
 
 
 def false_match_curve(match_scores: Tensor, no_match_scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsearch.functional.open_set import false_match_curve, threshold_at
+from simsearch.functional.open_set import false_match_curve, least_scores, threshold_at
 from simsearch.search.recommender import Recommender
 
 _BLOCK = 256  # queries that are searched together
@@ -73,7 +73,9 @@ def halves(names: Sequence[str]) -> Tensor:
     return torch.tensor([digest < 128 for digest in digests], dtype=torch.bool)
 
 
-def calibrate(match: Tensor, no_match: Tensor, of_match: Tensor, of_no_match: Tensor, rate: float) -> Threshold:
+def calibrate(
+    match: Tensor, no_match: Tensor, of_match: Tensor, of_no_match: Tensor, rate: float, certainty: float
+) -> Threshold:
     """The threshold of one kind of match, and what it does to the held-out halves.
 
     match: (M,), no_match: (N,), confidences; of_match, of_no_match: bool, which belong to the calibrating half.
@@ -81,11 +83,11 @@ def calibrate(match: Tensor, no_match: Tensor, of_match: Tensor, of_no_match: Te
     Raises ValueError where there are too few queries without a match to promise the rate.
     """
     known = no_match[of_no_match]
-    value = threshold_at(known, rate)
+    value = threshold_at(known, rate, certainty)
     if math.isinf(value):
         raise ValueError(
-            f"{len(known)} queries without a match cannot promise a rate of {rate}: it takes {math.ceil(1 / rate) - 1} "
-            "in the calibrating half. Give more images, or raise rate"
+            f"{len(known)} queries without a match cannot promise a rate of {rate} with a certainty of {certainty}: it "
+            f"takes {least_scores(rate, certainty)} in the calibrating half. Give more images, or raise rate"
         )
     held, matches = no_match[~of_no_match], match[~of_match]
     return Threshold(
