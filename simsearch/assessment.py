@@ -137,6 +137,17 @@ def lists(
     return chosen
 
 
+def most_changed(ours: Tensor, theirs: Tensor, count: int) -> Tensor:
+    """Places of the queries that gain most and lose most, int64 (2 * count or fewer,), from gain to loss.
+
+    ours, theirs: average precision (Q,) of the same queries, NaN where there is none.
+    """
+    change = ours - theirs
+    known = change.isnan().logical_not().nonzero()[:, 0]
+    order = known[change[known].argsort(descending=True, stable=True)]
+    return order if len(order) <= 2 * count else torch.cat([order[:count], order[-count:]])
+
+
 def random_lists(collection: Collection, task: RetrievalTask, seed: int = 0) -> Tensor:
     """10 random gallery positions for each query, int64 (Q, 10), without junk and itself."""
     noise = torch.randn(len(collection), 32, generator=torch.Generator().manual_seed(seed))

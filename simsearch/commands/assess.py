@@ -6,7 +6,7 @@ import csv
 import gc
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,14 @@ from simsearch import assessment, runtime
 from simsearch.assessment import Measured
 from simsearch.data.collection import Collection
 from simsearch.data.manifest import load_images, read_manifest
+from simsearch.figures import Tile, save_grid
 from simsearch.files import replacing
 from simsearch.functional.significance import holm, paired_bootstrap, paired_permutation
 from simsearch.types import RetrievalTask
 
 SHOWN = (("art-artist", "mAP"), ("art-artist", "P@10"), ("art-style", "mAP"), ("art-style", "P@10"))
 INSTANCE = (("art-work", "R@1"), ("art-work", "GAP"), ("art-work", "GAP_outside"), ("art-artist", "NDCG@10_graded"))
+_EXAMPLES = 5  # queries of a gallery that gain, and as many that lose
 AS_LISTS = ("P@10", "coverage", "gini", "long_tail", "diversity", "novelty")
 
 
@@ -66,6 +68,7 @@ def main(config: DictConfig) -> None:
     found = {row.name: measure(row, collection, tasks) for row in rows}
     recommended = recommend(rows, collection, tasks["artist"]) if "artist" in tasks else {}
     out = Path(values["out"])
+    galleries = write_galleries(out, rows, found, collection, tasks)
     write_results(out / "results.csv", rows, found, recommended, values["seed"])
     compared = compare(rows, found)
     write_rows(out / "paired.csv", list(compared[0]) if compared else [], [list(line.values()) for line in compared])
@@ -77,7 +80,7 @@ def main(config: DictConfig) -> None:
             f"{line['row']} - {line['baseline']}, {line['protocol']} mAP: {line['difference']:+.4f} "
             f"({line['low']:+.4f} to {line['high']:+.4f}), p {line['p_holm']:.4f} after Holm"
         )
-    print(f"results: {out / 'results.csv'}, {out / 'paired.csv'}")
+    print(f"results: {', '.join(map(str, (out / 'results.csv', out / 'paired.csv', *galleries)))}")
 
 
 def listed(value: Any) -> list[str]:
@@ -169,6 +172,49 @@ def compare(rows: list[Row], found: dict[str, list[Measured]]) -> list[dict[str,
             lines.append(facts | {"p": paired_permutation(a, b), "queries": int((~(a - b).isnan()).sum())})
     adjusted = holm(torch.tensor([line["p"] for line in lines])).tolist() if lines else []
     return [line | {"p_holm": p} for line, p in zip(lines, adjusted, strict=True)]
+
+
+def write_galleries(
+    out: Path,
+    rows: list[Row],
+    found: dict[str, list[Measured]],
+    collection: Collection,
+    tasks: dict[str, RetrievalTask],
+) -> list[Path]:
+    """Writes gallery-<protocol>.png: the queries that gain and lose most from the first row to the last, by each."""
+    if len(rows) < 2:
+        return []
+    ends, paths = (rows[0], rows[-1]), []
+    for task in tasks.values():
+        precision = [
+            next(m for m in found[row.name] if m.protocol == task.name and "mAP" in m.per_query).per_query["mAP"]
+            for row in ends
+        ]
+        places = assessment.most_changed(precision[1], precision[0], _EXAMPLES)
+        some = replace(task, query=task.query[places])
+        lists = [assessment.lists(row.vectors, row.bits, collection, some) for row in ends]
+        tiles = [
+            answer(collection, some, place, ids[place], f"{row.name} AP {ap[places[place]]:.2f}")
+            for place in range(len(places))
+            for row, ids, ap in zip(ends, lists, precision, strict=True)
+        ]
+        paths.append(out / f"gallery-{task.name}.png")
+        title = f"{task.name}: what gains and loses most from {ends[0].name} to {ends[1].name}"
+        save_grid(paths[-1], tiles, title=title)
+    return paths
+
+
+def answer(collection: Collection, task: RetrievalTask, place: int, ids: Tensor, caption: str) -> list[Tile]:
+    """A query of a task and its recommendations, int64 (K,) gallery positions, as a row of a picture."""
+    labels = collection.column(task.attribute)
+    names = collection.classes[collection.attributes.index(task.attribute)]
+    query = int(task.query[place])
+    tiles = [Tile(collection.images[query], caption)]
+    for row in task.gallery[ids[ids >= 0]].tolist():
+        label = int(labels[row])
+        said = names[label] if label >= 0 else "unknown"
+        tiles.append(Tile(collection.images[row], said, label == int(labels[query]) and label >= 0))
+    return tiles
 
 
 def write_results(

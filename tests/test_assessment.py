@@ -1,0 +1,234 @@
+"""An art collection measured in many ways, against loops over items; simsearch assess from a user's side."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import simsearch
+from PIL import Image
+from sklearn.metrics import average_precision_score, ndcg_score
+
+from simsearch import assessment
+from simsearch.data.collection import Collection
+from simsearch.types import RetrievalTask
+
+ATTRIBUTES = ("artist", "style", "period", "work")
+N, D = 40, 6
+
+
+@pytest.fixture(scope="module")
+def collection() -> Collection:
+    generator = torch.Generator().manual_seed(0)
+    work = torch.arange(N) // 2
+    work[30:] = torch.arange(30, N)  # the last ten are alone
+    artist = work % 5
+    style, period = artist % 3, torch.randint(-1, 2, (N,), generator=generator)
+    artist[7] = -1
+    labels = torch.stack([artist, style, period, work], dim=1)
+    classes = tuple(tuple(f"{name} {i}" for i in range(N)) for name in ATTRIBUTES)
+    images = torch.randint(0, 256, (N, 3, 8, 8), generator=generator).byte()
+    return Collection("toy", images, labels, ATTRIBUTES, classes, torch.zeros(N, dtype=torch.bool))
+
+
+@pytest.fixture(scope="module")
+def vectors(collection: Collection) -> torch.Tensor:
+    """Descriptors that know a little of the artist."""
+    generator = torch.Generator().manual_seed(1)
+    centres = F.normalize(torch.randn(6, D, generator=generator), dim=1)
+    return F.normalize(centres[collection.column("artist")] + 0.4 * torch.randn(N, D, generator=generator), dim=1)
+
+
+def task(attribute: str, junk: str | None) -> RetrievalTask:
+    rows = torch.arange(4, N)
+    return RetrievalTask(f"art-{attribute}", rows, rows, attribute, junk, True, "0" * 16)
+
+
+def answers(vectors: torch.Tensor, collection: Collection, asked: RetrievalTask) -> dict[int, list[int]]:
+    """Collection rows of each query's answers, best first, without itself and junk; a loop."""
+    found = {}
+    for q in asked.query.tolist():
+        group = None if asked.junk is None else collection.column(asked.junk)
+        allowed = [
+            g for g in asked.gallery.tolist() if g != q and (group is None or group[g] != group[q] or group[q] < 0)
+        ]
+        found[q] = sorted(allowed, key=lambda g: -float(vectors[q] @ vectors[g]))
+    return found
+
+
+@pytest.mark.parametrize(("attribute", "junk"), [("artist", "work"), ("style", "artist"), ("work", None)])
+def test_average_precision(attribute, junk, collection, vectors):
+    asked = task(attribute, junk)
+    measured = assessment.measure_task(vectors, None, collection, asked)
+    label = collection.column(attribute)
+    for place, (q, found) in enumerate(answers(vectors, collection, asked).items()):
+        right = [bool(label[g] == label[q] and label[q] >= 0) for g in found]
+        got = float(measured.per_query["mAP"][place])
+        if any(right):
+            assert got == pytest.approx(average_precision_score(right, -np.arange(len(right))), abs=1e-9)
+        else:
+            assert math.isnan(got)
+    assert measured.values["mAP"] == pytest.approx(float(measured.per_query["mAP"].nanmean()))
+    low, high = measured.intervals["mAP"]
+    assert low < measured.values["mAP"] < high
+
+
+def test_graded(collection, vectors):
+    """Same work 3, same artist 2, same style and period 1; gains 2 ** level - 1 of scikit-learn's NDCG."""
+    asked = task("artist", "work")
+    measured = assessment.measure_graded(vectors, None, collection, asked)
+    columns = {name: collection.column(name).tolist() for name in ATTRIBUTES}
+
+    def level(q: int, g: int) -> int:
+        def same(name: str) -> bool:
+            return columns[name][q] == columns[name][g] >= 0
+
+        return 3 if same("work") else 2 if same("artist") else int(same("style") and same("period"))
+
+    whole = RetrievalTask("art-artist", asked.query, asked.gallery, "artist", None, True, "0" * 16)
+    expected = []
+    for q, found in answers(vectors, collection, whole).items():
+        gains = [2.0 ** level(q, g) - 1 for g in found]
+        expected.append(ndcg_score([gains], [-np.arange(len(gains))], k=10) if any(gains) else math.nan)
+    got = measured.per_query["NDCG@10_graded"].tolist()
+    assert got == pytest.approx(expected, abs=1e-9, nan_ok=True)
+
+
+def test_open_set(collection, vectors):
+    """GAP by its definition: all answers ranked by confidence, precision at each right one over the positives."""
+    asked = task("work", None)
+    outside = F.normalize(torch.randn(20, D, generator=torch.Generator().manual_seed(2)), dim=1)
+    measured = assessment.measure_open_set(vectors, None, collection, asked, outside)
+    work = collection.column("work").tolist()
+    rows = asked.gallery.tolist()
+    pairs = []  # confidence, right, has a match
+    for q, found in answers(vectors, collection, asked).items():
+        pairs.append(
+            (
+                float(vectors[q] @ vectors[found[0]]),
+                work[q] == work[found[0]],
+                [work[r] for r in rows].count(work[q]) > 1,
+            )
+        )
+    positives = sum(has for _, _, has in pairs)
+
+    def gap(kept: list[tuple[float, bool, bool]]) -> float:
+        ranked = sorted(kept, key=lambda pair: -pair[0])
+        hits = [sum(r for _, r, _ in ranked[: i + 1]) / (i + 1) for i, pair in enumerate(ranked) if pair[1]]
+        return sum(hits) / positives
+
+    others = [(float((vectors[4:] @ o).max()), False, False) for o in outside]
+    assert measured.values["GAP-"] == pytest.approx(gap([pair for pair in pairs if pair[2]]), abs=1e-6)
+    assert measured.values["GAP"] == pytest.approx(gap(pairs), abs=1e-6)
+    assert measured.values["GAP_outside"] == pytest.approx(gap(pairs + others), abs=1e-6)
+    assert measured.values["accuracy"] == pytest.approx(sum(r for _, r, has in pairs if has) / positives)
+    assert measured.values["outside"] == 20
+
+
+def test_lists(collection, vectors):
+    asked = task("artist", "work")
+    found = assessment.lists(vectors, None, collection, asked)
+    for row, expected in zip(found, answers(vectors, collection, asked).values(), strict=True):
+        assert asked.gallery[row].tolist() == expected[:10]
+    diverse = assessment.lists(vectors, None, collection, asked, diversity=0.6)
+    assert torch.equal(diverse[:, 0], found[:, 0])  # the best item stays the first
+
+    def spread(ids: torch.Tensor) -> float:
+        rows = vectors[asked.gallery][ids]
+        return float((rows @ rows.transpose(1, 2)).mean())
+
+    assert spread(diverse) < spread(found)
+
+
+def test_lists_of_codes_and_of_everything(collection):
+    """Codes as real values; a gallery with fewer items than are asked for fills up with -1."""
+    codes = torch.randn(N, 16, generator=torch.Generator().manual_seed(3))
+    rows = torch.arange(4, 12)
+    asked = RetrievalTask("art-artist", rows, rows, "artist", "work", True, "0" * 16)
+    for diversity in (0.0, 0.3):
+        found = assessment.lists(codes, 16, collection, asked, diversity=diversity)
+        assert (found >= 0).sum(1).tolist() == [6] * 8  # not itself and not its work
+        assert all(len(set(row[row >= 0].tolist())) == 6 for row in found)
+
+
+def test_lists_without_a_query(collection):
+    """By popularity the same ten but for junk; by chance ten others for each."""
+    asked = task("artist", "work")
+    popularity = torch.arange(len(asked.gallery)).flip(0)
+    popular = assessment.popular_lists(collection, asked, popularity)
+    work = collection.column("work")[asked.gallery].tolist()
+    for place, row in enumerate(popular.tolist()):
+        expected = [g for g in range(len(work)) if work[g] != work[place]][:10]
+        assert row == expected
+    chance = assessment.random_lists(collection, asked)
+    assert (chance >= 0).all()
+    assert len({tuple(row) for row in chance.tolist()}) == len(chance)
+
+
+def test_popularity_is_that_of_the_artist(collection):
+    asked = task("artist", None)
+    artist = collection.column("artist")[asked.gallery].tolist()
+    expected = [1 if a < 0 else artist.count(a) for a in artist]
+    assert assessment.artist_popularity(collection, asked).tolist() == expected
+
+
+def test_most_changed():
+    ours = torch.tensor([0.1, 0.9, math.nan, 0.5, 0.4, 0.6])
+    theirs = torch.tensor([0.3, 0.1, 0.5, math.nan, 0.4, 0.5])
+    assert assessment.most_changed(ours, theirs, 1).tolist() == [1, 0]
+    assert assessment.most_changed(ours, theirs, 2).tolist() == [1, 5, 4, 0]
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """Two runs on a rendered sample: content and colour."""
+    folder = tmp_path_factory.mktemp("assessed")
+    sample = [f"data.{name}" for name in ("styles=4", "artists=4", "works=3", "photographs=2", "size=48")]
+    colour = ["backbone=colour", "pooling=average"]
+    for name, own in (("content", []), ("colour", colour)):
+        size = [f"backbone.size={64 if name == 'content' else 48}", "model.whitening.dimension=16"]
+        simsearch(
+            "train", *sample, *own, *size, "catalog.write=false", "logger.mode=disabled", f"run_dir={folder / name}"
+        )
+    return [folder / "content", folder / "colour"]
+
+
+def test_assess(runs, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (80 * i, 0, 0)).save(outside / f"{i}.png")
+    out = tmp_path / "out"
+    done = simsearch("assess", f"runs=[{runs[0]},{runs[1]}]", f"outside={outside}", f"out={out}")
+    assert "left out: protocol art-genre needs the attribute 'genre'" in done.stderr
+    assert "colour - content, art-artist mAP: -" in done.stdout
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    named = {(row["row"], row["protocol"], row["metric"]): float(row["value"]) for row in rows}
+    assert {row["row"] for row in rows} >= {"content", "colour", "random", "popular", "colour hubness"}
+    assert named["content", "art-artist", "mAP"] > named["colour", "art-artist", "mAP"] > 0
+    assert named["content", "art-work", "outside"] == 3
+    assert 0 < named["content", "art-work", "GAP_outside"] <= named["content", "art-work", "GAP"] <= 1
+    with (out / "paired.csv").open() as file:
+        (paired,) = (row for row in csv.DictReader(file) if row["protocol"] == "art-artist")
+    difference = named["colour", "art-artist", "mAP"] - named["content", "art-artist", "mAP"]
+    assert float(paired["difference"]) == pytest.approx(difference, abs=1e-9)
+    assert float(paired["low"]) < difference < float(paired["high"])
+    for name in ("artist", "style", "work"):
+        with Image.open(out / f"gallery-art-{name}.png") as picture:
+            assert picture.height > 2 * 10 * 96  # five that gain and five that lose, by both
+
+
+def test_assess_says_what_is_wrong(runs, tmp_path):
+    done = simsearch("assess", f"runs=[{runs[0]},{runs[1]}]", "names=[a,a]", expect=1)
+    assert "give one for each of the 2 runs, all different" in done.stderr
+    done = simsearch("assess", f"runs={tmp_path}", expect=1)
+    assert str(tmp_path) in done.stderr
