@@ -83,7 +83,7 @@ def test_calibrated_it_says_no(catalog, outside):
     calibration = json.loads((catalog / "calibration.json").read_text())
     assert (calibration["rate"], calibration["certainty"]) == (0.2, 0.95)
     assert calibration["weights"] == {"content": 1.0}
-    assert calibration["same_work"] >= calibration["similar"]
+    assert calibration["neighbours"] == max(1, len(read_catalog(catalog)) // 20)
     assert calibration["negatives"]["similar"] + calibration["held_out"]["similar"]["of"] == 60
     assert read_catalog(catalog).calibration == calibration
     with (catalog / "calibration/curve.csv").open() as file:
@@ -95,10 +95,8 @@ def test_calibrated_it_says_no(catalog, outside):
 
     done = simsearch("recommend", f"catalog={catalog}", f"image={outside}/1.png", "k=3", "format=json")
     answer = json.loads(done.stdout)
-    scores = [result["score"] for result in answer["results"]]
     assert answer["verdict"] in ("none", "similar")  # one in five may be taken for similar
-    assert all(score > calibration["similar"] for score in scores)
-    assert bool(scores) == (answer["verdict"] == "similar")
+    assert bool(answer["results"]) == (answer["verdict"] == "similar")
 
 
 def test_a_rate_that_cannot_be_promised(catalog):

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.open_set import threshold_at
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.search.calibration import calibrate, confidence, curve, halves, leave_work_out, wilson
+from simsearch.search.calibration import (
+    Likeness,
+    calibrate,
+    curve,
+    halves,
+    leave_work_out,
+    likeness,
+    neighbours_of,
+    wilson,
+)
 from simsearch.search.catalog import Catalog, CatalogError, item_table, read_catalog, write_calibration, write_catalog
 from simsearch.search.filters import parse_filters
 from simsearch.search.recommender import Recommender, Request
@@ -244,26 +253,36 @@ class TestReasons:
             with pytest.raises(ValueError, match=f"no item '{name}' in the catalog c: give a position, 0 to {N - 1}"):
                 recommender.position(name)
 
-    def test_verdicts_are_of_the_plain_cosine(self):
+    def test_same_work_is_of_the_plain_cosine(self):
         stored = described(N, seed=2)
         cosines = (stored @ stored[9]).sort(descending=True).values
-        calibration = {"same_work": float(cosines[2]), "similar": float(cosines[5])}
+        calibration = {"same_work": float(cosines[2]), "similar": 2.0, "neighbours": 5}
         recommender = opened(calibration=calibration)
         answer = recommender.recommend(Request(stored[9:10], k=8, collapse=False))
-        assert answer.verdicts == ["same work"] * 2 + ["similar"] * 3 + ["none"] * 3
+        assert answer.verdicts == ["same work"] * 2 + ["similar"] * 6  # a copy is at home, whatever else is near
         assert answer.verdict == "same work"
         weighed = recommender.recommend(Request(stored[9:10], k=8, collapse=False, weights={"style": 50}))
-        expected = [
-            "same work" if c > calibration["same_work"] else "similar" if c > calibration["similar"] else "none"
-            for c in (stored[weighed.ids] @ stored[9]).tolist()
-        ]
-        assert weighed.verdicts == expected
-        far = recommender.recommend(Request(-stored[9:10], k=3))
-        assert (far.verdict, far.verdicts) == ("none", ["none"] * 3)
+        expected = (stored[weighed.ids] @ stored[9] > calibration["same_work"]).tolist()
+        assert [verdict == "same work" for verdict in weighed.verdicts] == expected
+
+    def test_similar_is_of_the_neighbours_in_the_whole_catalog(self):
+        """Whatever the filters, weights and counter-examples; one example that is at home is enough."""
+        stored, queries = described(N, seed=2), described(40, seed=3)
+        familiar = (queries @ stored.T).topk(5, dim=1).values.mean(1)
+        threshold = float(familiar.sort().values[19:21].mean())
+        recommender = opened(calibration={"same_work": 2.0, "similar": threshold, "neighbours": 5})
+        only = parse_filters("artist=Monet")
+        for place, query in enumerate(queries):
+            expected = ["similar" if float(familiar[place]) > threshold else "none"] * 4
+            for more in ({}, {"where": only}, {"weights": {"style": 9}}, {"unlike": stored[:1]}):
+                assert recommender.recommend(Request(query[None], k=4, **more)).verdicts == expected
+        best, worst = int(familiar.argmax()), int(familiar.argmin())
+        assert recommender.recommend(Request(queries[[worst]])).verdict == "none"
+        assert recommender.recommend(Request(queries[[worst, best]])).verdict == "similar"
 
     def test_uncalibrated(self, recommender):
         assert recommender.recommend(Request(recommender.vectors([9]))).verdict == "uncalibrated"
-        half = opened(calibration={"same_work": 0.99, "similar": None})
+        half = opened(calibration={"same_work": 0.99, "similar": None, "neighbours": 20})
         assert half.recommend(Request(half.vectors([9]), k=2, collapse=False)).verdicts == ["same work", "uncalibrated"]
 
 
@@ -311,19 +330,29 @@ class TestCalibrationFile:
         catalog = read_catalog(written(tmp_path / "c"))
         assert catalog.calibration is None
         assert catalog.parts == PARTS
-        stated = {"rate": 0.01, "same_work": 0.93, "similar": None}
+        stated = {"rate": 0.01, "same_work": 0.93, "similar": None, "neighbours": 20}
         write_calibration(catalog.folder, stated)
         assert read_catalog(catalog.folder).calibration == stated
 
     def test_a_new_catalog_takes_its_place(self, tmp_path):
         folder = written(tmp_path / "c")
-        write_calibration(folder, {"same_work": 0.9, "similar": 0.4})
+        write_calibration(folder, {"same_work": 0.9, "similar": 0.4, "neighbours": 1})
         (folder / "calibration").mkdir()
         (folder / "calibration/curve.csv").write_text("kind")
         assert read_catalog(written(folder)).calibration is None
         assert not (folder / "calibration").exists()
 
-    @pytest.mark.parametrize("text", ["{", "[]", "{}", json.dumps({"same_work": "x", "similar": None})])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{",
+            "[]",
+            "{}",
+            json.dumps({"same_work": "x", "similar": None, "neighbours": 1}),
+            json.dumps({"same_work": 0.9, "similar": 0.4}),  # of the best score, as it was once
+            json.dumps({"same_work": 0.9, "similar": 0.4, "neighbours": 0}),
+        ],
+    )
     def test_damage(self, text, tmp_path):
         folder = written(tmp_path / "c")
         (folder / "calibration.json").write_text(text)
@@ -338,11 +367,13 @@ class TestCalibration:
         unit = recommender.as_queries(recommender.vectors(range(N)))
         works = [f"w{i // 4}" if i < N - 10 else i for i in range(N)]
         positions = torch.tensor([0, 3, 50, 200, N - 1])
-        no_match, match = leave_work_out(recommender, positions)
-        for i, got_no, got in zip(positions.tolist(), no_match.tolist(), match.tolist(), strict=True):
+        own, match = leave_work_out(recommender, positions, 7)
+        for place, (i, got) in enumerate(zip(positions.tolist(), match.tolist(), strict=True)):
             scores = {j: float(unit[j] @ unit[i]) for j in range(N) if j != i}
-            other = max(s for j, s in scores.items() if works[j] != works[i])
-            assert got_no == pytest.approx(other, abs=1e-5)
+            others = sorted((s for j, s in scores.items() if works[j] != works[i]), reverse=True)
+            other = others[0]
+            assert float(own.top[place]) == pytest.approx(other, abs=1e-5)
+            assert float(own.familiar[place]) == pytest.approx(sum(others[:7]) / 7, abs=1e-5)
             mates = [s for j, s in scores.items() if works[j] == works[i]]
             if not mates:
                 assert math.isnan(got)
@@ -354,7 +385,7 @@ class TestCalibration:
     def test_a_match_is_led_by_its_work(self):
         stored = described(N, seed=2)
         stored[1] = stored[0]
-        _, match = leave_work_out(opened(stored=stored), torch.tensor([0, 1]))
+        _, match = leave_work_out(opened(stored=stored), torch.tensor([0, 1]), 1)
         assert match.tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
     def test_rate_holds_for_new_queries(self):
@@ -392,8 +423,22 @@ class TestCalibration:
         assert at[0.2] == pytest.approx([2 / 3, 1 / 3, 2 / 3])
         assert at[0.8] == pytest.approx([1 / 3, 0, 1])
 
-    def test_confidence_is_the_top_score(self):
-        assert confidence(torch.tensor([[0.9, 0.5], [0.3, 0.1]])).tolist() == pytest.approx([0.9, 0.3])
+    def test_likeness(self):
+        inf = math.inf
+        scores = torch.tensor([[0.9, 0.5, 0.1], [0.3, 0.1, -inf], [0.2, -inf, -inf], [-inf, -inf, -inf]])
+        found = likeness(scores, 2)
+        assert found.top.tolist() == pytest.approx([0.9, 0.3, 0.2, -inf])
+        assert found.familiar.tolist() == pytest.approx([0.7, 0.2, 0.2, -inf])
+        assert found.at_home(0.25).tolist() == pytest.approx([inf, inf, 0.2, -inf])
+
+    def test_neighbours_are_a_twentieth(self):
+        assert [neighbours_of(count) for count in (1, 39, 60, 400, 10**6)] == [1, 1, 3, 20, 20]
+
+    def test_outsiders_that_are_copies(self):
+        copies = Likeness(torch.ones(400), torch.zeros(400)).at_home(0.9)
+        half = torch.arange(400) < 300
+        with pytest.raises(ValueError, match=r"more than 0.01 of 300 images from outside are works of the collection"):
+            calibrate(torch.rand(400), copies, half, half, 0.01, 0.95)
 
     @pytest.mark.parametrize(
         ("count", "of", "low", "high"), [(0, 100, 0.0, 0.0370), (50, 100, 0.4038, 0.5962), (1, 10, 0.0179, 0.4042)]

@@ -380,8 +380,8 @@ class TestSearch:
 
     def test_verdicts_come_from_the_calibration(self, root, encoder, tmp_path):
         place = make_catalog(tmp_path / "c", root, encoder)
-        write_calibration(place, {"rate": 0.01, "same_work": 0.9999, "similar": None, "weights": {"content": 1.0},
-                                  "negatives": {"same_work": N}})  # fmt: skip
+        stated = {"rate": 0.01, "same_work": 0.9999, "similar": None, "neighbours": 1}
+        write_calibration(place, {**stated, "weights": {"content": 1.0}, "negatives": {"same_work": N}})
         with serving(library({"c": Source(place)})) as client:
             assert client.get("/api/catalogs").json()[0]["calibration"]["same_work"] == 0.9999
             answer = upload(client, png(1, root), "/api/catalogs/c/search/image").json()
@@ -819,7 +819,10 @@ class TestLibrary:
             make_catalog(place, root, other, mark="new ")
             until(lambda: len(versions) == 3)
             assert client.service.library.catalogs[0].worker is not old_worker
-            write_calibration(place, {"rate": 0.01, "same_work": 0.5, "similar": None, "weights": {}, "negatives": {}})
+            write_calibration(
+                place,
+                {"rate": 0.01, "same_work": 0.5, "similar": None, "neighbours": 1, "weights": {}, "negatives": {}},
+            )
             until(lambda: len(versions) == 4)
             end.set()
             for one in asking:

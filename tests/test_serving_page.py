@@ -103,9 +103,17 @@ def address(tmp_path_factory, root) -> Iterator[str]:
     counts = {"same_work": 100, "similar": 100}
     weights = {"content": 0.7, "colour": 0.3}
     write_calibration(
-        folder / "art", {"rate": 0.01, "same_work": 2, "similar": -1, "weights": weights, "negatives": counts}
+        folder / "art",
+        {"rate": 0.01, "same_work": 2, "similar": -1, "neighbours": 1, "weights": weights, "negatives": counts},
     )
-    strict = {"rate": 0.01, "same_work": 2, "similar": 1.5, "weights": {"content": 1.0}, "negatives": counts}
+    strict = {
+        "rate": 0.01,
+        "same_work": 2,
+        "similar": 1.5,
+        "neighbours": 1,
+        "weights": {"content": 1.0},
+        "negatives": counts,
+    }
     write_calibration(folder / "plain", strict)
     library = Library(sources, build=built, device=torch.device("cpu"), limits=FREE)
     app = create_app(library, FREE)

@@ -5,20 +5,29 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from omegaconf import DictConfig
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsearch import runtime
 from simsearch.commands.index import report_errors
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.files import replacing
-from simsearch.search.calibration import Threshold, calibrate, confidence, curve, halves, leave_work_out, wilson
+from simsearch.search.calibration import (
+    Likeness,
+    Threshold,
+    calibrate,
+    curve,
+    halves,
+    leave_work_out,
+    likeness,
+    neighbours_of,
+    wilson,
+)
 from simsearch.search.catalog import Catalog, read_catalog, write_calibration
 from simsearch.search.engine import encode
 from simsearch.search.recommender import Recommender
@@ -29,7 +38,8 @@ def main(config: DictConfig) -> None:
     catalog = read_catalog(Path(config.catalog))
     recommender = Recommender(catalog)
     positions = chosen(len(catalog), config.sample, config.seed)
-    no_match, match = leave_work_out(recommender, positions)
+    neighbours = neighbours_of(len(catalog))
+    own, match = leave_work_out(recommender, positions, neighbours)
     first = halves(work_names(recommender, positions))
     alone = match.isnan()
     if recommender.work_attribute is None:
@@ -38,26 +48,18 @@ def main(config: DictConfig) -> None:
             "count as other works and raise the threshold of the same work",
             file=sys.stderr,
         )
-    same_work = calibrate(match[~alone], no_match, first[~alone], first, config.rate, config.certainty)
+    same_work = calibrate(match[~alone], own.top, first[~alone], first, config.rate, config.certainty)
     thresholds = {"same_work": same_work}
     curves = {}
     if (~alone & ~first).any():
-        curves["same_work"] = curve(match[~alone & ~first], no_match[~first])
+        curves["same_work"] = curve(match[~alone & ~first], own.top[~first])
 
     if config.outside:
-        outside, names = outside_scores(config, catalog, recommender)
+        strange, names = outside_likeness(config, catalog, recommender, neighbours)
         of_outside = halves(names)
-        similar = calibrate(no_match, outside, first, of_outside, config.rate, config.certainty)
-        curves["similar"] = curve(no_match[~first], outside[~of_outside])
-        thresholds["similar"] = similar
-        if similar.value > same_work.value:  # or an image from outside could be "the same work" but not "similar"
-            match_at = replace(
-                same_work,
-                value=similar.value,
-                false=int((no_match[~first] > similar.value).sum()),
-                found=int((match[~alone & ~first] > similar.value).sum()),
-            )
-            thresholds["same_work"] = match_at
+        inside, outside = own.at_home(same_work.value), strange.at_home(same_work.value)
+        thresholds["similar"] = calibrate(inside, outside, first, of_outside, config.rate, config.certainty)
+        curves["similar"] = curve(inside[~first], outside[~of_outside])
     else:
         print("note: without outside=<folder of other images> there is no threshold for similar", file=sys.stderr)
 
@@ -68,6 +70,7 @@ def main(config: DictConfig) -> None:
             "certainty": config.certainty,
             "same_work": thresholds["same_work"].value,
             "similar": thresholds["similar"].value if "similar" in thresholds else None,
+            "neighbours": neighbours,
             "weights": {name: part.weight for name, part in catalog.parts.items()},
             "negatives": {name: threshold.negatives for name, threshold in thresholds.items()},
             "held_out": {
@@ -100,24 +103,17 @@ def work_names(recommender: Recommender, positions: Tensor) -> list[str]:
     return [work or path for work, path in zip(works, paths, strict=True)]
 
 
-def outside_scores(config: DictConfig, catalog: Catalog, recommender: Recommender) -> tuple[Tensor, list[str]]:
-    """The confidence (n,) of the catalog's answers to images from outside, and their paths."""
+def outside_likeness(
+    config: DictConfig, catalog: Catalog, recommender: Recommender, neighbours: int
+) -> tuple[Likeness, list[str]]:
+    """How images from outside and the catalog are alike, and their paths."""
     encoder = runtime.build_encoder(catalog.about["config"])
     catalog.load_encoder_state(encoder)
     encoder.to(runtime.device(config.device))
     manifest = read_manifest(Path(config.outside))
     rows = chosen(len(manifest), config.sample, config.seed).tolist()
     manifest = Manifest(manifest.root, tuple(manifest.paths[row] for row in rows))
-    scores, names = described(encoder, manifest, config, recommender)
-    if not names:
-        raise ValueError(f"no image of {config.outside} could be read")
-    return scores, names
-
-
-def described(
-    encoder: nn.Module, manifest: Manifest, config: DictConfig, recommender: Recommender
-) -> tuple[Tensor, list[str]]:
-    scores, names, errors = [torch.empty(0)], [], []
+    scores, names, errors = [], [], []
     batches = load_images(
         manifest,
         size=encoder.input_size,  # type: ignore[arg-type]
@@ -129,10 +125,12 @@ def described(
         errors += unreadable
         if len(images):
             queries = recommender.as_queries(encode(encoder, images))
-            scores.append(confidence(recommender.search(queries, 1).scores))
+            scores.append(recommender.search(queries, neighbours).scores)
             names += [manifest.paths[row] for row in rows.tolist()]
     report_errors(errors, {})
-    return torch.cat(scores), names
+    if not names:
+        raise ValueError(f"no image of {config.outside} could be read")
+    return likeness(torch.cat(scores), neighbours), names
 
 
 def write_curves(path: Path, curves: Mapping[str, np.ndarray]) -> None:
@@ -175,7 +173,7 @@ def results(thresholds: Mapping[str, Threshold], rate: float) -> Table:
         table.add_row(names[name], f"{t.value:.4f}", f"{t.negatives} queries", *cells)
     table.caption = (
         "the same work: found among items of works with more than one; false: items without their work. "
-        "similar: found is how many items of the collection get an answer of another work; false: images from outside"
+        "similar: found is how many items of the collection are like its other works; false: images from outside"
     )
     return table
 

@@ -62,7 +62,7 @@ def main(config: DictConfig) -> None:
         exclude=tuple(positions),
     )
     answer = recommender.recommend(request)
-    kept = [i for i, verdict in enumerate(answer.verdicts) if config.force or verdict != NONE]
+    kept = list(range(len(answer.ids))) if config.force or answer.verdict != NONE else []
     items = describe(recommender, answer, kept, [e.position for e in like if e.position is not None])
     if config.format == "json":
         query = {"like": [example.name for example in like], "unlike": [example.name for example in unlike]}
@@ -70,15 +70,12 @@ def main(config: DictConfig) -> None:
     elif not len(answer.ids):
         print(f"none of {len(catalog)} items is left to recommend: loosen where=")
     elif not kept:
-        place = "among those that where= leaves" if request.where else "in the collection"
         print(
-            f"no similar work {place}: the best of {answer.candidates} items scores {float(answer.scores.max()):.4f}, "
-            "which images from outside reach too; force=true shows it"
+            "no similar work: images from outside are as near to the collection. The best of "
+            f"{answer.candidates} items scores {float(answer.scores.max()):.4f}; force=true shows it"
         )
     else:
         runtime.show(answer_table(recommender, [e.name for e in like], [e.name for e in unlike], items, answer))
-        if len(kept) < len(answer.ids):
-            print(f"{len(answer.ids) - len(kept)} more are not similar enough to be told from chance; force=true")
     if config.figure:
         save_grid(Path(config.figure), tiles(catalog, like, unlike, items), side=128)
         print(f"picture: {config.figure}", file=sys.stderr)

@@ -10,6 +10,18 @@ from torch import Tensor
 from simsearch.functional.ties import Rankings, average_precision, harmonic_numbers
 
 
+def familiarity(scores: Tensor, neighbours: int) -> Tensor:
+    """How much queries look like a collection as a whole, (Q,): the mean of their `neighbours` best scores.
+
+    scores: (Q, K), best first, -inf where there is none; of fewer than `neighbours` the mean of these, -inf of none.
+    What lies outside a distribution is far from its neighbours there (Sun et al. 2022, by the distance of the k-th).
+    """
+    best = scores[:, :neighbours]
+    known = best.isfinite()
+    mean = best.masked_fill(~known, 0.0).sum(1) / known.sum(1).clamp(min=1)
+    return mean.masked_fill(~known.any(1), -torch.inf)
+
+
 def threshold_at(no_match_scores: Tensor, rate: float, certainty: float = 0.95) -> float:
     """The smallest of the scores that new queries without a match exceed (score > threshold) at a rate of at most
     `rate`, with a probability of at least `certainty` over the scores drawn; inf where they are too few.

@@ -11,7 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsearch.functional.open_set import false_match_curve, least_scores, threshold_at
+from simsearch.functional.open_set import (
+    false_match_curve,
+    familiarity,
+    least_scores,
+    threshold_at,
+)
 from simsearch.search.recommender import Recommender
 
 _BLOCK = 256  # queries that are searched together
@@ -33,32 +38,52 @@ class Threshold:
     matches: int
 
 
-def confidence(scores: Tensor) -> Tensor:
-    """How sure an answer is, (Q,), by its scores (Q, K), best first: its top score."""
-    return scores[:, 0]
+@dataclass(frozen=True)
+class Likeness:
+    """Scores of queries, (Q,) each, of which verdicts are made.
+
+    top: the best. familiar: `familiarity`, how much they look like the collection as a whole.
+    """
+
+    top: Tensor
+    familiar: Tensor
+
+    def at_home(self, same_work: float) -> Tensor:
+        """What the threshold of "similar" is of, (Q,): familiarity; inf for copies, which are at home anywhere."""
+        return self.familiar.masked_fill(self.top > same_work, torch.inf)
 
 
-def leave_work_out(recommender: Recommender, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """What items find in their own catalog: the confidence (Q,) without their own work, and that of a match.
+def neighbours_of(count: int) -> int:
+    """How many neighbours familiarity is a mean of in a catalog of `count` items: a twentieth, at most 20."""
+    return min(20, max(1, count // 20))
+
+
+def likeness(scores: Tensor, neighbours: int) -> Likeness:
+    """That of queries by their scores (Q, K), best first, K >= 1."""
+    return Likeness(scores[:, 0], familiarity(scores, neighbours))
+
+
+def leave_work_out(recommender: Recommender, positions: Tensor, neighbours: int) -> tuple[Likeness, Tensor]:
+    """How items and their catalog without their own work are alike, and the score (Q,) of a match with that work.
 
     positions: int64 (Q,). A match is an answer led by another item of the same work; -inf where it is led by
     something else, NaN for a work of one item. Works of more than some hundred items make this slow.
     """
     works = torch.from_numpy(recommender.works)
     _, work, sizes = works.unique(return_inverse=True, return_counts=True)
-    depth = int(sizes.max()) + 1  # what is left without the own work has at least one item
-    no_match, match = [], []
+    depth = int(sizes.max()) + neighbours  # so many are left without the own work
+    without, match = [], []
     for block in positions.split(_BLOCK):
         found = recommender.search(recommender.as_queries(recommender.vectors(block)), depth)
         ids = found.ids.clamp(min=0)
         own = (work[ids] == work[block][:, None]) & (found.ids >= 0)
         itself = found.ids == block[:, None]
-        no_match.append(confidence(_without(found.scores, own)))
+        without.append(_without(found.scores, own)[:, :neighbours])
         others = _without(found.scores, itself)
         led = _without(own.float(), itself)[:, 0] == 1
-        scores = torch.where(led, confidence(others), -torch.inf)
+        scores = torch.where(led, others[:, 0], -torch.inf)
         match.append(scores.masked_fill(sizes[work[block]] == 1, torch.nan))
-    return torch.cat(no_match), torch.cat(match)
+    return likeness(torch.cat(without), neighbours), torch.cat(match)
 
 
 def _without(values: Tensor, taken: Tensor) -> Tensor:
@@ -78,13 +103,18 @@ def calibrate(
 ) -> Threshold:
     """The threshold of one kind of match, and what it does to the held-out halves.
 
-    match: (M,), no_match: (N,), confidences; of_match, of_no_match: bool, which belong to the calibrating half.
+    match: (M,), no_match: (N,), scores; of_match, of_no_match: bool, which belong to the calibrating half.
 
-    Raises ValueError where there are too few queries without a match to promise the rate.
+    Raises ValueError where there are too few queries without a match to promise the rate, and where more of them
+    than that have a score of inf.
     """
     known = no_match[of_no_match]
     value = threshold_at(known, rate, certainty)
     if math.isinf(value):
+        if len(known) >= least_scores(rate, certainty):
+            raise ValueError(
+                f"more than {rate} of {len(known)} images from outside are works of the collection: give others"
+            )
         raise ValueError(
             f"{len(known)} queries without a match cannot promise a rate of {rate} with a certainty of {certainty}: it "
             f"takes {least_scores(rate, certainty)} in the calibrating half. Give more images, or raise rate"

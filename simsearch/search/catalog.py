@@ -283,9 +283,10 @@ def read_catalog(folder: Path) -> Catalog:
 def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
     """Writes calibration.json of the catalog in `folder`, atomically; `read_catalog` reads it.
 
-    calibration: rate, the rate of false matches that was promised; same_work and similar, the scores (cosines at the
-    catalog's own weights) above which something is one, None where that was not calibrated; weights, of the parts;
-    negatives, how many scores of queries without a match each threshold comes from.
+    calibration: rate, the rate of false matches that was promised; same_work, the cosine at the catalog's own weights
+    above which an item is the same work; similar, the mean of that many `neighbours`' cosines above which a query has
+    similar works here, None where that was not calibrated; weights, of the parts; negatives, how many scores of
+    queries without a match each threshold comes from.
     """
     write_json(folder / "calibration.json", dict(calibration))
 
@@ -293,9 +294,11 @@ def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
 def _read_calibration(folder: Path) -> dict[str, Any] | None:
     try:
         calibration = json.loads((folder / "calibration.json").read_text())
-        for name in ("same_work", "similar"):
-            if calibration[name] is not None:
-                float(calibration[name])
+        float(calibration["same_work"])
+        if calibration["similar"] is not None:
+            float(calibration["similar"])
+        if int(calibration["neighbours"]) < 1:
+            raise ValueError("neighbours")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

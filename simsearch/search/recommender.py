@@ -16,6 +16,7 @@ from torch import Tensor
 from simsearch.functional.codes import pack_codes, unpack_codes
 from simsearch.functional.diversity import mmr
 from simsearch.functional.feedback import contributions, query_weights, reweight, reweight_both, rocchio, unit_parts
+from simsearch.functional.open_set import familiarity
 from simsearch.search.catalog import Catalog
 from simsearch.search.filters import Attributes, Condition
 from simsearch.types import SearchResult
@@ -72,10 +73,11 @@ class Recommendation:
     """What a catalog answers, best first; K is less than k where there is no more.
 
     ids: positions int64 (K,). scores: float32 (K,), inner products with the combined query: the weighted mean of the
-    parts' cosines. parts: what each part adds to the score, (K,) each. verdicts: of each item "same work", "similar",
-    "none" or "uncalibrated", by its plain cosine to the nearest example at the catalog's own weights, which is what
-    thresholds are of, whatever the weights of this request. verdict: of the best item, "none" where there is no
-    item. candidates: how many items were searched, those that may be answered.
+    parts' cosines. parts: what each part adds to the score, (K,) each. verdicts: of each item "same work", by its
+    plain cosine to the nearest example; else "similar" where an example is like the collection, "none" where none is,
+    "uncalibrated" where that is not known. Thresholds are of plain examples in the whole catalog at its own weights,
+    whatever weights and filters a request has. verdict: of the best item, "none" where there is no item. candidates:
+    how many items were searched, those that may be answered.
     """
 
     ids: Tensor
@@ -191,7 +193,8 @@ class Recommender:
         if request.hubness and len(ids):
             ranked = scores - 0.5 * self._hubness(ids, reweight(rows, self.parts, weights))
         chosen = mmr(ranked, reweight_both(rows, self.parts, weights), request.k, 1 - request.diversity)
-        verdicts = self._verdicts(self._exact(rows[chosen] @ self.as_queries(request.like).T).amax(1))
+        like = self.as_queries(request.like)
+        verdicts = self._verdicts(self._exact(rows[chosen] @ like.T).amax(1), like)
         of_parts = {name: self._exact(part) for name, part in contributions(query, rows[chosen], self.parts).items()}
         best = min(verdicts, key=(SAME_WORK, SIMILAR, UNCALIBRATED, NONE).index, default=NONE)
         return Recommendation(
@@ -293,16 +296,22 @@ class Recommender:
         others &= others.cumsum(1) <= _HUB_NEIGHBOURS
         return found.scores.masked_fill(~others, 0.0).sum(1) / others.sum(1).clamp(min=1)
 
-    def _verdicts(self, cosines: Tensor) -> list[str]:
-        """What each plain cosine (K,) means by the catalog's calibration."""
-        calibration = self.catalog.calibration or {}
-        same_work, similar = calibration.get("same_work"), calibration.get("similar")
-        verdicts = []
-        for cosine in cosines.tolist():
-            if same_work is not None and cosine > same_work:
-                verdicts.append(SAME_WORK)
-            elif similar is None:
-                verdicts.append(UNCALIBRATED)
-            else:
-                verdicts.append(SIMILAR if cosine > similar else NONE)
-        return verdicts
+    def _verdicts(self, cosines: Tensor, like: Tensor) -> list[str]:
+        """What plain cosines (K,) to the nearest of plain examples (M, D) mean by the catalog's calibration."""
+        if self.catalog.calibration is None:
+            return [UNCALIBRATED] * len(cosines)
+        same_work = self.catalog.calibration["same_work"]
+        other = self._at_home(like)
+        return [SAME_WORK if cosine > same_work else other for cosine in cosines.tolist()]
+
+    def _at_home(self, like: Tensor) -> str:
+        """Whether the catalog holds anything like one of the plain examples (M, D): a copy, or many that are alike."""
+        assert self.catalog.calibration is not None
+        calibration = self.catalog.calibration
+        if calibration["similar"] is None:
+            return UNCALIBRATED
+        scores = self.search(like, calibration["neighbours"]).scores
+        known = (scores[:, 0] > calibration["same_work"]) | (
+            familiarity(scores, calibration["neighbours"]) > calibration["similar"]
+        )
+        return SIMILAR if known.any() else NONE

@@ -249,7 +249,7 @@ function drawNone(answer, none) {
   box.hidden = !none && answer.works.length > 0;
   if (none) {
     box.replaceChildren(h("h2", {}, "No similar work in this collection"),
-      h("p", {}, "What is nearest looks no more like your image than strangers do."),
+      h("p", {}, "Images from outside come as near to this collection as yours does."),
       h("button", { type: "button", class: "tool", id: "anyway", onclick: () => { anyway = true; drawAnswer(shown, true); works.focus({ preventScroll: true }); } }, "Show the nearest anyway"));
   } else if (!answer.works.length) {
     const why = state.where.length ? "Nothing passes these filters" : state.text ? `Nothing is called “${state.text}”` : "Nothing to show";
@@ -269,8 +269,6 @@ function place(answer, fresh) {
     if (old) $("img", card).replaceWith(old); // loaded already
     return card;
   });
-  const end = answer.works.findLastIndex((work) => work.verdict !== "none") + 1;
-  if (end > 0 && end < cards.length) cards.splice(end, 0, h("li", { class: "filler", "aria-hidden": "true" }), h("li", { class: "divider" }, "Less similar from here on"));
   works.replaceChildren(...cards);
   for (const card of cards) {
     const was = before.get(card.dataset.id);
