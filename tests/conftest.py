@@ -14,10 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+from hypothesis import settings
 
 from simsearch.__main__ import main
 
 torch.set_num_threads(1)
+
+# The same examples in each run, so that a change is not blamed for what it did not do; HYPOTHESIS_PROFILE=default
+# draws others.
+settings.register_profile("reproducible", derandomize=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 SMALL = (
     "data.styles=4",

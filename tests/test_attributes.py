@@ -180,7 +180,7 @@ def test_a_head_learns_on_stored_statistics(shapes, tmp_path):
     rows = torch.arange(5)
     images = data.collection.images[rows]
     with torch.no_grad():
-        stored = model.eval().describe({"image": images, "label": rows, "index": rows})
+        stored = model.eval().describe_batch({"image": images, "label": rows, "index": rows})
         alone = torch.cat([model.embed(image[None]) for image in images])
     assert F.cosine_similarity(stored, alone).min() > 0.999
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from simsearch.functional.whitening import ClassMoments, Moments, discriminative
 from simsearch.models.backbones import Backbone, OnBackbone
 from simsearch.models.features import collection_features, one_region
 from simsearch.models.heat_maps import has_regions, region_heat_map
+from simsearch.models.steps import DescribesBatches
 from simsearch.types import Batch, HeatMap
 
 # ---------------------------------------------------------------------------------- the torch module
@@ -138,7 +138,7 @@ class DescriptorHead(nn.Module):
 # ------------------------------------------------------------------------------- the LightningModule
 
 
-class FrozenRetriever(OnBackbone, pl.LightningModule):
+class FrozenRetriever(OnBackbone, DescribesBatches):
     """Descriptors of a frozen backbone. `fit` takes one pass over the training split for whitening and codes.
 
     scales: the image sizes, relative to the backbone's, whose descriptors are summed (multi-scale at
@@ -337,15 +337,6 @@ class FrozenRetriever(OnBackbone, pl.LightningModule):
             from_first_rank(self.code_weight.copy_(weight))
             from_first_rank(self.code_bias.copy_(bias))
         self._moments, self._kept = None, []
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.describe_batch(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.describe_batch(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.describe_batch(batch)
 
     # Checkpoints hold what was fitted; the backbone comes again from where its weights came from
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from simsearch.functional.ragged import by_shape
 from simsearch.functional.resize import Fit
 from simsearch.models.backbones import WeightsError, load_state, state_fingerprint
 from simsearch.models.frozen import FrozenRetriever
+from simsearch.models.steps import DescribesBatches
 from simsearch.types import Batch, HeatMap, Part
 
 _AT_ONCE = 64  # images, however large an evaluation's batch: shallow maps are large
@@ -111,7 +111,7 @@ class TrainedPart(nn.Module):
         self.provenance = dict(checkpoint["backbone"])
 
 
-class PartsRetriever(pl.LightningModule):
+class PartsRetriever(DescribesBatches):
     """Descriptors (B, D) that are several encoders' side by side, each times the square root of its weight.
 
     The inner product of two is the sum of weight * cosine over parts. `fit` takes one pass for what frozen
@@ -253,15 +253,6 @@ class PartsRetriever(pl.LightningModule):
     def describe_batch(self, batch: Batch) -> Tensor:
         """Descriptors (B, D) of a batch, in its order, of its stored features where there are any."""
         return self._join({name: encoder.describe_batch(batch) for name, encoder in self.encoders.items()})  # type: ignore[operator]
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.describe_batch(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.describe_batch(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.describe_batch(batch)
 
     # Checkpoints hold what each part's would hold, under its name
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -19,6 +18,7 @@ from simsearch.functional.ragged import Ragged, by_shape
 from simsearch.functional.resize import Fit
 from simsearch.models.backbones import load_state
 from simsearch.models.features import one_region, pooled_features
+from simsearch.models.steps import DescribesBatches
 from simsearch.types import Batch
 
 
@@ -85,7 +85,7 @@ class NonFiniteLoss(ValueError):
     """The loss became NaN or infinite."""
 
 
-class TrainedRetriever(pl.LightningModule):
+class TrainedRetriever(DescribesBatches):
     """Trains `network` by `loss` on whole batches, in whatever precision the trainer has; the loss is float32.
 
     optimizer: a partial with `lr` (and `weight_decay`), called with the parameter groups. scheduler: a
@@ -308,21 +308,12 @@ class TrainedRetriever(pl.LightningModule):
         network = self.network if self.slices is None else partial(recompute, self.network, use_reentrant=False)
         return by_shape(network, batch["image"], self.slices)
 
-    def describe(self, batch: Batch) -> Tensor:
+    def describe_batch(self, batch: Batch) -> Tensor:
         """Embeddings float32 (B, D) of a batch, of its stored features where there are any."""
         if self._pooled is None:
             return by_shape(self.embed, batch["image"])
         with torch.autocast(self.device.type, enabled=False):
             return self(batch).float()
-
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.describe(batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return self.describe(batch)
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.describe(batch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["provenance"] = dict(self.network.provenance)  # type: ignore[arg-type]
