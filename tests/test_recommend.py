@@ -77,6 +77,8 @@ def test_filtered_table(catalog, tmp_path):
 
 
 def test_calibrated_it_says_no(catalog, outside):
+    (catalog / "calibration.json").write_text('{"same_work": 0.9, "similar": 0.4}')  # of another version
+    assert "or calibrate again" in simsearch("recommend", f"catalog={catalog}", "id=0", expect=1).stderr
     done = simsearch("calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.2", "workers=0", "sample=1000")
     assert "the same work" in done.stdout
     assert "not-an-image" in done.stderr

@@ -35,7 +35,7 @@ from simsearch.search.recommender import Recommender
 
 @runtime.command("calibrate")
 def main(config: DictConfig) -> None:
-    catalog = read_catalog(Path(config.catalog))
+    catalog = read_catalog(Path(config.catalog), calibrated=False)
     recommender = Recommender(catalog)
     positions = chosen(len(catalog), config.sample, config.seed)
     neighbours = neighbours_of(len(catalog))

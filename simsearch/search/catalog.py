@@ -254,8 +254,11 @@ def _write_items(path: Path, tables: Iterable[pa.Table]) -> int:
     return count
 
 
-def read_catalog(folder: Path) -> Catalog:
-    """The catalog in `folder`. Raises CatalogError where there is none or it is damaged."""
+def read_catalog(folder: Path, *, calibrated: bool = True) -> Catalog:
+    """The catalog in `folder`. Raises CatalogError where there is none or it is damaged.
+
+    calibrated: with its calibration, where it has one.
+    """
     folder = Path(folder)
     try:
         about = json.loads((folder / "catalog.json").read_text())
@@ -277,7 +280,7 @@ def read_catalog(folder: Path) -> Catalog:
         raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
     if len(index) != len(items):
         raise CatalogError(f"the catalog {folder} is damaged: {len(index)} vectors for {len(items)} items")
-    return Catalog(folder, index, items, about, _read_calibration(folder))
+    return Catalog(folder, index, items, about, _read_calibration(folder) if calibrated else None)
 
 
 def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
@@ -303,7 +306,7 @@ def _read_calibration(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CatalogError(
-            f"{folder / 'calibration.json'} is damaged ({error!r}): delete it, or calibrate again"
+            f"{folder / 'calibration.json'} is damaged or of another version ({error!r}): delete it, or calibrate again"
         ) from error
     return calibration
 
