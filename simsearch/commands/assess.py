@@ -122,11 +122,13 @@ def describe_files(encoder: nn.Module, source: str | None, limit: int) -> Tensor
     if source is None:
         return None
     manifest = read_manifest(Path(source))
-    parts = []
+    parts: list[Tensor] = []
     with torch.inference_mode():
         for images, _, _ in load_images(manifest, size=encoder.input_size, fit=encoder.fit, batch_size=64):
-            if len(images) and sum(map(len, parts)) < limit:
+            if len(images):
                 parts.append(encoder.embed(images).float())  # type: ignore[operator]
+            if sum(map(len, parts)) >= limit:
+                break
     if not parts:
         raise ValueError(f"no image of outside={source} could be read")
     return torch.cat(parts)[:limit]
@@ -194,7 +196,7 @@ def write_galleries(
         some = replace(task, query=task.query[places])
         lists = [assessment.lists(row.vectors, row.bits, collection, some) for row in ends]
         tiles = [
-            answer(collection, some, place, ids[place], f"{row.name} AP {ap[places[place]]:.2f}")
+            answer(collection, some, place, ids[place], f"AP {ap[places[place]]:.2f} {row.name}")
             for place in range(len(places))
             for row, ids, ap in zip(ends, lists, precision, strict=True)
         ]
