@@ -25,8 +25,9 @@ from torch import nn
 from simsearch import runtime
 from simsearch.commands import extract as module
 from simsearch.commands.extract import Work, place, rank_main
+from simsearch.data.batches import load_batches
 from simsearch.data.chunks import load_chunks
-from simsearch.data.manifest import ImageFiles, Manifest, load_batches, read_manifest
+from simsearch.data.manifest import ImageFiles, Manifest, read_manifest
 from simsearch.images import ImageError, read_image
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search import catalog, claims

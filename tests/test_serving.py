@@ -981,10 +981,14 @@ class TestCommand:
         with caplog.at_level("INFO", logger="simsearch.serving"):
             client.get("/api/health?x=%0Ay")
             client.get("/api/a%0Ab%1b[31m")
-        lines = [record.getMessage() for record in caplog.records if record.name == "simsearch.serving"]
-        assert re.fullmatch(r"127.0.0.1 GET /api/health 200 \d+ ms", lines[0])
-        assert re.fullmatch(r"127.0.0.1 GET /api/a%0Ab%1b(\[|%5B)31m 404 \d+ ms", lines[1])
-        assert len(lines) == 2
+
+            def lines() -> list[str]:  # each comes after its answer
+                return [record.getMessage() for record in caplog.records if record.name == "simsearch.serving"]
+
+            until(lambda: len(lines()) >= 2)
+        assert re.fullmatch(r"127.0.0.1 GET /api/health 200 \d+ ms", lines()[0])
+        assert re.fullmatch(r"127.0.0.1 GET /api/a%0Ab%1b(\[|%5B)31m 404 \d+ ms", lines()[1])
+        assert len(lines()) == 2
 
     def test_a_failure_of_the_server_is_told_and_logged(self, client, caplog, monkeypatch):
         monkeypatch.setattr(client.service.library.catalogs[0].listing, "rows", lambda _: 1 / 0)

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from simsearch import runtime
 from simsearch.commands.index import report_errors
+from simsearch.data.batches import ImageBatch
 from simsearch.data.chunks import load_chunks
-from simsearch.data.manifest import ImageBatch, ImageFiles, Manifest, read_manifest
+from simsearch.data.manifest import ImageFiles, Manifest, read_manifest
 from simsearch.images import ImageError, encode_thumbnail
 from simsearch.search.claims import Claims, claimed
 from simsearch.search.engine import encode

@@ -23,7 +23,7 @@ from simsearch.search.engine import encode
 from simsearch.search.filters import parse_filters
 from simsearch.search.recommender import NONE, UNCALIBRATED, Recommendation, Recommender, Request
 
-_SHOWN = ("artist", "title", "year", "period", "style", "genre", "museum", "label")  # columns of the table
+_SHOWN = ("artist", "title", "year", "period", "style", "genre", "museum")  # words of the table
 
 
 @dataclass(frozen=True)
@@ -164,19 +164,20 @@ def answer_table(
     title += f"\n{judged}of {answer.candidates} items"
     table = Table(title=title, title_justify="left")
     names = recommender.attributes.names
-    columns = [name for name in _SHOWN if name in names and any(item["attributes"][name] for item in items)]
+    shown = [name for name in _SHOWN if name in names]
     parts = list(answer.parts) if len(answer.parts) > 1 else []
     for name in ("rank", "score", *parts):
         table.add_column(escape(name), justify="right", no_wrap=True)
-    for name in (*(["verdict"] if judged else []), *columns, "path"):
-        table.add_column(escape(name), overflow="fold")
+    if judged:
+        table.add_column("verdict", no_wrap=True)
+    table.add_column("work")
     for item in items:
         cells = [str(item["rank"]), f"{item['score']:.4f}", *(f"{item['parts'][name]:.3f}" for name in parts)]
         cells += [item["verdict"]] if judged else []
-        for name in columns:
-            text = escape("" if (value := item["attributes"][name]) is None else str(value))
-            cells.append(f"[bold]{text}[/bold]" if name in item["shared"] else text)
-        table.add_row(*cells, escape(item["attributes"]["path"]))
+        words = {name: escape(str(value)) for name in shown if (value := item["attributes"][name])}
+        said = ", ".join(f"[bold]{word}[/bold]" if name in item["shared"] else word for name, word in words.items())
+        path = escape(item["attributes"]["path"])
+        table.add_row(*cells, f"{said}\n[dim]{path}[/dim]" if said else path)
     if any(item["shared"] for item in items):
         table.caption = "bold: shared with the examples"
     return table

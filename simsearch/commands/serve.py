@@ -105,11 +105,6 @@ def find_sources(catalog: str | Sequence[str] | Mapping[str, str], root: Any) ->
     return {name: Source(folder, Path(roots[name]) if roots.get(name) else None) for name, folder in named}
 
 
-def name_of(folder: Path) -> str:
-    """The folder's name as far as an address can hold it."""
-    return re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "catalog"
-
-
 def bind(host: str, port: int) -> socket.socket:
     """A socket bound to the address. Raises ValueError where that cannot be."""
     if not 0 <= port <= 65_535:

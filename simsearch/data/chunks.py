@@ -10,7 +10,7 @@ from operator import itemgetter
 
 from torch.utils.data import DataLoader
 
-from simsearch.data.manifest import ImageBatch, SizedItems, _pack, _stack, _unpack, batches_by_shape
+from simsearch.data.batches import ImageBatch, SizedItems, batches_by_shape, pack, stack, unpack
 
 
 def load_chunks(
@@ -33,9 +33,9 @@ def load_chunks(
                 yield chunk[start : start + batch_size]
 
     square = items.fit == "square"
-    pack = functools.partial(_stack, size=items.size) if square else _pack
-    loader = DataLoader(items, batch_sampler=batches(), num_workers=workers, collate_fn=pack)  # type: ignore[arg-type]
+    collate = functools.partial(stack, size=items.size) if square else pack
+    loader = DataLoader(items, batch_sampler=batches(), num_workers=workers, collate_fn=collate)  # type: ignore[arg-type]
     arrived = ((asked.popleft(), batch) for batch in loader)
     for chunk, group in groupby(arrived, key=itemgetter(0)):
         own = (batch for _, batch in group)
-        yield chunk, own if square else batches_by_shape(_unpack(own), batch_size)
+        yield chunk, own if square else batches_by_shape(unpack(own), batch_size)

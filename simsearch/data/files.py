@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from simsearch.data.batches import Item, load_items
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
-from simsearch.data.manifest import ImageFiles, Item, Manifest, load_items, read_ingest, read_manifest
+from simsearch.data.manifest import ImageFiles, Manifest, read_ingest, read_manifest
 from simsearch.data.pixels import PIXELS, Image, Refusal, gathered, map_pixels, read_shards, write_shard
 from simsearch.data.protocols import RetrievalProtocol
 from simsearch.data.samplers import Batches

@@ -22,7 +22,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from simsearch.data.manifest import ENDINGS, ImageBatch, Item, Manifest, load_batches, load_images
+from simsearch.data.batches import ImageBatch, Item, load_batches
+from simsearch.data.manifest import ENDINGS, Manifest, load_images
 from simsearch.files import write_json
 from simsearch.functional.graded import GRADES
 from simsearch.functional.resize import Fit, resize_to_fit
