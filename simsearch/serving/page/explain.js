@@ -1,0 +1,82 @@
+// Heat maps: which places of query and work make the score.
+
+import { $, debounce, h } from "./dom.js";
+import { paths, post, renewing, sent } from "./api.js";
+import { draw } from "./heat.js";
+import { cardOf, catalog, large, page, searching } from "./store.js";
+import { busy, failed, tell } from "./notes.js";
+
+const INTENT = 350; // milliseconds of rest on a work before its heat map is asked for
+const heats = new Map();
+export const resting = debounce((id) => explain(id), INTENT);
+
+function heatKey(id) {
+  return JSON.stringify([page.state.catalog, page.state.like[page.explained], id, page.state.weights]);
+}
+
+async function heatOf(id) {
+  const key = heatKey(id);
+  if (!heats.has(key)) {
+    const ref = page.state.like[page.explained];
+    const weights = page.state.weights;
+    const call = () => post(paths.heatmap(page.state.catalog), { like: sent(ref), id, weights }, { busy });
+    const answer = renewing([ref], call);
+    heats.set(key, answer);
+    answer.catch(() => heats.delete(key));
+    if (heats.size > 200) heats.delete(heats.keys().next().value);
+  }
+  return heats.get(key);
+}
+
+const ratioOf = (image) => image.naturalWidth / image.naturalHeight || 1;
+
+async function explain(id) {
+  if (!catalog().explains || !searching()) return;
+  page.wish = id;
+  cardOf(id)?.classList.add("asking");
+  let heat;
+  try {
+    heat = await heatOf(id);
+  } catch (error) {
+    failed(error);
+    return;
+  } finally {
+    cardOf(id)?.classList.remove("asking");
+  }
+  if (page.wish !== id) return;
+  const pairs = [[$("#primary"), heat.query], [cardOf(id), heat.item]];
+  if (large.open) pairs.push([$("#large-query"), heat.query], [$("#large-work"), heat.item]);
+  for (const [place, map] of pairs) {
+    const canvas = place && $("canvas", place);
+    if (!canvas) continue;
+    draw(canvas, map, ratioOf($("img", place)));
+    place.classList.add("hot");
+  }
+  const words = legend(heat);
+  $("#legend").replaceChildren(...words);
+  $("#legend").hidden = false;
+  $(".large-legend")?.replaceChildren(...legend(heat));
+}
+
+export function legend(heat) {
+  const places = heat.score - heat.rest;
+  const rest = Math.abs(heat.rest) >= 0.005 ? `; ${heat.rest.toFixed(2)} comes from parts without places` : "";
+  return [h("span", { class: "scale", "aria-hidden": "true" }), `Bright places match more than dark ones. All together add ${places.toFixed(2)} to the score of ${heat.score.toFixed(2)}${rest}.`];
+}
+
+export function cool() {
+  page.wish = null;
+  resting.cancel();
+  for (const place of document.querySelectorAll(".hot")) place.classList.remove("hot");
+  $("#legend").hidden = true;
+  $(".large-legend")?.replaceChildren();
+}
+
+export function toggleHeat(id) {
+  if (!catalog().explains) return tell("The encoder of this collection cannot say which places match.");
+  if (!searching()) return;
+  const on = (large.open ? $("#large-work") : cardOf(id))?.classList.contains("hot");
+  cool();
+  page.pinned = !on;
+  if (!on) explain(id);
+}

@@ -1,0 +1,88 @@
+// Pointer and keys on the works.
+
+import { $ } from "./dom.js";
+import { sayable } from "./address.js";
+import { withValue } from "./filters.js";
+import { neighbour } from "./works.js";
+import { activate, cards, help, large, page, works } from "./store.js";
+import { tell } from "./notes.js";
+import { go } from "./route.js";
+import { toggleFilters } from "./bar.js";
+import { toggleTuning } from "./side.js";
+import { act, search } from "./acts.js";
+import { ITEM } from "./files.js";
+import { cool, resting, toggleHeat } from "./explain.js";
+import { step } from "./view.js";
+
+export function listenWorks() {
+  works.addEventListener("click", (event) => {
+    const chip = event.target.closest("[data-attribute]");
+    const card = event.target.closest(".work");
+    if (chip) {
+      if (!sayable(chip.dataset.value)) return tell("This value cannot be filtered by: it holds ; or |.");
+      return go({ where: withValue(page.state.where, chip.dataset.attribute, chip.dataset.value, "is") });
+    }
+    const button = event.target.closest("[data-act]");
+    if (button && card) act(button.dataset.act, Number(card.dataset.id), event);
+  });
+  works.addEventListener("focusin", (event) => {
+    const card = event.target.closest(".work");
+    if (card && $(".frame", card)?.tabIndex !== 0) activate(card, false);
+  });
+  works.addEventListener("pointerover", (event) => {
+    const card = event.target.closest(".result .hold")?.parentElement;
+    if (!card || event.pointerType !== "mouse" || !$("#hover").checked || page.pinned) return;
+    if (page.wish === Number(card.dataset.id)) return;
+    cool();
+    resting(Number(card.dataset.id));
+  });
+  works.addEventListener("pointerout", (event) => {
+    if (page.pinned || !event.target.closest(".hold") || event.relatedTarget?.closest?.(".hold") === event.target.closest(".hold")) return;
+    cool();
+  });
+  works.addEventListener("dragstart", (event) => {
+    const card = event.target.closest(".work");
+    if (card) event.dataTransfer.setData(ITEM, card.dataset.id);
+  });
+  works.addEventListener("keydown", (event) => {
+    const card = event.target.closest(".work");
+    if (!card || event.ctrlKey || event.metaKey || event.altKey) return;
+    const id = Number(card.dataset.id);
+    if (/^(Arrow|Home$|End$)/.test(event.key)) {
+      const next = neighbour(cards(), card, event.key);
+      if (next) activate(next);
+      event.preventDefault();
+    } else if (event.key === "Enter" && event.target.closest(".frame")) {
+      event.preventDefault();
+      act("more", id, event);
+    }
+  });
+}
+
+export function listenKeys() {
+  document.addEventListener("keydown", (event) => {
+    const typing = event.target.closest("input:not([type=range], [type=checkbox]), select, textarea");
+    if (event.key === "Escape" && !event.defaultPrevented) {
+      if (large.open || help.open) return; // dialogs close themselves
+      if (!$("#filters").hidden) return toggleFilters(false);
+      if ($("#tuning").classList.contains("open")) return toggleTuning(false);
+      if (page.wish !== null) { page.pinned = false; return cool(); }
+      if (typing) event.target.blur();
+      return;
+    }
+    if (typing || event.ctrlKey || event.metaKey || event.altKey || help.open) return;
+    const id = large.open ? page.state.open : Number(document.activeElement?.closest(".work")?.dataset.id ?? $(".work:hover")?.dataset.id ?? NaN);
+    const key = event.key.toLowerCase();
+    const arrow = event.key.startsWith("Arrow");
+    if (large.open && (event.key === "ArrowLeft" || event.key === "ArrowRight")) step(event.key === "ArrowLeft" ? -1 : 1);
+    else if (large.open && event.key === "Enter" && !event.target.closest("button")) act("more", id, event);
+    else if (key === "h" && !Number.isNaN(id)) toggleHeat(id);
+    else if (key === "n" && !Number.isNaN(id)) search({ id }, { list: "unlike" });
+    else if (large.open) return;
+    else if (event.key === "/") $("#text").focus();
+    else if (event.key === "?") help.showModal();
+    else if (arrow && event.target === document.body && cards().length) activate(cards().find((card) => card.getBoundingClientRect().bottom > 60) ?? cards()[0]);
+    else return;
+    event.preventDefault();
+  });
+}
