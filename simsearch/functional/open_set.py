@@ -39,7 +39,7 @@ def threshold_at(no_match_scores: Tensor, rate: float, certainty: float = 0.95) 
     if not 0 < certainty < 1:
         raise ValueError(f"certainty={certainty} is no probability: use a number between 0 and 1, such as 0.95")
     count = len(no_match_scores)
-    fewer = torch.arange(math.floor(rate * count) + 1, dtype=torch.float64)  # than j
+    fewer = torch.arange(count + 1, dtype=torch.float64)  # than j
     chances = torch.lgamma(torch.tensor(count + 1.0, dtype=torch.float64)) - torch.lgamma(fewer + 1)
     chances += fewer * math.log(rate) + (count - fewer) * math.log1p(-rate) - torch.lgamma(count - fewer + 1)
     place = int((chances.exp().cumsum(0) <= 1 - certainty).sum())
