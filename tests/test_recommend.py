@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 from conftest import simsearch
 from PIL import Image
+from rich.console import Console
 
 from simsearch.__main__ import quoted
+from simsearch.commands.recommend import answer_table, describe
 from simsearch.search.catalog import read_catalog
+from simsearch.search.recommender import Recommender, Request
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,18 @@ def test_filtered_table(catalog, tmp_path):
     assert not list(tmp_path.iterdir())  # no picture unless it is asked for
     done = simsearch("recommend", f"catalog={catalog}", "id=0", f"where={attribute}=zzz", expect=1)
     assert f"no item has {attribute} 'zzz'" in done.stderr
+
+
+def test_a_long_path_is_never_cut(catalog):
+    recommender = Recommender(read_catalog(catalog))
+    answer = recommender.recommend(Request(recommender.vectors([0]), k=1, collapse=False))
+    path = "images/" + "x" * 150 + "/end.jpg"
+    (item,) = describe(recommender, answer, [0], [])
+    item["attributes"] = {**item["attributes"], "path": path}
+    out = io.StringIO()
+    Console(file=out, width=80).print(answer_table(recommender, ["query"], [], [item], answer))
+    cells = [line.split("│")[-2].strip() for line in out.getvalue().splitlines() if line.startswith("│")]
+    assert "".join(cells).endswith(path)
 
 
 def test_calibrated_it_says_no(catalog, outside):

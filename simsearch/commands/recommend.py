@@ -170,7 +170,7 @@ def answer_table(
         table.add_column(escape(name), justify="right", no_wrap=True)
     if judged:
         table.add_column("verdict", no_wrap=True)
-    table.add_column("work")
+    table.add_column("work", overflow="fold")  # a path is copied into id=: never cut
     for item in items:
         cells = [str(item["rank"]), f"{item['score']:.4f}", *(f"{item['parts'][name]:.3f}" for name in parts)]
         cells += [item["verdict"]] if judged else []
