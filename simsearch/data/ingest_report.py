@@ -166,7 +166,8 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
     found = ", ".join(f"{count:,} {name}" for name, count in works["pairs"].items())
     lines += [
         f"{works['with_several_images']:,} works have several images ({works['images_in_them']:,} in all; works by "
-        f"number of images: {', '.join(f'{k}: {n}' for k, n in works['sizes'].items()) or 'none'}). Pairs: {found}.",
+        f"number of images: {', '.join(f'{k}: {n}' for k, n in works['sizes'].items()) or 'none'}). "
+        f"Pairs of files, equal ones among them: {found}.",
     ]
     if works["of_two_artists_count"]:
         lines += ["", f"{works['of_two_artists_count']} works have images under more than one artist:", ""]
