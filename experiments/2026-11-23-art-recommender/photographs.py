@@ -1,0 +1,105 @@
+"""Photographs of works against their catalog: is the work found, and is it called the same work?
+
+    python experiments/2026-11-23-art-recommender/photographs.py --catalogs <catalog> ... --images outputs/art
+
+Nobody photographed these works for us: `simsearch.data.render.photograph` does it to the square centres of their
+files (perspective, a part of the work cut away, light, reflection, blur, noise, JPEG), the same ones for every
+catalog. Each is asked twice: with its work in the catalog, and with all images of its work left out, where nothing
+may be called the same work. Writes photographs.csv, with 95 % Wilson intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from simsearch import runtime
+from simsearch.commands.calibrate import chosen, work_names
+from simsearch.data.manifest import Manifest, load_images, read_manifest
+from simsearch.data.render import photograph
+from simsearch.search.calibration import likeness, neighbours_of, wilson
+from simsearch.search.catalog import read_catalog
+from simsearch.search.engine import encode
+from simsearch.search.recommender import Recommender
+
+SIZE = 224
+SHARES = ("first", "same_work", "answered", "false_same_work")
+
+
+def measure(folder: Path, manifest: Manifest, rows: list[int], device: str) -> dict[str, tuple[int, int]]:
+    """Counts (hits, of) by share.
+
+    first: an image of the photographed work leads. same_work: it leads and reaches the threshold of the same work.
+    answered: the photograph is like the collection. false_same_work: another work reaches that threshold with the
+    photographed one left out.
+    """
+    catalog = read_catalog(folder)
+    thresholds = catalog.calibration
+    if thresholds is None or thresholds["similar"] is None:
+        raise ValueError(f"{folder} has no threshold of similar: simsearch calibrate catalog={folder} outside=<folder>")
+    recommender = Recommender(catalog)
+    works = work_names(recommender, torch.arange(len(catalog)))
+    place = {path: number for number, path in enumerate(catalog.items["path"].to_pylist())}
+    encoder = runtime.build_encoder(catalog.about["config"])
+    catalog.load_encoder_state(encoder)
+    encoder.to(runtime.device(device))
+
+    hits = dict.fromkeys(SHARES, 0)
+    part = Manifest(manifest.root, tuple(manifest.paths[row] for row in rows))
+    batches = load_images(part, size=SIZE, batch_size=32, workers=0)
+    for images, local, unreadable in tqdm(batches, total=-(-len(rows) // 32), desc=str(folder), disable=None):
+        if unreadable:
+            raise ValueError(f"cannot be read: {unreadable}")
+        of = [rows[number] for number in local.tolist()]
+        shots = photograph(images, keys=[(row,) for row in of], seed=0, size=SIZE)
+        same = [works[place[manifest.paths[row]]] for row in of]
+        for name, count in counts(recommender, encode(encoder, shots), works, same).items():
+            hits[name] += count
+    return {name: (count, len(rows)) for name, count in hits.items()}
+
+
+def counts(recommender: Recommender, vectors: Tensor, works: list[str], same: list[str]) -> dict[str, int]:
+    """The hits of one batch of photographs, each of the work named in `same`."""
+    thresholds = recommender.catalog.calibration
+    neighbours = neighbours_of(len(works))
+    found = recommender.search(recommender.as_queries(vectors), 100)
+    like = likeness(found.scores[:, :neighbours], neighbours)
+    hits = dict.fromkeys(SHARES, 0)
+    hits["answered"] = int((like.at_home(thresholds["same_work"]) >= thresholds["similar"]).sum())
+    for ids, scores, work in zip(found.ids.tolist(), found.scores.tolist(), same, strict=True):
+        right = works[ids[0]] == work
+        hits["first"] += right
+        hits["same_work"] += right and scores[0] >= thresholds["same_work"]
+        others = [score for item, score in zip(ids, scores, strict=True) if works[item] != work]
+        hits["false_same_work"] += others[0] >= thresholds["same_work"]
+    return hits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--catalogs", nargs="+", type=Path, required=True, help="calibrated catalogs of the images")
+    parser.add_argument("--images", type=Path, required=True, help="what they were made of: a folder or a manifest")
+    parser.add_argument("--count", type=int, default=1000, help="works to photograph (default 1000)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("photographs.csv"))
+    arguments = parser.parse_args()
+    manifest = read_manifest(arguments.images)
+    rows = chosen(len(manifest), arguments.count, 0).tolist()
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["catalog", "share", "value", "low", "high", "of"])
+        for folder in arguments.catalogs:
+            for name, (count, of) in measure(folder, manifest, rows, arguments.device).items():
+                low, high = wilson(count, of)
+                writer.writerow([folder.name, name, f"{count / of:.4f}", f"{low:.4f}", f"{high:.4f}", of])
+    sys.stdout.write(arguments.out.read_text())
+
+
+if __name__ == "__main__":
+    main()
