@@ -24,7 +24,7 @@ from simsearch.functional.recommendation import (
     novelty,
 )
 from simsearch.functional.reranking import csls_gallery, nearest, unit_vectors
-from simsearch.functional.significance import bootstrap_interval
+from simsearch.functional.significance import mean_interval
 from simsearch.metrics.retrieval import mean_name
 from simsearch.types import Descriptors, RetrievalTask
 
@@ -36,14 +36,17 @@ SHORTLIST = 100
 class Measured:
     """Some metrics of one row under one protocol.
 
-    values: name -> mean. intervals: name -> (low, high), 95% bootstrap over queries, of those that have one.
-    per_query: name -> float64 (Q,), NaN where a query has none. index: collection rows of the queries.
+    values: name -> mean. intervals: name -> (low, high), 95% over units of chance, of those that have one.
+    per_query: name -> float64 (Q,), NaN where a query has none. index: collection rows of the queries. unit: what
+    the units are. units: int64 (Q,), that of each query.
     """
 
     protocol: str
     fingerprint: str
     values: dict[str, float]
     index: Tensor
+    unit: str
+    units: Tensor
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     per_query: dict[str, Tensor] = field(default_factory=dict)
 
@@ -62,7 +65,7 @@ def measure_task(vectors: Tensor, bits: int | None, collection: Collection, task
     query, gallery = (part_descriptors(vectors, bits, task, rows, collection) for rows in (task.query, task.gallery))
     per_query = measure_ranking(query, gallery, ks=(1, K, 100), exclude_self=task.exclude_self)
     del per_query["relevant"]
-    return _measured(task, task.query, {mean_name(name): values for name, values in per_query.items()})
+    return _measured(task, {mean_name(name): values for name, values in per_query.items()})
 
 
 def measure_graded(vectors: Tensor, bits: int | None, collection: Collection, task: RetrievalTask) -> Measured:
@@ -73,7 +76,7 @@ def measure_graded(vectors: Tensor, bits: int | None, collection: Collection, ta
         ids < 0, 0
     )
     counts = count_levels(columns[task.query], columns[task.gallery], exclude_self=task.exclude_self)
-    return _measured(task, task.query, {f"NDCG@{K}_graded": ndcg_graded(level, counts)})
+    return _measured(task, {f"NDCG@{K}_graded": ndcg_graded(level, counts)})
 
 
 def measure_open_set(
@@ -105,7 +108,7 @@ def measure_open_set(
         none = torch.zeros(len(other.ids), dtype=torch.bool)
         values["GAP_outside"] = global_average_precision(everything, torch.cat([right, none]), positives)
         values["outside"] = float(len(none))
-    return Measured(task.name, task.fingerprint, values, task.gallery)
+    return Measured(task.name, task.fingerprint, values, task.gallery, whole.unit, whole.query_units)
 
 
 def lists(
@@ -187,7 +190,7 @@ def measure_lists(
         "novelty": novelty(ids, popularity),
     }
     shares = {"coverage": coverage(counts), "gini": gini(counts), "long_tail": long_tail_share(counts, popularity)}
-    measured = _measured(task, task.query, per_query)
+    measured = _measured(task, per_query)
     return replace(measured, values=measured.values | shares)
 
 
@@ -205,13 +208,16 @@ def _known(collection: Collection, attribute: str) -> Tensor:
     return torch.full((len(collection),), -1, dtype=torch.int64)
 
 
-def _measured(task: RetrievalTask, index: Tensor, per_query: Mapping[str, Tensor]) -> Measured:
-    bounds = bootstrap_interval(torch.stack(list(per_query.values()), dim=1)).tolist()
+def _measured(task: RetrievalTask, per_query: Mapping[str, Tensor]) -> Measured:
+    units = task.query_units
+    bounds = mean_interval(torch.stack(list(per_query.values()), dim=1), units).tolist()
     return Measured(
         task.name,
         task.fingerprint,
         {name: float(values.nanmean()) for name, values in per_query.items()},
-        index,
+        task.query,
+        task.unit,
+        units,
         {name: (low, high) for name, (low, high) in zip(per_query, bounds, strict=True)},
         dict(per_query),
     )

@@ -38,7 +38,7 @@ from simsearch.models.backbones import WeightsError
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 HEADLINES = ("mAP", "P@1", "P@10", "R@10")
 RESULT_COLUMNS = (
-    *("row", "data", "protocol", "fingerprint", "metric", "value", "ci_low", "ci_high"),
+    *("row", "data", "protocol", "fingerprint", "metric", "value", "ci_low", "ci_high", "unit", "units"),
     *("queries", "bytes_per_item", "seconds", "seed", "command"),
 )
 
@@ -373,8 +373,9 @@ def versions() -> dict[str, str]:
 
 def results_table(stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "test")) -> Table:
     """The headline numbers of metrics.json as a table: value and 95% interval, bytes, latency."""
-    table = Table(title="Retrieval results (95% bootstrap interval over queries)")
+    table = Table(title="Retrieval results (95% intervals by unit of chance)")
     table.add_column("protocol", no_wrap=True)
+    table.add_column("unit", justify="right")
     for name in HEADLINES:
         table.add_column(name, justify="right")
     for name in ("bytes/image", "ms/query p50"):
@@ -384,7 +385,7 @@ def results_table(stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "te
             continue
         about = stages[stage]
         metrics, intervals = about["metrics"], about["intervals"]
-        cells = [f"{about['protocol']}\n[dim]{about['fingerprint']}[/dim]"]
+        cells = [f"{about['protocol']}\n[dim]{about['fingerprint']}[/dim]", "{}\n[dim]{}[/dim]".format(*unit(about))]
         for name in HEADLINES:
             if metrics.get(name) is None:
                 cells.append("-")
@@ -405,8 +406,15 @@ def result_lines(
     """Lines of a study's results.csv (RESULT_COLUMNS) for one stage of a metrics.json, one a metric that it has."""
     metrics, intervals = about["metrics"], about["intervals"]
     head = [row, data, about["protocol"], about["fingerprint"]]
+    over = unit(about)
     tail = [int(metrics["queries"]), int(metrics["bytes_per_item"]), round(seconds, 1), seed, command]
-    return [[*head, name, metrics[name], *intervals.get(name, ("", "")), *tail] for name in names if name in metrics]
+    ends = {name: (*intervals[name], *over) if name in intervals else [""] * 4 for name in names}
+    return [[*head, name, metrics[name], *ends[name], *tail] for name in names if name in metrics]
+
+
+def unit(about: Mapping[str, Any]) -> tuple[str, int]:
+    """The unit of chance of one stage of a metrics.json and how many there are; before it was named, the queries."""
+    return (about["unit"], about["units"]) if "unit" in about else ("query", int(about["metrics"]["queries"]))
 
 
 def show(*what: Any) -> None:

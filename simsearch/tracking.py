@@ -220,12 +220,14 @@ def _better(best: dict[str, float], row: Mapping[str, Any]) -> dict[str, float]:
 def log_summary(loggers: list[Logger], folder: Path) -> None:
     """Puts what lies in `folder` beside the logged metrics.
 
-    Of metrics.json each stage's protocol and the intervals of its headline metrics, of run.json what the
-    training took.
+    Of metrics.json each stage's protocol, its unit of chance and the intervals of its headline metrics, of run.json
+    what the training took.
     """
     summary = {}
     for stage, about in json.loads((folder / "metrics.json").read_text()).items():
-        summary |= {f"{stage}/{key}": about[key] for key in ("protocol", "fingerprint")}
+        summary |= {
+            f"{stage}/{key}": about[key] for key in ("protocol", "fingerprint", "unit", "units") if key in about
+        }
         for name in HEADLINES:
             if name in about["intervals"]:
                 low, high = about["intervals"][name]

@@ -110,6 +110,9 @@ class RetrievalTask:
     (same work when artists are sought), or None. exclude_self: take the query's own row out.
     fingerprint: 16 hex digits over data, rows and rules. Numbers of different fingerprints do not
     compare. index_order: codes are also measured with ties broken by gallery order, as the DSH release does.
+    unit: what is a draw by chance, as reports print it: `query`, or an attribute (artist, work) whose images are
+    none of each other. units: int64 (N,), equal for the rows of the whole collection that are of one unit, or None
+    where each row is one. No value depends on the unit, nor does the fingerprint: intervals and tests do.
     """
 
     name: str
@@ -120,6 +123,13 @@ class RetrievalTask:
     exclude_self: bool
     fingerprint: str
     index_order: bool = False
+    unit: str = "query"
+    units: Tensor | None = None
+
+    @property
+    def query_units(self) -> Tensor:
+        """The unit of each query, int64 (Q,)."""
+        return self.query if self.units is None else self.units[self.query]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from simsearch.comparison.leaderboard import check_comparable, config_difference
 from simsearch.comparison.report import columns, csv_text, duration, markdown_table
 from simsearch.comparison.runs import expand, read_all, read_wandb, short_names
 from simsearch.data.collection import Collection
-from simsearch.functional.significance import holm, paired_bootstrap, paired_permutation
+from simsearch.functional.significance import holm, paired_interval, paired_permutation
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import item_table, write_catalog
@@ -127,7 +127,7 @@ def test_tests_are_those_of_the_values_by_query(tmp_path):
     for name, pair, plain, adjusted in zip("bc", pairs, p.tolist(), holm(p).tolist(), strict=True):
         found = by_name[name].paired
         assert (found.p, found.p_holm, found.queries) == (plain, adjusted, Q)
-        assert (found.difference, found.low, found.high) == pytest.approx(paired_bootstrap(*pair))
+        assert (found.difference, found.low, found.high) == pytest.approx(paired_interval(*pair))
         change = (pair[0] - pair[1]).numpy()
         # z(1 - .05 / 2 / 2 tests) + z(.8)
         assert found.detectable == pytest.approx((2.2414 + 0.8416) * change.std(ddof=1) / Q**0.5, rel=1e-4)

@@ -32,7 +32,7 @@ from simsearch import runtime
 from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.files import replacing
 from simsearch.functional.curves import RECALL_LEVELS, precision_recall_curve
-from simsearch.functional.significance import holm, paired_bootstrap, paired_permutation
+from simsearch.functional.significance import holm, paired_interval, paired_permutation
 from simsearch.studies.check import evaluation_folder
 from simsearch.studies.rows import check_names, read_rows
 from simsearch.studies.runs import comparable, compose, find_run, finished_runs
@@ -185,7 +185,7 @@ def paired(measurements: Iterable[Measurement]) -> list[list[object]]:
             if not torch.equal(rows_a, rows_b):
                 raise ValueError(f"{a.folder} and {b.folder} have other queries: they do not compare")
             p = paired_permutation(x, y, resamples=RESAMPLES)
-            rows.append([a.row, b.row, protocol, a.stage["fingerprint"], *paired_bootstrap(x, y), p, len(x)])
+            rows.append([a.row, b.row, protocol, a.stage["fingerprint"], *paired_interval(x, y), p, len(x)])
         adjusted = holm(torch.tensor([row[-2] for row in rows], dtype=torch.float64)).tolist()
         lines += [[*row[:-1], p, row[-1]] for row, p in zip(rows, adjusted, strict=True)]
     return lines

@@ -25,7 +25,7 @@ from simsearch.functional.definitions import average_precision_definitions
 from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, measure_ranking
 from simsearch.functional.reranking import Reranker, unit_vectors
 from simsearch.functional.sharded import Sharded
-from simsearch.functional.significance import bootstrap_interval
+from simsearch.functional.significance import mean_interval
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.metrics.retrieval import RetrievalMetrics, mean_name
 from simsearch.types import Descriptors, RetrievalTask, SearchResult
@@ -42,7 +42,7 @@ class Evaluation:
     metrics: name -> value, means over queries; names under `index/` are of what the index returned,
     those under `rerank/` of the full ranking after re-ranking; under `code/` is the health of codes
     (functional.code_statistics), `code/empty_ball@2` the share of queries with nothing else within distance 2.
-    intervals: name -> (low, high), 95% bootstrap over queries. per_query: name -> float64 (Q,).
+    intervals: name -> (low, high), 95% over units of chance. per_query: name -> float64 (Q,).
     query, gallery: what was compared; their label and index are of all items, the vectors those of this
     rank. found: the index's answer without junk, ids are gallery positions. index: the built index, with
     this rank's part of the gallery. All but vectors and index are equal on all ranks.
@@ -69,6 +69,7 @@ def evaluate(
     ks: Sequence[int] = (1, 10, 100),
     exclude_self: bool = False,
     index_order: bool = False,
+    units: Tensor | None = None,
     rerank: Reranker | None = None,
     seed: int = 0,
 ) -> Evaluation:
@@ -80,6 +81,8 @@ def evaluate(
     With `index_order` codes also get `mAP_index_order`, ties broken by gallery order. A float Flat
     index's answers are put into the order of the full ranking's scores, since FAISS rounds a score
     by where its vectors lie.
+
+    units: int64 (Q,), the unit of chance of each query, which the intervals are over; None: each is one.
 
     With `rerank` the metrics of the full ranking come once more, as `rerank/mAP` and so on, after
     re-ranking what the index stores by cosine (codes as vectors of + and - 1); beside them
@@ -116,7 +119,7 @@ def evaluate(
 
     values = torch.stack(list(per_query.values()), dim=1)
     metrics |= {mean_name(n): float(v.nanmean()) for n, v in per_query.items()}
-    bounds = bootstrap_interval(values, seed=seed).tolist()
+    bounds = mean_interval(values, units).tolist()
     intervals = {mean_name(n): (low, high) for n, (low, high) in zip(per_query, bounds, strict=True)}
     metrics |= _index_recall(filled, query, ks, seed)
     alone = filled.seconds_alone(query, _LATENCY_QUERIES, k=10)
@@ -284,6 +287,7 @@ class RetrievalEvaluation(pl.Callback):
             ks=self.ks,
             exclude_self=task.exclude_self,
             index_order=task.index_order,
+            units=None if task.units is None else task.units[query.index],
             rerank=None if trainer.state.fn == TrainerFn.FITTING else self.rerank,
             seed=self.seed,
         )
@@ -334,8 +338,10 @@ class RetrievalEvaluation(pl.Callback):
 def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluation, model: Mapping[str, Any]) -> None:
     """Adds the stage to folder/metrics.json; for the test also writes per_query.parquet. Atomic.
 
-    model: plain facts about the model and where its weights are from. A metric without a value is null.
+    model: plain facts about the model and where its weights are from. A metric without a value is null. `unit` and
+    `units` say over what and how many the intervals are; per_query.parquet has the unit of each query.
     """
+    units = result.query.index if task.units is None else task.units[result.query.index]
     path = folder / "metrics.json"
     stages = json.loads(path.read_text()) if path.is_file() else {}
     stages[stage] = {
@@ -344,17 +350,20 @@ def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluat
         "attribute": task.attribute,
         "junk": task.junk,
         "exclude_self": task.exclude_self,
+        "unit": task.unit,
+        "units": len(units.unique()),
         "model": dict(model),
         "metrics": {name: None if math.isnan(value) else value for name, value in result.metrics.items()},
         "intervals": result.intervals,
     }
     write_json(path, stages)
     if stage == "test":
-        columns = {"index": result.query.index.numpy(), "label": result.query.label.numpy()}
+        columns = {"index": result.query.index.numpy(), "label": result.query.label.numpy(), "unit": units.numpy()}
         columns |= {name: value.numpy() for name, value in result.per_query.items()}
         ids = result.found.ids[:, :_KEPT]
         rows = result.gallery.index[ids.clamp(min=0)].masked_fill(ids < 0, -1).int()
         columns["found"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.flatten().numpy()), rows.shape[1])
-        meta = {"protocol": task.name, "fingerprint": task.fingerprint, "model": json.dumps(dict(model))}
+        meta = {"protocol": task.name, "fingerprint": task.fingerprint, "unit": task.unit}
+        meta["model"] = json.dumps(dict(model))
         with replacing(folder / "per_query.parquet") as temporary:
             pq.write_table(pa.table(columns).replace_schema_metadata(meta), temporary)

@@ -21,7 +21,7 @@ from simsearch.data.collection import Collection
 from simsearch.data.manifest import load_images, read_manifest
 from simsearch.figures import Tile, save_grid
 from simsearch.files import replacing
-from simsearch.functional.significance import holm, paired_bootstrap, paired_permutation
+from simsearch.functional.significance import holm, paired_interval, paired_permutation
 from simsearch.types import RetrievalTask
 
 SHOWN = (("art-artist", "mAP"), ("art-artist", "P@10"), ("art-style", "mAP"), ("art-style", "P@10"))
@@ -78,7 +78,8 @@ def main(config: DictConfig) -> None:
     for line in compared:
         print(
             f"{line['row']} - {line['baseline']}, {line['protocol']} mAP: {line['difference']:+.4f} "
-            f"({line['low']:+.4f} to {line['high']:+.4f}), p {line['p_holm']:.4f} after Holm"
+            f"({line['low']:+.4f} to {line['high']:+.4f}), p {line['p_holm']:.4f} after Holm, "
+            f"by {line['unit']} ({line['units']})"
         )
     print(f"results: {', '.join(map(str, (out / 'results.csv', out / 'paired.csv', *galleries)))}")
 
@@ -161,17 +162,20 @@ def recommend(rows: list[Row], collection: Collection, task: RetrievalTask) -> d
 
 
 def compare(rows: list[Row], found: dict[str, list[Measured]]) -> list[dict[str, Any]]:
-    """Paired differences in AP to the first run, by protocol; p by sign flips, adjusted over all (Holm)."""
+    """Paired differences in AP to the first run, by protocol; p by sign flips of units, adjusted over all (Holm)."""
     lines = []
     for row in rows[1:]:
         for ours, base in zip(found[row.name], found[rows[0].name], strict=True):
             if "mAP" not in ours.per_query:
                 continue
             a, b = ours.per_query["mAP"], base.per_query["mAP"]
-            difference, low, high = paired_bootstrap(a, b)
+            units = ours.units
+            difference, low, high = paired_interval(a, b, units)
             facts = {"row": row.name, "baseline": rows[0].name, "protocol": ours.protocol}
             facts |= {"fingerprint": ours.fingerprint, "difference": difference, "low": low, "high": high}
-            lines.append(facts | {"p": paired_permutation(a, b), "queries": int((~(a - b).isnan()).sum())})
+            both = ~(a - b).isnan()
+            facts |= {"p": paired_permutation(a, b, units), "queries": int(both.sum())}
+            lines.append(facts | {"unit": ours.unit, "units": len(units[both].unique())})
     adjusted = holm(torch.tensor([line["p"] for line in lines])).tolist() if lines else []
     return [line | {"p_holm": p} for line, p in zip(lines, adjusted, strict=True)]
 
@@ -227,7 +231,8 @@ def write_results(
 
     def add(name: str, measured: Measured, prefix: str, size: int | str, seconds: float | str) -> None:
         for metric, value in measured.values.items():
-            ends = measured.intervals.get(metric, ("", ""))
+            over = (measured.unit, len(measured.units.unique()))
+            ends = (*measured.intervals[metric], *over) if metric in measured.intervals else [""] * 4
             head = [name, "art", measured.protocol, measured.fingerprint, prefix + metric, value, *ends]
             lines.append([*head, len(measured.index), size, seconds, seed, "simsearch assess"])
 
@@ -248,10 +253,11 @@ def write_rows(path: Path, header: list[str], lines: list[list[Any]]) -> None:
 
 def values_table(title: str, columns: tuple[tuple[str, str], ...], found: dict[str, list[Measured]]) -> Table:
     """Some metrics of each run with their intervals."""
-    table = Table(title=f"{title} (95% bootstrap interval over queries)", title_justify="left")
+    table = Table(title=f"{title} (95% intervals by unit of chance)", title_justify="left")
     table.add_column("run", overflow="fold")
+    counted = {m.protocol: f"{m.unit}: {len(m.units.unique())}" for ms in found.values() for m in ms if m.intervals}
     for protocol, metric in columns:
-        table.add_column(f"{protocol}\n{metric}", justify="right")
+        table.add_column(f"{protocol}\n{metric}\n{counted.get(protocol, '')}", justify="right")
     for name, all_measured in found.items():
         cells = [name]
         for protocol, metric in columns:

@@ -58,7 +58,7 @@ def main(config: DictConfig) -> None:
         classes=classes,
         cases=cases,
         differences=config_differences(entries, PLACES),
-        forced=len({entry.fingerprint for entry in entries}) > 1,
+        forced=len({(entry.fingerprint, entry.unit) for entry in entries}) > 1,
     )
     out = Path(values["out"])
     for name, text in (

@@ -20,14 +20,23 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from simsearch import runtime
-from simsearch.data.revisited import Benchmark, file_name, fingerprint, load_gallery, load_queries, read_benchmark
+from simsearch.data.revisited import (
+    Benchmark,
+    file_name,
+    fingerprint,
+    landmarks,
+    load_gallery,
+    load_queries,
+    read_benchmark,
+)
 from simsearch.files import replacing, write_json
 from simsearch.functional.codes import unpack_codes
 from simsearch.functional.graded import GRADES, SETUPS, measure_graded
-from simsearch.functional.significance import bootstrap_interval
+from simsearch.functional.significance import mean_interval
 from simsearch.images import read_image
 from simsearch.search.engine import encode
 
+UNIT = "landmark"
 _SAMPLE, _CROPPED = 16, 0.02  # images looked at, and the share of one that may be cropped without a word
 
 
@@ -54,7 +63,7 @@ def main(config: DictConfig) -> None:
         "protocol": benchmark.name,
         "fingerprint": mark,
         "model": {"identity": encoder.identity(), **encoder.provenance},
-        **summary(per_query, config.seed),
+        **summary(per_query, landmarks(benchmark)),
     }
     about["metrics"] |= {
         "queries": len(query),
@@ -114,9 +123,12 @@ def describe(encoder: nn.Module, images: Tensor) -> Tensor:
     return encoded if encoder.bits is None else 2 * unpack_codes(encoded, encoder.bits) - 1
 
 
-def summary(per_query: Mapping[str, Tensor], seed: int) -> dict[str, Any]:
-    """`metrics`, means over the queries that have a value, and their 95% `intervals`; None where none has."""
-    bounds = bootstrap_interval(torch.stack(list(per_query.values()), dim=1), seed=seed).tolist()
+def summary(per_query: Mapping[str, Tensor], units: Tensor) -> dict[str, Any]:
+    """`metrics`, means over the queries that have a value, None where none has, and their 95% `intervals`.
+
+    units: int64 (Q,), the landmark of each query, which the intervals are over.
+    """
+    bounds = mean_interval(torch.stack(list(per_query.values()), dim=1), units).tolist()
     metrics: dict[str, float | None] = {}
     intervals = {}
     for (name, values), (low, high) in zip(per_query.items(), bounds, strict=True):
@@ -128,7 +140,7 @@ def summary(per_query: Mapping[str, Tensor], seed: int) -> dict[str, Any]:
             intervals[mean] = (low, high)
     for setup in SETUPS:
         metrics[f"{setup}/queries_without_relevant"] = int(per_query[f"{setup}/AP"].isnan().sum())
-    return {"metrics": metrics, "intervals": intervals}
+    return {"unit": UNIT, "units": len(units.unique()), "metrics": metrics, "intervals": intervals}
 
 
 def write_results(
@@ -137,8 +149,9 @@ def write_results(
     """Leaves metrics.json and per_query.parquet in `folder`. Atomic each."""
     write_json(folder / "metrics.json", {"test": about})
     columns = {"query": range(len(benchmark.queries)), "image": [query.image for query in benchmark.queries]}
+    columns["unit"] = landmarks(benchmark).numpy()
     columns |= {name: values.numpy() for name, values in per_query.items()}
-    meta = {key: about[key] for key in ("protocol", "fingerprint")} | {"model": json.dumps(about["model"])}
+    meta = {key: about[key] for key in ("protocol", "fingerprint", "unit")} | {"model": json.dumps(about["model"])}
     with replacing(folder / "per_query.parquet") as temporary:
         pq.write_table(pa.table(columns).replace_schema_metadata(meta), temporary)
 
@@ -146,7 +159,8 @@ def write_results(
 def results_table(about: Mapping[str, Any], ks: list[int]) -> Table:
     """The setups as rows: means and 95% intervals, and over how many queries."""
     metrics, intervals = about["metrics"], about["intervals"]
-    table = Table(title=f"{about['protocol']} {about['fingerprint']} (95% bootstrap interval over queries)")
+    over = f"95% intervals by {about['unit']}: {about['units']}"
+    table = Table(title=f"{about['protocol']} {about['fingerprint']} ({over})")
     table.add_column("setup", no_wrap=True)
     names = ["mAP", *(f"mP@{k}" for k in ks)]
     for name in (*names, "queries"):

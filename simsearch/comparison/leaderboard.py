@@ -11,10 +11,10 @@ import torch
 
 from simsearch.comparison.runs import Queries, Result
 from simsearch.functional.significance import (
-    bootstrap_interval,
     holm,
+    mean_interval,
     minimum_detectable_effect,
-    paired_bootstrap,
+    paired_interval,
     paired_permutation,
 )
 
@@ -24,7 +24,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Value:
-    """A metric's mean over seeds, its 95% interval over queries, and the standard deviation between seeds."""
+    """A metric's mean over seeds, its 95% interval over units of chance, and the standard deviation between seeds."""
 
     mean: float
     interval: tuple[float, float] | None
@@ -35,8 +35,9 @@ class Value:
 class Paired:
     """A paired comparison with the baseline, entry - baseline, over the queries of both.
 
-    difference with its 95% bootstrap interval low..high; p of the sign-flip test, p_holm adjusted over all
-    comparisons of the leaderboard; detectable: the difference that would be found with 80% chance.
+    difference with its 95% interval low..high; p of the sign-flip test, p_holm adjusted over all comparisons of the
+    leaderboard; detectable: the difference that would be found with 80% chance. All by the units of chance of the
+    queries that both have.
     """
 
     difference: float
@@ -46,6 +47,7 @@ class Paired:
     p_holm: float
     detectable: float
     queries: int
+    units: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,16 @@ class Entry:
         return self.results[0].fingerprint
 
     @property
+    def unit(self) -> str:
+        """The unit of chance of intervals and tests."""
+        return self.results[0].unit or "query"
+
+    @property
+    def units(self) -> int | None:
+        """How many of them the queries are of; None where the run did not say."""
+        return self.results[0].units
+
+    @property
     def seeds(self) -> list[Any]:
         return [result.config.get("seed") for result in self.results]
 
@@ -83,17 +95,17 @@ class Entry:
 
 
 def check_comparable(results: Sequence[Result]) -> None:
-    """Raises ValueError where the results are of more than one protocol or fingerprint."""
-    kinds: dict[tuple[str, str], list[str]] = {}
+    """Raises ValueError where the results are of more than one protocol, fingerprint or unit of chance."""
+    kinds: dict[tuple[str, str, str], list[str]] = {}
     for result in results:
-        kinds.setdefault((result.protocol, result.fingerprint), []).append(result.name)
+        kinds.setdefault((result.protocol, result.fingerprint, result.unit or "query"), []).append(result.name)
     if len(kinds) > 1:
-        lines = [f"  {protocol} {fingerprint}: {_some(names)}" for (protocol, fingerprint), names in kinds.items()]
+        lines = [f"  {protocol} {mark} by {unit}: {_some(names)}" for (protocol, mark, unit), names in kinds.items()]
         raise ValueError(
-            "these runs do not compare: other queries, gallery, data or rules\n"
+            "these runs do not compare: other queries, gallery, data, rules or unit of chance\n"
             + "\n".join(lines)
-            + "\nGive runs of one protocol (a measurement in a run's evaluations/ can be given too), or force=true"
-            " to list them in one table all the same"
+            + "\nGive runs of one protocol (a measurement in a run's evaluations/ can be given too; `simsearch evaluate"
+            " run=<run>` measures one again whose unit is older), or force=true to list them in one table all the same"
         )
 
 
@@ -112,7 +124,7 @@ def leaderboard(
 ) -> list[Entry]:
     """Entries, best mean of `metric` first.
 
-    configuration: what runs of one entry share, beside the fingerprint. baseline: a run of the entry that all
+    configuration: what runs of one entry share, beside fingerprint and unit. baseline: a run of the entry that all
     others are tested against. also: further metrics to list, where a run has them.
 
     Tests compare each query's mean over seeds: they tell these trained networks apart, and say nothing about
@@ -126,10 +138,8 @@ def leaderboard(
             raise ValueError(f"{result.name} has no {metric}; it has {', '.join(there)}")
     groups: dict[Hashable, list[Result]] = {}
     for result in results:
-        groups.setdefault((configuration(result), result.fingerprint), []).append(result)
-    entries = [
-        _entry(tuple(group), (metric, *also), any(r is baseline for r in group), seed) for group in groups.values()
-    ]
+        groups.setdefault((configuration(result), result.fingerprint, result.unit or "query"), []).append(result)
+    entries = [_entry(tuple(group), (metric, *also), any(r is baseline for r in group)) for group in groups.values()]
     line = next(entry for entry in entries if entry.is_baseline)
     tested = [entry for entry in entries if not entry.is_baseline and _pairs(entry, line)]
     found = dict(zip(map(id, tested), _tests(tested, line, seed), strict=True))
@@ -137,7 +147,7 @@ def leaderboard(
     return sorted(entries, key=lambda entry: -entry.values[metric].mean)
 
 
-def _entry(group: tuple[Result, ...], metrics: Sequence[str], is_baseline: bool, seed: int) -> Entry:
+def _entry(group: tuple[Result, ...], metrics: Sequence[str], is_baseline: bool) -> Entry:
     values = {}
     for name in metrics:
         numbers = [result.metrics.get(name) for result in group]
@@ -148,7 +158,7 @@ def _entry(group: tuple[Result, ...], metrics: Sequence[str], is_baseline: bool,
         if len(group) > 1:
             interval = None
             if queries := _mean_queries(group, name):
-                interval = bootstrap_interval(queries.value[:, None], seed=seed)[0].tolist()
+                interval = mean_interval(queries.value[:, None], queries.units)[0].tolist()
         deviation = statistics.stdev(given) if len(given) > 1 else None
         values[name] = Value(
             statistics.fmean(given), None if interval is None else (interval[0], interval[1]), deviation
@@ -164,33 +174,43 @@ def _mean_queries(group: Sequence[Result], metric: str) -> Queries | None:
         return None
     parts = [result.per_query(metric) for result in group]
     for result, part in zip(group, parts, strict=True):
-        if not torch.equal(part.index, parts[0].index):
+        if not _same(part, parts[0]):
             raise ValueError(f"{result.name} and {group[0].name} have other queries under one fingerprint: damaged?")
     return replace(parts[0], value=torch.stack([part.value for part in parts]).mean(0))
 
 
 def _pairs(entry: Entry, line: Entry) -> bool:
-    if entry.queries is None or line.queries is None or entry.fingerprint != line.fingerprint:
+    if entry.queries is None or line.queries is None:
         return False
-    if not torch.equal(entry.queries.index, line.queries.index):
+    if (entry.fingerprint, entry.unit) != (line.fingerprint, line.unit):
+        return False
+    if not _same(entry.queries, line.queries):
         raise ValueError(f"{entry.name} and {line.name} have other queries under one fingerprint: is one damaged?")
     return True
+
+
+def _same(ours: Queries, theirs: Queries) -> bool:
+    """Whether they are of the same queries and units."""
+    return torch.equal(ours.index, theirs.index) and torch.equal(ours.units, theirs.units)
 
 
 def _tests(entries: Sequence[Entry], line: Entry, seed: int) -> list[Paired]:
     """Paired comparisons of the entries with the baseline's entry, one family for Holm's correction."""
     rows = []
     for entry in entries:
-        pair = entry.queries.value, line.queries.value  # type: ignore[union-attr]
+        assert entry.queries is not None
+        assert line.queries is not None
+        pair = entry.queries.value, line.queries.value, line.queries.units
         p = paired_permutation(*pair, resamples=RESAMPLES, seed=seed)
         # Holm's strictest step, so that such a difference is found whatever the others show.
         detectable = minimum_detectable_effect(*pair, alpha=ALPHA / len(entries), power=POWER)
-        both = int((pair[0] - pair[1]).isfinite().sum())
-        rows.append((*paired_bootstrap(*pair, seed=seed), p, detectable, both))
+        both = (pair[0] - pair[1]).isfinite()
+        counts = int(both.sum()), len(pair[2][both].unique())
+        rows.append((*paired_interval(*pair), p, detectable, *counts))
     adjusted = holm(torch.tensor([row[3] for row in rows], dtype=torch.float64)).tolist()
     return [
-        Paired(difference, low, high, p, p_holm, detectable, queries)
-        for (difference, low, high, p, detectable, queries), p_holm in zip(rows, adjusted, strict=True)
+        Paired(difference, low, high, p, p_holm, detectable, *counts)
+        for (difference, low, high, p, detectable, *counts), p_holm in zip(rows, adjusted, strict=True)
     ]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from simsearch.comparison.charts import Point, histogram, scatter
 from simsearch.comparison.leaderboard import ALPHA, Entry
 from simsearch.comparison.markup import Markup, element, joined
-from simsearch.comparison.report import Column, duration
+from simsearch.comparison.report import Column, duration, over
 from simsearch.comparison.runs import Missing
 
 DETAILED = 8  # entries with a histogram, a column of classes and regressions
@@ -101,9 +101,9 @@ def _section(title: str, *children: str | None) -> Markup:
 def _header(c: Comparison) -> Markup:
     runs = sum(len(entry.results) for entry in c.entries)
     line = next(entry for entry in c.entries if entry.is_baseline)
-    kinds = sorted({(entry.protocol, entry.fingerprint) for entry in c.entries})
+    kinds = sorted({(entry.protocol, entry.fingerprint, over(entry)) for entry in c.entries})
     about = [f"{_count(len(c.entries), 'configuration')}, {_count(runs, 'run')}; baseline: {line.name}; "]
-    about += [Markup("; ").join(joined(p, " ", element("code", {}, f)) for p, f in kinds)]
+    about += [Markup("; ").join(joined(p, " ", element("code", {}, f), f" by {unit}") for p, f, unit in kinds)]
     warning = "These runs are of different protocols or data: their values do not compare, and have no tests across."
     return joined(
         element("h1", {}, f"Comparison by {c.metric}"),
@@ -164,7 +164,7 @@ def _figures(c: Comparison) -> Markup | None:
     if not figures:
         return None
     caption = (
-        "Numbers are ranks in the table above; the baseline is hollow. Bars: 95% intervals over queries. Dashed: "
+        "Numbers are ranks in the table above; the baseline is hollow. Bars: 95% intervals. Dashed: "
         "what none beats at the same cost."
     )
     return _section("Quality and cost", element("p", {"class": "soft"}, caption), _block("figures", figures))
@@ -404,9 +404,11 @@ def _missing(c: Comparison) -> Markup | None:
 
 def _notes(c: Comparison) -> Markup:
     notes = [
-        "Intervals are percentile bootstraps over queries (1,000 resamples). Two of them may overlap where the paired "
-        "difference is clear, since the same queries are hard for both: read the difference.",
-        "p-values are of a sign-flip permutation test of the differences by query (10,000 draws), adjusted by Holm "
+        "Intervals and tests go by the unit of chance that the protocol names: by artist, all queries of an artist are "
+        "one draw. Intervals come from the jackknife over units; those of shares are binomial, with the effective "
+        "number of trials (Korn and Graubard 1998). Two of them may overlap where the paired difference is clear, since "
+        "the same queries are hard for both: read the difference.",
+        "p-values are of a sign-flip permutation test of the differences by unit (10,000 draws), adjusted by Holm "
         f"over all comparisons with the baseline here; a difference is coloured where the adjusted p is below {ALPHA}.",
         "MDE 80% is the true difference that this pairing detects with a chance of 80% at Holm's strictest step. "
         "Where no difference was found, one below it may well be there.",

@@ -40,7 +40,7 @@ NOTHING = Cell("-")
 
 def columns(entries: Sequence[Entry], metrics: Sequence[str]) -> list[Column]:
     """The columns that have something to show: metrics, the comparison with the baseline, costs."""
-    made = [Column(name, f"{name}, with its 95% bootstrap interval over queries", _metric(name)) for name in metrics]
+    made = [Column(name, f"{name}, with its 95% interval by unit of chance", _metric(name)) for name in metrics]
     made += [
         Column("difference", f"{metrics[0]} minus the baseline's, paired by query, with its 95% interval", _difference),
         Column("p Holm", "two-sided sign-flip test of the difference, adjusted for all comparisons here", _p, True),
@@ -65,7 +65,7 @@ def _metric(name: str) -> Callable[[Entry], Cell]:
 
 
 def spread(value: Value) -> str:
-    """A value's interval over queries, and its deviation between seeds."""
+    """A value's interval over units of chance, and its deviation between seeds."""
     between = "" if value.deviation is None else f"± {value.deviation:.4f} seeds"
     over = "" if value.interval is None else f"{value.interval[0]:.4f}-{value.interval[1]:.4f}"
     return "\n".join(part for part in (over, between) if part)
@@ -134,7 +134,7 @@ def _protocol(entry: Entry) -> Cell:
 def terminal_table(entries: Sequence[Entry], shown: Sequence[Column]) -> Table:
     """The leaderboard for a terminal, which has no room for metrics but the one that ranks."""
     kept = [shown[0], *(column for column in shown if column.title not in entries[0].values)]
-    table = Table(title="Runs, best first (95% intervals over queries)", caption=stated(entries))
+    table = Table(title="Runs, best first (95% intervals by unit of chance)", caption=stated(entries))
     table.add_column("#", justify="right")
     table.add_column("run", overflow="fold", min_width=12)
     for column in kept:
@@ -148,8 +148,15 @@ def terminal_table(entries: Sequence[Entry], shown: Sequence[Column]) -> Table:
 
 
 def stated(entries: Sequence[Entry]) -> str:
-    """The protocols and fingerprints of the entries."""
-    return "; ".join(sorted({f"protocol {entry.protocol}, fingerprint {entry.fingerprint}" for entry in entries}))
+    """The protocols, fingerprints and units of chance of the entries."""
+    return "; ".join(sorted({f"protocol {e.protocol}, fingerprint {e.fingerprint}, by {over(e)}" for e in entries}))
+
+
+def over(entry: Entry) -> str:
+    """The unit of chance that an entry's intervals and tests go by, and how many there are."""
+    if entry.results[0].unit is None:
+        return "query (measured before units of chance were named)"
+    return f"{entry.unit} ({entry.units})"
 
 
 def markdown_table(entries: Sequence[Entry], shown: Sequence[Column], missing: Sequence[Missing]) -> str:
@@ -183,11 +190,11 @@ def _plain(text: str) -> str:
 def csv_text(entries: Sequence[Entry], metrics: Sequence[str], missing: Sequence[Missing]) -> str:
     """The leaderboard with full precision, one line an entry and one a run without a result."""
     values = [f"{name}{end}" for name in metrics for end in ("", "_low", "_high", "_seed_deviation")]
-    paired = ("difference", "difference_low", "difference_high", "p", "p_holm", "detectable")
-    head = ["rank", "run", "state", "runs", "seeds", "baseline", *values, *paired, "queries"]
+    paired = ("difference", "difference_low", "difference_high", "p", "p_holm", "detectable", "queries", "paired_units")
+    head = ["rank", "run", "state", "runs", "seeds", "baseline", *values, *paired]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*head, *COSTS, "protocol", "fingerprint", "places", "reason"])
+    writer.writerow([*head, *COSTS, "protocol", "fingerprint", "unit", "units", "places", "reason"])
     for rank, entry in enumerate(entries, start=1):
         line = [rank, entry.name, "finished", len(entry.results), " ".join(map(str, entry.seeds)), entry.is_baseline]
         for name in metrics:
@@ -195,10 +202,11 @@ def csv_text(entries: Sequence[Entry], metrics: Sequence[str], missing: Sequence
             low, high = (value and value.interval) or ("", "")
             line += [value and value.mean, low, high, value and value.deviation]
         p = entry.paired
-        line += [p.difference, p.low, p.high, p.p, p.p_holm, p.detectable, p.queries] if p else [""] * 7
+        line += [p.difference, p.low, p.high, p.p, p.p_holm, p.detectable, p.queries, p.units] if p else [""] * 8
         line += [entry.cost(name) for name in COSTS]
-        writer.writerow([*line, entry.protocol, entry.fingerprint, "; ".join(r.place for r in entry.results), ""])
-    blank = len(values) + len(paired) + 1 + len(COSTS) + 3
+        line += [entry.protocol, entry.fingerprint, entry.unit, entry.units]
+        writer.writerow([*line, "; ".join(r.place for r in entry.results), ""])
+    blank = len(values) + len(paired) + len(COSTS) + 5
     for m in missing:
         writer.writerow(["", m.name, m.state, "", "", "", *[""] * blank, m.reason])
     return buffer.getvalue()

@@ -34,7 +34,8 @@ class Result:
 
     name: how reports call it. place: its folder, or its address in W&B. config: the run's plain config. metrics,
     intervals: as in metrics.json. facts: of run.json; `train_seconds`, `device` and `parameters` where recorded.
-    run: the run directory; place lies in its evaluations/ where the test was measured again. None for W&B.
+    run: the run directory; place lies in its evaluations/ where the test was measured again. None for W&B. unit,
+    units: of chance, over what and how many the intervals are; None where they are of a time before, by query.
     """
 
     name: str
@@ -46,6 +47,8 @@ class Result:
     intervals: Mapping[str, Sequence[float]]
     facts: Mapping[str, Any]
     run: Path | None = None
+    unit: str | None = None
+    units: int | None = None
 
     @cached_property
     def _columns(self) -> dict[str, str]:
@@ -61,10 +64,11 @@ class Result:
     def per_query(self, metric: str) -> Queries:
         """The values of a metric for each query."""
         path = Path(self.place) / "per_query.parquet"
-        table = pq.read_table(path, columns=["index", "label", self._columns[metric]])
-        index, label, value = (torch.from_numpy(column.to_numpy().copy()) for column in table.columns)
+        unit = "index" if self.unit is None else "unit"
+        table = pq.read_table(path, columns=["index", "label", self._columns[metric], unit])
+        index, label, value, units = (torch.from_numpy(column.to_numpy().copy()) for column in table.columns)
         order = index.argsort()
-        return Queries(index[order], label[order], value[order].double())
+        return Queries(index[order], label[order], value[order].double(), units[order])
 
     def found(self, rows: Sequence[int]) -> list[list[int]] | None:
         """Collection rows of the first neighbours of the queries `rows`, or None where the run did not keep them."""
@@ -78,11 +82,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Queries:
-    """Values of Q queries: index int64 (Q,), collection rows, ascending; label int64 (Q,); value float64 (Q,)."""
+    """Values of Q queries: index int64 (Q,), collection rows, ascending; label int64 (Q,); value float64 (Q,); units
+    int64 (Q,), equal for those of one unit of chance."""
 
     index: Tensor
     label: Tensor
     value: Tensor
+    units: Tensor
 
 
 @dataclass(frozen=True)
@@ -182,16 +188,17 @@ def read_run(folder: Path) -> Result | str:
     try:
         metrics = {str(name): None if value is None else float(value) for name, value in about["metrics"].items()}
         intervals = {str(name): (float(low), float(high)) for name, (low, high) in about["intervals"].items()}
-        result = Result(
-            folder.name, str(folder), config, about["protocol"], about["fingerprint"], metrics, intervals, facts, run
-        )
+        stated = about["protocol"], about["fingerprint"]
+        over = about.get("unit"), about.get("units")
+        result = Result(folder.name, str(folder), config, *stated, metrics, intervals, facts, run, *over)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise Unreadable(f"metrics.json is damaged: {type(error).__name__} {error}") from error
     try:
-        stated = pq.read_schema(folder / "per_query.parquet").metadata or {}
+        schema = pq.read_schema(folder / "per_query.parquet")
     except (OSError, pa.ArrowException) as error:
         raise Unreadable(f"per_query.parquet is missing or damaged: {error}") from error
-    if stated.get(b"fingerprint", b"").decode() != result.fingerprint:
+    told = {key: (schema.metadata or {}).get(key.encode(), b"").decode() for key in ("fingerprint", "unit")}
+    if told != {"fingerprint": result.fingerprint, "unit": result.unit or ""}:
         raise Unreadable("metrics.json and per_query.parquet are of different measurements")
     return result
 
@@ -239,5 +246,6 @@ def read_wandb(api: Any, address: str) -> tuple[list[Result], list[Missing]]:
         facts = {key: summary[key] for key in ("train_seconds", "device", "parameters") if key in summary}
         place = f"wandb:{project}/{run.id}"
         stated = str(test["protocol"]), str(test["fingerprint"])
-        results.append(Result(name, place, dict(run.config), *stated, metrics, intervals, facts))
+        over = test.get("unit"), test.get("units")
+        results.append(Result(name, place, dict(run.config), *stated, metrics, intervals, facts, None, *over))
     return results, missing

@@ -4,6 +4,9 @@ A draw is a rank under seeded random keys, one key a row, taken as raw output of
 stream is the same on every platform and, unlike the methods of numpy.random.Generator, in every
 version of NumPy. ByHash draws by SHA-256 of names instead, for collections that grow. Rows without a
 value of the attribute take no part. Row lists are sorted.
+
+A protocol names its unit of chance, which intervals and tests resample: what other data of the kind would bring
+anew. Where a split keeps artists or works apart, it is these; each query is one where test images are independent.
 """
 
 from __future__ import annotations
@@ -148,7 +151,8 @@ class UnseenClasses:
     name: the task is called `<name>/<fold>`. folds: disjoint groups of class numbers. fold: the group
     held out; its test images are the queries, its training images the gallery. Report the mean over
     folds. validation: share of each remaining class's training rows, in (0, 1), that become queries; None
-    trains on all.
+    trains on all. The unit of chance is the query: an interval holds for new images of the fold's classes. What
+    other classes would give, only the spread between folds says.
 
     Sablayrolles, Douze, Usunier, Jégou 2016, "How should we evaluate supervised hashing?".
     """
@@ -207,7 +211,8 @@ class ByAttribute:
     takes an item out of the ranking, or None. group: no value of it is in two parts; None: each image is a
     group of its own. evaluation, validation: shares of the groups, in (0, 1), together below 1;
     validation=None trains on all that is not evaluated. One item of each group of a part is a query, all
-    items of the part are its gallery, the query's own row excluded.
+    items of the part are its gallery, the query's own row excluded. unit: of chance, an attribute or "query";
+    None: the group. Name the artist where works of one artist search each other.
     """
 
     name: str
@@ -217,6 +222,7 @@ class ByAttribute:
     evaluation: float = 0.5
     validation: float | None = 0.2
     seed: int = 0
+    unit: str | None = None
 
     def __post_init__(self) -> None:
         _check_shares(self.evaluation, self.validation)
@@ -233,6 +239,8 @@ class ByAttribute:
         rank = _rank(present, np.zeros_like(present), self.seed, "groups")
         evaluated = round(self.evaluation * len(present))
         validated = evaluated + round((self.validation or 0) * len(present))
+        unit = self.unit or self.group or "query"
+        units = _units(collection, unit, self.name)
         empty = self.validation is not None and evaluated == validated
         if empty or not 0 < evaluated <= validated < len(present):
             raise ValueError(
@@ -244,7 +252,8 @@ class ByAttribute:
         def part(name: str, chosen: np.ndarray) -> RetrievalTask:
             gallery = rows[np.isin(groups[rows], chosen)]
             query = gallery[_rank(gallery, groups[gallery], self.seed, "queries") == 0]
-            return _task(collection, name, query, gallery, self.attribute, self.junk, True)
+            task = _task(collection, name, query, gallery, self.attribute, self.junk, True)
+            return replace(task, unit=unit, units=units)
 
         held = present[(rank >= evaluated) & (rank < validated)]
         return Split(
@@ -272,6 +281,8 @@ class ByHash:
     their parts, or of their works where no part is known, or else the image's path. Which other attribute is
     relevant and which rows lack it does not matter: protocols for artist and for style with the same part, work,
     shares and seed have the same artists to train on.
+
+    unit: of chance, an attribute or "query"; None: the names, which are called after `part`, or `work` without one.
     """
 
     name: str
@@ -284,6 +295,7 @@ class ByHash:
     least: int = 2
     most_queries: int | None = None
     seed: int = 0
+    unit: str | None = None
 
     def __post_init__(self) -> None:
         _check_shares(self.evaluation, self.validation)
@@ -299,6 +311,7 @@ class ByHash:
         names, named = _names_apart(collection, [*apart], self.name)
         place = _hashed(names, self.seed, "part")[named]
         held = self.evaluation + (self.validation or 0)
+        units = torch.from_numpy(named) if self.unit is None else _units(collection, self.unit, self.name)
         known = values >= 0
         train = np.flatnonzero(known & (place >= held))
         if not len(train):
@@ -309,11 +322,13 @@ class ByHash:
         validation = None
         if self.validation is not None:
             rows = np.flatnonzero(known & (place >= self.evaluation) & (place < held))
-            validation = self._task(collection, f"{self.name}/val", rows, values)
-        test = self._task(collection, self.name, np.flatnonzero(known & (place < self.evaluation)), values)
+            validation = self._task(collection, f"{self.name}/val", rows, values, units)
+        test = self._task(collection, self.name, np.flatnonzero(known & (place < self.evaluation)), values, units)
         return Split(torch.from_numpy(train), validation, test)
 
-    def _task(self, collection: Collection, name: str, rows: np.ndarray, values: np.ndarray) -> RetrievalTask:
+    def _task(
+        self, collection: Collection, name: str, rows: np.ndarray, values: np.ndarray, units: Tensor | None
+    ) -> RetrievalTask:
         """The task in which the rows of one part search themselves."""
         label = values[rows]
         relevant = np.bincount(label, minlength=1)[label] - 1
@@ -333,7 +348,8 @@ class ByHash:
         if self.most_queries is not None:
             key = _hashed([collection.path(row) for row in query.tolist()], self.seed, "query")
             query = query[_rank_by(key, values[query]) < self.most_queries]
-        return _task(collection, name, query, rows, self.attribute, self.junk, True)
+        task = _task(collection, name, query, rows, self.attribute, self.junk, True)
+        return replace(task, unit=self.unit or self.part or self.work or "query", units=units)
 
 
 def drop_rows(task: RetrievalTask, rows: Tensor, suffix: str) -> RetrievalTask:
@@ -443,6 +459,14 @@ def _values(collection: Collection, attribute: str, protocol: str) -> np.ndarray
             f"{', '.join(collection.attributes)}: choose a protocol that fits the data, or name one of these in it"
         )
     return collection.column(attribute).numpy()
+
+
+def _units(collection: Collection, unit: str, protocol: str) -> Tensor | None:
+    """For each row its value of the attribute `unit`, or where unknown a number of its own; None for "query"."""
+    if unit == "query":
+        return None
+    values = _values(collection, unit, protocol)
+    return torch.from_numpy(np.where(values < 0, values.max(initial=-1) + 1 + np.arange(len(values)), values))
 
 
 def _class(collection: Collection, attribute: str, value: int) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -105,6 +106,22 @@ class Benchmark:
     def listed(self, grade: str) -> list[tuple[int, ...]]:
         """For each query the gallery positions of that grade (easy, hard or junk)."""
         return [getattr(query, grade) for query in self.queries]
+
+
+def landmarks(benchmark: Benchmark) -> Tensor:
+    """The landmark that each query shows, int64 (Q,): the number of the first query that shows it.
+
+    Queries that list a common image as easy or hard, directly or over others, show one landmark; names of files
+    do not always tell (oxford_002985). Landmarks are what chance draws: the queries of one are alike.
+    """
+    place = list(range(len(benchmark.queries)))
+    shown: dict[int, int] = {}
+    for i, query in enumerate(benchmark.queries):
+        for j in {shown[item] for item in (*query.easy, *query.hard) if item in shown}:
+            first, other = sorted((place[i], place[j]))
+            place = [first if p == other else p for p in place]
+        shown |= dict.fromkeys((*query.easy, *query.hard), i)
+    return torch.tensor(place)
 
 
 def file_name(name: str) -> str:

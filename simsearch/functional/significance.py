@@ -1,74 +1,107 @@
-"""How sure a mean over queries is, and a difference of two."""
+"""How sure a mean over queries is, and a difference of two.
+
+Queries of one artist, photographs of one scene or crops of one work are no independent draws: what is drawn is
+the artist, the scene, the work. All functions here take such units of chance, int64 (Q,), equal for the queries
+of one unit, or None where each query is a unit of its own. The mean stays that over queries.
+"""
 
 from __future__ import annotations
 
-from statistics import NormalDist
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.special import betaincinv, ndtri, stdtrit
 from torch import Tensor
 
+_EXACT = 1e-9  # a standard error below it is rounding: no two units differ
 
-def bootstrap_interval(values: Tensor, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0) -> Tensor:
-    """Percentile bootstrap intervals over queries of the column means, float64 (M, 2): low, high.
 
-    values: float64 (Q, M); NaN (a query without a value) is left out of its column's means.
-    Queries are resampled with replacement, the same resamples for all columns (Efron 1979).
-    Raises ValueError for an empty input, a confidence outside (0, 1) or no resamples.
+def mean_interval(values: Tensor, units: Tensor | None = None, *, confidence: float = 0.95) -> Tensor:
+    """Intervals of the column means, float64 (M, 2): low, high.
+
+    values: float64 (Q, M); NaN (a query without a value) is left out of its column. units: int64 (Q,) or None.
+
+    The standard error s of a column's mean m is that of the jackknife over units (Efron 1982, of a ratio), and its
+    degrees of freedom are Kish's effective number of units (1965), (sum n)^2 / sum n^2 of n queries a unit, less
+    one. A column of shares, all values in [0, 1] as those of retrieval metrics, gets the interval of Clopper and
+    Pearson (1934) for m e successes in e = m (1 - m) / s^2 (z / t)^2 trials, as Korn and Graubard (1998) have it
+    for rates of clustered samples: it knows that a mean near 1 has nowhere to go. Where all values are 0 or 1
+    and each query is a unit, and where no two units differ, e is the number of units: the exact interval of a
+    binomial rate. Other columns get Student's m -+ t s.
+
+    Share of 1,000 simulated samples whose interval holds the true mean, at 95 % (below it the percentile bootstrap
+    over the same units; BCa is within .03 of that): R@1 .99 of 50 queries .99 (.37); .5 of 50 .96; AP of mean
+    .2, .05, .9 and 20, 50, 500 queries .93 to .97 (.89 to .94); AP whose units, 10, 20, 45 of 1 to 100 queries, hold
+    .1 of the variance .95 to .96 (.85 to .94), and where greater units are better .91 to .95 (.78 to .90); rates of
+    .7 by such units .94 to .96 (.85 to .93). Rates of .95 whose errors lie in a few units get .90 to .97 (.68 to
+    .88): units that were not drawn leave no trace.
+
+    Raises ValueError for an empty input, units of another length and a confidence outside (0, 1).
+
+    >>> mean_interval(torch.ones(50, 1)).round(decimals=3)  # 50 of 50 queries are right
+    tensor([[0.9290, 1.0000]], dtype=torch.float64)
+    >>> mean_interval(torch.ones(50, 1), torch.arange(50) // 10).round(decimals=3)  # ... of 5 works
+    tensor([[0.4780, 1.0000]], dtype=torch.float64)
     """
     if values.ndim != 2 or len(values) == 0:
         raise ValueError(f"values must be (Q, M) with Q > 0, got {tuple(values.shape)}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
-    if resamples < 1:
-        raise ValueError(f"a bootstrap needs at least 1 resample, got {resamples}")
-    rng = np.random.default_rng(seed)
-    q = len(values)
-    there = torch.isfinite(values).double()
-    filled = values.double().nan_to_num(0.0)
-    means = []
-    step = max(1, 2**21 // q)
-    for start in range(0, resamples, step):
-        rows = min(step, resamples - start)
-        drawn = rng.integers(0, q, (rows, q)) + np.arange(rows)[:, None] * q
-        weights = np.bincount(drawn.ravel(), minlength=rows * q).reshape(rows, q)
-        weight = torch.from_numpy(weights).double()
-        means.append((weight @ filled) / (weight @ there))
     tail = (1 - confidence) / 2
-    levels = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    return torch.nanquantile(torch.cat(means), levels, dim=0).T
+    spread = _spread(values, units)
+    low, high = spread.students(tail)
+    least, most = values.nan_to_num(torch.inf).amin(0), values.nan_to_num(-torch.inf).amax(0)
+    shares = ((least >= -_EXACT) & (most <= 1 + _EXACT) & (least <= most)).numpy()
+    mean, error, count = (part[shares] for part in (spread.mean.clip(0, 1), spread.error, spread.units))
+    counts = ((values == 0) | (values == 1) | values.isnan()).all(0).numpy() & (spread.units == spread.queries)
+    exact = counts[shares] | (error < _EXACT)
+    factor = (ndtri(1 - tail) / stdtrit(spread.freedom[shares], 1 - tail)) ** 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        trials = np.where(exact, count, mean * (1 - mean) / error**2 * factor)
+    wins, losses = trials * mean, trials * (1 - mean)
+    low[shares] = np.where(wins > 0, betaincinv(wins, losses + 1, tail), 0.0)
+    high[shares] = np.where(losses > 0, betaincinv(wins + 1, losses, 1 - tail), 1.0)
+    return torch.from_numpy(np.stack([low, high], axis=1))
 
 
-def paired_bootstrap(
-    a: Tensor, b: Tensor, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+def paired_interval(
+    a: Tensor, b: Tensor, units: Tensor | None = None, *, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean of a - b over queries and its percentile bootstrap interval: difference, low, high.
+    """Mean of a - b over queries and Student's interval of it: difference, low, high.
 
-    a, b: float64 (Q,), values of the same queries, resampled together; queries for which either is NaN are
-    left out. Raises ValueError as paired_permutation does, and for what bootstrap_interval refuses.
+    a, b: float64 (Q,), values of the same queries; those for which either is NaN are left out. units: int64 (Q,)
+    or None. Standard error and degrees of freedom as in mean_interval; one unit alone bounds nothing.
+    Raises ValueError as paired_permutation does, and for a confidence outside (0, 1).
     """
-    difference = _paired(a, b)
-    bounds = bootstrap_interval(difference[:, None], confidence=confidence, resamples=resamples, seed=seed)
-    low, high = bounds[0].tolist()
-    return float(difference.mean()), low, high
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+    difference, units = _paired(a, b, units)
+    spread = _spread(difference[:, None], units)
+    low, high = spread.students((1 - confidence) / 2)
+    return float(spread.mean[0]), float(low[0]), float(high[0])
 
 
-def paired_permutation(a: Tensor, b: Tensor, *, resamples: int = 10_000, seed: int = 0) -> float:
+def paired_permutation(
+    a: Tensor, b: Tensor, units: Tensor | None = None, *, resamples: int = 10_000, seed: int = 0
+) -> float:
     """Two-sided p-value of the sign-flip test that a - b has mean 0 over queries, in (0, 1].
 
-    a, b: float64 (Q,), values of the same queries; those for which either is NaN are left out. Where
-    neither system is better, a query's difference has either sign with equal chance (Fisher 1935): the
-    p-value is the share of sign patterns whose mean is at least as far from 0 as the one seen. All 2^n
-    patterns of the n differences other than 0 are counted where they are at most `resamples`; else so many
-    are drawn, and the one seen is counted among them (Phipson and Smyth 2010): no p-value is below
-    1 / (resamples + 1).
+    a, b: float64 (Q,), values of the same queries; those for which either is NaN are left out. units: int64 (Q,)
+    or None. Where neither system is better, the differences of a unit have either sign with equal chance, all
+    together (Fisher 1935): the p-value is the share of sign patterns of the units whose mean is at least as far from 0
+    as the one seen. All 2^n patterns of the n units whose sum is not 0 are counted where they are at most
+    `resamples`; else so many are drawn, and the one seen is counted among them (Phipson and Smyth 2010): no p-value
+    is below 1 / (resamples + 1), nor below 2^(1 - n).
 
-    Raises ValueError for shapes that are not both (Q,), for no query with both values, and no resamples.
+    Raises ValueError for shapes that are not all (Q,), for no query with both values, and no resamples.
     """
     if resamples < 1:
         raise ValueError(f"a permutation test needs at least 1 resample, got {resamples}")
-    difference = _paired(a, b)
-    values = difference[difference != 0].numpy()
+    difference, units = _paired(a, b, units)
+    sums = _by_unit(difference[:, None], units)[0][:, 0]
+    # What cancels within a unit up to rounding has no sign.
+    values = sums[sums.abs() > 1e-15 * difference.abs().sum()].numpy()
     n = len(values)
     total = values.sum()
     # The same sum in another order differs by rounding: patterns that tie with the one seen must count.
@@ -89,37 +122,85 @@ def paired_permutation(a: Tensor, b: Tensor, *, resamples: int = 10_000, seed: i
     return beyond / patterns if exact else (beyond + 1) / (patterns + 1)
 
 
-def minimum_detectable_effect(a: Tensor, b: Tensor, *, alpha: float = 0.05, power: float = 0.8) -> float:
+def minimum_detectable_effect(
+    a: Tensor, b: Tensor, units: Tensor | None = None, *, alpha: float = 0.05, power: float = 0.8
+) -> float:
     """The true mean of a - b that a two-sided paired test at level `alpha` finds with the chance `power`.
 
-    a, b: float64 (Q,), values of the same queries; those for which either is NaN are left out. In units of the
-    metric, by the normal approximation (z(1 - alpha / 2) + z(power)) s / sqrt(n), s the standard deviation of the
-    differences of the n queries (Cohen 1988): a smaller difference may be real and is likely to be missed.
+    a, b: float64 (Q,), values of the same queries; those for which either is NaN are left out. units: int64 (Q,)
+    or None. In units of the metric, (t(1 - alpha / 2) + t(power)) s with the standard error s and the degrees of
+    freedom of mean_interval (Cohen 1988): a smaller difference may be real and is likely to be missed. Infinite
+    where n units have too few sign patterns to reach alpha, 2^(1 - n) > alpha: they find nothing.
 
-    Raises ValueError for shapes that are not both (Q,), fewer than 2 queries with both values, an alpha outside
-    (0, 1) and a power outside (alpha, 1).
+    Raises ValueError for shapes that are not all (Q,), no query with both values, an alpha outside (0, 1) and a
+    power outside (alpha, 1).
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must lie between 0 and 1, got {alpha}")
     if not alpha < power < 1:
         raise ValueError(f"power must lie between alpha ({alpha}) and 1, got {power}")
-    difference = _paired(a, b)
-    if len(difference) < 2:
-        raise ValueError("one query has no spread: a detectable effect needs at least 2")
-    normal = NormalDist()
-    steps = normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)
-    return steps * float(difference.std()) / len(difference) ** 0.5
+    difference, units = _paired(a, b, units)
+    spread = _spread(difference[:, None], units)
+    if 2.0 ** (1 - float(spread.units[0])) > alpha:
+        return float("inf")
+    steps = stdtrit(spread.freedom, 1 - alpha / 2) + stdtrit(spread.freedom, power)
+    return float((steps * spread.error)[0])
 
 
-def _paired(a: Tensor, b: Tensor) -> Tensor:
-    """a - b, float64 (n,), of the queries for which both have a value."""
+@dataclass(frozen=True)
+class _Spread:
+    """Of M columns their means over queries, their standard errors over units and the degrees of freedom of those,
+    float64 (M,), and how many units and queries have a value."""
+
+    mean: np.ndarray
+    error: np.ndarray
+    freedom: np.ndarray
+    units: np.ndarray
+    queries: np.ndarray
+
+    def students(self, tail: float) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of Student's intervals, float64 (M,) each, beyond which `tail` lies on either side."""
+        reach = stdtrit(self.freedom, 1 - tail) * self.error
+        return self.mean - reach, self.mean + reach
+
+
+def _spread(values: Tensor, units: Tensor | None) -> _Spread:
+    """Jackknife over units of the column means of float64 (Q, M); one unit has an infinite error."""
+    sums, counts = _by_unit(values.double(), units)
+    queries, present = counts.sum(0), (counts > 0).sum(0)
+    mean = sums.sum(0) / queries
+    # How far the mean goes when a unit is left out.
+    moved = (sums - counts * mean) / (queries - counts)
+    error = (moved.square().nansum(0) * (present - 1) / present).sqrt()
+    error = torch.where(present > 1, error, torch.inf)
+    freedom = (queries.square() / counts.square().sum(0) - 1).clamp(min=1.0)
+    return _Spread(*(part.double().numpy() for part in (mean, error, freedom, present, queries)))
+
+
+def _by_unit(values: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums and numbers of the values of each unit and column that are no NaN, float64 (U, M) each."""
+    there = ~values.isnan()
+    filled = values.nan_to_num(0.0)
+    if units is None:
+        return filled, there.double()
+    if units.shape != values.shape[:1]:
+        raise ValueError(f"units must be ({len(values)},), one for each query, got {tuple(units.shape)}")
+    names, place = units.unique(return_inverse=True)
+    zeros = torch.zeros(len(names), values.shape[1], dtype=torch.float64)
+    return zeros.index_add(0, place, filled), zeros.index_add(0, place, there.double())
+
+
+def _paired(a: Tensor, b: Tensor, units: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """a - b, float64 (n,), of the queries for which both have a value, and their units."""
     if a.ndim != 1 or a.shape != b.shape:
         raise ValueError(f"paired values must both be (Q,) of the same queries, got {tuple(a.shape)}, {tuple(b.shape)}")
+    if units is not None and units.shape != a.shape:
+        raise ValueError(f"units must be ({len(a)},), one for each query, got {tuple(units.shape)}")
     difference = a.double() - b.double()
-    difference = difference[~difference.isnan()]
-    if len(difference) == 0:
+    both = ~difference.isnan()
+    if not both.any():
         raise ValueError("no query has both values: there is nothing to compare")
-    return difference
+    return difference[both], None if units is None else units[both]
 
 
 def holm(p: Tensor) -> Tensor:

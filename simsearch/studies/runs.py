@@ -19,6 +19,7 @@ from simsearch.studies.rows import Row
 _DECIDING = ("seed", "data", "protocol", "model", "trainer", "callbacks")
 _IDLE = {
     "data": ("root", "cache", "download", "num_workers"),
+    "protocol": ("unit",),  # of intervals and tests, not of values
     "model": ("start",),
     "trainer": (
         *("log_every_n_steps", "enable_model_summary", "enable_progress_bar"),
