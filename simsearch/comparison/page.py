@@ -406,8 +406,8 @@ def _notes(c: Comparison) -> Markup:
     notes = [
         "Intervals and tests go by the unit of chance that the protocol names: by artist, all queries of an artist are "
         "one draw. Intervals come from the jackknife over units; those of shares are binomial, with the effective "
-        "number of trials (Korn and Graubard 1998). Two of them may overlap where the paired difference is clear, since "
-        "the same queries are hard for both: read the difference.",
+        "number of trials (Korn and Graubard 1998). Two of them may overlap where the paired difference is clear: the "
+        "same queries are hard for both. Read the difference.",
         "p-values are of a sign-flip permutation test of the differences by unit (10,000 draws), adjusted by Holm "
         f"over all comparisons with the baseline here; a difference is coloured where the adjusted p is below {ALPHA}.",
         "MDE 80% is the true difference that this pairing detects with a chance of 80% at Holm's strictest step. "
