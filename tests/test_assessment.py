@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from sklearn.metrics import average_precision_score, ndcg_score
 
 from simsearch import assessment
 from simsearch.data.collection import Collection
+from simsearch.functional.significance import mean_interval
 from simsearch.types import RetrievalTask
 
 ATTRIBUTES = ("artist", "style", "period", "work")
@@ -76,6 +78,12 @@ def test_average_precision(attribute, junk, collection, vectors):
     assert measured.values["mAP"] == pytest.approx(float(measured.per_query["mAP"].nanmean()))
     low, high = measured.intervals["mAP"]
     assert low < measured.values["mAP"] < high
+    assert (measured.unit, measured.units.tolist()) == ("query", asked.query.tolist())
+    by_artist = replace(asked, unit="artist", units=collection.column("artist"))
+    wider = assessment.measure_task(vectors, None, collection, by_artist)
+    assert wider.values == pytest.approx(measured.values, nan_ok=True)
+    expected = mean_interval(measured.per_query["mAP"][:, None], collection.column("artist")[asked.query])[0]
+    assert wider.intervals["mAP"] == tuple(expected.tolist())
 
 
 def test_graded(collection, vectors):
@@ -214,6 +222,10 @@ def test_assess(runs, tmp_path):
         rows = list(csv.DictReader(file))
     named = {(row["row"], row["protocol"], row["metric"]): float(row["value"]) for row in rows}
     assert {row["row"] for row in rows} >= {"content", "colour", "random", "popular", "colour hubness"}
+    over = {(row["protocol"], row["unit"]) for row in rows if row["ci_low"]}
+    assert over == {("art-artist", "artist"), ("art-style", "artist"), ("art-work", "artist")}
+    assert all(int(row["units"]) < int(row["queries"]) for row in rows if row["ci_low"])
+    assert "artist: " in done.stdout
     assert named["content", "art-artist", "mAP"] > named["colour", "art-artist", "mAP"] > 0
     assert named["content", "art-work", "outside"] == 3
     assert 0 < named["content", "art-work", "GAP_outside"] <= named["content", "art-work", "GAP"] <= 1
@@ -222,6 +234,9 @@ def test_assess(runs, tmp_path):
     difference = named["colour", "art-artist", "mAP"] - named["content", "art-artist", "mAP"]
     assert float(paired["difference"]) == pytest.approx(difference, abs=1e-9)
     assert float(paired["low"]) < difference < float(paired["high"])
+    assert paired["unit"] == "artist"
+    assert 1 < int(paired["units"]) < int(paired["queries"])
+    assert float(paired["p"]) >= 2.0 ** (1 - int(paired["units"]))
     for name in ("artist", "style", "work"):
         with Image.open(out / f"gallery-art-{name}.png") as picture:
             assert picture.height > 2 * 10 * 96  # five that gain and five that lose, by both

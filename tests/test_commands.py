@@ -54,6 +54,9 @@ class TestTrain:
         assert stages["test"]["protocol"] == "rendered-artist"
         assert len(stages["test"]["fingerprint"]) == 16
         assert stages["test"]["fingerprint"] != stages["val"]["fingerprint"]
+        assert stages["test"]["unit"] == stages["val"]["unit"] == "artist"
+        units = pq.read_table(small_run / "per_query.parquet")["unit"].to_pylist()
+        assert 1 < stages["test"]["units"] == len(set(units)) < len(units)
         for name in ("mAP", "P@1", "P@10", "R@10", "index/P@10"):
             low, high = stages["test"]["intervals"][name]
             assert 0 <= low <= stages["test"]["metrics"][name] <= high <= 1

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from scipy import stats
 
 from simsearch import runtime, tracking
 from simsearch.commands import compare
@@ -27,7 +28,7 @@ from simsearch.comparison.leaderboard import check_comparable, config_difference
 from simsearch.comparison.report import columns, csv_text, duration, markdown_table
 from simsearch.comparison.runs import expand, read_all, read_wandb, short_names
 from simsearch.data.collection import Collection
-from simsearch.functional.significance import holm, paired_interval, paired_permutation
+from simsearch.functional.significance import holm, mean_interval, paired_interval, paired_permutation
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import item_table, write_catalog
@@ -70,8 +71,13 @@ def make_run(
     facts: dict | None = None,
     extra: dict | None = None,
     measurement: str | None = None,
+    unit: str | None = "query",
+    units: np.ndarray | None = None,
 ) -> Path:
-    """A run directory, or with `measurement` that evaluation in it, as train and evaluate leave them."""
+    """A run directory, or with `measurement` that evaluation in it, as train and evaluate leave them.
+
+    unit, units: of chance, and that of each query; unit=None: as they left it before units were named.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model = {"network": NETWORK, "optimizer": {"lr": lr}, "loss": {"seed": seed}, "start": start}
     config = {
@@ -92,12 +98,15 @@ def make_run(
     metrics = {"mAP": mean, "P@10": mean / 2, "rerank/mAP": None, "bytes_per_item": 6.0, "index/latency_ms_p50": 0.5}
     about = {"protocol": "toy", "fingerprint": fingerprint, "attribute": "kind", "junk": None, "exclude_self": True}
     about |= {"metrics": metrics | (extra or {}), "intervals": {"mAP": [mean - 0.02, mean + 0.02]}}
-    (place / "metrics.json").write_text(json.dumps({"test": about}))
     rows = np.arange(N - Q, N)
+    units = rows if units is None else units
+    about |= {} if unit is None else {"unit": unit, "units": len(np.unique(units))}
+    (place / "metrics.json").write_text(json.dumps({"test": about}))
     table = {"index": rows[::-1], "label": (rows % 3)[::-1], "AP": ap[::-1], "P@10": ap[::-1] / 2}
+    table |= {} if unit is None else {"unit": units[::-1]}
     if found is not None:
         table["found"] = pa.array(found[::-1], pa.list_(pa.int64()))
-    meta = {"protocol": "toy", "fingerprint": fingerprint}
+    meta = {"protocol": "toy", "fingerprint": fingerprint} | ({} if unit is None else {"unit": unit})
     pq.write_table(pa.table(table).replace_schema_metadata(meta), place / "per_query.parquet")
     return place
 
@@ -129,8 +138,67 @@ def test_tests_are_those_of_the_values_by_query(tmp_path):
         assert (found.p, found.p_holm, found.queries) == (plain, adjusted, Q)
         assert (found.difference, found.low, found.high) == pytest.approx(paired_interval(*pair))
         change = (pair[0] - pair[1]).numpy()
-        # z(1 - .05 / 2 / 2 tests) + z(.8)
-        assert found.detectable == pytest.approx((2.2414 + 0.8416) * change.std(ddof=1) / Q**0.5, rel=1e-4)
+        steps = stats.t.ppf(1 - 0.05 / 2 / 2, Q - 1) + stats.t.ppf(0.8, Q - 1)  # two tests
+        assert found.detectable == pytest.approx(steps * change.std(ddof=1) / Q**0.5)
+
+
+def test_units_of_chance_are_tested_as_one(tmp_path):
+    """Twelve artists whose five works rise or fall together: far less sure than sixty works would be."""
+    units = np.arange(Q) // 5
+    shift = np.random.default_rng(3).normal(0.02, 0.05, 12)[units]
+    pair = torch.from_numpy(values(1) + shift), torch.from_numpy(values(1))
+    b, a = (v.numpy() for v in pair)
+    given = {"unit": "artist", "units": units}
+    results = read(make_run(tmp_path / "b", b, **given), make_run(tmp_path / "a", a, lr=2, **given))
+    entries = board(results, baseline=1)
+    entry = next(e for e in entries if e.paired)
+    found, means = entry.paired, (pair[0] - pair[1]).reshape(12, 5).mean(1).numpy()
+    expected = stats.ttest_1samp(means, 0).confidence_interval()
+    assert (found.low, found.high) == pytest.approx(tuple(expected))
+    assert (found.queries, found.units, entry.unit, entry.units) == (Q, 12, "artist", 12)
+    flips = stats.permutation_test((means,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
+    assert found.p == pytest.approx(flips, abs=1e-12)
+    assert found.p > 10 * paired_permutation(*pair)
+    table = next(csv.DictReader(io.StringIO(csv_text(entries, ["mAP"], []))))
+    assert (table["unit"], table["units"], table["paired_units"]) == ("artist", "12", "12")
+    for text in (markdown_table(entries, columns(entries, ["mAP"]), []), page.page(compared(entries, classes=None))):
+        assert "by artist (12)" in text.replace("\\", "")
+
+
+def test_seeds_are_one_entry_over_units(tmp_path):
+    units = np.arange(Q) // 5
+    results = read(*(make_run(tmp_path / str(s), values(s), seed=s, unit="artist", units=units) for s in (0, 1)))
+    (entry,) = board(results)
+    both = torch.from_numpy((values(0) + values(1)) / 2)
+    expected = mean_interval(both[:, None], torch.from_numpy(units))[0]
+    assert entry.values["mAP"].interval == pytest.approx(tuple(expected.tolist()))
+
+
+def test_other_units_do_not_compare_and_older_runs_go_by_query(tmp_path):
+    units = np.arange(Q) // 5
+    new = make_run(tmp_path / "new", values(1), unit="artist", units=units)
+    old = make_run(tmp_path / "old", values(2), lr=2, unit=None)
+    again = make_run(tmp_path / "again", values(3), lr=3, unit=None)
+    with pytest.raises(ValueError, match=r"(?s)unit of chance.*by artist: new\n.*by query: old\n.*simsearch evaluate"):
+        check_comparable(read(new, old))
+    forced = board(read(new, old))
+    assert [entry.paired for entry in forced] == [None, None]
+    results = read(old, again)
+    check_comparable(results)
+    entries = board(results)
+    assert next(e.paired.units for e in entries if e.paired) == Q
+    assert "by query (measured before units of chance were named)" in markdown_table(entries, [], [])
+    # A table that has lost its units, or has others, is no longer that of the metrics.
+    table = pq.read_table(new / "per_query.parquet")
+    kept = table.replace_schema_metadata({k: v for k, v in table.schema.metadata.items() if k != b"unit"})
+    pq.write_table(kept, new / "per_query.parquet")
+    _, (missing,) = read_all([new])
+    assert "different measurements" in missing.reason
+    units[0] = 11
+    other = make_run(tmp_path / "other", values(4), lr=4, unit="artist", units=units)
+    pq.write_table(table, new / "per_query.parquet")
+    with pytest.raises(ValueError, match="other and new have other queries"):
+        board(read(new, other))
 
 
 def test_seeds_of_a_configuration_are_one_entry(tmp_path):
@@ -181,7 +249,9 @@ def test_a_metric_that_a_run_has_not(tmp_path):
 
 def test_fingerprints_that_differ_are_refused(tmp_path):
     runs = [make_run(tmp_path / n, values(1), fingerprint=f) for n, f in (("a", "feed"), ("b", "beef"), ("c", "feed"))]
-    with pytest.raises(ValueError, match=r"(?s)do not compare.*toy feed: a, c\n.*toy beef: b\n.*force=true"):
+    with pytest.raises(
+        ValueError, match=r"(?s)do not compare.*toy feed by query: a, c\n.*toy beef by query: b\n.*force=true"
+    ):
         check_comparable(read(*runs))
     check_comparable(read(runs[0], runs[2]))
     entries = board(read(*runs))

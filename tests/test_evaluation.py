@@ -27,7 +27,9 @@ from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import OfficialSplit
 from simsearch.functional.codes import pack_codes, unpack_codes
+from simsearch.functional.significance import mean_interval
 from simsearch.index.faiss_index import FaissIndex
+from simsearch.metrics.retrieval import mean_name
 from simsearch.search.rerank import AQE
 from simsearch.types import Descriptors, RetrievalTask
 
@@ -230,7 +232,17 @@ class TestEvaluate:
         for name in ("mAP", "P@5", "index/P@5", "NDCG@20"):
             low, high = first.intervals[name]
             assert low < first.metrics[name] < high
-        assert evaluate(query, gallery, FaissIndex("Flat"), ks=KS, seed=4).intervals != first.intervals
+
+    def test_intervals_go_by_the_units(self):
+        query, gallery = clustered(60, seed=0, first=500), clustered(200, seed=1)
+        units = torch.arange(60) // 6
+        result = evaluate(query, gallery, FaissIndex("Flat"), ks=KS, units=units)
+        for name, values in result.per_query.items():
+            expected = mean_interval(values[:, None], units)[0].tolist()
+            assert result.intervals[mean_name(name)] == pytest.approx(tuple(expected), nan_ok=True)
+        by_query = evaluate(query, gallery, FaissIndex("Flat"), ks=KS)
+        assert by_query.metrics["mAP"] == result.metrics["mAP"]
+        assert by_query.intervals["mAP"] != result.intervals["mAP"]
 
     def test_an_index_of_the_other_kind(self):
         real = clustered(20, seed=0)
@@ -386,6 +398,9 @@ class TestCallback:
             mean = about["metrics"]["mAP" if name == "AP" else name]
             assert np.nanmean(table[name].to_numpy()) == pytest.approx(mean, abs=1e-12)
         assert table.schema.metadata[b"protocol"] == b"tiny"
+        assert table.schema.metadata[b"unit"] == b"query"
+        assert table["unit"].to_pylist() == table["index"].to_pylist()
+        assert (about["unit"], about["units"]) == ("query", len(task.query))
         assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.json", "per_query.parquet"]
 
     def test_an_interrupted_write_leaves_the_old_results(self, data, tmp_path, monkeypatch):

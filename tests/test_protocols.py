@@ -441,6 +441,56 @@ def test_fingerprint_follows_data_and_task_but_neither_name_nor_training_rows():
     assert protocol.split(replace(collection, images=images)).test.fingerprint != task.fingerprint
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "unit", "column"),
+    [
+        *((f"art-{name}", {}, "artist", None) for name in ("artist", "style", "work")),
+        ("art-artist", {"part": None}, "work", None),
+        ("art-artist", {"part": None, "work": None, "junk": None}, "query", None),
+        ("art-artist", {"unit": "style"}, "style", "style"),
+        ("art-artist", {"unit": "query"}, "query", None),
+        ("art-artist-random", {}, "artist", "artist"),
+        ("rendered-artist", {}, "artist", "artist"),
+        ("rendered-style", {}, "artist", "artist"),
+        ("rendered-work", {}, "work", "work"),
+        ("rendered-work", {"group": None}, "query", None),
+    ],
+)
+def test_protocols_name_their_unit_of_chance(museum, name, changes, unit, column):
+    """Rows of one value are one unit, rows without one are each their own; numbers and fingerprints do not change."""
+    protocol = replace(load(name), **changes)
+    split = protocol.split(museum)
+    by_query = replace(protocol, unit="query").split(museum).test
+    assert split.test.unit == split.validation.unit == unit
+    assert split.test.fingerprint == by_query.fingerprint
+    assert torch.equal(split.test.query, by_query.query)
+    assert torch.equal(by_query.query_units, by_query.query)
+    if unit == "query":
+        assert len(split.test.query_units.unique()) == len(split.test.query)
+    elif column is not None:
+        values = museum.column(column).tolist()
+        mine = [value if value >= 0 else f"row {row}" for row, value in enumerate(values)]
+        assert same_partition(split.test.units.tolist(), mine)
+    few = drop_rows(split.test, split.test.query[:1], "-without")
+    assert (few.unit, few.query_units.tolist()) == (unit, split.test.query_units[1:].tolist())
+
+
+def same_partition(ours: list, theirs: list) -> bool:
+    return len(set(zip(ours, theirs, strict=True))) == len(set(ours)) == len(set(theirs))
+
+
+def test_units_by_hash_are_what_the_split_keeps_together(museum):
+    """Also a photograph whose artist is not known, of a work whose other photographs tell."""
+    units = load("art-artist").split(museum).test.units
+    assert same_partition(units.tolist(), component_names(museum_rows()))
+
+
+def test_test_images_are_units_of_their_own(cifar_like):
+    for name in ("10k-50k", "dsh-release", "1k-59k", "unseen-classes"):
+        split = load(name).split(cifar_like)
+        assert (split.test.unit, split.test.units, split.validation.unit) == ("query", None, "query")
+
+
 def test_drop_rows():
     collection = classes_collection([0, 1] * 10, [0, 1] * 3, 2)
     task = OfficialSplit("p", gallery="train", exclude_self=True).split(collection).test

@@ -20,6 +20,7 @@ from conftest import simsearch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.stats import binomtest
 
 from simsearch import __main__ as program
 from simsearch.data.revisited import (
@@ -28,6 +29,7 @@ from simsearch.data.revisited import (
     convert_ground_truth,
     file_name,
     fingerprint,
+    landmarks,
     load_gallery,
     load_queries,
     read_benchmark,
@@ -591,10 +593,14 @@ class TestCommands:
         assert 0 < metrics["hard/mAP"] < 1
         assert (metrics["queries"], metrics["gallery"], metrics["bytes_per_item"]) == (3, 8, 64)
         assert metrics["hard/queries_without_relevant"] == 1
-        assert about["intervals"]["easy/mAP"] == [1, 1]
+        # Queries 1 and 2 both list picture 3: two landmarks, all right.
+        assert (about["unit"], about["units"]) == ("landmark", 2)
+        assert about["intervals"]["easy/mAP"] == pytest.approx(binomtest(2, 2).proportion_ci(), abs=1e-9)
+        assert "by landmark: 2" in done.stdout
         assert about["fingerprint"] == fingerprint(read_benchmark(truth), oxford / "jpg")
         table = pq.read_table(folder / "per_query.parquet")
         assert table["image"].to_pylist() == ["query_0", "query_1", "query_2"]
+        assert table["unit"].to_pylist() == [0, 1, 1]
         for name in (f"{setup}/AP" for setup in SETUPS):
             mean = np.nanmean(table[name].to_numpy())
             assert mean == pytest.approx(metrics[name.replace("AP", "mAP")], abs=1e-12)
@@ -628,3 +634,22 @@ class TestCommands:
         done = simsearch("instance", f"run={small_run}", f"gnd={tmp_path / 'toy.json'}", f"images={oxford}", expect=1)
         assert "11 of 11 files are not in" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+SOME = st.sets(st.integers(0, 12), max_size=3), st.sets(st.integers(13, 25), max_size=3)
+
+
+@given(st.lists(st.tuples(*SOME), min_size=1, max_size=20))
+def test_queries_that_share_an_image_over_others_show_one_landmark(listed):
+    """Against a flood over shared images by hand; junk shares nothing."""
+    queries = tuple(Query(f"q{i}", None, tuple(e), tuple(h), (30,)) for i, (e, h) in enumerate(listed))
+    benchmark = Benchmark("toy", tuple(f"image_{i}" for i in range(31)), queries)
+    expected = []
+    for start in range(len(listed)):
+        met, waiting = set(), [start]
+        while waiting:
+            met.add(now := waiting.pop())
+            shown = set().union(*listed[now])
+            waiting += [i for i in range(len(listed)) if i not in met and shown & set().union(*listed[i])]
+        expected.append(min(met))
+    assert landmarks(benchmark).tolist() == expected

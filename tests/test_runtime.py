@@ -251,15 +251,29 @@ def test_results_table_shows_values_and_intervals():
     metrics = {"mAP": 0.31781, "P@1": 0.5, "bytes_per_item": 64.0, "index/latency_ms_p50": 0.123}
     stage = {
         "protocol": "10k-50k", "fingerprint": "0123456789abcdef", "metrics": metrics,
-        "intervals": {"mAP": [0.31, 0.32567], "P@1": [0.45, 0.55]},
+        "intervals": {"mAP": [0.31, 0.32567], "P@1": [0.45, 0.55]}, "unit": "artist", "units": 45,
     }  # fmt: skip
     console = Console(width=140, file=io.StringIO())
     console.print(runtime.results_table({"test": stage, "other": stage}))
     text = console.file.getvalue()
-    for part in ("0.3178", "0.3100-0.3257", "0.5000", "10k-50k", "0123456789abcdef", " 64 ", "0.12"):
+    for part in ("0.3178", "0.3100-0.3257", "0.5000", "10k-50k", "0123456789abcdef", "artist", " 45 ", " 64 ", "0.12"):
         assert part in text
     assert text.count("10k-50k") == 1  # stages that were not asked for stay out
     assert text.count(" - ") >= 2  # P@10 and R@10 were not measured
+
+
+def test_lines_of_results_say_what_their_intervals_are_over():
+    metrics = {"mAP": 0.5, "GAP": 0.4, "queries": 9.0, "bytes_per_item": 64.0}
+    stage = {"protocol": "art-artist", "fingerprint": "f" * 16, "metrics": metrics, "intervals": {"mAP": [0.4, 0.6]}}
+    facts = {"row": "a", "data": "art", "seconds": 1.0, "seed": 0, "command": "x"}
+
+    def over(about: dict) -> list[tuple]:
+        lines = runtime.result_lines(about, ["mAP", "GAP"], **facts)
+        named = [dict(zip(runtime.RESULT_COLUMNS, line, strict=True)) for line in lines]
+        return [(line["ci_low"], line["unit"], line["units"]) for line in named]
+
+    assert over(stage | {"unit": "artist", "units": 3}) == [(0.4, "artist", 3), ("", "", "")]
+    assert over(stage) == [(0.4, "query", 9), ("", "", "")]  # of a time before units were named
 
 
 def test_index_of_a_config_is_fresh_each_time():
