@@ -315,6 +315,7 @@ class TestComparable:
     def test_places_and_reports_do_not_count(self):
         changes = {"run_root": "/elsewhere", "data.num_workers": 2, "logger.project": "p", "catalog.write": False}
         changes |= {"trainer.log_every_n_steps": 7, "callbacks.progress": None, "callbacks.throughput": None}
+        changes |= {"protocol.unit": "work"}  # of intervals, not of values
         assert comparable(self.tiny(**changes)) == comparable(self.tiny())
 
     @pytest.mark.parametrize(

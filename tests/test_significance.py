@@ -1,5 +1,6 @@
 """Intervals and paired tests against what statistics says of them, SciPy, enumeration and simulation."""
 
+import doctest
 import itertools
 import tracemalloc
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from simsearch.functional import significance
 from simsearch.functional.ranking import measure_ranking
 from simsearch.functional.significance import (
     holm,
@@ -121,6 +123,18 @@ def test_intervals_hold_the_mean_lie_in_bounds_and_know_neither_order_nor_names(
     torch.testing.assert_close(mean_interval(values[:, :1], units), bounds[:1], rtol=0, atol=1e-12)
     wider = mean_interval(values, units, confidence=0.99)[known]
     assert ((wider[:, 0] <= bounds[known, 0] + 1e-12) & (wider[:, 1] >= bounds[known, 1] - 1e-12)).all()
+
+
+def test_examples_in_the_docstrings_hold():
+    assert doctest.testmod(significance) == (0, 2)
+
+
+def test_rounding_changes_no_rule():
+    """Ranks that sum in another order may find 1 - 1e-16 where one process finds 1: intervals agree within 1e-12."""
+    values = (torch.arange(50)[:, None] > torch.tensor([-1, 2])).double()
+    for units in (None, torch.arange(50) // 5):
+        near = mean_interval(values * (1 - 1e-15), units)
+        torch.testing.assert_close(near, mean_interval(values, units), rtol=0, atol=1e-12)
 
 
 def test_missing_values_are_left_out():

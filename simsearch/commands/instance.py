@@ -36,7 +36,6 @@ from simsearch.functional.significance import mean_interval
 from simsearch.images import read_image
 from simsearch.search.engine import encode
 
-UNIT = "landmark"
 _SAMPLE, _CROPPED = 16, 0.02  # images looked at, and the share of one that may be cropped without a word
 
 
@@ -140,7 +139,7 @@ def summary(per_query: Mapping[str, Tensor], units: Tensor) -> dict[str, Any]:
             intervals[mean] = (low, high)
     for setup in SETUPS:
         metrics[f"{setup}/queries_without_relevant"] = int(per_query[f"{setup}/AP"].isnan().sum())
-    return {"unit": UNIT, "units": len(units.unique()), "metrics": metrics, "intervals": intervals}
+    return {"unit": "landmark", "units": len(units.unique()), "metrics": metrics, "intervals": intervals}
 
 
 def write_results(
