@@ -35,7 +35,7 @@ def mean_interval(values: Tensor, units: Tensor | None = None, *, confidence: fl
     .9 and 20 to 500 queries .93 to .97 (.89 to .95), of mean .05 and 50 .93, 20 .89. Of 10, 20 and 45 unequal units
     with up to 100 queries: AP that differs as much between as within .95 to .96 (.85 to .94), where greater units are
     better .91 to .95 (.78 to .90); rates of .7 .94 to .96 (.85 to .94). Rates of .95 whose errors lie in few units get
-    .90 to .97 (.68 to .88): a unit that was not drawn leaves no trace.
+    .88 to .97 (.68 to .88): a unit that was not drawn leaves no trace.
 
     Raises ValueError for an empty input, units of another length and a confidence outside (0, 1).
 
