@@ -8,13 +8,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from simsearch.files import write_json
+from simsearch.files import read_json, write_json
 
 _SAVE_BYTES, _SAVE_SECONDS = 2**25, 10.0  # saving is a disk write: after so much or so long
 
@@ -29,9 +30,10 @@ def cache_key(parts: Mapping[str, object]) -> str:
 class ArrayCache:
     """Arrays by the content of what they were computed from, under `root` (made when needed).
 
-    An entry is a folder `<key>/` with array.npy and meta.json. While it is being computed it is
-    `<key>.partial/` and one job holds its lock; others wait and then read the result. A job that
-    was killed leaves its rows behind, and the next one goes on after them.
+    An entry is a folder `<key>/` with array.npy and meta.json, which has the digests of its blocks of rows. While it is
+    being computed it is `<key>.partial/` and one job holds its lock; others wait and then read the result. A job that
+    was killed leaves its rows behind, and the next one goes on after them. All rows are compared with their digests
+    when an entry is opened (a GB a second and core): a damaged one is computed again.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -66,7 +68,9 @@ class ArrayCache:
         try:
             if (found := self._open(entry, shape, dtype)) is not None:
                 return found
-            shutil.rmtree(entry, ignore_errors=True)
+            if entry.exists():
+                print(f"the cache entry {entry} is damaged or of another shape: it is computed again", file=sys.stderr)
+                shutil.rmtree(entry, ignore_errors=True)
             self._fill(entry, dict(parts), shape, dtype, fill)
         finally:
             lock.release()
@@ -80,22 +84,29 @@ class ArrayCache:
         if not (entry / "meta.json").is_file():
             return None
         try:
+            blocks = read_json(entry / "meta.json").get("blocks")
             array = np.load(entry / "array.npy", mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):
             return None
-        return array if array.shape == shape and array.dtype == np.dtype(dtype) else None
+        if array.shape != shape or array.dtype != np.dtype(dtype):
+            return None
+        sound = blocks is None or _sound_rows(array, blocks) == len(array)  # an older version's has no digests
+        return array if sound else None
 
     def _fill(self, entry: Path, parts: dict[str, object], shape: tuple[int, ...], dtype: str, fill: Fill) -> None:
         partial = entry.with_name(f"{entry.name}.partial")
         path, progress = partial / "array.npy", partial / "progress.json"
-        array, start = None, 0
+        array, blocks = None, []
         if progress.is_file():
             try:
                 array = np.load(path, mmap_mode="r+", allow_pickle=False)
-                start = int(json.loads(progress.read_text())["rows"])
+                blocks = read_json(progress)["blocks"]
             except (OSError, ValueError, EOFError, KeyError):
-                array, start = None, 0
-        if array is None or array.shape != shape or array.dtype != np.dtype(dtype):
+                array = None
+        if array is not None and array.shape == shape and array.dtype == np.dtype(dtype):
+            sound = _sound_rows(array, blocks)
+            blocks = [block for block in blocks if block[0] <= sound]
+        else:
             shutil.rmtree(partial, ignore_errors=True)
             need = int(np.prod(shape)) * np.dtype(dtype).itemsize
             free = shutil.disk_usage(self.root).free
@@ -106,17 +117,32 @@ class ArrayCache:
                     "do without one"
                 )
             partial.mkdir(parents=True)
-            array, start = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape), 0
-        saved, last = start, time.monotonic()
+            array, blocks = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape), []
+        start = saved = blocks[-1][0] if blocks else 0
+        last = time.monotonic()
         for done in fill(array, start) if start < shape[0] else ():
             due = (done - saved) * array[:1].nbytes >= _SAVE_BYTES or time.monotonic() - last > _SAVE_SECONDS
             if due or done == shape[0]:
                 array.flush()
-                write_json(progress, {"rows": done})
+                blocks.append([done, _sha256(array[saved:done])])
+                write_json(progress, {"blocks": blocks})
                 saved, last = done, time.monotonic()
         if saved != shape[0]:
             raise RuntimeError(f"{shape[0]} rows were promised to the cache, {saved} came")
         del array
-        write_json(partial / "meta.json", {"parts": parts, "shape": shape, "dtype": dtype})
+        write_json(partial / "meta.json", {"parts": parts, "shape": shape, "dtype": dtype, "blocks": blocks})
         os.replace(partial, entry)
         (entry / progress.name).unlink(missing_ok=True)
+
+
+def _sound_rows(array: np.ndarray, blocks: Sequence[tuple[int, str]]) -> int:
+    """How many of the first rows are what was written, by blocks: where each ends, and its digest."""
+    starts = [0, *(stop for stop, _ in blocks)]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda start, block: _sha256(array[start : block[0]]), starts, blocks)
+        sound = [digest == known for digest, (_, known) in zip(found, blocks, strict=True)]
+    return starts[(*sound, False).index(False)]
+
+
+def _sha256(rows: np.ndarray) -> str:
+    return hashlib.sha256(rows).hexdigest()

@@ -1,13 +1,22 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and whose damage is seen: each has a SHA-256 beside it or in it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CHECKSUM = "checksum"
+_PIECE = 2**20  # bytes that are read together
 
 
 @contextmanager
@@ -33,7 +42,115 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def write_json(path: Path, value: object) -> None:
-    """Writes `value` as JSON, atomically."""
+# ------------------------------------------------------------------------------------------- checksums
+
+
+class Damaged(ValueError):
+    """A file whose content is not what was written."""
+
+
+def sha256(path: Path, *spans: tuple[int, int]) -> str:
+    """The SHA-256 (hex) of a file, or of its bytes start..stop-1 of these spans, one after another."""
+    with path.open("rb") as file:
+        if not spans:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest, piece = hashlib.sha256(), bytearray(_PIECE)
+        for start, stop in spans:
+            file.seek(start)
+            while start < stop and (count := file.readinto(memoryview(piece)[: stop - start])):
+                digest.update(memoryview(piece)[:count])
+                start += count
+        return digest.hexdigest()
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of files in a folder, by name, for an entry `sha256` of the JSON that describes the folder."""
+    return {name: sha256(folder / name) for name in names}
+
+
+def checked(folder: Path, name: str, about: Mapping[str, Any]) -> Path:
+    """The path of a file in a folder, after comparing it with about["sha256"]; with nothing where that lacks it.
+
+    Raises Damaged where it is another file than was written, FileNotFoundError where it is missing.
+    """
+    path, expected = folder / name, about.get("sha256", {}).get(name)
+    if expected is not None and sha256(path) != expected:
+        raise Damaged(f"{path} is damaged or of another folder: its SHA-256 is not the recorded one")
+    return path
+
+
+def checksum(value: Mapping[str, Any]) -> str:
+    """The SHA-256 (hex) of plain values, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes `value` as JSON with a checksum of it, atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(to_json(value))
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """The text that `write_json` writes."""
+    value = {name: entry for name, entry in value.items() if name != CHECKSUM}
+    return json.dumps({**value, CHECKSUM: checksum(value)}, indent=2) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What `write_json` wrote. A file without a checksum, by hand or of an older version, is taken as it is.
+
+    Raises Damaged where it is anything else, OSError where it can't be read.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Damaged(f"{path} is damaged: it holds no mapping")
+    stated = value.pop(CHECKSUM, None)
+    if stated is not None and stated != checksum(value):
+        raise Damaged(
+            f"{path} is damaged or was changed by hand: its checksum is not that of its content (who changed it on "
+            f"purpose deletes the line {CHECKSUM!r})"
+        )
+    return value
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes an .npy file, followed by the SHA-256 of its values, atomically."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+        file.write(hashlib.sha256(np.ascontiguousarray(array)).digest())
+
+
+def read_array(path: Path, dtype: np.dtype) -> np.ndarray:
+    """What `write_array` wrote, of this type. Raises Damaged for anything else, OSError where it can't be read."""
+    with path.open("rb") as file:
+        try:
+            array = np.load(file, allow_pickle=False)
+            sound = array.dtype == dtype and file.read() == hashlib.sha256(np.ascontiguousarray(array)).digest()
+        except Exception as error:  # a header is a Python literal, of which anything may be left
+            raise Damaged(f"{path} is damaged: {error}") from error
+    if not sound:
+        raise Damaged(f"{path} is damaged: its SHA-256 is not that of its values")
+    return array
+
+
+def check_zip(path: Path) -> Path:
+    """The path, after comparing the entries of a zip file, as torch.save writes them, with their CRC-32.
+
+    torch.load does not look at them. A file that does not begin as a zip file does is left alone.
+
+    Raises Damaged where an entry is not what was written, OSError where the file can't be read.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return path
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise Damaged(f"{path} is damaged: {error}") from error
+    if wrong is not None:
+        raise Damaged(f"{path} is damaged: the CRC-32 of {wrong} in it is not the recorded one")
+    return path

@@ -1,6 +1,6 @@
 """The descriptor cache: computed once, resumed, rebuilt when damaged; files whole or not at all."""
 
-import json
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -13,7 +13,7 @@ import pytest
 
 import simsearch.cache
 from simsearch.cache import ArrayCache, cache_key
-from simsearch.files import replacing, write_json
+from simsearch.files import read_json, replacing, write_json
 
 PARTS = {"model": "lite0", "data": "abc", "size": 224}
 
@@ -71,10 +71,11 @@ def test_an_entry_names_what_it_is(cache):
     cache.get(PARTS, (4, 3), "float32", Rows())
     entry = cache.root / cache_key(PARTS)
     assert sorted(path.name for path in entry.iterdir()) == ["array.npy", "meta.json"]
-    assert json.loads((entry / "meta.json").read_text()) == {
+    assert read_json(entry / "meta.json") == {
         "parts": PARTS,
         "shape": [4, 3],
         "dtype": "float32",
+        "blocks": [[4, hashlib.sha256(expected(4, 3).tobytes()).hexdigest()]],
     }
 
 
@@ -105,7 +106,8 @@ def test_progress_is_saved_at_intervals(cache, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         cache.get(PARTS, (20, 3), "float32", Rows(fail_at=11))
     (progress,) = cache.root.rglob("progress.json")
-    assert json.loads(progress.read_text()) == {"rows": 8}
+    digests = [hashlib.sha256(expected(8, 3)[rows].tobytes()).hexdigest() for rows in (slice(4), slice(4, 8))]
+    assert read_json(progress)["blocks"] == [[4, digests[0]], [8, digests[1]]]
 
 
 def test_a_job_that_died_before_the_last_rename_only_finishes(cache, monkeypatch):
@@ -227,7 +229,7 @@ def test_the_root_may_name_the_home(monkeypatch, tmp_path):
 def test_files_are_whole_or_unchanged(tmp_path):
     path = tmp_path / "new" / "value.json"
     write_json(path, {"a": [1, 2]})
-    assert json.loads(path.read_text()) == {"a": [1, 2]}
+    assert read_json(path) == {"a": [1, 2]}
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
 
@@ -238,5 +240,5 @@ def test_files_are_whole_or_unchanged(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert json.loads(path.read_text()) == {"a": [1, 2]}
+    assert read_json(path) == {"a": [1, 2]}
     assert [p.name for p in path.parent.iterdir()] == ["value.json"]

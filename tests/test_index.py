@@ -1,7 +1,6 @@
 """FaissIndex against brute force written without FAISS."""
 
 import hashlib
-import json
 import math
 import os
 import subprocess
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from simsearch.files import read_json, write_json
 from simsearch.index import faiss_index
 from simsearch.index.faiss_index import FaissIndex
 
@@ -482,8 +482,7 @@ class TestSaving:
         """An edited nprobe or ef_search in index.json is the one that searches."""
         items, queries = family_data(factory)
         filled(factory, items, **{name: 1}).save(tmp_path)
-        content = json.loads((tmp_path / "index.json").read_text())
-        (tmp_path / "index.json").write_text(json.dumps(content | {name: 600}))
+        write_json(tmp_path / "index.json", read_json(tmp_path / "index.json") | {name: 600})
         metric = "hamming" if factory[0] == "B" else "ip"
         found = FaissIndex.load(tmp_path).search(queries, 10).scores.double()
         torch.testing.assert_close(found, ranked(similarities(queries, items, metric), 10)[1], atol=1e-5, rtol=0)
@@ -532,9 +531,8 @@ class TestSaving:
         """Right checksum, but FAISS cannot make sense of it."""
         filled("Flat", clustered(10)).save(tmp_path)
         (tmp_path / "index.faiss").write_bytes(b"nonsense")
-        content = json.loads((tmp_path / "index.json").read_text())
-        content["sha256"] = hashlib.sha256(b"nonsense").hexdigest()
-        (tmp_path / "index.json").write_text(json.dumps(content))
+        digest = hashlib.sha256(b"nonsense").hexdigest()
+        write_json(tmp_path / "index.json", read_json(tmp_path / "index.json") | {"sha256": digest})
         with pytest.raises(ValueError, match=r"FAISS cannot read .*index\.faiss"):
             FaissIndex.load(tmp_path)
 

@@ -862,7 +862,7 @@ class TestLibrary:
 
     def test_an_old_catalog_shows_its_own_thumbnails(self, root, encoder, tmp_path):
         place = make_catalog(tmp_path / "c", root, encoder)
-        small = Thumbnails(place / "items.parquet", held_bytes=1)
+        small = Thumbnails(place / "items.parquet", {}, held_bytes=1)
         expected = read_catalog(place).thumbnails(range(N))
         make_catalog(place, root, encoder, count=5)
         assert [small[i] for i in (23, 0, 7)] == [expected[i] for i in (23, 0, 7)]
@@ -872,7 +872,7 @@ class TestLibrary:
         data = [f"thumbnail {i}".encode() for i in range(n)]
         pq.write_table(pa.table({"thumbnail": pa.array(data, pa.binary())}), tmp_path / "t", row_group_size=1024)
         for held in (1, 10**9):
-            found = Thumbnails(tmp_path / "t", held_bytes=held)
+            found = Thumbnails(tmp_path / "t", {}, held_bytes=held)
             assert [found[i] for i in (0, 1023, 1024, 2499, 5)] == [data[i] for i in (0, 1023, 1024, 2499, 5)]
 
 

@@ -66,6 +66,7 @@ def main(config: DictConfig) -> None:
     write_calibration(
         catalog.folder,
         {
+            "catalog": catalog.fingerprint,
             "rate": config.rate,
             "certainty": config.certainty,
             "same_work": thresholds["same_work"].value,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import os
@@ -10,7 +9,6 @@ import pickle
 import re
 import tarfile
 import tempfile
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from http.client import HTTPException
@@ -23,6 +21,7 @@ import torch
 from PIL import Image
 
 from simsearch.data.collection import Collection
+from simsearch.files import Damaged, read_array, write_array
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = "cifar-10-batches-py"
@@ -281,35 +280,19 @@ def _decode(blob: bytes | None, path: Path, row: int) -> np.ndarray:
         raise DataError(f"{path} row {row} holds no readable image ({error}): fetch the file again") from error
 
 
-# The cache: one .npy of rows, followed by the SHA-256 of its content
-
-
 def _load(path: Path) -> np.ndarray | None:
     """Rows of a cache entry, or None where there is no sound one."""
     try:
-        with path.open("rb") as file:
-            rows = np.load(file, allow_pickle=False)
-            sound = rows.dtype == _ROW and file.read() == hashlib.sha256(rows).digest()
+        return read_array(path, _ROW)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except Exception:  # whatever the damage, the entry is rebuilt
-        sound = False
-    if not sound:
+    except (Damaged, OSError):  # whatever the damage, the entry is rebuilt
         warnings.warn(f"cache entry {path} is damaged and is built again", stacklevel=3)
         return None
-    return rows
 
 
 def _store(path: Path, rows: np.ndarray) -> None:
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            np.save(file, rows, allow_pickle=False)
-            file.write(hashlib.sha256(rows).digest())
-        os.replace(part, path)
+        write_array(path, rows)
     except OSError as error:
         warnings.warn(f"cannot write cache entry {path} ({error}): the images are decoded each time", stacklevel=3)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()

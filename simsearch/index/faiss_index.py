@@ -6,8 +6,6 @@ library (2024). Factory strings: https://github.com/facebookresearch/faiss/wiki/
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 import threading
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsearch.files import replacing
+from simsearch.files import read_json, replacing, sha256, write_json
 from simsearch.types import SearchResult
 
 _METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
@@ -333,12 +331,12 @@ class FaissIndex:
             raise ValueError("nothing to save: the index was neither trained nor filled")
         self._drop_maps()
         folder = Path(path)
-        with replacing(folder / "index.faiss") as data, replacing(folder / "index.json") as settings:
+        with replacing(folder / "index.faiss") as data:
             write = faiss.write_index_binary if self.is_binary else faiss.write_index
             write(self._index, str(data))
             content = {name: getattr(self, name) for name in _SETTINGS}
-            content |= {"empty_bytes": self._empty_bytes, "sha256": _sha256(data)}
-            settings.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            content |= {"empty_bytes": self._empty_bytes, "sha256": sha256(data)}
+        write_json(folder / "index.json", content)
 
     @classmethod
     def load(cls, path: str | Path) -> FaissIndex:
@@ -351,13 +349,13 @@ class FaissIndex:
             if not file.is_file():
                 raise FileNotFoundError(f"no index file {file}: save an index there first")
         try:
-            content = json.loads(settings.read_text(encoding="utf-8"))
+            content = read_json(settings)
             index = cls(**{name: content[name] for name in _SETTINGS})
             index._empty_bytes = content["empty_bytes"]
             digest = content["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"damaged index settings {settings} ({error}): save the index again") from None
-        if _sha256(data) != digest:
+        if sha256(data) != digest:
             raise ValueError(
                 f"damaged index file {data}: its SHA-256 is not the one in {settings.name}; save the index again"
             )
@@ -568,8 +566,3 @@ def _ties_in_order(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         order = by_id.gather(1, values.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
         ids[rows] = some.gather(1, order)  # the scores are sorted already
     return ids, scores
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

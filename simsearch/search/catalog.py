@@ -1,27 +1,26 @@
 """What an experiment leaves: an index, the items in it and the encoder that filled it, in one folder.
 
-    catalog.json          format, encoder fingerprint and config, provenance, counts
+    catalog.json          format, encoder fingerprint and config, provenance, counts, digests of the other files
     index/                the FAISS index
     items.parquet         one row an item, in index order: path, attributes, thumbnail (image bytes)
     encoder.safetensors   all tensors of the encoder
     calibration.json      scores from which on something is a match, by simsearch calibrate; its curves in calibration/
 
-No pickles. A catalog is written aside and moved into place whole.
+No pickles. A catalog is written aside and moved into place whole. Nothing of it is read whose digest differs, so damage
+and files of another catalog are named and never answered with. One of an older version has no digests.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -29,16 +28,16 @@ from torch import Tensor, nn
 
 from simsearch.cache import cache_key
 from simsearch.data.manifest import Manifest
-from simsearch.files import write_json
+from simsearch.files import checked, checksum, digests, read_json, write_json
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import state_fingerprint
+from simsearch.search.items import THUMBNAIL, ThumbnailGroups, read_items, write_items
 from simsearch.types import Part
 
 FORMAT = 1
 _ENTRIES = {"catalog.json", "index", "items.parquet", "encoder.safetensors", "skipped.csv"}
 _ENTRIES |= {"calibration.json", "calibration"}
-THUMBNAIL = "thumbnail"
-_GROUP = 1024  # rows of items.parquet that are read together
+_GROUP = 1024  # items whose thumbnails are read together
 _ADDED = 2**16  # vectors that an index is given together
 Rows = TypeVar("Rows", Tensor, pa.Table)
 
@@ -69,6 +68,11 @@ class Catalog:
         return len(self.items)
 
     @property
+    def fingerprint(self) -> str:
+        """16 hex digits over all that is known of the catalog, the digests of its files included."""
+        return checksum(self.about)[:16]
+
+    @property
     def parts(self) -> dict[str, Part]:
         """The parts of a descriptor, in the order of its columns; of a code one, its bits."""
         if (stored := self.about.get("parts")) is not None:
@@ -77,14 +81,17 @@ class Catalog:
         return {"content": Part(0, int(width or 0), 1.0)}
 
     def thumbnails(self, positions: Sequence[int]) -> list[bytes]:
-        """Image bytes of the items at these positions; reads only the parts of the file that hold them."""
-        found: dict[int, bytes] = {}
-        with pq.ParquetFile(self.folder / "items.parquet") as file:
-            for group in {position // _GROUP for position in positions}:
-                column = file.read_row_group(group, columns=[THUMBNAIL]).column(THUMBNAIL)
-                inside = [p for p in positions if p // _GROUP == group]
-                found |= {p: column[p % _GROUP].as_py() for p in inside}
-        return [found[position] for position in positions]
+        """Image bytes of the items at these positions; reads only the parts of the file that hold them.
+
+        Raises CatalogError where they are damaged.
+        """
+        try:
+            with ThumbnailGroups(self.folder / "items.parquet", self.about) as file:
+                places = [file.place(position) for position in positions]
+                groups = {group: file.group(group) for group in {group for group, _ in places}}
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise CatalogError(f"the catalog {self.folder} is damaged ({error}): make it again") from error
+        return [groups[group][place].as_py() for group, place in places]
 
     def load_encoder_state(self, encoder: nn.Module) -> None:
         """Loads the catalog's tensors into an encoder built from its config and checks its fingerprint.
@@ -105,7 +112,10 @@ class Catalog:
 
 
 def write_encoder(folder: Path, encoder: nn.Module) -> dict[str, Any]:
-    """Fingerprint and provenance of an encoder, for an `about`; its tensors go to encoder.safetensors in `folder`."""
+    """Fingerprint and provenance of an encoder, for an `about`; its tensors go to encoder.safetensors in `folder`.
+
+    The digest of that file is for the caller to add.
+    """
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     (folder / "encoder.safetensors").write_bytes(save(state))  # save_file would keep it from other users
     return {
@@ -125,8 +135,8 @@ def _parts(encoder: nn.Module) -> dict[str, Any]:
 def read_encoder(folder: Path, about: Mapping[str, Any], encoder: nn.Module) -> None:
     """Loads what `write_encoder` left. Raises CatalogError where the tensors do not fit or are damaged."""
     try:
-        encoder.load_state_dict(load_file(folder / "encoder.safetensors"))
-    except (RuntimeError, SafetensorError, OSError) as error:
+        encoder.load_state_dict(load_file(checked(folder, "encoder.safetensors", about)))
+    except (RuntimeError, SafetensorError, OSError, ValueError) as error:
         raise CatalogError(f"cannot load the encoder of {folder}: {error}") from error
     encoder.provenance = dict(about["backbone"])  # type: ignore[assignment]
 
@@ -211,18 +221,20 @@ def write_catalog(
     temporary.mkdir(parents=True)
     try:
         index.save(temporary / "index")
-        count = _write_items(temporary / "items.parquet", [items] if isinstance(items, pa.Table) else items)
-        if len(index) != count:
-            raise ValueError(f"the index holds {len(index)} items, the table {count}")
+        groups = regroup([items] if isinstance(items, pa.Table) else items, _GROUP, pa.concat_tables)
+        of_items = write_items(temporary / "items.parquet", groups)
+        if len(index) != of_items["items"]:
+            raise ValueError(f"the index holds {len(index)} items, the table {of_items['items']}")
         write_json(
             temporary / "catalog.json",
             {
                 "format": FORMAT,
                 **write_encoder(temporary, encoder),
-                "items": count,
                 "bytes_per_item": index.code_bytes,
                 "config": dict(config),
                 **about,
+                **of_items,
+                "sha256": digests(temporary, ["encoder.safetensors"]) | _index_digest(temporary),
             },
         )
         if folder.exists():
@@ -240,20 +252,6 @@ def write_catalog(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_items(path: Path, tables: Iterable[pa.Table]) -> int:
-    """How many rows there were; they lie in groups of _GROUP, by which `thumbnails` finds them."""
-    count, writer = 0, None
-    try:
-        for table in regroup(tables, _GROUP, pa.concat_tables):
-            writer = writer or pq.ParquetWriter(path, table.schema)
-            writer.write_table(table, row_group_size=_GROUP)
-            count += len(table)
-    finally:
-        if writer is not None:
-            writer.close()
-    return count
-
-
 def read_catalog(folder: Path, *, calibrated: bool = True) -> Catalog:
     """The catalog in `folder`. Raises CatalogError where there is none or it is damaged.
 
@@ -261,42 +259,52 @@ def read_catalog(folder: Path, *, calibrated: bool = True) -> Catalog:
     """
     folder = Path(folder)
     try:
-        about = json.loads((folder / "catalog.json").read_text())
-    except (OSError, ValueError) as error:
+        about = read_json(folder / "catalog.json")
+    except OSError as error:
         raise CatalogError(
             f"no catalog in {folder} ({error}): make one by `simsearch index run=... images=...`, or give "
             "the catalog folder of a run"
         ) from error
-    about = about if isinstance(about, dict) else {}
+    except ValueError as error:
+        raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
     if about.get("format") != FORMAT:
         raise CatalogError(f"{folder} has catalog format {about.get('format')}, this version reads {FORMAT}")
     if missing := sorted({"encoder_fingerprint", "backbone", "config"} - set(about)):
         raise CatalogError(f"the catalog {folder} is damaged (catalog.json lacks {', '.join(missing)}): make it again")
     try:
         index = FaissIndex.load(folder / "index")
-        names = [n for n in pq.read_schema(folder / "items.parquet").names if n != THUMBNAIL]
-        items = pq.read_table(folder / "items.parquet", columns=names)
+        if (known := about.get("sha256")) is not None and _index_digest(folder).items() - known.items():
+            raise ValueError("its index is of another catalog")
+        items = read_items(folder / "items.parquet", about)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
     if len(index) != len(items):
         raise CatalogError(f"the catalog {folder} is damaged: {len(index)} vectors for {len(items)} items")
-    return Catalog(folder, index, items, about, _read_calibration(folder) if calibrated else None)
+    catalog = Catalog(folder, index, items, about)
+    return replace(catalog, calibration=_read_calibration(catalog)) if calibrated else catalog
+
+
+def _index_digest(folder: Path) -> dict[str, str]:
+    """That of index.faiss as index.json states it, so that large ones are read once; the other settings may change."""
+    return {"index/index.faiss": read_json(folder / "index" / "index.json")["sha256"]}
 
 
 def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
     """Writes calibration.json of the catalog in `folder`, atomically; `read_catalog` reads it.
 
-    calibration: rate, the rate of false matches that was promised; same_work, the cosine at the catalog's own weights
-    above which an item is the same work; similar, the mean of that many `neighbours`' cosines above which a query has
-    similar works here, None where that was not calibrated; weights, of the parts; negatives, how many scores of
-    queries without a match each threshold comes from.
+    calibration: catalog, the fingerprint of the catalog that it holds for (another's is refused); rate, the rate of
+    false matches that was promised; same_work, the cosine at the catalog's own weights above which an item is the same
+    work; similar, the mean of that many `neighbours`' cosines above which a query has similar works here, None where
+    that was not calibrated; weights, of the parts; negatives, how many scores of queries without a match each
+    threshold comes from.
     """
-    write_json(folder / "calibration.json", dict(calibration))
+    write_json(folder / "calibration.json", calibration)
 
 
-def _read_calibration(folder: Path) -> dict[str, Any] | None:
+def _read_calibration(catalog: Catalog) -> dict[str, Any] | None:
+    path = catalog.folder / "calibration.json"
     try:
-        calibration = json.loads((folder / "calibration.json").read_text())
+        calibration = read_json(path)
         float(calibration["same_work"])
         if calibration["similar"] is not None:
             float(calibration["similar"])
@@ -306,8 +314,10 @@ def _read_calibration(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CatalogError(
-            f"{folder / 'calibration.json'} is damaged or of another version ({error!r}): delete it, or calibrate again"
+            f"{path} is damaged or of another version ({error!r}): delete it, or calibrate again"
         ) from error
+    if calibration.get("catalog", catalog.fingerprint) != catalog.fingerprint:  # older ones do not say
+        raise CatalogError(f"{path} is of another catalog, whose scores differ: delete it, or calibrate again")
     return calibration
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import io
-import itertools
 import os
 import stat
 import threading
@@ -18,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import nn
@@ -26,7 +23,8 @@ from torch import nn
 from simsearch.images import MAX_BYTES
 from simsearch.models.backbones import Runtime
 from simsearch.models.parts import can_explain
-from simsearch.search.catalog import THUMBNAIL, Catalog, CatalogError, read_catalog
+from simsearch.search.catalog import Catalog, CatalogError, read_catalog
+from simsearch.search.items import ThumbnailGroups
 from simsearch.search.recommender import Recommender, Request
 from simsearch.serving.encoder import EncoderWorker
 from simsearch.serving.limits import Limits
@@ -90,17 +88,15 @@ class Loaded:
 class Thumbnails:
     """The thumbnails in an items.parquet, by position; held in memory where all take at most `held_bytes`.
 
+    about: catalog.json, which knows their digests. Raises Damaged where they are not what was written.
+
     The file stays open: another catalog may take its place, and the old one still answers.
     """
 
-    def __init__(self, path: Path, held_bytes: int = _HELD_BYTES) -> None:
-        self._file = pq.ParquetFile(pa.OSFile(str(path)))
+    def __init__(self, path: Path, about: Mapping[str, Any], held_bytes: int = _HELD_BYTES) -> None:
+        self._file = ThumbnailGroups(path, about)
         self._lock = threading.Lock()
-        about = self._file.metadata
-        column = self._file.schema_arrow.get_field_index(THUMBNAIL)
-        sizes = [about.row_group(g).column(column).total_uncompressed_size for g in range(about.num_row_groups)]
-        counts = [about.row_group(g).num_rows for g in range(about.num_row_groups)]
-        self._starts = [0, *itertools.accumulate(counts)][:-1]
+        sizes = self._file.sizes
         self._most = max(1, held_bytes // max(1, max(sizes, default=1)))
         self._groups: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
         self._shapes: dict[int, tuple[int, int]] = {}
@@ -110,17 +106,18 @@ class Thumbnails:
                 self._group(group)
 
     def __getitem__(self, position: int) -> bytes:
-        group = bisect.bisect_right(self._starts, position) - 1
+        group, place = self._file.place(position)
         with self._lock:
-            return self._group(group)[position - self._starts[group]].as_py()
+            return self._group(group)[place].as_py()
 
     def shape(self, position: int) -> tuple[int, int]:
-        """Width and height of a thumbnail, 1 x 1 of a damaged one."""
+        """Width and height of a thumbnail, 1 x 1 of one that is no image."""
         if position not in self._shapes:
+            data = self[position]
             try:
-                with Image.open(io.BytesIO(self[position])) as picture:
+                with Image.open(io.BytesIO(data)) as picture:
                     self._shapes[position] = picture.size
-            except Exception:  # Pillow raises nearly every built-in exception on damaged files
+            except Exception:  # Pillow raises nearly every built-in exception on what is no image
                 self._shapes[position] = 1, 1
         return self._shapes[position]
 
@@ -128,7 +125,7 @@ class Thumbnails:
         if group in self._groups:
             self._groups.move_to_end(group)
         else:
-            self._groups[group] = self._file.read_row_group(group, columns=[THUMBNAIL]).column(THUMBNAIL)
+            self._groups[group] = self._file.group(group)
             if len(self._groups) > self._most:
                 self._groups.popitem(last=False)
         return self._groups[group]
@@ -227,7 +224,7 @@ class Library:
         recommender = Recommender(catalog)
         recommender.recommend(Request(like=recommender.vectors([0]), k=1, exclude=(0,)))  # reads what it reads lazily
         listing = Listing(recommender.attributes)
-        thumbnails, version = Thumbnails(source.folder / "items.parquet"), _version(source.folder)
+        thumbnails, version = Thumbnails(source.folder / "items.parquet", catalog.about), _version(source.folder)
         worker = self._worker(catalog)
         return Loaded(
             name=name,
