@@ -145,4 +145,4 @@ def _sound_rows(array: np.ndarray, blocks: Sequence[tuple[int, str]]) -> int:
 
 
 def _sha256(rows: np.ndarray) -> str:
-    return hashlib.sha256(rows).hexdigest()
+    return hashlib.sha256(rows.data).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import uuid
 import zipfile
 import zlib
@@ -79,6 +80,14 @@ def checked(folder: Path, name: str, about: Mapping[str, Any]) -> Path:
     return path
 
 
+def note_change(folder: Path, name: str, about: Mapping[str, Any]) -> None:
+    """Says on standard error where a file in a folder that a user may change is not the one in about["sha256"]."""
+    try:
+        checked(folder, name, about)
+    except Damaged:
+        print(f"note: {folder / name} was changed or damaged since it was written: it counts as it is", file=sys.stderr)
+
+
 def checksum(value: Mapping[str, Any]) -> str:
     """The SHA-256 (hex) of plain values, whatever the order of keys."""
     return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
@@ -101,17 +110,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises Damaged where it is anything else, OSError where it can't be read.
     """
+    return from_json(path.read_bytes(), path)
+
+
+def from_json(text: str | bytes, path: Path) -> dict[str, Any]:
+    """What `to_json` made the text of, as `read_json` has it; path: where it lies."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path} is no JSON: {error}") from error
+        raise Damaged(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise Damaged(f"{path} is damaged: it holds no mapping")
     stated = value.pop(CHECKSUM, None)
     if stated is not None and stated != checksum(value):
         raise Damaged(
-            f"{path} is damaged or was changed by hand: its checksum is not that of its content (who changed it on "
-            f"purpose deletes the line {CHECKSUM!r})"
+            f"{path} is damaged or was changed by hand: make it again, or delete its line {CHECKSUM!r} where that was "
+            "on purpose"
         )
     return value
 
@@ -120,7 +134,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an .npy file, followed by the SHA-256 of its values, atomically."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
-        file.write(hashlib.sha256(np.ascontiguousarray(array)).digest())
+        file.write(hashlib.sha256(np.ascontiguousarray(array).data).digest())
 
 
 def read_array(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -128,7 +142,7 @@ def read_array(path: Path, dtype: np.dtype) -> np.ndarray:
     with path.open("rb") as file:
         try:
             array = np.load(file, allow_pickle=False)
-            sound = array.dtype == dtype and file.read() == hashlib.sha256(np.ascontiguousarray(array)).digest()
+            sound = array.dtype == dtype and file.read() == hashlib.sha256(np.ascontiguousarray(array).data).digest()
         except Exception as error:  # a header is a Python literal, of which anything may be left
             raise Damaged(f"{path} is damaged: {error}") from error
     if not sound:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy
 
 from simsearch.callbacks.interruption import stop_signals
-from simsearch.files import write_json
+from simsearch.files import read_json, write_json
 
 _GRACE_S = 20.0  # for the others once a rank has failed: a collective may wait for it for half an hour
 _LEFT_BEHIND = (
@@ -220,7 +219,7 @@ class _Ranks:
 
     def _first_error(self, codes: Sequence[int]) -> RankError:
         """The error that the others' errors come from."""
-        told = {number: json.loads(path.read_text()) for number in range(len(codes)) if (path := self._path(number))}
+        told = {number: read_json(path) for number in range(len(codes)) if (path := self._path(number))}
         died = [n for n, code in enumerate(codes) if code < 0 and n not in told and n not in self.killed]
         if told and all(codes[n] == -signal.SIGABRT for n in died):  # so libraries end when they lose another rank
             first = min(told, key=lambda number: told[number]["time"])

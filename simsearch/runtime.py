@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import logging
 import os
 import pickle
@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import nn
 
 from simsearch import launch
-from simsearch.files import replacing, write_json
+from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, to_json, write_json
 from simsearch.models.backbones import WeightsError
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
@@ -258,17 +258,20 @@ def start_run(config: DictConfig) -> Run:
 
 def _claim(folder: Path, values: dict[str, Any]) -> Run:
     """The run of a folder that nobody else has, or that this SLURM step had before it was queued again."""
+    text = OmegaConf.to_yaml(OmegaConf.create(values))
+    digest = hashlib.sha256(text.encode()).hexdigest()
     about = {"wandb_id": _new_id(), "slurm_step": launch.slurm_step(), "versions": versions()}
+    about["sha256"] = {"config.yaml": digest}
     try:
         with (folder / "run.json").open("x") as file:  # two jobs cannot both have the folder
-            file.write(json.dumps(about, indent=2))
+            file.write(to_json(about))
     except FileExistsError:
         if not _is_ours(folder):
             raise _taken(folder) from None
         if (folder / "config.yaml").is_file():
             return replace(open_run(folder), resumed=True)
     with replacing(folder / "config.yaml") as temporary:
-        OmegaConf.save(OmegaConf.create(values), temporary)
+        temporary.write_text(text, encoding="utf-8")
     return Run(folder, values)
 
 
@@ -296,7 +299,7 @@ def _await(folder: Path, seconds: float = 600.0) -> Run:
 def _is_ours(folder: Path) -> bool | None:
     """Whether this SLURM step made the run directory; None where nobody did yet."""
     try:
-        step = json.loads((folder / "run.json").read_text()).get("slurm_step")
+        step = read_json(folder / "run.json").get("slurm_step")
     except (OSError, ValueError):  # not there, or being written
         return None
     return step is not None and step == launch.slurm_step()
@@ -319,7 +322,7 @@ def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.L
 
     The parts of a resumed run add up; one that was killed without a chance to end is missing.
     """
-    about = json.loads((folder / "run.json").read_text())
+    about = read_json(folder / "run.json")
     cuda = trainer.strategy.root_device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     about["train_seconds"] = about.get("train_seconds", 0.0) + seconds
@@ -339,6 +342,8 @@ def open_run(folder: Path) -> Run:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(values, dict) or not values:
         raise ValueError(f"{path} is damaged: it holds no config")
+    if (folder / "run.json").is_file():
+        note_change(folder, path.name, read_json(folder / "run.json"))
     return Run(folder, {str(key): value for key, value in values.items()} | {"run_dir": str(folder)})
 
 
@@ -349,8 +354,8 @@ def load_model(run: Run) -> pl.LightningModule:
         raise ValueError(f"{run.folder} has no checkpoints/best.ckpt: its training did not finish; resume it")
     model = build(run.config["model"])
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        checkpoint = torch.load(check_zip(path), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, Damaged) as error:
         raise ValueError(f"{path} is damaged or holds more than tensors: {error}") from error
     try:
         model.on_load_checkpoint(checkpoint)

@@ -30,7 +30,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from simsearch import launch, runtime
-from simsearch.files import is_alive, write_json
+from simsearch.files import is_alive, read_json, write_json
 
 # What a trial's numbers do not depend on.
 _ASIDE = ("hydra", "run_dir", "run_root", "resume", "logger", "objective")
@@ -119,7 +119,7 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
             lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"{present.folder} is in work already, by another process of this sweep") from None
-    before = json.loads(path.read_text()) if path.is_file() else {}
+    before = read_json(path) if path.is_file() else {}
     try:
         if before.get("state") == "finished":
             present.values, present.finished = before["values"], True
@@ -143,7 +143,7 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
 
 def check_same_data(folder: Path, config: DictConfig) -> None:
     """Raises ValueError where the data or protocol of a finished trial are not what they were."""
-    stored = json.loads((folder / "metrics.json").read_text())["test"]["fingerprint"]
+    stored = read_json(folder / "metrics.json")["test"]["fingerprint"]
     values = OmegaConf.to_container(config, resolve=True)
     now = _fingerprint(json.dumps({name: values[name] for name in ("data", "protocol", "backbone", "sampler")}))
     if now != stored:
@@ -165,7 +165,7 @@ def objectives(folder: Path, names: str | Sequence[str] | None) -> Any:
     """
     if names is None:
         return None
-    stages = json.loads((folder / "metrics.json").read_text())
+    stages = read_json(folder / "metrics.json")
 
     def value(name: str) -> float:
         stage, _, metric = name.partition("/")
@@ -214,7 +214,7 @@ class Sweep(Callback):
             return
         print(f"sweep: {summary(Path(config.hydra.sweep.dir), self._since)}", file=sys.stderr)
         told = Path(config.hydra.runtime.output_dir) / "trial.json"
-        if job_return.status is JobStatus.FAILED and told.is_file() and json.loads(told.read_text())["error"]:
+        if job_return.status is JobStatus.FAILED and told.is_file() and read_json(told)["error"]:
             # Left as it is, a grid would report the first failure by its traceback and forget the others.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
@@ -272,7 +272,7 @@ def read_trials(folder: Path) -> list[dict[str, Any]]:
     """What trial.json says of each trial of a sweep, with its `folder`, by the time that it began."""
     trials = []
     for path in folder.glob("*/trial.json"):
-        about = json.loads(path.read_text())
+        about = read_json(path)
         about["folder"] = path.parent.name
         if about["state"] == "running" and about["host"] == socket.gethostname() and not is_alive(about["pid"]):
             about["state"] = "interrupted"
@@ -335,7 +335,7 @@ def _planned(folder: Path) -> int:
         raise ValueError(
             f"{folder} is no sweep: it has no sweep.json. Give a folder that `simsearch train -m` wrote to"
         )
-    return int(json.loads(path.read_text())["planned"])
+    return int(read_json(path)["planned"])
 
 
 def _objective(about: Mapping[str, Any]) -> float:
@@ -368,7 +368,7 @@ def _steps(folder: Path) -> str:
 
 def _mean_ap(folder: Path) -> str:
     path = folder / "metrics.json"
-    stages = json.loads(path.read_text()) if path.is_file() else {}
+    stages = read_json(path) if path.is_file() else {}
     stage = "val" if "val" in stages else "test"
     value = stages.get(stage, {}).get("metrics", {}).get("mAP")
     return "-" if value is None else f"{value:.4f}" + (" t" if stage == "test" else "")

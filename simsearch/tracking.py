@@ -21,6 +21,7 @@ from simsearch import launch
 from simsearch.callbacks.neighbours import Example
 from simsearch.data.collection import Collection
 from simsearch.figures import Tile
+from simsearch.files import read_json
 from simsearch.runtime import HEADLINES, Run, open_run
 
 _TRAINING = ("train_seconds", "device", "parameters")  # of run.json, as runtime.note_training has them
@@ -164,7 +165,7 @@ def _group(run: Run) -> str | None:
 
 
 def _identity(run: Run) -> str:
-    return str(json.loads((run.folder / "run.json").read_text())["wandb_id"])
+    return str(read_json(run.folder / "run.json")["wandb_id"])
 
 
 # ------------------------------------------------------------------------------------- the best validation
@@ -224,7 +225,7 @@ def log_summary(loggers: list[Logger], folder: Path) -> None:
     what the training took.
     """
     summary = {}
-    for stage, about in json.loads((folder / "metrics.json").read_text()).items():
+    for stage, about in read_json(folder / "metrics.json").items():
         summary |= {
             f"{stage}/{key}": about[key] for key in ("protocol", "fingerprint", "unit", "units") if key in about
         }
@@ -233,7 +234,7 @@ def log_summary(loggers: list[Logger], folder: Path) -> None:
                 low, high = about["intervals"][name]
                 summary |= {f"{stage}/{name}_low": low, f"{stage}/{name}_high": high}
     if (folder / "run.json").is_file():
-        facts = json.loads((folder / "run.json").read_text())
+        facts = read_json(folder / "run.json")
         summary |= {name: facts[name] for name in _TRAINING if name in facts}
     for experiment in _experiments(loggers):
         experiment.summary.update(summary)
@@ -316,7 +317,7 @@ def _checkpoint(run: Run) -> Any:
 
 
 def _measured(folder: Path) -> dict[str, Any]:
-    about = json.loads((folder / "metrics.json").read_text())["test"]
+    about = read_json(folder / "metrics.json")["test"]
     return {"protocol": about["protocol"], "fingerprint": about["fingerprint"], "mAP": about["metrics"]["mAP"]}
 
 

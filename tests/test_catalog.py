@@ -215,7 +215,7 @@ class TestReading:
         ("damage", "message"),
         [
             (lambda c: (c / "catalog.json").unlink(), "no catalog in .* make one by `simsearch index"),
-            (lambda c: (c / "catalog.json").write_text('{"format": 1'), "is damaged .*is no JSON"),
+            (lambda c: (c / "catalog.json").write_text('{"format": 1'), "is damaged .*is not JSON"),
             (lambda c: (c / "catalog.json").write_text("[1]"), "is damaged .*holds no mapping"),
             (lambda c: (c / "catalog.json").write_text('{"format": 9}'), "catalog format 9, this version reads 1"),
             (lambda c: (c / "catalog.json").write_text('{"format": 1}'), "lacks backbone, config, encoder_fingerprint"),

@@ -20,7 +20,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from simsearch.callbacks.sharded_index import ShardedIndex, whole_index
-from simsearch.files import replacing, write_json
+from simsearch.files import digests, read_json, replacing, write_json
 from simsearch.functional.definitions import average_precision_definitions
 from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, measure_ranking
 from simsearch.functional.reranking import Reranker, unit_vectors
@@ -343,8 +343,8 @@ def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluat
     """
     units = result.query.index if task.units is None else task.units[result.query.index]
     path = folder / "metrics.json"
-    stages = json.loads(path.read_text()) if path.is_file() else {}
-    stages[stage] = {
+    stages = read_json(path) if path.is_file() else {}
+    about: dict[str, Any] = {
         "protocol": task.name,
         "fingerprint": task.fingerprint,
         "attribute": task.attribute,
@@ -356,7 +356,6 @@ def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluat
         "metrics": {name: None if math.isnan(value) else value for name, value in result.metrics.items()},
         "intervals": result.intervals,
     }
-    write_json(path, stages)
     if stage == "test":
         columns = {"index": result.query.index.numpy(), "label": result.query.label.numpy(), "unit": units.numpy()}
         columns |= {name: value.numpy() for name, value in result.per_query.items()}
@@ -367,3 +366,5 @@ def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluat
         meta["model"] = json.dumps(dict(model))
         with replacing(folder / "per_query.parquet") as temporary:
             pq.write_table(pa.table(columns).replace_schema_metadata(meta), temporary)
+        about["sha256"] = digests(folder, ["per_query.parquet"])
+    write_json(path, {**stages, stage: about})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from simsearch.comparison.page import DETAILED, Case, Comparison, Picture, diffe
 from simsearch.comparison.report import columns, csv_text, markdown_table, terminal_table
 from simsearch.comparison.runs import Missing, Result, expand, read_all, read_wandb, short_names
 from simsearch.data.collection import Collection
-from simsearch.files import replacing
+from simsearch.files import read_json, replacing
 from simsearch.images import encode_thumbnail
 from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import Engine
@@ -249,7 +248,7 @@ class Judge:
     @classmethod
     def of(cls, collection: Collection, line: Entry) -> Judge:
         """The judge of the baseline's test. Raises ValueError where the collection has other labels than the test."""
-        about = json.loads((Path(line.results[0].place) / "metrics.json").read_text())["test"]
+        about = read_json(Path(line.results[0].place) / "metrics.json")["test"]
         label = collection.column(about["attribute"])
         queries = line.queries
         assert queries is not None

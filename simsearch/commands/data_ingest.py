@@ -33,7 +33,7 @@ from simsearch.data.listing import read_listing
 from simsearch.data.pixels import images_of
 from simsearch.data.works import agreeing, hash_distances, hash_pairs
 from simsearch.figures import Tile, save_grid
-from simsearch.files import replacing
+from simsearch.files import Damaged, read_array, replacing, write_array
 from simsearch.functional.pooling import gem
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import resize
@@ -129,18 +129,19 @@ def describe(folder: Path, images: Ragged, backbone: nn.Module, size: int, chunk
         for number, start in enumerate(range(0, len(images), chunk)):
             piece = images[start : start + chunk]
             path = folder / f"{number:06d}.npy"
-            if not path.exists():
+            try:
+                described = read_array(path, np.dtype("float16"))
+                bar.update(len(piece))
+            except (OSError, Damaged):  # not there yet, or of no use
                 found = []
                 for first in range(0, len(piece), _BATCH):
                     squares = torch.stack([resize(image, size, size) for image in piece[first : first + _BATCH]])
                     with torch.inference_mode():
                         found.append(F.normalize(gem(backbone(squares, size), 3.0)))
                     bar.update(len(squares))
-                with replacing(path) as temporary, temporary.open("wb") as file:
-                    np.save(file, torch.cat(found).half().numpy(), allow_pickle=False)
-            else:
-                bar.update(len(piece))
-            parts.append(torch.from_numpy(np.load(path, allow_pickle=False)))
+                described = torch.cat(found).half().numpy()
+                write_array(path, described)
+            parts.append(torch.from_numpy(described))
     return F.normalize(torch.cat(parts).float())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from pytorch_lightning.loggers import Logger
 from simsearch import runtime, tracking
 from simsearch.data.audit import read_csv
 from simsearch.data.protocols import WithoutRows
-from simsearch.files import write_json
+from simsearch.files import read_json, write_json
 
 
 @runtime.command("evaluate")
@@ -68,7 +67,7 @@ def measure(
     trainer = runtime.build_trainer(config, folder, loggers)
     run_stage = trainer.test if stage == "test" else trainer.validate
     run_stage(model, data, verbose=False)
-    runtime.show(runtime.results_table(json.loads((folder / "metrics.json").read_text())))
+    runtime.show(runtime.results_table(read_json(folder / "metrics.json")))
     print(f"results: {folder / 'metrics.json'}")
 
 
@@ -76,7 +75,7 @@ def note_trained_queries(run: runtime.Run, data: pl.LightningDataModule, folder:
     """Writes into metrics.json how many queries the run was fitted on, which another protocol may bring."""
     trained = runtime.build(run.config["protocol"]).split(data.collection).train  # type: ignore[attr-defined]
     count = int(torch.isin(data.task(stage).query, trained).sum())  # type: ignore[attr-defined]
-    stages = json.loads((folder / "metrics.json").read_text())
+    stages = read_json(folder / "metrics.json")
     stages["test" if stage == "test" else "val"]["queries_trained_on"] = count
     write_json(folder / "metrics.json", stages)
     if count:

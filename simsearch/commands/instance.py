@@ -29,7 +29,7 @@ from simsearch.data.revisited import (
     load_queries,
     read_benchmark,
 )
-from simsearch.files import replacing, write_json
+from simsearch.files import digests, replacing, write_json
 from simsearch.functional.codes import unpack_codes
 from simsearch.functional.graded import GRADES, SETUPS, measure_graded
 from simsearch.functional.significance import mean_interval
@@ -146,13 +146,14 @@ def write_results(
     folder: Path, benchmark: Benchmark, about: Mapping[str, Any], per_query: Mapping[str, Tensor]
 ) -> None:
     """Leaves metrics.json and per_query.parquet in `folder`. Atomic each."""
-    write_json(folder / "metrics.json", {"test": about})
     columns = {"query": range(len(benchmark.queries)), "image": [query.image for query in benchmark.queries]}
     columns["unit"] = landmarks(benchmark).numpy()
     columns |= {name: values.numpy() for name, values in per_query.items()}
     meta = {key: about[key] for key in ("protocol", "fingerprint", "unit")} | {"model": json.dumps(about["model"])}
     with replacing(folder / "per_query.parquet") as temporary:
         pq.write_table(pa.table(columns).replace_schema_metadata(meta), temporary)
+    about = {**about, "sha256": digests(folder, ["per_query.parquet"])}
+    write_json(folder / "metrics.json", {"test": about})
 
 
 def results_table(about: Mapping[str, Any], ks: list[int]) -> Table:

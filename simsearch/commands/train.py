@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -21,6 +20,7 @@ from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
 from simsearch.callbacks.interruption import Interruption
 from simsearch.callbacks.neighbours import NeighbourFigure
 from simsearch.callbacks.precision_recall import PrecisionRecall
+from simsearch.files import check_zip, read_json
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import item_table, write_catalog
@@ -76,6 +76,8 @@ def train(
 
     best, last = (run.folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     go_on = run.resumed and last.is_file()
+    if go_on:
+        check_zip(last)
     start = time.perf_counter()
     try:
         trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)
@@ -83,7 +85,7 @@ def train(
         if trainer.is_global_zero:
             runtime.note_training(run.folder, time.perf_counter() - start, trainer, model)
     model.requires_grad_(False)  # what is frozen runs faster
-    trainer.test(model, data, ckpt_path=str(best), weights_only=True, verbose=False)
+    trainer.test(model, data, ckpt_path=str(check_zip(best)), weights_only=True, verbose=False)
     result = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation)).results["test"]
     index = result.whole_index() if run.config["catalog"]["write"] else None  # with the help of all ranks
     trainer.strategy.barrier()  # metrics.json is written
@@ -135,7 +137,7 @@ def save_catalog(
 
 def report(folder: Path) -> None:
     """Prints the results of a run and what to do next."""
-    runtime.show(runtime.results_table(json.loads((folder / "metrics.json").read_text())))
+    runtime.show(runtime.results_table(read_json(folder / "metrics.json")))
     print(f"run directory: {folder}")
     if (picture := folder / "figures" / "neighbours.png").is_file():
         print(f"neighbours:    {picture}")

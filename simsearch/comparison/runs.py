@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from simsearch.files import Damaged, checked, note_change, read_json
 from simsearch.metrics.retrieval import mean_name
 
 # One of these lies in a folder that is or was to become a run's.
@@ -179,6 +179,7 @@ def read_run(folder: Path) -> Result | str:
         raise Unreadable("it has no config.yaml")
     config = _mapping(run / "config.yaml")
     facts = _mapping(run / "run.json") if (run / "run.json").is_file() else {}
+    note_change(run, "config.yaml", facts)
     if not (folder / "metrics.json").is_file():
         trained = any((run / "checkpoints").glob("*.ckpt"))
         return "it was not tested" + (" (there is a checkpoint: resume=true goes on)" if trained else "")
@@ -194,7 +195,9 @@ def read_run(folder: Path) -> Result | str:
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise Unreadable(f"metrics.json is damaged: {type(error).__name__} {error}") from error
     try:
-        schema = pq.read_schema(folder / "per_query.parquet")
+        schema = pq.read_schema(checked(folder, "per_query.parquet", about))
+    except Damaged as error:
+        raise Unreadable(f"metrics.json and per_query.parquet are of different measurements: {error}") from error
     except (OSError, pa.ArrowException) as error:
         raise Unreadable(f"per_query.parquet is missing or damaged: {error}") from error
     told = {key: (schema.metadata or {}).get(key.encode(), b"").decode() for key in ("fingerprint", "unit")}
@@ -206,8 +209,7 @@ def read_run(folder: Path) -> Result | str:
 def _mapping(path: Path) -> dict[str, Any]:
     """What a JSON or YAML file holds. Raises Unreadable where that is no mapping."""
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        value = read_json(path) if path.suffix == ".json" else yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise Unreadable(f"{path.name} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):

@@ -25,10 +25,10 @@ from simsearch.data.batches import Item, load_items
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.manifest import ImageFiles, Manifest, read_ingest, read_manifest
-from simsearch.data.pixels import PIXELS, Image, Refusal, gathered, map_pixels, read_shards, write_shard
+from simsearch.data.pixels import PIXELS, Image, Refusal, Shard, gathered, map_pixels, read_shards, write_shard
 from simsearch.data.protocols import RetrievalProtocol
 from simsearch.data.samplers import Batches
-from simsearch.files import write_json
+from simsearch.files import Damaged, checked
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import Fit
 from simsearch.images import ImageError
@@ -65,13 +65,12 @@ def decode_files(manifest: Manifest, *, size: int, fit: Fit, cache: Path, worker
     items = ImageFiles(manifest, size=size, fit=fit)
     entry = cache.expanduser() / f"files-{_key(manifest, size, fit)}"
     entry.parent.mkdir(parents=True, exist_ok=True)
+    count = -(-len(items) // _PER_SHARD)
     with FileLock(f"{entry}.lock"):
-        if (found := _open(entry, manifest, fit)) is None:
-            shutil.rmtree(entry, ignore_errors=True)
-            _decode(items, entry, workers)
-            found = _open(entry, manifest, fit)
-    assert found is not None
-    return found
+        shards = read_shards(entry, count)
+        if len(shards) < count:
+            shards = _decode(items, entry, workers)
+    return _decoded(manifest, fit, entry / PIXELS, shards)
 
 
 def _key(manifest: Manifest, size: int, fit: Fit) -> str:
@@ -88,8 +87,13 @@ def _key(manifest: Manifest, size: int, fit: Fit) -> str:
     return digest.hexdigest()[:24]
 
 
-def _decode(items: ImageFiles, entry: Path, workers: int) -> None:
+def _decode(items: ImageFiles, entry: Path, workers: int) -> list[Shard]:
+    """Decodes what neither a killed process nor a damaged entry has left."""
     partial = entry.with_name(f"{entry.name}.partial")
+    if entry.exists():
+        print(f"the decoded images in {entry} are damaged: what is not sound is decoded again", file=sys.stderr)
+        shutil.rmtree(partial, ignore_errors=True)
+        os.replace(entry, partial)
     partial.mkdir(exist_ok=True)
     total = -(-len(items) // _PER_SHARD)
     shards = read_shards(partial, total)
@@ -101,18 +105,30 @@ def _decode(items: ImageFiles, entry: Path, workers: int) -> None:
             for number in range(len(shards), total):
                 start = shards[-1].stop if shards else 0
                 shards.append(write_shard(partial, number, start, islice(found, _PER_SHARD)))
-    errors = [[refusal.row, refusal.reason, refusal.detail] for shard in shards for refusal in shard.refusals]
-    rows = gathered(shards, "rows")
-    if not len(rows):
+    if not len(gathered(shards, "rows")):
         shutil.rmtree(partial)
-        row, reason, detail = errors[0]
-        error = ImageError(items.manifest.root / items.manifest.paths[row], reason, detail)
-        raise ValueError(f"none of the {len(items)} images in {items.manifest.root} could be read: {error}")
-    digest = hashlib.sha256(gathered(shards, "sha256").numpy().tobytes()).hexdigest()
-    with (partial / "shapes.npy").open("wb") as file:
-        np.save(file, torch.cat([rows[:, None], gathered(shards, "shapes")], dim=1).numpy(), allow_pickle=False)
-    write_json(partial / "meta.json", {"digest": digest, "errors": errors})
+        first_error = _errors(items.manifest, shards)[0]
+        raise ValueError(f"none of the {len(items)} images in {items.manifest.root} could be read: {first_error}")
     os.replace(partial, entry)
+    return shards
+
+
+def _decoded(manifest: Manifest, fit: Fit, path: Path, shards: Sequence[Shard]) -> DecodedFiles:
+    """What sound shards hold, their pixels mapped from `path`."""
+    shapes = gathered(shards, "shapes")
+    sizes = 3 * shapes.prod(1)
+    pixels = map_pixels(path, int(sizes.sum()))
+    if fit == "square":
+        images: Tensor | Ragged = pixels.view(len(shapes), 3, *shapes[0].tolist())
+    else:
+        images = Ragged(pixels, sizes.cumsum(0) - sizes, shapes)
+    digest = hashlib.sha256(gathered(shards, "sha256").numpy().tobytes()).hexdigest()
+    return DecodedFiles(images, gathered(shards, "rows"), _errors(manifest, shards), digest)
+
+
+def _errors(manifest: Manifest, shards: Sequence[Shard]) -> list[ImageError]:
+    refusals = (refusal for shard in shards for refusal in shard.refusals)
+    return [ImageError(manifest.root / manifest.paths[one.row], one.reason, one.detail) for one in refusals]
 
 
 class Remaining(Dataset[Item]):
@@ -140,25 +156,6 @@ def _entries(manifest: Manifest, items: Iterable[Item], bar: tqdm) -> Iterator[I
         bar.update()
 
 
-def _open(entry: Path, manifest: Manifest, fit: Fit) -> DecodedFiles | None:
-    """What a sound entry holds, else None."""
-    try:
-        meta = json.loads((entry / "meta.json").read_text())
-        rows, heights, widths = torch.from_numpy(np.load(entry / "shapes.npy", allow_pickle=False)).unbind(1)
-        sizes = 3 * heights * widths
-        pixels = map_pixels(entry / PIXELS, int(sizes.sum()))
-        if (entry / PIXELS).stat().st_size != len(pixels):
-            return None
-    except (OSError, ValueError, EOFError, KeyError):
-        return None
-    if fit == "square":
-        images: Tensor | Ragged = pixels.view(len(rows), 3, int(heights[0]), int(widths[0]))
-    else:
-        images = Ragged(pixels, sizes.cumsum(0) - sizes, torch.stack([heights, widths], dim=1))
-    errors = [ImageError(manifest.root / manifest.paths[row], *why) for row, *why in meta["errors"]]
-    return DecodedFiles(images, rows, errors, meta["digest"])
-
-
 def open_ingest(folder: Path, manifest: Manifest, size: int) -> DecodedFiles:
     """The decoded images of a finished `simsearch data ingest`, Ragged, as large as that made them.
 
@@ -173,11 +170,13 @@ def open_ingest(folder: Path, manifest: Manifest, size: int) -> DecodedFiles:
             f"or use data.size={made} or less"
         )
     try:
-        starts, heights, widths = torch.from_numpy(np.load(folder / "pixels" / "index.npy", allow_pickle=False)).unbind(
-            1
-        )
+        index = torch.from_numpy(np.load(checked(folder, "pixels/index.npy", about), allow_pickle=False))
+        if (known := about.get("pixels")) is not None:
+            shards = read_shards(folder / "pixels", len(known))
+            if [shard.sha256 for shard in shards] != known:
+                raise Damaged(f"{folder / 'pixels' / PIXELS} is not what was decoded")
         length = (folder / "pixels" / PIXELS).stat().st_size
-        images = Ragged(map_pixels(folder / "pixels" / PIXELS, length), starts, torch.stack([heights, widths], dim=1))
+        images = Ragged(map_pixels(folder / "pixels" / PIXELS, length), index[:, 0], index[:, 1:])
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"the pixels in {folder} are damaged ({error}): run `simsearch data ingest` again") from error
     if not len(manifest) == len(images) == about["images"]:

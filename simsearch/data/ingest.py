@@ -5,7 +5,7 @@ cleaned, images of one work tied together.
     pixels/            decoded images (simsearch.data.pixels) and index.npy: where each image of the manifest begins
     manifest.parquet   path, id, attributes, work, sha256, width, height of the images that were taken
     rejected.csv       the others, and why
-    ingest.json        root, settings, digest; written last, so that it marks a finished ingest
+    ingest.json        root, settings, digests; written last, so that it marks a finished ingest
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from simsearch.data.listing import Listing, Rejected
 from simsearch.data.manifest import INGEST, INGEST_PLAN, INGEST_TABLE, Column
 from simsearch.data.pixels import Image, Refusal, Shard, gathered, read_shards, write_shard
 from simsearch.data.works import equal_pairs, union_find
-from simsearch.files import replacing, write_json
+from simsearch.files import digests, read_json, replacing, write_json
 from simsearch.images import MAX_BYTES, MAX_PIXELS, ImageError, header_shape, read_file, read_image
 
 FORMAT = 1
@@ -101,7 +101,7 @@ def begin(out: Path, listing: Listing, decoding: Decoding, source: Path) -> None
         write_json(plan, about)
         return
     try:
-        before = json.loads(plan.read_text())
+        before = read_json(plan)
         differing = [
             name for name in ("format", "root", "settings", "images", "fingerprint") if before[name] != about[name]
         ]
@@ -233,6 +233,7 @@ class Files:
     band: Tensor
     sha256: tuple[str, ...]
     refusals: tuple[Refusal, ...]
+    pixels: tuple[str | None, ...]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -255,6 +256,7 @@ def gather(shards: Sequence[Shard]) -> Files:
         band=gathered(shards, "band"),
         sha256=tuple(digests[start : start + 64] for start in range(0, len(digests), 64)),
         refusals=refusals,
+        pixels=tuple(shard.sha256 for shard in shards),
     )
 
 
@@ -395,5 +397,6 @@ def write_results(
         np.save(stream, index.numpy(), allow_pickle=False)
     write_json(out / "report.json", report)
     digest = hashlib.sha256(bytes.fromhex("".join(kept.columns["sha256"]))).hexdigest()  # type: ignore[arg-type]
-    plan = json.loads((out / INGEST_PLAN).read_text())
-    write_json(out / INGEST, {**plan, **about, "images": len(kept.places), "digest": digest})
+    about = {**read_json(out / INGEST_PLAN), **about, "images": len(kept.places), "digest": digest}
+    about |= {"sha256": digests(out, [INGEST_TABLE, "pixels/index.npy"]), "pixels": files.pixels}
+    write_json(out / INGEST, about)

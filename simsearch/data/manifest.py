@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
 from simsearch.data.batches import ImageBatch, Item, load_batches
+from simsearch.files import Damaged, checked, read_json
 from simsearch.functional.resize import Fit, check_fit
 from simsearch.images import ImageError, read_image
 
@@ -127,7 +127,10 @@ def read_manifest(source: Path, root: Path | None = None) -> Manifest:
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a folder, an image, a .csv or a .parquet")
     if about := read_ingest(source):
-        table = source / INGEST_TABLE
+        try:
+            table = checked(source, INGEST_TABLE, about)
+        except Damaged as error:
+            raise ValueError(f"{error}: run `simsearch data ingest` again") from error
         return _from_table(table, Path(root or about["root"]), _read_parquet(table))
     if root is None:
         root = source if source.is_dir() else source.parent
@@ -159,7 +162,7 @@ def read_ingest(source: Path) -> dict[str, Any] | None:
             raise ValueError(f"the ingest in {source} is not finished: run the same `simsearch data ingest` again")
         return None
     try:
-        about = json.loads(path.read_text())
+        about = read_json(path)
         return {"root": str(about["root"])} | about
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): run `simsearch data ingest` again") from error

@@ -2,19 +2,20 @@
 
     pixels.bin            the pixels of all images, uint8, in order
     000017.safetensors    of shard 17: one row an image in each tensor, among them `rows` and `shapes`; why other
-                          rows have none; where its pixels begin and end. It is written last, so it says that
-                          the pixels are there
+                          rows have none; where its pixels begin and end; digests of both. It is written last, so it
+                          says that the pixels are there
 
 One file of pixels, since a tensor is one mapped piece of memory: images of all shards make one Ragged.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import mmap
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from simsearch.files import replacing
+from simsearch.files import from_json, replacing, to_json
+from simsearch.files import sha256 as file_sha256
 from simsearch.functional.ragged import Ragged
 
 PIXELS = "pixels.bin"
@@ -52,11 +54,13 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of n images. start, stop: their bytes in pixels.bin. columns: `rows` int64 (n,), `shapes` int64
-    (n, 2) and the facts, (n, ...) each. refusals: of the other rows."""
+    """What is known of n images. start, stop: their bytes in pixels.bin; sha256: the digest of these, None of an older
+    version's. columns: `rows` int64 (n,), `shapes` int64 (n, 2) and the facts, (n, ...) each. refusals: of the other
+    rows."""
 
     start: int
     stop: int
+    sha256: str | None
     columns: dict[str, Tensor]
     refusals: tuple[Refusal, ...]
 
@@ -67,6 +71,7 @@ def write_shard(folder: Path, number: int, start: int, items: Iterable[Image | R
     What lies beyond `start` (left by a kill) is cut off. Items must all have the same facts.
     """
     rows, shapes, facts, refusals = [], [], [], []
+    digest = hashlib.sha256()
     path = folder / PIXELS
     path.touch()
     with path.open("r+b") as file:
@@ -76,7 +81,9 @@ def write_shard(folder: Path, number: int, start: int, items: Iterable[Image | R
             if isinstance(item, Refusal):
                 refusals.append(item)
                 continue
-            file.write(item.pixels.contiguous().numpy().data)
+            pixels = item.pixels.contiguous().numpy()
+            file.write(pixels.data)
+            digest.update(pixels)
             rows.append(item.row)
             shapes.append(tuple(item.pixels.shape[1:]))
             facts.append(item.facts)
@@ -89,30 +96,41 @@ def write_shard(folder: Path, number: int, start: int, items: Iterable[Image | R
         **({name: torch.stack([fact[name] for fact in facts]) for name in facts[0]} if facts else {}),
     }
     about = {"start": start, "stop": stop, "refusals": [[r.row, r.reason, r.detail] for r in refusals]}
+    about |= {"sha256": digest.hexdigest(), "columns": tensors_sha256(columns)}
     with replacing(_path(folder, number)) as temporary:
-        temporary.write_bytes(save(columns, {"shard": json.dumps(about)}))
-    return Shard(start, stop, columns, tuple(refusals))
+        temporary.write_bytes(save(columns, {"shard": to_json(about)}))
+    return Shard(start, stop, digest.hexdigest(), columns, tuple(refusals))
 
 
 def read_shards(folder: Path, count: int) -> list[Shard]:
-    """The first shards of `count` up to the first that is missing or damaged."""
+    """The first shards of `count` up to the first that is missing or damaged, which is said on standard error.
+
+    All of them is read, a GB of pixels a second and core.
+    """
     path = folder / PIXELS
     length = path.stat().st_size if path.is_file() else 0
     shards: list[Shard] = []
     for number in range(count):
         try:
             with safe_open(_path(folder, number), "pt") as file:
-                about = json.loads((file.metadata() or {})["shard"])
+                about = from_json((file.metadata() or {})["shard"], _path(folder, number))
                 columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             refusals = tuple(Refusal(*refusal) for refusal in about["refusals"])
-            shard = Shard(about["start"], about["stop"], columns, refusals)
+            shard = Shard(about["start"], about["stop"], about.get("sha256"), columns, refusals)
             sizes = 3 * columns["shapes"].prod(1)
+            if about.get("columns") not in (None, tensors_sha256(columns)):
+                break
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             break
         before = shards[-1].stop if shards else 0
         if shard.start != before or shard.start + int(sizes.sum()) != shard.stop or shard.stop > length:
             break
         shards.append(shard)
+    with ThreadPoolExecutor() as pool:
+        sound = list(pool.map(lambda s: s.sha256 in (None, file_sha256(path, (s.start, s.stop))), shards))
+    shards = shards[: (*sound, False).index(False)]
+    if len(shards) < count and (damaged := _path(folder, len(shards))).exists():
+        print(f"{damaged} or its part of {PIXELS} is damaged", file=sys.stderr)
     return shards
 
 
@@ -148,6 +166,15 @@ def map_pixels(path: Path, length: int) -> Tensor:
         flags, access = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         mapped = mmap.mmap(file.fileno(), length, flags=flags, prot=access)
     return torch.from_numpy(np.frombuffer(mapped, dtype=np.uint8))
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.numpy())
+    return digest.hexdigest()
 
 
 def _path(folder: Path, number: int) -> Path:

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from simsearch.data.batches import ImageBatch, Item, load_batches
 from simsearch.data.manifest import ENDINGS, Manifest, load_images
-from simsearch.files import write_json
+from simsearch.files import Damaged, read_json, write_json
 from simsearch.functional.graded import GRADES
 from simsearch.functional.resize import Fit, resize_to_fit
 from simsearch.images import ImageError, read_image
@@ -227,10 +227,10 @@ def _all_readable(batches: Iterator[ImageBatch]) -> Iterator[tuple[Tensor, Tenso
 def read_benchmark(path: Path) -> Benchmark:
     """The benchmark in a JSON file. Raises ValueError, naming what is wrong where, for any other content."""
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        value = read_json(path)
+    except Damaged as error:
         mend = f": convert it first by simsearch data convert gnd={path}" if path.suffix in (".pkl", ".pickle") else ""
-        raise ValueError(f"{path} is not JSON ({error}){mend}") from None
+        raise ValueError(f"{error}{mend}") from None
     try:
         return _benchmark(value)
     except ValueError as error:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simsearch.files import check_zip
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import Fit, check_fit, resize_to_fit
 from simsearch.models.onnx import OnnxNetwork
@@ -271,7 +272,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(check_zip(path), map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(f"cannot read weights from {path} as tensors alone: {error}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from simsearch.files import write_json
+from simsearch.files import checked, digests, read_json, write_json
 from simsearch.functional.pooling import rmac
 from simsearch.functional.resize import resize_to_fit
 from simsearch.models.backbones import Backbone
@@ -75,6 +74,7 @@ def write_exported(folder: Path, encoder: nn.Module) -> dict[str, Any]:
     for name, part in parts_of(encoder).items():
         member = encoder.encoders[name] if isinstance(encoder, PartsRetriever) else encoder  # type: ignore[index]
         about["parts"][name] = {**asdict(part), **_write_part(folder, name, member)}
+    about["sha256"] = digests(folder, sorted(path.name for path in folder.iterdir() if path.name != ABOUT))
     write_json(folder / ABOUT, about)
     return about
 
@@ -137,14 +137,14 @@ class ExportedEncoder:
     """Describes images by the files that `write_exported` left in a folder, and nothing else, in ONNX Runtime."""
 
     def __init__(self, folder: Path) -> None:
-        about = json.loads((folder / ABOUT).read_text())
+        about = read_json(folder / ABOUT)
         if about.get("format") != FORMAT:
             raise ValueError(f"{folder / ABOUT} has format {about.get('format')}, this version reads {FORMAT}")
         self.fit, self.parts = about["image"]["fit"], about["parts"]
         names = {scale["file"] for part in self.parts.values() for scale in part["scales"]}
-        self._files = {name: OnnxFile(folder / name, self.fit == "square") for name in names}
+        self._files = {name: OnnxFile(checked(folder, name, about), self.fit == "square") for name in names}
         heads = {name: part["head"]["file"] for name, part in self.parts.items() if part["head"]}
-        self._tensors = {name: load_file(folder / file) for name, file in heads.items() if file}
+        self._tensors = {name: load_file(checked(folder, file, about)) for name, file in heads.items() if file}
 
     def embed(self, image: Tensor) -> Tensor:
         """L2-normalised descriptors float32 (B, D) of images uint8 (B, 3, H, W)."""

@@ -13,7 +13,6 @@ many do, changes nothing in it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -36,7 +35,8 @@ from torch import Tensor, nn
 
 from simsearch.cache import cache_key
 from simsearch.data.manifest import Manifest
-from simsearch.files import replacing, write_json
+from simsearch.data.pixels import tensors_sha256
+from simsearch.files import checked, digests, read_json, replacing, write_json
 from simsearch.images import ImageError
 from simsearch.search.catalog import encoder_fingerprint, path_table, read_encoder, with_thumbnails, write_encoder
 
@@ -122,7 +122,7 @@ class Shards:
             "errors": _bytes(json.dumps(failed).encode()),
         }
         # One entry: safetensors writes several in any order, and equal work should give equal bytes.
-        about = {"plan": self.fingerprint, "chunk": number, "sha256": _digest(tensors)}
+        about = {"plan": self.fingerprint, "chunk": number, "sha256": tensors_sha256(tensors)}
         path = self.path(number)
         try:
             with replacing(path) as temporary:
@@ -149,7 +149,7 @@ class Shards:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["shard"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if about != {"plan": self.fingerprint, "chunk": number, "sha256": _digest(tensors)}:
+            if about != {"plan": self.fingerprint, "chunk": number, "sha256": tensors_sha256(tensors)}:
                 raise ShardError("it is of another plan, or its content is not what was written")
             failed = [row for row, _, _ in json.loads(tensors["errors"].numpy().tobytes())]
             if sorted([*tensors["rows"].tolist(), *failed]) != list(self.rows(number)):
@@ -220,6 +220,7 @@ def begin(
             about = {"format": FORMAT, "images": len(items), "listing": listing, "chunk": chunk, "thumbnail": thumbnail}
             about |= write_encoder(temporary, encoder)
             about |= {"config": config, "source": source, "skipped": manifest.skipped, "command": command}
+            about["sha256"] = digests(temporary, ["items.parquet", "sizes.npy", "encoder.safetensors"])
             write_json(temporary / "plan.json", about)
             os.rename(temporary, plan)
         except OSError:  # a folder that is not empty is not replaced: another process was first
@@ -244,12 +245,14 @@ def begin(
 
 def open_shards(folder: Path) -> Shards:
     """The shards in `folder`. Raises ShardError where there is no plan or it is damaged."""
+    plan = folder / "plan"
     try:
-        about = json.loads((folder / "plan" / "plan.json").read_text())
-        items = pq.read_table(folder / "plan" / "items.parquet")
-    except (OSError, ValueError, pa.ArrowException) as error:
+        about = read_json(plan / "plan.json")
+        items = pq.read_table(checked(plan, "items.parquet", about))
+    except OSError as error:
         raise ShardError(f"no shards in {folder} ({error}): give the out= of `simsearch extract`") from error
-    about = about if isinstance(about, dict) else {}
+    except (ValueError, pa.ArrowException) as error:
+        raise ShardError(f"the plan of {folder} is damaged ({error}): delete {folder}") from error
     if about.get("format") != FORMAT:
         raise ShardError(f"{folder} has shard format {about.get('format')}, this version reads {FORMAT}")
     if missing := sorted({*_DECIDING, "images", "backbone", "config", "source", "skipped", "command"} - set(about)):
@@ -279,7 +282,7 @@ def _size(path: Path) -> int:
 
 def _change(shards: Shards, items: pa.Table, sizes: np.ndarray) -> str:
     """How a list of images differs from the plan's, in words."""
-    old_sizes = np.load(shards.folder / "plan" / "sizes.npy", allow_pickle=False)
+    old_sizes = np.load(checked(shards.folder / "plan", "sizes.npy", shards.about), allow_pickle=False)
     old = dict(zip(shards.items["path"].to_pylist(), old_sizes.tolist(), strict=True))
     new = dict(zip(items["path"].to_pylist(), sizes.tolist(), strict=True))
     found = {
@@ -301,12 +304,3 @@ def _names(folder: Path) -> set[str]:
 
 def _bytes(content: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) over names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.numpy())
-    return digest.hexdigest()

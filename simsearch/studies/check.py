@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -21,6 +20,7 @@ from filelock import FileLock
 
 from simsearch import runtime
 from simsearch.data.cifar10 import DataError
+from simsearch.files import read_json
 from simsearch.models.backbones import WeightsError
 from simsearch.studies.rows import Expected, Row
 from simsearch.studies.runs import (
@@ -195,7 +195,7 @@ def measure(run: runtime.Run, row: Row, measurement: str) -> dict[str, Any]:
 
     Raises NotRunnable and Failed as `obtain` does.
     """
-    own = json.loads((run.folder / "metrics.json").read_text())["test"]
+    own = read_json(run.folder / "metrics.json")["test"]
     protocol, *extra = shlex.split(measurement)
     if protocol == own["protocol"] and not extra:
         stage = own
@@ -208,7 +208,7 @@ def measure(run: runtime.Run, row: Row, measurement: str) -> dict[str, Any]:
             chosen = [] if protocol == own["protocol"] else [f"protocol={protocol}"]
             places = [override("run", run.folder), override("run_dir", path.parent)]
             launch("evaluate", [*places, *chosen, *extra])
-        stage = json.loads(path.read_text())["test"]
+        stage = read_json(path)["test"]
     check_fingerprint(row, protocol, stage["fingerprint"])
     return stage
 

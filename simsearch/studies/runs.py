@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from simsearch import runtime
+from simsearch.files import read_json
 from simsearch.studies.rows import Row
 
 # What of a config decides the numbers; the other groups only fill these in.
@@ -140,7 +141,7 @@ def finished_runs(root: Path) -> dict[str, runtime.Run]:
 def is_finished(folder: Path) -> bool:
     """Whether a run directory has its checkpoint and its test results."""
     path, checkpoint = folder / "metrics.json", folder / "checkpoints" / "best.ckpt"
-    return checkpoint.is_file() and path.is_file() and "test" in json.loads(path.read_text())
+    return checkpoint.is_file() and path.is_file() and "test" in read_json(path)
 
 
 def find_run(
