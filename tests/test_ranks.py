@@ -24,6 +24,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from simsearch import launch, rank, runtime
 from simsearch.callbacks import interruption
 from simsearch.callbacks.interruption import Interruption
+from simsearch.files import read_json
 
 TINY = (
     *("experiment=dsh", "data=rendered", "protocol=rendered-work", "protocol.validation=0.2", "data.size=32"),
@@ -219,7 +220,7 @@ def test_a_frozen_model_is_fitted_as_by_one_process(tmp_path):
     for name, arguments in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2"])):
         common = (*SMALL, "logger.mode=disabled", "callbacks.neighbours=null", f"run_dir={tmp_path / name}")
         simsearch("train", *common, *arguments)
-        results.append(json.loads((tmp_path / name / "metrics.json").read_text()))
+        results.append(read_json(tmp_path / name / "metrics.json"))
     one, two = ({stage: about["metrics"] for stage, about in result.items()} for result in results)
     for stage in ("val", "test"):
         for metric in ("mAP", "P@1", "R@10", "queries", "gallery"):

@@ -20,6 +20,7 @@ import torch
 from conftest import simsearch
 from PIL import Image
 
+from simsearch.files import read_json
 from simsearch.search.catalog import read_catalog
 
 DATA = (
@@ -85,7 +86,7 @@ def stop(batch: int, how: str) -> list[str]:
 
 def numbers(folder: Path) -> dict[str, Any]:
     """metrics.json without what a clock measured."""
-    stages = json.loads((folder / "metrics.json").read_text())
+    stages = read_json(folder / "metrics.json")
     for stage in stages.values():
         clock = [n for n in stage["metrics"] if "latency" in n or "per_s" in n or n.endswith("_s")]
         assert clock
