@@ -18,6 +18,7 @@ from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
 from simsearch import runtime
+from simsearch.files import read_json, write_json
 from simsearch.search.catalog import CatalogError, encoder_fingerprint, read_catalog
 from simsearch.search.engine import Engine
 
@@ -295,9 +296,9 @@ class TestIndexAndSearch:
         import shutil
 
         shutil.copytree(small_run / "catalog", tmp_path / "c")
-        about = json.loads((tmp_path / "c/catalog.json").read_text())
+        about = read_json(tmp_path / "c/catalog.json")
         about["config"]["model"]["pooling"] = node
-        (tmp_path / "c/catalog.json").write_text(json.dumps(about))
+        write_json(tmp_path / "c/catalog.json", about)
         with pytest.raises(ValueError, match="the catalog's config"):
             runtime.build_encoder(read_catalog(tmp_path / "c").about["config"])
 

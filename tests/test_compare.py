@@ -28,6 +28,7 @@ from simsearch.comparison.leaderboard import check_comparable, config_difference
 from simsearch.comparison.report import columns, csv_text, duration, markdown_table
 from simsearch.comparison.runs import expand, read_all, read_wandb, short_names
 from simsearch.data.collection import Collection
+from simsearch.files import read_json, write_json
 from simsearch.functional.significance import holm, mean_interval, paired_interval, paired_permutation
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
@@ -579,8 +580,8 @@ def test_regressions_ask_the_catalog_of_a_run_that_kept_nothing(tmp_path, toy_da
         distance[[row, row ^ 1] if junk else [row]] = 99
         assert distance[near].tolist() == sorted(distance)[:5]
         assert row not in near
-    other = json.loads((tmp_path / "a/catalog/catalog.json").read_text()) | {"source": {"data": "toy", "protocol": "x"}}
-    (tmp_path / "a/catalog/catalog.json").write_text(json.dumps(other))
+    other = read_json(tmp_path / "a/catalog/catalog.json") | {"source": {"data": "toy", "protocol": "x"}}
+    write_json(tmp_path / "a/catalog/catalog.json", other)
     with pytest.raises(ValueError, match="the catalog of a holds toy, x"):
         compare.neighbours(results[0], collection, judge, rows, 5)
     reasons = compare.pictures(entries, "mAP", 2, 4)[1]

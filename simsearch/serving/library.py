@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from simsearch.files import Damaged
 from simsearch.images import MAX_BYTES
 from simsearch.models.backbones import Runtime
 from simsearch.models.parts import can_explain
@@ -210,7 +211,7 @@ class Library:
             stamp = _stamp(source.folder)
             try:
                 loaded = self._open(name, source)
-            except (CatalogError, OSError):
+            except (CatalogError, Damaged, OSError):
                 if left and _stamp(source.folder) != stamp:
                     continue
                 raise
