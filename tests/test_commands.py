@@ -50,7 +50,7 @@ class TestTrain:
             assert picture.width > 500
 
     def test_reports_metrics_with_protocol_and_intervals(self, small_run):
-        stages = json.loads((small_run / "metrics.json").read_text())
+        stages = read_json(small_run / "metrics.json")
         assert set(stages) == {"val", "test"}
         assert stages["test"]["protocol"] == "rendered-artist"
         assert len(stages["test"]["fingerprint"]) == 16

@@ -26,6 +26,7 @@ from simsearch.callbacks.neighbours import NeighbourFigure, choose_examples
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import OfficialSplit
+from simsearch.files import read_json
 from simsearch.functional.codes import pack_codes, unpack_codes
 from simsearch.functional.significance import mean_interval
 from simsearch.index.faiss_index import FaissIndex
@@ -374,12 +375,12 @@ class TestCallback:
         callback = RetrievalEvaluation(FaissIndex("Flat"), ks=KS)
         model = Projection()
         trainer(tmp_path, callback).fit(model, data)
-        before = json.loads((tmp_path / "metrics.json").read_text())
+        before = read_json(tmp_path / "metrics.json")
         assert set(before) == {"val"}
         assert not (tmp_path / "per_query.parquet").exists()
         worker = trainer(tmp_path, callback)
         logged = {k: v for loader in worker.test(model, data, verbose=False) for k, v in loader.items()}
-        stages = json.loads((tmp_path / "metrics.json").read_text())
+        stages = read_json(tmp_path / "metrics.json")
         assert stages["val"] == before["val"]
         task = data.task("test")
         about = stages["test"]

@@ -454,7 +454,7 @@ class TestFormat:
             (("queries", 0, "bbx"), [1, 2, 3, float("nan")], "bbx"),
             (("queries", 0, "bbx"), [1, 2, 3, "4"], "bbx: it must hold numbers"),
             (("queries", 0), [], "query 0 must have the keys"),
-            ((), 3, "the benchmark must have the keys"),
+            ((), 3, "holds no mapping"),
         ],
     )
     def test_wrong_content_is_named(self, path, value, message, tmp_path):

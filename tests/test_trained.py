@@ -17,6 +17,7 @@ from test_resume import DATA, DSH, HASHING, checkpoint, numbers
 from torch import Tensor, nn
 
 from simsearch.cache import ArrayCache
+from simsearch.files import read_json
 from simsearch.losses.classification import ClassificationLoss
 from simsearch.losses.dsh import DSHLoss
 from simsearch.models.backbones import timm_backbone
@@ -384,7 +385,7 @@ def test_averaged_weights_are_tested_and_cataloged(tmp_path):
 def test_a_run_shorter_than_the_pause_between_validations_has_a_best_checkpoint(tmp_path):
     train(tmp_path / "run", *DSH, "trainer.max_steps=2", "catalog.write=false")
     assert checkpoint(tmp_path / "run", "best")["global_step"] == 2
-    stages = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    stages = read_json(tmp_path / "run" / "metrics.json")
     assert set(stages) == {"val", "test"}
 
 

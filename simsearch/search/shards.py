@@ -249,9 +249,9 @@ def open_shards(folder: Path) -> Shards:
     try:
         about = read_json(plan / "plan.json")
         items = pq.read_table(checked(plan, "items.parquet", about))
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ShardError(f"no shards in {folder} ({error}): give the out= of `simsearch extract`") from error
-    except (ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise ShardError(f"the plan of {folder} is damaged ({error}): delete {folder}") from error
     if about.get("format") != FORMAT:
         raise ShardError(f"{folder} has shard format {about.get('format')}, this version reads {FORMAT}")
