@@ -14,10 +14,15 @@ from scipy.stats import beta, binom
 from sklearn.metrics import average_precision_score, precision_recall_curve
 
 from simsearch.functional.open_set import (
+    agreeing,
     false_match_curve,
     global_average_precision,
+    least_rate,
     least_scores,
+    pairs_once,
+    stand_out,
     threshold_at,
+    thresholds_at,
 )
 
 SCORES = st.lists(st.integers(-5, 5).map(lambda n: n / 4), min_size=1, max_size=30)
@@ -27,8 +32,9 @@ SCORES = st.lists(st.integers(-5, 5).map(lambda n: n / 4), min_size=1, max_size=
 @settings(max_examples=100, deadline=None)
 def test_threshold_is_the_smallest_that_keeps_the_promise(scores, rate, certainty):
     """Against SciPy: the rate above the j-th largest of N is Beta(j, N - j + 1)."""
-    threshold = threshold_at(torch.tensor(scores, dtype=torch.float64), rate, certainty)
     count = len(scores)
+    given = torch.tensor(scores, dtype=torch.float64)
+    threshold = threshold_at(given, rate, certainty, units=torch.arange(count))
     places = [j for j in range(1, count + 1) if beta.cdf(rate, j, count - j + 1) >= certainty - 1e-12]
     assert threshold == (sorted(scores, reverse=True)[places[-1] - 1] if places else math.inf)
     assert math.isinf(threshold) == (count < least_scores(rate, certainty))
@@ -71,6 +77,85 @@ def test_curve_against_scikit_learn_and_counting(match, no_match):
     there = dict(zip(levels.tolist(), theirs[:-1].tolist(), strict=True))
     assert precision[:-1].tolist() == pytest.approx([there[t] for t in thresholds[1:].tolist()])
     assert math.isnan(precision[-1])
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_images_of_one_work_are_one_draw():
+    """50 works of 20 images can't promise .01; each of 1,000 draws of 20 images' scores keeps the rate or is refused."""
+    own = torch.arange(50).repeat_interleave(20)
+    for seed in range(1_000):
+        scores = torch.rand(50, generator=seeded(seed)).repeat_interleave(20)
+        for units in (None, own):
+            assert threshold_at(scores, 0.01, units=units) == math.inf
+    assert threshold_at(scores, 0.1, units=own) == threshold_at(scores, 0.1) == threshold_at(scores[::20], 0.1)
+    different = torch.rand(1_000, generator=seeded(0))
+    highest = different.view(50, 20).amax(1)
+    assert threshold_at(different, 0.1, units=own) == threshold_at(highest, 0.1)
+    with pytest.raises(ValueError, match=r"units must be one a score, \(2,\), got \(3,\)"):
+        threshold_at(torch.rand(2), 0.1, units=torch.arange(3))
+
+
+def test_pairs_count_once():
+    """Scores in equal pairs, of which a half takes one or both: in at most 5 % of 1,500 draws the rate is exceeded.
+
+    Each score by itself exceeds it in more.
+    """
+    generator, rate, works = seeded(0), 0.05, 400
+    broken = {"each": 0, "pairs": 0}
+    for _ in range(1_500):
+        scores = torch.rand(works // 2, generator=generator, dtype=torch.float64).repeat_interleave(2)
+        half = scores[torch.rand(works, generator=generator) < 0.5]
+        own = torch.arange(len(half))
+        broken["each"] += 1 - threshold_at(half, rate, units=own) > rate
+        broken["pairs"] += 1 - threshold_at(pairs_once(half), rate) > rate
+    assert broken["pairs"] <= binom.ppf(0.975, 1_500, 0.05)
+    assert broken["each"] > binom.ppf(0.999, 1_500, 0.05)
+    assert pairs_once(torch.tensor([0.1, 0.5, 0.4, 0.3, 0.2])).tolist() == pytest.approx([0.4, 0.2])
+
+
+@pytest.mark.parametrize("certainty", [0.5, 0.95])
+def test_the_least_rate_is_promised_and_no_lower_one(certainty):
+    for units in [*range(1, 400), 9_999]:
+        rate = least_rate(units, certainty)
+        assert least_scores(rate, certainty) == units
+        assert threshold_at(torch.arange(float(units)), rate, certainty) == units - 1
+        if units > 1:
+            assert threshold_at(torch.arange(float(units)), 0.999 * rate, certainty) == math.inf
+    assert least_rate(0) == 1.0
+
+
+def test_thresholds_of_several_examples():
+    scores = torch.rand(1_000, generator=seeded(0))
+    found = thresholds_at(scores, 0.01)
+    assert found == [threshold_at(scores, 0.01 / m) for m in (1, 2, 3)]  # 0.01 / 4 takes 1,197
+    assert len(thresholds_at(scores, 0.5)) == 16
+    assert thresholds_at(scores[:10], 0.01) == []
+
+
+@given(st.integers(1, 40), st.integers(1, 16))
+def test_agreeing_examples_keep_the_rate(examples, promised):
+    needed, of = agreeing(examples, promised)
+    assert 1 <= needed <= examples
+    assert 1 <= of <= promised
+    assert examples <= needed * of  # Markov: examples * rate / of / needed <= rate
+    assert needed == 1 or examples > (needed - 1) * promised  # and no more than that takes
+
+
+@given(st.lists(st.lists(st.integers(0, 40), min_size=6, max_size=6), min_size=1, max_size=4), st.integers(1, 4))
+@settings(max_examples=50, deadline=None)
+def test_standing_out_against_loops(rows, neighbours):
+    scores = torch.tensor([sorted(row, reverse=True) for row in rows]) / 40
+    works = torch.tensor([[value % 3 for value in row] for row in rows])
+    taken = torch.tensor([[value % 4 == 0 for value in row] for row in rows])
+    top, background = stand_out(scores, works, taken, neighbours)
+    for i in range(len(rows)):
+        left = [(float(scores[i, j]), int(works[i, j])) for j in range(6) if not taken[i, j]]
+        others = [score for score, work in left if work != left[0][1]][:neighbours]
+        assert float(top[i]) == (left[0][0] if left else -math.inf)
+        assert float(background[i]) == pytest.approx(np.mean(others) if others else -math.inf)
 
 
 def test_curve_never_accepts_a_wrong_answer_as_a_match():

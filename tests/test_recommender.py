@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from simsearch.functional.codes import pack_codes
-from simsearch.functional.open_set import threshold_at
+from simsearch.functional.open_set import pairs_once, thresholds_at
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.calibration import (
     Likeness,
     calibrate,
     curve,
     halves,
+    image_a_work,
     leave_work_out,
-    likeness,
     neighbours_of,
     wilson,
 )
 from simsearch.search.catalog import Catalog, CatalogError, item_table, read_catalog, write_calibration, write_catalog
 from simsearch.search.filters import parse_filters
-from simsearch.search.recommender import Recommender, Request
+from simsearch.search.recommender import Recommender, Request, sameness, similarity
 from simsearch.types import Part
 
 PARTS = {"content": Part(0, 8, 0.6), "style": Part(8, 12, 0.4)}
@@ -253,37 +253,83 @@ class TestReasons:
             with pytest.raises(ValueError, match=f"no item '{name}' in the catalog c: give a position, 0 to {N - 1}"):
                 recommender.position(name)
 
-    def test_same_work_is_of_the_plain_cosine(self):
+    @pytest.mark.parametrize("collapse", [True, False])
+    def test_verdicts_of_items_against_loops(self, collapse):
+        """Whatever the filters, weights and counter-examples; the item's own cosine beside its query's background."""
         stored = described(N, seed=2)
-        cosines = (stored @ stored[9]).sort(descending=True).values
-        calibration = {"same_work": float(cosines[2]), "similar": 2.0, "neighbours": 5}
-        recommender = opened(calibration=calibration)
-        answer = recommender.recommend(Request(stored[9:10], k=8, collapse=False))
-        assert answer.verdicts == ["same work"] * 2 + ["similar"] * 6  # a copy is at home, whatever else is near
-        assert answer.verdict == "same work"
-        weighed = recommender.recommend(Request(stored[9:10], k=8, collapse=False, weights={"style": 50}))
-        expected = (stored[weighed.ids] @ stored[9] > calibration["same_work"]).tolist()
-        assert [verdict == "same work" for verdict in weighed.verdicts] == expected
+        works = opened().works.tolist()
+        said = set()
+        for query, taken in ((stored[9], (9,)), (described(40, seed=3)[1], ()), (-stored[7], ())):
+            left_out = {j for j in range(N) if j in taken or (collapse and any(works[j] == works[t] for t in taken))}
+            order = sorted(set(range(N)) - left_out, key=lambda j: -float(stored[j] @ query))
+            others = [float(stored[j] @ query) for j in order if works[j] != works[order[0]]][:5]
+            background = torch.tensor([sum(others) / 5])
+            cosines = {j: float(stored[j] @ query) for j in range(N)}
+            middle = torch.tensor([cosines[order[3]]])
+            calibration = {
+                "same_work": [float(sameness(middle, background)) + 1e-5],
+                "similar": [float(similarity(torch.tensor([cosines[order[9]]]), background, -2)) + 1e-5],
+                "floor": 0.0,
+                "neighbours": 5,
+            }
+            recommender = opened(calibration=calibration)
+            for more in ({}, {"where": parse_filters("artist=Monet")}, {"weights": {"style": 9}}):
+                request = Request(query[None], k=20, collapse=collapse, exclude=taken, **more)
+                answer = recommender.recommend(request)
+                for j, score, verdict in zip(answer.ids.tolist(), answer.scores, answer.verdicts, strict=True):
+                    same = cosines[j] > cosines[order[3]] + 1e-5
+                    close = cosines[j] > max(0, cosines[order[9]] + 1e-5) and score >= 0
+                    assert verdict == ("same work" if same else "similar" if close else "none")
+                    said.add(verdict)
+                best = [v for v in ("same work", "similar", "none") if v in answer.verdicts][0]
+                assert answer.verdict == best
+        assert said == {"same work", "similar", "none"}
 
-    def test_similar_is_of_the_neighbours_in_the_whole_catalog(self):
-        """Whatever the filters, weights and counter-examples; one example that is at home is enough."""
-        stored, queries = described(N, seed=2), described(40, seed=3)
-        familiar = (queries @ stored.T).topk(5, dim=1).values.mean(1)
-        threshold = float(familiar.sort().values[19:21].mean())
-        recommender = opened(calibration={"same_work": 2.0, "similar": threshold, "neighbours": 5})
-        only = parse_filters("artist=Monet")
-        for place, query in enumerate(queries):
-            expected = ["similar" if float(familiar[place]) > threshold else "none"] * 4
-            for more in ({}, {"where": only}, {"weights": {"style": 9}}, {"unlike": stored[:1]}):
-                assert recommender.recommend(Request(query[None], k=4, **more)).verdicts == expected
-        best, worst = int(familiar.argmax()), int(familiar.argmin())
-        assert recommender.recommend(Request(queries[[worst]])).verdict == "none"
-        assert recommender.recommend(Request(queries[[worst, best]])).verdict == "similar"
+    def test_a_leader_that_stands_out_is_called(self):
+        """A photograph at .8 among strangers at .2: the mean of its twenty nearest is a stranger's."""
+        lone = torch.zeros(N, 12)
+        lone[:, 0], lone[torch.arange(N), 1 + torch.arange(N) % 10] = 0.2, 0.96**0.5
+        lone[0] = torch.tensor([0.8] + [0.0] * 10 + [0.6])
+        index = FaissIndex("Flat")
+        index.add(lone)
+        calibration = {"same_work": [0.95], "similar": [0.8], "floor": 0.1, "neighbours": 20}
+        recommender = Recommender(Catalog(Path("c"), index, attributes(N), {}, calibration=calibration))
+        query = torch.eye(12)[:1]
+        answer = recommender.recommend(Request(query, k=5, collapse=False))
+        assert answer.scores.tolist() == pytest.approx([0.8] + [0.2] * 4)
+        assert answer.verdicts == ["similar", "none", "none", "none", "none"]
+        assert answer.verdict == "similar"
+
+    def test_nothing_with_a_negative_score_is_similar(self):
+        calibration = {"same_work": [2.0], "similar": [-3.0], "floor": 0.0, "neighbours": 5}
+        recommender = opened(calibration=calibration)
+        answer = recommender.recommend(Request(described(1, seed=3), k=N, collapse=False))
+        assert answer.verdicts == ["similar" if score > 0 else "none" for score in answer.scores.tolist()]
+        assert {"similar", "none"} == set(answer.verdicts)
+        far = recommender.recommend(Request(described(1, seed=3), unlike=described(1, seed=3), k=N, weights={"style": 1}))
+        assert all(score >= 0 for score, v in zip(far.scores, far.verdicts, strict=True) if v == "similar")
+
+    def test_several_examples_must_agree(self):
+        stored = described(N, seed=2)
+        calibration = {"same_work": [0.0, 9.0], "similar": None, "neighbours": 5}  # any of two: never
+        calibration["same_work"][0] = -3.0
+        recommender = opened(calibration=calibration)
+        for count, expected in ((1, True), (2, False), (3, False)):
+            verdicts = recommender.verdicts(torch.arange(N), stored[:count])
+            assert (set(verdicts) == {"same work"}) == expected
+        strict = opened(calibration={**calibration, "same_work": [0.6]})  # each of the examples
+        queries = described(3, seed=3)
+        _, background = strict.stand_out(queries, 5, torch.empty(0))
+        expected = (sameness(stored @ queries.T, background) > 0.6).all(1).tolist()
+        assert [v == "same work" for v in strict.verdicts(torch.arange(N), queries)] == expected
 
     def test_uncalibrated(self, recommender):
         assert recommender.recommend(Request(recommender.vectors([9]))).verdict == "uncalibrated"
-        half = opened(calibration={"same_work": 0.99, "similar": None, "neighbours": 20})
-        assert half.recommend(Request(half.vectors([9]), k=2, collapse=False)).verdicts == ["same work", "uncalibrated"]
+        half = opened(calibration={"same_work": [0.6], "similar": None, "neighbours": 20})
+        answer = half.recommend(Request(half.vectors([9]), k=2, collapse=False))
+        assert answer.verdicts[0] == "same work"
+        assert half.verdicts(torch.tensor([200]), -half.vectors([200])) == ["uncalibrated"]
+        assert half.verdicts(torch.tensor([], dtype=torch.int64), half.vectors([9])) == []
 
 
 @pytest.mark.parametrize(
@@ -330,13 +376,13 @@ class TestCalibrationFile:
         catalog = read_catalog(written(tmp_path / "c"))
         assert catalog.calibration is None
         assert catalog.parts == PARTS
-        stated = {"rate": 0.01, "same_work": 0.93, "similar": None, "neighbours": 20}
+        stated = {"rate": {"same_work": 0.01}, "same_work": [0.93], "similar": None, "neighbours": 20}
         write_calibration(catalog.folder, stated)
         assert read_catalog(catalog.folder).calibration == stated
 
     def test_a_new_catalog_takes_its_place(self, tmp_path):
         folder = written(tmp_path / "c")
-        write_calibration(folder, {"same_work": 0.9, "similar": 0.4, "neighbours": 1})
+        write_calibration(folder, {"same_work": [0.9], "similar": [0.4], "floor": 0.1, "neighbours": 1})
         (folder / "calibration").mkdir()
         (folder / "calibration/curve.csv").write_text("kind")
         assert read_catalog(written(folder)).calibration is None
@@ -348,9 +394,11 @@ class TestCalibrationFile:
             "{",
             "[]",
             "{}",
-            json.dumps({"same_work": "x", "similar": None, "neighbours": 1}),
-            json.dumps({"same_work": 0.9, "similar": 0.4}),  # of the best score, as it was once
-            json.dumps({"same_work": 0.9, "similar": 0.4, "neighbours": 0}),
+            json.dumps({"same_work": ["x"], "similar": None, "neighbours": 1}),
+            json.dumps({"same_work": [], "similar": None, "neighbours": 1}),
+            json.dumps({"same_work": 0.9, "similar": 0.4, "neighbours": 20}),  # as it was once
+            json.dumps({"same_work": [0.9], "similar": [0.4], "neighbours": 1}),
+            json.dumps({"same_work": [0.9], "similar": [0.4], "floor": 0.1, "neighbours": 0}),
         ],
     )
     def test_damage(self, text, tmp_path):
@@ -368,46 +416,65 @@ class TestCalibration:
         works = [f"w{i // 4}" if i < N - 10 else i for i in range(N)]
         positions = torch.tensor([0, 3, 50, 200, N - 1])
         own, match = leave_work_out(recommender, positions, 7)
+
+        def led(scores: dict[int, float]) -> tuple[int, float, float]:
+            """The leader, its score and the mean of the next seven of other works."""
+            order = sorted(scores, key=lambda j: -scores[j])
+            behind = [scores[j] for j in order if works[j] != works[order[0]]][:7]
+            return order[0], scores[order[0]], sum(behind) / 7
+
         for place, (i, got) in enumerate(zip(positions.tolist(), match.tolist(), strict=True)):
             scores = {j: float(unit[j] @ unit[i]) for j in range(N) if j != i}
-            others = sorted((s for j, s in scores.items() if works[j] != works[i]), reverse=True)
-            other = others[0]
-            assert float(own.top[place]) == pytest.approx(other, abs=1e-5)
-            assert float(own.familiar[place]) == pytest.approx(sum(others[:7]) / 7, abs=1e-5)
+            _, top, background = led({j: s for j, s in scores.items() if works[j] != works[i]})
+            assert float(own.top[place]) == pytest.approx(top, abs=1e-5)
+            assert float(own.background[place]) == pytest.approx(background, abs=1e-5)
             mates = [s for j, s in scores.items() if works[j] == works[i]]
             if not mates:
                 assert math.isnan(got)
-            elif max(mates) > other + 1e-5:
-                assert got == pytest.approx(max(mates), abs=1e-5)
-            elif max(mates) < other - 1e-5:
+            elif max(mates) > top + 1e-5:
+                leader, best, behind = led(scores)
+                assert works[leader] == works[i]
+                assert got == pytest.approx(float(sameness(torch.tensor(best), torch.tensor(behind))), abs=1e-5)
+            elif max(mates) < top - 1e-5:
                 assert got == -math.inf
 
     def test_a_match_is_led_by_its_work(self):
         stored = described(N, seed=2)
         stored[1] = stored[0]
-        _, match = leave_work_out(opened(stored=stored), torch.tensor([0, 1]), 1)
-        assert match.tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
+        own, match = leave_work_out(opened(stored=stored), torch.tensor([0, 1]), 1)
+        assert (match > own.sameness).all()
+        assert match[0] == pytest.approx(float(match[1]), abs=1e-5)
 
-    def test_rate_holds_for_new_queries(self):
-        """In about 95 of 100 draws, and not in all, the rate of false matches is at most what was promised."""
-        generator = torch.Generator().manual_seed(0)
-        rates = []
-        for _ in range(200):
-            scores = torch.rand(1000, generator=generator)
-            first = torch.arange(1000) < 500
-            none = torch.empty(0)
-            threshold = calibrate(none, scores, none.bool(), first, 0.05, 0.95)
-            assert threshold.value == threshold_at(scores[:500], 0.05, 0.95)
-            assert (threshold.negatives, threshold.of) == (500, 500)
-            assert threshold.false == int((scores[500:] > threshold.value).sum())
-            rates.append(1 - threshold.value)  # of uniform scores
-        assert 0.90 < sum(rate <= 0.05 for rate in rates) / len(rates) < 1
-        assert sum(rates) / len(rates) > 0.03
+    def test_one_image_a_work(self):
+        recommender = opened()
+        positions = image_a_work(recommender, N, 0)
+        assert len(positions) == 98 + 10  # 390 items of works of four (the last of two) and ten of their own
+        assert len(set(recommender.works[positions].tolist())) == len(positions)
+        assert positions.tolist() == sorted(positions.tolist())
+        few = [image_a_work(recommender, 5, seed).tolist() for seed in range(300)]
+        assert {len(one) for one in few} == {5}
+        assert {i % 4 for one in few for i in one if i < 388} == {0, 1, 2, 3}  # any of its images
+
+    def test_thresholds_and_what_they_do(self):
+        scores, match = torch.rand(1001, generator=torch.Generator().manual_seed(0)), torch.tensor([2.0, -1.0, 2.0])
+        first = torch.arange(1001) < 501
+        of_match = torch.tensor([True, False, False])
+        found = calibrate(match, scores, of_match, first, 0.05, 0.95, paired=True)
+        assert found.values == thresholds_at(pairs_once(scores[:501]), 0.05)
+        assert (found.units, found.of, found.per_unit, found.rate) == (250, 500, 2, 0.05)
+        assert found.false == int((scores[501:] > found.values[0]).sum())
+        assert (found.found, found.matches) == (1, 2)
+        alone = calibrate(match, scores, of_match, first, 0.05, 0.95, paired=False)
+        assert (alone.units, alone.per_unit, alone.values) == (501, 1, thresholds_at(scores[:501], 0.05))
 
     def test_too_few_to_promise(self):
         scores = torch.rand(50)
-        with pytest.raises(ValueError, match=r"50 queries .* a rate of 0.01 with a certainty of 0.95: it takes 299"):
-            calibrate(scores, scores, torch.ones(50).bool(), torch.ones(50).bool(), 0.01, 0.95)
+        first = torch.arange(50) < 30
+        found = calibrate(scores, scores, first, first, 0.01, 0.95, paired=True)
+        assert found.rate == pytest.approx(1 - 0.05 ** (1 / 15))
+        assert found.values == [float(scores[:30].sort().values[-2].double())]
+        with pytest.raises(ValueError, match="1 queries without a match in the calibrating half are too few"):
+            calibrate(scores, scores[:1], first, first[:1], 0.01, 0.95, paired=True)
 
     def test_halves_are_stable(self):
         names = [f"{i}.jpg" for i in range(2000)]
@@ -423,22 +490,20 @@ class TestCalibration:
         assert at[0.2] == pytest.approx([2 / 3, 1 / 3, 2 / 3])
         assert at[0.8] == pytest.approx([1 / 3, 0, 1])
 
-    def test_likeness(self):
-        inf = math.inf
-        scores = torch.tensor([[0.9, 0.5, 0.1], [0.3, 0.1, -inf], [0.2, -inf, -inf], [-inf, -inf, -inf]])
-        found = likeness(scores, 2)
-        assert found.top.tolist() == pytest.approx([0.9, 0.3, 0.2, -inf])
-        assert found.familiar.tolist() == pytest.approx([0.7, 0.2, 0.2, -inf])
-        assert found.at_home(0.25).tolist() == pytest.approx([inf, inf, 0.2, -inf])
+    def test_what_is_the_same_work_is_similar(self):
+        like = Likeness(torch.tensor([0.9, 0.3]), torch.tensor([0.4, 0.2]))
+        assert like.sameness.tolist() == sameness(like.top, like.background).tolist()
+        assert like.similarity(0, 0.5).tolist() == [math.inf, float(similarity(like.top, like.background, 0)[1])]
+        assert like.similarity(0.3, 0.8).tolist() == [float(similarity(like.top, like.background, 0)[0]), -math.inf]
 
     def test_neighbours_are_a_twentieth(self):
         assert [neighbours_of(count) for count in (1, 39, 60, 400, 10**6)] == [1, 1, 3, 20, 20]
 
     def test_outsiders_that_are_copies(self):
-        copies = Likeness(torch.ones(400), torch.zeros(400)).at_home(0.9)
+        copies = Likeness(torch.ones(400), torch.zeros(400)).similarity(0, 0.9)
         half = torch.arange(400) < 300
         with pytest.raises(ValueError, match=r"more than 0.01 of 300 images from outside are works of the collection"):
-            calibrate(torch.rand(400), copies, half, half, 0.01, 0.95)
+            calibrate(torch.rand(400), copies, half, half, 0.01, 0.95, paired=False)
 
     @pytest.mark.parametrize(
         ("count", "of", "low", "high"), [(0, 100, 0.0, 0.0370), (50, 100, 0.4038, 0.5962), (1, 10, 0.0179, 0.4042)]

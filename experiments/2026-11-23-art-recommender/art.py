@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import csv
 import json
-import math
 import re
 import shlex
 import shutil
@@ -27,8 +26,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 from urllib.request import Request, urlopen
-
-import pyarrow.parquet as pq
 
 from simsearch.data.collection import Collection
 from simsearch.data.files import files_collection, open_ingest
@@ -93,15 +90,11 @@ def make(images: Path | None, outside: Path | None, out: Path, size: int) -> Non
     else:
         step("describe all of them", "index", f"run={run}", f"images={collection}", f"out={catalog}")
     if not done or not (catalog / "calibration.json").is_file():
-        count = pq.read_metadata(catalog / "items.parquet").num_rows
         arguments = [f"catalog={catalog}"]
         if outside is None:
             print("no --outside: the catalog will know the same work, but not from where on to call a work similar")
         else:
             arguments.append(f"outside={outside}")
-            count = min(count, len(read_manifest(outside)))
-        # Half of the images choose the threshold, and it takes 3 / rate of them to promise a rate.
-        arguments.append(f"rate={min(0.3, max(0.01, math.ceil(800 / count) / 100)):g}")
         step("learn to say no", "calibrate", *arguments)
     if not done or not (out / "recommendations.png").is_file():
         step("recommend", "recommend", f"catalog={catalog}", "id=0", "force=true", f"figure={out}/recommendations.png")

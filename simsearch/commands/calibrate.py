@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,68 +13,82 @@ import torch
 from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
+from tqdm import tqdm
 
 from simsearch import runtime
+from simsearch.cache import ArrayCache
 from simsearch.commands.index import report_errors
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.files import replacing
+from simsearch.functional.open_set import least_scores
 from simsearch.search.calibration import (
     Likeness,
     Threshold,
     calibrate,
     curve,
     halves,
+    image_a_work,
     leave_work_out,
-    likeness,
     neighbours_of,
+    promised,
     wilson,
 )
 from simsearch.search.catalog import Catalog, read_catalog, write_calibration
 from simsearch.search.engine import encode
 from simsearch.search.recommender import Recommender
 
+_BLOCK = 256  # queries that are searched together
+
 
 @runtime.command("calibrate")
 def main(config: DictConfig) -> None:
+    if not 0 < config.rate < 1 or not 0 < config.certainty < 1:
+        least_scores(config.rate, config.certainty)  # says what is wrong
     catalog = read_catalog(Path(config.catalog), calibrated=False)
     recommender = Recommender(catalog)
-    positions = chosen(len(catalog), config.sample, config.seed)
-    neighbours = neighbours_of(len(catalog))
-    own, match = leave_work_out(recommender, positions, neighbours)
+    positions = image_a_work(recommender, config.sample, config.seed)
     first = halves(work_names(recommender, positions))
+    outside = read_outside(config) if config.outside else None
+    announce(config, recommender, first, outside)
+    describe = Describer(config, catalog)
+    neighbours = neighbours_of(len(catalog))
+    vectors = None
+    if not catalog.index.keeps_vectors:
+        positions, vectors = exact_vectors(config, catalog, positions, describe)
+        first = halves(work_names(recommender, positions))
+    own, match = leave_work_out(recommender, positions, neighbours, vectors)
     alone = match.isnan()
-    if recommender.work_attribute is None:
-        print(
-            "note: the catalog does not say which items are of the same work (a column work or group_id): copies "
-            "count as other works and raise the threshold of the same work",
-            file=sys.stderr,
-        )
-    same_work = calibrate(match[~alone], own.top, first[~alone], first, config.rate, config.certainty)
+    same_work = calibrate(
+        match[~alone], own.sameness, first[~alone], first, config.rate, config.certainty, paired=True
+    )
     thresholds = {"same_work": same_work}
     curves = {}
     if (~alone & ~first).any():
-        curves["same_work"] = curve(match[~alone & ~first], own.top[~first])
-
-    if config.outside:
-        strange, names = outside_likeness(config, catalog, recommender, neighbours)
-        of_outside = halves(names)
-        inside, outside = own.at_home(same_work.value), strange.at_home(same_work.value)
-        thresholds["similar"] = calibrate(inside, outside, first, of_outside, config.rate, config.certainty)
-        curves["similar"] = curve(inside[~first], outside[~of_outside])
-    else:
-        print("note: without outside=<folder of other images> there is no threshold for similar", file=sys.stderr)
+        curves["same_work"] = curve(match[~alone & ~first], own.sameness[~first])
+    floor = None
+    if outside is not None:
+        strange, names = outside_likeness(recommender, outside, neighbours, describe)
+        of_outside, copies = halves(names), same_work.values[0]
+        floor = max(0.0, float(strange.top[of_outside].median()))  # what one in two of them gets
+        at_home, away = own.similarity(floor, copies), strange.similarity(floor, copies)
+        thresholds["similar"] = calibrate(
+            at_home, away, first, of_outside, config.rate, config.certainty, paired=False
+        )
+        curves["similar"] = curve(at_home[~first], away[~of_outside])
 
     write_calibration(
         catalog.folder,
         {
             "catalog": catalog.fingerprint,
-            "rate": config.rate,
+            "asked": config.rate,
+            "rate": {name: t.rate for name, t in thresholds.items()},
             "certainty": config.certainty,
-            "same_work": thresholds["same_work"].value,
-            "similar": thresholds["similar"].value if "similar" in thresholds else None,
+            "same_work": same_work.values,
+            "similar": thresholds["similar"].values if "similar" in thresholds else None,
+            "floor": floor,
             "neighbours": neighbours,
             "weights": {name: part.weight for name, part in catalog.parts.items()},
-            "negatives": {name: threshold.negatives for name, threshold in thresholds.items()},
+            "units": {name: t.units for name, t in thresholds.items()},
             "held_out": {
                 name: {"false": t.false, "of": t.of, "found": t.found, "matches": t.matches}
                 for name, t in thresholds.items()
@@ -81,12 +96,38 @@ def main(config: DictConfig) -> None:
         },
     )
     folder = catalog.folder / "calibration"
-    runtime.show(results(thresholds, config.rate))
+    runtime.show(results(thresholds))
     print(f"thresholds: {catalog.folder / 'calibration.json'}")
     if curves:
         write_curves(folder / "curve.csv", curves)
-        plot_curves(folder / "curve.png", curves, thresholds, config.rate)
+        plot_curves(folder / "curve.png", curves, thresholds)
         print(f"curves: {folder / 'curve.csv'}, {folder / 'curve.png'}")
+
+
+def announce(config: DictConfig, recommender: Recommender, first: Tensor, outside: Manifest | None) -> None:
+    """Says on standard error, before the work, what the calibration will lack and which rates it can promise."""
+    if recommender.work_attribute is None:
+        say(
+            "the catalog does not say which items are of the same work (a column work or group_id): copies count as "
+            "other works and raise the threshold of the same work"
+        )
+    counted = {"same work": (int(first.sum()), True, "works")}
+    if outside is None:
+        say("without outside=<folder of other images> there is no threshold for similar")
+    else:
+        counted["similar"] = (int(halves(outside.paths).sum()), False, "images from outside")
+    for name, (count, paired, what) in counted.items():
+        rate, _ = promised(config.rate, count, config.certainty, paired=paired)
+        if rate > config.rate:
+            needed = least_scores(config.rate, config.certainty) * (2 if paired else 1)
+            say(
+                f'"{name}" is calibrated at a rate of {rate:.3g}, not {config.rate:g}: {count} {what} in the '
+                f"calibrating half promise no less with a certainty of {config.certainty:g}, it takes {needed}"
+            )
+
+
+def say(what: str) -> None:
+    print(f"note: {what}", file=sys.stderr, flush=True)
 
 
 def chosen(count: int, at_most: int, seed: int) -> Tensor:
@@ -104,34 +145,104 @@ def work_names(recommender: Recommender, positions: Tensor) -> list[str]:
     return [work or path for work, path in zip(works, paths, strict=True)]
 
 
-def outside_likeness(
-    config: DictConfig, catalog: Catalog, recommender: Recommender, neighbours: int
-) -> tuple[Likeness, list[str]]:
-    """How images from outside and the catalog are alike, and their paths."""
-    encoder = runtime.build_encoder(catalog.about["config"])
-    catalog.load_encoder_state(encoder)
-    encoder.to(runtime.device(config.device))
+def read_outside(config: DictConfig) -> Manifest:
+    """The images from outside that are taken, by chance."""
     manifest = read_manifest(Path(config.outside))
     rows = chosen(len(manifest), config.sample, config.seed).tolist()
-    manifest = Manifest(manifest.root, tuple(manifest.paths[row] for row in rows))
-    scores, names, errors = [], [], []
-    batches = load_images(
-        manifest,
-        size=encoder.input_size,  # type: ignore[arg-type]
-        fit=encoder.fit,  # type: ignore[arg-type]
-        batch_size=config.batch_size,
-        workers=config.workers,
-    )
-    for images, rows, unreadable in batches:
-        errors += unreadable
-        if len(images):
-            queries = recommender.as_queries(encode(encoder, images))
-            scores.append(recommender.search(queries, neighbours).scores)
-            names += [manifest.paths[row] for row in rows.tolist()]
-    report_errors(errors, {})
-    if not names:
-        raise ValueError(f"no image of {config.outside} could be read")
-    return likeness(torch.cat(scores), neighbours), names
+    return Manifest(manifest.root, tuple(manifest.paths[row] for row in rows))
+
+
+class Describer:
+    """Describes files with a catalog's encoder, built when it is needed; a second try goes on after the first."""
+
+    def __init__(self, config: DictConfig, catalog: Catalog) -> None:
+        self.config, self.catalog = config, catalog
+
+    def __call__(self, manifest: Manifest) -> tuple[list[int], Tensor]:
+        """Rising rows of the files that can be read, and their descriptors as the index has queries, (n, width)."""
+        digests = [content_digest(manifest.root / path) for path in manifest.paths]
+        catalog, index = self.catalog, self.catalog.index
+        kind, width = ("uint8", (index.bits or 0) // 8) if index.is_binary else ("float32", int(index.dimension or 0))
+        size = width * np.dtype(kind).itemsize
+        # A row: a descriptor's bytes, and whether there is one.
+        stored = ArrayCache(self.config.cache).get(
+            {"encoder": catalog.about["encoder_fingerprint"], "files": digests},
+            (len(manifest), size + 1),
+            "uint8",
+            lambda rows, start: self._fill(manifest, rows, start),
+        )
+        readable = np.flatnonzero(stored[:, size])
+        missing = [manifest.paths[row] for row in np.flatnonzero(stored[:, size] == 0)]
+        if missing:  # again, for what is wrong with them
+            part = Manifest(manifest.root, tuple(missing))
+            report_errors([error for *_, errors in load_images(part, size=32) for error in errors], {})
+        vectors = np.ascontiguousarray(stored[readable, :size]).view(kind)
+        return readable.tolist(), torch.from_numpy(vectors)
+
+    def _fill(self, manifest: Manifest, rows: np.ndarray, start: int) -> Iterator[int]:
+        encoder = runtime.build_encoder(self.catalog.about["config"])
+        self.catalog.load_encoder_state(encoder)
+        encoder.to(runtime.device(self.config.device))
+        step = 8 * self.config.batch_size
+        with tqdm(total=len(rows), initial=start, unit="img", desc="describe") as bar:
+            for begin in range(start, len(rows), step):
+                part = Manifest(manifest.root, manifest.paths[begin : begin + step])
+                batches = load_images(
+                    part,
+                    size=encoder.input_size,  # type: ignore[arg-type]
+                    fit=encoder.fit,  # type: ignore[arg-type]
+                    batch_size=self.config.batch_size,
+                    workers=self.config.workers,
+                )
+                for images, at, _ in batches:
+                    if len(images):
+                        data = encode(encoder, images).contiguous().numpy().view(np.uint8)
+                        rows[begin + at.numpy(), :-1], rows[begin + at.numpy(), -1] = data, 1
+                    bar.update(len(images))
+                yield begin + len(part)
+
+
+def content_digest(path: Path) -> str:
+    """16 hex digits of a file's content, of its name where it can't be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError:
+        return f"unreadable {path.name}"
+
+
+def exact_vectors(
+    config: DictConfig, catalog: Catalog, positions: Tensor, describe: Describer
+) -> tuple[Tensor, Tensor]:
+    """Positions of items whose files can be read, and their descriptors as a query has them, not as stored."""
+    if not config.images:
+        raise ValueError(
+            f"the index {catalog.index.factory} keeps vectors only roughly, which queries are not: give images=<what "
+            "the catalog was made of>, so that the sampled works are described as queries are"
+        )
+    paths = catalog.items["path"].take(positions.numpy()).to_pylist()
+    rows, vectors = describe(Manifest(read_manifest(Path(config.images)).root, tuple(paths)))
+    if not rows:
+        raise ValueError(f"no item of the catalog {catalog.folder} is in {config.images}: give what it was made of")
+    return positions[rows], vectors
+
+
+def outside_likeness(
+    recommender: Recommender, manifest: Manifest, neighbours: int, describe: Describer
+) -> tuple[Likeness, list[str]]:
+    """How images from outside and the catalog are alike, each content once, and their paths."""
+    rows, vectors = describe(manifest)
+    if not rows:
+        raise ValueError(f"no image of {manifest.root} could be read")
+    _, of = vectors.unique(dim=0, return_inverse=True)
+    once = np.sort(np.unique(of.numpy(), return_index=True)[1])
+    nothing = torch.empty(0)
+    found = [
+        recommender.stand_out(recommender.as_queries(block), neighbours, nothing)
+        for block in vectors[torch.from_numpy(once)].split(_BLOCK)
+    ]
+    likeness = Likeness(torch.cat([top for top, _ in found]), torch.cat([behind for _, behind in found]))
+    return likeness, [manifest.paths[rows[place]] for place in once.tolist()]
 
 
 def write_curves(path: Path, curves: Mapping[str, np.ndarray]) -> None:
@@ -143,7 +254,7 @@ def write_curves(path: Path, curves: Mapping[str, np.ndarray]) -> None:
             writer.writerows([name, *(f"{value:.6f}" for value in row)] for row in rows.tolist())
 
 
-def plot_curves(path: Path, curves: Mapping[str, np.ndarray], thresholds: Mapping[str, Threshold], rate: float) -> None:
+def plot_curves(path: Path, curves: Mapping[str, np.ndarray], thresholds: Mapping[str, Threshold]) -> None:
     """Writes a PNG: recall and precision of the held-out queries against their rate of false matches."""
     from matplotlib.figure import Figure  # half a second that --help need not wait
 
@@ -156,33 +267,37 @@ def plot_curves(path: Path, curves: Mapping[str, np.ndarray], thresholds: Mappin
         shown = np.maximum(rows[:, 2], least / 2)  # none is drawn left of one
         axes.plot(shown, rows[:, 1], label="recall")
         axes.plot(shown, rows[:, 3], label="precision")
-        axes.axvline(rate, color="grey", linestyle=":", label=f"rate {rate:g}, score {thresholds[name].value:.3f}")
+        rate, value = thresholds[name].rate, thresholds[name].values[0]
+        axes.axvline(rate, color="grey", linestyle=":", label=f"rate {rate:.3g}, threshold {value:.3f}")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def results(thresholds: Mapping[str, Threshold], rate: float) -> Table:
+def results(thresholds: Mapping[str, Threshold]) -> Table:
     """Thresholds and what they do to the held-out half."""
-    table = Table(title=f"At most {rate:g} false matches: thresholds, and what they do to the held-out half (95%)")
-    for name in ("match", "threshold", "calibrated on", "false matches", "found"):
+    table = Table(title="False matches at most at the rate: thresholds, and what they do to the held-out half (95%)")
+    for name in ("match", "rate", "threshold", "calibrated on", "false matches", "found", "examples"):
         table.add_column(name, justify="left" if name == "match" else "right")
     names = {"same_work": "the same work", "similar": "similar"}
     for name, t in thresholds.items():
-        cells = [_share(t.false, t.of), _share(t.found, t.matches)]
-        table.add_row(names[name], f"{t.value:.4f}", f"{t.negatives} queries", *cells)
+        units = f"{t.units} {'pairs of works' if t.per_unit == 2 else 'images'}"
+        false, found = _share(t.false, t.of, t.per_unit), _share(t.found, t.matches)
+        table.add_row(names[name], f"{t.rate:.3g}", f"{t.values[0]:.4f}", units, false, found, f"{len(t.values)}")
     table.caption = (
-        "the same work: found among items of works with more than one; false: items without their work. "
-        "similar: found is how many items of the collection are like its other works; false: images from outside"
+        "one image a work. the same work: found among works with more than one; false: without their work. similar: "
+        "found is how many are like other works of the collection; false: images from outside. examples: of so many "
+        "any may be the match at this rate, of more several must agree"
     )
     return table
 
 
-def _share(count: int, of: int) -> str:
+def _share(count: int, of: int, per_unit: int = 1) -> str:
+    """A share with its interval; so many of the counted make one independent draw."""
     if of == 0:
         return "-"
-    low, high = wilson(count, of)
+    low, high = wilson(count / per_unit, of / per_unit)
     return f"{count / of:.4f} ({low:.4f}-{high:.4f}) of {of}"
 
 

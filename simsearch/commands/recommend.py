@@ -71,7 +71,7 @@ def main(config: DictConfig) -> None:
         print(f"none of {len(catalog)} items is left to recommend: loosen where=")
     elif not kept:
         print(
-            "no similar work: images from outside are as near to the collection. The best of "
+            "no similar work: what is there is no nearer than to images from outside. The best of "
             f"{answer.candidates} items scores {float(answer.scores.max()):.4f}; force=true shows it"
         )
     else:
@@ -191,7 +191,8 @@ def tiles(
     for item, data in zip(items, catalog.thumbnails([item["id"] for item in items]), strict=True):
         about = [item["attributes"].get(name) for name in ("artist", "title", "year")]
         words = ", ".join(str(word) for word in about if word) or Path(item["attributes"]["path"]).name
-        found.append(Tile(decode_thumbnail(data), f"{item['score']:.2f} {words}"))
+        said = "" if item["verdict"] == UNCALIBRATED else f"{item['verdict']}, "
+        found.append(Tile(decode_thumbnail(data), f"{item['score']:.2f} {said}{words}"))
     rows = [[Tile(example.image, Path(example.name).name)] for example in like]
     rows += [[Tile(example.image, f"not: {Path(example.name).name}")] for example in unlike]
     return [[*rows[0], *found], *rows[1:]]

@@ -20,15 +20,20 @@ from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.figures import Tile, save_grid
 from simsearch.images import decode_thumbnail
 from simsearch.search.catalog import Catalog, read_catalog
-from simsearch.search.engine import Engine
+from simsearch.search.engine import Engine, encode
+from simsearch.search.recommender import NONE, UNCALIBRATED, Recommender, best_verdict
 from simsearch.types import SearchResult
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found for one query image: items best first, each with rank, score and its attributes."""
+    """What was found for one query image: items best first, each with rank, score, verdict and its attributes.
+
+    verdict: the best of the items', as `simsearch recommend` gives it.
+    """
 
     query: str
+    verdict: str
     items: list[dict[str, Any]]
     positions: list[int]
     image: Tensor
@@ -47,7 +52,7 @@ def main(config: DictConfig) -> None:
     answers, milliseconds = search(engine, Path(config.image), config.k, config.batch_size)
     if config.format == "json":
         for answer in answers:
-            print(json.dumps({"query": answer.query, "results": answer.items}))
+            print(json.dumps({"query": answer.query, "verdict": answer.verdict, "results": answer.items}))
     else:
         for answer in answers:
             runtime.show(answer_table(answer))
@@ -69,16 +74,19 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
     manifest = read_manifest(source) if listed else Manifest(source.parent, (source.name,))
     answers: dict[int, Answer] = {}
     errors = []
+    recommender = Recommender(engine.catalog)
     start = time.perf_counter()
     fit = engine.encoder.fit
     batches = load_images(manifest, size=engine.encoder.input_size, fit=fit, batch_size=batch_size)
     for images, rows, unreadable in batches:
         errors += unreadable
         if len(images):
-            found = engine.search(images, k)
-            for image, row, one in zip(images, rows.tolist(), per_query(found), strict=True):
-                items, positions = describe(engine.catalog, one)
-                answers[row] = Answer(manifest.paths[row], items, positions, image)
+            vectors = encode(engine.encoder, images)
+            found = per_query(engine.nearest(vectors, k))
+            for image, row, vector, one in zip(images, rows.tolist(), vectors, found, strict=True):
+                verdicts = recommender.verdicts(one[0], vector[None])
+                items, positions = describe(engine.catalog, one, verdicts)
+                answers[row] = Answer(manifest.paths[row], best_verdict(verdicts), items, positions, image)
     for error in errors:
         print(f"skipped: {error}", file=sys.stderr)
     if not answers:
@@ -92,32 +100,39 @@ def per_query(found: SearchResult) -> list[tuple[Tensor, Tensor]]:
     return [(i[i >= 0], s[i >= 0]) for i, s in zip(found.ids, found.scores, strict=True)]
 
 
-def describe(catalog: Catalog, found: tuple[Tensor, Tensor]) -> tuple[list[dict[str, Any]], list[int]]:
-    """Rank, score and attributes of the items found, and their positions in the catalog."""
+def describe(
+    catalog: Catalog, found: tuple[Tensor, Tensor], verdicts: list[str]
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Rank, score, verdict and attributes of the items found, and their positions in the catalog."""
     ids, scores = found[0].tolist(), found[1].tolist()
     rows = catalog.items.take(torch.tensor(ids).numpy()).to_pylist()
-    numbered = enumerate(zip(scores, rows, strict=True), start=1)
-    return [{"rank": rank, "score": score, **row} for rank, (score, row) in numbered], ids
+    numbered = enumerate(zip(scores, verdicts, rows, strict=True), start=1)
+    return [{"rank": rank, "score": score, "verdict": said, **row} for rank, (score, said, row) in numbered], ids
 
 
 def answer_table(answer: Answer) -> Table:
-    """An answer as a table, one row an item."""
-    table = Table(title=escape(answer.query), title_justify="left")
+    """An answer as a table, one row an item; verdicts where the catalog is calibrated."""
+    judged = answer.verdict != UNCALIBRATED
+    said = ("no similar work" if answer.verdict == NONE else answer.verdict) if judged else ""
+    table = Table(title=escape(answer.query) + (f"\n{said}" if said else ""), title_justify="left")
     names = list(answer.items[0]) if answer.items else ["rank", "score", "path"]
+    names = [name for name in names if judged or name != "verdict"]
     for name in names:
         table.add_column(escape(name), justify="right" if name in ("rank", "score") else "left", overflow="fold")
     for item in answer.items:
-        cells = [f"{v:.4f}" if isinstance(v, float) else "" if v is None else escape(str(v)) for v in item.values()]
+        values = [item[name] for name in names]
+        cells = [f"{v:.4f}" if isinstance(v, float) else "" if v is None else escape(str(v)) for v in values]
         table.add_row(*cells)
     return table
 
 
 def answer_tiles(catalog: Catalog, answer: Answer) -> list[Tile]:
-    """The query and its items' thumbnails as a row of a picture."""
+    """The query and its items' thumbnails as a row of a picture, their verdicts said where there are any."""
     tiles = [Tile(answer.image, Path(answer.query).name)]
     for item, data in zip(answer.items, catalog.thumbnails(answer.positions), strict=True):
         name = item.get(catalog.about.get("label", "label")) or Path(item["path"]).name
-        tiles.append(Tile(decode_thumbnail(data), f"{item['score']:.2f} {name}"))
+        said = "" if item["verdict"] == UNCALIBRATED else f"{item['verdict']}, "
+        tiles.append(Tile(decode_thumbnail(data), f"{item['score']:.2f} {said}{name}"))
     return tiles
 
 

@@ -295,6 +295,11 @@ class FaissIndex:
             raise ValueError(f"FAISS cannot decode the items of {self.factory!r}: {_reason(error)}") from None
 
     @property
+    def keeps_vectors(self) -> bool:
+        """Whether `rows` are the vectors that were added (Flat, HNSW of it, codes), not what a code decodes to."""
+        return self.is_binary or self.dimension is None or self.code_bytes >= 4 * self.dimension
+
+    @property
     def bytes_per_item(self) -> float:
         """Bytes that one more item adds: code, id and graph links, without what is shared.
 

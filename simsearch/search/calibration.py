@@ -11,85 +11,91 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsearch.functional.open_set import (
-    false_match_curve,
-    familiarity,
-    least_scores,
-    threshold_at,
-)
-from simsearch.search.recommender import Recommender
+from simsearch.functional.open_set import false_match_curve, least_rate, pairs_once, stand_out, thresholds_at
+from simsearch.search.recommender import Recommender, sameness, similarity
 
 _BLOCK = 256  # queries that are searched together
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold and what it did to queries that it was not chosen by.
+    """Thresholds of one kind of match and what the first does to queries that it was not chosen by.
 
-    negatives: how many scores it was chosen by. false, of: false matches among held-out queries without a match.
-    found, matches: matches that exceed it among held-out queries with one.
+    values: what 1, 2, ... queries without a match may exceed at `rate` (`thresholds_at`). units: how many independent
+    draws they were chosen by. false, of: false matches among held-out queries without a match, `per_unit` of which
+    count as one draw. found, matches: matches that exceed it among held-out queries with one.
     """
 
-    value: float
-    negatives: int
+    values: list[float]
+    rate: float
+    units: int
     false: int
     of: int
+    per_unit: int
     found: int
     matches: int
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Scores of queries, (Q,) each, of which verdicts are made.
-
-    top: the best. familiar: `familiarity`, how much they look like the collection as a whole.
-    """
+    """How queries and a collection are alike: the best cosine and the background that it stands out against, (Q,)."""
 
     top: Tensor
-    familiar: Tensor
+    background: Tensor
 
-    def at_home(self, same_work: float) -> Tensor:
-        """What the threshold of "similar" is of, (Q,): familiarity; inf for copies, which are at home anywhere."""
-        return self.familiar.masked_fill(self.top > same_work, torch.inf)
+    @property
+    def sameness(self) -> Tensor:
+        """What the thresholds of "same work" are of, (Q,)."""
+        return sameness(self.top, self.background)
+
+    def similarity(self, floor: float, same_work: float) -> Tensor:
+        """What those of "similar" are of, (Q,); inf for what is called the same work, which is similar too."""
+        return similarity(self.top, self.background, floor).masked_fill(self.sameness > same_work, torch.inf)
 
 
 def neighbours_of(count: int) -> int:
-    """How many neighbours familiarity is a mean of in a catalog of `count` items: a twentieth, at most 20."""
+    """How many neighbours a background is a mean of in a catalog of `count` items: a twentieth, at most 20."""
     return min(20, max(1, count // 20))
 
 
-def likeness(scores: Tensor, neighbours: int) -> Likeness:
-    """That of queries by their scores (Q, K), best first, K >= 1."""
-    return Likeness(scores[:, 0], familiarity(scores, neighbours))
+def image_a_work(recommender: Recommender, at_most: int, seed: int) -> Tensor:
+    """Rising positions int64 (n,) of one image, by chance, of each of at most so many works, by chance.
+
+    Images of one work are no independent queries; such a choice is what a new image of a new work is drawn as.
+    """
+    order = np.random.default_rng(seed).permutation(len(recommender.works))
+    _, first = np.unique(recommender.works[order], return_index=True)
+    return torch.from_numpy(np.sort(order[np.sort(first)[:at_most]]))
 
 
-def leave_work_out(recommender: Recommender, positions: Tensor, neighbours: int) -> tuple[Likeness, Tensor]:
-    """How items and their catalog without their own work are alike, and the score (Q,) of a match with that work.
+def leave_work_out(
+    recommender: Recommender, positions: Tensor, neighbours: int, vectors: Tensor | None = None
+) -> tuple[Likeness, Tensor]:
+    """How items and their catalog without their own work are alike, and what a match with that work exceeds, (Q,).
 
-    positions: int64 (Q,). A match is an answer led by another item of the same work; -inf where it is led by
-    something else, NaN for a work of one item. Works of more than some hundred items make this slow.
+    positions: int64 (Q,). vectors: their descriptors as queries have them, where the index does not keep them exactly.
+    A match is an answer led by another item of the same work; -inf where it is led by something else, NaN for a work
+    of one item. Works of more than some hundred items make this slow.
     """
     works = torch.from_numpy(recommender.works)
     _, work, sizes = works.unique(return_inverse=True, return_counts=True)
-    depth = int(sizes.max()) + neighbours  # so many are left without the own work
-    without, match = [], []
-    for block in positions.split(_BLOCK):
-        found = recommender.search(recommender.as_queries(recommender.vectors(block)), depth)
-        ids = found.ids.clamp(min=0)
-        own = (work[ids] == work[block][:, None]) & (found.ids >= 0)
-        itself = found.ids == block[:, None]
-        without.append(_without(found.scores, own)[:, :neighbours])
-        others = _without(found.scores, itself)
-        led = _without(own.float(), itself)[:, 0] == 1
-        scores = torch.where(led, others[:, 0], -torch.inf)
-        match.append(scores.masked_fill(sizes[work[block]] == 1, torch.nan))
-    return likeness(torch.cat(without), neighbours), torch.cat(match)
-
-
-def _without(values: Tensor, taken: Tensor) -> Tensor:
-    """values (Q, K) with those `taken` moved behind the others as -inf, the order kept."""
-    order = taken.to(torch.uint8).argsort(dim=1, stable=True)
-    return values.masked_fill(taken, -torch.inf).gather(1, order)
+    depth = 2 * int(sizes.max()) + neighbours  # so many are left without the own work and the leader's
+    tops, backgrounds, matches = [], [], []
+    for block in torch.arange(len(positions)).split(_BLOCK):
+        at = positions[block]
+        found = recommender.search(
+            recommender.as_queries(recommender.vectors(at) if vectors is None else vectors[block]), depth
+        )
+        of = work[found.ids.clamp(min=0)]
+        own, itself = of == work[at][:, None], found.ids == at[:, None]
+        top, background = stand_out(found.scores, of, own, neighbours)
+        tops.append(top)
+        backgrounds.append(background)
+        best, behind = stand_out(found.scores, of, itself, neighbours)
+        led = own.gather(1, itself.to(torch.uint8).argsort(dim=1, stable=True))[:, 0]
+        match = torch.where(led, sameness(best, behind), -torch.inf)
+        matches.append(match.masked_fill(sizes[work[at]] == 1, torch.nan))
+    return Likeness(torch.cat(tops), torch.cat(backgrounds)), torch.cat(matches)
 
 
 def halves(names: Sequence[str]) -> Tensor:
@@ -98,34 +104,49 @@ def halves(names: Sequence[str]) -> Tensor:
     return torch.tensor([digest < 128 for digest in digests], dtype=torch.bool)
 
 
+def promised(rate: float, scores: int, certainty: float, *, paired: bool) -> tuple[float, int]:
+    """The rate that so many scores of a calibrating half can promise, `rate` or the least, and their units."""
+    units = scores // 2 if paired else scores
+    return max(rate, least_rate(units, certainty)), units
+
+
 def calibrate(
-    match: Tensor, no_match: Tensor, of_match: Tensor, of_no_match: Tensor, rate: float, certainty: float
+    match: Tensor,
+    no_match: Tensor,
+    of_match: Tensor,
+    of_no_match: Tensor,
+    rate: float,
+    certainty: float,
+    *,
+    paired: bool,
 ) -> Threshold:
-    """The threshold of one kind of match, and what it does to the held-out halves.
+    """The thresholds of one kind of match at `rate` or the least that can be promised, and what they do to the rest.
 
-    match: (M,), no_match: (N,), scores; of_match, of_no_match: bool, which belong to the calibrating half.
+    match: (M,), no_match: (N,), scores of independent draws (works, images from outside); of_match, of_no_match: bool,
+    which belong to the calibrating half. paired: the scores are between the draws themselves, see `pairs_once`.
 
-    Raises ValueError where there are too few queries without a match to promise the rate, and where more of them
-    than that have a score of inf.
+    Raises ValueError where there is no query without a match, and where more of them than `rate` have a score of inf.
     """
     known = no_match[of_no_match]
-    value = threshold_at(known, rate, certainty)
-    if math.isinf(value):
-        if len(known) >= least_scores(rate, certainty):
-            raise ValueError(
-                f"more than {rate} of {len(known)} images from outside are works of the collection: give others"
-            )
+    rate, units = promised(rate, len(known), certainty, paired=paired)
+    if not units:
         raise ValueError(
-            f"{len(known)} queries without a match cannot promise a rate of {rate} with a certainty of {certainty}: it "
-            f"takes {least_scores(rate, certainty)} in the calibrating half. Give more images, or raise rate"
+            f"{len(known)} queries without a match in the calibrating half are too few for any rate: give more images"
+        )
+    values = thresholds_at(pairs_once(known) if paired else known, rate, certainty)
+    if not values:
+        raise ValueError(
+            f"more than {rate:g} of {len(known)} images from outside are works of the collection: give others"
         )
     held, matches = no_match[~of_no_match], match[~of_match]
     return Threshold(
-        value=value,
-        negatives=len(known),
-        false=int((held > value).sum()),
+        values=values,
+        rate=rate,
+        units=units,
+        false=int((held > values[0]).sum()),
         of=len(held),
-        found=int((matches > value).sum()),
+        per_unit=2 if paired else 1,
+        found=int((matches > values[0]).sum()),
         matches=len(matches),
     )
 
@@ -136,7 +157,7 @@ def curve(match: Tensor, no_match: Tensor) -> np.ndarray:
     return rows[torch.isfinite(rows).all(1)].numpy()
 
 
-def wilson(count: int, of: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(count: float, of: float, z: float = 1.959964) -> tuple[float, float]:
     """The 95% interval of a share by Wilson's score, in [0, 1]; (0, 1) of nothing.
 
     Wilson: Probable inference, the law of succession, and statistical inference, JASA 1927.

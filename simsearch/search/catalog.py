@@ -292,11 +292,11 @@ def _index_digest(folder: Path) -> dict[str, str]:
 def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
     """Writes calibration.json of the catalog in `folder`, atomically; `read_catalog` reads it.
 
-    calibration: catalog, the fingerprint of the catalog that it holds for (another's is refused); rate, the rate of
-    false matches that was promised; same_work, the cosine at the catalog's own weights above which an item is the same
-    work; similar, the mean of that many `neighbours`' cosines above which a query has similar works here, None where
-    that was not calibrated; weights, of the parts; negatives, how many scores of queries without a match each
-    threshold comes from.
+    calibration: catalog, the fingerprint of the catalog that it holds for (another's is refused); same_work and
+    similar, thresholds for 1, 2, ... examples of what `Recommender.verdicts` looks at, similar None where that was not
+    calibrated; floor, the cosine that a similar item must exceed; neighbours, of how many a background is the mean;
+    rate, of false matches that is promised for each, and asked; weights, of the parts; units, by how many independent
+    draws.
     """
     write_json(folder / "calibration.json", calibration)
 
@@ -305,9 +305,11 @@ def _read_calibration(catalog: Catalog) -> dict[str, Any] | None:
     path = catalog.folder / "calibration.json"
     try:
         calibration = read_json(path)
-        float(calibration["same_work"])
-        if calibration["similar"] is not None:
-            float(calibration["similar"])
+        kinds = ["same_work"] if calibration["similar"] is None else ["same_work", "similar"]
+        if not all(len(calibration[kind]) and [float(value) for value in calibration[kind]] for kind in kinds):
+            raise ValueError("no threshold")
+        if "similar" in kinds:
+            float(calibration["floor"])
         if int(calibration["neighbours"]) < 1:
             raise ValueError("neighbours")
     except FileNotFoundError:
@@ -328,7 +330,7 @@ def item_table(columns: Mapping[str, Sequence[Any]], thumbnails: Sequence[bytes]
 
 def path_table(manifest: Manifest) -> pa.Table:
     """Path and attributes of a manifest's images, as text. Raises ValueError for columns that a result has too."""
-    if reserved := sorted({"rank", "score", THUMBNAIL} & set(manifest.attributes)):
+    if reserved := sorted({"rank", "score", "verdict", THUMBNAIL} & set(manifest.attributes)):
         raise ValueError(f"the images have the columns {', '.join(reserved)}, which a result has too: rename them")
     return pa.table({n: pa.array(v, pa.string()) for n, v in {"path": manifest.paths, **manifest.attributes}.items()})
 

@@ -38,9 +38,12 @@ class Engine:
         After re-ranking the scores are the method's own: inner products of its vectors, or what orders
         its shortlist. Raises ValueError for k < 1, and for more than a shortlist holds.
         """
+        return self.nearest(encode(self.encoder, images), k)
+
+    def nearest(self, vectors: Tensor, k: int) -> SearchResult:
+        """The same of descriptors (B, width), as `encode` gives them."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        vectors = encode(self.encoder, images)
         if self._reranked is not None:
             return self._reranked.search(unit_vectors(vectors, self._bits), k)
         return self.catalog.index.search(vectors, min(k, len(self.catalog)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from simsearch.functional.codes import pack_codes, unpack_codes
 from simsearch.functional.diversity import mmr
 from simsearch.functional.feedback import contributions, query_weights, reweight, reweight_both, rocchio, unit_parts
-from simsearch.functional.open_set import familiarity
+from simsearch.functional.open_set import agreeing, stand_out
 from simsearch.search.catalog import Catalog
 from simsearch.search.filters import Attributes, Condition
 from simsearch.types import SearchResult
@@ -26,6 +26,9 @@ SAME_WORK, SIMILAR, NONE, UNCALIBRATED = "same work", "similar", "none", "uncali
 _SHORTLIST = 100
 _HUB_NEIGHBOURS = 10
 _DROPPED = 1000  # so many items that may not be answered are taken out of a longer list, more by a mask
+# How much of a query's background counts against the same work, and for what is similar: of 0, .25, .5, .75 and 1 the
+# one that finds most photographs of works at the same rate (experiments/2026-11-23-art-recommender).
+_BACKGROUND = 0.5
 _BLOCK = 2**14  # stored vectors that are read together
 # What says nothing when two items share it: files, identities, links, and what else an artist brings along.
 _TELLS_NOTHING = re.compile(
@@ -33,6 +36,30 @@ _TELLS_NOTHING = re.compile(
     r"|license|licence|source|split|reason)$",
     re.IGNORECASE,
 )
+
+
+def sameness(cosines: Tensor, background: Tensor) -> Tensor:
+    """What the thresholds of "same work" are of: cosines (..., Q) less a part of the queries' background (Q,)."""
+    return cosines - _BACKGROUND * background.clamp(min=-1)
+
+
+def similarity(cosines: Tensor, background: Tensor, floor: float) -> Tensor:
+    """What the thresholds of "similar" are of: cosines (..., Q) and a part of the queries' background (Q,).
+
+    floor: what is not above is not similar, -inf.
+    """
+    return (cosines + _BACKGROUND * background.clamp(min=-1)).masked_fill(cosines <= floor, -torch.inf)
+
+
+def exceeds(values: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """Which items, bool (K,), enough of the examples are near to; values (K, M), thresholds as `thresholds_at` has."""
+    needed, of = agreeing(values.shape[1], len(thresholds))
+    return values.topk(needed, dim=1).values[:, -1] > thresholds[of - 1]
+
+
+def best_verdict(verdicts: Sequence[str]) -> str:
+    """The verdict of an answer: the best of its items', "none" where it has none."""
+    return min(verdicts, key=(SAME_WORK, SIMILAR, UNCALIBRATED, NONE).index, default=NONE)
 
 
 @dataclass(frozen=True)
@@ -73,11 +100,9 @@ class Recommendation:
     """What a catalog answers, best first; K is less than k where there is no more.
 
     ids: positions int64 (K,). scores: float32 (K,), inner products with the combined query: the weighted mean of the
-    parts' cosines. parts: what each part adds to the score, (K,) each. verdicts: of each item "same work", by its
-    plain cosine to the nearest example; else "similar" where an example is like the collection, "none" where none is,
-    "uncalibrated" where that is not known. Thresholds are of plain examples in the whole catalog at its own weights,
-    whatever weights and filters a request has. verdict: of the best item, "none" where there is no item. candidates:
-    how many items were searched, those that may be answered.
+    parts' cosines. parts: what each part adds to the score, (K,) each. verdicts: of each item, see
+    `Recommender.verdicts`; an item whose score is negative is not "similar". verdict: the best of them, "none" where
+    there is no item. candidates: how many items were searched, those that may be answered.
     """
 
     ids: Tensor
@@ -109,6 +134,11 @@ class Recommender:
             return own
         codes = self.attributes.column(self.work_attribute).codes
         return np.where(codes >= 0, codes.astype(np.int64), own + len(own))
+
+    @cached_property
+    def largest_work(self) -> int:
+        """How many items the work with most of them has."""
+        return int(np.unique(self.works, return_counts=True)[1].max())
 
     @cached_property
     def telling(self) -> list[str]:
@@ -193,13 +223,41 @@ class Recommender:
         if request.hubness and len(ids):
             ranked = scores - 0.5 * self._hubness(ids, reweight(rows, self.parts, weights))
         chosen = mmr(ranked, reweight_both(rows, self.parts, weights), request.k, 1 - request.diversity)
-        like = self.as_queries(request.like)
-        verdicts = self._verdicts(self._exact(rows[chosen] @ like.T).amax(1), like)
         of_parts = {name: self._exact(part) for name, part in contributions(query, rows[chosen], self.parts).items()}
-        best = min(verdicts, key=(SAME_WORK, SIMILAR, UNCALIBRATED, NONE).index, default=NONE)
-        return Recommendation(
-            ids[chosen], sum(of_parts.values(), torch.zeros(len(chosen))), of_parts, verdicts, best, candidates
-        )
+        total = sum(of_parts.values(), torch.zeros(len(chosen)))
+        verdicts = [
+            NONE if verdict == SIMILAR and score < 0 else verdict
+            for verdict, score in zip(self.verdicts(ids[chosen], request.like, taken), total.tolist(), strict=True)
+        ]
+        return Recommendation(ids[chosen], total, of_parts, verdicts, best_verdict(verdicts), candidates)
+
+    def verdicts(self, ids: Tensor, like: Tensor, taken: Tensor | None = None) -> list[str]:
+        """What the catalog's calibration says of items: "same work", "similar", "none" or "uncalibrated".
+
+        ids: positions int64 (K,). like: the examples as `Request` has them. taken: positions int64 of the examples' own
+        items. An item is judged by its cosine to a plain example, beside the example's background in the whole catalog
+        (`stand_out`): the same work must stand out against it, what is similar counts for more in a dense one, and
+        its cosine must exceed what images from outside get. Of several examples enough must agree (`agreeing`). All
+        of this is of the catalog's own weights, whatever weights and filters a request has.
+        """
+        calibration = self.catalog.calibration
+        if calibration is None or not len(ids):
+            return [UNCALIBRATED] * len(ids)
+        queries = self.as_queries(like)
+        cosines = self._exact(self._stored(self.vectors(ids)) @ queries.T)
+        _, background = self.stand_out(queries, calibration["neighbours"], torch.empty(0) if taken is None else taken)
+        other = [UNCALIBRATED] * len(ids)
+        if calibration["similar"] is not None:
+            close = exceeds(similarity(cosines, background, calibration["floor"]), calibration["similar"])
+            other = [SIMILAR if one else NONE for one in close.tolist()]
+        same = exceeds(sameness(cosines, background), calibration["same_work"])
+        return [SAME_WORK if one else verdict for one, verdict in zip(same.tolist(), other, strict=True)]
+
+    def stand_out(self, queries: Tensor, neighbours: int, taken: Tensor) -> tuple[Tensor, Tensor]:
+        """The best score of queries float32 (Q, D) and their background, (Q,) both, without the items `taken` (T,)."""
+        found = self.search(queries, neighbours + self.largest_work + len(taken))
+        works = torch.from_numpy(self.works)[found.ids.clamp(min=0)]
+        return stand_out(found.scores, works, torch.isin(found.ids, taken), neighbours)
 
     def shared(self, ids: Sequence[int] | Tensor, with_: Sequence[int]) -> list[dict[str, str]]:
         """Of each item, the telling attributes and values that it has in common with any of the items `with_`."""
@@ -295,23 +353,3 @@ class Recommender:
         others = (found.ids != ids[:, None]) & (found.ids >= 0)
         others &= others.cumsum(1) <= _HUB_NEIGHBOURS
         return found.scores.masked_fill(~others, 0.0).sum(1) / others.sum(1).clamp(min=1)
-
-    def _verdicts(self, cosines: Tensor, like: Tensor) -> list[str]:
-        """What plain cosines (K,) to the nearest of plain examples (M, D) mean by the catalog's calibration."""
-        if self.catalog.calibration is None:
-            return [UNCALIBRATED] * len(cosines)
-        same_work = self.catalog.calibration["same_work"]
-        other = self._at_home(like)
-        return [SAME_WORK if cosine > same_work else other for cosine in cosines.tolist()]
-
-    def _at_home(self, like: Tensor) -> str:
-        """Whether the catalog holds anything like one of the plain examples (M, D): a copy, or many that are alike."""
-        assert self.catalog.calibration is not None
-        calibration = self.catalog.calibration
-        if calibration["similar"] is None:
-            return UNCALIBRATED
-        scores = self.search(like, calibration["neighbours"]).scores
-        known = (scores[:, 0] > calibration["same_work"]) | (
-            familiarity(scores, calibration["neighbours"]) > calibration["similar"]
-        )
-        return SIMILAR if known.any() else NONE

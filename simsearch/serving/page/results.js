@@ -158,8 +158,15 @@ function drawFacts(answer) {
   const has = catalog();
   const lines = [count(has.items, "work"), `${has.bytes_per_item} bytes each`];
   if (answer.took) lines.push(`encoded in ${answer.took.encode.toFixed(0)} ms, searched in ${answer.took.search.toFixed(1)} ms`);
-  lines.push(has.calibration ? `“similar” is wrong for at most ${+(100 * has.calibration.rate).toFixed(2)} % of strangers` : "not calibrated: nothing is called similar or the same");
+  lines.push(has.calibration ? promise(has.calibration) : "not calibrated: nothing is called similar or the same");
   $("#facts").textContent = lines.join(" · ");
+}
+
+// What a calibration promises, of the kind of match that it knows.
+function promise({ rate }) {
+  const percent = (value) => `${+(100 * value).toFixed(2)} %`;
+  return rate.similar === undefined ? `“same work” is wrong for at most ${percent(rate.same_work)} of other works`
+    : `“similar” is wrong for at most ${percent(rate.similar)} of strangers`;
 }
 
 function drawNone(answer, none) {
@@ -167,7 +174,7 @@ function drawNone(answer, none) {
   box.hidden = !none && answer.works.length > 0;
   if (none) {
     box.replaceChildren(h("h2", {}, "No similar work in this collection"),
-      h("p", {}, "Images from outside come as near to this collection as yours does."),
+      h("p", {}, "Images from outside come as near to these works as yours does."),
       h("button", { type: "button", class: "tool", id: "anyway", onclick: () => { page.anyway = true; drawAnswer(page.shown, true); works.focus({ preventScroll: true }); } }, "Show the nearest anyway"));
   } else if (!answer.works.length) {
     const why = page.state.where.length ? "Nothing passes these filters" : page.state.text ? `Nothing is called “${page.state.text}”` : "Nothing to show";
