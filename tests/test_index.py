@@ -272,6 +272,13 @@ class TestAmong:
 
     FAMILIES = (*FLOAT_FAMILIES, "IVF8,PQ4x4,RFlat", "PQ4x4fs", *BINARY_FAMILIES)
 
+    @pytest.mark.parametrize("factory", FAMILIES)
+    def test_it_knows_whether_it_keeps_vectors(self, factory):
+        items, _ = family_data(factory)
+        index = filled(factory, items)
+        kept = index.rows(torch.arange(600))
+        assert index.keeps_vectors == torch.allclose(kept.float(), items.float(), atol=1e-5)
+
     @staticmethod
     def expected(index: FaissIndex, queries: Tensor, mask: Tensor, k: int) -> Tensor:
         """Scores float64 (Q, k), -inf where there are fewer."""

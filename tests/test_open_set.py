@@ -84,7 +84,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def test_images_of_one_work_are_one_draw():
-    """50 works of 20 images can't promise .01; each of 1,000 draws of 20 images' scores keeps the rate or is refused."""
+    """50 works can't promise .01 by having 20 images each, in any of 1,000 draws."""
     own = torch.arange(50).repeat_interleave(20)
     for seed in range(1_000):
         scores = torch.rand(50, generator=seeded(seed)).repeat_interleave(20)

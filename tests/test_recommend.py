@@ -95,14 +95,21 @@ def test_a_long_path_is_never_cut(catalog):
 def test_calibrated_it_says_no(catalog, outside):
     (catalog / "calibration.json").write_text('{"same_work": 0.9, "similar": 0.4}')  # of another version
     assert "or calibrate again" in simsearch("recommend", f"catalog={catalog}", "id=0", expect=1).stderr
-    done = simsearch("calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.2", "workers=0", "sample=1000")
+    shutil.copy(outside / "0.png", outside / "copy.png")
+    done = simsearch("calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.2", "workers=0")
     assert "the same work" in done.stdout
     assert "not-an-image" in done.stderr
     calibration = json.loads((catalog / "calibration.json").read_text())
-    assert (calibration["rate"], calibration["certainty"]) == (0.2, 0.95)
+    works = Recommender(read_catalog(catalog)).works
+    same = calibration["held_out"]["same_work"]["of"]
+    units = (len(set(works.tolist())) - same) // 2  # a work counts once, and two works that are each other's nearest
+    assert calibration["units"]["same_work"] == units
+    assert calibration["rate"] == {"same_work": pytest.approx(max(0.2, 1 - 0.05 ** (1 / units))), "similar": 0.2}
+    assert (calibration["asked"], calibration["certainty"]) == (0.2, 0.95)
+    assert f'"same work" is calibrated at a rate of {calibration["rate"]["same_work"]:.3g}, not 0.2' in done.stderr
     assert calibration["weights"] == {"content": 1.0}
     assert calibration["neighbours"] == max(1, len(read_catalog(catalog)) // 20)
-    assert calibration["negatives"]["similar"] + calibration["held_out"]["similar"]["of"] == 60
+    assert calibration["units"]["similar"] + calibration["held_out"]["similar"]["of"] == 60  # a copy counts once
     assert read_catalog(catalog).calibration == calibration
     with (catalog / "calibration/curve.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["kind"] == "similar"]
@@ -117,9 +124,69 @@ def test_calibrated_it_says_no(catalog, outside):
     assert bool(answer["results"]) == (answer["verdict"] == "similar")
 
 
-def test_a_rate_that_cannot_be_promised(catalog):
-    done = simsearch("calibrate", f"catalog={catalog}", "rate=0.0001", expect=1)
-    assert "cannot promise a rate of 0.0001 with a certainty of 0.95: it takes 29956" in done.stderr
+def test_a_second_try_describes_nothing_again(catalog, outside, monkeypatch):
+    arguments = ["calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.3", "workers=0"]
+    first = simsearch(*arguments)
+    before = json.loads((catalog / "calibration.json").read_text())
+    monkeypatch.setattr("simsearch.commands.calibrate.encode", None)
+    again = simsearch(*arguments)
+    assert json.loads((catalog / "calibration.json").read_text()) == before
+    assert "not-an-image" in first.stderr
+    assert "not-an-image" in again.stderr
+    shutil.copy(outside / "1.png", outside / "new.png")  # other content: described anew
+    assert "not callable" in simsearch(*arguments, expect=1).stderr
+    (outside / "new.png").unlink()
+
+
+def test_search_says_what_recommend_says(catalog, outside, small_run, tmp_path):
+    simsearch("calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.3", "workers=0")
+    queries = [*sorted((small_run / "figures/queries").iterdir())[:2], outside / "3.png"]
+    seen = set()
+    for query in queries:
+        arguments = [f"catalog={catalog}", f"image={query}", "k=8"]
+        found = json.loads(simsearch("search", *arguments, "format=json").stdout)
+        told = json.loads(simsearch("recommend", *arguments, "collapse=false", "force=true", "format=json").stdout)
+        assert found["verdict"] == told["verdict"]
+        assert [r["path"] for r in found["results"]] == [r["attributes"]["path"] for r in told["results"]]
+        assert [r["verdict"] for r in found["results"]] == [r["verdict"] for r in told["results"]]
+        seen |= {r["verdict"] for r in found["results"]}
+    assert len(seen) > 1
+    table = simsearch("search", *arguments, f"figure={tmp_path}/f.png").stdout
+    assert ("no similar work" if found["verdict"] == "none" else found["verdict"]) in table
+    assert "verdict" in table
+
+
+def test_too_few_for_the_rate_is_said_before_the_work(catalog, outside, monkeypatch):
+    def late(*_: object) -> None:
+        raise ValueError("the work begins")
+
+    monkeypatch.setattr("simsearch.commands.calibrate.leave_work_out", late)
+    said = simsearch("calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.001", expect=1).stderr
+    assert said.index("it takes 5990") < said.index("the work begins")  # twice 2,995
+    assert "images from outside in the calibrating half promise no less" in said
+    for wrong in ("rate=0", "rate=1.5", "certainty=1"):
+        assert "use a number between 0 and 1" in simsearch("calibrate", f"catalog={catalog}", wrong, expect=1).stderr
+
+
+def test_a_compressed_catalog_is_calibrated_by_its_images(small_run, outside, tmp_path):
+    simsearch(
+        "index",
+        f"run={small_run}",
+        f"images={outside}",
+        f"out={tmp_path}/c",
+        "index=factory",
+        "index.factory=PQ4x4",
+        "workers=0",
+    )
+    done = simsearch("calibrate", f"catalog={tmp_path}/c", expect=1)
+    assert "the index PQ4x4 keeps vectors only roughly" in done.stderr
+    assert "give images=" in done.stderr
+    simsearch("calibrate", f"catalog={tmp_path}/c", f"images={outside}", "rate=0.3", "workers=0")
+    assert read_catalog(tmp_path / "c").calibration["similar"] is None
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "other/x.png")
+    done = simsearch("calibrate", f"catalog={tmp_path}/c", f"images={tmp_path}/other", "workers=0", expect=1)
+    assert "no item of the catalog" in done.stderr
 
 
 @pytest.mark.parametrize("key", ["image", "id", "unlike"])

@@ -281,7 +281,7 @@ class TestReasons:
                     close = cosines[j] > max(0, cosines[order[9]] + 1e-5) and score >= 0
                     assert verdict == ("same work" if same else "similar" if close else "none")
                     said.add(verdict)
-                best = [v for v in ("same work", "similar", "none") if v in answer.verdicts][0]
+                best = next(v for v in ("same work", "similar", "none") if v in answer.verdicts)
                 assert answer.verdict == best
         assert said == {"same work", "similar", "none"}
 
@@ -306,7 +306,9 @@ class TestReasons:
         answer = recommender.recommend(Request(described(1, seed=3), k=N, collapse=False))
         assert answer.verdicts == ["similar" if score > 0 else "none" for score in answer.scores.tolist()]
         assert {"similar", "none"} == set(answer.verdicts)
-        far = recommender.recommend(Request(described(1, seed=3), unlike=described(1, seed=3), k=N, weights={"style": 1}))
+        far = recommender.recommend(
+            Request(described(1, seed=3), unlike=described(1, seed=3), k=N, weights={"style": 1})
+        )
         assert all(score >= 0 for score, v in zip(far.scores, far.verdicts, strict=True) if v == "similar")
 
     def test_several_examples_must_agree(self):

@@ -380,10 +380,10 @@ class TestSearch:
 
     def test_verdicts_come_from_the_calibration(self, root, encoder, tmp_path):
         place = make_catalog(tmp_path / "c", root, encoder)
-        stated = {"rate": 0.01, "same_work": 0.9999, "similar": None, "neighbours": 1}
-        write_calibration(place, {**stated, "weights": {"content": 1.0}, "negatives": {"same_work": N}})
+        stated = {"rate": {"same_work": 0.01}, "same_work": [-1.0, 0.4], "similar": None, "neighbours": 1}
+        write_calibration(place, {**stated, "weights": {"content": 1.0}, "units": {"same_work": N // 4}})
         with serving(library({"c": Source(place)})) as client:
-            assert client.get("/api/catalogs").json()[0]["calibration"]["same_work"] == 0.9999
+            assert client.get("/api/catalogs").json()[0]["calibration"]["same_work"] == [-1.0, 0.4]
             answer = upload(client, png(1, root), "/api/catalogs/c/search/image").json()
             assert answer["verdict"] == answer["results"][0]["verdict"] == "same work"
 
@@ -821,7 +821,7 @@ class TestLibrary:
             assert client.service.library.catalogs[0].worker is not old_worker
             write_calibration(
                 place,
-                {"rate": 0.01, "same_work": 0.5, "similar": None, "neighbours": 1, "weights": {}, "negatives": {}},
+                {"rate": {"same_work": 0.01}, "same_work": [0.0], "similar": None, "neighbours": 1, "weights": {}},
             )
             until(lambda: len(versions) == 4)
             end.set()
@@ -830,7 +830,7 @@ class TestLibrary:
             assert not failures
             until(lambda: not old_worker._thread.is_alive())
             last = client.get("/api/catalogs").json()[0]
-            assert last["calibration"]["rate"] == 0.01
+            assert last["calibration"]["rate"] == {"same_work": 0.01}
             again = client.get("/api/catalogs/c/items/1/thumbnail", headers={"if-none-match": f'"{first}"'})
             assert again.status_code == 200
             assert search(client, "c", like=[{"upload": token}]).json()["verdict"] == "same work"

@@ -100,19 +100,28 @@ def address(tmp_path_factory, root) -> Iterator[str]:
         "art": Source(make_catalog(folder / "art", root, PARTS, columns), root),
         "plain": Source(make_catalog(folder / "plain", root, PLAIN, columns), root),
     }
-    counts = {"same_work": 100, "similar": 100}
+    counts, rate = {"same_work": 100, "similar": 100}, {"same_work": 0.01, "similar": 0.01}
     weights = {"content": 0.7, "colour": 0.3}
     write_calibration(
         folder / "art",
-        {"rate": 0.01, "same_work": 2, "similar": -1, "neighbours": 1, "weights": weights, "negatives": counts},
+        {
+            "rate": rate,
+            "same_work": [3],
+            "similar": [-3],
+            "floor": -2,
+            "neighbours": 1,
+            "weights": weights,
+            "units": counts,
+        },
     )
     strict = {
-        "rate": 0.01,
-        "same_work": 2,
-        "similar": 1.5,
+        "rate": rate,
+        "same_work": [3],
+        "similar": [2],
+        "floor": 0,
         "neighbours": 1,
         "weights": {"content": 1.0},
-        "negatives": counts,
+        "units": counts,
     }
     write_calibration(folder / "plain", strict)
     library = Library(sources, build=built, device=torch.device("cpu"), limits=FREE)

@@ -58,9 +58,7 @@ def main(config: DictConfig) -> None:
         first = halves(work_names(recommender, positions))
     own, match = leave_work_out(recommender, positions, neighbours, vectors)
     alone = match.isnan()
-    same_work = calibrate(
-        match[~alone], own.sameness, first[~alone], first, config.rate, config.certainty, paired=True
-    )
+    same_work = calibrate(match[~alone], own.sameness, first[~alone], first, config.rate, config.certainty, paired=True)
     thresholds = {"same_work": same_work}
     curves = {}
     if (~alone & ~first).any():
@@ -71,9 +69,7 @@ def main(config: DictConfig) -> None:
         of_outside, copies = halves(names), same_work.values[0]
         floor = max(0.0, float(strange.top[of_outside].median()))  # what one in two of them gets
         at_home, away = own.similarity(floor, copies), strange.similarity(floor, copies)
-        thresholds["similar"] = calibrate(
-            at_home, away, first, of_outside, config.rate, config.certainty, paired=False
-        )
+        thresholds["similar"] = calibrate(at_home, away, first, of_outside, config.rate, config.certainty, paired=False)
         curves["similar"] = curve(at_home[~first], away[~of_outside])
 
     write_calibration(

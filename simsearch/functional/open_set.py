@@ -13,10 +13,10 @@ from simsearch.functional.ties import Rankings, average_precision, harmonic_numb
 def stand_out(scores: Tensor, works: Tensor, taken: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
     """The best score of each query and what it stands out against, (Q,) both; -inf where there is nothing.
 
-    scores: (Q, K), best first, -inf where there is none. works: int64 (Q, K), of which work each is. taken: bool (Q, K),
-    what does not count. The background of a query is the mean of its `neighbours` best scores of other works than the
-    leader's, fewer where there are fewer. Scores are judged beside those of a cohort as in speaker verification
-    (Auckenthaler, Carey, Lloyd-Thomas: Score normalization, 2000); here the cohort is the nearest.
+    scores: (Q, K), best first, -inf where there is none. works: int64 (Q, K), of which work each is. taken: bool
+    (Q, K), what does not count. The background of a query is the mean of its `neighbours` best scores of other works
+    than the leader's, fewer where there are fewer. Scores are judged beside those of a cohort as in speaker
+    verification (Auckenthaler, Carey, Lloyd-Thomas: Score normalization, 2000); here the cohort is the nearest.
     """
     order = taken.to(torch.uint8).argsort(dim=1, stable=True)
     best, works = scores.masked_fill(taken, -torch.inf).gather(1, order), works.gather(1, order)
