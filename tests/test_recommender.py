@@ -319,6 +319,8 @@ class TestReasons:
         for count, expected in ((1, True), (2, False), (3, False)):
             verdicts = recommender.verdicts(torch.arange(N), stored[:count])
             assert (set(verdicts) == {"same work"}) == expected
+        assert [recommender.agreeing(count) for count in (1, 2, 3)] == [{"same work": n} for n in (1, 1, 2)]
+        assert opened().agreeing(3) == {}
         strict = opened(calibration={**calibration, "same_work": [0.6]})  # each of the examples
         queries = described(3, seed=3)
         _, background = strict.stand_out(queries, 5, torch.empty(0))

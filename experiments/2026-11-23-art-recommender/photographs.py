@@ -4,8 +4,8 @@
 
 Nobody photographed these works for us: `simsearch.data.render.photograph` does it to the square centres of their
 files (perspective, a part of the work cut away, light, reflection, blur, noise, JPEG), the same ones for every
-catalog. Each is asked twice: with its work in the catalog, and with all images of its work left out, where nothing
-may be called the same work. Writes photographs.csv, with 95 % Wilson intervals.
+catalog, one a work. Each is asked twice: with its work in the catalog, and with all images of its work left out,
+where nothing may be called the same work. Writes photographs.csv, with 95 % Wilson intervals.
 """
 
 from __future__ import annotations
@@ -15,36 +15,33 @@ import csv
 import sys
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from simsearch import runtime
-from simsearch.commands.calibrate import chosen, work_names
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.data.render import photograph
-from simsearch.search.calibration import likeness, neighbours_of, wilson
+from simsearch.search.calibration import image_a_work, wilson
 from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import encode
-from simsearch.search.recommender import Recommender
+from simsearch.search.recommender import NONE, SAME_WORK, Recommender, Request, best_verdict
 
 SIZE = 224
-SHARES = ("first", "same_work", "answered", "false_same_work")
+SHARES = ("first", "same_work", "answered", "first_and_none", "false_same_work")
 
 
 def measure(folder: Path, manifest: Manifest, rows: list[int], device: str) -> dict[str, tuple[int, int]]:
     """Counts (hits, of) by share.
 
-    first: an image of the photographed work leads. same_work: it leads and reaches the threshold of the same work.
-    answered: the photograph is like the collection. false_same_work: another work reaches that threshold with the
-    photographed one left out.
+    first: an image of the photographed work leads. same_work: it leads and is called the same work. answered: an item
+    is called the same work or similar. first_and_none: it leads, and nothing is. false_same_work: another work is
+    called the same with the photographed one left out.
     """
     catalog = read_catalog(folder)
     thresholds = catalog.calibration
     if thresholds is None or thresholds["similar"] is None:
         raise ValueError(f"{folder} has no threshold of similar: simsearch calibrate catalog={folder} outside=<folder>")
     recommender = Recommender(catalog)
-    works = work_names(recommender, torch.arange(len(catalog)))
     place = {path: number for number, path in enumerate(catalog.items["path"].to_pylist())}
     encoder = runtime.build_encoder(catalog.about["config"])
     catalog.load_encoder_state(encoder)
@@ -58,26 +55,25 @@ def measure(folder: Path, manifest: Manifest, rows: list[int], device: str) -> d
             raise ValueError(f"cannot be read: {unreadable}")
         of = [rows[number] for number in local.tolist()]
         shots = photograph(images, keys=[(row,) for row in of], seed=0, size=SIZE)
-        same = [works[place[manifest.paths[row]]] for row in of]
-        for name, count in counts(recommender, encode(encoder, shots), works, same).items():
+        own = [place[manifest.paths[row]] for row in of]
+        for name, count in counts(recommender, encode(encoder, shots), own).items():
             hits[name] += count
     return {name: (count, len(rows)) for name, count in hits.items()}
 
 
-def counts(recommender: Recommender, vectors: Tensor, works: list[str], same: list[str]) -> dict[str, int]:
-    """The hits of one batch of photographs, each of the work named in `same`."""
-    thresholds = recommender.catalog.calibration
-    neighbours = neighbours_of(len(works))
-    found = recommender.search(recommender.as_queries(vectors), 100)
-    like = likeness(found.scores[:, :neighbours], neighbours)
+def counts(recommender: Recommender, vectors: Tensor, own: list[int]) -> dict[str, int]:
+    """The hits of one batch of photographs, each of the work of the item at that position."""
+    works = recommender.works
     hits = dict.fromkeys(SHARES, 0)
-    hits["answered"] = int((like.at_home(thresholds["same_work"]) >= thresholds["similar"]).sum())
-    for ids, scores, work in zip(found.ids.tolist(), found.scores.tolist(), same, strict=True):
-        right = works[ids[0]] == work
+    for vector, item in zip(vectors, own, strict=True):
+        answer = recommender.recommend(Request(vector[None]))
+        right = works[answer.ids[0]] == works[item]
         hits["first"] += right
-        hits["same_work"] += right and scores[0] >= thresholds["same_work"]
-        others = [score for item, score in zip(ids, scores, strict=True) if works[item] != work]
-        hits["false_same_work"] += others[0] >= thresholds["same_work"]
+        hits["same_work"] += right and answer.verdicts[0] == SAME_WORK
+        hits["answered"] += best_verdict(answer.verdicts) != NONE
+        hits["first_and_none"] += right and best_verdict(answer.verdicts) == NONE
+        without = recommender.recommend(Request(vector[None], exclude=(item,)))
+        hits["false_same_work"] += best_verdict(without.verdicts) == SAME_WORK
     return hits
 
 
@@ -90,7 +86,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("photographs.csv"))
     arguments = parser.parse_args()
     manifest = read_manifest(arguments.images)
-    rows = chosen(len(manifest), arguments.count, 0).tolist()
+    first = read_catalog(arguments.catalogs[0])
+    row = {path: number for number, path in enumerate(manifest.paths)}
+    taken = image_a_work(Recommender(first), arguments.count, 0)
+    rows = sorted(row[path] for path in first.items["path"].take(taken.numpy()).to_pylist())
     with arguments.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["catalog", "share", "value", "low", "high", "of"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from simsearch.commands.index import report_errors
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.files import replacing
 from simsearch.functional.open_set import least_scores
+from simsearch.images import MAX_BYTES
 from simsearch.search.calibration import (
     Likeness,
     Threshold,
@@ -42,8 +44,7 @@ _BLOCK = 256  # queries that are searched together
 
 @runtime.command("calibrate")
 def main(config: DictConfig) -> None:
-    if not 0 < config.rate < 1 or not 0 < config.certainty < 1:
-        least_scores(config.rate, config.certainty)  # says what is wrong
+    least_scores(config.rate, config.certainty)  # refuses what is no rate or certainty
     catalog = read_catalog(Path(config.catalog), calibrated=False)
     recommender = Recommender(catalog)
     positions = image_a_work(recommender, config.sample, config.seed)
@@ -142,10 +143,12 @@ def work_names(recommender: Recommender, positions: Tensor) -> list[str]:
 
 
 def read_outside(config: DictConfig) -> Manifest:
-    """The images from outside that are taken, by chance."""
+    """The images from outside that are taken, by chance, each content once."""
     manifest = read_manifest(Path(config.outside))
-    rows = chosen(len(manifest), config.sample, config.seed).tolist()
-    return Manifest(manifest.root, tuple(manifest.paths[row] for row in rows))
+    once: dict[str, str] = {}
+    for row in chosen(len(manifest), config.sample, config.seed).tolist():
+        once.setdefault(content_digest(manifest.root / manifest.paths[row]), manifest.paths[row])
+    return Manifest(manifest.root, tuple(once.values()))
 
 
 class Describer:
@@ -198,13 +201,16 @@ class Describer:
                 yield begin + len(part)
 
 
+@functools.cache
 def content_digest(path: Path) -> str:
-    """16 hex digits of a file's content, of its name where it can't be read."""
+    """32 hex digits of an image file's content; the path of what is no file or too large for an image."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        if path.is_file() and path.stat().st_size <= MAX_BYTES:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()[:32]
     except OSError:
-        return f"unreadable {path.name}"
+        pass
+    return f"unreadable {path}"
 
 
 def exact_vectors(
@@ -226,19 +232,14 @@ def exact_vectors(
 def outside_likeness(
     recommender: Recommender, manifest: Manifest, neighbours: int, describe: Describer
 ) -> tuple[Likeness, list[str]]:
-    """How images from outside and the catalog are alike, each content once, and their paths."""
+    """How images from outside and the catalog are alike, and their paths."""
     rows, vectors = describe(manifest)
     if not rows:
         raise ValueError(f"no image of {manifest.root} could be read")
-    _, of = vectors.unique(dim=0, return_inverse=True)
-    once = np.sort(np.unique(of.numpy(), return_index=True)[1])
     nothing = torch.empty(0)
-    found = [
-        recommender.stand_out(recommender.as_queries(block), neighbours, nothing)
-        for block in vectors[torch.from_numpy(once)].split(_BLOCK)
-    ]
-    likeness = Likeness(torch.cat([top for top, _ in found]), torch.cat([behind for _, behind in found]))
-    return likeness, [manifest.paths[rows[place]] for place in once.tolist()]
+    blocks = recommender.as_queries(vectors).split(_BLOCK)
+    tops, backgrounds = zip(*(recommender.stand_out(block, neighbours, nothing) for block in blocks), strict=True)
+    return Likeness(torch.cat(tops), torch.cat(backgrounds)), [manifest.paths[row] for row in rows]
 
 
 def write_curves(path: Path, curves: Mapping[str, np.ndarray]) -> None:

@@ -66,7 +66,12 @@ def main(config: DictConfig) -> None:
     items = describe(recommender, answer, kept, [e.position for e in like if e.position is not None])
     if config.format == "json":
         query = {"like": [example.name for example in like], "unlike": [example.name for example in unlike]}
-        print(json.dumps({**query, "verdict": answer.verdict, "candidates": answer.candidates, "results": items}))
+        about = {
+            "verdict": answer.verdict,
+            "agreeing": recommender.agreeing(len(like)),
+            "candidates": answer.candidates,
+        }
+        print(json.dumps({**query, **about, "results": items}))
     elif not len(answer.ids):
         print(f"none of {len(catalog)} items is left to recommend: loosen where=")
     elif not kept:
@@ -162,6 +167,9 @@ def answer_table(
         title += "\n" + escape("most are of " + ", ".join(f"{name} {value}" for name, value in consensus.items()))
     judged = "" if answer.verdict == UNCALIBRATED else f"{answer.verdict}, "
     title += f"\n{judged}of {answer.candidates} items"
+    if len(like) > 1 and (needed := recommender.agreeing(len(like))):
+        said = ", ".join(f'"{verdict}" where {count} agree' for verdict, count in needed.items())
+        title += f"\nof the {len(like)} examples: {said}"
     table = Table(title=title, title_justify="left")
     names = recommender.attributes.names
     shown = [name for name in _SHOWN if name in names]

@@ -253,6 +253,12 @@ class Recommender:
         same = exceeds(sameness(cosines, background), calibration["same_work"])
         return [SAME_WORK if one else verdict for one, verdict in zip(same.tolist(), other, strict=True)]
 
+    def agreeing(self, examples: int) -> dict[str, int]:
+        """Of so many examples, how many an item must be near to for each verdict that the calibration knows."""
+        calibration = self.catalog.calibration or {}
+        known = {SAME_WORK: calibration.get("same_work"), SIMILAR: calibration.get("similar")}
+        return {verdict: agreeing(examples, len(values))[0] for verdict, values in known.items() if values}
+
     def stand_out(self, queries: Tensor, neighbours: int, taken: Tensor) -> tuple[Tensor, Tensor]:
         """The best score of queries float32 (Q, D) and their background, (Q,) both, without the items `taken` (T,)."""
         found = self.search(queries, neighbours + self.largest_work + len(taken))

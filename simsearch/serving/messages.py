@@ -42,7 +42,7 @@ class Wanted(Message):
 
 
 class Search(Wanted):
-    """Items like these examples and unlike those."""
+    """Items like these examples and unlike those. Of several examples enough must be near to an item for a verdict."""
 
     like: list[Example] = Field(min_length=1, max_length=MOST_EXAMPLES)
     unlike: list[Example] = Field([], max_length=MOST_EXAMPLES)
