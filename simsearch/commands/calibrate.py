@@ -67,11 +67,16 @@ def main(config: DictConfig) -> None:
     floor = None
     if outside is not None:
         strange, names = outside_likeness(recommender, outside, neighbours, describe)
-        of_outside, copies = halves(names), same_work.values[0]
-        floor = max(0.0, float(strange.top[of_outside].median()))  # what one in two of them gets
-        at_home, away = own.similarity(floor, copies), strange.similarity(floor, copies)
+        of_outside, at_home, away = halves(names), own.similarity, strange.similarity
+        floor = max(0.0, float(strange.top.median()))  # what one in two of them gets
         thresholds["similar"] = calibrate(at_home, away, first, of_outside, config.rate, config.certainty, paired=False)
         curves["similar"] = curve(at_home[~first], away[~of_outside])
+        copies = (strange.sameness > same_work.values[0]).nonzero()[:, 0].tolist()
+        if len(copies) > thresholds["similar"].rate * len(names):
+            say(
+                f"{len(copies)} of {len(names)} images from outside stand out like a work of the collection "
+                f"({', '.join(names[row] for row in copies[:3])}, ...): where they are, give others"
+            )
 
     write_calibration(
         catalog.folder,

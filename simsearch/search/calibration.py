@@ -48,9 +48,10 @@ class Likeness:
         """What the thresholds of "same work" are of, (Q,)."""
         return sameness(self.top, self.background)
 
-    def similarity(self, floor: float, same_work: float) -> Tensor:
-        """What those of "similar" are of, (Q,); inf for what is called the same work, which is similar too."""
-        return similarity(self.top, self.background, floor).masked_fill(self.sameness > same_work, torch.inf)
+    @property
+    def similarity(self) -> Tensor:
+        """What those of "similar" are of, (Q,)."""
+        return similarity(self.top, self.background)
 
 
 def neighbours_of(count: int) -> int:
@@ -125,7 +126,7 @@ def calibrate(
     match: (M,), no_match: (N,), scores of independent draws (works, images from outside); of_match, of_no_match: bool,
     which belong to the calibrating half. paired: the scores are between the draws themselves, see `pairs_once`.
 
-    Raises ValueError where there is no query without a match, and where more of them than `rate` have a score of inf.
+    Raises ValueError where there is no query without a match.
     """
     known = no_match[of_no_match]
     rate, units = promised(rate, len(known), certainty, paired=paired)
@@ -134,10 +135,6 @@ def calibrate(
             f"{len(known)} queries without a match in the calibrating half are too few for any rate: give more images"
         )
     values = thresholds_at(pairs_once(known) if paired else known, rate, certainty)
-    if not values:
-        raise ValueError(
-            f"more than {rate:g} of {len(known)} images from outside are works of the collection: give others"
-        )
     held, matches = no_match[~of_no_match], match[~of_match]
     return Threshold(
         values=values,

@@ -43,12 +43,9 @@ def sameness(cosines: Tensor, background: Tensor) -> Tensor:
     return cosines - _BACKGROUND * background.clamp(min=-1)
 
 
-def similarity(cosines: Tensor, background: Tensor, floor: float) -> Tensor:
-    """What the thresholds of "similar" are of: cosines (..., Q) and a part of the queries' background (Q,).
-
-    floor: what is not above is not similar, -inf.
-    """
-    return (cosines + _BACKGROUND * background.clamp(min=-1)).masked_fill(cosines <= floor, -torch.inf)
+def similarity(cosines: Tensor, background: Tensor) -> Tensor:
+    """What the thresholds of "similar" are of: cosines (..., Q) and a part of the queries' background (Q,)."""
+    return cosines + _BACKGROUND * background.clamp(min=-1)
 
 
 def exceeds(values: Tensor, thresholds: Sequence[float]) -> Tensor:
@@ -236,9 +233,10 @@ class Recommender:
 
         ids: positions int64 (K,). like: the examples as `Request` has them. taken: positions int64 of the examples' own
         items. An item is judged by its cosine to a plain example, beside the example's background in the whole catalog
-        (`stand_out`): the same work must stand out against it, what is similar counts for more in a dense one, and
-        its cosine must exceed what images from outside get. Of several examples enough must agree (`agreeing`). All
-        of this is of the catalog's own weights, whatever weights and filters a request has.
+        (`stand_out`): what is similar counts for more in a dense one, and its cosine must exceed what images from
+        outside get; the same work must be similar, where that is calibrated, and stand out against the background. Of
+        several examples enough must agree (`agreeing`). All of this is of the catalog's own weights, whatever weights
+        and filters a request has.
         """
         calibration = self.catalog.calibration
         if calibration is None or not len(ids):
@@ -246,12 +244,13 @@ class Recommender:
         queries = self.as_queries(like)
         cosines = self._exact(self._stored(self.vectors(ids)) @ queries.T)
         _, background = self.stand_out(queries, calibration["neighbours"], torch.empty(0) if taken is None else taken)
-        other = [UNCALIBRATED] * len(ids)
-        if calibration["similar"] is not None:
-            close = exceeds(similarity(cosines, background, calibration["floor"]), calibration["similar"])
-            other = [SIMILAR if one else NONE for one in close.tolist()]
         same = exceeds(sameness(cosines, background), calibration["same_work"])
-        return [SAME_WORK if one else verdict for one, verdict in zip(same.tolist(), other, strict=True)]
+        if calibration["similar"] is None:
+            return [SAME_WORK if one else UNCALIBRATED for one in same.tolist()]
+        near = similarity(cosines, background).masked_fill(cosines <= calibration["floor"], -torch.inf)
+        close = exceeds(near, calibration["similar"])
+        kinds = {(True, True): SAME_WORK, (False, True): SIMILAR}
+        return [kinds.get(one, NONE) for one in zip(same.tolist(), close.tolist(), strict=True)]
 
     def agreeing(self, examples: int) -> dict[str, int]:
         """Of so many examples, how many an item must be near to for each verdict that the calibration knows."""
