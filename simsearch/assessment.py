@@ -160,17 +160,19 @@ def random_lists(collection: Collection, task: RetrievalTask, seed: int = 0) -> 
 def popular_lists(collection: Collection, task: RetrievalTask, popularity: Tensor) -> Tensor:
     """The 10 most popular gallery positions that are neither junk to a query nor itself, int64 (Q, 10).
 
-    popularity: (G,), of gallery items.
+    popularity: (G,), of gallery items; of equal ones the first. An id is -1 where a list is shorter.
     """
-    order = popularity.double().argsort(descending=True, stable=True)
-    rank = torch.empty(len(order)).scatter_(0, order, torch.arange(len(order), 0, -1).float())
-    vectors = torch.zeros(len(collection), 2)
-    angle = rank / (len(order) + 1) * torch.pi / 2  # the more popular, the nearer to (0, 1)
-    vectors[task.gallery] = torch.stack([angle.cos(), angle.sin()], dim=1)
-    query = part_descriptors(vectors, None, task, task.query, collection)
-    gallery = part_descriptors(vectors, None, task, task.gallery, collection)
+    order = popularity.argsort(descending=True, stable=True)
+    nothing = torch.zeros(len(collection), 1)
+    query, gallery = (part_descriptors(nothing, None, task, rows, collection) for rows in (task.query, task.gallery))
     junk = find_junk(query, gallery, exclude_self=task.exclude_self)
-    return nearest(torch.tensor([[0.0, 1.0]]).repeat(len(query), 1), gallery.vectors, K, junk).ids
+    ids = torch.full((len(query), K), -1, dtype=torch.int64)
+    for q in range(len(query)):
+        columns = junk.block(q, q + 1)[1]
+        first = order[: K + len(columns)]
+        kept = first[~torch.isin(first, columns)][:K]
+        ids[q, : len(kept)] = kept
+    return ids
 
 
 def measure_lists(

@@ -385,6 +385,7 @@ def results_table(stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "te
         table.add_column(name, justify="right")
     for name in ("bytes/image", "ms/query p50"):
         table.add_column(name, justify="right")
+    notes: dict[str, None] = {}  # each once, in order
     for stage in only:
         if stage not in stages:
             continue
@@ -398,10 +399,13 @@ def results_table(stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "te
             low, high = intervals[name]
             cells.append(f"{metrics[name]:.4f}\n[dim]{low:.4f}-{high:.4f}[/dim]")
         if (about.get("model") or {}).get("weights") == "random":
-            table.caption = "random weights: these numbers say nothing about a trained network"
+            notes["random weights: these numbers say nothing about a trained network"] = None
+        if metrics.get("queries_in_own_ranking"):
+            notes[f"{about['protocol']}: each query is in its own ranking: P@1 and R@k count it"] = None
         cells.append(f"{metrics['bytes_per_item']:.0f}")
         cells.append(f"{metrics['index/latency_ms_p50']:.2f}")
         table.add_row(*cells)
+    table.caption = "\n".join(notes) or None
     return table
 
 

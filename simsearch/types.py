@@ -13,6 +13,39 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+LONGEST = 2.0**48  # inner products and squared distances of such vectors stay below 2^100 in float32
+SHORTEST = 2.0**-48  # and their squares above what float32 rounds to 0
+_CHECKED = 2**14  # rows at a time, in float64
+
+
+def comparable(vectors: Tensor) -> Tensor:
+    """Which vectors (N, D) float32 can compare, bool (N,): of norm 0, or within 2^-48 to 2^48 (4e-15 to 3e14).
+
+    The squares of others overflow or vanish: scores become infinite, equal or 0 without a word. NaN and infinity
+    compare with nothing.
+    """
+    norm = _norms(vectors)
+    return (norm == 0) | ((norm >= SHORTEST) & (norm <= LONGEST))
+
+
+def check_vectors(name: str, vectors: Tensor) -> None:
+    """Raises ValueError for vectors (N, D) that are not all `comparable`, naming the first rows that are not."""
+    bad = (~comparable(vectors)).nonzero()[:5, 0]
+    if len(bad) == 0:
+        return
+    norm = _norms(vectors[bad])
+    if not norm.isfinite().all():
+        raise ValueError(f"{name} hold NaN or infinity, first in rows {bad[~norm.isfinite()].tolist()}")
+    raise ValueError(
+        f"{name} have a norm of {float(norm[0]):.4g} in row {int(bad[0])}: float32 compares norms of {SHORTEST:.0e} to "
+        f"{LONGEST:.0e}; scale or normalise them"
+    )
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    blocks = vectors.detach().split(_CHECKED)
+    return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=torch.float64) for block in blocks])
+
 
 class Batch(TypedDict):
     """What every loader yields.
@@ -34,7 +67,7 @@ class Descriptors:
     label: int64 (N,), -1 where unknown. index: int64 (N,), unique collection rows. group: int64
     (N,) or None; items of one group are junk to each other (-1: no group).
 
-    Raises ValueError for a wrong shape or dtype, for NaN or infinity, and for doubled rows.
+    Raises ValueError for a wrong shape or dtype, for vectors that `check_vectors` refuses, and for doubled rows.
     """
 
     vectors: Tensor
@@ -50,9 +83,7 @@ class Descriptors:
         if self.bits is None:
             if self.vectors.dtype != torch.float32:
                 raise ValueError(f"float descriptors must be float32, got {self.vectors.dtype}")
-            if not torch.isfinite(self.vectors).all():
-                bad = (~torch.isfinite(self.vectors)).any(1).nonzero()[:5, 0].tolist()
-                raise ValueError(f"descriptors hold NaN or infinity, first in rows {bad}")
+            check_vectors("descriptors", self.vectors)
         else:
             if self.bits < 1:
                 raise ValueError(f"codes need at least 1 bit, got {self.bits}")

@@ -178,6 +178,21 @@ def test_lists_without_a_query(collection):
     assert len({tuple(row) for row in chance.tolist()}) == len(chance)
 
 
+@pytest.mark.parametrize("items", [1_000, 100_000])
+def test_popular_lists_of_large_collections_are_those_of_a_sort(items):
+    labels = torch.stack([torch.arange(items) % 50, torch.arange(items) // 4], dim=1)
+    none = tuple(tuple(f"{name} {i}" for i in range(items)) for name in ("artist", "work"))
+    images = torch.zeros(items, 3, 1, 1, dtype=torch.uint8)
+    large = Collection("large", images, labels, ("artist", "work"), none, torch.zeros(items, dtype=torch.bool))
+    rows, generator = torch.arange(items), torch.Generator().manual_seed(2)
+    popularity = torch.randperm(items, generator=generator)
+    first = popularity.argsort(descending=True)
+    query = torch.cat([first[:5], rows[:5]]).unique()
+    asked = RetrievalTask("art-artist", query, rows, "artist", "work", True, "0" * 16)
+    for q, row in zip(query.tolist(), assessment.popular_lists(large, asked, popularity).tolist(), strict=True):
+        assert row == [g for g in first[:40].tolist() if g // 4 != q // 4][:10]
+
+
 def test_popularity_is_that_of_the_artist(collection):
     asked = task("artist", None)
     artist = collection.column("artist")[asked.gallery].tolist()

@@ -20,18 +20,21 @@ from torch import Tensor
 from simsearch.data import audit as module
 from simsearch.data.audit import (
     COLUMNS,
-    MAX_DISTANCE,
+    MIN_CORRELATION,
     Duplicates,
     audit,
     contact_sheet,
+    estimated_precision,
     near_pairs_by_descriptor,
     near_pairs_by_hash,
     perceptual_hashes,
+    pixel_correlations,
     read_csv,
     write_csv,
 )
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import drop_rows
+from simsearch.functional.ragged import ragged
 from simsearch.types import RetrievalTask
 
 ORIGINALS = 40
@@ -39,6 +42,7 @@ EDITS = ("copy", "jpeg", "brightness", "shift", "mirror")
 NONE = Duplicates(
     torch.empty(0, dtype=torch.int64),
     torch.empty(0, dtype=torch.int64),
+    torch.empty(0),
     torch.empty(0),
     torch.empty(0, dtype=torch.int64),
     (),
@@ -175,53 +179,107 @@ def test_blocks_cover_the_queries_once_and_stay_within_the_cells(queries: int, o
     assert all(len(block) * others <= max(cells, others) for block in blocks)
 
 
-def test_hash_finds_copy_reencoding_and_brightness_but_no_mirror(
+def audited(*arguments: object, **more: object) -> Duplicates:
+    images = arguments[0]
+    return audit(*arguments, torch.arange(len(images)), **more)[0]  # type: ignore[arg-type]
+
+
+def test_hash_proposes_copy_reencoding_and_brightness_but_no_mirror(
     planted: tuple[Tensor, RetrievalTask, Tensor],
 ) -> None:
     images, query_task, train = planted
-    found = audit(images, None, query_task, train)
+    found = audited(images, None, query_task, train)
     sure = {(ORIGINALS + EDITS.index(edit), EDITS.index(edit)) for edit in ("copy", "jpeg", "brightness")}
     assert sure <= pair_set(found) <= sure | {(ORIGINALS + EDITS.index("shift"), EDITS.index("shift"))}
     assert set(found.by) == {"hash"}
     assert set(found.part) == {"both"}
     assert found.similarity.isnan().all()
     assert found.hash_distance[found.query == ORIGINALS].tolist() == [0]
-    assert (found.hash_distance.diff() >= 0).all()
+    assert (found.correlation.diff() <= 0).all()
+    assert (found.correlation >= MIN_CORRELATION).all()
 
 
-@pytest.mark.parametrize(
-    ("edit", "least", "most"),
-    [("copy", 1, 1), ("jpeg", 0.95, 1), ("brightness", 0.9, 1), ("shift", 0.1, 0.7), ("mirror", 0, 0)],
-)
-def test_share_of_edits_that_the_hash_finds_is_as_documented(edit: str, least: float, most: float) -> None:
+@pytest.mark.parametrize("edit", EDITS)
+def test_pixels_know_edits_and_no_strangers(edit: str) -> None:
     images = pictures(60)
-    hashes, others = perceptual_hashes(images), perceptual_hashes(torch.stack([edited(i, edit) for i in images]))
-    rows, columns, _ = near_pairs_by_hash(hashes, others, MAX_DISTANCE)
-    assert torch.equal(rows, columns)  # no stranger is taken for an edit
-    assert least <= len(rows) / len(images) <= most
+    both = torch.cat([images, torch.stack([edited(image, edit) for image in images])])
+    rows = torch.arange(60)
+    assert (pixel_correlations(both, rows, rows + 60) >= MIN_CORRELATION).double().mean() >= 0.95
+    assert (pixel_correlations(both, rows, rows.roll(1)) < MIN_CORRELATION).all()
+    shapes = ragged(list(both))
+    assert torch.equal(pixel_correlations(shapes, rows, rows + 60), pixel_correlations(both, rows, rows + 60))
 
 
-def test_descriptor_finds_shift_and_mirror_and_both_criteria_merge(
+def test_descriptor_proposes_shift_and_mirror_and_both_criteria_merge(
     planted: tuple[Tensor, RetrievalTask, Tensor],
 ) -> None:
     images, query_task, train = planted
     descriptors = colour_histograms(images)
-    found = audit(images, descriptors, query_task, train, min_similarity=0.85)
+    found = audited(images, descriptors, query_task, train, neighbours=1, max_distance=6)
     by = {EDITS[query - ORIGINALS]: kind for query, kind in zip(found.query.tolist(), found.by, strict=True)}
     assert by.pop("shift") in ("both", "descriptor")
-    assert by == {"copy": "both", "jpeg": "both", "brightness": "hash", "mirror": "descriptor"}
+    assert by.pop("brightness") in ("both", "hash")  # colours change
+    assert by == {"copy": "both", "jpeg": "both", "mirror": "descriptor"}
     assert pair_set(found) == {(ORIGINALS + i, i) for i in range(5)}
     cosine = (descriptors[found.query].double() * descriptors[found.other].double()).sum(1)
     assert torch.allclose(found.similarity.double(), cosine, atol=1e-6)
-    assert (found.similarity.diff() <= 0).all()
     assert found.hash_distance[found.query == ORIGINALS + 4].item() > 6
+
+
+@pytest.mark.parametrize("narrow", [0.0, 0.05, 1.0])
+def test_the_scale_of_a_model_s_cosines_makes_no_leaks(planted, narrow: float) -> None:
+    """A network at the wrong resolution puts all images into a narrow cone, where every cosine is near 1."""
+    images, query_task, train = planted
+    cone = torch.ones(1, 216) / 216**0.5
+    descriptors = F.normalize(cone + narrow * colour_histograms(images), dim=1)
+    found = audited(images, descriptors, query_task, train)
+    sure = {(ORIGINALS + i, i) for i in range(5)}
+    assert pair_set(found) <= sure
+    if narrow:
+        assert pair_set(found) == sure
+        # What decides does not come from the model.
+        other = audited(images, F.normalize(images.float().flatten(1)), query_task, train)
+        decided = dict(
+            zip(zip(other.query.tolist(), other.other.tolist(), strict=True), other.correlation, strict=True)
+        )
+        for pair, value in zip(
+            zip(found.query.tolist(), found.other.tolist(), strict=True), found.correlation, strict=True
+        ):
+            assert decided.get(pair, value) == value
+
+
+@pytest.mark.parametrize(("right", "false"), [(400, 0), (400, 40), (300, 300), (50, 500)])
+@pytest.mark.parametrize("mislabelled", [0.0, 0.02])
+def test_the_estimated_precision_is_that_of_simulated_pairs_or_a_little_less(right, false, mislabelled) -> None:
+    """200 audits: right pairs of one label, false ones and those that failed of different labels in 45 of 100."""
+    estimates = []
+    for seed in range(200):
+        rng = torch.Generator().manual_seed(seed)
+        chance = torch.rand(right + false + 3000, generator=rng)
+        differing = chance < torch.tensor([mislabelled, 0.45, 0.45]).repeat_interleave(
+            torch.tensor([right, false, 3000])
+        )
+        correlation = torch.cat([torch.full((right + false,), 0.8), 0.7 * torch.rand(3000, generator=rng)])
+        estimates.append(estimated_precision(correlation, differing, 0.7))
+    mean, truth = float(np.mean(estimates)), right / (right + false)
+    assert truth - mislabelled / 0.45 - 0.02 <= mean <= truth + 0.02
+
+
+def test_precision_that_labels_cannot_tell_is_nan() -> None:
+    passed = torch.tensor([0.9, 0.8])
+    assert math.isnan(estimated_precision(torch.empty(0), torch.empty(0, dtype=torch.bool), 0.7))
+    assert math.isnan(estimated_precision(passed, torch.tensor([False, False]), 0.7))  # nothing failed
+    one_label = torch.tensor([0.9, 0.1]), torch.tensor([False, False])
+    assert math.isnan(estimated_precision(*one_label, 0.7))
+    assert estimated_precision(torch.tensor([0.9, 0.1]), torch.tensor([False, True]), 0.7) == 1.0
+    assert estimated_precision(torch.tensor([0.9, 0.1]), torch.tensor([True, True]), 0.7) == 0.0
 
 
 def test_self_pairs_are_left_out_where_the_queries_search_themselves() -> None:
     images = pictures(6)
     images[4] = images[1]
     rows = torch.arange(6)
-    found = audit(images, colour_histograms(images), task(rows, rows), rows[:2], min_similarity=0.999, max_distance=0)
+    found = audited(images, colour_histograms(images), task(rows, rows), rows[:2], max_distance=0)
     assert pair_set(found) == {(1, 4), (4, 1)}
     assert dict(zip(found.query.tolist(), found.part, strict=True)) == {1: "gallery", 4: "both"}
     assert found.queries("gallery").tolist() == [1, 4]
@@ -232,16 +290,16 @@ def test_dropping_the_found_queries_leaves_a_task_without_duplicates(
     planted: tuple[Tensor, RetrievalTask, Tensor],
 ) -> None:
     images, query_task, train = planted
-    found = audit(images, None, query_task, train)
+    found = audited(images, None, query_task, train)
     cleaned = drop_rows(query_task, found.queries("gallery"), "/without-duplicates")
     assert len(cleaned.query) == len(query_task.query) - len(found.query.unique()) < len(query_task.query)
-    assert len(audit(images, None, cleaned, train)) == 0
+    assert len(audited(images, None, cleaned, train)) == 0
 
 
 def test_no_duplicates_is_a_result_too(tmp_path: Path) -> None:
     images = pictures(8)
     rows = torch.arange(8)
-    found = audit(images, colour_histograms(images), task(rows[:4], rows[4:]), rows[:0], min_similarity=0.999)
+    found = audited(images, colour_histograms(images), task(rows[:4], rows[4:]), rows[:0])
     assert len(found) == 0
     assert found.queries("gallery").tolist() == []
     write_csv(tmp_path / "none.csv", found, labelled(images))
@@ -264,6 +322,7 @@ def labelled(images: Tensor) -> Collection:
 def assert_equal(first: Duplicates, second: Duplicates) -> None:
     for name in ("query", "other", "hash_distance"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert torch.equal(first.correlation, second.correlation)
     assert torch.equal(first.similarity.nan_to_num(-2), second.similarity.nan_to_num(-2))
     assert (first.part, first.by) == (second.part, second.by)
 
@@ -271,8 +330,9 @@ def assert_equal(first: Duplicates, second: Duplicates) -> None:
 SOME = Duplicates(
     torch.tensor([3, 0, 1]),
     torch.tensor([1, 2, 2]),
+    torch.tensor([0.9, 0.8, 0.7]),
     torch.tensor([0.1 + 0.2, 1 / 3, torch.nan]),
-    torch.tensor([0, -1, 6]),
+    torch.tensor([0, 12, 6]),
     ("both", "train", "gallery"),
     ("both", "descriptor", "hash"),
 )
@@ -283,10 +343,10 @@ def test_csv_keeps_every_bit_and_names_the_labels(tmp_path: Path) -> None:
     write_csv(path, SOME, labelled(pictures(4)))
     assert_equal(read_csv(path), SOME)
     assert path.read_text(encoding="utf-8").splitlines() == [
-        "query,other,part,similarity,hash_distance,by,query_label,other_label",
-        '3,1,both,0.3,0,both,"art, nouveau/Éva","art, nouveau/Éva"',
-        "0,2,train,0.33333334,,descriptor,baroque/?,baroque/Éva",
-        '1,2,gallery,,6,hash,"art, nouveau/Éva",baroque/Éva',
+        "query,other,part,correlation,similarity,hash_distance,by,query_label,other_label",
+        '3,1,both,0.9,0.3,0,both,"art, nouveau/Éva","art, nouveau/Éva"',
+        "0,2,train,0.8,0.33333334,12,descriptor,baroque/?,baroque/Éva",
+        '1,2,gallery,0.7,,6,hash,"art, nouveau/Éva",baroque/Éva',
     ]
 
 
@@ -304,10 +364,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     [
         ("", r"duplicates\.csv lacks the columns query, other"),
         ("query,other\n1,2\n", r"lacks the columns part"),
-        (",".join(COLUMNS) + "\n1,x,both,0.9,2,both,a,b\n", r"duplicates\.csv line 2 cannot be read .*'x'"),
-        (",".join(COLUMNS) + "\n1,2,both,0.9,2,both,a,b\n3\n", r"line 3 cannot be read"),
-        (",".join(COLUMNS) + "\n1,2,test,0.9,2,both,a,b\n", r"part must be 1 of gallery, train, both.*test"),
-        (",".join(COLUMNS) + "\n1,1,both,0.9,2,both,a,b\n", r"row 1 is paired with itself"),
+        (",".join(COLUMNS) + "\n1,x,both,0.9,0.9,2,both,a,b\n", r"duplicates\.csv line 2 cannot be read .*'x'"),
+        (",".join(COLUMNS) + "\n1,2,both,0.9,0.9,2,both,a,b\n3\n", r"line 3 cannot be read"),
+        (",".join(COLUMNS) + "\n1,2,test,0.9,0.9,2,both,a,b\n", r"part must be 1 of gallery, train, both.*test"),
+        (",".join(COLUMNS) + "\n1,1,both,0.9,0.9,2,both,a,b\n", r"row 1 is paired with itself"),
     ],
 )
 def test_a_damaged_csv_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -324,7 +384,8 @@ def test_contact_sheet_shows_the_pairs_from_worst_to_least(tmp_path: Path) -> No
         torch.zeros(count, dtype=torch.int64),
         torch.arange(1, count + 1),
         torch.linspace(1, 0.9, count),
-        torch.full((count,), -1),
+        torch.full((count,), torch.nan),
+        torch.full((count,), 9),
         ("gallery",) * count,
         ("descriptor",) * count,
     )
@@ -344,7 +405,7 @@ def shown(path: Path) -> set[int]:
 
 
 def test_select_takes_masks_and_positions() -> None:
-    assert SOME.select(SOME.hash_distance >= 0).query.tolist() == [3, 1]
+    assert SOME.select(SOME.hash_distance < 12).query.tolist() == [3, 1]
     assert SOME.select(torch.tensor([2, 0])).by == ("hash", "both")
     assert len(SOME.select(torch.zeros(3, dtype=torch.bool))) == 0
 
@@ -369,11 +430,17 @@ def test_wrong_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"query has 3 dimensions and other 2"):
         near_pairs_by_descriptor(unit, F.normalize(torch.ones(4, 2), dim=1), 0.9)
     with pytest.raises(ValueError, match=r"min_similarity=nan is no cosine"):
-        audit(images, unit, searched, rows, min_similarity=math.nan)
+        near_pairs_by_descriptor(unit, unit, math.nan)
+    with pytest.raises(ValueError, match=r"min_correlation=nan is no correlation"):
+        audited(images, unit, searched, rows, min_correlation=math.nan)
+    with pytest.raises(ValueError, match=r"neighbours=0 proposes nothing"):
+        audited(images, unit, searched, rows, neighbours=0)
     with pytest.raises(ValueError, match=r"4 images but 3 descriptors"):
-        audit(images, unit[:3], searched, rows)
+        audited(images, unit[:3], searched, rows)
+    with pytest.raises(ValueError, match=r"the collection's descriptor 0 has length 2"):
+        audited(images, unit * 2, searched, rows)
     with pytest.raises(ValueError, match=r"row 4 lies outside the collection of 4 images"):
-        audit(images, unit, searched, torch.tensor([4]))
+        audited(images, unit, searched, torch.tensor([4]))
     with pytest.raises(ValueError, match=r"part='test' is unknown"):
         SOME.queries("test")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"limit=0 shows nothing"):

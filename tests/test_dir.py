@@ -271,6 +271,33 @@ def test_mining_that_cannot_be_is_named(arguments, message, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("select", ["hardest", "semihard"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e19])
+def test_a_pool_that_is_no_number_names_step_and_rows(select, value, monkeypatch):
+    rows = torch.arange(100, 120)
+    split = SimpleNamespace(train=rows, test=SimpleNamespace(attribute="class"))
+    collection = SimpleNamespace(column=lambda name: torch.arange(200) % 2)
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(split=split, collection=collection),
+        train_dataloader=SimpleNamespace(
+            sampler=SimpleNamespace(set_triplets=None, needs_triplets=True, epoch=3, wanted=4)
+        ),
+        is_global_zero=True, global_step=7, current_epoch=3,
+    )  # fmt: skip
+    mining = TripletMining(pool=20, select=select)
+
+    def describe(trainer: Any, module: Any, rows: Tensor) -> Tensor:
+        vectors = torch.nn.functional.one_hot(rows % 2, 4).float()
+        vectors[rows == 111, 3] = value
+        return vectors
+
+    monkeypatch.setattr(mining, "_describe", describe)
+    with pytest.raises(
+        ValueError, match=r"1 of the 20 .*step 7 \(epoch 3, collection rows \[111\]\).*lower optimizer.lr"
+    ):
+        mining._mine(trainer, None)
+
+
 @pytest.mark.parametrize(("count", "world"), [(7, 2), (8, 2), (5, 4), (3, 4), (6, 1)])
 def test_ranks_share_the_pool(count, world):
     images = torch.arange(100.0)[:, None]

@@ -86,7 +86,13 @@ def brute_force(
         for name, value in row.items():
             values.setdefault(name, []).append(value)
     return {name: float(np.mean(value)) for name, value in values.items()} | {
-        "queries_without_relevant": float(len(query) - len(values["mAP"]))
+        "queries_without_relevant": float(len(query) - len(values["mAP"])),
+        "queries_in_own_ranking": float(
+            sum(
+                any(gallery.index[j] == query.index[q] for j in counted(query, gallery, q, exclude_self))
+                for q in range(len(query))
+            )
+        ),
     }
 
 

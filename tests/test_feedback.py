@@ -147,6 +147,13 @@ class TestMMR:
         assert mmr(relevance, vectors, 3, 0.0).tolist() == [1, 0, 2]
         assert mmr(torch.empty(0), torch.empty(0, 4), 3, 0.5).tolist() == []
 
+    @pytest.mark.parametrize(("count", "d"), [(403, 100), (37, 33), (1013, 257)])
+    def test_of_equal_items_the_first(self, count, d):
+        distinct = torch.nn.functional.normalize(torch.randn(20, d, generator=torch.Generator().manual_seed(d)))
+        places = torch.arange(count) % 20
+        order = mmr(torch.ones(count), distinct[places], 20, 0.5).tolist()
+        assert sorted(order) == list(range(20))  # the first copy of each, then none is left that is new
+
     @pytest.mark.parametrize(("k", "lambda_", "message"), [(0, 0.5, "k must be"), (1, 1.5, "lambda_ must lie")])
     def test_wrong(self, k, lambda_, message):
         with pytest.raises(ValueError, match=message):

@@ -308,8 +308,9 @@ def test_the_audit_looks_at_images_of_many_shapes(table, tmp_path):
     from simsearch.data.audit import Duplicates
 
     pair = Duplicates(
-        torch.tensor([0]), torch.tensor([1]), torch.tensor([0.9]), torch.tensor([3]), ("gallery",), ("hash",)
-    )
+        torch.tensor([0]), torch.tensor([1]), torch.tensor([0.9]), torch.tensor([0.9]), torch.tensor([3]),
+        ("gallery",), ("hash",),
+    )  # fmt: skip
     contact_sheet(images, pair, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (2 * 96 + 12, 96 + 24)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simsearch.functional.mining import batch_hard, draw_triplets, hardest_triplets, semihard_triplets
+from simsearch.losses.triplet import BatchHardTripletLoss
 
 
 def all_triplets(x: torch.Tensor, labels: torch.Tensor, margin: float) -> dict[int, list[tuple[float, int, int]]]:
@@ -164,3 +165,20 @@ def test_batch_hard_against_loops(labels, seed):
 def test_wrong_values_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e19])
+@pytest.mark.parametrize("mine", [hardest_triplets, semihard_triplets])
+def test_a_pool_that_cannot_be_compared_is_no_pool_without_triplets(mine, value):
+    x, labels = torch.eye(6), torch.arange(6) % 2
+    x[4, 2] = value
+    more = {"generator": torch.Generator()} if mine is semihard_triplets else {}
+    with pytest.raises(ValueError, match=r"the pool's descriptors .* \[?4"):
+        mine(x, labels, margin=0.1, **more)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e19])
+def test_a_batch_that_cannot_be_compared_costs_no_finite_loss(value):
+    x, labels = torch.eye(6), torch.arange(6) % 2
+    x[4, 2] = value
+    assert not BatchHardTripletLoss()(x, labels).isfinite()

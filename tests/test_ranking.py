@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score, ndcg_score
 from simsearch.functional.codes import pack_codes, unpack_codes
 from simsearch.functional.ranking import (
     average_precision_in_index_order,
+    best_of_all,
     find_junk,
     measure_ranking,
     rank,
@@ -321,3 +322,31 @@ def test_a_label_that_the_gallery_lacks_is_not_taken_for_its_neighbour():
     query = Descriptors(codes[30:], torch.tensor([2, 1, 2, 1, 3, 4, 3, 4, -1, 0]), torch.arange(30, 40), bits=16)
     together = measure_ranking(query, gallery, ks=(1,))["relevant"].tolist()
     assert together == [10, 0, 10, 0, 0, 10, 0, 10, 0, 10]
+
+
+def test_what_ranks_stays_below_the_marks_of_junk_and_of_what_goes_ahead():
+    """The longest descriptors that there may be, against float64; longer ones are refused, not lost as junk."""
+    vectors = torch.randn(40, 16, generator=torch.Generator().manual_seed(3))
+    longest = 2.0**48 * torch.nn.functional.normalize(vectors)
+    label = torch.arange(40) % 4
+    got = measure_ranking(*(Descriptors(longest, label, torch.arange(40)),) * 2, ks=KS, exclude_self=True)
+    scores = (longest.double() @ longest.double().T).fill_diagonal_(-torch.inf)
+    for q in range(40):
+        right = (label == label[q])[scores[q].argsort(descending=True)[:-1]].double()
+        precision = right.cumsum(0) / torch.arange(1, 40)
+        assert got["AP"][q].item() == pytest.approx(float((precision * right).sum() / right.sum()), abs=1e-12)
+    with pytest.raises(ValueError, match=r"descriptors have a norm of 3e\+19 in row 1.*scale or normalise"):
+        Descriptors(torch.tensor([[1.0], [3e19]]), torch.zeros(2).long(), torch.arange(2))
+
+
+@pytest.mark.parametrize("k", [0, 1, 4, 12, 20])
+def test_the_best_of_all_are_those_of_a_stable_sort(k):
+    scores = torch.randint(0, 4, (50, 12), generator=torch.Generator().manual_seed(k)).float()
+    scores[scores == 0] = -torch.inf
+    ids, best = best_of_all(scores, k)
+    for row, got, values in zip(scores.tolist(), ids.tolist(), best.tolist(), strict=True):
+        order = sorted(range(12), key=lambda i: (-row[i], i))[:k]
+        assert values == [row[i] for i in order]
+        assert [i for i, v in zip(got, values, strict=True) if v > -torch.inf] == [
+            i for i in order if row[i] > -torch.inf
+        ]

@@ -122,3 +122,26 @@ def test_no_lists_give_no_values():
 def test_wrong_values_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("items", [100_000, 1_000_000])
+def test_large_collections_in_whole_numbers(items):
+    """Counts whose sums and squares float32 does not hold, against NumPy's whole numbers."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 1000, items)
+    counts[:7] = 10_000_000
+    places = np.arange(1, items + 1)
+    expected = 2 * sum(map(int, places * np.sort(counts))) / (items * int(counts.sum())) - (items + 1) / items
+    assert gini(torch.from_numpy(counts)) == pytest.approx(expected, abs=1e-12)
+    popularity = rng.permutation(items)
+    tail = int(counts[popularity < 0.8 * items].sum())
+    assert long_tail_share(torch.from_numpy(counts), torch.from_numpy(popularity)) == pytest.approx(
+        tail / int(counts.sum()), abs=1e-12
+    )
+    assert coverage(torch.from_numpy(counts)) == np.count_nonzero(counts) / items
+    ids = torch.from_numpy(rng.integers(0, items, (3, 5)))
+    ids[ids == int(popularity.argmin())] = int(popularity.argmax())
+    share = popularity[ids.numpy()] / popularity.sum()
+    assert np.allclose(novelty(ids, torch.from_numpy(popularity)).numpy(), -np.log2(share).mean(1), rtol=1e-12)
+    one = torch.full((2, 4), items - 1)
+    assert exposure(one, items)[-1] == 8

@@ -629,3 +629,21 @@ def test_configs_are_the_classes_defaults(path):
 def test_every_way_has_a_config():
     built = {type(runtime.build(OmegaConf.load(path))) for path in CONF.glob("*.yaml")}
     assert built == {type(rerank) for rerank in EVERY}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_equal_items_are_found_in_gallery_order(k, threads):
+    distinct, query = units(25, 96, seed=1), units(5, 96, seed=2)
+    gallery = distinct.repeat(41, 1)[:1013]
+    scores = query.double() @ distinct.double().T
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for block_bytes in (1, 4 * 1013 * 3, 2**27):
+            found = nearest(query, gallery, k, block_bytes=block_bytes)
+            for row, ids in zip(scores.tolist(), found.ids.tolist(), strict=True):
+                order = sorted(range(25), key=lambda i: -row[i])
+                assert ids == [place for one in order for place in range(one, 1013, 25)][:k]
+    finally:
+        torch.set_num_threads(before)

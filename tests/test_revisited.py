@@ -195,6 +195,29 @@ def test_ranks_are_those_of_a_stable_argsort(problem):
         assert np.array_equal(got[np.argsort(-row.numpy(), kind="stable")], everything)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("queries", "d", "items"), [(1, 64, 2047), (3, 512, 2047), (5, 8, 33), (9, 100, 500)])
+def test_equal_descriptors_rank_by_position_wherever_they_stand(queries, d, items, threads):
+    """Every item comes many times; matrix kernels round the last columns, and blocks of few rows, differently."""
+    rng = torch.Generator().manual_seed(5)
+    distinct = torch.nn.functional.normalize(torch.randn(20, d, generator=rng))
+    gallery = distinct.repeat(-(-items // 20), 1)[:items]
+    query = torch.nn.functional.normalize(torch.randn(queries, d, generator=rng))
+    order = np.stack([np.argsort(-row, kind="stable") for row in (query.double() @ distinct.double().T).numpy()])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for block_bytes in (1, 8 * items * 3, 2**27):
+            everything = [np.arange(items)] * queries
+            for row, ranks in zip(
+                order, listed_ranks(query, gallery, everything, block_bytes=block_bytes), strict=True
+            ):
+                expected = np.concatenate([np.arange(one, items, 20) for one in row])
+                assert np.array_equal(np.argsort(ranks), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
 # ---------------------------------------------------------------------------------------- ground truth
 
 IMAGES = ("a_000", "b_001", "c_002.png", "d_003", "e_004")

@@ -276,6 +276,17 @@ def test_lines_of_results_say_what_their_intervals_are_over():
     assert over(stage) == [(0.4, "query", 9), ("", "", "")]  # of a time before units were named
 
 
+def test_results_table_says_where_queries_find_themselves():
+    metrics = {"bytes_per_item": 6.0, "index/latency_ms_p50": 0.1, "P@1": 0.9995}
+    stage = {"protocol": "dsh-release", "fingerprint": "0" * 16, "metrics": metrics, "intervals": {"P@1": [0.999, 1.0]}}
+    note = "dsh-release: each query is in its own ranking: P@1 and R@k count it"
+    for count, expected in ((10_000.0, 1), (0.0, 0), (None, 0)):  # None: measured before this was counted
+        console = Console(width=140, file=io.StringIO())
+        metrics["queries_in_own_ranking"] = count
+        console.print(runtime.results_table({"test": stage}))
+        assert console.file.getvalue().count(note) == expected
+
+
 def test_index_of_a_config_is_fresh_each_time():
     config = {"_target_": "simsearch.index.faiss_index.FaissIndex", "factory": "Flat"}
     first, second = runtime.build(config), runtime.build(config)

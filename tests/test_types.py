@@ -1,9 +1,11 @@
 """What the vocabulary refuses."""
 
+import re
+
 import pytest
 import torch
 
-from simsearch.types import Descriptors, SearchResult
+from simsearch.types import Descriptors, SearchResult, check_vectors, comparable
 
 
 def floats(**changes) -> Descriptors:
@@ -89,3 +91,22 @@ def test_good_results_pass():
 def test_bad_results(ids, scores, message):
     with pytest.raises(ValueError, match=message):
         SearchResult(torch.tensor(ids), torch.tensor(scores))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-14, 1e14, 0.0])
+def test_vectors_of_any_usual_length_can_be_compared(size):
+    assert comparable(torch.full((2, 4), size / 2)).all()
+    check_vectors("vectors", torch.full((2, 4), size / 2))
+
+
+@pytest.mark.parametrize("size", [3e19, 1e15, 1e-20, 1e-40, torch.inf, torch.nan])
+def test_vectors_whose_squares_float32_lacks_are_named_wherever_they_stand(size):
+    vectors = torch.ones(2**14 + 3, 2)
+    vectors[-2, 1] = size
+    vectors[-2, 0] = 0.0
+    assert comparable(vectors).logical_not().nonzero().tolist() == [[2**14 + 1]]
+    message = (
+        "NaN or infinity, first in rows" if not abs(size) < torch.inf else re.escape(f"a norm of {size:.4g} in row")
+    )
+    with pytest.raises(ValueError, match=rf"vectors (hold|have) {message} \[?{2**14 + 1}"):
+        check_vectors("vectors", vectors)

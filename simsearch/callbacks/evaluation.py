@@ -89,7 +89,8 @@ def evaluate(
     `rerank/fit_s`, seconds that the gallery took once, and `rerank/seconds_per_query`, of the first
     exact search and the re-ranking; an expanded query is then searched again, which is not in it.
 
-    Queries without relevant items have no value; they are counted in `queries_without_relevant`.
+    Queries without relevant items have no value; they are counted in `queries_without_relevant`. Queries that stand in
+    their own ranking, as a right answer, are counted in `queries_in_own_ranking`.
 
     A gallery on several ranks (Sharded; every rank must call) stays there: each ranks and indexes its part.
     Ranks and counts of the full ranking are those of one process, and metrics within 1e-12, whatever the
@@ -132,11 +133,20 @@ def evaluate(
         "queries": float(len(query)),
         "gallery": float(len(gallery)),
         "queries_without_relevant": float((relevant == 0).sum()),
+        "queries_in_own_ranking": float(0 if exclude_self else _in_own_ranking(query, gallery)),
     }
     if gallery.bits is not None:
         others, _ = filled.search(query, 1, junk=find_junk(query, gallery.own, exclude_self=True))
         metrics["code/empty_ball@2"] = float((others.scores[:, 0] < -2).double().mean())
     return Evaluation(metrics, intervals, per_query, query, gallery, found, index)
+
+
+def _in_own_ranking(query: Sharded, gallery: Sharded) -> int:
+    """How many queries are gallery items too, and not junk to themselves by a group."""
+    own = torch.isin(query.index, gallery.index)
+    if query.group is not None and gallery.group is not None:
+        own &= query.group < 0
+    return int(own.sum())
 
 
 def _check_kind(index: FaissIndex, bits: int | None) -> None:

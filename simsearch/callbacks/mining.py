@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simsearch.functional.mining import draw_triplets, hardest_triplets, semihard_triplets
+from simsearch.types import comparable
 
 _PROBE = 256
 
@@ -27,7 +28,8 @@ class TripletMining(pl.Callback):
     (`mining/staleness`: mean distance between the old and the present descriptors of 256 pool images;
     `mining/age`: steps since then). A resumed run goes on with the triplets that it had.
 
-    Raises ValueError where no triplet is within the margin. Gordo et al. 2016: a pool of 5,000, 25 a query.
+    Raises ValueError for descriptors with NaN or infinity, which names step and images, and where no triplet is within
+    the margin. Gordo et al. 2016: a pool of 5,000, 25 a query.
     """
 
     def __init__(
@@ -75,6 +77,14 @@ class TripletMining(pl.Callback):
         rows = data.split.train[place]
         self._log_staleness(trainer, pl_module)
         vectors = self._describe(trainer, pl_module, rows)
+        bad = rows[~comparable(vectors)]
+        if len(bad):  # on every rank: all have all vectors
+            raise ValueError(
+                f"{len(bad)} of the {len(rows)} descriptors of the mining pool hold NaN, infinity or numbers near "
+                f"them at step {trainer.global_step} (epoch {trainer.current_epoch}, collection rows "
+                f"{bad[:8].tolist()}): lower optimizer.lr, clip gradients (trainer.gradient_clip_val=1), or use "
+                "precision 32; the last checkpoint is from before"
+            )
         labels = data.collection.column(data.split.test.attribute)[rows]
         mined = None
         if trainer.is_global_zero:  # rounding may differ between machines: one decides for all

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from simsearch.functional.ranking import Junk, inner_products
+from simsearch.functional.ranking import Junk, best_first, best_of_all, inner_products
 from simsearch.functional.sharded import Sharded
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.types import SearchResult
@@ -163,14 +163,14 @@ class ShardedIndex:
             products = inner_products(queries[start : start + 8], items[some.flatten()])
             b = len(some)
             exact[start : start + b] = products.view(b, b, -1)[torch.arange(b), torch.arange(b)]
-        ids, exact = _best_first(ids, exact)
+        ids, exact = best_first(ids, exact)
         if ids.shape[1] < len(items):
             # So near to the last candidate, that others beyond it may be as good.
             unsure = (exact[:, k - 1] - last <= _ROUNDING * norm).nonzero()[:, 0]
             for rows in unsure.split(8):
-                ids[rows], exact[rows] = _best_of_all(inner_products(queries[rows], items), ids.shape[1])
+                ids[rows], exact[rows] = best_of_all(inner_products(queries[rows], items), ids.shape[1])
         if self.index.metric == "l2":  # rounds once more: what became equal is put in order
-            return _best_first(ids, (2 * exact - square[:, None]).clamp(max=0.0))
+            return best_first(ids, (2 * exact - square[:, None]).clamp(max=0.0))
         return ids, exact
 
     def _merged(self, ids: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ class ShardedIndex:
         ids = pad(self.gallery.position[ids.clamp(min=0)].masked_fill(~there, -1), (0, missing), value=-1)
         scores = pad(scores, (0, missing), value=-torch.inf)
         every_ids, every_score = (self.ranks.stack(part).transpose(0, 1).flatten(1) for part in (ids, scores))
-        every_ids, every_score = _best_first(every_ids, every_score)
+        every_ids, every_score = best_first(every_ids, every_score)
         return every_ids[:, :k], every_score[:, :k]
 
 
@@ -199,22 +199,6 @@ def whole_index(index: FaissIndex, gallery: Sharded) -> FaissIndex | None:
         if whole is not None and vectors is not None:
             whole.add(vectors)
     return whole
-
-
-def _best_first(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and scores (B, K) by descending score, equal ones by ascending id, ids of -1 last."""
-    by_id = ids.masked_fill(ids < 0, torch.iinfo(torch.int64).max).argsort(dim=1)
-    order = by_id.gather(1, scores.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
-    return ids.gather(1, order), scores.gather(1, order)
-
-
-def _best_of_all(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Ids and scores (B, k) of the k best of all scores (B, N), of equal ones the first."""
-    least = scores.topk(k, dim=1).values[:, -1:]
-    above, equal = scores > least, scores == least
-    taken = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    ids = taken.nonzero()[:, 1].view(-1, k)
-    return _best_first(ids, scores.gather(1, ids))
 
 
 def _without(ids: Tensor, scores: Tensor, rows: Tensor, columns: Tensor, g: int) -> tuple[Tensor, Tensor]:

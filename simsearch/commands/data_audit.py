@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from pathlib import Path
 
 import torch
@@ -9,6 +11,9 @@ from omegaconf import DictConfig
 
 from simsearch import runtime
 from simsearch.data.audit import audit, contact_sheet, write_csv
+from simsearch.files import write_json
+
+_GOOD = 0.9
 
 
 @runtime.command("data_audit")
@@ -24,24 +29,43 @@ def main(config: DictConfig) -> None:
         trainer = runtime.build_trainer({**merged, "callbacks": {}}, run.folder, [])
         descriptors = torch.cat(trainer.predict(model, data))  # type: ignore[arg-type]
     else:
-        print("the run gives codes: near-duplicates are sought by perceptual hash alone")
-    found = audit(
+        print("the run gives codes: near-duplicates are proposed by perceptual hash alone")
+    labels = collection.column(split.test.attribute)
+    found, precision = audit(
         collection.images,
         descriptors,
         split.test,
         split.train,
-        min_similarity=config.min_similarity,
+        labels,
+        min_correlation=config.min_correlation,
+        neighbours=config.neighbours,
         max_distance=config.max_distance,
         progress=True,
     )
     out = Path(config.out) if config.out else run.folder / "audit"
     write_csv(out / "duplicates.csv", found, collection)
     contact_sheet(collection.images, found, out / "duplicates.png")
+    leaks = {part: len(found.queries(part)) for part in ("gallery", "train")}
+    about = {
+        "protocol": split.test.name,
+        "fingerprint": split.test.fingerprint,
+        "queries": len(split.test.query),
+        "queries_with_duplicates": leaks,
+        "pairs": len(found),
+        "precision": None if math.isnan(precision) else precision,
+        **{name: values[name] for name in ("min_correlation", "neighbours", "max_distance")},
+    }
+    write_json(out / "audit.json", about)
     count = len(split.test.query)
-    for part in ("gallery", "train"):
-        n = len(found.queries(part))
+    for part, n in leaks.items():
         print(f"{split.test.name}: {n} of {count} queries ({n / count:.2%}) have a near-duplicate in {part}")
     print(f"{len(found)} pairs: {out / 'duplicates.csv'}, and a sample to look at: {out / 'duplicates.png'}")
+    if math.isnan(precision):
+        print(f"how many of them are right, labels ({split.test.attribute}) cannot tell: look at the sample")
+    else:
+        print(f"estimated precision {precision:.1%}, by pairs of different labels ({split.test.attribute})")
+        if precision < _GOOD:
+            print("that is low: give a larger min_correlation", file=sys.stderr)
     print(f"measure without them: simsearch evaluate run={run.folder} without={out / 'duplicates.csv'}")
 
 

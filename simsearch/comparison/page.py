@@ -14,7 +14,7 @@ from torch import Tensor
 from simsearch.comparison.charts import Point, histogram, scatter
 from simsearch.comparison.leaderboard import ALPHA, Entry
 from simsearch.comparison.markup import Markup, element, joined
-from simsearch.comparison.report import Column, duration, over
+from simsearch.comparison.report import Column, duration, over, self_notes
 from simsearch.comparison.runs import Missing
 
 DETAILED = 8  # entries with a histogram, a column of classes and regressions
@@ -108,6 +108,7 @@ def _header(c: Comparison) -> Markup:
     return joined(
         element("h1", {}, f"Comparison by {c.metric}"),
         element("p", {"class": "soft"}, about[0], Markup(about[1])),
+        *(element("p", {"class": "soft"}, note) for note in self_notes(c.entries)),
         element("p", {"class": "warning"}, warning) if c.forced else None,
     )
 

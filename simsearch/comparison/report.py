@@ -148,8 +148,9 @@ def terminal_table(entries: Sequence[Entry], shown: Sequence[Column]) -> Table:
 
 
 def stated(entries: Sequence[Entry]) -> str:
-    """The protocols, fingerprints and units of chance of the entries."""
-    return "; ".join(sorted({f"protocol {e.protocol}, fingerprint {e.fingerprint}, by {over(e)}" for e in entries}))
+    """The protocols, fingerprints and units of chance of the entries, and whose queries stand in their own rankings."""
+    kinds = {f"protocol {e.protocol}, fingerprint {e.fingerprint}, by {over(e)}" for e in entries}
+    return "; ".join([*sorted(kinds), *self_notes(entries)])
 
 
 def over(entry: Entry) -> str:
@@ -157,6 +158,12 @@ def over(entry: Entry) -> str:
     if entry.results[0].unit is None:
         return "query (measured before units of chance were named)"
     return f"{entry.unit} ({entry.units})"
+
+
+def self_notes(entries: Sequence[Entry]) -> list[str]:
+    """A note for each protocol whose queries stand in their own rankings."""
+    names = {entry.protocol for entry in entries if entry.results[0].metrics.get("queries_in_own_ranking")}
+    return [f"{name}: each query is in its own ranking: P@1 and R@k count it" for name in sorted(names)]
 
 
 def markdown_table(entries: Sequence[Entry], shown: Sequence[Column], missing: Sequence[Missing]) -> str:

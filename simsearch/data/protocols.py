@@ -66,9 +66,9 @@ class OfficialSplit:
     """The official training and test parts; every test image is a query.
 
     name: as reports print it. gallery: "train" searches the training images (10k-50k), "test" the test
-    images themselves (the DSH release). exclude_self: take the query's own row out of its ranking.
-    validation: share of each class's training rows, in (0, 1), that become validation queries; None
-    trains on all. index_order: codes are also measured with ties broken by gallery order.
+    images themselves (the DSH release). exclude_self: take the query's own row out of its ranking, where P@1 and
+    R@k would count it. validation: share of each class's training rows, in (0, 1), that become validation
+    queries; None trains on all. index_order: codes are also measured with ties broken by gallery order.
     """
 
     name: str

@@ -28,7 +28,8 @@ def mmr(relevance: Tensor, vectors: Tensor, k: int, lambda_: float) -> Tensor:
     for _ in range(min(k, len(relevance))):
         best = int(gain.argmax())
         chosen.append(best)
-        nearest = torch.maximum(nearest, vectors @ vectors[best])
+        # Not a matrix product, whose rounding of a row depends on its place: equal items must tie.
+        nearest = torch.maximum(nearest, (vectors * vectors[best]).sum(1))
         gain = lambda_ * relevance - (1 - lambda_) * nearest
         gain[chosen] = -torch.inf
     return torch.tensor(chosen, dtype=torch.int64)

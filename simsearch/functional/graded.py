@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simsearch.functional.ranking import inner_products
+from simsearch.types import check_vectors
+
 GRADES = ("easy", "hard", "junk")
 SETUPS = {
     "easy": ("easy",),
@@ -119,8 +122,7 @@ def listed_ranks(
     if len(query) == 0 or g == 0:
         raise ValueError(f"there is nothing to rank: {len(query)} queries, {g} gallery items")
     for name, vectors in (("query", query), ("gallery", gallery)):
-        if not torch.isfinite(vectors).all():
-            raise ValueError(f"{name} descriptors hold NaN or infinity")
+        check_vectors(f"{name} descriptors", vectors)
     for q, positions in enumerate(listed):
         if len(positions) and not 0 <= positions.min() <= positions.max() < g:
             wrong = positions[(positions < 0) | (positions >= g)][0]
@@ -130,7 +132,7 @@ def listed_ranks(
     step = max(1, block_bytes // (8 * g))
     ranks = []
     for start in range(0, len(query), step):
-        scores = (query[start : start + step] @ gallery.T).numpy()
+        scores = inner_products(query[start : start + step], gallery).numpy()
         ranks += [_ranks_in(row, positions) for row, positions in zip(scores, listed[start:], strict=False)]
     return ranks
 

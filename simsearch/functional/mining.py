@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from simsearch.types import check_vectors
+
 
 def hardest_triplets(
     descriptors: Tensor, labels: Tensor, *, margin: float, per_query: int = 25, block: int = 256
@@ -20,7 +22,7 @@ def hardest_triplets(
     The k largest sums of two sorted lists lie among the first k of each, so k farthest positives and k
     nearest negatives are enough.
 
-    Raises ValueError for wrong shapes, for per_query < 1 and for negative (unknown) labels.
+    Raises ValueError for wrong shapes, per_query < 1, negative (unknown) labels, and as `check_vectors` does.
 
     Gordo, Almazán, Revaud, Larlus 2016, "Deep Image Retrieval" (25 a query in 5,000 images).
     """
@@ -94,7 +96,9 @@ def semihard_triplets(
 
 
 def _check_pool(descriptors: Tensor, labels: Tensor, per_query: int) -> int:
-    """The pool's number of items. Raises ValueError for wrong shapes, unknown labels and per_query < 1."""
+    """The pool's number of items. Raises ValueError for wrong shapes, unknown labels, per_query < 1, and vectors that
+    `check_vectors` refuses: a NaN is nearer to nothing, so that it would read as well separated.
+    """
     if descriptors.ndim != 2 or labels.shape != (len(descriptors),):
         raise ValueError(
             f"descriptors must be (N, D) and labels (N,), got {tuple(descriptors.shape)} and {tuple(labels.shape)}"
@@ -103,6 +107,7 @@ def _check_pool(descriptors: Tensor, labels: Tensor, per_query: int) -> int:
         raise ValueError(f"per_query={per_query}: keep 1 triplet a query or more")
     if (labels < 0).any():
         raise ValueError("the pool holds unknown labels (below 0): mine labelled items only")
+    check_vectors("the pool's descriptors", descriptors)
     return len(descriptors)
 
 
@@ -135,7 +140,8 @@ def draw_triplets(triplets: Tensor, count: int, generator: torch.Generator) -> T
 def batch_hard(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors with their farthest positive and nearest negative, three times int64 (A,), positions in the batch.
 
-    embeddings: float (B, D). labels: int64 (B,). Rows without a positive or a negative are no anchors.
+    embeddings: float (B, D). labels: int64 (B,). Rows without a positive or a negative are no anchors. Where a distance
+    is NaN or infinite the row stays an anchor: its loss shall say so.
 
     Hermans, Beyer, Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification" ("batch hard").
     """
@@ -144,7 +150,7 @@ def batch_hard(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     centred = embeddings - embeddings.mean(0)
     rows = torch.arange(len(labels), device=labels.device)
     positive, negative = _positive_and_negative(centred, centred.square().sum(1), labels, rows)
-    far, p = positive.max(1)
-    near, n = negative.min(1)
-    anchors = torch.where(far.isfinite() & near.isfinite())[0]
+    p, n = positive.argmax(1), negative.argmin(1)
+    alike = (labels[:, None] == labels).sum(1)
+    anchors = torch.where((alike > 1) & (alike < len(labels)))[0]
     return anchors, p[anchors], n[anchors]

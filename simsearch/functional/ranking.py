@@ -28,6 +28,7 @@ from simsearch.types import Descriptors, SearchResult
 BLOCK_BYTES = 2**27
 _CHUNK_BYTES = 2**22  # of 64-bit words that stay in a core's cache
 _LEAST_COLUMNS = 64
+_FEW_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,37 @@ def inner_products(left: Tensor, right: Tensor, out: Tensor | None = None) -> Te
     return torch.mm(left, right.T, out=out)[:b, :n]
 
 
+def product_buffer(rows: int, columns: int) -> Tensor:
+    """An `out` for the inner products of up to so many rows with so many columns."""
+    return torch.empty(rows + _row_unit(), max(columns, _LEAST_COLUMNS))
+
+
 def _row_unit() -> int:
     return 4 * torch.get_num_threads()
+
+
+def best_first(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and scores (B, K) by descending score, equal ones by ascending id, ids of -1 last."""
+    by_id = ids.masked_fill(ids < 0, torch.iinfo(torch.int64).max).argsort(dim=1)
+    order = by_id.gather(1, scores.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
+    return ids.gather(1, order), scores.gather(1, order)
+
+
+def best_of_all(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids and scores (B, min(k, N)) of the k best of all scores (B, N), best first, of equal ones the first."""
+    k = min(k, scores.shape[1])
+    best, ids = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    last, beyond = best[:, k - 1 : k], best[:, k:]
+    ids, best = best_first(ids[:, :k], best[:, :k])
+    if k == 0 or beyond.shape[1] == 0:
+        return ids, best
+    # Of items that are as good as the last one topk takes any.
+    for row in ((last == beyond) & (last > -torch.inf)).nonzero()[:, 0].split(_FEW_ROWS):
+        some, least = scores[row], last[row]
+        above, equal = some > least, some == least
+        taken = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        ids[row], best[row] = best_first(taken.nonzero()[:, 1].view(-1, k), some[taken].view(-1, k))
+    return ids, best
 
 
 def rank_vectors(
@@ -142,7 +172,7 @@ def rank_vectors(
     junk = find_junk(query, gallery.own, exclude_self=exclude_self)
     stored = _ByLabel.of(gallery.own)
     step = _block_rows(query, gallery, block_bytes)
-    buffer = torch.empty(min(step, len(query)) + _row_unit(), max(g, _LEAST_COLUMNS))
+    buffer = product_buffer(min(step, len(query)), g)
     for start in range(0, len(query), step):
         stop = min(start + step, len(query))
         # Negative scores, so that the best sort first.

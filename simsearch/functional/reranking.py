@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simsearch.functional.codes import unpack_codes
-from simsearch.functional.ranking import BLOCK_BYTES, Junk
+from simsearch.functional.ranking import BLOCK_BYTES, Junk, best_of_all, inner_products, product_buffer
 from simsearch.types import SearchResult
 
 
@@ -76,20 +76,21 @@ def nearest(
 ) -> SearchResult:
     """The min(k, G) gallery items (G, D) of largest inner product with each query (Q, D), junk left out.
 
-    Where junk leaves fewer: id -1, score -inf.
+    Equal scores come in gallery order, and equal vectors score equally wherever they stand. Where junk leaves fewer:
+    id -1, score -inf.
     """
     k = min(k, len(gallery))
     ids = torch.empty(len(query), k, dtype=torch.int64)
     scores = torch.empty(len(query), k)
     step = max(1, block_bytes // (4 * len(gallery)))
-    buffer = torch.empty(min(step, len(query)), len(gallery))
+    buffer = product_buffer(min(step, len(query)), len(gallery))
     for start in range(0, len(query), step):
         stop = min(start + step, len(query))
-        block = torch.mm(query[start:stop], gallery.T, out=buffer[: stop - start])
+        block = inner_products(query[start:stop], gallery, buffer)
         if junk is not None:
             rows, columns = junk.block(start, stop)
             block[rows, columns] = -torch.inf
-        scores[start:stop], ids[start:stop] = block.topk(k)
+        ids[start:stop], scores[start:stop] = best_of_all(block, k)
     ids[scores.isneginf()] = -1
     return SearchResult(ids, scores)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from simsearch.functional.ranks import sum_over_ranks
 from simsearch.functional.sharded import Ranks
+from simsearch.types import check_vectors
 
 
 @dataclass
@@ -29,9 +30,10 @@ class Moments:
         )
 
     def add(self, vectors: Tensor) -> None:
-        """Adds the vectors (N, D). Raises ValueError for another shape."""
+        """Adds the vectors (N, D). Raises ValueError for another shape, and as `check_vectors` does."""
         if vectors.ndim != 2 or vectors.shape[1] != len(self.total):
             raise ValueError(f"vectors must be (N, {len(self.total)}), got {tuple(vectors.shape)}")
+        check_vectors("vectors to whiten", vectors)
         wide = vectors.detach().to("cpu", torch.float64)
         self.count += len(wide)
         self.total += wide.sum(0)

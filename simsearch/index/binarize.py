@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simsearch.types import check_vectors
+
 
 class ITQ:
     """Returns a binariser by Iterative Quantization: PCA to `bits`, then the rotation nearest to the corners.
@@ -79,9 +81,7 @@ def _checked(x: Tensor, bits: int) -> np.ndarray:
         raise ValueError(f"{bits} bits from {dimension} dimensions: at most {dimension} bits can be had")
     if n <= bits:
         raise ValueError(f"{bits} bits need more than {bits} vectors to be fitted, got {n}")
-    if not torch.isfinite(x).all():
-        bad = (~torch.isfinite(x)).any(1).nonzero()[:5, 0].tolist()
-        raise ValueError(f"vectors hold NaN or infinity, first in rows {bad}")
+    check_vectors("vectors", x)
     return np.ascontiguousarray(x.detach().cpu().numpy())
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from simsearch.files import read_json, replacing, sha256, write_json
-from simsearch.types import SearchResult
+from simsearch.types import SearchResult, check_vectors
 
 _METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 _ADVISED_PER_CENTROID = 39  # ClusteringParameters.min_points_per_centroid
@@ -391,9 +391,8 @@ class FaissIndex:
         if self._index is not None and width != self._index.d:
             unit = "bits" if self.is_binary else "dimensions"
             raise ValueError(f"the index has {self._index.d} {unit}, the vectors have {width}")
-        if not self.is_binary and not torch.isfinite(vectors).all():
-            bad = (~torch.isfinite(vectors)).any(1).nonzero()[:5, 0].tolist()
-            raise ValueError(f"vectors hold NaN or infinity, first in rows {bad}")
+        if not self.is_binary:
+            check_vectors("vectors", vectors)
         return np.ascontiguousarray(vectors.detach().cpu().numpy())
 
     def _train(self, array: np.ndarray) -> None:

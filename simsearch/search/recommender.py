@@ -17,6 +17,7 @@ from simsearch.functional.codes import pack_codes, unpack_codes
 from simsearch.functional.diversity import mmr
 from simsearch.functional.feedback import contributions, query_weights, reweight, reweight_both, rocchio, unit_parts
 from simsearch.functional.open_set import agreeing, stand_out
+from simsearch.functional.ranking import inner_products
 from simsearch.search.catalog import Catalog
 from simsearch.search.filters import Attributes, Condition
 from simsearch.types import SearchResult
@@ -309,7 +310,8 @@ class Recommender:
 
     def _rescored(self, queries: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         rows = self._stored(self.vectors(ids.clamp(min=0).flatten())).unflatten(0, ids.shape)
-        scores = self._exact(torch.einsum("qkd,qd->qk", rows, queries)).masked_fill(ids < 0, -torch.inf)
+        products = [inner_products(query[None], own) for query, own in zip(queries, rows, strict=True)]
+        scores = self._exact(torch.cat(products)).masked_fill(ids < 0, -torch.inf)
         order = scores.argsort(dim=1, descending=True, stable=True)
         return ids.gather(1, order), scores.gather(1, order)
 

@@ -1,0 +1,70 @@
+"""Correlation of pictures against NumPy's, one place at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from simsearch.functional.correlation import best_correlations, details
+
+
+def grey(count: int, seed: int, side: int = 20) -> Tensor:
+    coarse = torch.randn(count, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return 128 + 40 * coarse.repeat_interleave(side // 5, 1).repeat_interleave(side // 5, 2)
+
+
+def test_the_best_is_that_of_all_places_and_of_the_mirror_image() -> None:
+    first, second = details(grey(6, seed=0)), details(grey(6, seed=1))
+    for shift in (0, 1, 3):
+        got = best_correlations(first, second, shift)
+        side = 20 - 2 * shift
+        for a, b, value in zip(first.numpy(), second.numpy(), got.tolist(), strict=True):
+            template = a[shift : shift + side, shift : shift + side].ravel()
+            windows = [
+                image[y : y + side, x : x + side].ravel()
+                for image in (b, b[:, ::-1])
+                for y in range(2 * shift + 1)
+                for x in range(2 * shift + 1)
+            ]
+            assert value == pytest.approx(max(np.corrcoef(template, w)[0, 1] for w in windows), abs=1e-4)
+
+
+def test_light_shift_and_mirror_leave_a_picture_the_same() -> None:
+    picture, other = grey(8, seed=2), grey(8, seed=3)
+    rolled = picture.roll((1, -2), (1, 2))
+    for edited in (picture, 0.7 * picture + 20, rolled, picture.flip(2), rolled.flip(2)):
+        assert (best_correlations(details(picture), details(edited), 2) > 0.9).all()
+    assert (best_correlations(details(picture), details(other), 2) < 0.7).all()
+
+
+def test_a_frame_makes_no_picture_of_its_content() -> None:
+    """Undivided details of framed strangers correlate at .9: a frame has the strongest edges of all."""
+    y, x = torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")
+    inside = (y - 15.5).square() + (x - 15.5).square() < 14**2
+    first, second = (torch.where(inside, 100 + 12 * torch.randn(9, 32, 32, generator=g), 255.0) for g in generators(2))
+    assert (best_correlations(details(first), details(second), 2) < 0.7).all()
+    assert (best_correlations(details(first), details(0.8 * first + 30), 2) > 0.9).all()
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def test_plain_pictures_are_like_nothing() -> None:
+    picture = grey(2, seed=0)
+    plain = torch.full_like(picture, 90.0)
+    noisy = plain + 0.3 * torch.randn(plain.shape, generator=torch.Generator().manual_seed(1))
+    for one in (plain, noisy):
+        assert best_correlations(details(one), details(picture), 2).tolist() == [0.0, 0.0]
+        assert best_correlations(details(one), details(one), 2).tolist() == [0.0, 0.0]
+    assert best_correlations(torch.empty(0, 8, 8), torch.empty(0, 8, 8), 2).tolist() == []
+
+
+def test_wrong_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"two \(P, H, W\), got \(2, 8, 8\) and \(3, 8, 8\)"):
+        best_correlations(torch.zeros(2, 8, 8), torch.zeros(3, 8, 8), 1)
+    for shift in (-1, 4):
+        with pytest.raises(ValueError, match=rf"shift={shift} leaves nothing"):
+            best_correlations(torch.zeros(2, 8, 8), torch.zeros(2, 8, 8), shift)
