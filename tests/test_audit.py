@@ -206,6 +206,7 @@ def test_pixels_know_edits_and_no_strangers(edit: str) -> None:
     rows = torch.arange(60)
     assert (pixel_correlations(both, rows, rows + 60) >= MIN_CORRELATION).double().mean() >= 0.95
     assert (pixel_correlations(both, rows, rows.roll(1)) < MIN_CORRELATION).all()
+    assert pixel_correlations(both, rows[:0], rows[:0]).tolist() == []
     shapes = ragged(list(both))
     assert torch.equal(pixel_correlations(shapes, rows, rows + 60), pixel_correlations(both, rows, rows + 60))
 

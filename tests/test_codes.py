@@ -68,3 +68,10 @@ def test_hamming_pairs_equal_string_comparison():
 def test_outputs_must_be_a_matrix():
     with pytest.raises(ValueError, match=r"\(N, b\), got \(8,\)"):
         pack_codes(torch.zeros(8))
+
+
+def test_what_has_no_sign_has_no_code():
+    real = torch.tensor([[1.0, -torch.inf], [0.5, torch.nan]])
+    assert pack_codes(real[:1]).tolist() == [[1]]
+    with pytest.raises(ValueError, match=r"codes hold NaN, first in rows \[1\]"):
+        pack_codes(real)

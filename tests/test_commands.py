@@ -179,6 +179,22 @@ class TestTrain:
         assert all((job / "metrics.json").is_file() == (state == "finished") for job, state in states.items())
 
 
+def test_audit_and_evaluation_without_what_it_found(small_run, tmp_path):
+    done = simsearch("data", "audit", f"run={small_run}", f"out={tmp_path}", "min_correlation=0.3", "neighbours=9")
+    about = json.loads((tmp_path / "audit.json").read_text())
+    pairs = (tmp_path / "duplicates.csv").read_text().splitlines()[1:]
+    assert len(pairs) == about["pairs"] > 0
+    assert about["protocol"] == "rendered-artist"
+    assert "estimated precision" in done.stdout or "cannot tell" in done.stdout
+    assert f"({about['queries_with_duplicates']['gallery'] / about['queries']:.2%})" in done.stdout
+    with Image.open(tmp_path / "duplicates.png") as sheet:
+        assert sheet.format == "PNG"
+    simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e", f"without={tmp_path / 'duplicates.csv'}")
+    measured = json.loads((tmp_path / "e" / "metrics.json").read_text())["test"]["metrics"]
+    assert measured["queries"] == about["queries"] - len({pair.split(",")[0] for pair in pairs})
+    assert measured["queries_in_own_ranking"] == 0
+
+
 class TestEvaluate:
     def test_gives_the_run_s_own_numbers_again(self, small_run, tmp_path):
         simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e")

@@ -259,9 +259,10 @@ def pixel_correlations(images: Tensor | Ragged, rows: Tensor, columns: Tensor, *
 
     images: uint8 (N, 3, H, W) or Ragged. rows, columns: int64 (P,). Both are drawn to squares of 32 x 32 first.
     """
+    if len(rows) == 0:
+        return torch.empty(0)
     used, place = torch.cat([rows, columns]).unique(return_inverse=True)
-    blocks = [_thumbnails(images, block) for block in used.split(_PAIRS)]
-    thumbnails = torch.cat(blocks) if blocks else torch.empty(0, SIDE, SIDE)
+    thumbnails = torch.cat([_thumbnails(images, block) for block in used.split(_PAIRS)])
     first, second = (part.split(_PAIRS) for part in (place[: len(rows)], place[len(rows) :]))
     shown = tqdm(zip(first, second, strict=True), total=len(first), desc="compare pixels", disable=not progress)
     return torch.cat([best_correlations(thumbnails[i].float(), thumbnails[j].float(), SHIFT) for i, j in shown])

@@ -12,9 +12,14 @@ def pack_codes(real: Tensor) -> Tensor:
 
     Bit j lies in byte j // 8 at position j % 8; unused bits of the last byte are 0, so that
     padded codes have the same Hamming distances.
+
+    Raises ValueError for another shape and for NaN, which has no sign.
     """
     if real.ndim != 2:
         raise ValueError(f"real-valued codes must be (N, b), got {tuple(real.shape)}")
+    if real.isnan().any():
+        rows = real.isnan().any(1).nonzero()[:5, 0].tolist()
+        raise ValueError(f"real-valued codes hold NaN, first in rows {rows}: it has no sign")
     bits = real > 0
     missing = -bits.shape[1] % 8
     if missing:
