@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "losses": {"functional"},
     "data": {"functional", "images", *GROUND},
     "models": {"functional", "cache", *GROUND},
-    "index": GROUND,
+    "index": {"functional", *GROUND},
     "search": {"index", "models", "functional", "images", "cache", "data", *GROUND},
     "callbacks": {"index", "metrics", "functional", "figures", *GROUND},
 }

@@ -1,10 +1,33 @@
-"""Binary codes: packing, unpacking, 64-bit words."""
+"""Binary codes: the rotation before the signs, packing, unpacking, 64-bit words."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def itq_rotation(vectors: Tensor, iterations: int, seed: int) -> Tensor:
+    """A rotation R float64 (b, b) that brings centred vectors V (N, b) near the corners of the cube.
+
+    Gong, Lazebnik, Gordo, Perronnin: Iterative Quantization, TPAMI 2013, algorithm 1. From a random R, `iterations`
+    times: B = sign(V R), then R = U W^T of the singular value decomposition V^T B = U S W^T, which of all
+    orthogonal matrices has the least ||B - V R|| (Procrustes). Neither step raises this loss.
+
+    Example:
+        >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+        >>> turned = corners.double() @ torch.tensor([[0.8, 0.6], [-0.6, 0.8]], dtype=torch.float64)
+        >>> (turned @ itq_rotation(turned, 20, seed=0)).abs().allclose(torch.ones(4, 2, dtype=torch.float64))
+        True
+    """
+    v = vectors.double()
+    start = torch.randn(v.shape[1], v.shape[1], dtype=v.dtype, generator=torch.Generator().manual_seed(seed))
+    rotation = torch.linalg.qr(start)[0]
+    for _ in range(iterations):
+        corners = torch.where(v @ rotation > 0, 1.0, -1.0).to(v.dtype)
+        u, _, wt = torch.linalg.svd(v.T @ corners)
+        rotation = u @ wt
+    return rotation
 
 
 def pack_codes(real: Tensor) -> Tensor:

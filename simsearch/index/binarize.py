@@ -1,26 +1,25 @@
 """Unsupervised binary codes for frozen features, as one linear map each.
 
-A binariser is fitted once and leaves `(weight, bias)`, so that a torch module can carry it and no
-FAISS is needed to encode: the code of x is sign(x @ weight.T + bias).
+A binariser is fitted once and leaves `(weight, bias)`, so that a torch module can carry it: the code of
+x is sign(x @ weight.T + bias). Everything is computed in float64.
 """
 
 from __future__ import annotations
 
-import faiss
-import numpy as np
 import torch
 from torch import Tensor
 
+from simsearch.functional.codes import itq_rotation
+from simsearch.functional.whitening import Moments
 from simsearch.types import check_vectors
 
 
 class ITQ:
     """Returns a binariser by Iterative Quantization: PCA to `bits`, then the rotation nearest to the corners.
 
-    Gong, Lazebnik, Gordo, Perronnin: Iterative Quantization, TPAMI 2013. FAISS subtracts the mean
-    and divides each vector by its norm before PCA and rotation. PCA and rotation have no bias, so
-    the division changes no sign and a linear map is the same code. (It does weigh all training
-    vectors alike while fitting.) Above max(10 D, 32768) vectors FAISS fits on a fixed choice.
+    Gong, Lazebnik, Gordo, Perronnin: Iterative Quantization, TPAMI 2013. As in the paper vectors are centred
+    and nothing else: their lengths weigh in PCA and rotation. The fit takes all vectors, and time with
+    N (D^2 + iterations bits^2): a second for 10,000 vectors and 48 bits.
 
     bits: length of the code. iterations: alternations of code and rotation; the paper uses 50.
     seed: of the first rotation.
@@ -41,12 +40,9 @@ class ITQ:
         Raises ValueError for another dtype or shape, NaN or infinity, bits > D, N <= bits, and
         vectors that vary in fewer than `bits` directions.
         """
-        array = _checked(x, self.bits)
-        itq = faiss.ITQTransform(array.shape[1], self.bits, True)
-        itq.itq.max_iter = self.iterations
-        itq.itq.seed = self.seed
-        itq.train(array)
-        return _linear_map(faiss.vector_to_array(itq.pca_then_itq.A), faiss.vector_to_array(itq.mean), self.bits, array)
+        mean, centred, components = _principal(x, self.bits)
+        rotation = itq_rotation(centred @ components.T, self.iterations, self.seed)
+        return _linear_map(rotation.T @ components, mean)
 
 
 class Sign:
@@ -66,13 +62,12 @@ class Sign:
 
         Raises ValueError as ITQ.fit does.
         """
-        array = _checked(x, self.bits)
-        pca = faiss.PCAMatrix(array.shape[1], self.bits)
-        pca.train(array)
-        return _linear_map(faiss.vector_to_array(pca.A), faiss.vector_to_array(pca.mean), self.bits, array)
+        mean, _, components = _principal(x, self.bits)
+        return _linear_map(components, mean)
 
 
-def _checked(x: Tensor, bits: int) -> np.ndarray:
+def _principal(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (D,), centred vectors (N, D) and the first `bits` principal directions (bits, D), float64 on the CPU."""
     if not isinstance(x, Tensor) or x.ndim != 2 or x.dtype != torch.float32:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"a binariser is fitted to a float32 tensor (N, D), got {got}")
@@ -82,15 +77,16 @@ def _checked(x: Tensor, bits: int) -> np.ndarray:
     if n <= bits:
         raise ValueError(f"{bits} bits need more than {bits} vectors to be fitted, got {n}")
     check_vectors("vectors", x)
-    return np.ascontiguousarray(x.detach().cpu().numpy())
-
-
-def _linear_map(matrix: np.ndarray, mean: np.ndarray, bits: int, x: np.ndarray) -> tuple[Tensor, Tensor]:
-    # FAISS keeps all D rows of a PCA and uses the first of them.
-    weight = matrix.reshape(-1, len(mean))[:bits].astype(np.float64)
-    bias = -(weight @ mean.astype(np.float64))
-    projected = x @ weight.T.astype(np.float32) + bias.astype(np.float32)
-    variances = np.linalg.eigvalsh(np.atleast_2d(np.cov(projected.T, dtype=np.float64)))
-    if not variances[0] > 1e-10 * variances[-1]:
+    wide = x.detach().to("cpu", torch.float64)
+    mean = wide.mean(0)
+    centred = wide - mean  # first, so that a mean far from 0 costs the covariance no digits
+    moments = Moments.zeros(dimension)
+    moments.add(centred)
+    _, variances, components = moments.principal()
+    if not variances[bits - 1] > 1e-10 * variances[0]:
         raise ValueError(f"the vectors vary in fewer than {bits} directions: ask for fewer bits")
-    return torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
+    return mean, centred, components[:bits]
+
+
+def _linear_map(weight: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    return weight.float(), -(weight @ mean).float()
