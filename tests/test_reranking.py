@@ -314,6 +314,29 @@ def test_conjugate_gradient_solves_systems_side_by_side():
     assert x[2].tolist() == [0.0] * 7
 
 
+@given(seed=st.integers(0, 10_000), exponent=st.integers(-30, 30), iterations=st.sampled_from([40, 3000]))
+@settings(deadline=None, max_examples=20)
+def test_conjugate_gradient_stays_at_the_solution(seed, exponent, iterations):
+    """However many steps are asked for, and however small or large the right side is."""
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn(3, 5, 5, generator=generator)
+    matrix = half @ half.transpose(1, 2) / 5 + torch.eye(5)
+    right = torch.randn(3, 5, generator=generator) * 10.0**exponent
+    x = conjugate_gradient(lambda v: (matrix @ v[:, :, None])[:, :, 0], right, iterations)
+    exact = np.linalg.solve(matrix.double().numpy(), right.double().numpy()[:, :, None])[:, :, 0]
+    np.testing.assert_allclose(x, exact, rtol=0, atol=1e-4 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.99, 0.99999])
+def test_more_iterations_of_diffusion_change_no_answer(alpha):
+    gallery, query = units(40, seed=2), units(5, seed=1)
+    enough, many = (
+        Diffusion(8, 3, alpha=alpha, iterations=n, depth=40).fit(gallery).search(query, 40) for n in (100, 8000)
+    )
+    assert torch.equal(enough.ids, many.ids)
+    assert torch.equal(enough.scores, many.scores)
+
+
 @pytest.mark.parametrize("block_bytes", [1, 2**20])
 def test_diffusion_equals_a_dense_solution(block_bytes):
     query, gallery, junk = units(7, seed=1), units(40, seed=2), some_junk(7, 40)
@@ -609,7 +632,9 @@ def test_the_gallery_is_made_ready_once(monkeypatch):
         (lambda: KReciprocal(lambda_=1.5), r"lambda_ must lie in \[0, 1\]"),
         (lambda: Diffusion(iterations=0), "iterations must be at least 1"),
         (lambda: Diffusion(seeds=10, depth=5), "raise depth=5 to at least seeds=10"),
-        (lambda: Diffusion(alpha=1.0), "alpha must lie between 0 and 1"),
+        (lambda: Diffusion(alpha=1.0), "alpha must lie above 0 and at most at 0.99999"),
+        (lambda: Diffusion(alpha=1 - 1e-9), "alpha must lie above 0 and at most at 0.99999"),
+        (lambda: Diffusion(alpha=math.nan), "alpha must lie above 0"),
         (lambda: Diffusion(gamma=-1), "gamma must be at least 0"),
     ],
 )

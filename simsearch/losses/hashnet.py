@@ -14,13 +14,14 @@ class HashNetLoss(nn.Module):
     for one class, else 0. Similar pairs weigh S / S1 and dissimilar ones S / S0, counted in the batch, and
     the sum is divided by the number of pairs S: the mean over similar pairs plus the mean over dissimilar
     ones. beta grows with the count of training forwards t, (1 + growth t)^(1/2), towards the sign; the
-    count is a buffer, so that a resumed run goes on with its beta. alpha: 10 / b where None. Both are the
-    authors' release's.
+    count is a buffer, so that a resumed run goes on with its beta. alpha: 10 / b where None. The authors'
+    release has the same alpha, in both terms, and the same beta, but raises it every 200 steps only.
 
-    Departures: the paper weighs by the similarity of the whole training set, the release by a constant for
-    each data set; the release pairs two batches with each other, raises beta every 200 steps only and
-    lacks alpha in the second term; common re-implementations pair a batch with the stored outputs of all
-    training images.
+    Departures: the paper counts S, S1 and S0 in the whole training set. The release weighs similar pairs by a
+    constant given for each data set (class_num; its own `pairwise_loss_updated`, which its training does not
+    call, counts them in the batch as we do, without alpha), divides by the sum of the weights, pairs two
+    batches with each other, and drops the logarithm where alpha <h_i, h_j> > 15. Common re-implementations
+    pair a batch with the stored outputs of all training images.
 
     Cao, Long, Wang, Yu 2017, "HashNet: Deep Learning to Hash by Continuation", eq. 4.
     """

@@ -111,7 +111,8 @@ class KReciprocal:
 class Diffusion:
     """Diffusion over the `depth` nearest, started at the `seeds` nearest, on the graph of k mutual neighbours.
 
-    Raises ValueError for counts below 1, seeds > depth, alpha outside (0, 1) and gamma < 0.
+    Raises ValueError for counts below 1, seeds > depth, gamma < 0, and alpha not above 0 or so near to 1 that
+    float32 scores would be off by more than a hundredth.
     """
 
     def __init__(
@@ -126,8 +127,8 @@ class Diffusion:
         _check_counts(("k", k), ("seeds", seeds), ("iterations", iterations), ("depth", depth))
         if seeds > depth:
             raise ValueError(f"seeds are taken from the shortlist: raise depth={depth} to at least seeds={seeds}")
-        if not 0 < alpha < 1:
-            raise ValueError(f"alpha must lie between 0 and 1 (near 1: wider spread), got {alpha}")
+        if not 0 < alpha <= 0.99999:
+            raise ValueError(f"alpha must lie above 0 and at most at 0.99999 (near 1: wider spread), got {alpha}")
         if not gamma >= 0:
             raise ValueError(f"gamma must be at least 0 (0: all neighbours alike), got {gamma}")
         self.k, self.seeds, self.gamma = k, seeds, gamma
