@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 import uuid
@@ -168,3 +169,16 @@ def check_zip(path: Path) -> Path:
     if wrong is not None:
         raise Damaged(f"{path} is damaged: the CRC-32 of {wrong} in it is not the recorded one")
     return path
+
+
+def json_line(value: Any) -> str:
+    """`value` as JSON in one line, without what JSON has no word for: NaN and infinity become null, a date its text."""
+    return json.dumps(_plain(value), allow_nan=False, default=str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -27,13 +27,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from torch import nn
 
 from simsearch import launch
 from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, to_json, write_json
 from simsearch.models.backbones import WeightsError
+from simsearch.text import cell, lines, warn
 
 CONF = str(Path(__file__).resolve().parent.parent / "conf")
 HEADLINES = ("mAP", "P@1", "P@10", "R@10")
@@ -66,7 +68,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
                     raise
                 if isinstance(error, launch.RankError) and error.details:
                     print(error.details, file=sys.stderr)
-                print(f"simsearch {name.replace('_', ' ')}: {reason(error)}", file=sys.stderr)
+                warn(f"simsearch {name.replace('_', ' ')}: {reason(error)}")
                 if HydraConfig.get().mode is RunMode.MULTIRUN:
                     raise  # an exit would end the sweep; an exception fails this job alone
                 raise SystemExit(1) from None
@@ -391,7 +393,10 @@ def results_table(stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "te
             continue
         about = stages[stage]
         metrics, intervals = about["metrics"], about["intervals"]
-        cells = [f"{about['protocol']}\n[dim]{about['fingerprint']}[/dim]", "{}\n[dim]{}[/dim]".format(*unit(about))]
+        cells = [
+            f"{cell(about['protocol'])}\n[dim]{cell(about['fingerprint'])}[/dim]",
+            "{}\n[dim]{}[/dim]".format(*unit(about)),
+        ]
         for name in HEADLINES:
             if metrics.get(name) is None:
                 cells.append("-")
@@ -427,7 +432,24 @@ def unit(about: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def show(*what: Any) -> None:
-    """Prints to the terminal, tables included."""
+    """Prints to the terminal, tables included; whatever their text holds gives the terminal no orders."""
     console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.push_render_hook(_Harmless())
     for item in what:
         console.print(item)
+
+
+class _Harmless(RenderHook):
+    """Writes control characters in what is shown as escapes."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Shown(renderable) for renderable in renderables]
+
+
+@dataclass(frozen=True)
+class _Shown:
+    renderable: ConsoleRenderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self.renderable, options):
+            yield Segment(text if control else lines(text), style, control)

@@ -26,11 +26,11 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.markup import escape
 from rich.table import Table
 
 from simsearch import launch, runtime
 from simsearch.files import is_alive, read_json, write_json
+from simsearch.text import cell, warn
 
 # What a trial's numbers do not depend on.
 _ASIDE = ("hydra", "run_dir", "run_root", "resume", "logger", "objective")
@@ -223,7 +223,7 @@ class Sweep(Callback):
         runtime.show(progress_table(folder))
         failed = [about for about in read_trials(folder) if about["state"] == "failed"]
         for about in failed:
-            print(f"failed: {about['folder']}: {about['error']}", file=sys.stderr)
+            warn(f"failed: {about['folder']}: {about['error']}")
         if failed:
             raise SystemExit(1)
 
@@ -302,7 +302,7 @@ def progress_table(folder: Path) -> Table:
     best = _best(trials)
     varying = _varying([about["overrides"] for about in trials])
     caption = "mAP of the validation, or of the test (t) where there is none"
-    table = Table(title=f"{folder}\n{summary(folder)}", caption=caption)
+    table = Table(title=f"{cell(folder)}\n{summary(folder)}", caption=caption)
     for name in ("trial", "state", "step", "time", "objectives", "mAP"):
         table.add_column(name, justify="left" if name in ("trial", "state") else "right")
     for about, overrides in zip(trials, varying, strict=True):
@@ -319,7 +319,7 @@ def progress_table(folder: Path) -> Table:
             numbers or "-",
             _mean_ap(folder / about["folder"]),
         )
-        table.add_row(*map(escape, cells), style=style)
+        table.add_row(*map(cell, cells), style=style)
     return table
 
 

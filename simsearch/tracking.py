@@ -7,7 +7,6 @@ import json
 import netrc
 import os
 import re
-import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from simsearch.data.collection import Collection
 from simsearch.figures import Tile
 from simsearch.files import read_json
 from simsearch.runtime import HEADLINES, Run, open_run
+from simsearch.text import warn
 
 _TRAINING = ("train_seconds", "device", "parameters")  # of run.json, as runtime.note_training has them
 
@@ -152,7 +152,7 @@ def _start(
     except wandb.errors.Error as error:
         if settings["mode"] != "auto":
             raise ValueError(f"logger.mode={mode}: {error}") from error
-        print(f"W&B cannot be reached ({error}): logging offline, `wandb sync` it later", file=sys.stderr)
+        warn(f"W&B cannot be reached ({error}): logging offline, `wandb sync` it later")
         experiment = start("offline")
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)

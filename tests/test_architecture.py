@@ -12,13 +12,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "simsearch"
 
-GROUND = {"types", "files"}
+GROUND = {"types", "files", "text"}
 MAY_IMPORT = {
     "types": set(),
     "files": set(),
+    "text": set(),
     "functional": {"types"},
     "figures": GROUND,
-    "images": {"types", "functional"},
+    "images": {"types", "text", "functional"},
     "cache": GROUND,
     "metrics": {"functional", "types"},
     "losses": {"functional"},

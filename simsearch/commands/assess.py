@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gc
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from simsearch.data.manifest import load_images, read_manifest
 from simsearch.figures import Tile, save_grid
 from simsearch.files import replacing
 from simsearch.functional.significance import holm, paired_interval, paired_permutation
+from simsearch.text import cell as shown_cell
+from simsearch.text import csv_cell, warn
 from simsearch.types import RetrievalTask
 
 SHOWN = (("art-artist", "mAP"), ("art-artist", "P@10"), ("art-style", "mAP"), ("art-style", "P@10"))
@@ -101,7 +102,7 @@ def split(collection: Collection, protocols: dict[str, dict[str, Any]]) -> dict[
         try:
             tasks[name] = runtime.build(node).split(collection).test
         except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            warn(f"left out: {error}")
     if not tasks:
         raise ValueError("none of the protocols fits the collection: see above, and set protocols.<name>.attribute")
     return tasks
@@ -248,7 +249,7 @@ def write_rows(path: Path, header: list[str], lines: list[list[Any]]) -> None:
     """A CSV file, whole or not at all."""
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([header, *lines])
+        writer.writerows(map(csv_cell, line) for line in [header, *lines])
 
 
 def values_table(title: str, columns: tuple[tuple[str, str], ...], found: dict[str, list[Measured]]) -> Table:
@@ -259,7 +260,7 @@ def values_table(title: str, columns: tuple[tuple[str, str], ...], found: dict[s
     for protocol, metric in columns:
         table.add_column(f"{protocol}\n{metric}\n{counted.get(protocol, '')}", justify="right")
     for name, all_measured in found.items():
-        cells = [name]
+        cells = [shown_cell(name)]
         for protocol, metric in columns:
             holds = [m for m in all_measured if m.protocol == protocol and metric in m.values]
             cells.append(cell(holds[0], metric) if holds else "-")
@@ -283,7 +284,7 @@ def lists_table(recommended: dict[str, Measured]) -> Table:
     for metric in AS_LISTS:
         table.add_column(metric, justify="right")
     for name, measured in recommended.items():
-        table.add_row(name, *(f"{measured.values[metric]:.4f}" for metric in AS_LISTS))
+        table.add_row(shown_cell(name), *(f"{measured.values[metric]:.4f}" for metric in AS_LISTS))
     return table
 
 

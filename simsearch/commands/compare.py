@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.markup import escape
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from simsearch.images import encode_thumbnail
 from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import Engine
 from simsearch.studies.runs import digest
+from simsearch.text import cell
 
 THUMBNAIL_SIDE = 96
 # Of a config: where a run lies and who watches, which decides no number.
@@ -75,11 +75,11 @@ def show(comparison: Comparison, baseline: Result) -> None:
     """Prints the leaderboard, and the runs that are not in it."""
     runtime.show(terminal_table(comparison.entries, comparison.columns))
     tested = sum(entry.paired is not None for entry in comparison.entries)
-    runtime.show(f"baseline {escape(baseline.name)}; {tested} paired tests, p adjusted by Holm; the page says more")
+    runtime.show(f"baseline {cell(baseline.name)}; {tested} paired tests, p adjusted by Holm; the page says more")
     if comparison.forced:
         runtime.show("[red]these runs are of different protocols or data: their values do not compare[/red]")
     for m in comparison.missing:
-        runtime.show(f"{escape(m.name)}: {m.state}, {escape(m.reason)}")
+        runtime.show(f"{cell(m.name)}: {m.state}, {cell(m.reason)}")
 
 
 # ------------------------------------------------------------------------------------------- the runs

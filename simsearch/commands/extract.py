@@ -27,6 +27,7 @@ from simsearch.images import ImageError, encode_thumbnail
 from simsearch.search.claims import Claims, claimed
 from simsearch.search.engine import encode
 from simsearch.search.shards import ShardError, Shards, begin, open_shards
+from simsearch.text import warn
 
 POLL_SECONDS = 0.5
 # Names of a process's number, how many there are, and its number on its own machine.
@@ -174,7 +175,7 @@ def check_own(shards: Shards, rank: int, ranks: int) -> None:
             try:
                 shards.check(number)
             except ShardError as error:
-                print(f"{error}: it is done again", file=sys.stderr)
+                warn(f"{error}: it is done again")
                 shards.path(number).unlink(missing_ok=True)
 
 
@@ -239,7 +240,7 @@ def rank_main(work: Work) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("SIMSEARCH_DEBUG") == "1":
             raise
-        print(f"simsearch extract: rank {work.rank}: {error}", file=sys.stderr)
+        warn(f"simsearch extract: rank {work.rank}: {error}")
         raise SystemExit(1) from None
 
 

@@ -25,6 +25,7 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import fill_index, path_table, with_thumbnails, write_catalog
 from simsearch.search.engine import encode
 from simsearch.search.shards import ShardError, open_shards
+from simsearch.text import csv_cell, printable, warn
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def report(out: Path, count: int, code_bytes: int, errors: list[ImageError], ski
         with replacing(out / "skipped.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["path", "reason", "detail"])
-            writer.writerows([error.path, error.reason, error.detail] for error in errors)
+            writer.writerows(map(csv_cell, (str(error.path), error.reason, error.detail)) for error in errors)
     print(f"try next: simsearch search {shlex.quote(f'catalog={out}')} image=<image or folder>")
 
 
@@ -165,7 +166,7 @@ def report_errors(errors: list[ImageError], skipped: dict[str, int]) -> None:
     """Says on standard error how many files were left out, by reason."""
     for reason, n in Counter(error.reason for error in errors).most_common():
         example = next(error.path for error in errors if error.reason == reason)
-        print(f"skipped {n} files, {reason} (first {example})", file=sys.stderr)
+        warn(f"skipped {n} files, {reason} (first {printable(example)})")
     for reason, n in skipped.items():
         print(f"left out {n} entries of the folder: {reason}", file=sys.stderr)
 

@@ -33,8 +33,9 @@ from simsearch.files import digests, replacing, write_json
 from simsearch.functional.codes import unpack_codes
 from simsearch.functional.graded import GRADES, SETUPS, measure_graded
 from simsearch.functional.significance import mean_interval
-from simsearch.images import read_image
+from simsearch.images import header_shape, read_file
 from simsearch.search.engine import encode
+from simsearch.text import cell
 
 _SAMPLE, _CROPPED = 16, 0.02  # images looked at, and the share of one that may be cropped without a word
 
@@ -95,7 +96,7 @@ def seen_otherwise(
 
 def warn_of_crops(root: Path, names: Sequence[str]) -> None:
     """Says to stderr how much of the images a network that sees their centre squares leaves out, if anything."""
-    shapes = [read_image(root / file_name(name)).shape[1:] for name in names]
+    shapes = [shape for name in names if (shape := header_shape(read_file(root / file_name(name))))]
     lost = [1 - min(shape) / max(shape) for shape in shapes]
     if max(lost, default=0) > _CROPPED:
         print(
@@ -160,7 +161,7 @@ def results_table(about: Mapping[str, Any], ks: list[int]) -> Table:
     """The setups as rows: means and 95% intervals, and over how many queries."""
     metrics, intervals = about["metrics"], about["intervals"]
     over = f"95% intervals by {about['unit']}: {about['units']}"
-    table = Table(title=f"{about['protocol']} {about['fingerprint']} ({over})")
+    table = Table(title=f"{cell(about['protocol'])} {about['fingerprint']} ({over})")
     table.add_column("setup", no_wrap=True)
     names = ["mAP", *(f"mP@{k}" for k in ks)]
     for name in (*names, "queries"):

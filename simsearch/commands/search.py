@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -11,17 +10,18 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 from simsearch import runtime
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.figures import Tile, save_grid
+from simsearch.files import json_line
 from simsearch.images import decode_thumbnail
 from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.engine import Engine, encode
 from simsearch.search.recommender import NONE, UNCALIBRATED, Recommender, best_verdict
+from simsearch.text import cell, warn
 from simsearch.types import SearchResult
 
 
@@ -52,7 +52,7 @@ def main(config: DictConfig) -> None:
     answers, milliseconds = search(engine, Path(config.image), config.k, config.batch_size)
     if config.format == "json":
         for answer in answers:
-            print(json.dumps({"query": answer.query, "verdict": answer.verdict, "results": answer.items}))
+            print(json_line({"query": answer.query, "verdict": answer.verdict, "results": answer.items}))
     else:
         for answer in answers:
             runtime.show(answer_table(answer))
@@ -88,7 +88,7 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
                 items, positions = describe(engine.catalog, one, verdicts)
                 answers[row] = Answer(manifest.paths[row], best_verdict(verdicts), items, positions, image)
     for error in errors:
-        print(f"skipped: {error}", file=sys.stderr)
+        warn(f"skipped: {error}")
     if not answers:
         raise ValueError(f"no image of {source} could be read")
     milliseconds = 1e3 * (time.perf_counter() - start) / len(answers)
@@ -114,14 +114,14 @@ def answer_table(answer: Answer) -> Table:
     """An answer as a table, one row an item; verdicts where the catalog is calibrated."""
     judged = answer.verdict != UNCALIBRATED
     said = ("no similar work" if answer.verdict == NONE else answer.verdict) if judged else ""
-    table = Table(title=escape(answer.query) + (f"\n{said}" if said else ""), title_justify="left")
+    table = Table(title=cell(answer.query) + (f"\n{said}" if said else ""), title_justify="left")
     names = list(answer.items[0]) if answer.items else ["rank", "score", "path"]
     names = [name for name in names if judged or name != "verdict"]
     for name in names:
-        table.add_column(escape(name), justify="right" if name in ("rank", "score") else "left", overflow="fold")
+        table.add_column(cell(name), justify="right" if name in ("rank", "score") else "left", overflow="fold")
     for item in answer.items:
         values = [item[name] for name in names]
-        cells = [f"{v:.4f}" if isinstance(v, float) else "" if v is None else escape(str(v)) for v in values]
+        cells = [f"{v:.4f}" if isinstance(v, float) else "" if v is None else cell(v) for v in values]
         table.add_row(*cells)
     return table
 

@@ -7,11 +7,12 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rich.markup import escape
 from rich.table import Table
 
 from simsearch.comparison.leaderboard import Entry, Value
 from simsearch.comparison.runs import Missing
+from simsearch.text import cell as shown_cell
+from simsearch.text import csv_cell, markdown
 
 COSTS = ("bytes_per_item", "index/latency_ms_p50", "train_seconds", "parameters")
 
@@ -134,15 +135,15 @@ def _protocol(entry: Entry) -> Cell:
 def terminal_table(entries: Sequence[Entry], shown: Sequence[Column]) -> Table:
     """The leaderboard for a terminal, which has no room for metrics but the one that ranks."""
     kept = [shown[0], *(column for column in shown if column.title not in entries[0].values)]
-    table = Table(title="Runs, best first (95% intervals by unit of chance)", caption=stated(entries))
+    table = Table(title="Runs, best first (95% intervals by unit of chance)", caption=shown_cell(stated(entries)))
     table.add_column("#", justify="right")
     table.add_column("run", overflow="fold", min_width=12)
     for column in kept:
         table.add_column(column.title, justify="right", no_wrap=True)
     for rank, entry in enumerate(entries, start=1):
         cells = [column.cell(entry) for column in kept]
-        texts = [escape(c.text) + (f"\n[dim]{escape(c.detail)}[/dim]" if c.detail else "") for c in cells]
-        name = escape(entry.name)
+        texts = [shown_cell(c.text) + (f"\n[dim]{shown_cell(c.detail)}[/dim]" if c.detail else "") for c in cells]
+        name = shown_cell(entry.name)
         table.add_row(str(rank), f"[bold]{name}[/bold]" if entry.is_baseline else name, *texts)
     return table
 
@@ -176,22 +177,14 @@ def markdown_table(entries: Sequence[Entry], shown: Sequence[Column], missing: S
         cells = [column.cell(entry) for column in shown]
         texts = [c.text + (f" ({c.detail})" if c.detail else "") for c in cells]
         lines.append(_line([str(rank), entry.name, *texts]))
-    lines += ["", _plain(stated(entries))]
+    lines += ["", markdown(stated(entries))]
     if missing:
-        lines += ["", *(f"- {_plain(m.name)}: {m.state}, {_plain(m.reason)}" for m in missing)]
+        lines += ["", *(f"- {markdown(m.name)}: {m.state}, {markdown(m.reason)}" for m in missing)]
     return "\n".join(lines) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(_plain, cells)) + " |"
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    one = " ".join(text.split())
-    for mark in "\\|`*_[]<>":
-        one = one.replace(mark, f"\\{mark}")
-    return one
+    return "| " + " | ".join(map(markdown, cells)) + " |"
 
 
 def csv_text(entries: Sequence[Entry], metrics: Sequence[str], missing: Sequence[Missing]) -> str:
@@ -212,8 +205,9 @@ def csv_text(entries: Sequence[Entry], metrics: Sequence[str], missing: Sequence
         line += [p.difference, p.low, p.high, p.p, p.p_holm, p.detectable, p.queries, p.units] if p else [""] * 8
         line += [entry.cost(name) for name in COSTS]
         line += [entry.protocol, entry.fingerprint, entry.unit, entry.units]
-        writer.writerow([*line, "; ".join(r.place for r in entry.results), ""])
+        line += ["; ".join(r.place for r in entry.results), ""]
+        writer.writerow(map(csv_cell, line))
     blank = len(values) + len(paired) + len(COSTS) + 5
     for m in missing:
-        writer.writerow(["", m.name, m.state, "", "", "", *[""] * blank, m.reason])
+        writer.writerow(map(csv_cell, ["", m.name, m.state, "", "", "", *[""] * blank, m.reason]))
     return buffer.getvalue()

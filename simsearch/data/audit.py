@@ -28,6 +28,7 @@ from simsearch.functional.correlation import best_correlations, details
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.reranking import nearest
 from simsearch.functional.resize import resize
+from simsearch.text import csv_cell
 from simsearch.types import RetrievalTask
 
 MIN_CORRELATION = 0.7
@@ -324,8 +325,8 @@ def write_csv(path: Path, duplicates: Duplicates, collection: Collection) -> Non
                     "" if np.isnan(similarity) else str(similarity),
                     distance,
                     by,
-                    _label(collection, query),
-                    _label(collection, other),
+                    csv_cell(_label(collection, query)),
+                    csv_cell(_label(collection, other)),
                 )
             )
 

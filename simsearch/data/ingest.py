@@ -38,6 +38,7 @@ from simsearch.data.pixels import Image, Refusal, Shard, gathered, read_shards, 
 from simsearch.data.works import equal_pairs, union_find
 from simsearch.files import digests, read_json, replacing, write_json
 from simsearch.images import MAX_BYTES, MAX_PIXELS, ImageError, header_shape, read_file, read_image
+from simsearch.text import csv_cell
 
 FORMAT = 1
 GROUPS = ("work", "work_id", "group", "group_id")
@@ -390,7 +391,7 @@ def write_results(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "reason", "detail"])
         for one in rejections(listing, files, kept):
-            writer.writerow([one.path.encode("utf-8", "backslashreplace").decode(), one.reason, one.detail])
+            writer.writerow(map(csv_cell, (one.path, one.reason, one.detail)))
     sizes = 3 * files.shapes.prod(1)
     index = torch.cat([(sizes.cumsum(0) - sizes)[:, None], files.shapes], dim=1)[list(kept.places)]
     with replacing(out / "pixels" / "index.npy") as temporary, temporary.open("wb") as stream:

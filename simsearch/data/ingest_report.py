@@ -11,8 +11,10 @@ import torch
 from simsearch.data.ingest import REASONS as INGEST_REASONS
 from simsearch.data.ingest import Files, Kept, rejections
 from simsearch.data.listing import REASONS as LISTING_REASONS
-from simsearch.data.listing import Listing, printable
+from simsearch.data.listing import Listing
 from simsearch.images import REASONS as IMAGE_REASONS
+from simsearch.text import markdown as shown
+from simsearch.text import printable
 
 EXPLAINED = {**IMAGE_REASONS, **LISTING_REASONS, **INGEST_REASONS}
 SUSPICIOUS_BAND = 0.15
@@ -119,13 +121,13 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
     refused = sum(entry["count"] for entry in report["rejected"].values())
     works, sides = report["works"], report["sides"]
     lines = [
-        f"# Ingest of {title}",
+        f"# Ingest of {shown(title)}",
         "",
         f"{report['accepted']:,} images taken, {refused:,} refused of {report['listed']:,} listed; "
         f"{works['count']:,} works. Pictures: contact-sheet.png; all that was refused: rejected.csv.",
         "",
     ]
-    lines += [f"- {note}" for note in report["notes"]]
+    lines += [f"- {shown(note)}" for note in report["notes"]]
     lines += [f"- {count} entries of the folder left out: {reason}" for reason, count in report["skipped"].items()]
     lines += ["", "## Refused", ""]
     if report["rejected"]:
@@ -144,7 +146,7 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
         ("attribute", "known", "distinct", "most frequent"),
         [
             (
-                name,
+                shown(name),
                 f"{about['known']:,} ({about['known'] / total:.0%})",
                 f"{about['distinct']:,}",
                 ", ".join(f"{_short(value)} ({count})" for value, count in list(about["top"].items())[:5]),
@@ -171,33 +173,38 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
     ]
     if works["of_two_artists_count"]:
         lines += ["", f"{works['of_two_artists_count']} works have images under more than one artist:", ""]
-        lines += [f"- {' / '.join(w['artists'])}: {', '.join(w['paths'][:4])}" for w in works["of_two_artists"][:20]]
+        lines += [
+            f"- {shown(' / '.join(w['artists']))}: {shown(', '.join(w['paths'][:4]))}"
+            for w in works["of_two_artists"][:20]
+        ]
     lines += ["", "## Spellings that became one", ""]
     merges = [
-        f"- {name}: **{kept}** from {', '.join(f'{value} ({count})' for value, count in others.items())}"
+        f"- {shown(name)}: **{shown(kept)}** from "
+        + ", ".join(f"{shown(value)} ({count})" for value, count in others.items())
         for name, values in report["merges"].items()
         for kept, others in values.items()
     ]
     lines += merges[:_LISTED] or ["None."]
     lines += [f"- and {len(merges) - _LISTED} more (report.json)"] * (len(merges) > _LISTED)
-    lines += [f"- {name}: {count} values that say unknown are empty" for name, count in report["unknown"].items()]
+    lines += [
+        f"- {shown(name)}: {count} values that say unknown are empty" for name, count in report["unknown"].items()
+    ]
     if report["years_without_a_year_count"]:
         some = ", ".join(_short(text) for text in list(report["years_without_a_year"])[:10])
         lines += [f"- {report['years_without_a_year_count']} years could not be read: {some}"]
     lines += ["", "## Suspicious, and taken all the same", ""]
     suspicious = report["suspicious"]
     odd = [
-        f"- {one['path']}: one colour over the lowest {one['share']:.0%} (cut off and filled up?)"
+        f"- {shown(one['path'])}: one colour over the lowest {one['share']:.0%} (cut off and filled up?)"
         for one in suspicious["band_below"][:20]
     ]
-    odd += [f"- {one['path']}: {one['ratio']} times as long as wide" for one in suspicious["very_long"][:20]]
+    odd += [f"- {shown(one['path'])}: {one['ratio']} times as long as wide" for one in suspicious["very_long"][:20]]
     more = sum(max(0, len(suspicious[kind]) - 20) for kind in ("band_below", "very_long"))
     return "\n".join([*lines, *(odd or ["Nothing."]), *([f"- and {more} more (report.json)"] * bool(more)), ""])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
+    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
     return [lines[0], f"|{'---|' * len(head)}", *lines[1:]]
 
 
@@ -207,4 +214,4 @@ def _example(example: Mapping[str, str]) -> str:
 
 
 def _short(text: str, length: int = 40) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+    return shown(text if len(text) <= length else f"{text[: length - 1]}…")

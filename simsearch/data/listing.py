@@ -27,6 +27,7 @@ from simsearch.data.manifest import (
     path_problem,
     walk,
 )
+from simsearch.text import printable
 
 # Names of the column of paths, the first that a table has.
 PATH_NAMES = (*PATH_COLUMNS, "file_path", "filepath", "file_name", "filename", "file", "image")
@@ -143,11 +144,6 @@ def _words(name: str) -> str:
     """A file's or folder's name as words: underscores are spaces, and so are hyphens where nothing else divides."""
     words = name.replace("_", " ")
     return words if " " in words.strip() else words.replace("-", " ")
-
-
-def printable(text: str) -> str:
-    """The text with what UTF-8 cannot hold (undecodable bytes of a file's name) written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 # -------------------------------------------------------------------------------------------- tables

@@ -1,0 +1,138 @@
+"""Text from strangers: nothing of it gives a terminal, a page of Markdown or a spreadsheet orders."""
+
+from __future__ import annotations
+
+import csv
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+from conftest import simsearch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.table import Table
+from rich.text import Text
+from test_serving import encoder, make_catalog, root  # noqa: F401
+
+from simsearch import runtime
+from simsearch.files import json_line
+from simsearch.text import cell, csv_cell, lines, markdown, printable
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07[red]a\r\x9b31m\u202e|`x`<img src=x>\u2028"
+ANY = st.text(st.characters(codec=None, categories=None))
+
+
+def orders(text: str, but: str = "") -> list[str]:
+    """Characters of a text that a terminal acts on, or that turn it round."""
+    kinds = ("Cc", "Cs", "Zl", "Zp")
+    turning = ["LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"]
+    return [
+        sign
+        for sign in text
+        if sign not in but and (unicodedata.category(sign) in kinds or unicodedata.bidirectional(sign) in turning)
+    ]
+
+
+@given(ANY)
+def test_nothing_that_gives_orders_is_left(text):
+    assert orders(printable(text)) == []
+    assert orders(lines(text), but="\n") == []
+    assert lines(text).count("\n") == text.count("\n")
+    assert Text.from_markup(cell(text)).plain == printable(text)
+    assert orders(markdown(text)) == []
+    printable(text).encode()
+
+
+@pytest.mark.parametrize("text", ["Monet", "Étude 3 (1890) – no. 2", "睡蓮", "می‌خواهم", "👩‍🎨", "a\\b", "נחום"])
+def test_honest_text_stays(text):
+    assert printable(text) == lines(text) == text
+
+
+def test_markdown_shows_it_as_it_is():
+    assert markdown("a|b `c` <b> [d](e) _f_ *g* &amp; ~~h~~\ni") == (
+        r"a\|b \`c\` \<b\> \[d\](e) \_f\_ \*g\* \&amp; \~\~h\~\~ i"
+    )
+
+
+@given(st.one_of(ANY, st.text("=+-@0123456789.,eE%\t\r\n ＝", max_size=8)))
+def test_no_cell_is_a_formula(text):
+    found = csv_cell(text)
+    assert found.removeprefix("'") == printable(text) or found == printable(text)
+    if found and found[0] in "=+-@\t\r\n＝＋－＠":
+        assert found[1].isdigit()
+        assert set(found) - set("0123456789") <= set("+-.,eE%") or not found.isascii()
+
+
+def test_cells_of_a_spreadsheet():
+    for formula in ("=1+1", "+1+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "＝1", "-", "--1"):
+        assert csv_cell(formula) == f"'{formula}"
+    assert csv_cell("\t=1") == "\\t=1"
+    for number in ("-1.5", "+3", "-1e-05", "-12 %".replace(" ", ""), "1,000.5", "Monet", "", "a=b", -1.5, 3, None):
+        assert csv_cell(number) == number
+
+
+def test_tables_show_it(capsys):
+    table = Table(title=cell(HOSTILE))
+    table.add_column("name")
+    table.add_row(cell(HOSTILE))
+    table.add_row(HOSTILE.replace("[red]", ""))  # by somebody who forgot
+    runtime.show(table, cell(HOSTILE), f"[bold]{cell(HOSTILE)}[/bold]")
+    shown = capsys.readouterr().out
+    assert orders(shown, but="\n") == []
+    assert shown.count("[red]a") >= 3
+    assert shown.count("\\x1b[2J") >= 3
+
+
+def test_json_has_no_nan():
+    given = {"a": float("nan"), "b": [float("inf"), 1.5], "c": "é\ud800", "d": {"e": (float("-inf"), True)}}
+    assert json.loads(json_line(given)) == {"a": None, "b": [None, 1.5], "c": "é\ud800", "d": {"e": [None, True]}}
+
+
+class TestCommands:
+    """Names of files, columns and values of a stranger's collection, through the commands."""
+
+    def test_search_and_recommend(self, root, encoder, tmp_path):  # noqa: F811
+        folder = make_catalog(tmp_path / "c", root, encoder, mark=HOSTILE, count=6)
+        images = tmp_path / "images"
+        images.mkdir()
+        name = HOSTILE.replace("/", "").replace("\u2028", "")
+        (images / f"{name}.png").write_bytes((root / "1.png").read_bytes())
+        (images / f"broken{name}.png").write_bytes(b"no image")
+        for arguments in (
+            ("search", f"image={images}"),
+            ("recommend", "id=1", "k=3"),
+            ("recommend", "id=1", "k=3", "where=title=x"),
+        ):
+            done = simsearch(*arguments, f"catalog={folder}", expect=1 if "where=title=x" in arguments else 0)
+            assert orders(done.stdout + done.stderr, but="\n") == []
+            assert "\\x1b[2J" in done.stdout + done.stderr
+
+    def test_ingest(self, tmp_path):
+        images = tmp_path / "art"
+        names = ["=cmd()", "-2+3", f"b{HOSTILE}".replace("/", "")]
+        for i, name in enumerate(names):
+            (images / name).mkdir(parents=True)
+            Image.linear_gradient("L").rotate(40 * i).save(images / name / f"{i}.png")
+            (images / name / "broken.png").write_bytes(b"no image")
+        out = tmp_path / "out"
+        done = simsearch("data", "ingest", f"images={images}", f"out={out}", "near.descriptors=false", "workers=1")
+        assert orders(done.stdout + done.stderr.replace("\r", ""), but="\n\x1b") == []
+        report = (out / "report.md").read_text()
+        assert orders(report, but="\n") == []
+        assert "<img" not in report.replace("\\<img", "")
+        with (out / "rejected.csv").open(newline="") as file:
+            cells = [one for row in csv.reader(file) for one in row]
+        assert not [one for one in cells if one[:1] in tuple("=+-@\t\r")]
+        assert "'=cmd()/broken.png" in cells
+        assert orders("".join(cells)) == []
+
+
+def test_printing_goes_through_one_door():
+    """Errors and warnings hold names of files; what is printed of them is made harmless."""
+    package = Path(runtime.__file__).parent
+    for path in package.rglob("*.py"):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            assert not ("print(" in line and "{error" in line), f"{path}:{number}: use simsearch.text.warn"
+            assert "rich.markup" not in line or path.name == "text.py", f"{path}:{number}: use simsearch.text.cell"
