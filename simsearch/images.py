@@ -1,12 +1,14 @@
 """Safe decoding of image files from strangers, the one resize, and thumbnails.
 
-Whatever a file holds, `read_image` gives pixels or an `ImageError` with a named reason: it does not hang,
-does not warn, and decodes no more pixels than it was allowed to.
+Whatever a file holds, `read_image` gives pixels or an `ImageError` with a named reason: it does not warn, and decodes
+no more pixels and passes over them no more often than it was allowed to. How long a decoder takes for what is left
+nobody can promise: what comes from outside is decoded in processes that may be ended (simsearch.data.bounded).
 """
 
 from __future__ import annotations
 
 import io
+import re
 import stat
 import warnings
 from pathlib import Path
@@ -17,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from simsearch.functional.resize import Fit, check_fit, longest_shape, resize, resize_square
+from simsearch.text import printable
 
 REASONS = {
     "missing": "there is no such file",
@@ -27,6 +30,7 @@ REASONS = {
     "not-an-image": "its content is no image",
     "unsupported": "an image of a format that is not opened here",
     "too-many-pixels": "its header claims more pixels than max_pixels",
+    "too-many-scans": "a JPEG that passes over its pixels more often than any honest one",
     "too-small": "a side is shorter than min_side",
     "truncated": "it ends before its image does",
     "decode-failed": "its content is damaged",
@@ -36,6 +40,9 @@ REASONS = {
 }
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 256 * 2**20
+MAX_SCANS = 100  # of a JPEG; progressive ones have about ten
+_SCANNED = 20  # times max_pixels: most pixels that all scans of a JPEG pass over
+_THUMBNAIL_PIXELS = 2**24
 THUMBNAIL_LOSSLESS_SIDE = 64
 
 # Formats by content, whatever the ending says. JPEG includes MPO, the stereo and burst files of phones.
@@ -69,6 +76,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ON_ITS_SIDE = tuple(_UPRIGHT[tag] for tag in (5, 6, 7, 8))
+# The markers of a JPEG that a length follows, and the end of the image. 0xFF in coded data is followed by 0x00 or by a
+# restart, so that these are found there as a decoder finds them.
+_MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 
 
 class ImageError(ValueError):
@@ -83,7 +94,8 @@ class ImageError(ValueError):
         self.detail = detail or REASONS[reason]
 
     def __str__(self) -> str:
-        return f"{self.path or 'image given as bytes'}: {self.reason}: {self.detail}"
+        name = "image given as bytes" if self.path is None else printable(self.path)
+        return f"{name}: {self.reason}: {printable(self.detail)}"
 
 
 def read_image(
@@ -109,7 +121,8 @@ def read_image(
     of more than max_pixels through: up to Pillow's own guard of 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million,
     and no progressive one, which is held in full while it is decoded.
     max_pixels: most pixels to decode, checked in the header, before decoding; at the default the worst file
-    takes about 1.5 GiB for a moment. max_bytes: largest file. min_side: shortest side accepted, in pixels.
+    takes about 1.5 GiB for a moment. The scans of a JPEG pass over 20 times as many at most, and are 100 at most.
+    max_bytes: largest file. min_side: shortest side accepted, in pixels.
 
     Raises ImageError for everything that is wrong with the file, ValueError for a wrong argument.
     """
@@ -129,12 +142,12 @@ def read_image(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             pixels, shape = _decode(data, path=path, size=size, fit=fit, max_pixels=max_pixels, min_side=min_side)
+        if size is not None:
+            pixels = resize_square(pixels, size) if fit == "square" else resize(pixels, *shape)
     except ImageError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every built-in exception on damaged files
         raise ImageError(path, *_explain(error, data)) from error
-    if size is not None:
-        pixels = resize_square(pixels, size) if fit == "square" else resize(pixels, *shape)
     return pixels.contiguous()
 
 
@@ -163,8 +176,31 @@ def encode_thumbnail(image: Tensor, side: int) -> bytes:
 
 
 def decode_thumbnail(data: bytes) -> Tensor:
-    """The pixels of a thumbnail, uint8 (3, H, W). Raises ImageError where the bytes are damaged."""
-    return read_image(data)
+    """The pixels of a thumbnail, uint8 (3, H, W), which may be a stranger's.
+
+    Raises ImageError where the bytes are damaged or no thumbnail: of another format, or larger than 16 million pixels.
+    """
+    if not data.startswith((b"\xff\xd8\xff", b"\x89PNG")) and data[8:12] != b"WEBP":
+        raise ImageError(None, "not-an-image", "a thumbnail is JPEG, PNG or WEBP")
+    return read_image(data, max_pixels=_THUMBNAIL_PIXELS)
+
+
+def count_scans(data: bytes, most: int = MAX_SCANS) -> int:
+    """The scans of a JPEG, counted no further than most + 1, each a pass of its decoder over all pixels.
+
+    Thumbnails within metadata and what follows the end of the image do not count. The time is that of one search
+    through the bytes: a decoder takes minutes for a few hundred kilobytes of scans that hold nothing.
+    """
+    if (count := data.count(b"\xff\xda")) < 2:
+        return count
+    count, place = 0, 2
+    while count <= most and (found := _MARKER.search(data, place)):
+        code, place = data[found.end() - 1], found.end()
+        if code == _END_OF_IMAGE:
+            break
+        count += code == _START_OF_SCAN
+        place += int.from_bytes(data[place : place + 2])
+    return count
 
 
 def header_shape(data: bytes) -> tuple[int, int] | None:
@@ -210,11 +246,16 @@ def _decode(
             # By the header: decoding at a smaller scale rounds both sides.
             needed = (size, size) if fit == "square" else longest_shape(height, width, size)
             image.draft(None, (2 * needed[1], 2 * needed[0]))  # does something to JPEG only
-        # A progressive JPEG is held in full while it is decoded, at whatever scale.
-        held = width * height if "progressive" in image.info else image.width * image.height
+        scans = count_scans(data) if image.format in ("JPEG", "MPO") else 1
+        # A JPEG of several scans is held in full while it is decoded, at whatever scale.
+        several = scans > 1 or "progressive" in image.info
+        held = width * height if several else image.width * image.height
         if held > max_pixels:
             detail = f"{width} x {height}, at most {max_pixels:,} pixels are decoded"
             raise ImageError(path, "too-many-pixels", detail)
+        if several and scans > (allowed := min(MAX_SCANS, _SCANNED * max_pixels // (width * height))):
+            detail = f"more than {allowed} scans of {width} x {height} pixels"
+            raise ImageError(path, "too-many-scans", detail)
         image.load()
         turn = _turn(image)
         pixels = np.array(_to_rgb(image if turn is None else image.transpose(turn)))
@@ -226,7 +267,7 @@ def _explain(error: Exception, data: bytes) -> tuple[str, str]:
     detail = str(error) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):
         return "too-many-pixels", detail
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or "allocate memory" in detail:  # the latter is torch's
         return "too-much-memory", REASONS["too-much-memory"]
     if data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") > len(data) - 8:
         return "truncated", "the file is shorter than its RIFF header says"

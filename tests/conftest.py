@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable
 from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from hypothesis import settings
+from PIL import Image
 
 from simsearch.__main__ import main
 
@@ -91,10 +93,26 @@ def simsearch(*arguments: str, cwd: Path | None = None, expect: int = 0) -> Done
     return Done(out.getvalue(), err.getvalue())
 
 
+def start_forkserver() -> None:
+    """The one process that others are forked of, with all that they want imported; whoever starts it first decides."""
+    libraries = ["pytest", "hypothesis", "torchmetrics", "simsearch.callbacks.evaluation", "simsearch.serving.uploads"]
+    multiprocessing.set_forkserver_preload(libraries)
+    forkserver.ensure_running()
+
+
 def in_ranks(work: Callable[..., None], count: int, *arguments: object) -> None:
     """Runs `work(rank, *arguments)` in `count` processes at once, forked of one that has imported the libraries."""
-    multiprocessing.set_forkserver_preload(["pytest", "hypothesis", "torchmetrics", "simsearch.callbacks.evaluation"])
+    start_forkserver()
     mp.start_processes(work, args=arguments, nprocs=count, start_method="forkserver")
+
+
+def scan_bomb(length: int, side: tuple[int, int] = (4000, 3000), *, progressive: bool = True) -> bytes:
+    """A JPEG of so many bytes whose scans hold nothing: a decoder passes over all pixels for each ten bytes."""
+    buffer = io.BytesIO()
+    Image.new("L", side, 100).save(buffer, "JPEG", progressive=progressive, quality=50)
+    head, last = buffer.getvalue()[:-2], b"\x3f\x00"
+    scan = b"\xff\xda\x00\x08\x01\x01\x00" + (b"\x01" if progressive else b"\x00") + last
+    return head + scan * ((length - len(head)) // len(scan)) + b"\xff\xd9"
 
 
 @pytest.fixture(scope="session")

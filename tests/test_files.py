@@ -201,9 +201,9 @@ def test_an_entry_is_there_whole_and_a_kill_costs_a_shard(tmp_path, monkeypatch)
     monkeypatch.setattr(module, "_PER_SHARD", 3)
     real, asked = module.load_items, []
 
-    def interrupted(items, **named):
-        asked.append(len(items))
-        for i, item in enumerate(real(items, **named)):
+    def interrupted(items, rows, **named):
+        asked.append(len(rows))
+        for i, item in enumerate(real(items, rows, **named)):
             if len(asked) == 1 and i == 8:
                 raise KeyboardInterrupt
             yield item

@@ -12,18 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import scan_bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, TiffImagePlugin
+from PIL.JpegImagePlugin import JpegImageFile
 
 from simsearch.functional.resize import _resize_uint8_by_axes, resize_square
 from simsearch.images import (
+    MAX_SCANS,
     REASONS,
     ImageError,
+    count_scans,
     decode_thumbnail,
     encode_thumbnail,
     read_image,
 )
+from simsearch.text import printable
 
 
 def smooth(height: int = 24, width: int = 32, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -55,7 +60,7 @@ def reason_of(source: Path | bytes, **options: int) -> str:
     error = caught.value
     assert error.reason in REASONS
     assert error.path == (None if isinstance(source, bytes) else source)
-    assert f"{source if error.path else 'image given as bytes'}: {error.reason}: " in str(error)
+    assert f"{printable(source) if error.path else 'image given as bytes'}: {error.reason}: " in str(error)
     return error.reason
 
 
@@ -498,3 +503,81 @@ def test_thumbnail_refuses():
         encode_thumbnail(torch.zeros(3, 4, 4, dtype=torch.uint8), 0)
     with pytest.raises(ImageError, match="not-an-image"):
         decode_thumbnail(b"no thumbnail")
+
+
+# --------------------------------------------------------------------------------------------- scans
+
+
+def naive_scans(data: bytes) -> int:
+    """By a walk over each byte (ITU-T T.81, B.1): segments are skipped by their length, coded data byte by byte."""
+    count, i = 0, 2
+    while i < len(data) - 1:
+        if data[i] != 0xFF or data[i + 1] < 0xC0 or data[i + 1] == 0xFF or 0xD0 <= data[i + 1] <= 0xD8:
+            i += 1
+        elif data[i + 1] == 0xD9:
+            break
+        else:
+            count += data[i + 1] == 0xDA
+            i += 2 + int.from_bytes(data[i + 2 : i + 4], "big")
+    return count
+
+
+def jpeg(**how) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (80, 90, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG", **how)
+    return buffer.getvalue()
+
+
+def test_scans_are_counted():
+    inner = jpeg(progressive=True)
+    exif = Image.Exif()
+    exif[0x010E] = (b"\xff\xda" * 3000).decode("latin-1")
+    for data, scans in (
+        (jpeg(), 1),
+        (jpeg(restart_marker_blocks=1), 1),
+        (inner, naive_scans(inner)),
+        (jpeg(comment=inner), 1),  # as thumbnails lie in metadata
+        (jpeg(exif=exif), 1),
+        (jpeg() + inner, 1),  # as MPO and moving pictures have more behind the first
+        (b"", 0),
+    ):
+        assert count_scans(data) == naive_scans(data) == scans
+    assert 8 <= naive_scans(inner) <= 14
+    assert count_scans(scan_bomb(20_000, (40, 30)), most=10**6) == naive_scans(scan_bomb(20_000, (40, 30))) > 1000
+    assert count_scans(scan_bomb(20_000, (40, 30))) == MAX_SCANS + 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([0x00, 0x01, 0x02, 0x05, 0xC4, 0xD0, 0xD9, 0xDA, 0xE1, 0xFF]), max_size=60))
+def test_scans_of_anything_are_counted_as_a_walk_counts_them(content):
+    data = b"\xff\xd8" + bytes(content)
+    found = data.count(b"\xff\xda")  # one that stands alone counts wherever it is
+    assert count_scans(data, most=10**6) == (naive_scans(data) if found > 1 else found)
+
+
+@pytest.mark.parametrize("progressive", [True, False])
+@pytest.mark.parametrize("size", [None, 64])
+def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_is_decoded(progressive, size, monkeypatch):
+    monkeypatch.setattr(JpegImageFile, "load", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(ImageError, match="too-many-scans: more than 100 scans of 4000 x 3000 pixels") as caught:
+        read_image(scan_bomb(280_000, progressive=progressive), size=size)
+    assert caught.value.reason == "too-many-scans"
+    monkeypatch.undo()
+    few = scan_bomb(len(scan_bomb(0, (40, 30), progressive=progressive)) + 400, (40, 30), progressive=progressive)
+    assert 30 < count_scans(few) <= MAX_SCANS
+    if progressive:
+        assert read_image(few).shape == (3, 30, 40)
+    with pytest.raises(ImageError, match="too-many-scans: more than 25 scans of 40 x 30"):
+        read_image(few, max_pixels=1500)
+
+
+def test_thumbnails_are_small_and_of_few_formats():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "BMP")
+    with pytest.raises(ImageError, match="not-an-image: a thumbnail is JPEG, PNG or WEBP"):
+        decode_thumbnail(buffer.getvalue())
+    buffer = io.BytesIO()
+    Image.new("1", (5000, 4000)).save(buffer, "PNG")
+    with pytest.raises(ImageError, match="too-many-pixels"):
+        decode_thumbnail(buffer.getvalue())

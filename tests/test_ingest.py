@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import os
 import struct
+import tempfile
 import time
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +19,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import simsearch
+from conftest import simsearch, start_forkserver
 from PIL import Image
 
 from simsearch.data import ingest as module
 from simsearch.data import pixels
-from simsearch.data.bounded import Failure, bounded_map
+from simsearch.data.bounded import BoundedPool, Closed, Failure, bounded_map
 from simsearch.data.cleaning import clean, period_of, spellings, year_of
 from simsearch.data.files import FilesDataModule
 from simsearch.data.ingest import Decoding, band, decode_file
 from simsearch.data.listing import REASONS, decode_text, read_listing
 from simsearch.data.manifest import read_manifest
 from simsearch.data.protocols import ByAttribute
+from simsearch.files import is_alive
 from simsearch.functional.ragged import Ragged
 from simsearch.images import read_image
 
@@ -255,6 +259,75 @@ def test_an_item_may_be_slow_greedy_or_deadly():
         list(bounded_map(lambda x: 1 // x, [1, 0, 1], workers=1, seconds=9, memory=2**28))
     with pytest.raises(ValueError, match="workers must be positive, got 0"):
         list(bounded_map(slow, [1], workers=0, seconds=9, memory=2**28))
+
+
+def test_results_wait_and_who_is_to_blame_is_exact():
+    """While the results of a process lie unread, it goes on; then only the item that it was killed at is blamed."""
+
+    def work(item: int) -> int:
+        (folder / str(item)).touch()
+        if item == 5:
+            time.sleep(60)
+        return item
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        found = bounded_map(work, range(20), workers=1, seconds=1.0, memory=2**28)
+        assert next(found) == 0
+        deadline = time.monotonic() + 20
+        while not (folder / "5").exists():  # nobody takes the results of 1 to 4
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        rest = list(found)
+    assert rest == [1, 2, 3, 4, Failure("too-slow", "it took more than 1 s"), *range(6, 20)]
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path):
+    def sleep(item: int) -> None:
+        (tmp_path / f"{os.getpid()}").touch()
+        time.sleep(600)
+
+    context = multiprocessing.get_context("fork")
+    parent = context.Process(target=lambda: list(bounded_map(sleep, range(4), workers=2, seconds=900, memory=2**28)))
+    parent.start()
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    parent.kill()
+    parent.join()
+    while any(is_alive(int(path.name)) for path in tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_pool_for_many_threads():
+    start_forkserver()
+    pool, taken = BoundedPool(2, seconds=600.0, memory=2**28), list[float]()
+    assert pool.call(divmod, 7, 2, spent=taken.append) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        pool.call(divmod, 7, 0, spent=taken.append)
+    assert pool.call(time.sleep, 0.1, spent=taken.append) is None
+    assert pool.call(os._exit, 3) == Failure("crashed", "its decoding ended the process (exit status 3)")
+    impatient = BoundedPool(1, seconds=0.5, memory=2**28)
+    assert impatient.call(time.sleep, 60, spent=taken.append) == Failure("too-slow", "it took more than 0.5 s")
+    impatient.close()
+    assert len(taken) == 4
+    assert taken[2] >= 0.1
+    assert taken[3] >= 0.5
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda i: pool.call(pow, i, 2), range(40))) == [i**2 for i in range(40)]
+    endless = BoundedPool(1, seconds=600.0, memory=2**28)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(endless.call, time.sleep, 600)
+        while not endless._all or next(iter(endless._all)).begun[0] != 0:
+            time.sleep(0.01)
+        endless.close()
+        with pytest.raises(Closed):
+            waiting.result(20)
+    with pytest.raises(Closed):
+        endless.call(divmod, 1, 1)
+    pool.close()
 
 
 def test_a_slow_or_greedy_image_is_refused_and_the_rest_goes_on(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,17 +10,19 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 from simsearch import runtime
+from simsearch.data.batches import load_image
 from simsearch.figures import Tile, save_grid
-from simsearch.images import decode_thumbnail, read_image
+from simsearch.files import json_line
+from simsearch.images import decode_thumbnail
 from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.engine import encode
 from simsearch.search.filters import parse_filters
 from simsearch.search.recommender import NONE, UNCALIBRATED, Recommendation, Recommender, Request
+from simsearch.text import cell
 
 _SHOWN = ("artist", "title", "year", "period", "style", "genre", "museum")  # words of the table
 
@@ -71,7 +72,7 @@ def main(config: DictConfig) -> None:
             "agreeing": recommender.agreeing(len(like)),
             "candidates": answer.candidates,
         }
-        print(json.dumps({**query, **about, "results": items}))
+        print(json_line({**query, **about, "results": items}))
     elif not len(answer.ids):
         print(f"none of {len(catalog)} items is left to recommend: loosen where=")
     elif not kept:
@@ -103,7 +104,7 @@ class Examples:
 
     def file(self, name: str) -> Example:
         """The image in a file. Raises ImageError where it cannot be read."""
-        image = read_image(Path(name), size=self.encoder.input_size, fit=self.encoder.fit)  # type: ignore[arg-type]
+        image = load_image(Path(name), size=self.encoder.input_size, fit=self.encoder.fit)  # type: ignore[arg-type]
         return Example(name, image, encode(self.encoder, image[None])[0])
 
     def item(self, position: int) -> Example:
@@ -161,10 +162,10 @@ def answer_table(
     answer: Recommendation,
 ) -> Table:
     """The items as a table; what most of them share, or share with the examples, is said above it."""
-    title = escape(", ".join(like)) + (f"  (not like {escape(', '.join(unlike))})" if unlike else "")
+    title = cell(", ".join(like)) + (f"  (not like {cell(', '.join(unlike))})" if unlike else "")
     consensus = recommender.consensus([item["id"] for item in items])
     if consensus:
-        title += "\n" + escape("most are of " + ", ".join(f"{name} {value}" for name, value in consensus.items()))
+        title += "\n" + cell("most are of " + ", ".join(f"{name} {value}" for name, value in consensus.items()))
     judged = "" if answer.verdict == UNCALIBRATED else f"{answer.verdict}, "
     title += f"\n{judged}of {answer.candidates} items"
     if len(like) > 1 and (needed := recommender.agreeing(len(like))):
@@ -175,16 +176,16 @@ def answer_table(
     shown = [name for name in _SHOWN if name in names]
     parts = list(answer.parts) if len(answer.parts) > 1 else []
     for name in ("rank", "score", *parts):
-        table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column(cell(name), justify="right", no_wrap=True)
     if judged:
         table.add_column("verdict", no_wrap=True)
     table.add_column("work", overflow="fold")  # a path is copied into id=: never cut
     for item in items:
         cells = [str(item["rank"]), f"{item['score']:.4f}", *(f"{item['parts'][name]:.3f}" for name in parts)]
         cells += [item["verdict"]] if judged else []
-        words = {name: escape(str(value)) for name in shown if (value := item["attributes"][name])}
+        words = {name: cell(value) for name in shown if (value := item["attributes"][name])}
         said = ", ".join(f"[bold]{word}[/bold]" if name in item["shared"] else word for name, word in words.items())
-        path = escape(item["attributes"]["path"])
+        path = cell(item["attributes"]["path"])
         table.add_row(*cells, f"{said}\n[dim]{path}[/dim]" if said else path)
     if any(item["shared"] for item in items):
         table.caption = "bold: shared with the examples"

@@ -1,21 +1,24 @@
-"""Batches of decoded images of one shape, in this process or others, none lost to those that cannot be read."""
+"""Batches of decoded images of one shape, decoded by processes that may be ended, none lost to those that fail."""
 
 from __future__ import annotations
 
-import functools
-import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from simsearch.data.bounded import MEMORY, SECONDS, Failure, bounded_map
 from simsearch.functional.resize import Fit
+from simsearch.images import ImageError, read_image
 
 Item = tuple[int, Tensor | ValueError]  # a row, and its pixels or what is wrong with it
 ImageBatch = tuple[Tensor, Tensor, list[ValueError]]  # images of one shape, their rows, errors of other rows
-Packed = tuple[Tensor, list[tuple[int, tuple[int, ...] | ValueError]]]
 
 # Images of rare shapes wait for others of their shape in at most so many bytes.
 PENDING_BYTES = 2**28
@@ -31,25 +34,67 @@ class SizedItems(Protocol):
 
     def __getitem__(self, i: int) -> Item: ...
 
+    def path(self, i: int) -> Path: ...
+
 
 def load_batches(items: SizedItems, *, batch_size: int, workers: int = 0) -> Iterator[ImageBatch]:
     """Batches of images uint8 (B, 3, H, W) of one shape, their rows int64 (B,), and the errors of other rows.
 
     With fit "square" rows come in order; a batch covers batch_size items and holds fewer images, or none, where
     items are errors. With fit "longest" `batches_by_shape` makes the batches: rows come out of order, each
-    once, and nothing is padded. workers: processes that decode beside this one. Raises ValueError for a
-    batch_size below 1.
+    once, and nothing is padded. workers: as `load_items` has them. Raises ValueError for a batch_size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return batched(load_items(items, range(len(items)), workers=workers), items, batch_size)
+
+
+def batched(found: Iterator[Item], items: SizedItems, batch_size: int) -> Iterator[ImageBatch]:
+    """Batches of what was found of `items`, as `load_batches` has them."""
     if items.fit == "longest":
-        return batches_by_shape(load_items(items, batch_size=batch_size, workers=workers), batch_size)
-    collate = functools.partial(stack, size=items.size)
-    return iter(DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=collate))  # type: ignore[arg-type]
+        return batches_by_shape(found, batch_size)
+    return (stack(batch, items.size) for batch in iter(lambda: list(islice(found, batch_size)), []))
 
 
-def load_items(items: SizedItems, *, batch_size: int, workers: int = 0) -> Iterator[Item]:
-    """All items in order, one by one. batch_size: how many a worker decodes at a time; workers: as above."""
-    loader = DataLoader(items, batch_size=batch_size, num_workers=workers, collate_fn=pack)  # type: ignore[arg-type]
-    return unpack(loader)
+def load_items(items: SizedItems, rows: Iterable[int], *, workers: int = 0) -> Iterator[Item]:
+    """The items of these rows in order, one by one; an ImageError stands for one that took too long.
+
+    workers: processes that decode beside this one. One does at least: an image from outside may hold its decoder for
+    minutes or bring it down, and such a process is ended.
+    """
+    asked: deque[int] = deque()
+
+    def noted() -> Iterator[int]:
+        for row in rows:
+            asked.append(row)
+            yield row
+
+    one = partial(_decoded, items)
+    for found in bounded_map(one, noted(), workers=max(1, workers), seconds=SECONDS, memory=MEMORY):
+        row = asked.popleft()
+        if isinstance(found, Failure):
+            yield row, ImageError(items.path(row), found.reason, found.detail)
+        else:
+            yield row, torch.from_numpy(found) if isinstance(found, np.ndarray) else found
+
+
+def load_image(path: Path, *, size: int, fit: Fit) -> Tensor:
+    """The pixels of one file as `read_image` gives them, decoded by a process that may be ended. Raises ImageError."""
+    one = partial(_read, size=size, fit=fit)
+    (found,) = bounded_map(one, [path], workers=1, seconds=SECONDS, memory=MEMORY)
+    if isinstance(found, Failure):
+        raise ImageError(path, found.reason, found.detail)
+    return torch.from_numpy(found)
+
+
+def _decoded(items: SizedItems, row: int) -> np.ndarray | ValueError:
+    """An item as a process sends it: numpy copies pixels, each tensor would keep a file open."""
+    _, image = items[row]
+    return image.numpy() if isinstance(image, Tensor) else image
+
+
+def _read(path: Path, size: int, fit: Fit) -> np.ndarray:
+    return read_image(path, size=size, fit=fit).numpy()
 
 
 def batches_by_shape(
@@ -85,26 +130,3 @@ def stack(items: Sequence[Item], size: int = 0) -> ImageBatch:
     errors = [error for _, error in items if isinstance(error, ValueError)]
     stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
     return stacked, torch.tensor(rows, dtype=torch.int64), errors
-
-
-def pack(items: Sequence[Item]) -> Packed:
-    """All pixels in one tensor, with the row and the shape or error of each item.
-
-    One, since each tensor that a worker sends keeps a file open for as long as it lives.
-    """
-    images = [image.flatten() for _, image in items if isinstance(image, Tensor)]
-    pixels = torch.cat(images) if images else torch.empty(0, dtype=torch.uint8)
-    return pixels, [(row, tuple(item.shape) if isinstance(item, Tensor) else item) for row, item in items]
-
-
-def unpack(packed: Iterable[Packed]) -> Iterator[Item]:
-    """The items that `pack` made one tensor of."""
-    for pixels, entries in packed:
-        start = 0
-        for row, entry in entries:
-            if isinstance(entry, ValueError):
-                yield row, entry
-            else:
-                stop = start + math.prod(entry)
-                yield row, pixels[start:stop].view(entry).clone()  # a view would keep all the pixels
-                start = stop

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
 
-from torch.utils.data import DataLoader
-
-from simsearch.data.batches import ImageBatch, SizedItems, batches_by_shape, pack, stack, unpack
+from simsearch.data.batches import ImageBatch, SizedItems, batched, load_items
 
 
 def load_chunks(
@@ -19,23 +16,18 @@ def load_chunks(
     """Each chunk of rows with its batches, made as `load_batches` makes those of a list of these rows alone.
 
     The processes that decode live through all chunks: `chunks` is asked for its next while the last is still
-    being decoded, up to two batches ahead a worker. A chunk's batches must be taken before the next chunk.
-    Raises ValueError for a batch_size below 1.
+    being decoded. A chunk's batches must be taken before the next chunk. Raises ValueError for a batch_size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    asked: deque[range] = deque()  # the chunk of each batch that is on its way; they arrive in order
+    asked: deque[range] = deque()  # the chunk of each row that is on its way; they arrive in order
 
-    def batches() -> Iterator[range]:
+    def rows() -> Iterator[int]:
         for chunk in chunks:
-            for start in range(0, len(chunk), batch_size):
+            for row in chunk:
                 asked.append(chunk)
-                yield chunk[start : start + batch_size]
+                yield row
 
-    square = items.fit == "square"
-    collate = functools.partial(stack, size=items.size) if square else pack
-    loader = DataLoader(items, batch_sampler=batches(), num_workers=workers, collate_fn=collate)  # type: ignore[arg-type]
-    arrived = ((asked.popleft(), batch) for batch in loader)
+    arrived = ((asked.popleft(), item) for item in load_items(items, rows(), workers=workers))
     for chunk, group in groupby(arrived, key=itemgetter(0)):
-        own = (batch for _, batch in group)
-        yield chunk, own if square else batches_by_shape(unpack(own), batch_size)
+        yield chunk, batched((item for _, item in group), items, batch_size)

@@ -18,7 +18,6 @@ import torch
 from filelock import FileLock
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from simsearch.data.batches import Item, load_items
@@ -32,10 +31,10 @@ from simsearch.files import Damaged, checked
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import Fit
 from simsearch.images import ImageError
+from simsearch.text import printable
 
 # Columns that a search result has of its own.
 RESERVED = ("rank", "score", "thumbnail")
-_PER_TASK = 16
 _PER_SHARD = 4096  # what a kill costs
 
 
@@ -99,9 +98,8 @@ def _decode(items: ImageFiles, entry: Path, workers: int) -> list[Shard]:
     shards = read_shards(partial, total)
     first = min(len(items), len(shards) * _PER_SHARD)
     if first < len(items):
-        rest = Remaining(items, first)
         with tqdm(total=len(items), initial=first, unit="img", desc="decode files") as bar:
-            found = _entries(items.manifest, load_items(rest, batch_size=_PER_TASK, workers=workers), bar)
+            found = _entries(items.manifest, load_items(items, range(first, len(items)), workers=workers), bar)
             for number in range(len(shards), total):
                 start = shards[-1].stop if shards else 0
                 shards.append(write_shard(partial, number, start, islice(found, _PER_SHARD)))
@@ -129,20 +127,6 @@ def _decoded(manifest: Manifest, fit: Fit, path: Path, shards: Sequence[Shard]) 
 def _errors(manifest: Manifest, shards: Sequence[Shard]) -> list[ImageError]:
     refusals = (refusal for shard in shards for refusal in shard.refusals)
     return [ImageError(manifest.root / manifest.paths[one.row], one.reason, one.detail) for one in refusals]
-
-
-class Remaining(Dataset[Item]):
-    """The items from `first` on."""
-
-    def __init__(self, items: ImageFiles, first: int) -> None:
-        self.items, self.first = items, first
-        self.size, self.fit = items.size, items.fit
-
-    def __len__(self) -> int:
-        return len(self.items) - self.first
-
-    def __getitem__(self, i: int) -> Item:
-        return self.items[self.first + i]
 
 
 def _entries(manifest: Manifest, items: Iterable[Item], bar: tqdm) -> Iterator[Image | Refusal]:
@@ -280,5 +264,5 @@ class FilesDataModule(RetrievalDataModule):
 def report(errors: Sequence[ImageError]) -> None:
     """Prints to stderr which files were left out, and why."""
     for reason, count in Counter(error.reason for error in errors).most_common():
-        some = [str(error.path) for error in errors if error.reason == reason][:3]
+        some = [printable(error.path) for error in errors if error.reason == reason][:3]
         print(f"left out {count} files, {reason} ({', '.join(some)}{' ...' * (count > 3)})", file=sys.stderr)

@@ -85,9 +85,12 @@ class ImageFiles(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.manifest)
 
+    def path(self, i: int) -> Path:
+        return self.manifest.root / self.manifest.paths[i]
+
     def __getitem__(self, i: int) -> Item:
         try:
-            return i, read_image(self.manifest.root / self.manifest.paths[i], size=self.size, fit=self.fit)
+            return i, read_image(self.path(i), size=self.size, fit=self.fit)
         except ImageError as error:
             # Without its traceback, whose frames would keep the bytes of the file alive.
             return i, ImageError(error.path, error.reason, error.detail)

@@ -167,11 +167,14 @@ class QueryCrops(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.benchmark.queries)
 
+    def path(self, i: int) -> Path:
+        return self.root / file_name(self.benchmark.queries[i].image)
+
     def __getitem__(self, i: int) -> Item:
-        query = self.benchmark.queries[i]
-        path = self.root / file_name(query.image)
+        path = self.path(i)
         try:
-            return i, resize_to_fit(_crop(read_image(path), query.bbx, path), self.size, self.fit)
+            image = _crop(read_image(path), self.benchmark.queries[i].bbx, path)
+            return i, resize_to_fit(image, self.size, self.fit)
         except ImageError as error:
             return i, ImageError(error.path, error.reason, error.detail)
         except ValueError as error:
