@@ -107,6 +107,31 @@ class TestScores:
         for name, part in answer.parts.items():
             torch.testing.assert_close(part, chosen[name] / total * cosines[name][answer.ids], atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize("factory", ["Flat", "SQ8", "PQ4x4"])
+    def test_no_score_is_above_one(self, factory):
+        recommender = opened(factory)
+        stored = recommender.vectors(range(N))
+        raw = (stored * recommender.as_queries(stored)).sum(1)
+        over = raw.topk(20).indices.tolist()
+        assert raw.max() > 1  # by rounding, or by lengths that are not kept
+        for i in over:
+            answer = recommender.recommend(Request(stored[i : i + 1], k=10, collapse=False))
+            assert answer.scores.abs().max() <= 1
+            assert answer.scores.tolist() == sorted(answer.scores.tolist(), reverse=True)
+            torch.testing.assert_close(sum(answer.parts.values()), answer.scores)
+
+    @pytest.mark.parametrize("scale", [1e-308, 1.0, 1e308])
+    def test_weights_are_ratios_of_any_size(self, recommender, scale):
+        like = described(1, seed=5)
+        usual, scaled = (recommender.recommend(Request(like, weights={"content": s, "style": s})) for s in (1.0, scale))
+        assert scaled.ids.tolist() == usual.ids.tolist()
+        assert torch.equal(scaled.scores, usual.scores)
+
+    @pytest.mark.parametrize("k", [1.5, math.inf, math.nan])
+    def test_k_is_a_whole_number(self, k):
+        with pytest.raises(ValueError, match="k must be a whole number, got"):
+            Request(described(1, seed=5), k=k)
+
     def test_codes(self):
         signs = torch.randn(N, 20, generator=torch.Generator().manual_seed(3))
         recommender = opened("BFlat", pack_codes(signs))

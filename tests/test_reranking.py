@@ -572,6 +572,16 @@ class Shelf:
         pass
 
 
+def test_scores_of_the_engine_are_cosines():
+    gallery = units(200, seed=2)
+    raw = FaissIndex("Flat")
+    raw.add(gallery)
+    assert raw.search(gallery, 1).scores.max() > 1  # by rounding
+    found = Engine(Shelf(gallery), Encoder()).search(gallery[:, None, None], 5)
+    assert found.scores.max() == 1
+    assert torch.equal(found.ids, raw.search(gallery, 5).ids)
+
+
 @pytest.mark.parametrize("rerank", EVERY, ids=NAMES)
 def test_engine_finds_what_evaluation_ranks_first(rerank):
     query, gallery = units(6, seed=1), units(50, seed=2)

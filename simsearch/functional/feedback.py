@@ -57,9 +57,11 @@ def query_weights(parts: Mapping[str, Part], weights: Mapping[str, float] | None
                 f"{name} has weight 0 in these descriptors, which can't be raised: make them with a weight"
             )
     chosen = {name: float(given.get(name, part.weight)) for name, part in parts.items()}
-    if not (total := sum(chosen.values())) > 0:
+    if not (largest := max(chosen.values())) > 0:
         raise ValueError(f"the weights of {', '.join(parts)} are all 0: raise one")
-    return {name: value / total for name, value in chosen.items()}
+    shares = {name: value / largest for name, value in chosen.items()}  # whose sum is finite whatever the weights are
+    total = sum(shares.values())
+    return {name: share / total for name, share in shares.items()}
 
 
 def reweight(vectors: Tensor, parts: Mapping[str, Part], weights: Mapping[str, float]) -> Tensor:

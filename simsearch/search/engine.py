@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor, nn
 
@@ -35,15 +37,22 @@ class Engine:
     def search(self, images: Tensor, k: int) -> SearchResult:
         """The k most similar items, or all where there are fewer, of images uint8 (B, 3, H, W).
 
-        After re-ranking the scores are the method's own: inner products of its vectors, or what orders
-        its shortlist. Raises ValueError for k < 1, and for more than a shortlist holds.
+        Scores of float descriptors are cosines, of codes minus Hamming distances. After re-ranking they are the
+        method's own: inner products of its vectors, or what orders its shortlist. Raises ValueError for k < 1, and for
+        more than a shortlist holds.
         """
         return self.nearest(encode(self.encoder, images), k)
 
     def nearest(self, vectors: Tensor, k: int) -> SearchResult:
         """The same of descriptors (B, width), as `encode` gives them."""
+        if not isinstance(k, Integral):
+            raise ValueError(f"k must be a whole number, got {k}")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         if self._reranked is not None:
             return self._reranked.search(unit_vectors(vectors, self._bits), k)
-        return self.catalog.index.search(vectors, min(k, len(self.catalog)))
+        found = self.catalog.index.search(vectors, min(k, len(self.catalog)))
+        if self.catalog.index.metric != "ip":
+            return found
+        # Rounding, and lengths that a compressed index does not keep, lead out of what a cosine can be.
+        return SearchResult(found.ids, torch.where(found.ids < 0, found.scores, found.scores.clamp(-1, 1)))

@@ -39,7 +39,7 @@ class Condition:
     low, high: inclusive, None for an open end. negate: the items that the condition does not hold for, which are
     all others, those whose value is unknown among them. str() is the text that `parse_filters` reads.
 
-    Raises ValueError for a range with values, and for ends the wrong way round.
+    Raises ValueError for a range with values, for ends the wrong way round and for ends that are not finite.
     """
 
     attribute: str
@@ -51,6 +51,8 @@ class Condition:
     def __post_init__(self) -> None:
         if self.values and (self.low is not None or self.high is not None):
             raise ValueError(f"the filter on {self.attribute} has values and a range: make two conditions of them")
+        if not all(math.isfinite(end) for end in (self.low, self.high) if end is not None):
+            raise ValueError(f"the filter on {self.attribute} has an end that is no finite number: leave it out")
         if self.low is not None and self.high is not None and not self.low <= self.high:
             raise ValueError(f"the filter {self} holds for nothing: the lower end comes first")
 

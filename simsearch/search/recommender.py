@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import numpy as np
 import pyarrow.compute as pc
@@ -85,6 +86,8 @@ class Request:
     exclude: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.k, Integral):
+            raise ValueError(f"k must be a whole number, got {self.k}")
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
         if not 0 <= self.diversity <= 1:
@@ -222,7 +225,7 @@ class Recommender:
             ranked = scores - 0.5 * self._hubness(ids, reweight(rows, self.parts, weights))
         chosen = mmr(ranked, reweight_both(rows, self.parts, weights), request.k, 1 - request.diversity)
         of_parts = {name: self._exact(part) for name, part in contributions(query, rows[chosen], self.parts).items()}
-        total = sum(of_parts.values(), torch.zeros(len(chosen)))
+        total, of_parts = _bounded(sum(of_parts.values(), torch.zeros(len(chosen))), of_parts)
         verdicts = [
             NONE if verdict == SIMILAR and score < 0 else verdict
             for verdict, score in zip(self.verdicts(ids[chosen], request.like, taken), total.tolist(), strict=True)
@@ -360,3 +363,13 @@ class Recommender:
         others = (found.ids != ids[:, None]) & (found.ids >= 0)
         others &= others.cumsum(1) <= _HUB_NEIGHBOURS
         return found.scores.masked_fill(~others, 0.0).sum(1) / others.sum(1).clamp(min=1)
+
+
+def _bounded(scores: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores (K,) in [-1, 1], and parts that sum to them.
+
+    No mean of cosines is out of there, but rounding, and lengths that a compressed index does not keep, lead out.
+    """
+    bounded = scores.clamp(-1, 1)
+    scale = torch.where(scores == bounded, 1.0, bounded / scores)
+    return bounded, {name: (part * scale).clamp(-1, 1) for name, part in parts.items()}
