@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -26,7 +28,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import uvicorn
+from conftest import scan_bomb, start_forkserver
 from PIL import Image
+from starlette.exceptions import HTTPException
 from torch import Tensor, nn
 
 from simsearch import runtime
@@ -39,11 +43,11 @@ from simsearch.search.filters import Attributes
 from simsearch.serving import service as service_module
 from simsearch.serving.app import PAGE, create_app
 from simsearch.serving.encoder import EncoderWorker
-from simsearch.serving.guard import JSON_BYTES
+from simsearch.serving.guard import JSON_BYTES, cost, host_name
 from simsearch.serving.library import Library, Source, Thumbnails, read_inside
-from simsearch.serving.limits import Busy, Limits, TokenBuckets, client_address
+from simsearch.serving.limits import Account, Busy, Limits, TokenBuckets, client_address
 from simsearch.serving.listing import Listing
-from simsearch.serving.uploads import Upload, Uploads, picture_size
+from simsearch.serving.uploads import Upload, Uploads, decoded
 
 N = 24
 MODEL = {
@@ -112,13 +116,14 @@ def library(sources: dict[str, Source], limits: Limits = FREE) -> Library:
 @contextlib.contextmanager
 def serving(books: Library, limits: Limits = FREE, **guards) -> Iterator[httpx.Client]:
     """A client of a real server on a free port of this machine."""
+    start_forkserver()
     app = create_app(books, limits, **guards)
     bound = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, proxy_headers=False))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{bound.getsockname()[1]}", timeout=20) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{bound.getsockname()[1]}", timeout=300) as client:
             until(lambda: server.started)
             client.service = app.state.service  # type: ignore[attr-defined]
             yield client
@@ -300,6 +305,47 @@ class TestImages:
         assert read_inside(images, "inner.png") == (images / "real.png").read_bytes()
         assert read_inside(images, "real.png", most=10) is None
 
+    def test_an_original_that_cannot_be_read_gives_way_to_its_thumbnail(self, root, encoder, tmp_path):
+        kinds = {
+            "missing": lambda path: None,
+            "empty": lambda path: path.write_bytes(b""),
+            "text": lambda path: path.write_text("no image"),
+            "pdf": lambda path: path.write_bytes(b"%PDF-1.7 ..."),
+            "truncated": lambda path: path.write_bytes(png(1, root)[:200]),
+            "header": lambda path: path.write_bytes(b"\xff\xd8\xff\xe0" + bytes(50)),
+            "damaged": lambda path: path.write_bytes(png(1, root)[:60] + bytes(500) + png(1, root)[560:]),
+            "bomb": lambda path: path.write_bytes(bomb()),
+            "scans": lambda path: path.write_bytes(scan_bomb(280_000)),
+            "large": lambda path: (path.touch(), os.truncate(path, 2**29)),
+            "folder": lambda path: path.mkdir(),
+            "pipe": os.mkfifo,
+            "circle": lambda path: path.symlink_to(path.name),
+            "away": lambda path: path.symlink_to(root / "1.png"),
+            "forbidden": lambda path: (path.write_bytes(png(1, root)), path.chmod(0)),
+        }
+        place, images = make_catalog(tmp_path / "c", root, encoder, count=len(kinds)), tmp_path / "images"
+        images.mkdir()
+        for kind, make in kinds.items():
+            make(images / f"{kind}.png")
+        table = pq.read_table(place / "items.parquet")
+        paths = pa.array([f"{kind}.png" for kind in kinds])
+        pq.write_table(table.set_column(0, "path", paths), place / "items.parquet")
+        thumbnails = read_catalog(place).thumbnails(range(len(kinds)))
+        with serving(library({"c": Source(place, images)})) as client:
+            for i, kind in enumerate(kinds):
+                if kind == "forbidden" and os.access(images / "forbidden.png", os.R_OK):  # nothing is forbidden to root
+                    continue
+                shown = client.get(
+                    f"/api/catalogs/c/items/{i}/image?v={client.get('/api/catalogs').json()[0]['version']}"
+                )
+                assert (shown.status_code, shown.content) == (200, thumbnails[i]), kind
+                assert shown.headers["content-type"] == "image/png"
+                assert shown.headers["cache-control"] == "no-cache"  # the file may come back
+                assert client.post("/api/catalogs/c/heatmap", json={"like": {"id": i}, "id": 0}).status_code == 200
+            (images / "missing.png").write_bytes(png(2, root))
+            back = client.get("/api/catalogs/c/items/0/image")
+            assert read_image(back.content).shape == (3, 72, 96)
+
     @pytest.mark.parametrize("path", ["../app.py", "..%2fapp.py", "%2e%2e/app.py", "....//app.py", "/etc/passwd"])
     def test_static_files_stay_in_the_page(self, client, path):
         with socket.create_connection(address(client)) as raw:  # a client library would tidy the path up
@@ -309,6 +355,24 @@ class TestImages:
 
 
 class TestPage:
+    def test_head_is_get_without_a_body(self, client, root):
+        token = upload(client, png(1, root)).json()["upload"]
+        item = "/api/catalogs/art/items/1"
+        for path in (
+            *("/", "/docs", "/openapi.json", "/static/style.css", "/static/none", "/api/nothing", "/api/health"),
+            *("/api/catalogs", "/api/catalogs/art/values?attribute=artist", "/api/catalogs/art/items?limit=2"),
+            *(item, f"{item}/thumbnail", f"{item}/image", "/api/catalogs/art/items/99", f"/api/uploads/{token}/image"),
+            *("/api/uploads", "/api/catalogs/art/search"),
+        ):
+            with_body, without = client.get(path), client.head(path)
+            assert without.status_code == with_body.status_code, path
+            assert without.content == b""
+            kept = ("content-type", "content-length", "etag", "cache-control", "content-security-policy")
+            assert [without.headers.get(n) for n in kept[2:]] == [with_body.headers.get(n) for n in kept[2:]], path
+            assert without.headers["content-type"] == with_body.headers["content-type"], path
+            if path != "/api/health":  # whose length is that of its numbers
+                assert without.headers.get("content-length") == with_body.headers.get("content-length"), path
+
     def test_page_and_documentation_need_nothing_else(self, client):
         if (PAGE / "index.html").is_file():
             page = client.get("/")
@@ -321,6 +385,58 @@ class TestPage:
         paths = client.get("/openapi.json").json()["paths"]
         assert all(path in docs.text for path in paths)
         assert len(paths) == 12
+
+    def test_errors_are_those_that_the_description_states(self, client, root):
+        spec = client.get("/openapi.json").json()
+        assert set(spec["components"]["schemas"]["Problem"]["properties"]) == {"error", "reason"}
+        seen: set[tuple[str, int]] = set()
+        form = {"content-type": "multipart/form-data; boundary=b"}
+        plain = {"content-type": "application/json"}
+        like = {"like": [{"id": 1}]}
+        file = b'--b\r\ncontent-disposition: form-data; name="file"; filename="x"\r\n\r\n%s\r\n--b--\r\n'
+
+        def ask(path: str, method: str, stated: dict, url: str, **more) -> None:
+            answer = client.request(method, url, **more)
+            seen.add((path, answer.status_code))
+            assert str(answer.status_code) in stated, (method, url, answer.text)
+            if answer.status_code >= 400:
+                content = stated[str(answer.status_code)]["content"]["application/json"]
+                assert content == {"schema": {"$ref": "#/components/schemas/Problem"}}
+                assert answer.headers["content-type"] == "application/json"
+                assert isinstance(answer.json()["error"], str)
+                assert set(answer.json()) <= {"error", "reason"}
+
+        good = {"c": "art", "item": "1", "token": upload(client, png(1, root)).json()["upload"]}
+        for path, methods in spec["paths"].items():
+            for method, route in methods.items():
+                urls = [path.format(**good)]
+                urls += [f"{urls[0]}?attribute=artist"] if path.endswith("/values") else []
+                urls += [path.format(**{**good, name: bad}) for name in good for bad in ("99", "x", "-1", "1" * 5000)]
+                for parameter in route.get("parameters", ()):
+                    urls += [f"{urls[0]}?{parameter['name']}={bad}" for bad in ("x" * 2500, "nan", "a=b=c", "%ff")]
+                for url in urls:
+                    ask(path, method, route["responses"], url)
+                    ask(path, method, route["responses"], url, headers={"host": "a/b"})
+                    ask(path, method, route["responses"], url, headers={"origin": "https://evil.example"})
+                if method == "post":
+                    for body in (b"", b"{", b"[]", b"\xff", b'{"like": [{"id": 99}]}', b"x" * 100_000):
+                        for kind in (form, plain, {"content-type": "text/plain"}):
+                            ask(path, method, route["responses"], urls[0], content=body, headers=kind)
+                    for body in (
+                        {},
+                        like,
+                        {"like": {"id": 1}, "id": 2},
+                        {**like, "id": 99},
+                        {**like, "where": "x"},
+                        {**like, "weights": {"x": 1}},
+                    ):
+                        ask(path, method, route["responses"], urls[0], json=body)
+                    for data in (b"", b"x", b"%PDF", png(1, root)[:100], bomb(), png(1, root)):
+                        ask(path, method, route["responses"], urls[0], content=file % data, headers=form)
+        kinds = {status for _, status in seen}
+        assert {200, 201, 400, 403, 404, 413, 415, 422} <= kinds
+        assert 500 not in kinds
+        assert {path for path, status in seen if status < 300} == set(spec["paths"])
 
     def test_headers(self, client):
         for path in ("/api/health", "/api/nothing", "/static/index.html", "/api/catalogs/art/items/1/thumbnail"):
@@ -411,6 +527,37 @@ class TestSearch:
     def test_bad_requests(self, client, body, status, message):
         assert message in error(search(client, **body), status)
 
+    @pytest.mark.parametrize(
+        "number",
+        ["1e308", "-1e308", "1e999", "-1e999", "NaN", "Infinity", "-Infinity", "1e-320", "1" * 400, "1" * 5000],
+    )
+    def test_numbers_beyond_all_sense(self, client, number):
+        """Every number that a request holds: an answer within its bounds, or a refusal that is no failure."""
+        kind = {"content-type": "application/json"}
+        like = '"like": [{"id": 1}]'
+        for body in (
+            *(f'{{"like": [{{"id": {number}}}]}}', f'{{{like}, "k": {number}}}', f'{{{like}, "diversity": {number}}}'),
+            *(f'{{{like}, "weights": {{"content": {number}}}}}', f'{{{like}, "where": "year={number}..2e9"}}'),
+            *(f'{{{like}, "where": "year=1..{number}"}}', f'{{{like}, "where": "year={number}"}}'),
+        ):
+            answer = client.post("/api/catalogs/art/search", content=body, headers=kind)
+            assert answer.status_code in (200, 400, 404, 422), (body[:80], answer.text)
+            if answer.status_code == 200:
+                assert all(-1 <= result["score"] <= 1 for result in answer.json()["results"])
+                json.loads(answer.text, parse_constant=lambda _: 1 / 0)
+        heat = f'{{"like": {{"id": 1}}, "id": 2, "weights": {{"content": {number}}}}}'
+        assert client.post("/api/catalogs/art/heatmap", content=heat, headers=kind).status_code in (200, 400, 422)
+        for path in (f"items?offset={number}", f"items?limit={number}", f"items?seed={number}", f"items/{number}",
+                     f"items?where=year={number}..2", f"values?attribute=year&limit={number}"):  # fmt: skip
+            answer = client.get(f"/api/catalogs/art/{path}")
+            assert answer.status_code in (200, 400, 404, 422), (path[:80], answer.text)
+
+    def test_weights_of_any_size_are_ratios(self, client):
+        usual, huge = (
+            search(client, like=[{"id": 1}], weights={"content": weight}).json()["results"] for weight in (1, 1e308)
+        )
+        assert huge == usual
+
     def test_bad_json(self, client):
         for content in (b"{", b"[1]", b"\xff", b'{"like": NaN}'):
             headers = {"content-type": "application/json"}
@@ -454,6 +601,15 @@ def bomb(width: int = 30_000, height: int = 30_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + packed
 
 
+def slow_image(size: int = 18_000_000) -> bytes:
+    """A BMP whose runs of one pixel each keep Pillow's decoder, which is Python, for seconds."""
+    side = int((size / 2) ** 0.5)
+    header = struct.pack("<2sIHHI", b"BM", 0, 0, 0, 54 + 1024)
+    header += struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, 0, 0, 0, 256, 0)
+    row = b"\x01\x07\x01\x09" * (side // 2) + b"\x01\x07" * (side % 2) + b"\0\0"
+    return header + bytes(1024) + row * side
+
+
 def endless(raw: socket.socket) -> int:
     """How many bytes of a body without end the server takes."""
     sent = 0
@@ -475,8 +631,33 @@ class TestUploads:
             (bomb(), 422, "too-many-pixels"),
             (bomb(9000, 9000), 422, "too-many-pixels"),
             (b"\xff\xd8\xff\xe0" + b"\0" * 50, 422, "decode-failed"),
+            (scan_bomb(280_000), 422, "too-many-scans: more than 83 scans of 4000 x 3000 pixels"),
         ):
             assert message in error(upload(client, data, path), status)
+        assert client.service.pending == 0
+
+    def test_an_upload_that_breaks_off_is_one_line_in_the_log(self, client, root, caplog):
+        head = b"host: x\r\ncontent-length: 9000\r\n"
+        form = (
+            b'content-type: multipart/form-data; boundary=b\r\n\r\n--b\r\ncontent-disposition: form-data; name="file"'
+        )
+        with caplog.at_level("INFO"):
+            for path, rest in (
+                ("/api/uploads", form),
+                ("/api/uploads", form + b'; filename="x"\r\n\r\n' + png(1, root)[:2000]),
+                ("/api/catalogs/art/search/image", form),
+                ("/api/catalogs/art/search", b'content-type: application/json\r\n\r\n{"like": '),
+                ("/api/nothing", form),
+            ):
+                with socket.create_connection(address(client)) as raw:
+                    raw.sendall(f"POST {path} HTTP/1.1\r\n".encode() + head + rest)
+                    time.sleep(0.1)
+            with socket.create_connection(address(client)) as raw:  # goes before its answer
+                raw.sendall(b"GET /api/catalogs/art/items?limit=24 HTTP/1.1\r\nhost: x\r\n\r\n")
+            until(lambda: sum(r.name == "simsearch.serving" for r in caplog.records) >= 6)
+        assert [r for r in caplog.records if r.levelname != "INFO" or r.exc_info] == []
+        said = [r.getMessage() for r in caplog.records if r.name == "simsearch.serving"]
+        assert sum(bool(re.search(r"POST /api/\S+ (499|400|404) ", line)) for line in said) == 5
         assert client.service.pending == 0
 
     def test_forms(self, client, root):
@@ -557,8 +738,9 @@ class TestUploads:
         exif[0x0112] = 6
         buffer = io.BytesIO()
         Image.new("RGB", (40, 20)).save(buffer, "JPEG", exif=exif)
-        assert picture_size(buffer.getvalue()) == (20, 40)
-        assert read_image(buffer.getvalue()).shape == (3, 40, 20)
+        pixels, size = decoded(buffer.getvalue(), 10, "longest", 10**6)
+        assert size == (20, 40)
+        assert pixels.shape == (3, 10, 5)
 
 
 # --------------------------------------------------------------------------------- limits and guards
@@ -581,16 +763,67 @@ class TestLimits:
         assert buckets.take("a", 1) > 0
         now[0] = 1000
         assert [buckets.take("a", 1) > 0 for _ in range(4)] == [False, False, False, True]
+        buckets.charge("a", 10)
+        assert buckets.take("a", 0) == pytest.approx(5)
+        now[0] += 5.5
+        assert buckets.take("a", 1) == 0
+
+    def test_decoding_costs_what_it_takes(self):
+        now = [0.0]
+        buckets = TokenBuckets(2.0, 3, clock=lambda: now[0])
+        one, other = Account(buckets, "a", 1.0), Account(buckets, "a", 1.0)
+        one.pay()
+        one.charge(0.25)  # half a request's time, which its price covers
+        one.charge(0.5)
+        assert buckets.take("a", 1.5) == 0  # 3 tokens less 1 paid, less 2 * .75 - 1 owed
+        assert buckets.take("a", 0.1) > 0
+        other.check()
+        one.charge(10)
+        with pytest.raises(HTTPException, match="come back in 10 s"):
+            other.check()
+        free = Account(None, "a", 1.0)
+        free.pay()
+        free.charge(1000)
+        free.check()
+
+    @pytest.mark.parametrize(
+        ("method", "path", "price"),
+        [
+            ("GET", "/", 0),
+            ("GET", "/api/health", 0),
+            ("GET", "/api/catalogs", 1),
+            ("GET", "/api/catalogs/art/items/1/thumbnail", 0.1),
+            ("HEAD", "/api/catalogs/art/items/1/thumbnail", 0.1),
+            ("GET", "/api/catalogs/art/items/1/image", 0.25),
+            ("POST", "/api/catalogs/art/search/image", 1),  # an upload with a search is no picture that is shown
+            ("POST", "/api/uploads", 1),
+        ],
+    )
+    def test_prices(self, method, path, price):
+        assert cost(method, path) == price
+
+    def test_uploads_that_take_long_are_paid_for(self, folder):
+        limits, slow = Limits(rate=20.0, burst=25, decode_seconds=1.0, threads=4), slow_image(10_000_000)
+        with serving(library({"art": Source(folder)}, limits), limits) as client, ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(lambda _: upload(client, slow), range(8)))
+            states = {answer.status_code: answer for answer in answers}
+            assert set(states) == {422, 429}  # each second is 20 requests, of which there are 25 and 20 a second
+            assert "too-slow: it took more than 1 s" in error(states[422], 422)
+            assert "too many requests" in error(states[429], 429)
 
     @pytest.mark.parametrize(
         ("peer", "forwarded", "proxies", "client"),
         [
-            ("10.0.0.1", "1.2.3.4", 0, "10.0.0.1"),
-            ("10.0.0.1", "6.6.6.6, 1.2.3.4", 1, "1.2.3.4"),
-            ("10.0.0.1", "6.6.6.6, 1.2.3.4, 10.0.0.2", 2, "1.2.3.4"),
-            ("10.0.0.1", "", 1, "10.0.0.1"),
-            ("10.0.0.1", "nonsense", 1, "10.0.0.1"),
-            ("2001:db8:1:2:3::4", "", 0, "2001:db8:1:2::/64"),
+            ("10.0.0.1", ["1.2.3.4"], 0, "10.0.0.1"),
+            ("10.0.0.1", ["6.6.6.6, 1.2.3.4"], 1, "1.2.3.4"),
+            ("10.0.0.1", ["6.6.6.6, 1.2.3.4, 10.0.0.2"], 2, "1.2.3.4"),
+            ("10.0.0.1", [], 1, "10.0.0.1"),
+            ("10.0.0.1", ["nonsense"], 1, "10.0.0.1"),
+            ("2001:db8:1:2:3::4", [], 0, "2001:db8:1:2::/64"),
+            ("10.0.0.1", ["6.6.6.6", "1.2.3.4"], 1, "1.2.3.4"),  # a proxy may add a line of its own
+            ("10.0.0.1", ["1.2.3.4:5678"], 1, "1.2.3.4"),
+            ("10.0.0.1", ["[2001:db8:1:2:3::4]:443"], 1, "2001:db8:1:2::/64"),
+            ("::ffff:1.2.3.4", [], 0, "1.2.3.4"),  # else all of IPv4 would be one client
         ],
     )
     def test_who_a_client_is(self, peer, forwarded, proxies, client):
@@ -638,6 +871,58 @@ class TestLimits:
 
 
 class TestOrigins:
+    @pytest.mark.parametrize(
+        ("host", "name"),
+        [
+            ("localhost", "localhost"),
+            ("LOCALHOST:8000", "localhost"),
+            ("localhost:", "localhost"),
+            ("127.0.0.1:1", "127.0.0.1"),
+            ("[::1]", "::1"),
+            ("[::1]:8000", "::1"),
+            ("localhost.", "localhost."),  # another name, which is not in the list
+            ("127.1", "127.1"),
+            ("0x7f.1", "0x7f.1"),
+            *((bad, None) for bad in (
+                "", "[::1]evil.com", "localhost:evil.com", "localhost:80:80", "[::1]:evil", "[::1]:80.evil.com", "[::1",
+                "::1", "[::1%25x]", "[]", "[localhost]", "localhost@evil.com", "evil.com@localhost", "localhost/",
+                "localhost evil.com", "localhost\t", " localhost", "localhost,evil.com", "http://localhost", "a\0b",
+                "localhost:123456", "localhost:８０", "ｌocalhost", "localhost?x", "localhost#x", "a\\b", ":80",
+                "localhost\n",
+            )),
+        ],
+    )  # fmt: skip
+    def test_names_in_host(self, host, name):
+        assert host_name(host) == name
+
+    def test_odd_names_are_refused(self, folder):
+        with serving(library({"art": Source(folder)}), hosts=["127.0.0.1", "localhost", "::1"]) as client:
+
+            def status(*lines: str, target: str = "/api/health") -> int:
+                with socket.create_connection(address(client)) as raw:
+                    raw.sendall("\r\n".join([f"GET {target} HTTP/1.1", *lines, "connection: close", "", ""]).encode())
+                    return int(b"".join(iter(lambda: raw.recv(65536), b"")).split()[1])
+
+            for good in ("localhost", "LocalHost:99", "[::1]:8000", "127.0.0.1"):
+                assert status(f"host: {good}") == 200, good
+            for bad in (
+                "[::1]evil.com",
+                "localhost:evil.com",
+                "localhost@evil.com",
+                "localhost evil.com",
+                "[::1",
+                "a/b",
+            ):
+                assert status(f"host: {bad}") == 400, bad
+            for other in ("evil.com", "localhost.", "127.1", "0x7f.1", "localhost.evil.com", "[::2]", ""):
+                assert status(f"host: {other}") in (400, 403), other
+            assert status("host: localhost", "host: evil.com") == 400
+            assert status() in (400, 403)
+            assert status("host: localhost", target="http://evil.com/api/health") == 404
+            for origin in ("http://[::1", "http://localhost:99999", "//x", "\\", "null"):
+                answer = client.post("/api/catalogs/art/search", json={"like": [{"id": 1}]}, headers={"origin": origin})
+                assert "may not ask here" in error(answer, 403), origin
+
     def test_pages_of_others_may_not_ask(self, folder):
         books = library({"art": Source(folder)})
         with serving(books, hosts=["127.0.0.1", "localhost"], origins=["https://art.example"]) as client:
@@ -835,6 +1120,28 @@ class TestLibrary:
             assert again.status_code == 200
             assert search(client, "c", like=[{"upload": token}]).json()["verdict"] == "same work"
 
+    def test_encoders_of_exchanged_catalogs_are_let_go(self, root, encoder, tmp_path):
+        place, seen = tmp_path / "c", []
+        books = None
+        for number in range(4):
+            torch.manual_seed(10 + number)
+            make_catalog(place, root, runtime.build(MODEL).eval(), count=4)
+            if books is None:
+                books = library({"c": Source(place)})
+            else:
+                assert books.refresh() == ["c"]
+            seen += [weakref.ref(books.catalogs[0].worker.encoder), weakref.ref(books.catalogs[0])]
+            if number == 2:
+                with books.lease("c") as held:
+                    torch.manual_seed(20)
+                    make_catalog(place, root, runtime.build(MODEL).eval(), count=4)
+                    assert books.refresh() == ["c"]
+                    gc.collect()
+                    assert held.worker.describe(torch.zeros(3, 64, 64, dtype=torch.uint8)).result(20).shape
+                del held
+        until(lambda: gc.collect() and [one() is None for one in seen] == [True] * 6 + [False] * 2)
+        books.close()
+
     def test_a_damaged_new_catalog_leaves_the_old_one(self, root, encoder, tmp_path):
         place = make_catalog(tmp_path / "c", root, encoder)
         books = library({"c": Source(place)})
@@ -952,6 +1259,35 @@ class TestCommand:
         assert f"bare: {N} items, thumbnails only" in said
         assert "simsearch calibrate catalog=" in said
         assert "http://localhost:8000/" in greeting(client.service.library, "0.0.0.0", 8000)
+
+    @pytest.mark.slow
+    def test_a_process_ends_in_the_middle_of_an_image(self, folder):
+        command = [
+            sys.executable,
+            "-m",
+            "simsearch",
+            "serve",
+            f"catalog={folder}",
+            "port=0",
+            "limits.decode_seconds=100",
+        ]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                address = re.search(r"http://[\d.:]+", process.stdout.readline())
+                with httpx.Client(base_url=address[0], timeout=100) as client, ThreadPoolExecutor(1) as threads:
+                    assert upload(client, b"").status_code == 415  # its decoders are up
+                    sent = threads.submit(upload, client, slow_image(19_900_000))
+                    until(lambda: client.get("/api/health").json()["queue"] == 1, 60)
+                    asked = time.monotonic()
+                    process.send_signal(signal.SIGTERM)
+                    answer = sent.result()
+                    _, log = process.communicate(timeout=60)
+            finally:
+                process.kill()
+        assert process.returncode == 0
+        assert "Traceback" not in log
+        assert answer.status_code in (201, 503)  # unless it was quick enough, the server ended it
+        assert time.monotonic() - asked < 60
 
     @pytest.mark.slow
     def test_a_process_serves_and_ends_in_order(self, folder, root):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import signal
@@ -18,9 +19,12 @@ from simsearch import runtime
 from simsearch.serving.app import create_app
 from simsearch.serving.guard import is_loopback
 from simsearch.serving.library import Library, Source
+from simsearch.serving.service import Service
+from simsearch.text import lines
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SHUTDOWN_SECONDS = 30
+DECODING_SECONDS = 2.0  # that images have left when the server is told to end
 
 
 @runtime.command("serve")
@@ -54,6 +58,7 @@ def main(config: DictConfig) -> None:
             timeout_keep_alive=75,  # longer than proxies keep theirs
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         ),
+        app.state.service,
         greeting(library, *bound.getsockname()[:2]),
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again once it has ended in order
@@ -63,16 +68,20 @@ def main(config: DictConfig) -> None:
 
 
 class Server(uvicorn.Server):
-    """Says where it is once it answers."""
+    """Says where it is once it answers; does not wait for images that take long when it is to end."""
 
-    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, greeting: str) -> None:
         super().__init__(config)
-        self._greeting = greeting
+        self._service, self._greeting = service, greeting
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             print(self._greeting, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(DECODING_SECONDS, self._service.stop_decoding)
+        await super().shutdown(sockets)
 
 
 def find_sources(catalog: str | Sequence[str] | Mapping[str, str], root: Any) -> dict[str, Source]:
@@ -123,11 +132,18 @@ def bind(host: str, port: int) -> socket.socket:
 def start_log() -> None:
     """One line a request on standard error, and what goes wrong."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Harmless("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     for name, level in (("simsearch.serving", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+
+
+class _Harmless(logging.Formatter):
+    """Writes control characters, of a catalog's files say, as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return lines(super().format(record))
 
 
 def greeting(library: Library, host: str, port: int) -> str:

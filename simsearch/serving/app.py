@@ -21,13 +21,34 @@ from simsearch.serving.documentation import POLICY, documentation
 from simsearch.serving.guard import Guard
 from simsearch.serving.library import Library, Loaded
 from simsearch.serving.limits import Busy, Limits
-from simsearch.serving.messages import Explained, Reply, Search, Wanted
+from simsearch.serving.messages import Explained, Problem, Reply, Search, Wanted
 from simsearch.serving.service import GONE, Service, position
-from simsearch.serving.uploads import status_of, viewable
+from simsearch.serving.uploads import status_of
 
 PAGE = Path(__file__).parent / "page"
-VIEW_SIDE = 1600
 _IMMUTABLE = "public, max-age=31536000, immutable"
+_PROBLEMS = {
+    400: "the request cannot be read",
+    403: "it came under a name, or from a page, that is not answered",
+    404: "there is no such catalog, item or upload",
+    408: "it did not arrive in time",
+    413: "it is too large",
+    415: "it is no image of a format that is opened here",
+    422: "something in it has no meaning here",
+    429: "the client asks too much: come back in `retry-after` seconds",
+    500: "the server failed",
+    503: "too many requests are waiting: come back in `retry-after` seconds",
+}
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The answers with these statuses for the API's description, all of one form."""
+    return {status: {"model": Problem, "description": _PROBLEMS[status]} for status in statuses}
+
+
+_ASKED = problems(404, 422, 503)
+_SENT = problems(404, 408, 413, 422, 503)
+_UPLOADED = _SENT | problems(415)
 
 
 async def leased(request: Request, c: str) -> AsyncIterator[Loaded]:
@@ -81,6 +102,7 @@ def create_app(
         docs_url=None,
         redoc_url=None,
         default_response_class=Reply,
+        responses=problems(400, 403, 429, 500),
     )
     app.state.service = service
     if origins:
@@ -104,7 +126,7 @@ def create_app(
         """The catalogs: their size, parts, attributes and calibration."""
         return Reply([_about(loaded) for loaded in library.catalogs])
 
-    @app.get("/api/catalogs/{c}/values", tags=["catalogs"])
+    @app.get("/api/catalogs/{c}/values", tags=["catalogs"], responses=_ASKED)
     async def values(
         request: Request,
         loaded: Catalog,
@@ -123,7 +145,7 @@ def create_app(
             raise HTTPException(422, f"no attribute {attribute!r}: there are {names}") from None
         return Reply(found, headers={"etag": etag, "cache-control": "no-cache"})
 
-    @app.get("/api/catalogs/{c}/items", tags=["items"])
+    @app.get("/api/catalogs/{c}/items", tags=["items"], responses=_ASKED)
     async def items(
         request: Request,
         loaded: Catalog,
@@ -148,13 +170,13 @@ def create_app(
             raise HTTPException(422, str(error)) from None
         return Reply(found, headers={"etag": etag, "cache-control": "no-cache"})
 
-    @app.get("/api/catalogs/{c}/items/{item}", tags=["items"])
+    @app.get("/api/catalogs/{c}/items/{item}", tags=["items"], responses=_ASKED)
     async def item(loaded: Catalog, item: int) -> Reply:
         """An item's attributes and shape."""
         at = position(item, loaded)
         return Reply((await service.reading.run(lambda: loaded.describe([at])))[0])
 
-    @app.get("/api/catalogs/{c}/items/{item}/thumbnail", tags=["items"], response_class=Response)
+    @app.get("/api/catalogs/{c}/items/{item}/thumbnail", tags=["items"], responses=_ASKED, response_class=Response)
     async def thumbnail(request: Request, loaded: Catalog, item: int, v: str = "") -> Response:
         """A small image of an item. With v=<version of the catalog> clients may keep it for good."""
         at, etag = position(item, loaded), f'"{loaded.version}"'
@@ -164,7 +186,7 @@ def create_app(
         data = await service.reading.run(lambda: loaded.thumbnails[at])
         return Response(data, media_type=media_type(data), headers={"etag": etag, "cache-control": cache})
 
-    @app.get("/api/catalogs/{c}/items/{item}/image", tags=["items"], response_class=Response)
+    @app.get("/api/catalogs/{c}/items/{item}/image", tags=["items"], responses=_ASKED, response_class=Response)
     async def image(request: Request, loaded: Catalog, item: int, v: str = "") -> Response:
         """An item's image at up to 1600 pixels where the image root is known, else its thumbnail."""
         at, etag = position(item, loaded), f'"{loaded.version}"'
@@ -172,17 +194,16 @@ def create_app(
         if known := cached(request, etag, cache):
             return known
 
-        def read() -> bytes:
-            data = loaded.original(at)
-            if data is not None:
-                with contextlib.suppress(ImageError):
-                    return viewable(data, VIEW_SIDE, limits.max_pixels)
-            return loaded.thumbnails[at]
+        data = await service.reading.run(lambda: loaded.original(at))
+        if data is not None:
+            with contextlib.suppress(ImageError):
+                shown = await service.shown(data)
+                return Response(shown, media_type=media_type(shown), headers={"etag": etag, "cache-control": cache})
+        # Not to be kept: the file may be there the next time.
+        small = await service.reading.run(lambda: loaded.thumbnails[at])
+        return Response(small, media_type=media_type(small), headers={"cache-control": "no-cache"})
 
-        data = await service.decoding.run(read)
-        return Response(data, media_type=media_type(data), headers={"etag": etag, "cache-control": cache})
-
-    @app.post("/api/uploads", tags=["search"], status_code=201, openapi_extra=_FORM)
+    @app.post("/api/uploads", tags=["search"], status_code=201, openapi_extra=_FORM, responses=_UPLOADED)
     async def upload(request: Request) -> Reply:
         """Keeps an image for searches, for a while."""
         data = await service.received(request)
@@ -191,29 +212,29 @@ def create_app(
         about = {"upload": token, "width": loaded.width, "height": loaded.height}
         return Reply(about | {"expires_s": limits.uploads_kept_seconds}, status_code=201)
 
-    @app.get("/api/uploads/{token}/image", tags=["search"], response_class=Response)
+    @app.get("/api/uploads/{token}/image", tags=["search"], responses=_ASKED, response_class=Response)
     async def upload_image(token: str) -> Response:
         """An upload at up to 1600 pixels."""
         kept = service.uploads.get(token)
         if kept is None:
             raise HTTPException(404, GONE)
-        data = await service.decoding.run(lambda: viewable(kept.data, VIEW_SIDE, limits.max_pixels))
+        data = await service.shown(kept.data)
         return Response(data, media_type=media_type(data), headers={"cache-control": "private, max-age=3600"})
 
-    @app.post("/api/catalogs/{c}/search", tags=["search"])
+    @app.post("/api/catalogs/{c}/search", tags=["search"], responses=_SENT)
     async def search(loaded: Catalog, wanted: Search) -> Reply:
         """Items like the examples in `like` and unlike those in `unlike`."""
         like = [service.example(one, loaded) for one in wanted.like]
         unlike = [service.example(one, loaded) for one in wanted.unlike]
         return await service.search(loaded, wanted, like, unlike)
 
-    @app.post("/api/catalogs/{c}/search/image", tags=["search"], openapi_extra=_FORM)
+    @app.post("/api/catalogs/{c}/search/image", tags=["search"], openapi_extra=_FORM, responses=_UPLOADED)
     async def search_image(request: Request, loaded: Catalog, wanted: Annotated[Wanted, Query()]) -> Reply:
         """Items like an image, in one request."""
         data = await service.received(request)
         return await service.search(loaded, wanted, [await service.opened(data, loaded)])
 
-    @app.post("/api/catalogs/{c}/heatmap", tags=["search"])
+    @app.post("/api/catalogs/{c}/heatmap", tags=["search"], responses=_SENT)
     async def heatmap(loaded: Catalog, wanted: Explained) -> Reply:
         """What each place of the query, and of the item, adds to their score."""
         if not loaded.explains:

@@ -6,16 +6,16 @@ import asyncio
 import contextlib
 import json
 import logging
-import math
+import re
 import time
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from simsearch.serving.limits import Limits, TokenBuckets, client_address
+from simsearch.serving.limits import Account, Limits, TokenBuckets, account, client_address
 
 log = logging.getLogger("simsearch.serving")
 
@@ -24,6 +24,9 @@ _FORM_BYTES = 2**14  # what a form adds to its file
 _DRAINED = 4  # times the limit is read at most
 _DRAIN_SECONDS = 2.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_GONE = 499  # what logs call a client that went before its answer
+# A name or an address, and perhaps a port: nothing else may stand in Host (RFC 3986, section 3.2).
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._~-]+))(?::\d{0,5})?", re.IGNORECASE | re.ASCII)
 _HEADERS = {
     "content-security-policy": (
         "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
@@ -39,7 +42,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Middleware that refuses what `limits` do not allow, and pages of other origins.
+    """Middleware that refuses what `limits` do not allow, and pages of other origins. HEAD is GET without a body.
 
     hosts: names in Host that are answered, None for all; a server of the own machine must check them, or any page
     could reach it under a name of its own. origins: of pages elsewhere that may ask, such as https://art.example.
@@ -66,8 +69,10 @@ class Guard:
         started, status = time.perf_counter(), 0
         headers = Headers(scope=scope)
         peer = scope["client"][0] if scope.get("client") else "?"
-        client = client_address(peer, headers.get("x-forwarded-for", ""), self._proxies)
-
+        client = client_address(peer, headers.getlist("x-forwarded-for"), self._proxies)
+        bare = scope["method"] == "HEAD"
+        own = Account(self._buckets, client, cost(scope["method"], scope["path"]))
+        account.set(own)
         body = self._body(scope, headers, receive)
 
         async def answer(message: Message) -> None:
@@ -79,15 +84,21 @@ class Guard:
                     given.setdefault(name, value)
                 if not body.complete:  # else the server would go on reading what may have no end
                     given["connection"] = "close"
+            elif bare:
+                message = {**message, "body": b""}
             await send(message)
 
         try:
-            refusal = self._refusal(scope, headers, client)
-            if refusal is not None:
+            try:
+                self._check(scope, headers)
+                own.pay()
+            except HTTPException as refusal:
                 await body.drain(self._limits.max_upload_bytes)
                 await _reply(answer, refusal)
             else:
-                await self.app(scope, body.receive, answer)
+                await self.app({**scope, "method": "GET"} if bare else scope, body.receive, answer)
+        except ClientDisconnect:  # in the middle of its request
+            status = status or _GONE
         except Exception:
             log.exception("%s %s failed", scope["method"], _target(scope))
             if status:  # the answer has begun: all that is left is to break it off
@@ -98,27 +109,25 @@ class Guard:
             spent = 1e3 * (time.perf_counter() - started)
             log.info("%s %s %s %d %.0f ms", client, scope["method"], _target(scope), status, spent)
 
-    def _refusal(self, scope: Scope, headers: Headers, client: str) -> HTTPException | None:
-        host = headers.get("host", "")
-        if self._hosts is not None and _name(host) not in self._hosts:
-            return HTTPException(
-                403, f"this server does not answer to the name {_name(host)!r}: start it with allow_hosts=[...]"
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        """Raises HTTPException for a request under a name that is not answered, and for one of another's page."""
+        given = headers.getlist("host")
+        host = given[0] if given else ""
+        name = host_name(host)
+        if len(given) > 1 or (host and name is None):
+            raise HTTPException(400, "the request must name one host in Host, such as localhost:8000")
+        if self._hosts is not None and name not in self._hosts:
+            raise HTTPException(
+                403, f"this server does not answer to the name {name or ''!r}: start it with allow_hosts=[...]"
             )
         origin = headers.get("origin")
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            own = origin is None or urlsplit(origin).netloc.lower() == host.lower()
+            own = origin is None or origin.lower() in (f"http://{host}".lower(), f"https://{host}".lower())
             elsewhere = not own or (origin is None and headers.get("sec-fetch-site") == "cross-site")
             if elsewhere and origin not in self._origins:
-                return HTTPException(
+                raise HTTPException(
                     403, f"pages of {origin or 'another site'} may not ask here: start it with allow_origins=[...]"
                 )
-        if self._buckets is not None and (price := cost(scope["path"])):
-            wait = self._buckets.take(client, price)
-            if wait:
-                seconds = math.ceil(wait)
-                problem = f"too many requests from {client}: come back in {seconds} s"
-                return HTTPException(429, problem, headers={"retry-after": str(seconds)})
-        return None
 
     def _body(self, scope: Scope, headers: Headers, receive: Receive) -> _Body:
         limits, path = self._limits, scope["path"]
@@ -171,21 +180,23 @@ class _Body:
         return message
 
 
-def cost(path: str) -> float:
-    """Tokens that a request takes: few for what a page shows by the dozen, none for what costs nothing."""
+def cost(method: str, path: str) -> float:
+    """Tokens that a request takes: few for what a page shows by the dozen, none for what costs nothing.
+
+    What images take to decode comes on top (`Account.charge`).
+    """
     if not path.startswith("/api/") or path == "/api/health":
         return 0.0
-    if path.endswith("/thumbnail"):
+    shown = method in ("GET", "HEAD")
+    if shown and path.endswith("/thumbnail"):
         return 0.1
-    return 0.25 if path.endswith("/image") else 1.0
+    return 0.25 if shown and path.endswith("/image") else 1.0
 
 
-def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
-    name = host.lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.rpartition(":")[0] if ":" in name else name
+def host_name(host: str) -> str | None:
+    """The name or address in a Host header, in lower case, without its port; None where it is not of that form."""
+    found = _HOST.fullmatch(host)
+    return (found[1] or found[2]).lower() if found else None
 
 
 def _target(scope: Scope) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import stat
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,11 +17,10 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from PIL import Image
 from torch import nn
 
 from simsearch.files import Damaged
-from simsearch.images import MAX_BYTES
+from simsearch.images import MAX_BYTES, header_shape
 from simsearch.models.backbones import Runtime
 from simsearch.models.parts import can_explain
 from simsearch.search.catalog import Catalog, CatalogError, read_catalog
@@ -83,7 +82,7 @@ class Loaded:
     def original(self, position: int) -> bytes | None:
         """The bytes of an item's image file; None where there is no root, or no such regular file in it."""
         path = self.catalog.items["path"][position].as_py() if "path" in self.catalog.items.column_names else None
-        return read_inside(self.root, path) if self.root is not None and path else None
+        return read_inside(self.root, str(path)) if self.root is not None and path else None
 
 
 class Thumbnails:
@@ -114,12 +113,8 @@ class Thumbnails:
     def shape(self, position: int) -> tuple[int, int]:
         """Width and height of a thumbnail, 1 x 1 of one that is no image."""
         if position not in self._shapes:
-            data = self[position]
-            try:
-                with Image.open(io.BytesIO(data)) as picture:
-                    self._shapes[position] = picture.size
-            except Exception:  # Pillow raises nearly every built-in exception on what is no image
-                self._shapes[position] = 1, 1
+            height, width = header_shape(self[position]) or (1, 1)
+            self._shapes[position] = width, height
         return self._shapes[position]
 
     def _group(self, group: int) -> pa.ChunkedArray:
@@ -153,7 +148,8 @@ class Library:
         self.problems: dict[str, str] = {}
         self._build, self._device, self._limits, self._runtime = build, device, limits, runtime
         self._lock = threading.Lock()
-        self._workers: dict[str, EncoderWorker] = {}
+        # Only while a catalog holds them: an encoder that was exchanged is let go.
+        self._workers: weakref.WeakValueDictionary[str, EncoderWorker] = weakref.WeakValueDictionary()
         self._loaded: dict[str, Loaded] = {}
         self._stamps: dict[str, Stamp] = {}
         for name in self.sources:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from simsearch.files import json_line
 
 MOST_RESULTS = 200
 MOST_EXAMPLES = 16
@@ -56,16 +56,15 @@ class Explained(Message):
     weights: dict[str, float] | None = None
 
 
+class Problem(BaseModel):
+    """What every refusal and failure says. reason: of an image that cannot be used, in a word."""
+
+    error: str
+    reason: str | None = None
+
+
 class Reply(JSONResponse):
-    """JSON without what JSON has no word for: NaN and infinity become null."""
+    """JSON without what JSON has no word for."""
 
     def render(self, content: Any) -> bytes:
-        return json.dumps(_plain(content), ensure_ascii=False, allow_nan=False, default=str).encode()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return json_line(content).encode()

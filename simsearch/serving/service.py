@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from fastapi import Request
@@ -15,21 +15,25 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from torch import Tensor
 
+from simsearch.data.bounded import MEMORY, BoundedPool, Closed, Failure
 from simsearch.functional.feedback import query_weights, reweight
 from simsearch.functional.resize import resize_to_fit
-from simsearch.images import ImageError, decode_thumbnail, read_image
+from simsearch.images import ImageError, decode_thumbnail
 from simsearch.models.parts import parts_of
 from simsearch.search.filters import parse_filters
 from simsearch.search.recommender import Recommendation
 from simsearch.search.recommender import Request as Wish
 from simsearch.serving.library import Library, Loaded
-from simsearch.serving.limits import Busy, Limits, Pool
+from simsearch.serving.limits import Account, Busy, Limits, Pool, account
 from simsearch.serving.messages import Example, Explained, Reply, Wanted
-from simsearch.serving.uploads import Upload, Uploads, open_upload
+from simsearch.serving.uploads import Upload, Uploads, decoded, viewable
 
 log = logging.getLogger("simsearch.serving")
 
+T = TypeVar("T")
+
 POLL_SECONDS = 2.0
+VIEW_SIDE = 1600
 GONE = "this upload has expired or never was: send the image again"
 
 
@@ -51,6 +55,9 @@ class Service:
         self.library, self.limits = library, limits
         self.uploads = Uploads(limits.uploads, limits.uploads_bytes, limits.uploads_kept_seconds)
         self.decoding = Pool("decode", limits.threads, limits.queue)
+        self._decoders = BoundedPool(
+            limits.threads, seconds=limits.decode_seconds, memory=MEMORY, modules=["simsearch.serving.uploads"]
+        )
         self.searching = Pool("search", limits.threads, limits.queue)
         self.reading = Pool("read", 2 * limits.threads, 4 * limits.queue)  # of what pages show by the dozen
         self._receiving = 0
@@ -80,7 +87,12 @@ class Service:
             except Exception:
                 log.exception("looking for new catalogs failed")
 
+    def stop_decoding(self) -> None:
+        """Ends all decoding at once; its requests are told that the server ends."""
+        self._decoders.close()
+
     def close(self) -> None:
+        self.stop_decoding()
         for pool in (self.decoding, self.searching, self.reading):
             pool.close()
         self.library.close()
@@ -107,26 +119,52 @@ class Service:
             raise HTTPException(413, f"the image has more than {self.limits.max_upload_bytes / 1e6:g} MB: send less")
         return data
 
+    async def decode(self, function: Callable[..., T], *arguments: Any) -> T:
+        """function(*arguments) in a process that is ended where it takes too long; the client pays for the time.
+
+        Raises ImageError, Busy, and HTTPException 429 for a client whose other images have taken too long meanwhile.
+        """
+        payer = account.get(Account(None, "", 0.0))
+
+        def call() -> T | Failure:
+            payer.check()
+            return self._decoders.call(function, *arguments, spent=payer.charge)
+
+        try:
+            found = await self.decoding.run(call)
+        except Closed:
+            raise HTTPException(503, "the server is ending: ask again in a moment", {"retry-after": "5"}) from None
+        if isinstance(found, Failure):
+            raise ImageError(None, found.reason, found.detail)
+        return found
+
     async def opened(self, data: bytes, loaded: Loaded) -> Upload:
         """An upload, decoded as the catalog's encoder sees it."""
-        worker, most = loaded.worker, self.limits.max_pixels
-        return await self.decoding.run(lambda: open_upload(data, worker.size, worker.fit, most))
+        size, fit = loaded.worker.size, loaded.worker.fit
+        pixels, (width, height) = await self.decode(decoded, data, size, fit, self.limits.max_pixels)
+        return Upload(data, width, height, pixels={(size, fit): torch.from_numpy(pixels)})
 
     async def pixels(self, upload: Upload, loaded: Loaded) -> Tensor:
         """The pixels of an upload as the catalog's encoder sees them."""
-        size, fit, most = loaded.worker.size, loaded.worker.fit, self.limits.max_pixels
+        size, fit = loaded.worker.size, loaded.worker.fit
         if (size, fit) not in upload.pixels:
-            upload.pixels[size, fit] = await self.decoding.run(
-                lambda: read_image(upload.data, size=size, fit=fit, max_pixels=most)
-            )
+            pixels, _ = await self.decode(decoded, upload.data, size, fit, self.limits.max_pixels)
+            upload.pixels[size, fit] = torch.from_numpy(pixels)
         return upload.pixels[size, fit]
+
+    async def shown(self, data: bytes) -> bytes:
+        """An image file as pages show it, at up to 1600 pixels. Raises ImageError."""
+        return await self.decode(viewable, data, VIEW_SIDE, self.limits.max_pixels)
 
     async def described(self, upload: Upload, loaded: Loaded) -> Tensor:
         """The descriptor (D,) of an upload by the catalog's encoder."""
         fingerprint = loaded.catalog.about["encoder_fingerprint"]
         if fingerprint not in upload.descriptors:
             pixels = await self.pixels(upload, loaded)
-            upload.descriptors[fingerprint] = await asyncio.wrap_future(loaded.worker.describe(pixels))
+            try:
+                upload.descriptors[fingerprint] = await asyncio.wrap_future(loaded.worker.describe(pixels))
+            except ValueError as error:  # no finite descriptor
+                raise HTTPException(422, str(error)) from None
         return upload.descriptors[fingerprint]
 
     async def vectors(self, examples: Sequence[Upload | int], loaded: Loaded) -> Tensor:
@@ -202,16 +240,12 @@ class Service:
 
     async def stored_pixels(self, item: int, loaded: Loaded) -> Tensor:
         """An item's pixels as the encoder sees them: of its file where the root is known, else of its thumbnail."""
-        size, fit, most = loaded.worker.size, loaded.worker.fit, self.limits.max_pixels
-
-        def read() -> Tensor:
-            data = loaded.original(item)
-            if data is not None:
-                with contextlib.suppress(ImageError):
-                    return read_image(data, size=size, fit=fit, max_pixels=most)
-            return resize_to_fit(decode_thumbnail(loaded.thumbnails[item]), size, fit)
-
-        return await self.decoding.run(read)
+        size, fit = loaded.worker.size, loaded.worker.fit
+        data = await self.reading.run(lambda: loaded.original(item))
+        if data is not None:
+            with contextlib.suppress(ImageError):
+                return torch.from_numpy((await self.decode(decoded, data, size, fit, self.limits.max_pixels))[0])
+        return await self.reading.run(lambda: resize_to_fit(decode_thumbnail(loaded.thumbnails[item]), size, fit))
 
     async def explain(self, loaded: Loaded, wanted: Explained) -> Reply:
         """What each place of the query, and of the item, adds to their score."""
@@ -238,4 +272,5 @@ class Service:
             return {"height": height, "width": width, "values": rows, "rest": round(float(heat.rest), 8)}
 
         answer = {"query": plain(of_query), "item": plain(of_item)}
-        return Reply(answer | {"score": round(float(query @ stored), 6), "rest": answer["query"]["rest"]})
+        score = min(1.0, max(-1.0, float(query @ stored)))
+        return Reply(answer | {"score": round(score, 6), "rest": answer["query"]["rest"]})

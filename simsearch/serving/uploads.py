@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from PIL import Image
+import numpy as np
 from torch import Tensor
 
 from simsearch.functional.resize import Fit
-from simsearch.images import ImageError, encode_thumbnail, read_image
+from simsearch.images import ImageError, encode_thumbnail, header_shape, read_image
 
-_ON_ITS_SIDE = (5, 6, 7, 8)  # EXIF orientations
 STATUS = {"too-large-file": 413, "not-an-image": 415, "unsupported": 415, "empty": 415}  # others: 422
 
 
@@ -24,21 +22,17 @@ def status_of(error: ImageError) -> int:
     return STATUS.get(error.reason, 422)
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
-    """Width and height of the upright image, by its header. data: bytes that `read_image` has read."""
-    with Image.open(io.BytesIO(data)) as picture:
-        width, height = picture.size
-        try:
-            turned = picture.getexif().get(0x0112, 1) in _ON_ITS_SIDE
-        except Exception:  # damaged metadata, which read_image passes over too
-            turned = False
-        return (height, width) if turned else (width, height)
-
-
 def viewable(data: bytes, side: int, max_pixels: int) -> bytes:
     """A JPEG (a tiny one PNG) of an image file, scaled to at most `side` pixels. Raises ImageError."""
-    longest = min(side, max(picture_size(data)))
+    longest = min(side, max(header_shape(data) or (side,)))
     return encode_thumbnail(read_image(data, size=longest, fit="longest", max_pixels=max_pixels), side)
+
+
+def decoded(data: bytes, size: int, fit: Fit, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """An image's pixels as an encoder sees them, uint8 (3, h, w), and its own width and height. Raises ImageError."""
+    pixels = read_image(data, size=size, fit=fit, max_pixels=max_pixels)
+    height, width = header_shape(data) or pixels.shape[1:]
+    return pixels.numpy(), (width, height)
 
 
 @dataclass(eq=False)
@@ -57,12 +51,6 @@ class Upload:
     @property
     def nbytes(self) -> int:
         return len(self.data) + sum(p.nbytes for p in (*self.pixels.values(), *self.descriptors.values()))
-
-
-def open_upload(data: bytes, size: int, fit: Fit, max_pixels: int) -> Upload:
-    """The upload of an image file that can be decoded for an encoder. Raises ImageError."""
-    pixels = read_image(data, size=size, fit=fit, max_pixels=max_pixels)
-    return Upload(data, *picture_size(data), pixels={(size, fit): pixels})
 
 
 class Uploads:
