@@ -189,7 +189,7 @@ class TestShards:
         finish([start(run, folder, out, "ranks=2", f"rank={rank}") for rank in range(2)])
         assert contents(out) == contents(whole)
 
-    @pytest.mark.parametrize("after", [20, 45])
+    @pytest.mark.parametrize("after", [35, 45])
     def test_sigterm_leaves_whole_shards_and_no_claim(self, after, run, folder, whole, tmp_path):
         expect = 128 + signal.SIGTERM
         finish([start(run, folder, tmp_path / "s", after=after, what=signal.SIGTERM, expect=expect)])
