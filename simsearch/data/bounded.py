@@ -29,6 +29,7 @@ SECONDS, MEMORY = 30.0, 2 * 2**30  # that an image may take in the commands; the
 
 _AHEAD = 8  # items that a process has at a time: it goes on while their results wait to be taken
 _WINDOW = 256  # items that may be done before one that takes long: their results wait in memory
+_TICK = 0.1  # seconds after which the time that items have taken is looked at: they begin without a word
 _START_SECONDS = 120.0  # until a process is ready
 _IDLE, _STARTING = -1.0, -2.0
 _FORKS = sys.platform == "linux"
@@ -91,7 +92,7 @@ def bounded_map(
             busy = [worker for worker in pool if worker.items]
             if not busy:
                 return
-            wait([worker.connection for worker in busy], timeout=max(0.0, min(worker.left(seconds) for worker in busy)))
+            wait([worker.connection for worker in busy], timeout=_TICK)
             for place, worker in enumerate(pool):
                 alive = worker.collect(results)
                 if not alive or (worker.items and worker.left(seconds) <= 0):
@@ -140,8 +141,8 @@ class BoundedPool:
             worker, results = self._started(worker), dict[int, R]()
             worker.give((0, (function, arguments)))
             alive = True
-            while alive and worker.items and (left := worker.left(self._seconds)) > 0:
-                wait([worker.connection], timeout=left)
+            while alive and worker.items and worker.left(self._seconds) > 0:
+                wait([worker.connection], timeout=_TICK)
                 alive = worker.collect(results)
             if self._closed and not results:
                 raise Closed
