@@ -133,7 +133,7 @@ def test_a_second_try_describes_nothing_again(catalog, outside, monkeypatch):
     assert json.loads((catalog / "calibration.json").read_text()) == before
     assert "not-an-image" in first.stderr
     assert "not-an-image" in again.stderr
-    shutil.copy(outside / "1.png", outside / "new.png")  # other content: described anew
+    Image.new("RGB", (32, 32)).save(outside / "new.png")  # other content: described anew
     assert "not callable" in simsearch(*arguments, expect=1).stderr
     (outside / "new.png").unlink()
 

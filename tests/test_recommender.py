@@ -305,9 +305,9 @@ class TestReasons:
                 request = Request(query[None], k=20, collapse=collapse, exclude=taken, **more)
                 answer = recommender.recommend(request)
                 for j, score, verdict in zip(answer.ids.tolist(), answer.scores, answer.verdicts, strict=True):
-                    same = cosines[j] > cosines[order[3]] + 1e-5
-                    close = cosines[j] > max(0, cosines[order[9]] + 1e-5) and score >= 0
-                    assert verdict == ("same work" if same else "similar" if close else "none")
+                    close = cosines[j] > max(0, cosines[order[9]] + 1e-5)
+                    same = close and cosines[j] > cosines[order[3]] + 1e-5
+                    assert verdict == ("same work" if same else "similar" if close and score >= 0 else "none")
                     said.add(verdict)
                 best = next(v for v in ("same work", "similar", "none") if v in answer.verdicts)
                 assert answer.verdict == best
