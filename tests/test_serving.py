@@ -35,11 +35,13 @@ from torch import Tensor, nn
 
 from simsearch import runtime
 from simsearch.commands.serve import bind, find_sources, greeting
+from simsearch.files import read_json, write_json
 from simsearch.images import encode_thumbnail, read_image
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import CatalogError, item_table, read_catalog, write_calibration, write_catalog
 from simsearch.search.engine import encode
 from simsearch.search.filters import Attributes
+from simsearch.search.items import write_items
 from simsearch.serving import service as service_module
 from simsearch.serving.app import PAGE, create_app
 from simsearch.serving.encoder import EncoderWorker
@@ -292,7 +294,8 @@ class TestImages:
         paths = ["../secret.png", str(root.parent / "secret.png"), "link.png", "folder/secret.png", "pipe.png",
                  "inner.png"]  # fmt: skip
         (images.parent / "secret.png").write_bytes((root.parent / "secret.png").read_bytes())
-        pq.write_table(table.set_column(0, "path", pa.array(paths)), place / "items.parquet")
+        digests = write_items(place / "items.parquet", [table.set_column(0, "path", pa.array(paths))])
+        write_json(place / "catalog.json", read_json(place / "catalog.json") | digests)
         with serving(library({"c": Source(place, images)})) as client:
             thumbnails = read_catalog(place).thumbnails(range(6))
             for i in range(5):
