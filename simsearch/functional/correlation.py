@@ -43,6 +43,8 @@ def best_correlations(first: Tensor, second: Tensor, shift: int) -> Tensor:
     height, width = (side - 2 * shift for side in first.shape[1:])
     if shift < 0 or min(height, width) < 2:
         raise ValueError(f"shift={shift} leaves nothing of pictures {tuple(first.shape[1:])}: use less")
+    if len(first) == 0:
+        return torch.empty(0)
     template = first[:, shift : shift + height, shift : shift + width]
     template = template - template.mean((1, 2), keepdim=True)
     own, least = template.square().sum((1, 2)), PLAIN**2 * height * width
@@ -53,6 +55,7 @@ def best_correlations(first: Tensor, second: Tensor, shift: int) -> Tensor:
         for y in range(2 * shift + 1):
             for x in range(2 * shift + 1):
                 product = (template * image[:, y : y + height, x : x + width]).sum((1, 2))
-                scale = (own * energy[:, y, x].clamp(min=0)).sqrt()
-                best = torch.maximum(best, torch.where(scale < least, 0.0, product / scale.clamp(min=least)))
+                its = energy[:, y, x]
+                correlation = product / (own * its).clamp(min=least**2).sqrt()
+                best = torch.maximum(best, torch.where((own < least) | (its < least), 0.0, correlation))
     return best.clamp(max=1)
