@@ -3,6 +3,10 @@
 Descriptors and perceptual hashes propose pairs, pixels decide: the details of two thumbnails must correlate, whatever
 the light, a small shift or mirroring. So the same pairs are near-duplicates whatever model proposes them; a better
 model only misses fewer. How many of the pairs are right is estimated from labels (`estimated_precision`).
+
+Among 1,729 paintings (art-artist, EfficientNet-Lite0 at 224 px) it finds 59 pairs: all 53 other scans that are known,
+and 6 more; of 40 that were judged by eye 37 show one work and 3 are views of one motif by one artist. Larger shifts,
+crops and other scales are missed.
 """
 
 from __future__ import annotations
@@ -284,8 +288,9 @@ def estimated_precision(correlation: Tensor, differing: Tensor, min_correlation:
 
     Two pictures of one thing have one label. So the pairs that passed with different labels are false, and the false
     ones of equal label are as many again as among those that failed: of F false pairs d F show, with d the share of
-    different labels among the pairs that failed most narrowly, as many as passed (100 at least). The estimate errs to
-    the low side: duplicates that are labelled differently count as false, and those that failed lower d.
+    different labels among the pairs that failed most narrowly, as many as passed (100 at least). Duplicates that are
+    labelled differently count as false, and those that failed lower d: both err to the low side. False pairs that can
+    only have one label, such as views of one motif where the label is the artist, are not seen.
 
     correlation: (P,), of all pairs proposed. differing: bool (P,), whether their labels differ.
     """
