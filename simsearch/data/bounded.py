@@ -148,9 +148,9 @@ class BoundedPool:
                 raise Closed
             return results[0] if results else worker.end(self._seconds, late=alive)
         finally:
-            if worker and spent:
+            if worker is not None and spent is not None:
                 spent(worker.seconds())
-            if worker and worker.items:
+            if worker is not None and worker.items:
                 worker.end(self._seconds, late=False)
                 with self._lock:
                     self._all.discard(worker)
