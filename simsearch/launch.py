@@ -21,6 +21,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from simsearch.callbacks.interruption import stop_signals
 from simsearch.files import read_json, write_json
 
+TRUST = "trust=true"
 _GRACE_S = 20.0  # for the others once a rank has failed: a collective may wait for it for half an hour
 _LEFT_BEHIND = (
     *("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -112,8 +113,10 @@ class DataParallel(DDPStrategy):
 # ------------------------------------------------------------------------------------------- the parent
 
 
-def run_ranks(folder: Path, ranks: int) -> None:
+def run_ranks(folder: Path, ranks: int, *, trusted: bool = False) -> None:
     """Trains the run directory `folder` with that many ranks on this node, and waits for them.
+
+    trusted: the ranks need not check what its config names, since this process composed it or was told so.
 
     Rank 0 writes where this process writes; what the others write is kept from the terminal. Signals are
     passed on to the ranks, which also end when this process is no more.
@@ -137,7 +140,8 @@ def run_ranks(folder: Path, ranks: int) -> None:
     with tempfile.TemporaryDirectory(prefix="simsearch-ranks-") as reports, _Ranks(Path(reports)) as group:
         for number in range(ranks):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)} | ({"TQDM_DISABLE": "1"} if number else {})
-            group.start([sys.executable, "-m", "simsearch.rank", str(folder), reports], environment | own)
+            command = [sys.executable, "-m", "simsearch.rank", str(folder), reports, *([TRUST] if trusted else [])]
+            group.start(command, environment | own)
         group.wait()
         group.judge()
 

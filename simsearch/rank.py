@@ -1,4 +1,4 @@
-"""One rank of a training: `python -m simsearch.rank RUN_DIR [REPORTS]`, started by launch.run_ranks.
+"""One rank of a training: `python -m simsearch.rank RUN_DIR [REPORTS] [trust=true]`, started by launch.run_ranks.
 
 Everything is in the run directory, Hydra has no part in it. torchrun can start it as well, on several nodes
 without SLURM say: `torchrun --nnodes=2 --nproc-per-node=4 ... -m simsearch.rank RUN_DIR`.
@@ -19,13 +19,16 @@ from simsearch.commands.train import train_run
 
 def main() -> None:
     """Trains, and tells the parent of an error."""
-    folder, reports = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None
+    places = [argument for argument in sys.argv[1:] if argument != launch.TRUST]
+    folder, reports = Path(places[0]), Path(places[1]) if len(places) > 1 else None
+    trusted = launch.TRUST in sys.argv
     if reports is not None:
         launch.end_with_parent()
     runtime.quiet_libraries()
     with launch.as_found():
         try:
-            run = replace(runtime.open_run(folder), resumed=True)  # a new run has no checkpoint to go on from
+            # A new run has no checkpoint to go on from.
+            run = replace(runtime.open_run(folder, trusted=trusted), resumed=True)
             pl.seed_everything(run.config["seed"], workers=True, verbose=False)
             train_run(run)
         except Exception as error:

@@ -21,10 +21,11 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
@@ -32,7 +33,8 @@ from rich.segment import Segment
 from rich.table import Table
 from torch import nn
 
-from simsearch import launch
+from simsearch import launch, trust
+from simsearch.callbacks.training import OwnCheckpoints
 from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, to_json, write_json
 from simsearch.models.backbones import WeightsError
 from simsearch.text import cell, lines, warn
@@ -84,6 +86,8 @@ def reason(error: BaseException) -> str:
         cause = error.__cause__
         key = str(error).rpartition("full_key: ")[2].strip()
         return f"{key}: {reason(cause)}" if key and key != str(error) else reason(cause)
+    if isinstance(error, InterpolationResolutionError):  # what a resolver of ours raised comes in three lines
+        return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
     return str(error) or type(error).__name__
 
 
@@ -151,7 +155,7 @@ def build_trainer(
     config: Mapping[str, Any], folder: Path, loggers: list[Logger], more: Sequence[pl.Callback] = ()
 ) -> pl.Trainer:
     """The Trainer with its callbacks, then those in `more`, writing into `folder`."""
-    callbacks = [*(build(node) for node in config["callbacks"].values() if node), *more]
+    callbacks = [OwnCheckpoints(), *(build(node) for node in config["callbacks"].values() if node), *more]
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback.dirpath = str(folder / "checkpoints")
@@ -163,14 +167,15 @@ def build_trainer(
     )
 
 
-def build_encoder(config: Mapping[str, Any]) -> nn.Module:
+def build_encoder(config: Mapping[str, Any], *, trusted: bool = False) -> nn.Module:
     """The encoder of a catalog's config on random weights, without a cache, for tensors that are loaded next.
 
     The config may come from a stranger's catalog: raises ValueError where it names anything but the
-    classes and functions of simsearch's own models and binarizers.
+    classes and functions of simsearch's own models and binarizers, unless it is `trusted`.
     """
     model = _without_weights(config["model"])
-    _check_targets(model)
+    if not trusted:
+        trust.check_config({"model": model}, "the catalog's config", trust.ENCODERS)
     return build(model).eval().requires_grad_(False)
 
 
@@ -193,23 +198,35 @@ def _without_weights(node: Any) -> Any:
     return {name: _without_weights(value) if stays(name, value) else blank[name] for name, value in node.items()}
 
 
-def _check_targets(node: Any) -> None:
-    if isinstance(node, str) and "${" in node:
-        raise ValueError(f"the catalog's config holds {node!r}: an interpolation has no place in it")
-    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        _check_targets(value)
-    if isinstance(node, dict) and "_target_" in node:
-        target = str(node["_target_"])
-        module = target.rpartition(".")[0]
-        known = re.fullmatch(r"simsearch\.(models\.\w+|index\.binarize)", module)
-        # Defined there, not only imported: models.backbones.torch leads anywhere.
-        if not known or getattr(hydra.utils.get_object(target), "__module__", None) != module:
-            raise ValueError(f"the catalog's config wants to call {target}: only simsearch's own models may be built")
+def check_overrides(overrides: Sequence[str], where: str) -> None:
+    """Raises ValueError for overrides of somebody else's that are more than values of a config.
+
+    Those are options of the program, what tells Hydra where to look and what to start, where results go and what is
+    trusted, and interpolations. where: names the overrides in the message.
+    """
+    for text in overrides:
+        more = text.startswith("-") or "${" in text
+        if not more:
+            try:
+                (parsed,) = OverridesParser.create().parse_overrides([text])
+            except HydraException as error:
+                raise ValueError(f"{where}: {text!r} is no override: {str(error).splitlines()[0]}") from error
+            more = any(
+                re.split(r"[./]", name)[0] in _NOT_A_STRANGERS for name in (parsed.key_or_group, parsed.package or "")
+            )
+        if more:
+            raise trust.Untrusted(f"{where}: {text!r} is more than a value of the config; {trust.MEND}")
 
 
-def network_of(run: str) -> dict[str, Any]:
-    """The node `model.network` of a run of a trained family. Raises ValueError where it has none."""
-    model = open_run(Path(run)).config["model"]
+_NOT_A_STRANGERS = ("hydra", "resume", "run", "run_dir", "run_root", "trust")
+
+
+def network_of(run: str, *, _root_: DictConfig) -> dict[str, Any]:
+    """The node `model.network` of a run of a trained family, for `${network_of:<run>}`.
+
+    Raises ValueError where it has none, or names what is not ours and the config does not say trust=true.
+    """
+    model = open_run(Path(run), trusted=trusts(_root_)).config["model"]
     if "network" not in model:
         raise ValueError(f"{run} has no trained network, as model=dir has: its model is {model.get('_target_')}")
     return model["network"]
@@ -230,11 +247,15 @@ def device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory and the plain config in it; resumed: it goes on from its last checkpoint."""
+    """A run directory and the plain config in it.
+
+    resumed: it goes on from its last checkpoint. trusted: this process composed the config, or the user said so.
+    """
 
     folder: Path
     config: dict[str, Any]
     resumed: bool = False
+    trusted: bool = False
 
 
 def start_run(config: DictConfig) -> Run:
@@ -245,17 +266,33 @@ def start_run(config: DictConfig) -> Run:
     Raises ValueError where there is no run to resume, and where the folder of a new run holds one already.
     """
     if config.get("resume"):
-        run = replace(open_run(Path(config.run_dir)), resumed=True)
+        folder = Path(config.run_dir)
+        run = replace(open_run(folder, trusted=trusts(config), own=_composed(config)), resumed=True)
     else:
         folder = Path(HydraConfig.get().runtime.output_dir)
         config.run_dir = str(folder)  # in a sweep the job's own folder; other values refer to it
-        values = plain(config)
-        values["trainer"] = launch.settle_devices(values["trainer"])
-        run = _claim(folder, values) if launch.rank() == 0 else _await(folder)
+        values = _settled(config)
+        run = _claim(folder, values) if launch.rank() == 0 else _await(folder, values)
     if run.resumed and launch.rank() == 0:
         print(f"resuming {run.folder} with its own config", file=sys.stderr)
     pl.seed_everything(run.config["seed"], workers=True, verbose=False)
     return run
+
+
+def _settled(config: DictConfig) -> dict[str, Any]:
+    """The plain config of a training on this machine, as its folder will hold it."""
+    values = plain(config)
+    values.pop("trust", None)  # what the user says here and now, of other folders
+    values["trainer"] = launch.settle_devices(values["trainer"])
+    return values
+
+
+def _composed(config: DictConfig) -> dict[str, Any] | None:
+    """The config that a command line with resume=true stands for; None where it only names the folder."""
+    try:
+        return _settled(config)
+    except (OmegaConfBaseException, ValueError, LookupError):
+        return None
 
 
 def _claim(folder: Path, values: dict[str, Any]) -> Run:
@@ -271,10 +308,10 @@ def _claim(folder: Path, values: dict[str, Any]) -> Run:
         if not _is_ours(folder):
             raise _taken(folder) from None
         if (folder / "config.yaml").is_file():
-            return replace(open_run(folder), resumed=True)
+            return replace(open_run(folder, own=values), resumed=True)
     with replacing(folder / "config.yaml") as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return Run(folder, values)
+    return Run(folder, values, trusted=True)
 
 
 def _new_id() -> str:
@@ -283,7 +320,7 @@ def _new_id() -> str:
     return given or uuid.uuid4().hex[:8]
 
 
-def _await(folder: Path, seconds: float = 600.0) -> Run:
+def _await(folder: Path, values: Mapping[str, Any], seconds: float = 600.0) -> Run:
     """The run that rank 0 of this SLURM step makes, or had made before the step was queued again."""
     deadline = time.monotonic() + seconds
     while not (_is_ours(folder) and (folder / "config.yaml").is_file()):
@@ -295,7 +332,7 @@ def _await(folder: Path, seconds: float = 600.0) -> Run:
                 "see what ended rank 0, or put run_root on a file system that all nodes share"
             )
         time.sleep(0.1)
-    return replace(open_run(folder), resumed=True)
+    return replace(open_run(folder, own=values), resumed=True)
 
 
 def _is_ours(folder: Path) -> bool | None:
@@ -333,20 +370,96 @@ def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.L
     write_json(folder / "run.json", about)
 
 
-def open_run(folder: Path) -> Run:
-    """An existing run directory. Raises ValueError where `folder` is none."""
+def trusts(config: Mapping[str, Any]) -> bool:
+    """Whether a command's config says that the folders which it names are trusted. Raises ValueError for no boolean."""
+    said = config.get("trust", False)
+    if not isinstance(said, bool):
+        raise ValueError(f"trust must be true or false, got {said!r}")
+    return said
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The config in a file as it stands there, to be looked at: neither resolved nor checked.
+
+    Raises ValueError where it is damaged.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
+            raise ValueError("it holds an alias, by which a short file may stand for gigabytes")
+        values = OmegaConf.to_container(OmegaConf.create(text))  # a safe loader of plain values
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error or type(error).__name__}") from error
+    if not isinstance(values, dict) or not values:
+        raise ValueError(f"{path} is damaged: it holds no config")
+    return {str(key): value for key, value in values.items()}
+
+
+def read_run(folder: Path) -> Run:
+    """A run directory whose config is looked at only, never built. Raises ValueError where it is none."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{folder} is no run directory: it has no config.yaml. Give one that `simsearch train` made")
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, OSError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict) or not values:
-        raise ValueError(f"{path} is damaged: it holds no config")
+    values = read_config(path)
     if (folder / "run.json").is_file():
         note_change(folder, path.name, read_json(folder / "run.json"))
-    return Run(folder, {str(key): value for key, value in values.items()} | {"run_dir": str(folder)})
+    return Run(folder, values | {"run_dir": str(folder)})
+
+
+def open_run(folder: Path, *, trusted: bool = False, own: Mapping[str, Any] | None = None) -> Run:
+    """An existing run directory, to build from.
+
+    Somebody else may have made it, so that its config builds what simsearch.trust allows and no link leads out of it,
+    unless it is `trusted`. own: the config that this process composed of its command line; where the folder holds just
+    that, it may build what it likes, as the command line may.
+
+    Raises ValueError where `folder` is no run directory, or not trusted.
+    """
+    run = read_run(folder)
+    if not trusted:
+        trust.check_links(folder)
+    if not trusted and (own is None or not _equal(run.config, own)):
+        return replace(run, config=admitted(run.config, str(folder / "config.yaml")))
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(run.config), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{folder / 'config.yaml'} is damaged: {error}") from error
+    assert isinstance(values, dict)
+    return replace(run, config={str(key): value for key, value in values.items()}, trusted=True)
+
+
+def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two configs are one, wherever it lies and however it was started."""
+    aside = ("run_dir", "resume", "trust")
+    return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) - set(aside))
+
+
+def admitted(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A config of somebody else's that may be built. Raises ValueError for what it may not name.
+
+    Caches lie where this machine has them, and nothing is downloaded: such places are not a stranger's to choose.
+    """
+    trust.check_config(config, where)
+    values = _own_caches(dict(config))
+    if isinstance(data := values.get("data"), dict):
+        ours = {"cache": f"{cache_root()}/images", "download": False}
+        values["data"] = data | {name: value for name, value in ours.items() if data.get(name) is not None}
+    return values
+
+
+def _own_caches(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_own_caches(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    if node.get("_target_") == "simsearch.cache.ArrayCache":
+        return node | {"root": f"{cache_root()}/features"}
+    return {name: _own_caches(value) for name, value in node.items()}
+
+
+def cache_root() -> str:
+    """Where this machine keeps what is computed once, as the configs have it."""
+    return os.environ.get("SIMSEARCH_CACHE", "~/.cache/simsearch")
 
 
 def load_model(run: Run) -> pl.LightningModule:

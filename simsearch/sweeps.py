@@ -33,7 +33,7 @@ from simsearch.files import is_alive, read_json, write_json
 from simsearch.text import cell, warn
 
 # What a trial's numbers do not depend on.
-_ASIDE = ("hydra", "run_dir", "run_root", "resume", "logger", "objective")
+_ASIDE = ("hydra", "run_dir", "run_root", "resume", "trust", "logger", "objective")
 _ENDED = ("finished", "failed")
 _CUT_OFF = "simsearch: cut off"
 
@@ -362,7 +362,7 @@ def _steps(folder: Path) -> str:
         return "-"
     with history.open(newline="") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("step")]
-    most = OmegaConf.load(config).trainer.get("max_steps", -1)
+    most = runtime.read_config(config)["trainer"].get("max_steps", -1)
     return f"{max(steps, default=0)}" + (f"/{most}" if most > 0 else "")
 
 

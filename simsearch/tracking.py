@@ -21,7 +21,7 @@ from simsearch.callbacks.neighbours import Example
 from simsearch.data.collection import Collection
 from simsearch.figures import Tile
 from simsearch.files import read_json
-from simsearch.runtime import HEADLINES, Run, open_run
+from simsearch.runtime import HEADLINES, Run, read_run
 from simsearch.text import warn
 
 _TRAINING = ("train_seconds", "device", "parameters")  # of run.json, as runtime.note_training has them
@@ -337,7 +337,7 @@ def _start_run(config: Mapping[str, Any]) -> Run | None:
     path = Path(start)
     folder = path.parent.parent if path.name == "best.ckpt" else path
     there = all((folder / name).is_file() for name in ("config.yaml", "run.json", "metrics.json"))
-    return open_run(folder) if there else None
+    return read_run(folder) if there else None
 
 
 def _named(name: str) -> str:

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "simsearch"
 GROUND = {"types", "files", "text"}
 MAY_IMPORT = {
     "types": set(),
+    "trust": set(),
     "files": set(),
     "text": set(),
     "functional": {"types"},
@@ -26,7 +27,7 @@ MAY_IMPORT = {
     "data": {"functional", "images", *GROUND},
     "models": {"functional", "cache", *GROUND},
     "index": {"functional", *GROUND},
-    "search": {"index", "models", "functional", "images", "cache", "data", *GROUND},
+    "search": {"index", "models", "functional", "images", "cache", "data", "trust", *GROUND},
     "callbacks": {"index", "metrics", "functional", "figures", *GROUND},
 }
 MAY_IMPORT["assessment"] = {"functional", "metrics", "data", *GROUND}

@@ -84,7 +84,7 @@ def make_run(
     config = {
         "seed": seed,
         "run_dir": str(folder),
-        "data": {"_target_": "toy", "root": "/x"},
+        "data": {"_target_": "simsearch.data.datamodule.RenderedDataModule", "root": "/x"},
         "protocol": {"validation": None, "name": "toy"},
         "model": model,
         "optimizer": {"lr": lr},

@@ -115,7 +115,7 @@ def test_two_ranks_leave_one_run(tmp_path):
     for name, value in found[0]["parameters"].items():
         assert torch.equal(started["state_dict"][name].cpu(), value)
     epoch = [row for about in found for rows in about["rows"][:2] for row in rows]
-    split = runtime.build_data(runtime.open_run(run).config).split  # type: ignore[attr-defined]
+    split = runtime.build_data(runtime.open_run(run, trusted=True).config).split  # type: ignore[attr-defined]
     assert sorted(epoch) == sorted(split.train.tolist())  # the second batch is the epoch's last
 
 
@@ -141,7 +141,7 @@ def test_a_rank_reports_what_ended_it(tmp_path, monkeypatch):
     assert str(tmp_path / "none") in report["message"]
     assert report["details"] == ""
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, trusted: bool) -> None:
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(runtime, "open_run", broken)
@@ -489,7 +489,7 @@ class TestSlurmRunDirectory:
             values = {**self.VALUES, **{n: v for n, v in changes.items() if not n.startswith("SLURM")}}
             if rank == 0:
                 return runtime._claim(tmp_path, values)
-            return runtime._await(tmp_path, seconds=0.3)
+            return runtime._await(tmp_path, values, seconds=0.3)
 
         return as_rank
 

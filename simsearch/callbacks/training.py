@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,30 @@ class SaveOnSigterm(pl.Callback):
         if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING:
             folder = next(c.dirpath for c in trainer.callbacks if isinstance(c, ModelCheckpoint))
             trainer.save_checkpoint(Path(str(folder)) / "last.ckpt")
+
+
+class OwnCheckpoints(pl.Callback):
+    """Forgets those files of a loaded checkpoint's ModelCheckpoints that lie outside of their folder.
+
+    Lightning deletes what a checkpoint calls the best one so far when there is a better one, by an address such as
+    local:///home too, and the checkpoint may be a stranger's.
+    """
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        folders = [os.path.realpath(str(c.dirpath)) for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]
+
+        def ours(path: object) -> bool:
+            address = ":/" in str(path) or "::" in str(path)  # local:///home is a folder to Lightning
+            return not address and os.path.dirname(os.path.realpath(str(path))) in folders
+
+        for state in checkpoint["callbacks"].values():
+            for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                if state.get(name) and not ours(state[name]):
+                    state[name] = ""
+            if "best_k_models" in state:
+                state["best_k_models"] = {path: v for path, v in state["best_k_models"].items() if ours(path)}
 
 
 class WeightAverage(EMAWeightAveraging):

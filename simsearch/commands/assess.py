@@ -49,7 +49,7 @@ class Row:
 @runtime.command("assess")
 def main(config: DictConfig) -> None:
     values = runtime.plain(config)
-    runs = [runtime.open_run(Path(run)) for run in listed(values["runs"])]
+    runs = [runtime.open_run(Path(run), trusted=runtime.trusts(config)) for run in listed(values["runs"])]
     names = listed(values["names"]) if values["names"] else [run.folder.name for run in runs]
     if len(names) != len(runs) or len(set(names)) != len(names):
         raise ValueError(f"names={names}: give one for each of the {len(runs)} runs, all different")

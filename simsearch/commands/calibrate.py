@@ -45,7 +45,7 @@ _BLOCK = 256  # queries that are searched together
 @runtime.command("calibrate")
 def main(config: DictConfig) -> None:
     least_scores(config.rate, config.certainty)  # refuses what is no rate or certainty
-    catalog = read_catalog(Path(config.catalog), calibrated=False)
+    catalog = read_catalog(Path(config.catalog), calibrated=False, trusted=runtime.trusts(config))
     recommender = Recommender(catalog)
     positions = image_a_work(recommender, config.sample, config.seed)
     first = halves(work_names(recommender, positions))
@@ -184,7 +184,7 @@ class Describer:
         return readable.tolist(), torch.from_numpy(vectors)
 
     def _fill(self, manifest: Manifest, rows: np.ndarray, start: int) -> Iterator[int]:
-        encoder = runtime.build_encoder(self.catalog.about["config"])
+        encoder = runtime.build_encoder(self.catalog.about["config"], trusted=self.catalog.trusted)
         self.catalog.load_encoder_state(encoder)
         encoder.to(runtime.device(self.config.device))
         step = 8 * self.config.batch_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import Engine
 from simsearch.studies.runs import digest
 from simsearch.text import cell
+from simsearch.trust import check_links
 
 THUMBNAIL_SIDE = 96
 # Of a config: where a run lies and who watches, which decides no number.
@@ -33,11 +35,12 @@ PLACES = ("run_dir", "run_root", "resume", "logger", "catalog", "data.root", "da
 @runtime.command("compare")
 def main(config: DictConfig) -> None:
     values = runtime.plain(config)
-    results, missing = read(listed(values["runs"]))
+    trusted = runtime.trusts(config)
+    results, missing = read(listed(values["runs"]), trusted=trusted)
     if values["baseline"] is None:
         baseline = results[0]
     else:
-        baseline, results = find_baseline(str(values["baseline"]), results)
+        baseline, results = find_baseline(str(values["baseline"]), results, trusted=trusted)
     if not values["force"]:
         check_comparable(results)
     metric = values["metric"]
@@ -48,7 +51,7 @@ def main(config: DictConfig) -> None:
     entries = leaderboard(results, configuration, baseline=baseline, metric=metric, also=also, seed=seed)
     shown = columns(entries, headlines)
 
-    classes, cases = pictures(entries, metric, values["regressions"], values["k"])
+    classes, cases = pictures(entries, metric, values["regressions"], values["k"], trusted=trusted)
     comparison = Comparison(
         entries=entries,
         columns=shown,
@@ -93,10 +96,10 @@ def listed(given: Any) -> list[str]:
     return [text] if Path(text).expanduser().exists() else [part.strip() for part in text.split(",")]
 
 
-def read(names: Sequence[str]) -> tuple[list[Result], list[Missing]]:
+def read(names: Sequence[str], *, trusted: bool = False) -> tuple[list[Result], list[Missing]]:
     """Results of all runs that the names lead to, and the runs without one. Raises ValueError for none with one."""
     remote = [name.removeprefix("wandb:") for name in names if name.startswith("wandb:")]
-    results, missing = read_all(expand([name for name in names if not name.startswith("wandb:")]))
+    results, missing = read_all(folders([name for name in names if not name.startswith("wandb:")], trusted=trusted))
     if remote:
         with tracking.wandb_api() as api:
             for address in remote:
@@ -108,7 +111,15 @@ def read(names: Sequence[str]) -> tuple[list[Result], list[Missing]]:
     return results, missing
 
 
-def find_baseline(wanted: str, results: Sequence[Result]) -> tuple[Result, list[Result]]:
+def folders(names: Sequence[str], *, trusted: bool = False) -> list[Path]:
+    """The folders that the names lead to. Raises ValueError where a link leads out of one that is not trusted."""
+    found = expand(names)
+    for folder in () if trusted else found:
+        check_links(folder)
+    return found
+
+
+def find_baseline(wanted: str, results: Sequence[Result], *, trusted: bool = False) -> tuple[Result, list[Result]]:
     """The result that `wanted` names, by name or folder, and all results with it, which may be a run beside them.
 
     Raises ValueError where it leads to no run or to a run without a result.
@@ -120,7 +131,7 @@ def find_baseline(wanted: str, results: Sequence[Result]) -> tuple[Result, list[
     if not folder.is_dir():
         names = ", ".join(result.name for result in results)
         raise ValueError(f"baseline={wanted} is neither a folder nor one of the runs {names}")
-    found, missing = read_all(expand([wanted]))
+    found, missing = read_all(folders([wanted], trusted=trusted))
     if len(found) + len(missing) != 1:
         raise ValueError(f"baseline={wanted} holds {len(found) + len(missing)} runs: name one of them")
     if missing:
@@ -151,7 +162,7 @@ def seedless_digest(config: Mapping[str, Any]) -> str:
     if start is not None:
         folder = Path(start) if Path(start).is_dir() else Path(start).parent.parent
         if (folder / "config.yaml").is_file():
-            plain["model"]["start"] = seedless_digest(runtime.open_run(folder).config)
+            plain["model"]["start"] = seedless_digest(runtime.read_run(folder).config)
     return digest({"seed": None, **plain})
 
 
@@ -165,7 +176,7 @@ def _without_seeds(node: Any) -> Any:
 
 
 def pictures(
-    entries: Sequence[Entry], metric: str, count: int, k: int
+    entries: Sequence[Entry], metric: str, count: int, k: int, *, trusted: bool = False
 ) -> tuple[Sequence[str] | None, dict[str, Sequence[Case] | str]]:
     """Names of the labels, and of each entry the worst regressions with images, or why there are none.
 
@@ -178,15 +189,19 @@ def pictures(
     if metric.startswith("rerank/"):
         return None, {e.name: "no pictures: what was found after re-ranking is not kept" for e in compared}
     try:
-        collection = runtime.build_data(line.results[0].config).collection  # type: ignore[attr-defined]
+        first = line.results[0]
+        config = first.config if trusted else runtime.admitted(first.config, first.place)
+        collection = runtime.build_data(config).collection  # type: ignore[attr-defined]
         judge = Judge.of(collection, line)
     except (*runtime.MENDABLE, LookupError) as error:
-        return None, {e.name: f"no pictures: the data cannot be read ({runtime.reason(error)})" for e in compared}
+        reason = runtime.reason(error)
+        print(f"no pictures: {reason}", file=sys.stderr)
+        return None, {e.name: f"no pictures: the data cannot be read ({reason})" for e in compared}
     cases: dict[str, Sequence[Case] | str] = {}
     for entry in tqdm(compared, desc="regressions", unit="run", leave=False):
         worst = worst_queries(entry, line, count)
         try:
-            found = [neighbours(e.results[0], collection, judge, worst, k) for e in (line, entry)]
+            found = [neighbours(e.results[0], collection, judge, worst, k, trusted=trusted) for e in (line, entry)]
         except (ValueError, OSError) as error:
             cases[entry.name] = f"no pictures: {error}"
             continue
@@ -201,7 +216,9 @@ def worst_queries(entry: Entry, line: Entry, count: int) -> list[int]:
     return line.queries.index[order[change[order] < 0]].tolist()  # type: ignore[union-attr]
 
 
-def neighbours(result: Result, collection: Collection, judge: Judge, rows: list[int], k: int) -> list[list[int]]:
+def neighbours(
+    result: Result, collection: Collection, judge: Judge, rows: list[int], k: int, *, trusted: bool = False
+) -> list[list[int]]:
     """Collection rows of the first k neighbours of the queries `rows`: those that the run kept, else its catalog's.
 
     Raises ValueError where it has neither.
@@ -211,11 +228,11 @@ def neighbours(result: Result, collection: Collection, judge: Judge, rows: list[
     folder = result.run / "catalog"  # type: ignore[operator]
     if not folder.is_dir():
         raise ValueError(f"{result.name} kept no neighbours of its queries and has no catalog to ask")
-    catalog = read_catalog(folder)
+    catalog = read_catalog(folder, trusted=trusted)
     source = catalog.about.get("source", {})
     if (source.get("data"), source.get("protocol")) != (collection.name, result.protocol):
         raise ValueError(f"the catalog of {result.name} holds {source.get('data')}, {source.get('protocol')}")
-    encoder = runtime.build_encoder(catalog.about["config"])
+    encoder = runtime.build_encoder(catalog.about["config"], trusted=trusted)
     catalog.load_encoder_state(encoder)
     places = {collection.path(row): row for row in range(len(collection))}
     try:

@@ -18,7 +18,7 @@ _GOOD = 0.9
 
 @runtime.command("data_audit")
 def main(config: DictConfig) -> None:
-    run = runtime.open_run(Path(config.run))
+    run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
     values = runtime.plain(config)
     merged = run.config | {group: values[group] for group in ("data", "protocol") if values.get(group)}
     data = runtime.build_data(merged)

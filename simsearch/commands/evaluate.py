@@ -21,7 +21,7 @@ from simsearch.files import read_json, write_json
 def main(config: DictConfig) -> None:
     if config.stage not in ("test", "validate"):
         raise ValueError(f"stage must be test or validate, got {config.stage!r}")
-    run = runtime.open_run(Path(config.run))
+    run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
     values = runtime.plain(config)
     merged = run.config | {
         group: values[group] for group in ("data", "protocol", "index", "rerank") if values.get(group)

@@ -53,8 +53,8 @@ def main(config: DictConfig) -> None:
     for name, least in (("k", 1), ("sample", 1), ("batch_size", 1), ("tolerance", 0)):
         if not config[name] >= least:
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
-    catalog = read_catalog(Path(config.catalog))
-    encoder = runtime.build_encoder(catalog.about["config"])
+    catalog = read_catalog(Path(config.catalog), trusted=runtime.trusts(config))
+    encoder = runtime.build_encoder(catalog.about["config"], trusted=catalog.trusted)
     catalog.load_encoder_state(encoder)
     for module in encoder.modules():
         if isinstance(module, Backbone):

@@ -36,7 +36,10 @@ _LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTAS
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank is told, in plain values. local: its number on its machine, which chooses its accelerator."""
+    """What a rank is told, in plain values.
+
+    local: its number on its machine, which chooses its accelerator. trusted: the run is.
+    """
 
     shards: Path
     root: Path
@@ -46,17 +49,19 @@ class Work:
     batch_size: int
     workers: int
     device: str
+    trusted: bool = False
 
 
 @runtime.command("extract")
 def main(config: DictConfig) -> None:
     rank, ranks, local = place(config.rank, config.ranks, os.environ)
-    run = runtime.open_run(Path(config.run))
+    run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
     source, out = Path(config.images).resolve(), Path(config.out).resolve()
     manifest = read_manifest(source, Path(config.root) if config.root else None)
     encoder = runtime.load_model(run).encoder
     given = {"run": run.folder.resolve(), "images": source, "root": config.root and Path(config.root).resolve()}
     given |= {"out": out, "chunk": config.chunk, "thumbnail": config.thumbnail}
+    given |= {"trust": "true"} if config.trust else {}
     shards = begin(
         out,
         manifest,
@@ -64,10 +69,12 @@ def main(config: DictConfig) -> None:
         config=runtime.encoder_config(run.config),
         chunk=config.chunk,
         thumbnail=config.thumbnail,
+        trusted=run.trusted,
         source={"run": run.folder.name, "images": str(manifest.root)},
         command=shlex.join(["simsearch", "extract", *(f"{key}={value}" for key, value in given.items() if value)]),
     )
-    work = Work(out, manifest.root, rank or 0, ranks, local, config.batch_size, config.workers, config.device)
+    settings = config.batch_size, config.workers, config.device, run.trusted
+    work = Work(out, manifest.root, rank or 0, ranks, local, *settings)
     with stopping(shards):
         if rank is None:
             run_ranks(shards, work)
@@ -200,7 +207,7 @@ def abandon_with_parent() -> None:
 def run_ranks(shards: Shards, work: Work) -> None:
     """Starts `work.ranks` processes and waits for them. Raises ValueError where they leave chunks undone."""
     context = multiprocessing.get_context("spawn")
-    arguments = ("shards", "root", "batch_size", "workers", "device")
+    arguments = ("shards", "root", "batch_size", "workers", "device", "trusted")
     values = {name: getattr(work, name) for name in arguments}
     processes = [
         context.Process(target=rank_main, args=(Work(rank=rank, ranks=work.ranks, local=rank, **values),))
@@ -231,9 +238,9 @@ def rank_main(work: Work) -> None:
     runtime.quiet_libraries()
     torch.set_num_threads(max(1, torch.get_num_threads() // work.ranks))
     try:
-        shards = open_shards(work.shards)
+        shards = open_shards(work.shards, trusted=work.trusted)
         with stopping(shards, quiet=True):
-            encoder = runtime.build_encoder(shards.about["config"])
+            encoder = runtime.build_encoder(shards.about["config"], trusted=work.trusted)
             shards.load_encoder_state(encoder)
             manifest = Manifest(work.root, tuple(shards.items["path"].to_pylist()))
             describe(shards, encoder, manifest, work, show=lambda: None)

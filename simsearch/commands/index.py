@@ -68,7 +68,7 @@ def from_images(config: DictConfig, index: FaissIndex) -> Described:
     """Describes the images of a folder or manifest now."""
     if not config.run or not config.images:
         raise ValueError("give run=<run> and images=<folder or manifest>, or shards=<out of simsearch extract>")
-    run = runtime.open_run(Path(config.run))
+    run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
     source = Path(config.images).resolve()
     manifest = read_manifest(source, Path(config.root) if config.root else None)
     table = path_table(manifest)
@@ -112,13 +112,14 @@ def from_shards(config: DictConfig, index: FaissIndex) -> Described:
     """What `simsearch extract` left; it is read piece by piece when it is needed."""
     if config.run or config.images:
         raise ValueError("shards= know their run and images: leave run= and images= out")
-    shards = open_shards(Path(config.shards))
+    trusted = runtime.trusts(config)
+    shards = open_shards(Path(config.shards), trusted=trusted)
     if missing := shards.missing():
         raise ValueError(
             f"{len(missing)} of the {len(shards)} shards in {shards.folder} are missing; this goes on with them: "
             f"{shards.about['command']}"
         )
-    encoder = runtime.build_encoder(shards.about["config"])
+    encoder = runtime.build_encoder(shards.about["config"], trusted=trusted)
     shards.load_encoder_state(encoder)
     check_kind(index, encoder)
     numbers = tqdm(range(len(shards)), unit="shard", desc="check")

@@ -44,7 +44,7 @@ _SAMPLE, _CROPPED = 16, 0.02  # images looked at, and the share of one that may 
 def main(config: DictConfig) -> None:
     values = runtime.plain(config)
     ks = values["ks"]
-    run = runtime.open_run(Path(config.run))
+    run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
     run = replace(run, config=seen_otherwise(run.config, values["size"], values["fit"], values["scales"]))
     benchmark = read_benchmark(Path(config.gnd))
     root = Path(config.images)

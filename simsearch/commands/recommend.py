@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
     values = runtime.plain(config)
-    catalog = read_catalog(Path(config.catalog))
+    catalog = read_catalog(Path(config.catalog), trusted=runtime.trusts(config))
     recommender = Recommender(catalog)
     reader = Examples(recommender, runtime.device(config.device))
     like = [reader.file(name) for name in listed(values["image"])]
@@ -97,8 +97,9 @@ class Examples:
     @property
     def encoder(self) -> nn.Module:
         if self._encoder is None:
-            encoder = runtime.build_encoder(self.recommender.catalog.about["config"])
-            self.recommender.catalog.load_encoder_state(encoder)
+            catalog = self.recommender.catalog
+            encoder = runtime.build_encoder(catalog.about["config"], trusted=catalog.trusted)
+            catalog.load_encoder_state(encoder)
             self._encoder = encoder.to(self.device)
         return self._encoder
 

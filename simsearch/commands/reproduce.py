@@ -20,15 +20,17 @@ def main(config: DictConfig) -> None:
     values = runtime.plain(config)
     book = read_rows(row_files(values["rows"]))
     root = Path(values["run_root"]).expanduser().resolve()
+    trusted = runtime.trusts(values)
     if values["list"]:
-        runtime.show(list_table(book, finished_runs(root)))
+        runtime.show(list_table(book, finished_runs(root, trusted=trusted), trusted=trusted))
         return
     names = list(book) if values["row"] == "all" else [values["row"]]
     check_names(names, book)
     outcomes = []
     for name in names:
         seeds = values["seeds"] or book[name].seeds[:1]
-        outcome = reproduce(book, name, seeds, root, budget=values["budget"], reuse=values["reuse"])
+        how = {"budget": values["budget"], "reuse": values["reuse"], "trusted": trusted}
+        outcome = reproduce(book, name, seeds, root, **how)
         print(f"{name}: {outcome.verdict}{f': {outcome.reason}' if outcome.reason else ''}", file=sys.stderr)
         outcomes.append(outcome)
     runtime.show(outcome_table(outcomes))
@@ -67,7 +69,7 @@ def outcome_table(outcomes: Iterable[Outcome]) -> Table:
     return table
 
 
-def list_table(book: Mapping[str, Row], runs: Mapping[str, runtime.Run]) -> Table:
+def list_table(book: Mapping[str, Row], runs: Mapping[str, runtime.Run], *, trusted: bool = False) -> Table:
     """Rows with what they are, expect and cost, and which of their seeds have finished runs."""
     table = Table(title="Rows; minutes of one training on two cores")
     table.add_column("row", overflow="fold")
@@ -81,7 +83,7 @@ def list_table(book: Mapping[str, Row], runs: Mapping[str, runtime.Run]) -> Tabl
             for measurement, metrics in row.expect.items()
             for metric, e in metrics.items()
         ]
-        finished = [seed for seed in row.seeds if find_run(book, row.name, seed, runs)[0] is not None]
+        finished = [seed for seed in row.seeds if find_run(book, row.name, seed, runs, trusted=trusted)[0] is not None]
         what = row.what + (f" [dim](starts from {row.start})[/dim]" if row.start else "")
         listed = (",".join(map(str, numbers)) or "-" for numbers in (row.seeds, finished))
         table.add_row(row.name, what, "\n".join(stated), f"{row.minutes:g}", *listed)

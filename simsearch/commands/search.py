@@ -43,8 +43,8 @@ class Answer:
 def main(config: DictConfig) -> None:
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
-    catalog = read_catalog(Path(config.catalog))
-    encoder = runtime.build_encoder(catalog.about["config"])
+    catalog = read_catalog(Path(config.catalog), trusted=runtime.trusts(config))
+    encoder = runtime.build_encoder(catalog.about["config"], trusted=catalog.trusted)
     catalog.load_encoder_state(encoder)
     encoder.to(runtime.device(config.device))
     rerank = runtime.build(config.rerank) if config.get("rerank") else None

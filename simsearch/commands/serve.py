@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ DECODING_SECONDS = 2.0  # that images have left when the server is told to end
 @runtime.command("serve")
 def main(config: DictConfig) -> None:
     values = runtime.plain(config)
+    trusted = runtime.trusts(config)
     sources = find_sources(values["catalog"], values["root"])
     limits = runtime.build(values["limits"])
     if values["threads"] is not None:
@@ -37,7 +39,8 @@ def main(config: DictConfig) -> None:
     bound = bind(values["host"], values["port"])  # before the catalogs, which take their time
     library = Library(
         sources,
-        build=runtime.build_encoder,
+        build=partial(runtime.build_encoder, trusted=trusted),
+        trusted=trusted,
         device=runtime.device(values["device"]),
         limits=limits,
         runtime=values["runtime"],

@@ -40,7 +40,7 @@ def main(config: DictConfig) -> Any:
         ranks = launch.count_devices(run.config["trainer"]["devices"])
         if ranks > 1 and not launch.is_slurm_rank():
             runtime.prepare_data(run.config)
-            launch.run_ranks(run.folder, ranks)
+            launch.run_ranks(run.folder, ranks, trusted=run.trusted)
         else:
             train_run(run)
         values = sweeps.objectives(run.folder, run.config["objective"])

@@ -32,6 +32,7 @@ from simsearch.files import checked, checksum, digests, read_json, write_json
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import state_fingerprint
 from simsearch.search.items import THUMBNAIL, ThumbnailGroups, read_items, write_items
+from simsearch.trust import check_links
 from simsearch.types import Part
 
 FORMAT = 1
@@ -56,6 +57,7 @@ class Catalog:
     """An opened catalog. items: one row an item without its thumbnail; about: catalog.json.
 
     calibration: from which scores on something is a match (see `write_calibration`), None before it was calibrated.
+    trusted: the user trusts whoever made it.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class Catalog:
     items: pa.Table
     about: dict[str, Any]
     calibration: dict[str, Any] | None = None
+    trusted: bool = False
 
     def __len__(self) -> int:
         return len(self.items)
@@ -252,12 +255,14 @@ def write_catalog(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_catalog(folder: Path, *, calibrated: bool = True) -> Catalog:
+def read_catalog(folder: Path, *, calibrated: bool = True, trusted: bool = False) -> Catalog:
     """The catalog in `folder`. Raises CatalogError where there is none or it is damaged.
 
-    calibrated: with its calibration, where it has one.
+    calibrated: with its calibration, where it has one. trusted: links in it may lead elsewhere.
     """
     folder = Path(folder)
+    if not trusted and folder.is_dir():
+        check_links(folder)
     try:
         about = read_json(folder / "catalog.json")
     except OSError as error:
@@ -280,7 +285,7 @@ def read_catalog(folder: Path, *, calibrated: bool = True) -> Catalog:
         raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
     if len(index) != len(items):
         raise CatalogError(f"the catalog {folder} is damaged: {len(index)} vectors for {len(items)} items")
-    catalog = Catalog(folder, index, items, about)
+    catalog = Catalog(folder, index, items, about, trusted=trusted)
     return replace(catalog, calibration=_read_calibration(catalog)) if calibrated else catalog
 
 

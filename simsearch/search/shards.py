@@ -39,6 +39,7 @@ from simsearch.data.pixels import tensors_sha256
 from simsearch.files import checked, digests, read_json, replacing, write_json
 from simsearch.images import ImageError
 from simsearch.search.catalog import encoder_fingerprint, path_table, read_encoder, with_thumbnails, write_encoder
+from simsearch.trust import check_links
 
 FORMAT = 1
 _DECIDING = ("format", "listing", "encoder_fingerprint", "chunk", "thumbnail")
@@ -193,6 +194,7 @@ def begin(
     thumbnail: int,
     source: Mapping[str, str],
     command: str,
+    trusted: bool = False,
 ) -> Shards:
     """The shards of a manifest's images in `folder`, their plan made where there is none.
 
@@ -228,7 +230,7 @@ def begin(
                 raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    shards = open_shards(folder)
+    shards = open_shards(folder, trusted=trusted)
     shards.check_encoder(encoder)
     if shards.about["listing"] != listing:
         change = _change(shards, items, sizes)
@@ -243,8 +245,13 @@ def begin(
     return shards
 
 
-def open_shards(folder: Path) -> Shards:
-    """The shards in `folder`. Raises ShardError where there is no plan or it is damaged."""
+def open_shards(folder: Path, *, trusted: bool = False) -> Shards:
+    """The shards in `folder`. Raises ShardError where there is no plan or it is damaged.
+
+    trusted: links in it may lead elsewhere.
+    """
+    if not trusted and folder.is_dir():
+        check_links(folder)
     plan = folder / "plan"
     try:
         about = read_json(plan / "plan.json")

@@ -143,10 +143,12 @@ class Library:
         device: torch.device,
         limits: Limits,
         runtime: Runtime | None = None,
+        trusted: bool = False,
     ) -> None:
         self.sources = dict(sources)
         self.problems: dict[str, str] = {}
         self._build, self._device, self._limits, self._runtime = build, device, limits, runtime
+        self._trusted = trusted
         self._lock = threading.Lock()
         # Only while a catalog holds them: an encoder that was exchanged is let go.
         self._workers: weakref.WeakValueDictionary[str, EncoderWorker] = weakref.WeakValueDictionary()
@@ -217,7 +219,7 @@ class Library:
         raise CatalogError(f"the catalog {source.folder} changes again and again while it is read")
 
     def _open(self, name: str, source: Source) -> Loaded:
-        catalog = read_catalog(source.folder)
+        catalog = read_catalog(source.folder, trusted=self._trusted)
         recommender = Recommender(catalog)
         recommender.recommend(Request(like=recommender.vectors([0]), k=1, exclude=(0,)))  # reads what it reads lazily
         listing = Listing(recommender.attributes)

@@ -82,21 +82,34 @@ class Outcome:
 
 
 def reproduce(
-    book: Mapping[str, Row], name: str, seeds: Sequence[int], root: Path, *, budget: float | None, reuse: bool
+    book: Mapping[str, Row],
+    name: str,
+    seeds: Sequence[int],
+    root: Path,
+    *,
+    budget: float | None,
+    reuse: bool,
+    trusted: bool = False,
 ) -> Outcome:
-    """Trains and measures a row, its start rows first, and compares the mean over seeds with what is expected."""
+    """Trains and measures a row, its start rows first, and compares the mean over seeds with what is expected.
+
+    Rows and runs may be somebody else's: raises ValueError, before anything runs, for a row that names what a
+    folder's config may not name, unless they are `trusted`.
+    """
     row = book[name]
     if not seeds or not all(type(seed) is int for seed in seeds):
         raise ValueError(f"seeds must be a list of whole numbers such as [0,1], got {seeds!r}")
-    runs = finished_runs(root) if reuse else {}
+    for measurement in row.expect:
+        compose(measured_by(measurement), command="evaluate", trusted=trusted)
+    runs = finished_runs(root, trusted=trusted) if reuse else {}
     try:
-        minutes = cost(book, name, seeds, runs)
+        minutes = cost(book, name, seeds, runs, trusted=trusted)
         if budget is not None and minutes > budget:
             raise NotRunnable(f"it takes about {minutes:g} minutes on two cores, and the budget is {budget:g}")
-        trained = [obtain(book, name, seed, root, runs) for seed in seeds]
+        trained = [obtain(book, name, seed, root, runs, trusted=trusted) for seed in seeds]
         measured = []
         for measurement, metrics in row.expect.items():
-            stages = [measure(run, row, measurement) for run in trained]
+            stages = [measure(run, row, measurement, trusted=trusted) for run in trained]
             for metric, expected in metrics.items():
                 values = tuple(_value(stage, metric, row, measurement) for stage in stages)
                 measured.append(Measured(measurement, metric, values, expected))
@@ -108,12 +121,19 @@ def reproduce(
     return Outcome(name, verdict, tuple(measured))
 
 
-def cost(book: Mapping[str, Row], name: str, seeds: Iterable[int], runs: Mapping[str, runtime.Run]) -> float:
+def cost(
+    book: Mapping[str, Row],
+    name: str,
+    seeds: Iterable[int],
+    runs: Mapping[str, runtime.Run],
+    *,
+    trusted: bool = False,
+) -> float:
     """Minutes on two cores of the trainings that a row still needs, its start rows' included."""
     wanted: dict[tuple[str, int], float] = {}
 
     def visit(name: str, seed: int) -> None:
-        if find_run(book, name, seed, runs)[0] is None:
+        if find_run(book, name, seed, runs, trusted=trusted)[0] is None:
             wanted[name, seed] = book[name].minutes
             if book[name].start is not None:
                 visit(book[name].start, start_seed(book, name, seed))  # type: ignore[arg-type]
@@ -132,7 +152,9 @@ def _value(stage: Mapping[str, Any], metric: str, row: Row, measurement: str) ->
     return math.nan if value is None else float(value)
 
 
-def obtain(book: Mapping[str, Row], name: str, seed: int, root: Path, runs: dict[str, runtime.Run]) -> runtime.Run:
+def obtain(
+    book: Mapping[str, Row], name: str, seed: int, root: Path, runs: dict[str, runtime.Run], *, trusted: bool = False
+) -> runtime.Run:
     """The finished run of a row and seed; trains what is missing and adds it to `runs`.
 
     Raises NotRunnable where data, weights or an accelerator are missing, Failed where a training fails.
@@ -140,9 +162,9 @@ def obtain(book: Mapping[str, Row], name: str, seed: int, root: Path, runs: dict
     row = book[name]
     start = None
     if row.start is not None:
-        start = obtain(book, row.start, start_seed(book, name, seed), root, runs).folder
+        start = obtain(book, row.start, start_seed(book, name, seed), root, runs, trusted=trusted).folder
     overrides = train_overrides(book, name, seed, start)
-    config = compose(overrides)
+    config = compose(overrides, trusted=trusted)
     key = digest(config)
     if key in runs:
         print(f"{name}, seed {seed}: the finished run {runs[key].folder} has an equal config", file=sys.stderr)
@@ -156,8 +178,9 @@ def obtain(book: Mapping[str, Row], name: str, seed: int, root: Path, runs: dict
         if not is_finished(folder):
             begun = (folder / "run.json").is_file()
             print(f"{name}, seed {seed}: {'going on' if begun else 'training'} in {folder}", file=sys.stderr)
-            launch("train", [override("run_dir", folder), *(["resume=true"] if begun else overrides)])
-    runs[key] = runtime.open_run(folder)
+            said = ["trust=true"] if trusted else []
+            launch("train", [override("run_dir", folder), *(["resume=true"] if begun else overrides), *said])
+    runs[key] = runtime.open_run(folder, trusted=trusted)
     return runs[key]
 
 
@@ -190,7 +213,7 @@ def check_fingerprint(row: Row, protocol: str, found: str) -> None:
         )
 
 
-def measure(run: runtime.Run, row: Row, measurement: str) -> dict[str, Any]:
+def measure(run: runtime.Run, row: Row, measurement: str, *, trusted: bool = False) -> dict[str, Any]:
     """What metrics.json says of a measurement of a run: of its own test, or of an evaluation, done if need be.
 
     Raises NotRunnable and Failed as `obtain` does.
@@ -206,11 +229,17 @@ def measure(run: runtime.Run, row: Row, measurement: str) -> dict[str, Any]:
             check_runnable(row, run.config)
             print(f"{row.name}: measuring {measurement} of {run.folder}", file=sys.stderr)
             chosen = [] if protocol == own["protocol"] else [f"protocol={protocol}"]
+            compose((*chosen, *extra), command="evaluate", trusted=trusted)
             places = [override("run", run.folder), override("run_dir", path.parent)]
-            launch("evaluate", [*places, *chosen, *extra])
+            launch("evaluate", [*places, *chosen, *extra, *(["trust=true"] if trusted else [])])
         stage = read_json(path)["test"]
     check_fingerprint(row, protocol, stage["fingerprint"])
     return stage
+
+
+def measured_by(measurement: str) -> tuple[str, ...]:
+    """The overrides of `simsearch evaluate` in the name of a measurement: all but the protocol that it begins with."""
+    return tuple(shlex.split(measurement)[1:])
 
 
 def evaluation_folder(run: runtime.Run, measurement: str) -> Path:

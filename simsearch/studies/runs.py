@@ -15,6 +15,7 @@ from typing import Any
 from simsearch import runtime
 from simsearch.files import read_json
 from simsearch.studies.rows import Row
+from simsearch.trust import ALLOWED, MEND, Untrusted
 
 # What of a config decides the numbers; the other groups only fill these in.
 _DECIDING = ("seed", "data", "protocol", "model", "trainer", "callbacks")
@@ -36,15 +37,23 @@ _CHOOSES = ("monitor", "mode")  # of a ModelCheckpoint: which checkpoint is test
 
 
 @cache
-def compose(overrides: tuple[str, ...]) -> dict[str, Any]:
-    """The plain config of `simsearch train` with these overrides, shared by all callers.
+def compose(overrides: tuple[str, ...], *, command: str = "train", trusted: bool = False) -> dict[str, Any]:
+    """The plain config of `simsearch train`, or `evaluate`, with these overrides, shared by all callers.
 
-    Raises ValueError where they do not compose.
+    They are a study's, perhaps somebody else's: raises ValueError where they do not compose, and, unless they are
+    `trusted`, where they are more than values, name what a folder's config may not name, or choose where caches lie.
     """
+    line = f"`simsearch {command} {' '.join(overrides)}`"
+    if not trusted:
+        runtime.check_overrides(overrides, line)
+    places = ["run_dir=unused"] if command == "train" else ["run=unused", "run_dir=unused"]
     try:
-        return runtime.plain(runtime.hydra.compose("train", ["run_dir=unused", *overrides]))
+        values = runtime.plain(runtime.hydra.compose(command, [*places, *overrides]))
     except runtime.hydra.errors.HydraException as error:
-        raise ValueError(f"`simsearch train {' '.join(overrides)}`: {error}") from error
+        raise ValueError(f"{line}: {error}") from error
+    if not trusted and runtime.admitted(values, line) != values:
+        raise Untrusted(f"{line}: it downloads, or chooses where caches lie; {MEND}")
+    return values
 
 
 def train_overrides(book: Mapping[str, Row], name: str, seed: int, start: Path | None) -> tuple[str, ...]:
@@ -91,7 +100,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
         path = Path(start)
         folder = path if path.is_dir() else path.parent.parent
         there = (folder / "config.yaml").is_file()
-        kept["model"]["start"] = digest(runtime.open_run(folder).config) if there else str(path)
+        kept["model"]["start"] = digest(runtime.read_run(folder).config) if there else str(path)
     return kept
 
 
@@ -109,7 +118,12 @@ def _without_defaults(node: Any) -> Any:
 
 
 def _defaults(target: str) -> dict[str, Any]:
-    """The default values of a function's or constructor's arguments; tuples as the lists of a config."""
+    """The default values of a function's or constructor's arguments; tuples as the lists of a config.
+
+    Of those of ours alone: the config may be a stranger's, and to import a module is to run it.
+    """
+    if target not in ALLOWED:
+        return {}
     module, _, name = target.rpartition(".")
     try:
         parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
@@ -125,13 +139,13 @@ def digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def finished_runs(root: Path) -> dict[str, runtime.Run]:
-    """Digest -> run, of the runs in `root` that were trained and tested."""
+def finished_runs(root: Path, *, trusted: bool = False) -> dict[str, runtime.Run]:
+    """Digest -> run, of the runs in `root` that were trained and tested, and may be opened."""
     runs = {}
     for path in sorted(root.glob("*/config.yaml")):
         try:
             if is_finished(path.parent):
-                run = runtime.open_run(path.parent)
+                run = runtime.open_run(path.parent, trusted=trusted)
                 runs.setdefault(digest(run.config), run)
         except (ValueError, LookupError, AttributeError):
             continue  # damaged, or of a time when configs were others: no row's run
@@ -145,15 +159,15 @@ def is_finished(folder: Path) -> bool:
 
 
 def find_run(
-    book: Mapping[str, Row], name: str, seed: int, runs: Mapping[str, runtime.Run]
+    book: Mapping[str, Row], name: str, seed: int, runs: Mapping[str, runtime.Run], *, trusted: bool = False
 ) -> tuple[runtime.Run | None, dict[str, Any] | None]:
     """The finished run of a row and seed, or None, and the row's config; that is None, too, while its start row has
     no finished run."""
     start = None
     if book[name].start is not None:
-        begun, _ = find_run(book, book[name].start, start_seed(book, name, seed), runs)  # type: ignore[arg-type]
+        begun, _ = find_run(book, book[name].start, start_seed(book, name, seed), runs, trusted=trusted)  # type: ignore[arg-type]
         if begun is None:
             return None, None
         start = begun.folder
-    config = compose(train_overrides(book, name, seed, start))
+    config = compose(train_overrides(book, name, seed, start), trusted=trusted)
     return runs.get(digest(config)), config

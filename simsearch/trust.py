@@ -1,0 +1,187 @@
+"""What lies in a folder that somebody else made is data: what its config may name, and where its paths may lead.
+
+A config with `_target_` calls whatever it names, with arguments of its choice. So a config that was read from a folder
+builds nothing but what stands in ALLOWED, unless the user says that the folder is trusted (`trust=true`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# What the configs of `simsearch train` name, each where it can be imported from, and nothing that runs what its
+# arguments name. A new class comes here with its yaml. What else a user's config names needs trust=true.
+ALLOWED = frozenset(
+    {
+        "pytorch_lightning.Trainer",
+        "pytorch_lightning.callbacks.LearningRateMonitor",
+        "pytorch_lightning.callbacks.ModelCheckpoint",
+        "pytorch_lightning.callbacks.TQDMProgressBar",
+        "pytorch_metric_learning.losses.ContrastiveLoss",
+        "pytorch_metric_learning.losses.MultiSimilarityLoss",
+        "simsearch.cache.ArrayCache",
+        "simsearch.callbacks.evaluation.RetrievalEvaluation",
+        "simsearch.callbacks.mining.TripletMining",
+        "simsearch.callbacks.neighbours.NeighbourFigure",
+        "simsearch.callbacks.precision_recall.PrecisionRecall",
+        "simsearch.callbacks.training.EpochsAfterResume",
+        "simsearch.callbacks.training.LastValidation",
+        "simsearch.callbacks.training.SaveOnSigterm",
+        "simsearch.callbacks.training.StepSeed",
+        "simsearch.callbacks.training.Throughput",
+        "simsearch.callbacks.training.WeightAverage",
+        "simsearch.data.datamodule.CIFAR10DataModule",
+        "simsearch.data.datamodule.RenderedDataModule",
+        "simsearch.data.files.FilesDataModule",
+        "simsearch.data.protocols.ByAttribute",
+        "simsearch.data.protocols.ByHash",
+        "simsearch.data.protocols.OfficialSplit",
+        "simsearch.data.protocols.SampledSplit",
+        "simsearch.data.protocols.UnseenClasses",
+        "simsearch.data.samplers.MinedTriplets",
+        "simsearch.data.samplers.PKBatches",
+        "simsearch.data.samplers.ShuffledBatches",
+        "simsearch.data.transforms.RandomCropFlip",
+        "simsearch.index.binarize.ITQ",
+        "simsearch.index.binarize.Sign",
+        "simsearch.index.faiss_index.FaissIndex",
+        "simsearch.losses.attributes.MultiAttribute",
+        "simsearch.losses.classification.ClassificationLoss",
+        "simsearch.losses.dsh.DSHLoss",
+        "simsearch.losses.greedyhash.GreedyHashLoss",
+        "simsearch.losses.hashnet.HashNetLoss",
+        "simsearch.losses.memory.CrossBatchMemory",
+        "simsearch.losses.normalised_softmax.NormalisedSoftmaxLoss",
+        "simsearch.losses.orthohash.OrthoHashLoss",
+        "simsearch.losses.triplet.BatchHardTripletLoss",
+        "simsearch.losses.triplet.TripletLoss",
+        "simsearch.models.backbones.lite0_backbone",
+        "simsearch.models.backbones.timm_backbone",
+        "simsearch.models.backbones.torchvision_backbone",
+        "simsearch.models.cifar.cifar_backbone",
+        "simsearch.models.colour.colour_backbone",
+        "simsearch.models.dir.RegionNetwork",
+        "simsearch.models.dsh.DSHNetwork",
+        "simsearch.models.frozen.FrozenRetriever",
+        "simsearch.models.frozen.LearnedWhitening",
+        "simsearch.models.frozen.Whitening",
+        "simsearch.models.hashing.HashNetwork",
+        "simsearch.models.parts.PartsRetriever",
+        "simsearch.models.parts.TrainedPart",
+        "simsearch.models.pooling.Average",
+        "simsearch.models.pooling.GeM",
+        "simsearch.models.pooling.MAC",
+        "simsearch.models.pooling.RMAC",
+        "simsearch.models.trained.TrainedRetriever",
+        "simsearch.search.rerank.AQE",
+        "simsearch.search.rerank.AlphaQE",
+        "simsearch.search.rerank.CSLS",
+        "simsearch.search.rerank.DBA",
+        "simsearch.search.rerank.Diffusion",
+        "simsearch.search.rerank.KReciprocal",
+        "torch.optim.AdamW",
+        "torch.optim.SGD",
+        "torch.optim.lr_scheduler.ConstantLR",
+        "torch.optim.lr_scheduler.MultiStepLR",
+        "torch.optim.lr_scheduler.OneCycleLR",
+        "torch.optim.lr_scheduler.StepLR",
+    }
+)
+ENCODERS = frozenset(t for t in ALLOWED if t.startswith(("simsearch.models.", "simsearch.index.binarize.")))
+
+# Arguments by which what is allowed would write elsewhere, or send away what it made. A run has its own folder.
+_REFUSED = {
+    "pytorch_lightning.Trainer": ("callbacks", "default_root_dir", "logger", "model_registry", "plugins"),
+    "pytorch_lightning.callbacks.ModelCheckpoint": ("dirpath",),
+}
+_HYDRA = ("_args_", "_convert_", "_recursive_")  # how Hydra calls a target; no config of ours says it
+_OWN = ("wandb",)  # where W&B keeps links to its own logs; nothing is read from there
+_SHOWN = 120
+MEND = "trust=true goes on, and may run code: only where you trust whoever made it"
+
+
+class Untrusted(ValueError):
+    """A folder that would run code, or lead out of itself, and which the user did not call trusted."""
+
+
+def check_config(config: Mapping[str, Any], where: str, allowed: frozenset[str] = ALLOWED) -> None:
+    """Raises Untrusted where a plain config holds anything but plain values and targets in `allowed`.
+
+    The whole config is looked through, also what nobody builds. where: names the config in the message.
+    """
+    for key, node in _nodes(config):
+        name, what = _fault(node, allowed)
+        if what:
+            raise Untrusted(f"{where}: {_plain('.'.join(part for part in (key, name) if part))} {what}; {MEND}")
+
+
+def _fault(node: object, allowed: frozenset[str]) -> tuple[str, str]:
+    """The entry of one value that is at fault, and why; two empty texts where nothing is."""
+    if isinstance(node, str) and "${" in node:
+        return "", f"holds the interpolation {_short(node)}"
+    if not isinstance(node, dict | list | str | int | float | None):
+        return "", f"holds a {type(node).__name__}, which is no plain value"
+    if not isinstance(node, dict):
+        return "", ""
+    target = node.get("_target_")
+    if "_target_" in node and (not isinstance(target, str) or target not in allowed):
+        return "_target_", f"wants to call {_short(target)}, none of the classes that a run is made of"
+    if strange := next((name for name in _HYDRA if name in node), ""):
+        return strange, "asks Hydra for more than a call of its _target_ by name"
+    for name in _REFUSED.get(str(target), ()):
+        if node.get(name) is not None:
+            return name, f"is {_short(node[name])}: a run says for itself where {target} writes"
+    if target == "pytorch_lightning.callbacks.ModelCheckpoint" and set("/\\") & set(str(node.get("filename"))):
+        return "filename", f"is {_short(node['filename'])}, which leads out of the run's checkpoints"
+    return "", ""
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _plain(key: str) -> str:
+    """A key without what a terminal would obey."""
+    return key if key.isprintable() else ascii(key)
+
+
+def targets(config: object) -> Iterator[tuple[str, object]]:
+    """Key and value of each `_target_` in a plain config."""
+    for key, node in _nodes(config):
+        if isinstance(node, dict) and "_target_" in node:
+            yield key, node["_target_"]
+
+
+def _nodes(config: object) -> Iterator[tuple[str, object]]:
+    """Each value of a plain config with its full key, as `model.encoders.x` or `callbacks.y.z[0]`; from the outside in.
+
+    Not by recursion: a stranger's config may be as deep as it likes.
+    """
+    waiting: list[tuple[str, object]] = [("", config)]
+    while waiting:
+        key, node = waiting.pop()
+        yield key, node
+        if isinstance(node, dict):
+            waiting += [(f"{key}.{name}" if key else str(name), value) for name, value in reversed(node.items())]
+        elif isinstance(node, list):
+            waiting += [(f"{key}[{i}]", value) for i, value in reversed(list(enumerate(node)))]
+
+
+def check_links(folder: Path) -> None:
+    """Raises Untrusted where a link in `folder` leads out of it: reading and writing would follow it."""
+    base = os.path.realpath(folder)
+    waiting = [base]
+    while waiting:
+        for entry in os.scandir(waiting.pop()):
+            if entry.is_symlink():
+                target = os.path.realpath(entry.path)
+                if os.path.commonpath([base, target]) != base:
+                    name = os.path.relpath(entry.path, base)
+                    raise Untrusted(
+                        f"{folder}: {_plain(name)} is a link that leads out of the folder, to {_short(target)}; {MEND}"
+                    )
+            elif entry.is_dir() and not (entry.name in _OWN and os.path.dirname(entry.path) == base):
+                waiting.append(entry.path)
