@@ -83,7 +83,7 @@ def test_average_precision(attribute, junk, collection, vectors):
     wider = assessment.measure_task(vectors, None, collection, by_artist)
     assert wider.values == pytest.approx(measured.values, nan_ok=True)
     expected = mean_interval(measured.per_query["mAP"][:, None], collection.column("artist")[asked.query])[0]
-    assert wider.intervals["mAP"] == tuple(expected.tolist())
+    assert wider.intervals["mAP"] == pytest.approx(tuple(expected.tolist()))
 
 
 def test_graded(collection, vectors):

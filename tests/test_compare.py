@@ -146,7 +146,7 @@ def test_tests_are_those_of_the_values_by_query(tmp_path):
 def test_units_of_chance_are_tested_as_one(tmp_path):
     """Twelve artists whose five works rise or fall together: far less sure than sixty works would be."""
     units = np.arange(Q) // 5
-    shift = np.random.default_rng(3).normal(0.02, 0.05, 12)[units]
+    shift = np.random.default_rng(3).normal(0.04, 0.05, 12)[units]
     pair = torch.from_numpy(values(1) + shift), torch.from_numpy(values(1))
     b, a = (v.numpy() for v in pair)
     given = {"unit": "artist", "units": units}

@@ -140,7 +140,8 @@ def catalog(folder: Path, mark: str = "", seed: int = 0) -> Path:
     config, about = {"model": {"scales": [1.0, 0.5]}}, {"source": {"run": mark}}
     write_catalog(folder, index=index, items=items, encoder=Encoder(seed), config=config, about=about)
     fingerprint = read_catalog(folder).fingerprint
-    calibration = {"catalog": fingerprint, "rate": 0.01, "same_work": 0.9, "similar": 0.5, "neighbours": 3}
+    calibration = {"catalog": fingerprint, "rate": {"same_work": 0.01, "similar": 0.01}, "neighbours": 3}
+    calibration |= {"same_work": [0.9, 0.95], "similar": [0.5], "floor": 0.1}
     write_calibration(folder, calibration)
     return folder
 

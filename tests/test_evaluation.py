@@ -108,6 +108,8 @@ class TestEvaluate:
         query = clustered(40, seed=0, first=30, groups=groups)
         gallery = clustered(90, seed=1, groups=groups)
         gallery.vectors[30:70] = query.vectors  # the queries are in the gallery
+        if groups:
+            gallery.group[30:70] = query.group
         result = evaluate(query, gallery, FaissIndex("Flat"), ks=KS, exclude_self=exclude_self)
         scores = (query.vectors.double() @ gallery.vectors.double().T).numpy()
         assert_metrics(result.metrics, brute_force(query, gallery, scores, exclude_self=exclude_self))
