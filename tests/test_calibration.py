@@ -120,13 +120,10 @@ def test_images_as_units_break_the_rate():
 @pytest.mark.slow
 @pytest.mark.parametrize("factory", ["PQ6x4", "PQ12x8"])
 def test_the_rate_holds_for_exact_queries_of_a_compressed_catalog(factory):
-    worlds = [World("1 to 3", 400, seed, factory) for seed in range(100)]
-    rates = {
-        exact: [float((w.sameness(w.fresh) > w.same_work(exact).values[0]).float().mean()) for w in worlds]
-        for exact in (True, False)
-    }
-    assert sum(rate > RATE for rate in rates[True]) <= allowed(100)
-    assert sum(rates[True]) < sum(rates[False])  # decoded items are no queries
+    """Calibrated by exact descriptors: by decoded items the rate comes out elsewhere (PQ6x4: .002 of .014)."""
+    worlds = (World("1 to 3", 400, seed, factory) for seed in range(100))
+    rates = [float((w.sameness(w.fresh) > w.same_work().values[0]).float().mean()) for w in worlds]
+    assert sum(rate > RATE for rate in rates) <= allowed(100)
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def test_calibrated_it_says_no(catalog, outside):
     assert calibration["weights"] == {"content": 1.0}
     assert calibration["neighbours"] == max(1, len(read_catalog(catalog)) // 20)
     assert calibration["units"]["similar"] + calibration["held_out"]["similar"]["of"] == 60  # a copy counts once
-    assert read_catalog(catalog).calibration == calibration
+    assert read_catalog(catalog).calibration == {n: v for n, v in calibration.items() if n != "checksum"}
     with (catalog / "calibration/curve.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["kind"] == "similar"]
     thresholds = [float(row["threshold"]) for row in rows]
