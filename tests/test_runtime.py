@@ -278,7 +278,7 @@ def test_lines_of_results_say_what_their_intervals_are_over():
 
 
 def test_results_table_says_where_queries_find_themselves():
-    metrics = {"bytes_per_item": 6.0, "index/latency_ms_p50": 0.1, "P@1": 0.9995}
+    metrics = {"bytes_per_item": 6.0, "index/latency_ms_p50": 0.1, "P@1": 0.9995, "queries": 10_000.0}
     stage = {"protocol": "dsh-release", "fingerprint": "0" * 16, "metrics": metrics, "intervals": {"P@1": [0.999, 1.0]}}
     note = "dsh-release: each query is in its own ranking: P@1 and R@k count it"
     for count, expected in ((10_000.0, 1), (0.0, 0), (None, 0)):  # None: measured before this was counted

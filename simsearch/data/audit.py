@@ -4,6 +4,10 @@ Descriptors and perceptual hashes propose pairs, pixels decide: the details of t
 the light, a small shift or mirroring. So the same pairs are near-duplicates whatever model proposes them; a better
 model only misses fewer. How many of the pairs are right is estimated from labels (`estimated_precision`).
 
+On CIFAR-10 (JPEG q75), test against training images, EfficientNet-Lite0 at 32 px: 345 of 10,000 test images in 567
+pairs, none of different classes. Among them are 180 of the 249 pairs of one shot that ciFAIR lists (Barz and Denzler
+2020, "Do we train on test data?").
+
 Among 1,729 paintings (art-artist, EfficientNet-Lite0 at 224 px) it finds 59 pairs: all 53 other scans that are known,
 and 6 more; of 40 that were judged by eye 37 show one work and 3 are views of one motif by one artist. Larger shifts,
 crops and other scales are missed.
