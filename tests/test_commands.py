@@ -190,7 +190,7 @@ def test_audit_and_evaluation_without_what_it_found(small_run, tmp_path):
     with Image.open(tmp_path / "duplicates.png") as sheet:
         assert sheet.format == "PNG"
     simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e", f"without={tmp_path / 'duplicates.csv'}")
-    measured = json.loads((tmp_path / "e" / "metrics.json").read_text())["test"]["metrics"]
+    measured = json.loads((tmp_path / "e" / "without" / "metrics.json").read_text())["test"]["metrics"]
     assert measured["queries"] == about["queries"] - len({pair.split(",")[0] for pair in pairs})
     assert measured["queries_in_own_ranking"] == 0
 

@@ -336,6 +336,9 @@ class TestCatalog:
         simsearch("index", f"shards={tmp_path}/s", f"index={index}", f"out={tmp_path}/of-shards")
         simsearch("index", *given, f"index={index}", f"out={tmp_path}/direct")
         one, other = read_catalog(tmp_path / "of-shards"), read_catalog(tmp_path / "direct")
+        for about in (one.about, other.about):
+            if index == "hnsw":  # threads build a graph in any order
+                del about["sha256"]["index/index.faiss"]
         assert one.about == other.about
         assert one.items.equals(other.items)
         positions = range(len(one))

@@ -37,7 +37,7 @@ def payloads(marker: Path) -> dict[str, Any]:
     return {
         "own function": {
             "_target_": "simsearch.files.write_json", "path": {"_target_": "pathlib.Path", "_args_": [path]},
-            "value": 1,
+            "value": {"a": 1},
         },
         "through a module of ours": {
             "_target_": "simsearch.models.backbones.torch.hub.load", "repo_or_dir": path, "model": "x",

@@ -97,9 +97,13 @@ class TestExact:
     def test_flat_is_brute_force(self, metric, q, k):
         items, queries = clustered(500), clustered(q, seed=1)
         result = filled("Flat", items, metric=metric).search(queries, k)
-        ids, scores = ranked(similarities(queries, items, metric), k)
-        assert torch.equal(result.ids, ids)
+        exact = similarities(queries, items, metric)
+        ids, scores = ranked(exact, k)
         torch.testing.assert_close(result.scores.double(), scores, atol=1e-5, rtol=1e-5)
+        moved = result.ids != ids  # rounding, which processors do differently, may swap what is as near
+        assert moved.double().mean() < 0.01
+        torch.testing.assert_close(exact.gather(1, result.ids)[moved], scores[moved], atol=1e-5, rtol=1e-5)
+        assert all(len(row.unique()) == k for row in result.ids)
 
     @pytest.mark.parametrize("k", [1, 7, 150, 500])
     def test_binary_flat_is_popcount_with_ties_in_order(self, k):
@@ -379,7 +383,9 @@ class TestGrowth:
                 index.add(part)
             assert len(index) == 600
             results.append(index.search(queries, 10))
-        assert torch.equal(results[0].scores, results[1].scores)
+        # Of four neighbours in a graph at once some processors round a score otherwise than of one.
+        tolerance = 1e-6 if factory == "HNSW16" else 0.0
+        torch.testing.assert_close(results[0].scores, results[1].scores, atol=tolerance, rtol=0.0)
         if not ("HNSW" in factory and factory[0] == "B"):  # tied distances leave the ids open there
             assert torch.equal(results[0].ids, results[1].ids)
 

@@ -332,7 +332,8 @@ class TestImages:
             make(images / f"{kind}.png")
         table = pq.read_table(place / "items.parquet")
         paths = pa.array([f"{kind}.png" for kind in kinds])
-        pq.write_table(table.set_column(0, "path", paths), place / "items.parquet")
+        digests = write_items(place / "items.parquet", [table.set_column(0, "path", paths)])
+        write_json(place / "catalog.json", read_json(place / "catalog.json") | digests)
         thumbnails = read_catalog(place).thumbnails(range(len(kinds)))
         with serving(library({"c": Source(place, images)})) as client:
             for i, kind in enumerate(kinds):
