@@ -412,7 +412,7 @@ def test_a_training_on_files_of_any_aspect_and_what_it_leaves(table, tmp_path):
         "train", "data=files", f"data.source={table}", "protocol.attribute=artist", "protocol.group=work",
         "protocol.junk=work", "backbone=timm", "backbone.name=test_efficientnet", "backbone.weights=random",
         "backbone.fit=longest", "backbone.size=64", "model=dir", "pooling.levels=2", "model.network.dimension=8",
-        "sampler.triplets=3", "loss.margin=0.8", "sampler.batches=2", "callbacks.mining.pool=24", "trainer.max_steps=3",
+        "sampler.triplets=3", "loss.margin=3", "sampler.batches=2", "callbacks.mining.pool=24", "trainer.max_steps=3",
         "trainer.precision=32-true", "callbacks.evaluation.ks=[1,5]", "logger.mode=disabled", "data.workers=0",
         "data.eval_batch_size=4", f"run_dir={run}", "+data.augment.padding=2", "+data.augment.flip=true",
         "+data.augment._target_=simsearch.data.transforms.RandomCropFlip", f"data.cache={tmp_path / 'cache'}",
