@@ -198,6 +198,9 @@ def _without_weights(node: Any) -> Any:
     return {name: _without_weights(value) if stays(name, value) else blank[name] for name, value in node.items()}
 
 
+_NOT_A_STRANGERS = ("hydra", "resume", "run", "run_dir", "run_root", "trust")
+
+
 def check_overrides(overrides: Sequence[str], where: str) -> None:
     """Raises ValueError for overrides of somebody else's that are more than values of a config.
 
@@ -216,9 +219,6 @@ def check_overrides(overrides: Sequence[str], where: str) -> None:
             )
         if more:
             raise trust.Untrusted(f"{where}: {text!r} is more than a value of the config; {trust.MEND}")
-
-
-_NOT_A_STRANGERS = ("hydra", "resume", "run", "run_dir", "run_root", "trust")
 
 
 def network_of(run: str, *, _root_: DictConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from simsearch import runtime, tracking
+from simsearch import runtime, tracking, trust
 
 CONF = Path(runtime.CONF)
 PRIMARY = sorted(p.stem for p in CONF.glob("*.yaml"))
@@ -132,6 +132,7 @@ def test_option_composes_and_builds(group, option, tmp_path):
     elif (group == "sampler" and option == "mined") or (group == "callbacks" and option.startswith("mining")):
         overrides += ["model=dir"]
     values = compose(*overrides)
+    trust.check_config(values, "what simsearch train writes into its run")
     values["model"] |= {"cache": None} if "cache" in values["model"] else {}
     if group in ("backbone", "model", "pooling", "experiment"):
         model = runtime.build(values["model"])
