@@ -133,8 +133,8 @@ def _finish(experiment: Any, exit_code: int) -> None:
     try:
         experiment.finish(exit_code=exit_code)
     except TimeoutError:
-        folder = shlex.quote(str(Path(experiment.settings.sync_dir)))
-        warn(f"W&B did not take everything in {limit:.0f} s; nothing is lost: `wandb sync --no-skip-online {folder}` later")
+        command = f"wandb sync --no-skip-online {shlex.quote(experiment.settings.sync_dir)}"
+        warn(f"W&B did not take everything in {limit:.0f} s; nothing is lost: `{command}` later")
     finally:
         waiting.cancel()
 
