@@ -27,6 +27,7 @@ ALLOWED = frozenset(
         "simsearch.callbacks.neighbours.NeighbourFigure",
         "simsearch.callbacks.precision_recall.PrecisionRecall",
         "simsearch.callbacks.training.EpochsAfterResume",
+        "simsearch.callbacks.training.LastCheckpoint",
         "simsearch.callbacks.training.LastValidation",
         "simsearch.callbacks.training.SaveOnSigterm",
         "simsearch.callbacks.training.StepSeed",

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
 from simsearch import launch, runtime, sweeps, tracking
@@ -20,6 +21,7 @@ from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
 from simsearch.callbacks.interruption import Interruption
 from simsearch.callbacks.neighbours import NeighbourFigure
 from simsearch.callbacks.precision_recall import PrecisionRecall
+from simsearch.callbacks.training import LastValidation, last_checkpoint
 from simsearch.files import check_zip, read_json
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
@@ -36,13 +38,13 @@ def main(config: DictConfig) -> Any:
         if trial is not None and trial.finished:
             sweeps.check_same_data(trial.folder, config)
             return trial.values
-        run = runtime.start_run(config)
-        ranks = launch.count_devices(run.config["trainer"]["devices"])
-        if ranks > 1 and not launch.is_slurm_rank():
-            runtime.prepare_data(run.config)
-            launch.run_ranks(run.folder, ranks, trusted=run.trusted)
-        else:
-            train_run(run)
+        with runtime.start_run(config) as run:
+            ranks = launch.count_devices(run.config["trainer"]["devices"])
+            if ranks > 1 and not launch.is_slurm_rank():
+                runtime.prepare_data(run.config)
+                launch.run_ranks(run.folder, ranks, trusted=run.trusted)
+            else:
+                train_run(run)
         values = sweeps.objectives(run.folder, run.config["objective"])
         if trial is not None:
             trial.values = values
@@ -74,7 +76,7 @@ def train(
     """Fits the model of `run`, tests its best checkpoint; rank 0 writes figures and catalog, prints the table."""
     trainer = runtime.build_trainer(run.config, run.folder, loggers, callbacks)
 
-    best, last = (run.folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    best, last = run.folder / "checkpoints" / "best.ckpt", last_checkpoint(run.folder)
     go_on = run.resumed and last.is_file()
     if go_on:
         check_zip(last)
@@ -84,6 +86,8 @@ def train(
     finally:
         if trainer.is_global_zero:
             runtime.note_training(run.folder, time.perf_counter() - start, trainer, model)
+    if trainer.strategy.broadcast(not best.is_file() or not _was_chosen(trainer)):
+        trainer.save_checkpoint(best)  # what the training ended with is the result
     model.requires_grad_(False)  # what is frozen runs faster
     trainer.test(model, data, ckpt_path=str(check_zip(best)), weights_only=True, verbose=False)
     result = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation)).results["test"]
@@ -102,6 +106,12 @@ def train(
         save_catalog(run, data, model, result, index)
     tracking.log_outputs(loggers, run)
     report(run.folder)
+
+
+def _was_chosen(trainer: pl.Trainer) -> bool:
+    """Whether a best checkpoint was compared with others, by a validation or another metric."""
+    validated = any(isinstance(c, LastValidation) and c.validated for c in trainer.callbacks)
+    return validated or any(isinstance(c, ModelCheckpoint) and c.monitor and c.best_k_models for c in trainer.callbacks)
 
 
 def save_catalog(
