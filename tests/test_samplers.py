@@ -144,6 +144,28 @@ def test_ranks_share_the_batch_of_one_process(kind, monkeypatch):
     assert together == expected
 
 
+@pytest.mark.parametrize(("batch", "world", "expected"), [
+    (4, 3, [4, 4, 4]),  # 40 rows: 12, 12, 12, and 4 that would be 2, 1 and 1
+    (6, 1, [6, 6, 6, 6, 6, 6, 4]),  # alone it has them all
+    (13, 1, [13, 13, 14]),  # but none by itself, which has no variance
+    (13, 3, [13]),
+    (14, 3, [14]),  # where there is no other batch it is kept, as even as can be
+    (40, 1, [40]),
+])  # fmt: skip
+def test_several_processes_that_learn_leave_out_a_batch_that_is_not_full(batch, world, expected, monkeypatch):
+    pretend(monkeypatch, 0, world)
+    sampler = ShuffledBatches(LABELS, batch_size=batch)
+    sampler.whole = True
+    assert [len(one) for one in sampler] == expected
+    assert len(sampler) == len(expected)
+    seen = set()
+    for epoch in range(20):  # what one epoch leaves out others have
+        sampler.set_epoch(epoch)
+        for rank in range(world):
+            seen.update(chain(*sampler.batches(rank, world)))
+    assert seen == set(range(40))
+
+
 def test_an_incomplete_last_batch_is_shared_or_left_out(monkeypatch):
     parts = []
     for rank in range(3):
