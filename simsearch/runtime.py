@@ -66,9 +66,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def guarded(config: DictConfig) -> Any:
             quiet_libraries()
-            if (
-                multiprocessing.get_start_method(allow_none=True) == "loky"
-            ):  # in joblib's workers, which start none but their own
+            if multiprocessing.get_start_method(allow_none=True) == "loky":  # joblib's, which starts no others
                 multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
             try:
                 return task(config)
@@ -303,7 +301,9 @@ def _with_length(run: Run, config: DictConfig) -> Run:
     What else is given otherwise than its own config has it is told, and ignored. Raises ValueError where the learning
     rate was planned for another length.
     """
-    own, lengths, ignored = OmegaConf.create(run.config), {}, []
+    composed = _composed(config) or OmegaConf.to_container(config)
+    own, config = OmegaConf.create(run.config), OmegaConf.create(composed)
+    lengths, ignored = {}, []
     for text in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
         (parsed,) = OverridesParser.create().parse_overrides([text])
         name = parsed.key_or_group.replace("/", ".")
@@ -332,8 +332,8 @@ def _with_length(run: Run, config: DictConfig) -> Run:
 
 
 def _selected(config: DictConfig, name: str) -> Any:
-    value = OmegaConf.select(config, name)
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    value = OmegaConf.select(config, name, throw_on_resolution_failure=False)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def _write_config(folder: Path, values: Mapping[str, Any], about: Mapping[str, Any]) -> None:

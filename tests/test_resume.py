@@ -478,6 +478,16 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_named(tmp_path, monkeyp
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.parametrize("kept", [0, 3, 5000])
+def test_a_checkpoint_that_an_earlier_version_left_cut_off_is_named(kept, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole(*DSH, *STEPS), run)
+    path = run / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:kept])
+    done = simsearch("train", "resume=true", f"run_dir={run}", expect=1)
+    assert f"simsearch train: {path} is damaged: " in done.stderr
+
+
 def _train_and_die(arguments: Sequence[str], count: int) -> None:
     """Trains, and dies just before the file of that number is put in place."""
     left, replace = count, os.replace

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from simsearch.callbacks.interruption import Interruption
 from simsearch.callbacks.neighbours import NeighbourFigure
 from simsearch.callbacks.precision_recall import PrecisionRecall
 from simsearch.callbacks.training import LastValidation, last_checkpoint
-from simsearch.files import check_zip, read_json
+from simsearch.files import Damaged, check_zip, read_json
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import item_table, write_catalog
@@ -78,8 +79,8 @@ def train(
 
     best, last = run.folder / "checkpoints" / "best.ckpt", last_checkpoint(run.folder)
     go_on = run.resumed and last.is_file()
-    if go_on:
-        check_zip(last)
+    if go_on and not zipfile.is_zipfile(check_zip(last)):
+        raise Damaged(f"{last} is damaged: it is no checkpoint; without it resume=true trains from the beginning")
     start = time.perf_counter()
     try:
         trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)
