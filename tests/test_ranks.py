@@ -115,9 +115,10 @@ def test_two_ranks_leave_one_run(tmp_path):
     assert started["global_step"] == 3
     for name, value in found[0]["parameters"].items():
         assert torch.equal(started["state_dict"][name].cpu(), value)
-    epoch = [row for about in found for rows in about["rows"][:2] for row in rows]
+    assert {len(rows) for about in found for rows in about["rows"]} == {8}  # what would not fill a batch is left out
     split = runtime.build_data(runtime.open_run(run, trusted=True).config).split  # type: ignore[attr-defined]
-    assert sorted(epoch) == sorted(split.train.tolist())  # the second batch is the epoch's last
+    assert {row for about in found for rows in about["rows"] for row in rows} <= set(split.train.tolist())
+    assert len(split.train) % 16
 
 
 @pytest.mark.slow
