@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from itertools import chain
 
@@ -364,3 +366,24 @@ def test_a_lightning_run_goes_on_from_every_checkpoint(kind, workers, tmp_path):
 def test_wrong_values_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+HELD = """
+import sys, torch
+from simsearch.data.samplers import ResumableLoader, ShuffledBatches
+class Rows(torch.utils.data.Dataset):
+    def __getitem__(self, row):
+        return row
+    def __len__(self):
+        return 40
+loader = ResumableLoader(Rows(), ShuffledBatches(torch.zeros(40, dtype=torch.int64), 4), list, num_workers=1)
+held = iter(loader)  # as a traceback holds it
+next(held)
+sys.modules["held"] = held
+sys.exit(3)
+"""
+
+
+def test_a_process_ends_though_its_loader_s_workers_are_deaf():
+    done = subprocess.run([sys.executable, "-c", HELD], timeout=300, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr

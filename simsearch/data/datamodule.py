@@ -15,7 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 from simsearch.data.cifar10 import read_cifar10
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import RetrievalProtocol, Split
-from simsearch.data.samplers import Batches, ResumableLoader, ShuffledBatches, leave_signals
+from simsearch.data.samplers import Batches, ResumableLoader, ShuffledBatches, end_workers_at_exit, leave_signals
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.sharded import Ranks
 from simsearch.types import Batch, RetrievalTask
@@ -210,6 +210,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         shared: bool = False,
     ) -> DataLoader:
         data = CollectionRows(self.collection, rows, attribute)
+        end_workers_at_exit()
         return DataLoader(
             data,
             batch_size=batch_size,

@@ -7,8 +7,11 @@ that all parts together are what one process with W times the batch would have g
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -245,6 +248,7 @@ class ResumableLoader:
     def __init__(
         self, dataset: Dataset, batches: Batches, collate_fn: Callable[[Any], Any], num_workers: int = 0
     ) -> None:
+        end_workers_at_exit()
         self.sampler = batches
         self.dataset = dataset
         self._loader = DataLoader(
@@ -283,6 +287,12 @@ def leave_signals(worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@cache
+def end_workers_at_exit() -> None:
+    """Has this process kill its daemons, as such workers are, when it ends: SIGTERM, as usual, would not end them."""
+    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
 
 
 def _rank_and_world() -> tuple[int, int]:
