@@ -292,7 +292,14 @@ def leave_signals(worker: int) -> None:
 @cache
 def end_workers_at_exit() -> None:
     """Has this process kill its daemons, as such workers are, when it ends: SIGTERM, as usual, would not end them."""
-    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for a worker that is killed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _rank_and_world() -> tuple[int, int]:
