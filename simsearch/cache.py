@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +73,8 @@ class ArrayCache:
             if entry.exists():
                 print(f"the cache entry {entry} is damaged or of another shape: it is computed again", file=sys.stderr)
                 shutil.rmtree(entry, ignore_errors=True)
-            self._fill(entry, dict(parts), shape, dtype, fill)
+            with _told_of_full_disks(self.root):
+                self._fill(entry, dict(parts), shape, dtype, fill)
         finally:
             lock.release()
         found = self._open(entry, shape, dtype)
@@ -118,6 +121,13 @@ class ArrayCache:
                 )
             partial.mkdir(parents=True)
             array, blocks = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape), []
+        try:
+            _reserve(path)
+        except OSError:
+            if not blocks:
+                del array
+                shutil.rmtree(partial)
+            raise
         start = saved = blocks[-1][0] if blocks else 0
         last = time.monotonic()
         for done in fill(array, start) if start < shape[0] else ():
@@ -133,6 +143,35 @@ class ArrayCache:
         write_json(partial / "meta.json", {"parts": parts, "shape": shape, "dtype": dtype, "blocks": blocks})
         os.replace(partial, entry)
         (entry / progress.name).unlink(missing_ok=True)
+
+
+@contextmanager
+def _told_of_full_disks(root: Path) -> Iterator[None]:
+    """Says which disk is full and what to do where one is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            f"the disk of the cache {root} is full ({error.strerror}): make room, put the cache on a larger disk "
+            "(SIMSEARCH_CACHE) or do without one"
+        ) from error
+
+
+def _reserve(path: Path) -> None:
+    """Has the disk hold all of a file that is mapped: else a full one ends the process when a page is written to.
+
+    Raises OSError where the disk is full. Where a system cannot reserve, nothing is done.
+    """
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with path.open("r+b") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
 
 def _sound_rows(array: np.ndarray, blocks: Sequence[tuple[int, str]]) -> int:

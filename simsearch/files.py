@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
+import re
+import shutil
+import socket
 import sys
-import uuid
+import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +27,132 @@ _PIECE = 2**20  # bytes that are read together
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends well."""
+    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
+
+    What killed processes left of earlier tries is taken away first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
+    clear_leftovers(path)
+    with _temporary(path) as temporary:
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` to fill; it takes the place of `folder` when the block ends well.
+
+    What killed processes left of earlier tries is taken away first. A kill between the two moves leaves the old one
+    aside: `restore` brings it back.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    restore(folder)
+    clear_leftovers(folder)
+    with _temporary(folder) as temporary, _temporary(folder, _OLD) as old:
+        temporary.mkdir()
+        try:
+            yield temporary
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(temporary, folder)
+        finally:
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+            for path in (temporary, old):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def restore(folder: Path) -> None:
+    """Puts a folder back that a process which was killed in `replacing_folder` had moved aside, where there is none."""
+    if not folder.exists():
+        for path, old in _leftovers(folder):
+            if old and path.is_dir():
+                with suppress(OSError):  # another process was first, or may, and who reads may not write
+                    os.replace(path, folder)
+                return
+
+
+def clear_leftovers(path: Path) -> None:
+    """Takes away what killed processes left beside `path` in the midst of writing it."""
+    for leftover, _ in _leftovers(path):
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether `replacing` or `replacing_folder` gives such names, of this version or an earlier one."""
+    return any(pattern.fullmatch(name) for pattern in (_TEMPORARY, *_EARLIER))
+
+
+# Of this machine, process and count; then whether it is what was there before; then what it takes the place of.
+_TEMPORARY = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)(-old)?\.(.+)", re.DOTALL)
+_EARLIER = (
+    re.compile(r"\.[0-9a-f]{8}\.(?P<name>.+)", re.DOTALL),
+    re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(?P<old>\.old)?", re.DOTALL),
+)
+_OLD = "-old"
+_FORGOTTEN_SECONDS = 86_400.0  # after which a temporary name of who knows which process is a left-over
+_COUNT = itertools.count()
+_writing: set[str] = set()
+
+
+@contextmanager
+def _temporary(path: Path, kind: str = "") -> Iterator[Path]:
+    """A name beside `path` that nobody else has, while it is being written to."""
+    name = f".{_machine()}-{os.getpid()}-{next(_COUNT)}{kind}.{path.name}"
+    _writing.add(name)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        yield path.with_name(name)
     finally:
-        temporary.unlink(missing_ok=True)
+        _writing.discard(name)
+
+
+def _leftovers(path: Path) -> list[tuple[Path, bool]]:
+    """What killed processes left beside `path` for it, and whether that is what was there before."""
+    found = []
+    try:
+        names = [entry.name for entry in os.scandir(path.parent) if entry.name[0] == "." and path.name in entry.name]
+    except OSError:
+        return []
+    for name in names:
+        other = path.with_name(name)
+        if match := _TEMPORARY.fullmatch(name):
+            machine, pid, _, old, target = match.groups()
+            alive = name in _writing or (int(pid) != os.getpid() and is_alive(int(pid)))
+            dead = not alive if machine == _machine() else _is_forgotten(other)
+        elif match := next((m for pattern in _EARLIER if (m := pattern.fullmatch(name))), None):
+            parts = match.groupdict()
+            target, old = parts["name"], parts.get("old")
+            dead = _is_forgotten(other) if "pid" not in parts else not is_alive(int(parts["pid"]))
+        else:
+            continue
+        if dead and target == path.name:
+            found.append((other, bool(old)))
+    return found
+
+
+def _is_forgotten(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS
+    except OSError:  # finished in this moment
+        return False
+
+
+def _machine() -> str:
+    """8 hex digits of this machine's name."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
 def is_alive(pid: int) -> bool:
     """Whether a process of this machine has that number."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -1,11 +1,15 @@
 """The descriptor cache: computed once, resumed, rebuilt when damaged; files whole or not at all."""
 
+import errno
 import hashlib
 import multiprocessing
 import os
 import shutil
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,7 @@ import pytest
 
 import simsearch.cache
 from simsearch.cache import ArrayCache, cache_key
-from simsearch.files import read_json, replacing, write_json
+from simsearch.files import is_temporary, read_json, replacing, replacing_folder, write_json
 
 PARTS = {"model": "lite0", "data": "abc", "size": 224}
 
@@ -242,3 +246,96 @@ def test_files_are_whole_or_unchanged(tmp_path):
         interrupted()
     assert read_json(path) == {"a": [1, 2]}
     assert [p.name for p in path.parent.iterdir()] == ["value.json"]
+
+
+# ------------------------------------------------------------------------------------- full disks, kills
+
+
+def test_an_entry_has_its_place_on_the_disk_before_it_is_filled(cache):
+    """Else a disk that is full ends the process by SIGBUS, at a page that is written to."""
+
+    def fill(array: np.ndarray, start: int) -> Iterator[int]:
+        (path,) = cache.root.glob("*.partial/array.npy")
+        assert path.stat().st_blocks * 512 >= array.nbytes
+        yield len(array)
+
+    cache.get(PARTS, (4096, 64), "float32", fill)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(cache, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"the disk of the cache .*/deep/cache is full .*SIMSEARCH_CACHE"):
+        cache.get(PARTS, (9, 3), "float32", Rows())
+    assert not list(cache.root.glob("*.partial"))
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: _raise(OSError(errno.EOPNOTSUPP, "not supported")))
+    np.testing.assert_array_equal(cache.get(PARTS, (9, 3), "float32", Rows()), expected(9, 3))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make a small disk: SKIPPED")
+def test_a_disk_that_fills_while_an_entry_is_filled_ends_no_process(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine mounts no tmpfs: SKIPPED")
+
+    def fill(array: np.ndarray, start: int) -> Iterator[int]:
+        with suppress(OSError), (disk / "other").open("wb") as file:  # another program takes what is left
+            file.write(bytes(4 * 2**20))
+        array[:] = 1
+        yield len(array)
+
+    def work() -> None:
+        for size in (0, 1):  # the first finds the disk filled meanwhile, the second from the beginning
+            with pytest.raises(OSError, match=r"the disk of the cache .* is full|needs .* GiB and its disk has"):
+                ArrayCache(disk / "cache").get(PARTS | {"size": size}, (2**19,), "float32", fill)
+
+    try:
+        process = multiprocessing.get_context("fork").Process(target=work)
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_writing_takes_away_what_the_dead_left_of_the_same_file(tmp_path):
+    dead = multiprocessing.get_context("fork").Process(target=lambda: None)
+    dead.start()
+    dead.join()
+    machine = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    other = "0" * 8 if machine != "0" * 8 else "1" * 8
+    ours, theirs = f".{machine}-{dead.pid}-0.a.json", f".{machine}-{os.getppid()}-0.a.json"
+    elsewhere, forgotten = f".{other}-1-0.a.json", f".{other}-1-1.a.json"
+    names = [ours, theirs, elsewhere, forgotten, ".1a2b3c4d.a.json", ".notes.a.json", f".{machine}-{dead.pid}-0.b.json"]
+    for name in names:
+        (tmp_path / name).write_text("left")
+    for name in (forgotten, ".1a2b3c4d.a.json"):
+        os.utime(tmp_path / name, (0, 0))
+    with replacing(tmp_path / "a.json") as one, replacing(tmp_path / "a.json") as two:  # neither takes the other's
+        one.write_text("1")
+        two.write_text("2")
+        assert is_temporary(one.name)
+        assert one != two
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"a.json", theirs, elsewhere, ".notes.a.json", f".{machine}-{dead.pid}-0.b.json"}
+    assert (tmp_path / "a.json").read_text() == "1"
+    assert not is_temporary(".notes.a.json")
+
+
+def test_a_folder_takes_the_place_of_another_whole(tmp_path):
+    folder = tmp_path / "f"
+    for content in ("first", "second"):
+        with replacing_folder(folder) as temporary:
+            (temporary / "x").write_text(content)
+        assert (folder / "x").read_text() == content
+    with pytest.raises(KeyboardInterrupt), replacing_folder(folder) as temporary:
+        raise KeyboardInterrupt
+    assert (folder / "x").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def _raise(error: Exception) -> None:
+    raise error

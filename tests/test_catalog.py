@@ -23,6 +23,7 @@ from simsearch.models.backbones import timm_backbone
 from simsearch.models.frozen import FrozenRetriever, Whitening
 from simsearch.models.pooling import RMAC, Average, GeM
 from simsearch.search import catalog as module
+from simsearch.search import engine
 from simsearch.search.catalog import (
     Catalog,
     CatalogError,
@@ -150,11 +151,11 @@ class TestWriting:
         real = os.replace
 
         def fail(source: Path, target: Path) -> None:
-            if Path(target) == folder and (Path(source) / "items.parquet").is_file() and ".old" not in str(source):
+            if Path(target) == folder and (Path(source) / "items.parquet").is_file() and "-old" not in str(source):
                 raise OSError("device gone")
             real(source, target)
 
-        monkeypatch.setattr(module.os, "replace", fail)
+        monkeypatch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="device gone"):
             write(mark="new")
         assert read_catalog(folder).items["path"][0].as_py() == "old0.jpg"
@@ -339,3 +340,24 @@ class TestEngine:
         assert not vectors.is_inference()
         assert vectors.dtype == torch.float32
         assert engine.search(images[:2], 1).ids.tolist() == [[0], [1]]
+
+
+def test_a_network_sees_so_many_images_at_once_that_their_maps_fit(model, images, monkeypatch):
+    seen: list[int] = []
+    real = model.embed
+
+    def embed(part: Tensor) -> Tensor:
+        seen.append(len(part))
+        return real(part)
+
+    whole = encode(model, images)
+    monkeypatch.setattr(model, "embed", embed)
+    monkeypatch.setattr(engine, "_PIXELS", 7 * 32 * 32)
+    torch.testing.assert_close(encode(model, images), whole, rtol=0, atol=1e-5)
+    assert seen == [7] * 5 + [5]
+    seen.clear()
+    encode(model, F.interpolate(images[:4], (40, 80)))  # 2.2 at once
+    assert seen == [2, 2]
+    encode(model, F.interpolate(images[:2], (400, 800)))  # one at least
+    assert seen == [2, 2, 1, 1]
+    assert engine._PIXELS < 10**7

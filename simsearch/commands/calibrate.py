@@ -20,6 +20,7 @@ from simsearch import runtime
 from simsearch.cache import ArrayCache
 from simsearch.commands.index import report_errors
 from simsearch.data.manifest import Manifest, load_images, read_manifest
+from simsearch.data.presence import Presence
 from simsearch.files import replacing
 from simsearch.functional.open_set import least_scores
 from simsearch.images import MAX_BYTES
@@ -187,6 +188,7 @@ class Describer:
         encoder = runtime.build_encoder(self.catalog.about["config"], trusted=self.catalog.trusted)
         self.catalog.load_encoder_state(encoder)
         encoder.to(runtime.device(self.config.device))
+        presence = Presence(manifest.root, manifest.paths)
         step = 8 * self.config.batch_size
         with tqdm(total=len(rows), initial=start, unit="img", desc="describe") as bar:
             for begin in range(start, len(rows), step):
@@ -198,7 +200,8 @@ class Describer:
                     batch_size=self.config.batch_size,
                     workers=self.config.workers,
                 )
-                for images, at, _ in batches:
+                for images, at, errors in batches:
+                    presence.note(errors)
                     if len(images):
                         data = encode(encoder, images).contiguous().numpy().view(np.uint8)
                         rows[begin + at.numpy(), :-1], rows[begin + at.numpy(), -1] = data, 1

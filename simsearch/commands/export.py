@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,7 +16,7 @@ from simsearch import __version__, runtime
 from simsearch.commands.calibrate import chosen
 from simsearch.commands.index import report_errors
 from simsearch.data.manifest import Manifest, load_images, read_manifest
-from simsearch.files import write_json
+from simsearch.files import is_temporary, replacing_folder, restore, write_json
 from simsearch.functional.ragged import ragged, stacks
 from simsearch.functional.resize import resize_to_fit
 from simsearch.images import decode_thumbnail
@@ -86,29 +84,14 @@ def whole_folder(out: Path) -> Iterator[Path]:
     Raises FileExistsError where `out` holds anything but an earlier export.
     """
     out = out.resolve()
+    restore(out)
     if out.exists():
-        names = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
+        names = {path.name for path in out.iterdir() if not is_temporary(path.name)} if out.is_dir() else {out.name}
         strange = sorted(n for n in names if n != ABOUT and not n.endswith((".onnx", ".safetensors")))
         if not out.is_dir() or strange or (names and ABOUT not in names):
             raise FileExistsError(f"{out} exists and holds other things than an export: give another out=")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replacing_folder(out) as temporary:
         yield temporary
-        if out.exists():
-            old = out.with_name(f".{out.name}.{os.getpid()}.old")
-            os.replace(out, old)
-            try:
-                os.replace(temporary, out)
-            except OSError:
-                os.replace(old, out)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sample_images(config: DictConfig, catalog: Catalog, encoder: nn.Module) -> Iterator[Tensor]:

@@ -23,6 +23,7 @@ from simsearch.commands.index import report_errors
 from simsearch.data.batches import ImageBatch
 from simsearch.data.chunks import load_chunks
 from simsearch.data.manifest import ImageFiles, Manifest, read_manifest
+from simsearch.data.presence import Presence
 from simsearch.images import ImageError, encode_thumbnail
 from simsearch.search.claims import Claims, claimed
 from simsearch.search.engine import encode
@@ -111,7 +112,8 @@ def place(rank: int | None, ranks: int | None, environment: Mapping[str, str]) -
 def describe(shards: Shards, encoder: nn.Module, manifest: Manifest, work: Work, show: Callable[[], None]) -> None:
     """Describes chunks that nobody else does until none is missing, those of ranks that died too."""
     encoder = encoder.to(accelerator(work.device, work.local))
-    check_own(shards, work.rank, work.ranks)
+    presence = shards.presence(manifest.root)
+    check_own(shards, presence, work.rank, work.ranks)
     files = ImageFiles(manifest, size=encoder.input_size, fit=encoder.fit)
     size = shards.about["chunk"]
     with Claims(shards.folder / "claims") as claims:
@@ -127,7 +129,7 @@ def describe(shards: Shards, encoder: nn.Module, manifest: Manifest, work: Work,
                     claims.advance(number, done)
                     show()
 
-                describe_chunk(shards, number, encoder, manifest.root, batches, advance)
+                describe_chunk(shards, number, encoder, presence, batches, advance)
                 claims.release(number)
             if idle:
                 abandon_with_parent()
@@ -150,11 +152,11 @@ def describe_chunk(
     shards: Shards,
     number: int,
     encoder: nn.Module,
-    root: Path,
+    presence: Presence,
     batches: Iterator[ImageBatch],
     advance: Callable[[int], None],
 ) -> None:
-    """Writes the shard of one chunk from its batches."""
+    """Writes the shard of one chunk from its batches. Raises Vanished where its images were lost."""
     vectors, rows, thumbnails, errors = [], [], [], []
     for images, batch_rows, batch_errors in batches:
         abandon_with_parent()
@@ -162,7 +164,8 @@ def describe_chunk(
             vectors.append(encode(encoder, images))
             rows.append(batch_rows)
             thumbnails += [encode_thumbnail(image, shards.about["thumbnail"]) for image in images]
-        errors += [ImageError(error.path.relative_to(root), error.reason, error.detail) for error in batch_errors]
+        presence.note(batch_errors)
+        errors += [ImageError(e.path.relative_to(presence.root), e.reason, e.detail) for e in batch_errors]
         advance(len(thumbnails) + len(errors))
     none = torch.empty(0, dtype=torch.int64)
     shards.write(
@@ -174,13 +177,17 @@ def describe_chunk(
     )
 
 
-def check_own(shards: Shards, rank: int, ranks: int) -> None:
-    """Reads this rank's part of the finished shards and deletes damaged ones, to be done again."""
-    missing = set(shards.missing())
+def check_own(shards: Shards, presence: Presence, rank: int, ranks: int) -> None:
+    """Reads this rank's part of the finished shards and deletes what is to be done again: damaged ones, and those
+    that call images missing which were there when the shards were begun and are."""
+    missing, root = set(shards.missing()), Path(shards.about["source"]["images"])
     for number in range(rank, len(shards), ranks):
         if number not in missing:
             try:
                 shards.check(number)
+                failed = [(str(error.path.relative_to(root)), error.reason) for error in shards.errors(number)]
+                if back := [path for path, reason in failed if presence.is_back(path, reason)]:
+                    raise ShardError(f"the shard {shards.path(number)} lacks {len(back)} images, as {back[0]}")
             except ShardError as error:
                 warn(f"{error}: it is done again")
                 shards.path(number).unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shlex
 import sys
 from collections import Counter
@@ -19,20 +18,21 @@ from tqdm import tqdm
 
 from simsearch import runtime
 from simsearch.data.manifest import load_images, read_manifest
-from simsearch.files import replacing
+from simsearch.data.presence import MOST_GONE, Presence
+from simsearch.files import read_json
 from simsearch.images import ImageError, encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.search.catalog import fill_index, path_table, with_thumbnails, write_catalog
+from simsearch.search.catalog import calibrated_for, fill_index, path_table, with_thumbnails, write_catalog
 from simsearch.search.engine import encode
 from simsearch.search.shards import ShardError, open_shards
-from simsearch.text import csv_cell, printable, warn
+from simsearch.text import printable, warn
 
 
 @dataclass(frozen=True)
 class Described:
     """Images that were described, in parts: vectors(i) gives the counts[i] of part i, `items` their tables.
 
-    config: what builds the encoder. out: where the catalog goes unless told otherwise. source: `run` and `images`.
+    config: what builds the encoder. out: where the catalog goes. source: `run` and `images`.
     """
 
     encoder: nn.Module
@@ -50,7 +50,9 @@ class Described:
 def main(config: DictConfig) -> None:
     index = runtime.build(runtime.plain(config)["index"])
     described = from_shards(config, index) if config.shards else from_images(config, index)
-    out = Path(config.out) if config.out else described.out
+    out = described.out
+    check_not_fewer(out, sum(described.counts), config.fewer)
+    before = calibrated_for(out)
     fill_index(index, described.counts, described.vectors)
     reasons = dict(Counter(error.reason for error in described.errors))
     write_catalog(
@@ -60,8 +62,36 @@ def main(config: DictConfig) -> None:
         encoder=described.encoder,
         config=described.config,
         about={"source": described.source, "skipped": reasons | described.skipped},
+        errors=described.errors,
     )
     report(out, len(index), index.code_bytes, described.errors, described.skipped)
+    if before is not None and calibrated_for(out) is None:
+        warn(
+            f"note: the catalog that was in {out} was calibrated, this one is another and is not: "
+            f"simsearch calibrate {shlex.quote(f'catalog={out}')} outside=<images of other things>"
+        )
+
+
+def place(config: DictConfig, usual: Path, count: int) -> Path:
+    """The catalog's folder, before the work: says and refuses what a catalog of at most `count` items would cost."""
+    out = Path(config.out) if config.out else usual
+    check_not_fewer(out, count, config.fewer)
+    if calibrated_for(out) is not None:
+        warn(f"note: the catalog {out} is calibrated, and another one in its place is to be calibrated again")
+    return out
+
+
+def check_not_fewer(out: Path, count: int, told: bool) -> None:
+    """Raises ValueError where a catalog of `count` items would take the place of one of far more, unless `told`."""
+    try:
+        before = int(read_json(out / "catalog.json").get("items", 0))
+    except (OSError, ValueError, TypeError):  # there is none, or none that could be missed
+        return
+    if count < (1 - MOST_GONE) * before and not told:
+        raise ValueError(
+            f"the catalog {out} has {before} items, this one would have {count}: see whether all images are there; "
+            "if so, say fewer=true, or give another out="
+        )
 
 
 def from_images(config: DictConfig, index: FaissIndex) -> Described:
@@ -71,7 +101,9 @@ def from_images(config: DictConfig, index: FaissIndex) -> Described:
     run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
     source = Path(config.images).resolve()
     manifest = read_manifest(source, Path(config.root) if config.root else None)
-    table = path_table(manifest)
+    table, presence = path_table(manifest), Presence(manifest.root, manifest.paths)
+    usual = run.folder / "catalogs" / (source.name if source.is_dir() else source.stem)
+    out = place(config, usual, len(manifest))
     encoder = runtime.load_model(run).encoder.to(runtime.device(config.device))
     check_kind(index, encoder)
     parts, rows, thumbnails, errors = [], [], [], []
@@ -88,6 +120,7 @@ def from_images(config: DictConfig, index: FaissIndex) -> Described:
                 parts.append(encode(encoder, images))
             rows += batch_rows.tolist()
             thumbnails += [encode_thumbnail(image, config.thumbnail) for image in images]
+            presence.note(batch_errors)
             errors += batch_errors
             bar.update(len(images) + len(batch_errors))
     if not rows:
@@ -104,7 +137,7 @@ def from_images(config: DictConfig, index: FaissIndex) -> Described:
         errors=errors,
         skipped=manifest.skipped,
         source={"run": run.folder.name, "images": str(manifest.root)},
-        out=run.folder / "catalogs" / (source.name if source.is_dir() else source.stem),
+        out=out,
     )
 
 
@@ -119,6 +152,7 @@ def from_shards(config: DictConfig, index: FaissIndex) -> Described:
             f"{len(missing)} of the {len(shards)} shards in {shards.folder} are missing; this goes on with them: "
             f"{shards.about['command']}"
         )
+    out = place(config, shards.folder / "catalog", len(shards.items))
     encoder = runtime.build_encoder(shards.about["config"], trusted=trusted)
     shards.load_encoder_state(encoder)
     check_kind(index, encoder)
@@ -128,6 +162,14 @@ def from_shards(config: DictConfig, index: FaissIndex) -> Described:
     except ShardError as error:
         raise ValueError(f"{error}; this does it again: {shards.about['command']}") from error
     errors = [error for number in range(len(shards)) for error in shards.errors(number)]
+    seen = dict(zip(shards.items["path"].to_pylist(), (shards.sizes >= 0).tolist(), strict=True))
+    root = Path(shards.about["source"]["images"])
+    lost = [e for e in errors if e.reason == "missing" and e.path and seen[str(e.path.relative_to(root))]]
+    if len(lost) > MOST_GONE * sum(seen.values()):
+        raise ValueError(
+            f"{len(lost)} images were lost while they were described, as {printable(lost[0].path)}; this does them "
+            f"again: {shards.about['command']}"
+        )
     filled = [(number, count) for number, count in checked if count]
     if not filled:
         raise ValueError(f"none of the {len(shards.items)} images of the shards could be read: {errors[0]}")
@@ -140,7 +182,7 @@ def from_shards(config: DictConfig, index: FaissIndex) -> Described:
         errors=errors,
         skipped=shards.about["skipped"],
         source=shards.about["source"],
-        out=shards.folder / "catalog",
+        out=out,
     )
 
 
@@ -152,14 +194,9 @@ def check_kind(index: FaissIndex, encoder: nn.Module) -> None:
 
 
 def report(out: Path, count: int, code_bytes: int, errors: list[ImageError], skipped: dict[str, int]) -> None:
-    """Prints what was indexed and what was not; unreadable files are listed in <out>/skipped.csv."""
+    """Prints what was indexed and what was not; the catalog lists unreadable files in skipped.csv."""
     print(f"{count} images, {code_bytes} bytes each, in the catalog {out}")
     report_errors(errors, skipped)
-    if errors:
-        with replacing(out / "skipped.csv") as temporary, temporary.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["path", "reason", "detail"])
-            writer.writerows(map(csv_cell, (str(error.path), error.reason, error.detail)) for error in errors)
     print(f"try next: simsearch search {shlex.quote(f'catalog={out}')} image=<image or folder>")
 
 

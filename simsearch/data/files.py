@@ -24,7 +24,18 @@ from simsearch.data.batches import Item, load_items
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.manifest import ImageFiles, Manifest, read_ingest, read_manifest
-from simsearch.data.pixels import PIXELS, Image, Refusal, Shard, gathered, map_pixels, read_shards, write_shard
+from simsearch.data.pixels import (
+    PIXELS,
+    Image,
+    Refusal,
+    Shard,
+    gathered,
+    map_pixels,
+    read_shards,
+    whole_shards,
+    write_shard,
+)
+from simsearch.data.presence import Presence
 from simsearch.data.protocols import RetrievalProtocol
 from simsearch.data.samplers import Batches
 from simsearch.files import Damaged, checked
@@ -59,16 +70,18 @@ def decode_files(manifest: Manifest, *, size: int, fit: Fit, cache: Path, worker
     not at all; a second process waits for the first one's, and what a killed one has done is not done again.
     workers: processes that decode beside this one.
 
-    Raises ValueError where no file can be read, and what ImageFiles does; OSError where the disk is full.
+    Raises ValueError where no file can be read, and what ImageFiles does; Vanished where the files are lost meanwhile;
+    OSError where the disk is full.
     """
     items = ImageFiles(manifest, size=size, fit=fit)
     entry = cache.expanduser() / f"files-{_key(manifest, size, fit)}"
     entry.parent.mkdir(parents=True, exist_ok=True)
     count = -(-len(items) // _PER_SHARD)
+    presence = Presence(manifest.root, manifest.paths)
     with FileLock(f"{entry}.lock"):
-        shards = read_shards(entry, count)
+        shards = whole_shards(read_shards(entry, count), presence, manifest.paths)
         if len(shards) < count:
-            shards = _decode(items, entry, workers)
+            shards = _decode(items, entry, presence, workers)
     return _decoded(manifest, fit, entry / PIXELS, shards)
 
 
@@ -86,20 +99,21 @@ def _key(manifest: Manifest, size: int, fit: Fit) -> str:
     return digest.hexdigest()[:24]
 
 
-def _decode(items: ImageFiles, entry: Path, workers: int) -> list[Shard]:
+def _decode(items: ImageFiles, entry: Path, presence: Presence, workers: int) -> list[Shard]:
     """Decodes what neither a killed process nor a damaged entry has left."""
     partial = entry.with_name(f"{entry.name}.partial")
     if entry.exists():
-        print(f"the decoded images in {entry} are damaged: what is not sound is decoded again", file=sys.stderr)
+        print(f"the decoded images in {entry} are not whole: what is not sound is decoded again", file=sys.stderr)
         shutil.rmtree(partial, ignore_errors=True)
         os.replace(entry, partial)
     partial.mkdir(exist_ok=True)
     total = -(-len(items) // _PER_SHARD)
-    shards = read_shards(partial, total)
+    shards = whole_shards(read_shards(partial, total), presence, items.manifest.paths)
     first = min(len(items), len(shards) * _PER_SHARD)
     if first < len(items):
         with tqdm(total=len(items), initial=first, unit="img", desc="decode files") as bar:
-            found = _entries(items.manifest, load_items(items, range(first, len(items)), workers=workers), bar)
+            loaded = load_items(items, range(first, len(items)), workers=workers)
+            found = _entries(items.manifest, loaded, presence, bar)
             for number in range(len(shards), total):
                 start = shards[-1].stop if shards else 0
                 shards.append(write_shard(partial, number, start, islice(found, _PER_SHARD)))
@@ -129,13 +143,14 @@ def _errors(manifest: Manifest, shards: Sequence[Shard]) -> list[ImageError]:
     return [ImageError(manifest.root / manifest.paths[one.row], one.reason, one.detail) for one in refusals]
 
 
-def _entries(manifest: Manifest, items: Iterable[Item], bar: tqdm) -> Iterator[Image | Refusal]:
+def _entries(manifest: Manifest, items: Iterable[Item], presence: Presence, bar: tqdm) -> Iterator[Image | Refusal]:
     for row, image in items:
         if isinstance(image, Tensor):
             digest = hashlib.sha256((manifest.root / manifest.paths[row]).read_bytes()).digest()
             yield Image(row, image, {"sha256": torch.tensor(list(digest), dtype=torch.uint8)})
         else:
             assert isinstance(image, ImageError)
+            presence.check(manifest.paths[row], image.reason)
             yield Refusal(row, image.reason, image.detail)
         bar.update()
 

@@ -34,7 +34,8 @@ from simsearch.data.bounded import Failure, bounded_map
 from simsearch.data.cleaning import Cleaned, clean
 from simsearch.data.listing import Listing, Rejected
 from simsearch.data.manifest import INGEST, INGEST_PLAN, INGEST_TABLE, Column
-from simsearch.data.pixels import Image, Refusal, Shard, gathered, read_shards, write_shard
+from simsearch.data.pixels import Image, Refusal, Shard, gathered, read_shards, whole_shards, write_shard
+from simsearch.data.presence import Presence
 from simsearch.data.works import equal_pairs, union_find
 from simsearch.files import digests, read_json, replacing, write_json
 from simsearch.images import MAX_BYTES, MAX_PIXELS, ImageError, header_shape, read_file, read_image
@@ -130,11 +131,15 @@ def _fingerprint(listing: Listing, decoding: Decoding) -> str:
 
 
 def decode(out: Path, listing: Listing, decoding: Decoding, workers: int) -> list[Shard]:
-    """The shards of all files, those that are missing decoded with a progress bar."""
+    """The shards of all files, those that are missing decoded with a progress bar.
+
+    Raises Vanished where the files are lost meanwhile.
+    """
     folder, count = out / "pixels", len(listing.paths)
     folder.mkdir(exist_ok=True)
     total = -(-count // decoding.chunk)
-    shards = read_shards(folder, total)
+    presence = Presence(listing.root, listing.paths)
+    shards = whole_shards(read_shards(folder, total), presence, listing.paths)
     for leftover in folder.glob(".*.safetensors"):
         leftover.unlink()
     first = len(shards) * decoding.chunk
@@ -148,18 +153,21 @@ def decode(out: Path, listing: Listing, decoding: Decoding, workers: int) -> lis
             seconds=decoding.seconds,
             memory=decoding.memory,
         )
-        items = _items(results, first, bar)
+        items = _items(results, first, listing.paths, presence, bar)
         for number in range(len(shards), total):
             start = shards[-1].stop if shards else 0
             shards.append(write_shard(folder, number, start, islice(items, decoding.chunk)))
     return shards
 
 
-def _items(results: Iterable[Any], first: int, bar: tqdm) -> Iterator[Image | Refusal]:
+def _items(
+    results: Iterable[Any], first: int, paths: Sequence[str], presence: Presence, bar: tqdm
+) -> Iterator[Image | Refusal]:
     for row, result in enumerate(results, start=first):
         if isinstance(result, Failure):
             yield Refusal(row, result.reason, result.detail)
         elif len(result) == 2 and isinstance(result[0], str):
+            presence.check(paths[row], result[0])
             yield Refusal(row, *result)
         else:
             pixels, facts = result

@@ -14,7 +14,7 @@ import hashlib
 import mmap
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from simsearch.data.presence import Presence
 from simsearch.files import from_json, replacing, to_json
 from simsearch.files import sha256 as file_sha256
 from simsearch.functional.ragged import Ragged
+from simsearch.text import printable
 
 PIXELS = "pixels.bin"
 # Not in every Python's mmap: 3.13 brought it.
@@ -132,6 +134,19 @@ def read_shards(folder: Path, count: int) -> list[Shard]:
     if len(shards) < count and (damaged := _path(folder, len(shards))).exists():
         print(f"{damaged} or its part of {PIXELS} is damaged", file=sys.stderr)
     return shards
+
+
+def whole_shards(shards: Sequence[Shard], presence: Presence, paths: Sequence[str]) -> list[Shard]:
+    """The first of these shards, up to one that refuses a file which an earlier command lost and is there again.
+
+    paths: of all rows, as `presence` knows them.
+    """
+    for number, shard in enumerate(shards):
+        back = [paths[one.row] for one in shard.refusals if presence.is_back(paths[one.row], one.reason)]
+        if back:
+            print(f"{len(back)} images are back, as {printable(back[0])}: they are decoded", file=sys.stderr)
+            return list(shards[:number])
+    return list(shards)
 
 
 def clear_shards(folder: Path) -> None:

@@ -12,7 +12,7 @@ and files of another catalog are named and never answered with. One of an older 
 
 from __future__ import annotations
 
-import os
+import csv
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,10 +28,21 @@ from torch import Tensor, nn
 
 from simsearch.cache import cache_key
 from simsearch.data.manifest import Manifest
-from simsearch.files import checked, checksum, digests, read_json, write_json
+from simsearch.files import (
+    checked,
+    checksum,
+    digests,
+    is_temporary,
+    read_json,
+    replacing_folder,
+    restore,
+    write_json,
+)
+from simsearch.images import ImageError
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import state_fingerprint
 from simsearch.search.items import THUMBNAIL, ThumbnailGroups, read_items, write_items
+from simsearch.text import csv_cell
 from simsearch.trust import check_links
 from simsearch.types import Part
 
@@ -45,6 +56,10 @@ Rows = TypeVar("Rows", Tensor, pa.Table)
 
 class CatalogError(ValueError):
     """A folder that is no catalog, a damaged one, or an encoder that is not the catalog's."""
+
+
+def _fingerprint(about: Mapping[str, Any]) -> str:
+    return checksum(about)[:16]
 
 
 def encoder_fingerprint(encoder: nn.Module) -> str:
@@ -73,7 +88,7 @@ class Catalog:
     @property
     def fingerprint(self) -> str:
         """16 hex digits over all that is known of the catalog, the digests of its files included."""
-        return checksum(self.about)[:16]
+        return _fingerprint(self.about)
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -202,57 +217,64 @@ def write_catalog(
     encoder: nn.Module,
     config: Mapping[str, Any],
     about: Mapping[str, Any],
+    errors: Sequence[ImageError] = (),
 ) -> None:
     """Writes a catalog of the items in `index`, taking the place of one that may be in `folder`.
 
     items: a row an item, in one table or several. config: the plain config that builds the encoder. about:
-    further plain facts (protocol, skipped files, ...). Raises ValueError where items and index differ in
-    number, FileExistsError where `folder` holds something else.
+    further plain facts (protocol, skipped files, ...). errors: of files that could not be read, for skipped.csv. A
+    calibration is kept where the catalog is the same as before, and goes where it is another. Raises ValueError where
+    items and index differ in number, FileExistsError where `folder` holds something else.
     """
     folder = Path(folder).resolve()
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file: give another place by out=")
+    restore(folder)
     entries = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if entries and "catalog.json" not in entries:
         raise FileExistsError(f"{folder} exists and is no catalog: give another place by out=")
-    if strange := sorted(entries - _ENTRIES):
+    if strange := sorted(name for name in entries - _ENTRIES if not is_temporary(name)):
         raise FileExistsError(
             f"the catalog {folder} holds other things too ({', '.join(strange[:3])}): give another out="
         )
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with replacing_folder(folder) as temporary:
         index.save(temporary / "index")
         groups = regroup([items] if isinstance(items, pa.Table) else items, _GROUP, pa.concat_tables)
         of_items = write_items(temporary / "items.parquet", groups)
         if len(index) != of_items["items"]:
             raise ValueError(f"the index holds {len(index)} items, the table {of_items['items']}")
-        write_json(
-            temporary / "catalog.json",
-            {
-                "format": FORMAT,
-                **write_encoder(temporary, encoder),
-                "bytes_per_item": index.code_bytes,
-                "config": dict(config),
-                **about,
-                **of_items,
-                "sha256": digests(temporary, ["encoder.safetensors"]) | _index_digest(temporary),
-            },
-        )
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            os.replace(folder, old)
-            try:
-                os.replace(temporary, folder)
-            except OSError:
-                os.replace(old, folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        about = {
+            "format": FORMAT,
+            **write_encoder(temporary, encoder),
+            "bytes_per_item": index.code_bytes,
+            "config": dict(config),
+            **about,
+            **of_items,
+            "sha256": digests(temporary, ["encoder.safetensors"]) | _index_digest(temporary),
+        }
+        write_json(temporary / "catalog.json", about)
+        if errors:
+            _write_skipped(temporary / "skipped.csv", errors)
+        if calibrated_for(folder) == _fingerprint(read_json(temporary / "catalog.json")):
+            shutil.copy(folder / "calibration.json", temporary)
+            if (folder / "calibration").is_dir():
+                shutil.copytree(folder / "calibration", temporary / "calibration")
+
+
+def _write_skipped(path: Path, errors: Sequence[ImageError]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "reason", "detail"])
+        writer.writerows(map(csv_cell, (str(error.path), error.reason, error.detail)) for error in errors)
+
+
+def calibrated_for(folder: Path) -> str | None:
+    """The fingerprint of the catalog that the calibration in `folder` holds for; None where there is none, "" where it
+    does not say."""
+    try:
+        return str(read_json(folder / "calibration.json").get("catalog", ""))
+    except (OSError, ValueError):
+        return "" if (folder / "calibration.json").exists() else None
 
 
 def read_catalog(folder: Path, *, calibrated: bool = True, trusted: bool = False) -> Catalog:
@@ -261,6 +283,7 @@ def read_catalog(folder: Path, *, calibrated: bool = True, trusted: bool = False
     calibrated: with its calibration, where it has one. trusted: links in it may lead elsewhere.
     """
     folder = Path(folder)
+    restore(folder)
     if not trusted and folder.is_dir():
         check_links(folder)
     try:

@@ -12,12 +12,22 @@ from simsearch.functional.reranking import Reranker, unit_vectors
 from simsearch.search.catalog import Catalog
 from simsearch.types import SearchResult
 
+# Pixels that a network sees at once. What it holds of them, shallow maps above all, is some hundred times as large:
+# 60 MB an image of 224 x 224 through the three parts of model=art.
+_PIXELS = 32 * 224 * 224
+
 
 def encode(encoder: nn.Module, images: Tensor) -> Tensor:
-    """What an index holds of images uint8 (B, 3, H, W): float32 (B, D), or packed codes (B, bits / 8)."""
+    """What an index holds of images uint8 (B, 3, H, W): float32 (B, D), or packed codes (B, bits / 8).
+
+    However large the batch, the network sees few enough at once for their maps to take a limited memory.
+    """
     device = next(encoder.parameters()).device
+    side = int(getattr(encoder, "input_size", 1))  # to which it enlarges smaller ones
+    step = max(1, _PIXELS // max(1, side**2, images.shape[2] * images.shape[3]))
     with torch.inference_mode():
-        embedding = encoder.embed(images.to(device)).float().cpu()  # type: ignore[operator]
+        parts = [encoder.embed(part.to(device)).float().cpu() for part in images.split(step)]  # type: ignore[operator]
+        embedding = torch.cat(parts)
     return pack_codes(embedding) if encoder.bits is not None else embedding.clone()
 
 

@@ -18,7 +18,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from simsearch.cache import cache_key
 from simsearch.data.manifest import Manifest
 from simsearch.data.pixels import tensors_sha256
+from simsearch.data.presence import Presence, file_sizes
 from simsearch.files import checked, digests, read_json, replacing, write_json
 from simsearch.images import ImageError
 from simsearch.search.catalog import encoder_fingerprint, path_table, read_encoder, with_thumbnails, write_encoder
@@ -43,7 +43,6 @@ from simsearch.trust import check_links
 
 FORMAT = 1
 _DECIDING = ("format", "listing", "encoder_fingerprint", "chunk", "thumbnail")
-_STATS = 1000  # files whose sizes one thread asks for in a row
 _ENDING = ".safetensors"
 
 
@@ -67,6 +66,15 @@ class Shards:
     def fingerprint(self) -> str:
         """16 hex digits over all that decides what is in the shards."""
         return cache_key({name: self.about[name] for name in _DECIDING})[:16]
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Bytes of each file when the shards were begun, int64 (N,), -1 where there was none."""
+        return np.load(checked(self.folder / "plan", "sizes.npy", self.about), allow_pickle=False)
+
+    def presence(self, root: Path) -> Presence:
+        """What was there of the images below `root` when the shards were begun."""
+        return Presence(root, self.items["path"].to_pylist(), self.sizes)
 
     def rows(self, number: int) -> range:
         """The rows of `items` that chunk `number` covers."""
@@ -208,7 +216,7 @@ def begin(
     for name, value in (("chunk", chunk), ("thumbnail", thumbnail)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    items, sizes = path_table(manifest), _sizes(manifest)
+    items, sizes = path_table(manifest), file_sizes(manifest.root, manifest.paths)
     listing = cache_key({"columns": items.to_pydict(), "sizes": sizes.tolist()})
     plan = folder / "plan"
     if not plan.exists():
@@ -269,28 +277,9 @@ def open_shards(folder: Path, *, trusted: bool = False) -> Shards:
     return Shards(folder, about, items)
 
 
-def _sizes(manifest: Manifest) -> np.ndarray:
-    """Bytes of each file, int64 (N,), -1 where there is none. By threads: on a network each asks and waits."""
-
-    def sizes(start: int) -> list[int]:
-        return [_size(manifest.root / path) for path in manifest.paths[start : start + _STATS]]
-
-    with ThreadPoolExecutor(16) as pool:
-        parts = list(pool.map(sizes, range(0, len(manifest), _STATS)))
-    return np.array([size for part in parts for size in part], dtype=np.int64)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
 def _change(shards: Shards, items: pa.Table, sizes: np.ndarray) -> str:
     """How a list of images differs from the plan's, in words."""
-    old_sizes = np.load(checked(shards.folder / "plan", "sizes.npy", shards.about), allow_pickle=False)
-    old = dict(zip(shards.items["path"].to_pylist(), old_sizes.tolist(), strict=True))
+    old = dict(zip(shards.items["path"].to_pylist(), shards.sizes.tolist(), strict=True))
     new = dict(zip(items["path"].to_pylist(), sizes.tolist(), strict=True))
     found = {
         "new": new.keys() - old.keys(),

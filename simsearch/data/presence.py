@@ -1,0 +1,115 @@
+"""Images that were there when a command began and are gone while it runs, as when a network folder drops.
+
+A file that somebody deletes is written down as missing, and the rest goes on. Where its whole folder is gone, or many
+files are, nothing is written down: the command ends, and goes on when they are back.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from simsearch.images import ImageError
+from simsearch.text import printable
+
+MOST_GONE = 0.1  # share of the images that may vanish one by one, and of its items that a catalog may lose
+_VANISHING = ("missing", "unreadable")  # the reasons of simsearch.images.REASONS that a lost folder gives
+_STATS = 1000  # files whose sizes one thread asks for in a row
+
+
+class Vanished(ValueError):
+    """Images were there when the command began and are gone."""
+
+
+class Presence:
+    """Which of the files `paths` below `root` were there when a command began, and what became of them.
+
+    sizes: of the files in bytes, -1 where there was none, int64 (N,); by default they are asked for now.
+    """
+
+    def __init__(self, root: Path, paths: Sequence[str], sizes: np.ndarray | None = None) -> None:
+        sizes = file_sizes(root, paths) if sizes is None else sizes
+        self.root, self._identity = root, _identity(root)
+        self._never = {paths[row] for row in np.flatnonzero(sizes < 0).tolist()}
+        self.seen = len(paths) - len(self._never)
+        self._gone = 0
+
+    def check(self, path: str, reason: str) -> None:
+        """Notes why a file could not be used. Raises Vanished where that is because it or its folder was lost.
+
+        path: as in `paths`. reason: a key of simsearch.images.REASONS.
+        """
+        if not self._was_there(path, reason):
+            return
+        lost = self._lost(path)
+        self._gone += reason == "missing" or _is_readable(self.root / path)
+        if lost or self._gone > MOST_GONE * self.seen:
+            raise Vanished(
+                f"images that were there when this began are gone (the last is {printable(path)}): see whether "
+                f"{self.root} is still connected, and give the same command again when they are back"
+            )
+
+    def note(self, errors: Iterable[ValueError]) -> None:
+        """`check` of each ImageError of a file below the root."""
+        for error in errors:
+            if isinstance(error, ImageError) and error.path is not None:
+                self.check(error.path.relative_to(self.root).as_posix(), error.reason)
+
+    def is_back(self, path: str, reason: str) -> bool:
+        """Whether a file that an earlier command could not use for that reason can be read."""
+        return self._was_there(path, reason) and _is_readable(self.root / path)
+
+    def _was_there(self, path: str, reason: str) -> bool:
+        return reason in _VANISHING and path not in self._never
+
+    def _lost(self, path: str) -> bool:
+        """Whether the root is another folder than it was, or the file's own one is gone or empty."""
+        if self._identity is None or _identity(self.root) != self._identity:
+            return True
+        try:
+            with os.scandir((self.root / path).parent) as entries:
+                return next(entries, None) is None
+        except OSError:
+            return True
+
+
+def file_sizes(root: Path, paths: Sequence[str]) -> np.ndarray:
+    """Bytes of each file, int64 (N,), -1 where there is none. By threads: on a network each asks and waits."""
+
+    def sizes(start: int) -> Iterable[int]:
+        return [_size(root / path) for path in paths[start : start + _STATS]]
+
+    with ThreadPoolExecutor(16) as pool:
+        parts = list(pool.map(sizes, range(0, len(paths), _STATS)))
+    return np.array([size for part in parts for size in part], dtype=np.int64)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return -1
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another that takes its place; None where there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        if not path.is_file():  # opening a pipe would wait
+            return False
+        with path.open("rb") as file:
+            file.read(1)
+    except (OSError, ValueError):
+        return False
+    return True
