@@ -8,14 +8,18 @@ nobody can promise: what comes from outside is decoded in processes that may be 
 from __future__ import annotations
 
 import io
+import random
 import re
 import stat
+import threading
 import warnings
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError, features
 from torch import Tensor
 
 from simsearch.functional.resize import Fit, check_fit, longest_shape, resize, resize_square
@@ -39,6 +43,7 @@ REASONS = {
     "crashed": "its decoding ended the process that did it",
 }
 MAX_PIXELS = 100_000_000
+DECODING = 2  # goes up where read_image gives other pixels of a file than before
 MAX_BYTES = 256 * 2**20
 MAX_SCANS = 100  # of a JPEG; progressive ones have about ten
 _SCANNED = 20  # times max_pixels: most pixels that all scans of a JPEG pass over
@@ -47,6 +52,14 @@ THUMBNAIL_LOSSLESS_SIDE = 64
 
 # Formats by content, whatever the ending says. JPEG includes MPO, the stereo and burst files of phones.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_FORMATS += ("AVIF",) if features.check("avif") else ()
+_FORMATS += ("JPEG2000",) if features.check("jpg_2000") else ()
+for _package, _name in (("pillow_heif", "HEIF"), ("pillow_jxl", "JXL")):
+    if find_spec(_package) is not None:
+        _opener = import_module(_package)
+        if hasattr(_opener, "register_heif_opener"):
+            _opener.register_heif_opener()
+        _FORMATS += (_name,)
 # Signatures (offset, bytes, name) say why Pillow found no image: a damaged header, another format, or none.
 _OPENED = (
     (0, b"\xff\xd8\xff", "JPEG"),
@@ -56,10 +69,18 @@ _OPENED = (
     (0, b"BM", "BMP"),
     (0, b"II*\0", "TIFF"),
     (0, b"MM\0*", "TIFF"),
+    (4, b"ftypavi", "AVIF"),
+    (4, b"ftypheic", "HEIF"),
+    (4, b"jP  ", "JPEG2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG2000"),
 )
 _NOT_OPENED = (
-    (4, b"ftyp", "HEIC or AVIF"),
-    (4, b"jP  ", "JPEG 2000"),
+    (4, b"ftypavi", "AVIF, which this Pillow does not open"),
+    (4, b"ftyp", "HEIC or a film; pip install pillow-heif opens HEIC"),
+    (4, b"jP  ", "JPEG 2000, which this Pillow does not open"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000, which this Pillow does not open"),
+    (4, b"JXL ", "JPEG XL; pip install pillow-jxl-plugin opens it"),
+    (0, b"\xff\x0a", "JPEG XL; pip install pillow-jxl-plugin opens it"),
     (0, b"8BPS", "Photoshop"),
     (0, b"%!PS", "PostScript"),
     (0, b"%PDF", "PDF"),
@@ -80,6 +101,12 @@ _ON_ITS_SIDE = tuple(_UPRIGHT[tag] for tag in (5, 6, 7, 8))
 # restart, so that these are found there as a decoder finds them.
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
+_END, _RESTARTS = b"\xff\xd9", b"\xff\xdd"
+_NOISE = bytes(random.Random(0).choices(range(255), k=512))  # bits of other pixels, no marker among them
+# By Pillow's modes, what their profiles are of; and the largest profile that is looked at. Those of printers have 2 MB.
+_COLOURS = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
+_MOST_PROFILE = 2**23
+_GUARD = threading.Lock()
 
 
 class ImageError(ValueError):
@@ -107,12 +134,14 @@ def read_image(
     max_bytes: int = MAX_BYTES,
     min_side: int = 1,
 ) -> Tensor:
-    """The pixels of an image file, uint8 (3, H, W) RGB, upright.
+    """The pixels of an image file, uint8 (3, H, W) sRGB, upright.
 
-    JPEG (and MPO), PNG, WEBP, GIF, BMP and TIFF, told by content. Of an animation or a stack the first
+    JPEG (and MPO), PNG, WEBP, GIF, BMP and TIFF, told by content; AVIF and JPEG 2000 where Pillow has them, HEIC and
+    JPEG XL where pillow-heif and pillow-jxl-plugin are installed. Of an animation or a stack the first
     frame. EXIF orientation is applied; transparency is laid on white; 16-bit values keep their upper 8
-    bits; 32-bit grey, which has no fixed white, is stretched from its own minimum to its maximum. Colour
-    profiles (ICC) are ignored: the numbers in the file are taken as sRGB.
+    bits; 32-bit grey, which has no fixed white, is stretched from its own minimum to its maximum. Colours are
+    converted from the file's profile (ICC) to sRGB; one that is damaged or of another kind of colour is ignored. A JPEG
+    that lacks its last marker alone is whole.
 
     size: give (3, size, size) instead: the centre square, by `resize_square`; or with fit "longest" the whole
     image at a longest side of `size`, (3, h, w) as `longest_shape` has it. A JPEG of at least 4 times the
@@ -141,7 +170,13 @@ def read_image(
         # Narrow on purpose: filters are global to the process, so that threads may undo each other's.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            pixels, shape = _decode(data, path=path, size=size, fit=fit, max_pixels=max_pixels, min_side=min_side)
+            settings = {"path": path, "size": size, "fit": fit, "max_pixels": max_pixels, "min_side": min_side}
+            try:
+                pixels, shape = _decode(data, **settings)  # type: ignore[arg-type]
+            except OSError as error:
+                if "truncated" not in str(error) or (whole := _with_end(data)) is None:
+                    raise
+                pixels, shape = _decode(whole, **settings)  # type: ignore[arg-type]
         if size is not None:
             pixels = resize_square(pixels, size) if fit == "square" else resize(pixels, *shape)
     except ImageError:
@@ -208,7 +243,7 @@ def header_shape(data: bytes) -> tuple[int, int] | None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            with _opened(data) as image:
                 width, height = image.size
                 return (width, height) if _turn(image) in _ON_ITS_SIDE else (height, width)
     except Exception:  # what is wrong, read_image says
@@ -237,7 +272,7 @@ def _decode(
     data: bytes, *, path: Path | None, size: int | None, fit: Fit, max_pixels: int, min_side: int
 ) -> tuple[Tensor, tuple[int, int]]:
     """The pixels, perhaps at a smaller scale, and the upright height and width that they are needed in."""
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with _opened(data) as image:
         width, height = image.size
         if min(width, height) < min_side:
             raise ImageError(path, "too-small", f"{width} x {height} pixels, both sides must be >= {min_side}")
@@ -262,6 +297,40 @@ def _decode(
     return torch.from_numpy(pixels).permute(2, 0, 1), needed[::-1] if turn in _ON_ITS_SIDE else needed
 
 
+def _opened(data: bytes) -> Image.Image:
+    """The image in a file's bytes, not decoded yet. Its caller looks at its size, which Pillow's own guard, one limit
+    for all of a process, would refuse from 179 million pixels on."""
+    with _GUARD:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data), formats=_FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _with_end(data: bytes) -> bytes | None:
+    """A JPEG that lacks its last marker alone, with it; None where it lacks pixels too.
+
+    What comes between the last pixel and the marker changes no pixel. So two files are decoded that end in other bits:
+    they are equal where no pixel is missing.
+    """
+    if not data.startswith(b"\xff\xd8\xff") or _RESTARTS in data:  # between restarts other bits are passed over
+        return None
+    body = data.removesuffix(b"\xff")  # half a marker
+
+    def ending(filling: bytes) -> np.ndarray:
+        with _opened(body + filling + _END) as image:
+            if "progressive" not in image.info:  # of a progressive one the details come last
+                image.draft(None, (1, 1))
+            return np.asarray(image)
+
+    try:
+        is_whole = np.array_equal(ending(b""), ending(_NOISE))
+    except Exception:  # what is wrong with it was said
+        return None
+    return body + _END if is_whole else None
+
+
 def _explain(error: Exception, data: bytes) -> tuple[str, str]:
     """Reason and detail of what Pillow raised on a file."""
     detail = str(error) or type(error).__name__
@@ -274,12 +343,12 @@ def _explain(error: Exception, data: bytes) -> tuple[str, str]:
     if not isinstance(error, UnidentifiedImageError):
         truncated = isinstance(error, EOFError) or "truncated" in detail.lower()
         return ("truncated" if truncated else "decode-failed"), detail
+    for offset, signature, name in _OPENED:
+        if name in _FORMATS and data.startswith(signature, offset):
+            return "decode-failed", f"its {name} header is damaged or cut off"
     for offset, signature, name in _NOT_OPENED:
         if data.startswith(signature, offset):
             return "unsupported", f"{name}; convert it to one of {', '.join(_FORMATS)}"
-    for offset, signature, name in _OPENED:
-        if data.startswith(signature, offset):
-            return "decode-failed", f"its {name} header is damaged or cut off"
     return "not-an-image", f"it does not begin as {', '.join(_FORMATS)} do"
 
 
@@ -292,6 +361,32 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image in sRGB, on white."""
+    profile, of_cmyk = image.info.get("icc_profile"), image.mode == "CMYK"
+    if not isinstance(profile, bytes) or not profile or len(profile) > _MOST_PROFILE:
+        return _flattened(image)
+    if of_cmyk or image.mode == "L":
+        return _converted(image, profile) or _flattened(image)
+    rgb = _flattened(image)
+    return _converted(rgb, profile) or rgb
+
+
+def _converted(image: Image.Image, profile: bytes) -> Image.Image | None:
+    """The image in sRGB by its profile; None where that is sRGB, damaged, or of another kind of colour."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if source.profile.xcolor_space.strip() != _COLOURS[image.mode]:
+            return None
+        if "sRGB" in (source.profile.profile_description or ""):
+            return None
+        target, intent = ImageCms.createProfile("sRGB"), ImageCms.Intent.RELATIVE_COLORIMETRIC
+        found = ImageCms.profileToProfile(image, source, target, renderingIntent=intent, outputMode="RGB")
+    except Exception:  # a profile may be anything
+        return None
+    return found
+
+
+def _flattened(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _deep_grey_to_rgb(image)
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:

@@ -7,6 +7,7 @@ import random
 import struct
 import warnings
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from conftest import scan_bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageCms, ImageFile, TiffImagePlugin, features
 from PIL.JpegImagePlugin import JpegImageFile
 
 from simsearch.functional.resize import _resize_uint8_by_axes, resize_square
@@ -23,6 +24,7 @@ from simsearch.images import (
     MAX_SCANS,
     REASONS,
     ImageError,
+    _with_end,
     count_scans,
     decode_thumbnail,
     encode_thumbnail,
@@ -581,3 +583,126 @@ def test_thumbnails_are_small_and_of_few_formats():
     Image.new("1", (5000, 4000)).save(buffer, "PNG")
     with pytest.raises(ImageError, match="too-many-pixels"):
         decode_thumbnail(buffer.getvalue())
+
+
+# ------------------------------------------------------------------- ends, profiles, formats, huge images
+
+
+def noisy(size: tuple[int, int] = (96, 80), seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (10, 12, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def saved(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+@pytest.mark.parametrize("size", [None, 8])
+def test_a_jpeg_without_its_last_marker_is_whole_and_one_without_pixels_is_not(options, size):
+    data = saved(noisy(), quality=90, **options)
+    whole = read_image(data, size=size)
+    assert data.endswith(b"\xff\xd9")
+    for cut in (1, 2):
+        assert torch.equal(read_image(data[:-cut], size=size), whole)
+    for cut in (40, len(data) // 3, len(data) // 2):
+        with pytest.raises(ImageError) as error:
+            read_image(data[:-cut], size=size)
+        assert error.value.reason == "truncated", cut
+
+
+def test_no_jpeg_with_pixels_missing_is_whole():
+    data = saved(noisy(), quality=90)
+    wrong = [cut for cut in range(3, len(data) - 700, 7) if _with_end(data[:-cut]) is not None]
+    assert wrong == []
+    restarts = saved(noisy(), quality=90, restart_marker_blocks=3)  # where that cannot be told
+    assert _with_end(restarts[:-2]) is None
+
+
+def wide_profile() -> bytes:
+    """A profile of primaries like Adobe RGB's: that of sRGB with its green moved, gamma and all else as they are."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(profile[128:132], "big")
+    for tag in range(count):
+        place = 132 + 12 * tag
+        name, offset = bytes(profile[place : place + 4]), int.from_bytes(profile[place + 4 : place + 8], "big")
+        if name == b"rXYZ":
+            values = (0.6097, 0.3111, 0.0195)
+        elif name == b"gXYZ":
+            values = (0.2053, 0.6257, 0.0609)
+        elif name == b"bXYZ":
+            values = (0.1492, 0.0632, 0.7446)
+        elif name == b"desc":
+            profile[offset:] = bytes(profile[offset:]).replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be"))
+            continue
+        else:
+            continue
+        for i, value in enumerate(values):
+            profile[offset + 8 + 4 * i : offset + 12 + 4 * i] = round(value * 65536).to_bytes(4, "big")
+    return bytes(profile)
+
+
+def test_colours_are_converted_from_the_profile():
+    """Against the matrices, by hand."""
+    colours = np.random.default_rng(0).integers(60, 200, (6, 6, 3)).astype(np.uint8)
+    image = Image.fromarray(colours)
+    found = read_image(saved(image, "PNG", icc_profile=wide_profile())).permute(1, 2, 0).numpy().astype(float)
+
+    def linear(v):
+        return np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
+
+    def coded(v):
+        return np.where(v <= 0.0031308, v * 12.92, 1.055 * v.clip(0) ** (1 / 2.4) - 0.055)
+
+    wide = np.array([[0.6097, 0.2053, 0.1492], [0.3111, 0.6257, 0.0632], [0.0195, 0.0609, 0.7446]])
+    srgb = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
+    expected = coded(linear(colours / 255) @ wide.T @ np.linalg.inv(srgb).T).clip(0, 1) * 255
+    assert np.abs(found - expected).max() < 2.5
+    assert np.abs(found - colours).max() > 10
+
+
+def test_profiles_that_change_nothing_or_are_nothing():
+    image = noisy()
+    plain = read_image(saved(image, "PNG"))
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"damaged", bytes(5000), srgb[:300]):
+        assert torch.equal(read_image(saved(image, "PNG", icc_profile=profile)), plain)
+    grey = image.convert("L")
+    assert torch.equal(read_image(saved(grey, "PNG", icc_profile=wide_profile())), read_image(saved(grey, "PNG")))
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000"])
+def test_formats_that_pillow_may_have(kind):
+    if not features.check({"AVIF": "avif", "JPEG2000": "jpg_2000"}[kind]):
+        pytest.skip(f"this Pillow has no {kind}: SKIPPED")
+    data = saved(noisy(), kind, **({"quality": 95} if kind == "AVIF" else {}))
+    difference = read_image(data).int() - torch.from_numpy(np.array(noisy())).permute(2, 0, 1).int()
+    assert difference.abs().float().mean() < 6
+    with pytest.raises(ImageError):
+        read_image(data[: len(data) // 3])
+    with pytest.raises(ImageError) as error:
+        read_image(data, max_pixels=1000)
+    assert error.value.reason == "too-many-pixels"
+
+
+def test_a_file_of_a_format_that_is_not_opened_says_what_opens_it():
+    for data, what in ((b"\0\0\0\x0cJXL \r\n\x87\n", "jxl"), (b"\0\0\0\x18ftypheic" + bytes(90), "pillow-heif")):
+        if find_spec({"jxl": "pillow_jxl", "pillow-heif": "pillow_heif"}[what]):
+            continue
+        with pytest.raises(ImageError) as error:
+            read_image(data)
+        assert error.value.reason == "unsupported"
+        assert what in error.value.detail
+
+
+def test_more_pixels_than_pillows_own_guard_are_a_question_of_the_limit(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    data = saved(noisy())  # 7,680 pixels, more than twice as many
+    assert read_image(data).shape == (3, 80, 96)
+    assert read_image(saved(noisy((960, 800))), size=24, max_pixels=20_000).shape == (3, 24, 24)  # at 1/8
+    with pytest.raises(ImageError) as error:
+        read_image(data, max_pixels=7000)
+    assert error.value.reason == "too-many-pixels"
+    assert Image.MAX_IMAGE_PIXELS == 1000

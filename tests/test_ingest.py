@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import simsearch, start_forkserver
-from PIL import Image
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from simsearch.data import ingest as module
 from simsearch.data import pixels
@@ -28,9 +28,11 @@ from simsearch.data.bounded import BoundedPool, Closed, Failure, bounded_map
 from simsearch.data.cleaning import clean, period_of, spellings, year_of
 from simsearch.data.files import FilesDataModule
 from simsearch.data.ingest import Decoding, band, decode_file
-from simsearch.data.listing import REASONS, decode_text, read_listing
+from simsearch.data.ingest_report import EXPLAINED
+from simsearch.data.listing import read_listing
 from simsearch.data.manifest import read_manifest
 from simsearch.data.protocols import ByAttribute
+from simsearch.data.tables import decode_text
 from simsearch.files import is_alive
 from simsearch.functional.ragged import Ragged
 from simsearch.images import read_image
@@ -445,7 +447,7 @@ def test_bad_rows_cost_themselves_alone(two):
         ("path-leaves-root", "out.png"),
         ("path-twice", "a.png"),
     ]
-    assert {one.reason for one in listing.rejected} <= set(REASONS)
+    assert {one.reason for one in listing.rejected} <= set(EXPLAINED)
 
 
 def test_of_a_path_that_comes_twice_the_fuller_row_is_kept(two):
@@ -570,3 +572,144 @@ def test_a_table_becomes_a_manifest_with_works(tmp_path):
     about = json.loads((out / "ingest.json").read_text())
     assert (about["images"], about["root"]) == (6, str(art))
     assert read_manifest(out).attributes["artist"] == tuple(table["artist"])
+
+
+# ------------------------------------------------------------------------------ layouts and formats
+
+
+def test_wikiarts_layout(tmp_path):
+    for name in (
+        "Baroque/rembrandt_the-night-watch-1642.jpg",
+        "Post_Impressionism/vincent-van-gogh_the-starry-night-1889(1).jpg",
+        "Ukiyo_e/hiroshige_rain.jpg",
+    ):
+        put(tmp_path / name, picture(len(name)))
+    listing = read_listing(tmp_path)
+    assert listing.attributes["style"] == ("Baroque", "Post Impressionism", "Ukiyo e")
+    assert listing.attributes["artist"] == ("rembrandt", "vincent van gogh", "hiroshige")
+    assert listing.attributes["title"] == ("the night watch 1642", "the starry night 1889(1)", "rain")
+    assert "WikiArt" in listing.notes[0]
+    for i in range(2):  # most are not laid out so
+        put(tmp_path / "Monet" / f"{i}.jpg", picture(i))
+    assert read_listing(tmp_path).attributes["artist"][0] == "Baroque"
+
+
+def test_excluded_patterns_and_what_is_not_opened(tmp_path):
+    for name in ("a/1.png", "a/@eaDir/1.png", "a/1_thumb.png", "tmp/2.png", "a/scan.psd", "a/raw.NEF"):
+        put(tmp_path / name, picture(1)) if name.endswith("png") else (tmp_path / name).write_bytes(b"x")
+    listing = read_listing(tmp_path)
+    assert listing.paths == ("a/1.png", "a/1_thumb.png", "tmp/2.png")
+    assert listing.skipped == {"excluded": 1}
+    assert [(one.path, one.reason) for one in listing.rejected] == [
+        ("a/raw.NEF", "unsupported"),
+        ("a/scan.psd", "unsupported"),
+    ]
+    assert read_listing(tmp_path, exclude=["*_thumb.*", "tmp", "a/@*"]).paths == ("a/1.png",)
+
+
+def test_images_in_a_table_are_unpacked(tmp_path):
+    pictures = [put(tmp_path / f"{i}.png", picture(i)).read_bytes() for i in range(4)]
+    rows = [{"bytes": data, "path": f"x/night_{i}.png"} for i, data in enumerate(pictures)]
+    rows[2] = {"bytes": None, "path": "gone.png"}
+    table = pa.table({"img": rows, "style": [1, 0, 1, None]})
+    features = {"style": {"names": ["Baroque", "Cubism"], "_type": "ClassLabel"}, "img": {"_type": "Image"}}
+    about = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(table.replace_schema_metadata(about), tmp_path / "t.parquet")
+    out = tmp_path / "out"
+    say = ("data", "ingest", f"images={tmp_path / 't.parquet'}", f"out={out}", *BASE)
+    assert "3 images of 3 works" in simsearch(*say).stdout
+    assert "3 images of 3 works" in simsearch(*say).stdout  # again, with what is unpacked
+    manifest = read_manifest(out)
+    assert manifest.attributes["style"] == ("Cubism", "Baroque", None)
+    assert manifest.attributes["title"] == ("night 0", "night 1", "night 3")
+    assert (manifest.root / manifest.paths[2]).read_bytes() == pictures[3]
+    assert [reason for reason, _ in rejected(out).values()] == ["path-empty"]
+
+
+def test_a_limit_of_megapixels(tmp_path):
+    put(tmp_path / "art" / "large.png", picture(1).resize((1100, 1000)))
+    put(tmp_path / "art" / "small.png", picture(2))
+    say = ("data", "ingest", f"images={tmp_path / 'art'}", *BASE)
+    simsearch(*say, f"out={tmp_path / 'some'}", "megapixels=1")
+    assert rejected(tmp_path / "some")["large.png"][0] == "too-many-pixels"
+    simsearch(*say, f"out={tmp_path / 'all'}", "megapixels=120")
+    assert read_manifest(tmp_path / "all").max_pixels == 120_000_000
+    assert len(read_manifest(tmp_path / "all")) == 2
+
+
+# ------------------------------------------------------------------------------ one work
+
+
+def test_a_turned_copy_is_of_the_work(tmp_path):
+    for i in range(6):
+        put(tmp_path / "art" / f"{i}.png", picture(100 + i))
+    turned = picture(102).transpose(Image.Transpose.ROTATE_90)
+    put(tmp_path / "art" / "turned.jpg", turned, quality=80)
+    out = tmp_path / "out"
+    said = simsearch("data", "ingest", f"images={tmp_path / 'art'}", f"out={out}", *BASE).stdout
+    assert "7 images of 6 works" in said
+    works = dict(zip(*(pq.read_table(out / "manifest.parquet").to_pydict()[n] for n in ("path", "work")), strict=True))
+    assert works["turned.jpg"] == works["2.png"]
+
+
+def test_a_large_group_is_told_and_not_tied_until_it_is_confirmed(tmp_path):
+    for i in range(5):
+        put(tmp_path / "art" / f"{i}.jpg", picture(7), quality=80 + i)
+        put(tmp_path / "art" / f"other{i}.jpg", picture(50 + i))
+    (tmp_path / "art" / "again.jpg").write_bytes((tmp_path / "art" / "0.jpg").read_bytes())  # equal files are one
+    out = tmp_path / "out"
+    say = ("data", "ingest", f"images={tmp_path / 'art'}", f"out={out}", *BASE)
+    said = simsearch(*say, "near.largest=4").stdout
+    assert "10 images of 10 works" in said
+    assert "1 groups of images are like one work each and too large to be tied" in said
+    with (out / "suspicious.csv").open(newline="") as file:
+        assert [line["path"] for line in csv.DictReader(file)] == [f"{i}.jpg" for i in range(5)]
+    assert "by near.largest=5" in (out / "report.md").read_text()
+    said = simsearch(*say, "near.largest=5").stdout  # nothing is decoded again
+    assert "10 images of 6 works" in said
+    assert not (out / "suspicious.csv").exists()
+
+
+def page(seed: int, lines: int = 14) -> Image.Image:
+    """A page of words, as alike to all others as printed pages are."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (180, 240), (250, 248, 240))
+    draw = ImageDraw.Draw(image)
+    for line in range(lines):
+        text = " ".join("".join(rng.choice(list("aeinorstlm"), rng.integers(2, 9))) for _ in range(5))
+        draw.text((14, 12 + 16 * line), text, fill=(30, 30, 30), font=ImageFont.load_default(size=11))
+    return image
+
+
+@pytest.mark.slow
+def test_unlike_pages_are_works_of_their_own_and_scans_are_found(tmp_path):
+    """With the descriptors of the default, to which all pages are one."""
+    for i in range(40):
+        put(tmp_path / "art" / f"{i:02}.png", page(i))
+        if i < 6:
+            scan = ImageEnhance.Contrast(page(i).crop((2, 1, 179, 238)).resize((150, 200))).enhance(0.9)
+            put(tmp_path / "art" / f"{i:02}-scan.jpg", scan, quality=75)
+    out = tmp_path / "out"
+    simsearch("data", "ingest", f"images={tmp_path / 'art'}", f"out={out}", "workers=1")
+    table = pq.read_table(out / "manifest.parquet").to_pydict()
+    groups: dict[str, set[str]] = {}
+    for path, work in zip(table["path"], table["work"], strict=True):
+        groups.setdefault(work, set()).add(path[:2])
+    assert all(len(group) == 1 for group in groups.values())  # none of two pages
+    assert len(groups) <= 41  # of six scans one may be missed
+
+
+def test_what_to_try_next_fits_a_folder_without_artists(tmp_path):
+    for i in range(12):
+        put(tmp_path / "art" / f"{i}.png", picture(i))
+    said = simsearch("data", "ingest", f"images={tmp_path / 'art'}", f"out={tmp_path / 'out'}", *BASE).stdout
+    assert "protocol=by-attribute protocol.attribute=work protocol.group=work" in said
+    data = FilesDataModule(
+        ByAttribute("x", attribute="work", junk=None, group="work", evaluation=0.2, validation=0.2),
+        str(tmp_path / "out"),
+        size=48,
+        fit="longest",
+        cache="/nonexistent",
+    )
+    data.prepare_data()
+    data.setup()  # as that command does: it can be divided

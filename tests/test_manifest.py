@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from simsearch.data.listing import read_listing
 from simsearch.data.manifest import ImageFiles, Manifest, load_images, read_manifest
 from simsearch.images import ImageError, read_image
 
@@ -104,8 +105,8 @@ def test_missing_and_unknown_sources(tmp_path):
         read_manifest(tmp_path / "absent")
     with pytest.raises(FileNotFoundError, match=r"root .*absent is not a folder"):
         read_manifest(tmp_path / "a.png", root=tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"list\.txt: a table must end in \.csv or \.parquet"):
-        read_manifest(write(tmp_path / "list.txt", "a.png"))
+    with pytest.raises(ValueError, match=r"list\.doc: a table must end in one of \.csv"):
+        read_manifest(write(tmp_path / "list.doc", "a.png"))
     os.mkfifo(tmp_path / "pipe.csv")
     with pytest.raises(ValueError, match=r"pipe\.csv is neither a folder nor a regular file"):
         read_manifest(tmp_path / "pipe.csv")
@@ -156,32 +157,40 @@ def test_table_may_list_missing_files(table):
 
 
 @pytest.mark.parametrize(
-    ("paths", "message"),
+    ("paths", "reason", "where"),
     [
-        (["a.png", "/etc/passwd"], r"list\.\w+, row 2: path '/etc/passwd' is absolute"),
-        (["sub/../../x.png"], r"row 1: path 'sub/../../x.png' climbs out with '\.\.'"),
-        (["a.png", "sub/b.png", "sub//b.png"], r"row 3: path 'sub/b.png' is already in row 2"),
-        (["a.png", "."], r"row 2: path '\.' is empty"),
-        (["a.png", "zero\0byte.png"], r"row 2: path .* holds a zero byte"),
-        (["out.png"], r"row 1: 'out.png' is reached by a link that leaves"),
-        (["a.png", "outside/c.png"], r"row 2: 'outside/c.png' is reached by a link that leaves"),
+        (["a.png", "/etc/passwd"], "path-absolute", "row 2"),
+        (["sub/../../x.png", "a.png"], "path-climbs", "row 1"),
+        (["a.png", "sub/b.png", "sub//b.png"], "path-twice", "row 3; row 2 is kept"),
+        (["a.png", "."], "path-empty", "row 2"),
+        (["a.png", "zero\0byte.png"], "path-zero-byte", "row 2"),
+        (["out.png", "a.png"], "path-leaves-root", "row 1"),
+        (["a.png", "outside/c.png"], "path-leaves-root", "row 2"),
     ],
 )
-def test_paths_that_a_table_may_not_list(table, tmp_path, tmp_path_factory, paths, message):
+def test_paths_that_a_table_may_not_list_cost_their_row_alone(table, tmp_path, tmp_path_factory, paths, reason, where):
     outside = tmp_path_factory.mktemp("outside")
     (tmp_path / "out.png").symlink_to(put(outside / "c.png"))
     (tmp_path / "outside").symlink_to(outside)
-    with pytest.raises(ValueError, match=message):
-        read_manifest(table({"path": paths}))
+    manifest = read_manifest(table({"path": paths}))
+    assert set(manifest.paths) <= {"a.png", "sub/b.png"}
+    assert len(manifest) == len(paths) - 1
+    assert manifest.skipped == {reason: 1}
+    assert [(one.reason, one.detail) for one in manifest.rejected] == [(reason, where)]
 
 
 def test_table_errors(table):
-    with pytest.raises(ValueError, match=r"no column path or image_path; its columns: file, label"):
-        read_manifest(table({"file": ["a.png"], "label": ["x"]}))
-    with pytest.raises(ValueError, match=r"row 2: path '' is empty"):
-        read_manifest(table({"path": ["a.png", None], "label": ["x", "y"]}))
+    with pytest.raises(ValueError, match=r"no column path or image_path; its columns: photo, label"):
+        read_manifest(table({"photo": ["a.png"], "label": ["x"]}))
+    with pytest.raises(ValueError, match=r"lists no images \(1 path-absolute\)"):
+        read_manifest(table({"path": ["/a.png"]}))
     with pytest.raises(ValueError, match="lists no images"):
         read_manifest(table({"path": []}))
+
+
+def test_columns_keep_their_names_and_that_of_paths_may_be_written_in_many_ways(table, tmp_path):
+    manifest = read_manifest(table({"Artist Name": ["Monet"], "File Name": ["a.png"]}))
+    assert manifest == Manifest(tmp_path, ("a.png",), {"Artist Name": ("Monet",)})
 
 
 def test_byte_order_mark_quotes_blank_lines_and_unnamed_columns(tmp_path):
@@ -192,21 +201,41 @@ def test_byte_order_mark_quotes_blank_lines_and_unnamed_columns(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "artists", "skipped"),
     [
-        (b"", "no column path or image_path; its columns: none"),
-        ("path,artist\na.png,Müller\n".encode("latin-1"), r"not UTF-8 \(byte 0xfc at offset 19, line 2\)"),
-        (b"\xef\xbb\xbfpath\n\xe9.png\n", r"not UTF-8 \(byte 0xe9 at offset 8, line 2\)"),
-        ("path\na.png\n".encode("utf-16"), r"not UTF-8 \(byte 0xff at offset 0, line 1\)"),
-        (b"path,x\na.png,1\nb.png,2,3\n", "line 3: 3 values for 2 columns"),
-        (b"path,x\na.png\n", "line 2: 1 values for 2 columns"),
-        (b'path\n"a.png\n', r"line \d: unexpected end of data"),
-        (b"path,x,x\na.png,1,2\n", "more than one column 'x'"),
+        ("path,artist\na.png,Müller\n".encode("latin-1"), ("Müller",), {}),
+        ("path\tartist\na.png\tMüller\n".encode("utf-16"), ("Müller",), {}),
+        ("sep=;\npath;artist\na.png;Müller\n".encode("utf-8-sig"), ("Müller",), {}),
+        (b"sep=|\r\npath|artist\r\na.png|x, y; z\r\n", ("x, y; z",), {}),
+        (b"path,artist\na.png,1\nb.png,2,3\nb.png\n", ("1",), {"row-ragged": 2}),
+        (b'path,artist\na.png,1\n"b.png,2\n', ("1",), {"row-unclosed": 1}),
+        (b"path,artist,artist,\na.png,1,2,3\n", ("1",), {}),
     ],
 )
-def test_damaged_csv(tmp_path, data, message):
-    with pytest.raises(ValueError, match=message):
-        read_manifest(write(tmp_path / "list.csv", data))
+def test_tables_are_read_as_ingest_reads_them(tmp_path, data, artists, skipped):
+    put(tmp_path / "a.png")
+    source = write(tmp_path / "list.csv", data)
+    manifest = read_manifest(source)
+    assert manifest.attributes["artist"] == artists
+    assert manifest.skipped == skipped
+    listing = read_listing(source)
+    assert (listing.paths, listing.attributes["artist"], listing.rejected) == (
+        manifest.paths,
+        artists,
+        manifest.rejected,
+    )
+
+
+def test_an_empty_table(tmp_path):
+    with pytest.raises(ValueError, match="no column path or image_path; its columns: none"):
+        read_manifest(write(tmp_path / "list.csv", b""))
+
+
+def test_a_name_is_taken_as_it_is_before_it_is_mended(tmp_path):
+    for name in (" a.png", "a.png", "b.png"):
+        put(tmp_path / name)
+    source = write(tmp_path / "list.csv", 'path\n" a.png"\na.png\n b.png\n')
+    assert read_manifest(source).paths == (" a.png", "a.png", "b.png")
 
 
 def test_parquet_values_become_text(tmp_path):
@@ -229,11 +258,27 @@ def test_parquet_values_become_text(tmp_path):
     }
 
 
-@pytest.mark.parametrize("value", [[[1.0, 2.0]], [b"\xff"], [{"bytes": b"x"}]])
-def test_parquet_column_that_is_no_plain_value(tmp_path, value):
+@pytest.mark.parametrize("value", [[[1.0, 2.0]], [b"\xff"], [{"x": b"x"}]])
+def test_parquet_column_that_is_no_plain_value_is_left_out(tmp_path, value):
+    put(tmp_path / "a.png")
     pq.write_table(pa.table({"path": ["a.png"], "extra": value}), tmp_path / "list.parquet")
-    with pytest.raises(ValueError, match=r"column 'extra' holds .*: leave it out"):
+    manifest = read_manifest(tmp_path / "list.parquet")
+    assert (manifest.paths, manifest.attributes) == (("a.png",), {})
+    assert "column 'extra' holds" in manifest.notes[0]
+
+
+def test_images_in_a_table_are_for_ingest(tmp_path):
+    pq.write_table(pa.table({"image": [{"bytes": b"x", "path": "a.png"}]}), tmp_path / "list.parquet")
+    with pytest.raises(ValueError, match=r"'image' holds images: `simsearch data ingest` unpacks them"):
         read_manifest(tmp_path / "list.parquet")
+
+
+def test_what_programs_leave_and_what_is_not_opened(tmp_path):
+    for name in ("a.png", "@eaDir/a.png", "x/@eaDir/b.png", ".thumbnails/a.png", "x/raw.nef", "x/c.HEIC"):
+        put(tmp_path / name)
+    manifest = read_manifest(tmp_path)
+    assert manifest.paths == ("a.png", "x/c.HEIC")
+    assert manifest.skipped == {"excluded": 3, "unsupported": 1}
 
 
 def test_damaged_parquet(tmp_path):

@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simsearch.data.works import agreeing, banded_pairs, equal_pairs, hash_distances, hash_pairs, union_find
+from simsearch.data.audit import MIN_CORRELATION, perceptual_hashes, pixel_correlations
+from simsearch.data.works import (
+    banded_pairs,
+    cliques,
+    equal_pairs,
+    hash_pairs,
+    least_correlation,
+    turned_pairs,
+    union_find,
+)
 
 
 @given(st.integers(1, 12), st.data())
@@ -49,12 +58,56 @@ def test_bands_find_the_pairs_that_brute_force_finds(max_distance):
     for found in (hash_pairs(hashes, max_distance), banded_pairs(hashes, max_distance)):
         assert set(zip(*(part.tolist() for part in found), strict=True)) == wanted
         assert len(found[0]) == len(wanted)
-    rows, columns, distances = banded_pairs(hashes, max_distance)
-    assert torch.equal(hash_distances(hashes, rows, columns), distances)
 
 
-def test_a_loose_cosine_needs_the_hash_to_agree():
-    similarity = torch.tensor([0.95, 0.92, 0.91, 0.8, 0.8, 0.78, 0.77])
-    distance = torch.tensor([40, 64, 13, 12, 13, 0, 0])
-    got = agreeing(similarity, distance, strict=0.92, loose=0.78, bits=12)
-    assert got.tolist() == [True, True, False, True, False, True, False]
+@given(st.integers(2, 9), st.data())
+@settings(max_examples=60, deadline=None)
+def test_groups_grow_only_where_half_of_the_pairs_between_them_agree(count, draw):
+    """Against the same by matrices of shares."""
+    row = st.integers(0, count - 1)
+    chosen = draw.draw(st.lists(st.tuples(row, row).filter(lambda pair: pair[0] < pair[1]), unique=True, max_size=20))
+    agree = np.zeros((count, count))
+    for a, b in chosen:
+        agree[a, b] = agree[b, a] = 1
+    labels = np.arange(count)
+    for a, b in chosen:
+        one, other = labels == labels[a], labels == labels[b]
+        if labels[a] != labels[b] and agree[np.ix_(one, other)].mean() >= 0.5:
+            labels[one | other] = min(labels[a], labels[b])
+    assert cliques(count, chosen) == labels.tolist()
+
+
+def test_a_chain_comes_apart_and_a_clique_holds():
+    chain = [(i, i + 1) for i in range(9)]
+    assert max(np.bincount(cliques(10, chain))) <= 3  # of three, two of whose pairs agree
+    whole = [(a, b) for a in range(5) for b in range(a + 1, 5)]
+    assert cliques(6, whole) == [0] * 5 + [5]
+    # A work of four, one pair of which no criterion found, and a stranger that is like one of them.
+    assert cliques(5, [(0, 1), (2, 3), (0, 2), (1, 3), (0, 3), (3, 4)]) == [0, 0, 0, 0, 4]
+
+
+def test_what_decides_rises_where_unlike_images_are_alike():
+    generator = torch.Generator().manual_seed(0)
+    unlike = torch.randn(2000, generator=generator)
+    assert least_correlation(0.1 + 0.05 * unlike, 1000) == MIN_CORRELATION
+    coins = 0.57 + 0.07 * unlike
+    found = least_correlation(coins, 1000)
+    assert found > float(coins.max())
+    assert least_correlation(coins, 10_000) > found
+    works = torch.cat([coins, torch.ones(100)])  # a few that are of one work move it little
+    assert abs(least_correlation(works, 1000) - found) < 0.03
+    assert least_correlation(coins[:5], 1000) == MIN_CORRELATION
+
+
+def test_turned_copies_are_found_with_their_turn():
+    random = np.random.default_rng(5)
+    coarse = torch.from_numpy(random.integers(0, 256, (12, 3, 7, 9)).astype(np.uint8)).float()
+    images = torch.nn.functional.interpolate(coarse, (96, 96), mode="bicubic").clamp(0, 255).to(torch.uint8)
+    images[6] = images[1].rot90(1, (1, 2))
+    images[7] = images[2].rot90(2, (1, 2))
+    images[0] = images[3].rot90(1, (1, 2))
+    turned = torch.stack([perceptual_hashes(images.rot90(by, (2, 3))) for by in (1, 2, 3)], 1)
+    rows, columns, turns = turned_pairs(perceptual_hashes(images), turned, 6)
+    assert list(zip(rows.tolist(), columns.tolist(), turns.tolist(), strict=True)) == [(0, 3, 3), (1, 6, 1), (2, 7, 2)]
+    assert (pixel_correlations(images, rows, columns, turns) > 0.99).all()
+    assert (pixel_correlations(images, rows, columns) < 0.7).all()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import shlex
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,15 @@ from tqdm import tqdm
 
 from simsearch import runtime
 from simsearch.cache import cache_key
-from simsearch.data.audit import near_pairs_by_descriptor
+from simsearch.data.audit import pixel_correlations
+from simsearch.data.files import DecodedFiles, files_collection
 from simsearch.data.ingest import (
+    UNPACKED,
     Decoding,
     Files,
     Kept,
     begin,
+    check_place,
     decode,
     gather,
     keep,
@@ -30,15 +35,29 @@ from simsearch.data.ingest import (
 )
 from simsearch.data.ingest_report import SUSPICIOUS_BAND, markdown, summarise
 from simsearch.data.listing import read_listing
+from simsearch.data.manifest import Manifest
 from simsearch.data.pixels import images_of
-from simsearch.data.works import agreeing, hash_distances, hash_pairs
+from simsearch.data.protocols import ByHash
+from simsearch.data.works import (
+    SameWork,
+    cliques,
+    hash_pairs,
+    least_correlation,
+    turned_pairs,
+)
 from simsearch.figures import Tile, save_grid
 from simsearch.files import Damaged, read_array, replacing, write_array
 from simsearch.functional.pooling import gem
 from simsearch.functional.ragged import Ragged
+from simsearch.functional.reranking import gallery_neighbours
 from simsearch.functional.resize import resize
+from simsearch.text import csv_cell
+from simsearch.types import SearchResult
 
 MOST_DESCRIBED = 200_000
+_NEIGHBOURS = 20  # of each image that may be of its work
+_OF_ONE_WORK = 5  # of them that may well be: the others tell how alike unlike images are
+_BACKGROUND = 2000  # pairs that do
 _BATCH = 64
 _COLUMNS = 12  # of the contact sheet
 
@@ -68,26 +87,59 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
         seconds=float(values["seconds"]),
         memory=int(values["memory"] * 2**30),
         chunk=values["chunk"],
+        max_pixels=int(values["megapixels"] * 1e6),
     )
-    listing = read_listing(source, Path(values["root"]).resolve() if values["root"] else None)
+    check_place(out)
+    root = Path(values["root"]).resolve() if values["root"] else None
+    listing = read_listing(source, root, values["exclude"], unpacked=out / UNPACKED)
     begin(out, listing, decoding, source)
     files = gather(decode(out, listing, decoding, values["workers"]))
     images = images_of(out / "pixels", files.shapes)
-    pairs, counts = same_work(out, files, images, backbone, values["near"], decoding.chunk)
-    kept = keep(listing, files, pairs, groups=values["groups"], categorical=values["categorical"])
-    report = summarise(listing, files, kept, counts, decoding.size)
+    works = same_work(out, files, images, backbone, values["near"], decoding.chunk)
+    kept = keep(listing, files, works.pairs, groups=values["groups"], categorical=values["categorical"])
+    report = summarise(listing, files, kept, works, decoding.size)
     about = {name: values[name] for name in ("groups", "categorical", "near")}
     about["backbone"] = None if backbone is None else backbone.identity(values["near"]["size"])  # type: ignore[operator]
     with replacing(out / "report.md") as temporary:
         temporary.write_text(markdown(report, source.name), encoding="utf-8")
+    write_suspicious(out / "suspicious.csv", report["suspicious"]["groups"])
     contact_sheet(out / "contact-sheet.png", files, kept, images)
     write_results(out, listing, files, kept, about, report)
     refused = {reason: entry["count"] for reason, entry in report["rejected"].items()}
     print(f"{len(kept.places)} images of {report['works']['count']} works in {out}")
     for reason, count in refused.items():
         print(f"refused {count}: {reason}")
+    if groups := report["suspicious"]["groups"]:
+        print(
+            f"{len(groups)} groups of images are like one work each and too large to be tied: {out / 'suspicious.csv'}"
+        )
     print(f"look at {out / 'report.md'} and {out / 'contact-sheet.png'}")
-    print(f"try next: simsearch train data=art {shlex.quote(f'data.source={out}')}")
+    print(f"try next: {shlex.join(['simsearch', 'train', 'data=art', f'data.source={out}', *fitting_protocol(kept)])}")
+
+
+def fitting_protocol(kept: Kept) -> list[str]:
+    """What a training says beside the data: nothing where artists can be kept apart, as by default, else what fits."""
+    count = len(kept.places)
+    columns = {name: kept.columns.get(name, (None,) * count) for name in ("artist", "work")}
+    known = DecodedFiles(torch.empty(count, 3, 1, 1, dtype=torch.uint8), torch.arange(count), [], "")
+    collection = files_collection("", Manifest(Path(), tuple(map(str, kept.columns["path"])), columns), known)
+    try:
+        ByHash("", attribute="artist", part="artist", junk="work").split(collection)
+    except ValueError:
+        parts = ["protocol.evaluation=0.2", "protocol.validation=0.2"]
+        return ["protocol=by-attribute", "protocol.attribute=work", "protocol.group=work", *parts]
+    return []
+
+
+def write_suspicious(path: Path, groups: Sequence[Sequence[str]]) -> None:
+    """Writes the images of each suspicious group as CSV, a line an image; no file where there is none."""
+    if not groups:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["group", "path"])
+        writer.writerows([number, csv_cell(name)] for number, group in enumerate(groups, start=1) for name in group)
 
 
 # --------------------------------------------------------------------------------------------- same works
@@ -95,11 +147,16 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
 
 def same_work(
     out: Path, files: Files, images: Ragged, backbone: nn.Module | None, near: dict[str, Any], chunk: int
-) -> tuple[list[tuple[int, int]], dict[str, int]]:
-    """Pairs of places of files that show the same work, and how many each criterion gave."""
+) -> SameWork:
+    """Which files show one work.
+
+    Hashes and descriptors propose pairs, pixels decide, at a correlation that unlike images of this collection do not
+    reach; and a group needs the agreement of its pairs.
+    """
     rows, columns, _ = hash_pairs(files.hashes, near["hash"])
-    pairs = set(zip(rows.tolist(), columns.tolist(), strict=True))
-    counts = {"by hash": len(pairs)}
+    proposed = {"by hash": torch.stack([rows, columns, torch.zeros_like(rows)], 1)}
+    proposed["turned"] = torch.stack(turned_pairs(files.hashes, files.turned, near["hash"]), 1)
+    neighbours = None
     if backbone is not None:
         if len(images) > MOST_DESCRIBED:
             raise ValueError(
@@ -107,15 +164,42 @@ def same_work(
                 f"{MOST_DESCRIBED:,}): find near-duplicates by perceptual hash alone with near.descriptors=false"
             )
         vectors = describe(out / "descriptors", images, backbone, near["size"], chunk)
-        rows, columns, similarity = near_pairs_by_descriptor(vectors, vectors, near["loose"])
-        once = rows < columns
-        rows, columns, similarity = rows[once], columns[once], similarity[once]
-        distance = hash_distances(files.hashes, rows, columns)
-        sure = agreeing(similarity, distance, strict=near["strict"], loose=near["loose"], bits=near["bits"])
-        found = set(zip(rows[sure].tolist(), columns[sure].tolist(), strict=True))
-        counts["by descriptor"] = len(found)
-        pairs |= found
-    return sorted(pairs), counts
+        neighbours = gallery_neighbours(vectors, _NEIGHBOURS)
+        near_enough = neighbours.scores >= near["cosine"]
+        rows = torch.arange(len(images))[:, None].expand_as(neighbours.ids)[near_enough]
+        columns = neighbours.ids[near_enough]
+        found = torch.stack([torch.minimum(rows, columns), torch.maximum(rows, columns), torch.zeros_like(rows)], 1)
+        proposed["by descriptor"] = found.unique(dim=0)
+    pairs, which = torch.cat(list(proposed.values())).unique(dim=0, return_inverse=True)
+    least = least_correlation(background(images, neighbours), len(pairs))
+    correlation = pixel_correlations(images, *pairs.unbind(1), progress=True)
+    kept = correlation >= least
+    parts = zip(proposed, which.split([len(part) for part in proposed.values()]), strict=True)
+    counts = {name: int(kept[part].sum()) for name, part in parts}
+    order = torch.argsort(correlation[kept], descending=True, stable=True)
+    surest = dict.fromkeys((one, other) for one, other, _ in pairs[kept][order].tolist())
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place, root in enumerate(cliques(len(images), list(surest))):
+        groups[root].append(place)
+    several = [group for group in groups.values() if len(group) > 1]
+    contents = [len({files.sha256[place] for place in group}) for group in several]  # equal files are one
+    tied = [group for group, n in zip(several, contents, strict=True) if n <= near["largest"]]
+    suspicious = [group for group, n in zip(several, contents, strict=True) if n > near["largest"]]
+    return SameWork([(group[0], place) for group in tied for place in group[1:]], counts, least, suspicious)
+
+
+def background(images: Ragged, neighbours: SearchResult | None) -> Tensor:
+    """Correlations of pairs that are near each other and not of one work: how alike the collection is in itself."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(images), (_BACKGROUND,), generator=generator)
+    if neighbours is not None and neighbours.ids.shape[1] > _OF_ONE_WORK:
+        rank = torch.randint(_OF_ONE_WORK, neighbours.ids.shape[1], (_BACKGROUND,), generator=generator)
+        columns = neighbours.ids[rows, rank]
+    else:
+        columns = torch.randint(len(images), (_BACKGROUND,), generator=generator)
+    low, high = torch.minimum(rows, columns), torch.maximum(rows, columns)
+    pairs = torch.stack([low, high], 1)[low < high].unique(dim=0)
+    return pixel_correlations(images, *pairs.unbind(1))
 
 
 def describe(folder: Path, images: Ragged, backbone: nn.Module, size: int, chunk: int) -> Tensor:

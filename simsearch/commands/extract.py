@@ -24,7 +24,7 @@ from simsearch.data.batches import ImageBatch
 from simsearch.data.chunks import load_chunks
 from simsearch.data.manifest import ImageFiles, Manifest, read_manifest
 from simsearch.data.presence import Presence
-from simsearch.images import ImageError, encode_thumbnail
+from simsearch.images import MAX_PIXELS, ImageError, encode_thumbnail
 from simsearch.search.claims import Claims, claimed
 from simsearch.search.engine import encode
 from simsearch.search.shards import ShardError, Shards, begin, open_shards
@@ -51,6 +51,7 @@ class Work:
     workers: int
     device: str
     trusted: bool = False
+    max_pixels: int = MAX_PIXELS
 
 
 @runtime.command("extract")
@@ -75,7 +76,7 @@ def main(config: DictConfig) -> None:
         command=shlex.join(["simsearch", "extract", *(f"{key}={value}" for key, value in given.items() if value)]),
     )
     settings = config.batch_size, config.workers, config.device, run.trusted
-    work = Work(out, manifest.root, rank or 0, ranks, local, *settings)
+    work = Work(out, manifest.root, rank or 0, ranks, local, *settings, manifest.max_pixels)
     with stopping(shards):
         if rank is None:
             run_ranks(shards, work)
@@ -214,7 +215,7 @@ def abandon_with_parent() -> None:
 def run_ranks(shards: Shards, work: Work) -> None:
     """Starts `work.ranks` processes and waits for them. Raises ValueError where they leave chunks undone."""
     context = multiprocessing.get_context("spawn")
-    arguments = ("shards", "root", "batch_size", "workers", "device", "trusted")
+    arguments = ("shards", "root", "batch_size", "workers", "device", "trusted", "max_pixels")
     values = {name: getattr(work, name) for name in arguments}
     processes = [
         context.Process(target=rank_main, args=(Work(rank=rank, ranks=work.ranks, local=rank, **values),))
@@ -249,7 +250,7 @@ def rank_main(work: Work) -> None:
         with stopping(shards, quiet=True):
             encoder = runtime.build_encoder(shards.about["config"], trusted=work.trusted)
             shards.load_encoder_state(encoder)
-            manifest = Manifest(work.root, tuple(shards.items["path"].to_pylist()))
+            manifest = Manifest(work.root, tuple(shards.items["path"].to_pylist()), max_pixels=work.max_pixels)
             describe(shards, encoder, manifest, work, show=lambda: None)
     except (ValueError, OSError) as error:
         if os.environ.get("SIMSEARCH_DEBUG") == "1":

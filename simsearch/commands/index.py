@@ -19,6 +19,7 @@ from tqdm import tqdm
 from simsearch import runtime
 from simsearch.data.manifest import load_images, read_manifest
 from simsearch.data.presence import MOST_GONE, Presence
+from simsearch.data.tables import Rejected
 from simsearch.files import read_json
 from simsearch.images import ImageError, encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
@@ -32,7 +33,8 @@ from simsearch.text import printable, warn
 class Described:
     """Images that were described, in parts: vectors(i) gives the counts[i] of part i, `items` their tables.
 
-    config: what builds the encoder. out: where the catalog goes. source: `run` and `images`.
+    rejected: rows of the manifest that were not taken. config: what builds the encoder. out: where the catalog goes.
+    source: `run` and `images`.
     """
 
     encoder: nn.Module
@@ -41,6 +43,7 @@ class Described:
     vectors: Callable[[int], Tensor]
     items: Iterable[pa.Table]
     errors: list[ImageError]
+    rejected: tuple[Rejected, ...]
     skipped: dict[str, int]
     source: dict[str, str]
     out: Path
@@ -62,7 +65,7 @@ def main(config: DictConfig) -> None:
         encoder=described.encoder,
         config=described.config,
         about={"source": described.source, "skipped": reasons | described.skipped},
-        errors=described.errors,
+        errors=[*described.errors, *described.rejected],
     )
     report(out, len(index), index.code_bytes, described.errors, described.skipped)
     if before is not None and calibrated_for(out) is None:
@@ -101,6 +104,8 @@ def from_images(config: DictConfig, index: FaissIndex) -> Described:
     run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
     source = Path(config.images).resolve()
     manifest = read_manifest(source, Path(config.root) if config.root else None)
+    for note in manifest.notes:
+        warn(f"note: {source.name}: {note}")
     table, presence = path_table(manifest), Presence(manifest.root, manifest.paths)
     usual = run.folder / "catalogs" / (source.name if source.is_dir() else source.stem)
     out = place(config, usual, len(manifest))
@@ -135,6 +140,7 @@ def from_images(config: DictConfig, index: FaissIndex) -> Described:
         vectors=lambda _: vectors,
         items=[with_thumbnails(table.take([rows[i] for i in order]), [thumbnails[i] for i in order])],
         errors=errors,
+        rejected=manifest.rejected,
         skipped=manifest.skipped,
         source={"run": run.folder.name, "images": str(manifest.root)},
         out=out,
@@ -180,6 +186,7 @@ def from_shards(config: DictConfig, index: FaissIndex) -> Described:
         vectors=lambda part: shards.vectors(filled[part][0]),
         items=(shards.catalog_items(number) for number, _ in filled),
         errors=errors,
+        rejected=(),
         skipped=shards.about["skipped"],
         source=shards.about["source"],
         out=out,
@@ -206,7 +213,7 @@ def report_errors(errors: list[ImageError], skipped: dict[str, int]) -> None:
         example = next(error.path for error in errors if error.reason == reason)
         warn(f"skipped {n} files, {reason} (first {printable(example)})")
     for reason, n in skipped.items():
-        print(f"left out {n} entries of the folder: {reason}", file=sys.stderr)
+        print(f"left out {n} entries of the folder or table: {reason}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -263,18 +263,32 @@ def audit(
     return duplicates.select(torch.from_numpy(np.lexsort((other, query, -correlation)))), precision
 
 
-def pixel_correlations(images: Tensor | Ragged, rows: Tensor, columns: Tensor, *, progress: bool = False) -> Tensor:
+def pixel_correlations(
+    images: Tensor | Ragged, rows: Tensor, columns: Tensor, turns: Tensor | None = None, *, progress: bool = False
+) -> Tensor:
     """How much the details of pairs of images correlate at best over small shifts and mirroring, float32 (P,).
 
-    images: uint8 (N, 3, H, W) or Ragged. rows, columns: int64 (P,). Both are drawn to squares of 32 x 32 first.
+    images: uint8 (N, 3, H, W) or Ragged. rows, columns: int64 (P,). Both are drawn to squares of 32 x 32 first. turns:
+    int64 (P,), by how many quarters, against the clock, the first of a pair is turned before.
     """
     if len(rows) == 0:
         return torch.empty(0)
     used, place = torch.cat([rows, columns]).unique(return_inverse=True)
     thumbnails = torch.cat([_thumbnails(images, block) for block in used.split(_PAIRS)])
-    first, second = (part.split(_PAIRS) for part in (place[: len(rows)], place[len(rows) :]))
-    shown = tqdm(zip(first, second, strict=True), total=len(first), desc="compare pixels", disable=not progress)
-    return torch.cat([best_correlations(thumbnails[i].float(), thumbnails[j].float(), SHIFT) for i, j in shown])
+    turns = torch.zeros_like(rows) if turns is None else turns
+    parts = [part.split(_PAIRS) for part in (place[: len(rows)], place[len(rows) :], turns)]
+    shown = tqdm(zip(*parts, strict=True), total=len(parts[0]), desc="compare pixels", disable=not progress)
+    return torch.cat(
+        [best_correlations(_turned(thumbnails[i], by).float(), thumbnails[j].float(), SHIFT) for i, j, by in shown]
+    )
+
+
+def _turned(squares: Tensor, quarters: Tensor) -> Tensor:
+    """Squares (n, S, S), each turned by so many quarters."""
+    found = squares.clone()
+    for by in range(1, 4):
+        found[quarters == by] = squares[quarters == by].rot90(by, (1, 2))
+    return found
 
 
 def _thumbnails(images: Tensor | Ragged, rows: Tensor) -> Tensor:

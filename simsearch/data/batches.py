@@ -70,7 +70,8 @@ def load_items(items: SizedItems, rows: Iterable[int], *, workers: int = 0) -> I
             yield row
 
     one = partial(_decoded, items)
-    for found in bounded_map(one, noted(), workers=max(1, workers), seconds=SECONDS, memory=MEMORY):
+    memory = getattr(items, "memory", MEMORY)
+    for found in bounded_map(one, noted(), workers=max(1, workers), seconds=SECONDS, memory=memory):
         row = asked.popleft()
         if isinstance(found, Failure):
             yield row, ImageError(items.path(row), found.reason, found.detail)

@@ -41,7 +41,7 @@ from simsearch.data.samplers import Batches
 from simsearch.files import Damaged, checked
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import Fit
-from simsearch.images import ImageError
+from simsearch.images import DECODING, ImageError
 from simsearch.text import printable
 
 # Columns that a search result has of its own.
@@ -87,7 +87,7 @@ def decode_files(manifest: Manifest, *, size: int, fit: Fit, cache: Path, worker
 
 def _key(manifest: Manifest, size: int, fit: Fit) -> str:
     """24 hex digits of what decides the pixels."""
-    digest = hashlib.sha256(json.dumps([size, fit, os.path.realpath(manifest.root)]).encode())
+    digest = hashlib.sha256(json.dumps([DECODING, size, fit, os.path.realpath(manifest.root)]).encode())
     for path in manifest.paths:
         file = manifest.root / path
         try:

@@ -2,6 +2,7 @@
 cleaned, images of one work tied together.
 
     plan.json          settings and fingerprint of what is decoded; the same command goes on where it was killed
+    unpacked/          files of the images that a table held
     pixels/            decoded images (simsearch.data.pixels) and index.npy: where each image of the manifest begins
     manifest.parquet   path, id, attributes, work, sha256, width, height of the images that were taken
     rejected.csv       the others, and why
@@ -32,16 +33,18 @@ from tqdm import tqdm
 from simsearch.data.audit import perceptual_hashes
 from simsearch.data.bounded import Failure, bounded_map
 from simsearch.data.cleaning import Cleaned, clean
-from simsearch.data.listing import Listing, Rejected
-from simsearch.data.manifest import INGEST, INGEST_PLAN, INGEST_TABLE, Column
+from simsearch.data.listing import Listing
+from simsearch.data.manifest import INGEST, INGEST_PLAN, INGEST_TABLE
 from simsearch.data.pixels import Image, Refusal, Shard, gathered, read_shards, whole_shards, write_shard
 from simsearch.data.presence import Presence
+from simsearch.data.tables import Column, Rejected
 from simsearch.data.works import equal_pairs, union_find
 from simsearch.files import digests, read_json, replacing, write_json
 from simsearch.images import MAX_BYTES, MAX_PIXELS, ImageError, header_shape, read_file, read_image
 from simsearch.text import csv_cell
 
-FORMAT = 1
+UNPACKED = "unpacked"  # the folder of images that lay in a table
+FORMAT = 2  # what decides pixels and facts
 GROUPS = ("work", "work_id", "group", "group_id")
 CATEGORICAL = ("artist", "style", "genre", "medium", "museum", "school", "movement", "technique", "license")
 REASONS = {
@@ -98,8 +101,7 @@ def begin(out: Path, listing: Listing, decoding: Decoding, source: Path) -> None
         "fingerprint": _fingerprint(listing, decoding),
     }
     if not plan.exists():
-        if out.exists() and (strange := sorted(path.name for path in out.iterdir() if path.name[0] != ".")):
-            raise FileExistsError(f"{out} holds other things ({strange[0]}): give another place by out=")
+        check_place(out)
         write_json(plan, about)
         return
     try:
@@ -115,6 +117,14 @@ def begin(out: Path, listing: Listing, decoding: Decoding, source: Path) -> None
             f"{out} was begun with another {what.get(differing[0], differing[0])}: give another place by out=, "
             f"or delete {out} to begin again"
         )
+
+
+def check_place(out: Path) -> None:
+    """Raises FileExistsError where `out` holds something else than an ingest."""
+    if (out / INGEST_PLAN).exists() or not out.exists():
+        return
+    if strange := sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.name != UNPACKED):
+        raise FileExistsError(f"{out} holds other things ({strange[0]}): give another place by out=")
 
 
 def _fingerprint(listing: Listing, decoding: Decoding) -> str:
@@ -178,8 +188,9 @@ def _items(
 def decode_file(path: str, decoding: Decoding) -> tuple[np.ndarray, dict[str, np.ndarray]] | tuple[str, str]:
     """Pixels uint8 (3, h, w) and facts of a file, or the reason and detail of its refusal. Runs in a worker.
 
-    Facts: sides int64 (2,), height and width in the file; sha256 uint8 (32,); hash uint8 (8,), perceptual; spread
-    float32 (), standard deviation of grey; band float32 (), share of the height of a band of one colour at the
+    Facts: sides int64 (2,), height and width in the file; sha256 uint8 (32,); hash uint8 (8,), perceptual; turned uint8
+    (3, 8), the same of the image turned by 1, 2 and 3 quarters against the clock; spread float32 (), standard
+    deviation of grey; band float32 (), share of the height of a band of one colour at the
     bottom that is wider than one at the top.
     """
     try:
@@ -205,6 +216,7 @@ def decode_file(path: str, decoding: Decoding) -> tuple[np.ndarray, dict[str, np
         "sides": np.array(shape or image.shape[1:], dtype=np.int64),
         "sha256": np.frombuffer(hashlib.sha256(data).digest(), dtype=np.uint8).copy(),
         "hash": perceptual_hashes(image[None])[0].numpy(),
+        "turned": np.concatenate([perceptual_hashes(image.rot90(by, (1, 2))[None]).numpy() for by in (1, 2, 3)]),
         "spread": np.array(float(grey.std(correction=0)), dtype=np.float32),
         "band": np.array(band(image), dtype=np.float32),
     }
@@ -238,6 +250,7 @@ class Files:
     shapes: Tensor
     sides: Tensor
     hashes: Tensor
+    turned: Tensor
     spread: Tensor
     band: Tensor
     sha256: tuple[str, ...]
@@ -261,6 +274,7 @@ def gather(shards: Sequence[Shard]) -> Files:
         shapes=gathered(shards, "shapes"),
         sides=gathered(shards, "sides"),
         hashes=gathered(shards, "hash"),
+        turned=gathered(shards, "turned"),
         spread=gathered(shards, "spread"),
         band=gathered(shards, "band"),
         sha256=tuple(digests[start : start + 64] for start in range(0, len(digests), 64)),

@@ -10,22 +10,24 @@ import torch
 
 from simsearch.data.ingest import REASONS as INGEST_REASONS
 from simsearch.data.ingest import Files, Kept, rejections
-from simsearch.data.listing import REASONS as LISTING_REASONS
 from simsearch.data.listing import Listing
+from simsearch.data.manifest import REASONS as MANIFEST_REASONS
+from simsearch.data.tables import REASONS as TABLE_REASONS
+from simsearch.data.works import SameWork
 from simsearch.images import REASONS as IMAGE_REASONS
 from simsearch.text import markdown as shown
 from simsearch.text import printable
 
-EXPLAINED = {**IMAGE_REASONS, **LISTING_REASONS, **INGEST_REASONS}
+EXPLAINED = {**IMAGE_REASONS, **TABLE_REASONS, **MANIFEST_REASONS, **INGEST_REASONS}
 SUSPICIOUS_BAND = 0.15
 LONG = 6.0  # longest side by shortest
 _EXAMPLES, _TOP, _LISTED = 5, 8, 50
 
 
-def summarise(listing: Listing, files: Files, kept: Kept, pairs: Mapping[str, int], size: int) -> dict[str, Any]:
+def summarise(listing: Listing, files: Files, kept: Kept, same: SameWork, size: int) -> dict[str, Any]:
     """Counts and examples of all that an ingest took, changed and refused; plain values for JSON.
 
-    pairs: how many pairs of the same work each criterion gave. size: longest side of the decoded images.
+    same: what near-duplicates say. size: longest side of the decoded images.
     """
     rejected = rejections(listing, files, kept)
     by_reason = Counter(one.reason for one in rejected)
@@ -62,8 +64,9 @@ def summarise(listing: Listing, files: Files, kept: Kept, pairs: Mapping[str, in
             "smaller_than_size": int((longest < size).sum()),
             "size": size,
         },
-        "works": _works(kept, pairs),
+        "works": _works(kept, same),
         "suspicious": {
+            "groups": suspicious_groups(kept, same),
             "band_below": [
                 {"path": path, "share": round(share, 2)} for share, path in bands if share >= SUSPICIOUS_BAND
             ],
@@ -93,7 +96,14 @@ def _spread(values: torch.Tensor) -> list[int]:
     return [int(value) for value in _quantiles(values)]
 
 
-def _works(kept: Kept, pairs: Mapping[str, int]) -> dict[str, Any]:
+def suspicious_groups(kept: Kept, same: SameWork) -> list[list[str]]:
+    """The paths of each group that was too large to be believed, the largest group first."""
+    path = dict(zip(kept.places, kept.columns["path"], strict=True))
+    groups = ([str(path[place]) for place in group if place in path] for group in same.suspicious)
+    return sorted((group for group in groups if len(group) > 1), key=lambda group: (-len(group), group))
+
+
+def _works(kept: Kept, same: SameWork) -> dict[str, Any]:
     members = defaultdict(list)
     for position, work in enumerate(kept.columns["work"]):
         members[work].append(position)
@@ -106,7 +116,8 @@ def _works(kept: Kept, pairs: Mapping[str, int]) -> dict[str, Any]:
         "with_several_images": len(several),
         "images_in_them": sum(map(len, several)),
         "sizes": dict(sorted(Counter(map(len, several)).items())),
-        "pairs": dict(pairs),
+        "pairs": dict(same.counts),
+        "least_correlation": round(same.least, 3),
         "largest": [[paths[p] for p in m] for m in several[:_EXAMPLES]],
         "of_two_artists": [
             {"artists": sorted({str(artists[p]) for p in m if artists[p] is not None}), "paths": [paths[p] for p in m]}
@@ -169,7 +180,7 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
     lines += [
         f"{works['with_several_images']:,} works have several images ({works['images_in_them']:,} in all; works by "
         f"number of images: {', '.join(f'{k}: {n}' for k, n in works['sizes'].items()) or 'none'}). "
-        f"Pairs of files, equal ones among them: {found}.",
+        f"Pairs of files, equal ones among them, that correlate by {works['least_correlation']} or more: {found}.",
     ]
     if works["of_two_artists_count"]:
         lines += ["", f"{works['of_two_artists_count']} works have images under more than one artist:", ""]
@@ -195,11 +206,16 @@ def markdown(report: Mapping[str, Any], title: str) -> str:
     lines += ["", "## Suspicious, and taken all the same", ""]
     suspicious = report["suspicious"]
     odd = [
+        f"- {len(group)} images that are like one work and too many to be tied: {shown(', '.join(group[:4]))}, ... "
+        f"(suspicious.csv). They are works of their own until you say otherwise, by near.largest={len(group)}"
+        for group in suspicious["groups"][:20]
+    ]
+    odd += [
         f"- {shown(one['path'])}: one colour over the lowest {one['share']:.0%} (cut off and filled up?)"
         for one in suspicious["band_below"][:20]
     ]
     odd += [f"- {shown(one['path'])}: {one['ratio']} times as long as wide" for one in suspicious["very_long"][:20]]
-    more = sum(max(0, len(suspicious[kind]) - 20) for kind in ("band_below", "very_long"))
+    more = sum(max(0, len(suspicious[kind]) - 20) for kind in ("groups", "band_below", "very_long"))
     return "\n".join([*lines, *(odd or ["Nothing."]), *([f"- and {more} more (report.json)"] * bool(more)), ""])
 
 

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import os
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from torch.utils.data import Dataset
 
 from simsearch.data.batches import ImageBatch, Item, load_batches
+from simsearch.data.bounded import MEMORY
+from simsearch.data.tables import ENDINGS as TABLES
+from simsearch.data.tables import PATH_NAMES, Column, Rejected, path_name, read_table
 from simsearch.files import Damaged, checked, read_json
 from simsearch.functional.resize import Fit, check_fit
-from simsearch.images import ImageError, read_image
+from simsearch.images import MAX_PIXELS, ImageError, read_image
+from simsearch.text import printable
 
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-PATH_COLUMNS = ("path", "image_path")
+# Opened where Pillow, or a package beside it, has their decoder; else each file is told of by its content.
+ENDINGS += (".avif", ".avifs", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jxl")
+# Images that are not opened, and are told of by name.
+NOT_OPENED = (".psd", ".psb", ".svg", ".eps", ".ai", ".pdf", ".djvu", ".exr", ".hdr", ".tga", ".ico", ".dng", ".cr2")
+NOT_OPENED += (".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".xcf", ".ppm", ".pgm", ".pnm", ".jxr", ".webm")
 PATH_PROBLEMS = {
     "path-empty": "is empty",
     "path-zero-byte": "holds a zero byte",
@@ -31,7 +38,19 @@ PATH_PROBLEMS = {
 }
 # What marks the folder of a finished `simsearch data ingest`, and of one that is not; its cleaned table.
 INGEST, INGEST_PLAN, INGEST_TABLE = "ingest.json", "plan.json", "manifest.parquet"
-Column = tuple[str | None, ...]
+# Names of files and folders that programs leave in folders of images, as patterns.
+EXCLUDE = ("@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "__MACOSX", "lost+found", ".thumbnails")
+REASONS = {
+    "path-empty": "it has no path",
+    "path-zero-byte": "its path holds a zero byte",
+    "path-absolute": "its path is absolute: give paths relative to the root",
+    "path-climbs": "its path climbs with '..'",
+    "path-leaves-root": "a link takes it out of the root",
+    "path-twice": "another row has the same path",
+    "linked-folder": "a link to a folder, which is not followed",
+    "name-not-utf8": "its name is not UTF-8, so that no table can hold it",
+    "unreadable-folder": "the system refuses to list it",
+}
 
 
 @dataclass(frozen=True)
@@ -39,8 +58,9 @@ class Manifest:
     """A list of N image files under one folder, and what is known about each.
 
     root: the folder. paths: N relative POSIX paths, unique, none of which leaves the root. attributes: for
-    each name N values, None where unknown. skipped: how many directory entries were left out, by reason
-    (of a folder; empty for a table).
+    each name N values, None where unknown. skipped: how many directory entries or rows were left out, by reason.
+    rejected: those of a table by name. notes: what a person should know about how it was read. max_pixels: of an image,
+    as read_image has it.
 
     Raises ValueError for a path that is absolute, climbs with '..' or comes twice (rows count from 1), and
     for an attribute of another length.
@@ -50,6 +70,9 @@ class Manifest:
     paths: tuple[str, ...]
     attributes: dict[str, Column] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    rejected: tuple[Rejected, ...] = ()
+    notes: tuple[str, ...] = ()
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         first_row: dict[str, int] = {}
@@ -79,6 +102,7 @@ class ImageFiles(Dataset[Item]):
             raise ValueError(f"size must be at least 1, got {size}")
         check_fit(fit)
         self.manifest = manifest
+        self.memory = max(MEMORY, MEMORY * manifest.max_pixels // MAX_PIXELS)
         self.size = size
         self.fit = fit
 
@@ -90,7 +114,7 @@ class ImageFiles(Dataset[Item]):
 
     def __getitem__(self, i: int) -> Item:
         try:
-            return i, read_image(self.path(i), size=self.size, fit=self.fit)
+            return i, read_image(self.path(i), size=self.size, fit=self.fit, max_pixels=self.manifest.max_pixels)
         except ImageError as error:
             # Without its traceback, whose frames would keep the bytes of the file alive.
             return i, ImageError(error.path, error.reason, error.detail)
@@ -107,7 +131,7 @@ def load_images(
 
 
 def read_manifest(source: Path, root: Path | None = None) -> Manifest:
-    """The images that `source` lists: a folder, one image file, or a table (.csv, .parquet).
+    """The images that `source` lists: a folder, one image file, or a table (.csv, .tsv, .txt, .parquet).
 
     A folder is searched through all its sub-folders for files with an image's ending, sorted by path. When
     some lie in sub-folders, the first folder below `source` is the attribute "label" (None for files beside
@@ -116,15 +140,13 @@ def read_manifest(source: Path, root: Path | None = None) -> Manifest:
 
     The folder of a finished `simsearch data ingest` stands for its cleaned table, with the root that was recorded.
 
-    A table has a column `path` or `image_path`; every other column becomes an attribute, as text, None
-    where empty. CSV is UTF-8, with or without a byte order mark, comma-separated, with a header; columns
-    without a name are left out.
+    A table has a column of paths (PATH_NAMES, in any case); every other column becomes an attribute, as text, None
+    where empty. It is read as `read_table` has it; rows without an image that may be taken are left out and counted.
 
     root: what paths are relative to; by default the folder, or the folder that holds the file.
 
     Raises FileNotFoundError for a missing source or root; ValueError for a folder or table without images,
-    a table without a path column, in another encoding or otherwise damaged, for paths that leave the root
-    (absolute, '..', a link) or come twice, naming the row, and where no listed file exists.
+    a table without a column of paths or that can't be read, and where no listed file exists.
     """
     source = Path(source)
     if not source.exists():
@@ -134,7 +156,8 @@ def read_manifest(source: Path, root: Path | None = None) -> Manifest:
             table = checked(source, INGEST_TABLE, about)
         except Damaged as error:
             raise ValueError(f"{error}: run `simsearch data ingest` again") from error
-        return _from_table(table, Path(root or about["root"]), _read_parquet(table))
+        manifest = _from_table(table, Path(root or about["root"]))
+        return replace(manifest, max_pixels=max(MAX_PIXELS, int(about.get("settings", {}).get("max_pixels", 0))))
     if root is None:
         root = source if source.is_dir() else source.parent
     root = Path(root)
@@ -145,13 +168,11 @@ def read_manifest(source: Path, root: Path | None = None) -> Manifest:
     ending = source.suffix.lower()
     if ending in ENDINGS:
         return Manifest(root, (_below(source, root),))
-    if ending not in (".csv", ".parquet"):
-        known = ", ".join(ENDINGS)
-        raise ValueError(f"{source}: a table must end in .csv or .parquet, an image in one of {known}")
-    if not source.is_file():
-        raise ValueError(f"{source} is neither a folder nor a regular file")
-    columns = _read_csv(source) if ending == ".csv" else _read_parquet(source)
-    return _from_table(source, root, columns)
+    if ending not in TABLES:
+        raise ValueError(
+            f"{source}: a table must end in one of {', '.join(TABLES)}, an image in one of {', '.join(ENDINGS)}"
+        )
+    return _from_table(source, root)
 
 
 def read_ingest(source: Path) -> dict[str, Any] | None:
@@ -171,24 +192,42 @@ def read_ingest(source: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged ({error}): run `simsearch data ingest` again") from error
 
 
-def walk(source: Path, root: Path) -> Iterator[tuple[str, str | None]]:
-    """Each file and linked folder below a folder as (path below it, None), or with the reason to leave it out."""
+def walk(source: Path, root: Path, exclude: Sequence[str] = EXCLUDE) -> Iterator[tuple[str, str | None]]:
+    """Each file and linked folder below a folder as (path below it, None), or with the reason to leave it out.
+
+    exclude: patterns, as of a shell, of names of files and folders, or of paths below the folder.
+    """
+
+    def is_excluded(path: str) -> bool:
+        return any(fnmatchcase(path, p) or fnmatchcase(path.rpartition("/")[2], p) for p in exclude)
+
     prefix = PurePosixPath(_below(source, root))
     leaves_root = link_check(root)
     unreadable: list[OSError] = []
     for folder, subfolders, names in os.walk(source, onerror=unreadable.append):
         below = Path(folder).relative_to(source)
+        entered = []
         for name in subfolders:
-            if os.path.islink(os.path.join(folder, name)):
-                yield (below / name).as_posix(), "linked folder"
-            if name.startswith("."):
-                yield (below / name).as_posix(), "hidden"
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
             path = (below / name).as_posix()
+            if is_excluded(path):
+                yield path, "excluded"
+                continue
+            if os.path.islink(os.path.join(folder, name)):
+                yield path, "linked folder"
             if name.startswith("."):
                 yield path, "hidden"
-            elif os.path.splitext(name)[1].lower() not in ENDINGS:
+            else:
+                entered.append(name)
+        subfolders[:] = entered
+        for name in names:
+            path, ending = (below / name).as_posix(), os.path.splitext(name)[1].lower()
+            if is_excluded(path):
+                yield path, "excluded"
+            elif name.startswith("."):
+                yield path, "hidden"
+            elif ending in NOT_OPENED:
+                yield path, "unsupported"
+            elif ending not in ENDINGS:
                 yield path, "other ending"
             elif not _is_utf8(path):
                 yield path, "name not UTF-8"
@@ -214,80 +253,85 @@ def _read_folder(source: Path, root: Path) -> Manifest:
     return Manifest(root, tuple(str(prefix / path) for path in found), attributes, dict(skipped))
 
 
-def _from_table(source: Path, root: Path, columns: dict[str, Column]) -> Manifest:
-    name = next((name for name in PATH_COLUMNS if name in columns), None)
+@dataclass(frozen=True)
+class Listed:
+    """N images that a table lists. attributes: by the columns' own names. rejected: rows without one."""
+
+    paths: tuple[str, ...]
+    attributes: dict[str, Column]
+    rejected: tuple[Rejected, ...]
+    notes: tuple[str, ...]
+
+
+def list_table(source: Path, root: Path) -> Listed:
+    """The images that a table lists, each once: of rows with one path that with most values.
+
+    Raises ValueError for a table without a column of paths, and what `read_table` raises.
+    """
+    table = read_table(source)
+    columns = dict(table.columns)
+    name = path_name(columns)
     if name is None:
         have = ", ".join(columns) or "none"
-        raise ValueError(f"{source} has no column {' or '.join(PATH_COLUMNS)}; its columns: {have}")
+        hint = f"; {table.images!r} holds images: `simsearch data ingest` unpacks them" if table.images else ""
+        raise ValueError(f"{source} has no column {' or '.join(PATH_NAMES[:2])}; its columns: {have}{hint}")
     values = columns.pop(name)
-    if not values:
-        raise ValueError(f"{source} lists no images: it has a header and no rows")
-    paths = tuple(PurePosixPath(value).as_posix() if value else "" for value in values)
-    try:
-        manifest = Manifest(root, paths, columns)
-    except ValueError as error:
-        raise ValueError(f"{source}, {error}") from None
     leaves_root = link_check(root)
-    for row, path in enumerate(paths, start=1):
-        if leaves_root(path):
-            raise ValueError(f"{source}, row {row}: {path!r} is reached by a link that leaves {root}")
-    if not any(os.path.exists(root / path) for path in paths):
-        raise ValueError(f"none of the {len(paths)} files that {source} lists exists under {root}: is root right?")
-    return manifest
+    known = [sum(value is not None for value in row) for row in zip(*columns.values(), strict=True)] or [0] * len(
+        values
+    )
+    rejected = list(table.rejected)
+    row_of: dict[str, int] = {}
+    for row, value in enumerate(values):
+        path, problem = _checked_path(value, root)
+        if problem is None and leaves_root(path):
+            problem = "path-leaves-root"
+        if problem is None:
+            before = row_of.setdefault(path, row)
+            if before != row:
+                kept, lost = (row, before) if known[row] > known[before] else (before, row)
+                row_of[path] = kept
+                rejected.append(Rejected(path, "path-twice", f"row {lost + 1}; row {kept + 1} is kept"))
+        else:
+            rejected.append(Rejected(printable(value or ""), problem, f"row {row + 1}"))
+    rows = sorted(row_of.values())
+    path_of = {row: path for path, row in row_of.items()}
+    attributes = {name: tuple(column[row] for row in rows) for name, column in columns.items()}
+    return Listed(tuple(path_of[row] for row in rows), attributes, tuple(rejected), table.notes)
 
 
-def _read_csv(source: Path) -> dict[str, Column]:
-    data = source.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # error.object lacks the byte order mark; counted from the end, both agree.
-        offset = len(data) - len(error.object) + error.start
-        line = data.count(b"\n", 0, offset) + 1
-        where = f"byte 0x{data[offset]:02x} at offset {offset}, line {line}"
-        raise ValueError(f"{source} is not UTF-8 ({where}): save it as UTF-8") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    rows = []
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        _check_names(source, header)
-        for row in reader:
-            if row and len(row) != len(header):
-                raise ValueError(f"{source}, line {reader.line_num}: {len(row)} values for {len(header)} columns")
-            if row:
-                rows.append([value or None for value in row])
-    except csv.Error as error:
-        raise ValueError(f"{source}, line {reader.line_num}: {error}") from None
-    return {name: tuple(row[i] for row in rows) for i, name in enumerate(header) if name}
+def _checked_path(value: str | None, root: Path) -> tuple[str, str | None]:
+    """The path of a table's cell, relative and POSIX, and what is wrong with it."""
+    exact = PurePosixPath(value).as_posix() if value else ""
+    if path_problem(exact) is None and _is_utf8(exact) and os.path.lexists(root / exact):
+        return exact, None
+    text = (value or "").strip()
+    path = PurePosixPath(text).as_posix() if text else ""
+    if re.match(r"[A-Za-z]:[\\/]", text):
+        return path, "path-absolute"
+    problem = path_problem(path)
+    if problem is None and not os.path.lexists(root / path):
+        # What other systems write: backslashes, and accents as marks of their own or not.
+        for other in (text.replace("\\", "/"), *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))):
+            other = PurePosixPath(other).as_posix()
+            if path_problem(other):
+                return path, path_problem(other)
+            if _is_utf8(other) and os.path.lexists(root / other):
+                return other, None
+    return path, problem
 
 
-def _read_parquet(source: Path) -> dict[str, Column]:
-    try:
-        schema = pq.read_schema(source)
-        _check_names(source, schema.names)
-        for column in schema:
-            if pa.types.is_nested(column.type) or _is_binary(column.type):
-                raise ValueError(f"{source}: column {column.name!r} holds {column.type}, no plain value: leave it out")
-        table = pq.read_table(source)
-        return {name: _as_text(table[name]) for name in schema.names}
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} cannot be read as Parquet: {error}") from error
-
-
-def _as_text(values: pa.ChunkedArray) -> Column:
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
-    return tuple(value or None for value in values.cast(pa.string()).to_pylist())
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-
-
-def _check_names(source: Path, names: Iterable[str]) -> None:
-    doubled = [name for name, count in Counter(names).items() if name and count > 1]
-    if doubled:
-        raise ValueError(f"{source} has more than one column {doubled[0]!r}: rename or leave out the others")
+def _from_table(source: Path, root: Path) -> Manifest:
+    listed = list_table(source, root)
+    if not listed.paths:
+        why = ", ".join(f"{n} {reason}" for reason, n in Counter(one.reason for one in listed.rejected).most_common())
+        raise ValueError(f"{source} lists no images ({why or 'it has a header and no rows'})")
+    if not any(os.path.exists(root / path) for path in listed.paths):
+        raise ValueError(
+            f"none of the {len(listed.paths)} files that {source} lists exists under {root}: is root right?"
+        )
+    counts = Counter(one.reason for one in listed.rejected)
+    return Manifest(root, listed.paths, listed.attributes, dict(counts), listed.rejected, listed.notes)
 
 
 def path_problem(path: str) -> str | None:

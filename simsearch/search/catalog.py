@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from simsearch.cache import cache_key
 from simsearch.data.manifest import Manifest
+from simsearch.data.tables import Rejected
 from simsearch.files import (
     checked,
     checksum,
@@ -217,7 +218,7 @@ def write_catalog(
     encoder: nn.Module,
     config: Mapping[str, Any],
     about: Mapping[str, Any],
-    errors: Sequence[ImageError] = (),
+    errors: Sequence[ImageError | Rejected] = (),
 ) -> None:
     """Writes a catalog of the items in `index`, taking the place of one that may be in `folder`.
 
@@ -261,7 +262,7 @@ def write_catalog(
                 shutil.copytree(folder / "calibration", temporary / "calibration")
 
 
-def _write_skipped(path: Path, errors: Sequence[ImageError]) -> None:
+def _write_skipped(path: Path, errors: Sequence[ImageError | Rejected]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "reason", "detail"])
