@@ -85,16 +85,14 @@ def clear_leftovers(path: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether `replacing` or `replacing_folder` gives such names, of this version or an earlier one."""
-    return any(pattern.fullmatch(name) for pattern in (_TEMPORARY, *_EARLIER))
+    """Whether `replacing` gives such names, in this version or an earlier one."""
+    return any(pattern.fullmatch(name) for pattern in (_TEMPORARY, _EARLIER_FILE))
 
 
 # Of this machine, process and count; then whether it is what was there before; then what it takes the place of.
 _TEMPORARY = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)(-old)?\.(.+)", re.DOTALL)
-_EARLIER = (
-    re.compile(r"\.[0-9a-f]{8}\.(?P<name>.+)", re.DOTALL),
-    re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)(?P<old>\.old)?", re.DOTALL),
-)
+_EARLIER_FILE = re.compile(r"\.[0-9a-f]{8}\.(.+)", re.DOTALL)
+_EARLIER_FOLDER = re.compile(r"\.(.+)\.(\d+)(\.old)?", re.DOTALL)
 _OLD = "-old"
 _FORGOTTEN_SECONDS = 86_400.0  # after which a temporary name of who knows which process is a left-over
 _COUNT = itertools.count()
@@ -125,10 +123,10 @@ def _leftovers(path: Path) -> list[tuple[Path, bool]]:
             machine, pid, _, old, target = match.groups()
             alive = name in _writing or (int(pid) != os.getpid() and is_alive(int(pid)))
             dead = not alive if machine == _machine() else _is_forgotten(other)
-        elif match := next((m for pattern in _EARLIER if (m := pattern.fullmatch(name))), None):
-            parts = match.groupdict()
-            target, old = parts["name"], parts.get("old")
-            dead = _is_forgotten(other) if "pid" not in parts else not is_alive(int(parts["pid"]))
+        elif match := _EARLIER_FILE.fullmatch(name):
+            target, old, dead = match[1], None, _is_forgotten(other)
+        elif (match := _EARLIER_FOLDER.fullmatch(name)) and other.is_dir():
+            target, old, dead = match[1], match[3], not is_alive(int(match[2]))
         else:
             continue
         if dead and target == path.name:

@@ -298,14 +298,19 @@ def _decode(
 
 
 def _opened(data: bytes) -> Image.Image:
-    """The image in a file's bytes, not decoded yet. Its caller looks at its size, which Pillow's own guard, one limit
-    for all of a process, would refuse from 179 million pixels on."""
-    with _GUARD:
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(io.BytesIO(data), formats=_FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit
+    """The image in a file's bytes, not decoded yet, however large its header says that it is: its caller looks.
+
+    Pillow's own guard, one limit for all of a process, refuses what has more than 179 million pixels.
+    """
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError:
+        with _GUARD:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                return Image.open(io.BytesIO(data), formats=_FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
 
 
 def _with_end(data: bytes) -> bytes | None:

@@ -60,6 +60,8 @@ def main(config: DictConfig) -> None:
     run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
     source, out = Path(config.images).resolve(), Path(config.out).resolve()
     manifest = read_manifest(source, Path(config.root) if config.root else None)
+    for note in manifest.notes:
+        warn(f"note: {source.name}: {note}")
     encoder = runtime.load_model(run).encoder
     given = {"run": run.folder.resolve(), "images": source, "root": config.root and Path(config.root).resolve()}
     given |= {"out": out, "chunk": config.chunk, "thumbnail": config.thumbnail}
