@@ -51,7 +51,7 @@ _THUMBNAIL_PIXELS = 2**24
 THUMBNAIL_LOSSLESS_SIDE = 64
 
 # Formats by content, whatever the ending says. JPEG includes MPO, the stereo and burst files of phones.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_FORMATS: tuple[str, ...] = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _FORMATS += ("AVIF",) if features.check("avif") else ()
 _FORMATS += ("JPEG2000",) if features.check("jpg_2000") else ()
 for _package, _name in (("pillow_heif", "HEIF"), ("pillow_jxl", "JXL")):
