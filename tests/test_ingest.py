@@ -13,6 +13,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ import torch
 from conftest import simsearch, start_forkserver
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
+from simsearch.commands import data_ingest
 from simsearch.data import ingest as module
 from simsearch.data import pixels
 from simsearch.data.bounded import BoundedPool, Closed, Failure, bounded_map
@@ -34,7 +36,8 @@ from simsearch.data.manifest import read_manifest
 from simsearch.data.protocols import ByAttribute
 from simsearch.data.tables import decode_text
 from simsearch.files import is_alive
-from simsearch.functional.ragged import Ragged
+from simsearch.functional.ragged import Ragged, ragged
+from simsearch.functional.reranking import gallery_neighbours
 from simsearch.images import read_image
 
 BASE = ("near.descriptors=false", "workers=1")
@@ -713,3 +716,18 @@ def test_what_to_try_next_fits_a_folder_without_artists(tmp_path):
     )
     data.prepare_data()
     data.setup()  # as that command does: it can be divided
+
+
+def test_few_images_and_images_that_are_all_alike():
+    pictures = [torch.from_numpy(np.array(picture(i))).permute(2, 0, 1).contiguous() for i in range(4)]
+    vectors = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))
+    found = data_ingest.background(ragged(pictures), gallery_neighbours(vectors, 20))  # one has three
+    assert len(found) == 0 or float(found.max()) < 0.7
+    # 3,000 pages of 16 hashes, 8 bits apart at least: too many pairs within 10 bits, not of equal ones.
+    hashes = torch.randint(0, 2, (3000, 1), generator=torch.Generator().manual_seed(0)).mul(255).to(torch.uint8)
+    hashes = torch.cat([hashes, torch.zeros(3000, 7, dtype=torch.uint8)], 1)
+    hashes[:, 1:4] = torch.randint(0, 2, (3000, 3), generator=torch.Generator().manual_seed(1)).mul(255).to(torch.uint8)
+    files = SimpleNamespace(hashes=hashes, turned=255 - hashes[:, None].repeat(1, 3, 1))
+    pairs = data_ingest.by_hash(files, 10)["by hash"]  # type: ignore[arg-type]
+    assert (hashes[pairs[:, 0]] == hashes[pairs[:, 1]]).all()
+    assert 0 < len(pairs) <= 200 * 3000

@@ -57,6 +57,7 @@ from simsearch.types import SearchResult
 MOST_DESCRIBED = 200_000
 _NEIGHBOURS = 20  # of each image that may be of its work
 _OF_ONE_WORK = 5  # of them that may well be: the others tell how alike unlike images are
+_PROPOSED = 200  # pairs for each image that hashes may propose
 _BACKGROUND = 2000  # pairs that do
 _BATCH = 64
 _COLUMNS = 12  # of the contact sheet
@@ -153,9 +154,7 @@ def same_work(
     Hashes and descriptors propose pairs, pixels decide, at a correlation that unlike images of this collection do not
     reach; and a group needs the agreement of its pairs.
     """
-    rows, columns, _ = hash_pairs(files.hashes, near["hash"])
-    proposed = {"by hash": torch.stack([rows, columns, torch.zeros_like(rows)], 1)}
-    proposed["turned"] = torch.stack(turned_pairs(files.hashes, files.turned, near["hash"]), 1)
+    proposed = by_hash(files, near["hash"])
     neighbours = None
     if backbone is not None:
         if len(images) > MOST_DESCRIBED:
@@ -188,6 +187,21 @@ def same_work(
     return SameWork([(group[0], place) for group in tied for place in group[1:]], counts, least, suspicious)
 
 
+def by_hash(files: Files, bits: int) -> dict[str, Tensor]:
+    """Pairs by perceptual hash, int64 (P, 3): places and quarter turns of the first; of at most so many bits, and fewer
+    where images are so much alike that hashes tell nothing."""
+    while True:
+        try:
+            rows, columns, _ = hash_pairs(files.hashes, bits)
+            turned = torch.stack(turned_pairs(files.hashes, files.turned, bits), 1)
+            if bits == 0 or len(rows) + len(turned) <= _PROPOSED * len(files.hashes):
+                return {"by hash": torch.stack([rows, columns, torch.zeros_like(rows)], 1), "turned": turned}
+        except ValueError:  # more than can be held
+            if bits == 0:
+                raise
+        bits //= 2
+
+
 def background(images: Ragged, neighbours: SearchResult | None) -> Tensor:
     """Correlations of pairs that are near each other and not of one work: how alike the collection is in itself."""
     generator = torch.Generator().manual_seed(0)
@@ -198,7 +212,7 @@ def background(images: Ragged, neighbours: SearchResult | None) -> Tensor:
     else:
         columns = torch.randint(len(images), (_BACKGROUND,), generator=generator)
     low, high = torch.minimum(rows, columns), torch.maximum(rows, columns)
-    pairs = torch.stack([low, high], 1)[low < high].unique(dim=0)
+    pairs = torch.stack([low, high], 1)[(low >= 0) & (low < high)].unique(dim=0)  # -1: fewer neighbours than that
     return pixel_correlations(images, *pairs.unbind(1))
 
 
