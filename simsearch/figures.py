@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from simsearch.files import replacing
+from simsearch.text import one_line, warn
 
 # DejaVu Sans has accents and other scripts, which Pillow's own font lacks.
 _FONT = str(Path(str(find_spec("matplotlib").origin)).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")  # type: ignore[union-attr]
+_NO_GLYPH = "▯"  # what stands for signs that no font on this machine has
 
 RIGHT, WRONG, NEUTRAL = (46, 139, 87), (200, 55, 55), (150, 150, 150)
+
+
+@contextmanager
+def spared() -> Iterator[None]:
+    """A context in which pictures are drawn that nobody asked for: what fails there is told and costs nothing else."""
+    try:
+        yield
+    except Exception as error:
+        warn(f"a picture is left out: {one_line(error) or type(error).__name__}")
 
 
 @dataclass(frozen=True)
@@ -30,17 +46,17 @@ class Tile:
 def save_grid(path: Path, rows: Sequence[Sequence[Tile]], *, title: str = "", side: int = 96) -> None:
     """Writes a PNG of rows of tiles, each row a query followed by its neighbours, best first.
 
-    Tiles are `side` pixels wide, aspect kept; green frames are right, red wrong, grey unjudged.
+    Tiles are `side` pixels wide, aspect kept; green frames are right, red wrong, grey unjudged. Title and captions may
+    be any text, of strangers too; of each one line is written, as far as there is room. Without rows it has a title.
     """
     gap, frame, text = 6, 4, 15
     cell, head = side + 2 * frame + gap, 30 if title else 0
-    columns = max(len(row) for row in rows)
+    columns = max((len(row) for row in rows), default=4)
     width = columns * cell + 3 * gap
     canvas = Image.new("RGB", (width, head + len(rows) * (cell + text) + gap), "white")
     draw = ImageDraw.Draw(canvas)
-    small, large = ImageFont.truetype(_FONT, 11), ImageFont.truetype(_FONT, 15)
     if title:
-        draw.text((gap, 7), _clip(draw, title, large, width - 2 * gap), fill="black", font=large)
+        _write(draw, (gap, 7), title, 15, width - 2 * gap)
     for y, row in enumerate(rows):
         for x, tile in enumerate(row):
             left = gap + x * cell + (2 * gap if x else 0)
@@ -56,8 +72,7 @@ def save_grid(path: Path, rows: Sequence[Sequence[Tile]], *, title: str = "", si
                 draw.rectangle((left, top, left + side + 2 * frame - 1, top + side + 2 * frame - 1), fill=colour)
             place = (left + frame + (side - size[0]) // 2, top + frame + (side - size[1]) // 2)
             canvas.paste(picture, place)
-            caption = _clip(draw, tile.caption, small, side + 2 * frame)
-            draw.text((left + frame, top + side + 2 * frame), caption, fill="black", font=small)
+            _write(draw, (left + frame, top + side + 2 * frame), tile.caption, 11, side + 2 * frame)
     with replacing(path) as temporary:
         canvas.save(temporary, "PNG")
 
@@ -67,17 +82,73 @@ def save_curve(path: Path, points: Sequence[tuple[float, float]], *, title: str)
     from matplotlib.figure import Figure  # half a second that searching need not wait
 
     figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision", title=title)
-    axes.title.set_size(9)
+    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1), xlabel="recall", ylabel="precision")
+    plain = "".join(text if path == _FONT else _NO_GLYPH for path, text in _runs(one_line(title)))
+    axes.set_title(plain, size=9, parse_math=False)  # $ is no formula
     axes.grid(alpha=0.3)
     axes.plot(*zip(*points, strict=True), marker=".")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _clip(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if draw.textlength(text, font) <= width:
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, width: int) -> None:
+    """Writes text on one line of at most `width` pixels, each sign in a font that has it."""
+    left, base = place[0], place[1] + _font(_FONT, size).getmetrics()[0]
+    for path, part in _runs(_clip(one_line(text), size, width)):
+        font = _font(path, size)
+        draw.text((left, base), part, fill="black", font=font, anchor="ls")
+        left += round(font.getlength(part))
+
+
+def _clip(text: str, size: int, width: int) -> str:
+    """As much of the text as fits, with an ellipsis where that is not all of it."""
+    head = text[: max(0, width)]  # a sign takes a pixel at least, but for accents, and strangers' texts may have no end
+    if head == text and _length(text, size) <= width:
         return text
-    while text and draw.textlength(text + "…", font) > width:
-        text = text[:-1]
-    return text + "…"
+    fits = bisect_right(range(1, len(head) + 1), width, key=lambda n: _length(head[:n] + "…", size))
+    return head[:fits] + "…"
+
+
+def _length(text: str, size: int) -> float:
+    return sum(_font(path, size).getlength(part) for path, part in _runs(text))
+
+
+def _runs(text: str) -> list[tuple[str, str]]:
+    """The text in parts, each with the file of a font that has its signs; those that none has are one _NO_GLYPH."""
+    known = ((path, "".join(signs)) if path else (_FONT, _NO_GLYPH) for path, signs in groupby(text, _font_of))
+    return [(path, "".join(part for _, part in parts)) for path, parts in groupby(known, itemgetter(0))]
+
+
+@cache
+def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
+
+
+@cache
+def _font_of(sign: str) -> str | None:
+    """The file of a font that has a sign: the usual one, else one of this machine; None where there is none."""
+    return next((path for path, signs in _fonts() if ord(sign) in signs), None)
+
+
+def _fonts() -> Iterator[tuple[str, frozenset[int]]]:
+    yield _FONT, _signs(_FONT)
+    yield from ((path, signs) for path in _system_fonts() if (signs := _signs(path)))
+
+
+@cache
+def _system_fonts() -> list[str]:
+    from matplotlib.font_manager import findSystemFonts
+
+    return sorted(findSystemFonts())
+
+
+@cache
+def _signs(path: str) -> frozenset[int]:
+    """The signs that a font file has, none where it cannot be used: of bitmaps only, damaged, ..."""
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        _font(path, 11)
+        return frozenset(FT2Font(path).get_charmap())
+    except (OSError, RuntimeError, ValueError):
+        return frozenset()

@@ -29,6 +29,15 @@ def _escaped(found: re.Match[str]) -> str:
     return _SHORT.get(sign) or (f"\\x{ord(sign):02x}" if ord(sign) < 256 else f"\\u{ord(sign):04x}")
 
 
+def one_line(text: object) -> str:
+    r"""`printable` text in which each space and line break, or several, is one space.
+
+    >>> one_line("Water\n  lilies ")
+    'Water lilies'
+    """
+    return printable(" ".join(str(text).split()))
+
+
 def lines(text: object) -> str:
     """`printable` line by line."""
     return "\n".join(map(printable, str(text).split("\n")))
@@ -53,7 +62,7 @@ def cell(value: object) -> str:
 
 def markdown(text: object) -> str:
     """Text on one line that Markdown shows as it is."""
-    return _MARKDOWN.sub(r"\\\g<0>", printable(" ".join(str(text).split())))
+    return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
 
 
 def csv_cell(value: Any) -> Any:

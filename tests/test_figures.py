@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import pairwise
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from conftest import simsearch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFont
 from torch import Tensor
 
-from simsearch.figures import NEUTRAL, RIGHT, WRONG, Tile, _clip, save_grid
+from simsearch import figures
+from simsearch.figures import NEUTRAL, RIGHT, WRONG, Tile, _clip, save_curve, save_grid, spared
+
+FONTS = Path(matplotlib.get_data_path()) / "fonts/ttf"
 
 
 def plain(colour: tuple[int, int, int], height: int = 40, width: int = 40) -> Tensor:
@@ -97,19 +106,85 @@ def test_captions_stay_under_their_tile(tmp_path):
 
 
 def test_clipping_keeps_what_fits():
-    draw = ImageDraw.Draw(Image.new("RGB", (10, 10)))
-    font = ImageFont.load_default(11)
+    font = ImageFont.truetype(str(FONTS / "DejaVuSans.ttf"), 11)
     text = "Vincent van Gogh"
-    assert _clip(draw, text, font, 1000) == text
-    whole = draw.textlength(text, font)
+    assert _clip(text, 11, 1000) == text
+    whole = font.getlength(text)
     for width in range(20, int(whole)):
-        clipped = _clip(draw, text, font, width)
+        clipped = _clip(text, 11, width)
         assert clipped.endswith("…")
         assert text.startswith(clipped[:-1])
-        assert draw.textlength(clipped, font) <= width
+        assert font.getlength(clipped) <= width
         longer = text[: len(clipped)] + "…"
-        assert draw.textlength(longer, font) > width
-    assert _clip(draw, text, font, 0) == "…"
+        assert font.getlength(longer) > width
+    assert _clip(text, 11, 0) == "…"
+
+
+@given(st.text(st.characters(codec=None, categories=None)))
+@settings(max_examples=50, deadline=None)
+def test_any_text_may_be_a_caption(tmp_path_factory, text):
+    path = tmp_path_factory.getbasetemp() / "any.png"
+    picture = saved(path, [[Tile(plain(BLUE), text), Tile(plain(PINK), text + "\n" + text)]], title=text + "\r")
+    assert box(picture, PINK)[3] < len(picture) - 15  # a line, whatever it holds
+
+
+@pytest.mark.parametrize("title", ["$\\frac{1}$ 睡蓮\nb", "\ud800 $", "^_{"])
+def test_the_title_of_a_curve_is_text(tmp_path, caplog, title):
+    with caplog.at_level(logging.WARNING):
+        save_curve(tmp_path / "c.png", [(0, 1), (1, 0)], title=title)
+    assert not caplog.records
+
+
+def test_a_caption_is_one_line(tmp_path):
+    broken, whole = ([Tile(plain(BLUE), "q"), Tile(plain(PINK), t)] for t in ("a\nb\r\n c\u2028", "a b c"))
+    pictures = [saved(tmp_path / "f.png", [row], title=row[1].caption) for row in (broken, whole)]
+    assert np.array_equal(*pictures)
+
+
+def test_the_cost_of_a_caption_does_not_grow_with_it(monkeypatch):
+    measured: list[int] = []
+    length = figures._length
+    monkeypatch.setattr(figures, "_length", lambda text, size: measured.append(len(text)) or length(text, size))
+    costs = []
+    for count in (1_000, 1_000_000):
+        assert _clip("x" * count, 11, 104).endswith("x…")
+        costs.append(sum(measured))
+        measured.clear()
+    assert costs[0] == costs[1] < 104 * 10
+
+
+def test_signs_that_no_font_has_stand_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "_system_fonts", list)
+    figures._font_of.cache_clear()
+    texts = ("睡蓮", "睡蓮 Monet 印象", "▯", "▯ Monet ▯")
+    pictures = [saved(tmp_path / "f.png", [[Tile(plain(BLUE), text)]], title=text) for text in texts]
+    assert np.array_equal(pictures[0], pictures[2])
+    assert np.array_equal(pictures[1], pictures[3])
+    figures._font_of.cache_clear()
+
+
+def test_a_font_of_the_machine_helps_out(tmp_path, monkeypatch):
+    (tmp_path / "broken.ttf").write_bytes(b"no font")
+    other = str(FONTS / "STIXGeneral.ttf")
+    monkeypatch.setattr(figures, "_system_fonts", lambda: [str(tmp_path / "broken.ttf"), other])
+    figures._font_of.cache_clear()
+    sign = chr(next(iter(sorted(figures._signs(other) - figures._signs(figures._FONT)))))
+    assert list(figures._runs(f"a{sign}b")) == [(figures._FONT, "a"), (other, sign), (figures._FONT, "b")]
+    pictures = [saved(tmp_path / "f.png", [[Tile(plain(BLUE), text)]]) for text in (sign, "▯", "")]
+    assert not any(np.array_equal(pictures[0], other) for other in pictures[1:])
+    figures._font_of.cache_clear()
+
+
+def test_a_picture_that_fails_costs_nothing_else(capsys):
+    with spared():
+        raise KeyError("label\nof two lines")
+    assert capsys.readouterr().err == "a picture is left out: 'label\\nof two lines'\n"
+    with pytest.raises(KeyboardInterrupt), spared():
+        raise KeyboardInterrupt
+
+
+def test_a_grid_without_rows_is_a_picture(tmp_path):
+    assert saved(tmp_path / "f.png", [], title="nothing taken").shape[0] < 60
 
 
 def test_title_stands_above(tmp_path):
@@ -136,3 +211,35 @@ def test_makes_its_folder_and_leaves_no_half_picture(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["f.png"]
     with Image.open(path) as picture:
         assert np.array_equal(np.asarray(picture), before)
+
+
+@pytest.mark.slow
+def test_line_breaks_in_names_and_labels_cost_no_run(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    lines = ["path,label"]
+    for i in range(24):
+        name = f"a\nb {i}.png" if i % 2 else f"{i}.png"
+        Image.fromarray(generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder / name)
+        lines.append(f'"{name}","of\n\nkind {i % 3}"')
+    (folder / "table.csv").write_text("\n".join(lines))
+    run, protocol = tmp_path / "run", ("protocol=by-attribute", "protocol.attribute=label")
+    trained = simsearch(
+        *("train", "data=files", f"data.source={folder / 'table.csv'}", *protocol, "backbone.size=32"),
+        *("model.whitening.dimension=4", f"run_dir={run}", "logger.mode=disabled"),
+    )
+    assert "left out" not in trained.stderr
+    assert (run / "figures/neighbours.png").is_file()
+    assert (run / "figures/precision-recall.png").is_file()
+    picture, catalog = tmp_path / "answer.png", f"catalog={run / 'catalog'}"
+    simsearch("recommend", catalog, f"image={folder / 'a'}\nb 1.png", f"figure={picture}")
+    with Image.open(picture) as shown:
+        assert shown.width > 500
+    picture.unlink()
+    simsearch("search", catalog, f"image={folder}", "rows=5", f"figure={picture}")
+    assert picture.is_file()
+    out = tmp_path / "ingested"
+    ingested = simsearch("data", "ingest", f"images={folder}", f"out={out}", "near.descriptors=false", "workers=1")
+    assert "left out" not in ingested.stderr
+    assert (out / "contact-sheet.png").is_file()

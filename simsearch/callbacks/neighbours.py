@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
-from simsearch.figures import Tile, save_grid
+from simsearch.figures import Tile, save_grid, spared
 from simsearch.types import RetrievalTask
 
 
@@ -38,8 +38,11 @@ class NeighbourFigure(pl.Callback):
         self.examples: list[Example] = []
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            with spared():
+                self._draw(trainer)
+
+    def _draw(self, trainer: pl.Trainer) -> None:
         evaluation = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation))
         data = trainer.datamodule  # type: ignore[attr-defined]
         task: RetrievalTask = data.task("test")

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 
 from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
 from simsearch.callbacks.sharded_index import ShardedIndex
-from simsearch.figures import save_curve
+from simsearch.figures import save_curve, spared
 from simsearch.files import replacing
 from simsearch.functional.curves import RECALL_LEVELS, precision_recall_curve
 from simsearch.types import RetrievalTask
@@ -37,7 +37,8 @@ class PrecisionRecall(pl.Callback):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerows([("recall", "precision"), *self.points])
         title = f"{data.collection.name}, {task.name}: mAP {result.metrics['mAP']:.3f}"
-        save_curve(path.with_suffix(".png"), self.points, title=title)
+        with spared():
+            save_curve(path.with_suffix(".png"), self.points, title=title)
 
 
 def curve(result: Evaluation, *, exclude_self: bool) -> list[tuple[float, float]]:

@@ -18,7 +18,7 @@ from simsearch import assessment, runtime
 from simsearch.assessment import Measured
 from simsearch.data.collection import Collection
 from simsearch.data.manifest import load_images, read_manifest
-from simsearch.figures import Tile, save_grid
+from simsearch.figures import Tile, save_grid, spared
 from simsearch.files import replacing
 from simsearch.functional.significance import holm, paired_interval, paired_permutation
 from simsearch.text import cell as shown_cell
@@ -69,10 +69,12 @@ def main(config: DictConfig) -> None:
     found = {row.name: measure(row, collection, tasks) for row in rows}
     recommended = recommend(rows, collection, tasks["artist"]) if "artist" in tasks else {}
     out = Path(values["out"])
-    galleries = write_galleries(out, rows, found, collection, tasks)
     write_results(out / "results.csv", rows, found, recommended, values["seed"])
     compared = compare(rows, found)
     write_rows(out / "paired.csv", list(compared[0]) if compared else [], [list(line.values()) for line in compared])
+    galleries: list[Path] = []
+    with spared():
+        galleries = write_galleries(out, rows, found, collection, tasks)
     for title, columns in (("By attribute", SHOWN), ("Same work, open set and graded", INSTANCE)):
         runtime.show(values_table(title, columns, found))
     runtime.show(lists_table(recommended))

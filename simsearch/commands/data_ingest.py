@@ -45,7 +45,7 @@ from simsearch.data.works import (
     least_correlation,
     turned_pairs,
 )
-from simsearch.figures import Tile, save_grid
+from simsearch.figures import Tile, save_grid, spared
 from simsearch.files import Damaged, read_array, replacing, write_array
 from simsearch.functional.pooling import gem
 from simsearch.functional.ragged import Ragged
@@ -104,7 +104,8 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
     with replacing(out / "report.md") as temporary:
         temporary.write_text(markdown(report, source.name), encoding="utf-8")
     write_suspicious(out / "suspicious.csv", report["suspicious"]["groups"])
-    contact_sheet(out / "contact-sheet.png", files, kept, images)
+    with spared():
+        contact_sheet(out / "contact-sheet.png", files, kept, images)
     write_results(out, listing, files, kept, about, report)
     refused = {reason: entry["count"] for reason, entry in report["rejected"].items()}
     print(f"{len(kept.places)} images of {report['works']['count']} works in {out}")
