@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 
 COMMANDS = {
@@ -27,33 +28,17 @@ COMMANDS = {
     "data convert": "turn a ground truth of Revisited Oxford / Paris (.pkl) into JSON, executing nothing in it",
 }
 
-# Keys whose values are paths.
-PATHS = (
-    "gnd",
-    "model.start",
-    "image",
-    "unlike",
-    "outside",
-    "where",
-    "id",
-    "images",
-    "catalog",
-    "out",
-    "root",
-    "run",
-    "runs",
-    "baseline",
-    "shards",
-    "run_dir",
-    "run_root",
-    "folder",
-    "rows",
-    "figure",
-    "without",
-    "data.root",
-    "data.source",
-    "backbone.weights",
-)
+# Keys whose values are text as it is typed, paths above all.
+TEXTS = {
+    *("baseline", "catalog", "folder", "figure", "gnd", "id", "image", "images", "names", "out", "outside", "root"),
+    *("row", "run", "run_dir", "run_root", "runs", "shards", "unlike", "where", "without"),
+}
+TEXTS_OF = {"reproduce": {"rows"}}  # what is a number elsewhere
+_IN_GROUPS = re.compile(r"(.*\.)?backbone\.weights|.+\.(factory|root|source)|model\.(.+\.)?start")
+SEVERAL = {"catalog", "id", "image", "names", "root", "runs", "unlike"}  # a list of texts too, or a mapping to them
+_QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1|\\).)*\1""", re.DOTALL)
+_PART = re.compile(r"""(?:\s*(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")\s*(?=,|$))|[^,]+""", re.DOTALL)
+_SWEPT = re.compile(r".*,.*|\w+\(.*\)", re.DOTALL)
 
 USAGE = """usage: simsearch COMMAND [key=value ...]
 
@@ -89,21 +74,35 @@ def main() -> None:
         print(f"simsearch: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     rest = arguments[words:]
-    if not {"-m", "--multirun"} & set(rest):  # a comma separates the values of a sweep
-        rest = [quoted(argument) for argument in rest]
-    sys.argv = [f"simsearch {name}", *rest]
+    swept = bool({"-m", "--multirun"} & set(rest))
+    sys.argv = [f"simsearch {name}", *(quoted(argument, name, swept=swept) for argument in rest)]
     run(name)
 
 
-def quoted(argument: str) -> str:
-    """The argument with a path's value quoted, so that Hydra's grammar takes any file name, `~` expanded."""
+def quoted(argument: str, command: str = "", *, swept: bool = False) -> str:
+    """The argument with text in quotes, so that Hydra's grammar takes any file name and any id, `~` expanded.
+
+    swept: commas separate the values of a sweep.
+    """
     key, equals, value = argument.partition("=")
-    if not equals or key not in PATHS or value in ("", "null", "???") or value[0] in "'\"" or "${" in value:
+    name = key.lstrip("+")
+    if not equals or not (name in TEXTS or name in TEXTS_OF.get(command, ()) or _IN_GROUPS.fullmatch(name)):
         return argument
-    if key in ("runs", "catalog", "root", "image", "unlike", "id") and value[0] in "[{":  # several
+    if value in ("", "null", "???") or _QUOTED.fullmatch(value) or "${" in value or (swept and _SWEPT.fullmatch(value)):
         return argument
-    escaped = os.path.expanduser(value).replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    if name in SEVERAL and not os.path.exists(value):
+        if value[0] + value[-1] == "{}":
+            return argument
+        if value[0] + value[-1] == "[]":
+            return f"{key}=[{','.join(_literal(part.strip()) for part in _PART.findall(value[1:-1]))}]"
+    return f"{key}={_literal(value)}"
+
+
+def _literal(value: str) -> str:
+    if _QUOTED.fullmatch(value) or value == "null":
+        return value
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", os.path.expanduser(value))
+    return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
 def run(name: str) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import simsearch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
@@ -191,5 +195,46 @@ def test_a_compressed_catalog_is_calibrated_by_its_images(small_run, outside, tm
 
 @pytest.mark.parametrize("key", ["image", "id", "unlike"])
 def test_several_are_a_list(key):
-    assert quoted(f"{key}=[a.jpg,b.jpg]") == f"{key}=[a.jpg,b.jpg]"
-    assert quoted(f"{key}=a, b.jpg") == f"{key}='a, b.jpg'"
+    assert overridden(f"{key}=[a.jpg, [x].jpg,007,5e3,'b, c.jpg',\"d\"]") == [
+        *("a.jpg", "[x].jpg", "007", "5e3", "b, c.jpg", "d")
+    ]
+    assert overridden(f"{key}=a, b.jpg") == "a, b.jpg"
+    assert overridden(f"{key}=[x].jpg") == "[x].jpg"
+
+
+def overridden(argument: str, command: str = "") -> object:
+    """What Hydra makes of an argument as the program hands it on."""
+    (parsed,) = OverridesParser.create().parse_overrides([quoted(argument, command)])
+    return parsed.value()
+
+
+TYPED = ["image", "id", "+figure", "index.factory", "catalog", "out", "run_dir", "data.source", "model.start"]
+
+
+@given(st.sampled_from(TYPED), st.text(st.characters(exclude_characters="$", exclude_categories=["C"]), min_size=1))
+@example("catalog", "a[1]/b (c), d=e {f}.jpg")
+@example("image", "it's")
+@example("data.source", "a\\'b\\")
+@example("index.factory", "IVF256,PQ16")
+@example("id", "1e3")
+@example("id", "007")
+@example("run_dir", "true")
+def test_text_is_taken_as_it_is_typed(key, text):
+    assume(text not in ("null", "???") and not re.fullmatch(r"~.*|'.*'|\".*\"|\[.*\]|\{.*\}", text, re.DOTALL))
+    assert overridden(f"{key}={text}") == text
+
+
+def test_text_in_quotes_lists_and_sweeps_is_hydras():
+    assert overridden("image='a, b'") == "a, b"
+    assert overridden('where="style"="Art; Deco"') == '"style"="Art; Deco"'
+    assert overridden("catalog={a: x, b: y}") == {"a": "x", "b": "y"}
+    assert overridden("out=null") is None
+    assert overridden("rows=5", "search") == 5
+    assert overridden("rows=5", "reproduce") == "5"
+    assert quoted("data.source=a,b", "train", swept=True) == "data.source=a,b"
+    assert quoted("model.start=glob(*)", "train", swept=True) == "model.start=glob(*)"
+    assert quoted("data.source=a[1]", "train", swept=True) == "data.source='a[1]'"
+    assert quoted("loss.start=10") == "loss.start=10"
+    assert quoted("weights.style=1") == "weights.style=1"
+    assert quoted("model.weights={content: 1}") == "model.weights={content: 1}"
+    assert quoted("k=10") == "k=10"
