@@ -10,6 +10,8 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import simsearch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,7 +22,9 @@ from rich.console import Console
 
 from simsearch.__main__ import quoted
 from simsearch.commands.recommend import answer_table, describe
+from simsearch.files import read_json, write_json
 from simsearch.search.catalog import read_catalog
+from simsearch.search.items import write_items
 from simsearch.search.recommender import Recommender, Request
 
 
@@ -50,7 +54,7 @@ def test_recommend_by_images_and_items(catalog, small_run, tmp_path):
         f"catalog={catalog}",
         f"image={image}",
         f"id={path}",
-        "unlike=9",
+        "unlike=position:9",
         "k=4",
         "diversity=0.3",
         "hubness=true",
@@ -64,23 +68,49 @@ def test_recommend_by_images_and_items(catalog, small_run, tmp_path):
     assert answer["verdict"] == "uncalibrated"
     assert [result["rank"] for result in answer["results"]] == [1, 2, 3, 4]
     for result in answer["results"]:
-        assert result["attributes"]["path"] == items["path"][result["id"]].as_py()
+        assert result["attributes"]["path"] == result["id"]
         assert sum(result["parts"].values()) == pytest.approx(result["score"], abs=1e-5)
-        assert result["id"] not in (3, 9)
+        assert result["id"] not in (path, other)
     with Image.open(tmp_path / "answer.png") as picture:
         assert picture.width > 500
         assert picture.height > 3 * 128  # two examples and a counter-example
+
+
+def test_ids_go_first_and_positions_where_asked_for(catalog, tmp_path):
+    """Ids that are other items' positions and each other's numbers, from the command line as it is typed."""
+    items = read_catalog(catalog).items
+    ids = ["1e3", "7", "007", "0007", "true", "[x].jpg", "a, b", "2", "1", *(f"x{i}" for i in range(len(items) - 9))]
+    renamed = Path(shutil.copytree(catalog, tmp_path / "catalog"))
+    table = pq.read_table(renamed / "items.parquet").add_column(0, "id", pa.array(ids))
+    write_json(
+        renamed / "catalog.json", read_json(renamed / "catalog.json") | write_items(renamed / "items.parquet", [table])
+    )
+    (renamed / "calibration.json").unlink(missing_ok=True)
+
+    def like(*names: str, key: str = "id") -> list[str]:
+        more = () if key == "id" else ("id=position:30",)
+        asked = f"{key}={names[0] if len(names) == 1 else '[' + ','.join(names) + ']'}"
+        done = simsearch("recommend", f"catalog={renamed}", asked, *more, "k=2", "format=json")
+        return json.loads(done.stdout)["like" if key == "id" else "unlike"]
+
+    for name in ids[:9]:
+        assert like(name) == [name] == like(name, key="unlike")
+    assert like("007", "7", "'a, b'", "position:1") == ["007", "7", "a, b", "7"]
+    assert like(items["path"][4].as_py()) == ["true"]
+    for name in ("00007", "0", "12", "1000.0", "position:9999"):
+        assert f"no item '{name}'" in simsearch("recommend", f"catalog={renamed}", f"id={name}", expect=1).stderr
+    assert simsearch("recommend", f"catalog={renamed}", "id=7", "unlike=[y].jpg", expect=1).stderr.count("\n") == 1
 
 
 def test_filtered_table(catalog, tmp_path):
     attribute = next(name for name in read_catalog(catalog).items.column_names if name in ("artist", "style", "label"))
     value = read_catalog(catalog).items[attribute][0].as_py()
     where = f"where={attribute}={value}"
-    done = simsearch("recommend", f"catalog={catalog}", "id=0", where, "k=3", cwd=tmp_path)
+    done = simsearch("recommend", f"catalog={catalog}", "id=position:0", where, "k=3", cwd=tmp_path)
     assert done.stdout.count(value) >= 3
     assert "bold: shared with the examples" in done.stdout
     assert not list(tmp_path.iterdir())  # no picture unless it is asked for
-    done = simsearch("recommend", f"catalog={catalog}", "id=0", f"where={attribute}=zzz", expect=1)
+    done = simsearch("recommend", f"catalog={catalog}", "id=position:0", f"where={attribute}=zzz", expect=1)
     assert f"no item has {attribute} 'zzz'" in done.stderr
 
 
@@ -98,7 +128,7 @@ def test_a_long_path_is_never_cut(catalog):
 
 def test_calibrated_it_says_no(catalog, outside):
     (catalog / "calibration.json").write_text('{"same_work": 0.9, "similar": 0.4}')  # of another version
-    assert "or calibrate again" in simsearch("recommend", f"catalog={catalog}", "id=0", expect=1).stderr
+    assert "or calibrate again" in simsearch("recommend", f"catalog={catalog}", "id=position:0", expect=1).stderr
     shutil.copy(outside / "0.png", outside / "copy.png")
     done = simsearch("calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.2", "workers=0")
     assert "the same work" in done.stdout

@@ -276,10 +276,12 @@ class TestReasons:
         assert recommender.consensus([0, 1]) == recommender.consensus([0]) == recommender.consensus([]) == {}
 
     def test_position(self, recommender):
-        assert [recommender.position(name) for name in (7, "7", "7.jpg")] == [7, 7, 7]
-        for name in ("x.jpg", N, -1):
-            with pytest.raises(ValueError, match=f"no item '{name}' in the catalog c: give a position, 0 to {N - 1}"):
+        assert [recommender.position(name) for name in ("7.jpg", "position:7")] == [7, 7]
+        for name in ("x.jpg", 7, f"position:{N}", -1):
+            with pytest.raises(ValueError, match=f"no item '{name}' in the catalog c: give an id or path as it has it"):
                 recommender.position(name)
+        with pytest.raises(ValueError, match="or position:7 for the item at that place"):
+            recommender.position("7")
 
     @pytest.mark.parametrize("collapse", [True, False])
     def test_verdicts_of_items_against_loops(self, collapse):

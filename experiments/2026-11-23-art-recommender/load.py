@@ -62,7 +62,7 @@ class Asker:
                 data = self.random.choice(self.images) + self.random.randbytes(8)
                 answer = await self.client.post(f"{self.path}/image?k=24", files={"file": ("a.jpg", data)})
             else:
-                like = {"id": self.random.randrange(self.items)}
+                like = {"position": self.random.randrange(self.items)}
                 if kind == "token":
                     like = {"upload": self.random.choice(self.tokens)}
                 answer = await self.client.post(self.path, json={"like": [like], "k": 24})

@@ -49,7 +49,7 @@ def main(config: DictConfig) -> None:
     like += [reader.item(recommender.position(name)) for name in listed(values["id"])]
     unlike = [reader.any(name) for name in listed(values["unlike"])]
     if not like:
-        raise ValueError("nothing to be like: give image=<file> or id=<position or path of an item>")
+        raise ValueError("nothing to be like: give image=<file> or id=<id or path of an item>")
     positions = [example.position for example in like + unlike if example.position is not None]
     request = Request(
         like=torch.stack([example.vector for example in like]),
@@ -83,7 +83,7 @@ def main(config: DictConfig) -> None:
     else:
         runtime.show(answer_table(recommender, [e.name for e in like], [e.name for e in unlike], items, answer))
     if config.figure:
-        save_grid(Path(config.figure), tiles(catalog, like, unlike, items), side=128)
+        save_grid(Path(config.figure), tiles(catalog, like, unlike, items, answer.ids[kept].tolist()), side=128)
         print(f"picture: {config.figure}", file=sys.stderr)
 
 
@@ -111,16 +111,14 @@ class Examples:
     def item(self, position: int) -> Example:
         """An item of the catalog."""
         catalog = self.recommender.catalog
-        name = catalog.items["path"][position].as_py()
+        (name,) = self.recommender.names.of([position])
         image = decode_thumbnail(catalog.thumbnails([position])[0])
         return Example(name, image, self.recommender.vectors([position])[0], position)
 
     def any(self, name: str) -> Example:
-        """An item of the catalog by position or path, or else a file."""
-        try:
-            return self.item(self.recommender.position(name))
-        except ValueError:
-            return self.file(name)
+        """An item of the catalog by its name, or else a file."""
+        position = self.recommender.names.find(name)
+        return self.file(name) if position is None else self.item(position)
 
 
 def listed(value: Any) -> list[str]:
@@ -144,14 +142,14 @@ def describe(
     return [
         {
             "rank": i + 1,
-            "id": position,
+            "id": name,
             "score": float(answer.scores[i]),
             "verdict": answer.verdicts[i],
             "parts": {name: float(part[i]) for name, part in answer.parts.items()},
             "shared": common,
             "attributes": row,
         }
-        for i, position, row, common in zip(kept, ids, rows, shared, strict=True)
+        for i, name, row, common in zip(kept, recommender.names.of(ids), rows, shared, strict=True)
     ]
 
 
@@ -164,7 +162,7 @@ def answer_table(
 ) -> Table:
     """The items as a table; what most of them share, or share with the examples, is said above it."""
     title = cell(", ".join(like)) + (f"  (not like {cell(', '.join(unlike))})" if unlike else "")
-    consensus = recommender.consensus([item["id"] for item in items])
+    consensus = recommender.consensus(answer.ids[[item["rank"] - 1 for item in items]])
     if consensus:
         title += "\n" + cell("most are of " + ", ".join(f"{name} {value}" for name, value in consensus.items()))
     judged = "" if answer.verdict == UNCALIBRATED else f"{answer.verdict}, "
@@ -194,11 +192,15 @@ def answer_table(
 
 
 def tiles(
-    catalog: Catalog, like: Sequence[Example], unlike: Sequence[Example], items: Sequence[Mapping[str, Any]]
+    catalog: Catalog,
+    like: Sequence[Example],
+    unlike: Sequence[Example],
+    items: Sequence[Mapping[str, Any]],
+    positions: Sequence[int],
 ) -> list[list[Tile]]:
     """Rows of a picture: the first example and the items, then a row for each further example and counter-example."""
     found = []
-    for item, data in zip(items, catalog.thumbnails([item["id"] for item in items]), strict=True):
+    for item, data in zip(items, catalog.thumbnails(positions), strict=True):
         about = [item["attributes"].get(name) for name in ("artist", "title", "year")]
         words = ", ".join(str(word) for word in about if word) or Path(item["attributes"]["path"]).name
         said = "" if item["verdict"] == UNCALIBRATED else f"{item['verdict']}, "

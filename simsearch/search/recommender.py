@@ -10,7 +10,6 @@ from functools import cached_property
 from numbers import Integral
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from simsearch.functional.open_set import agreeing, stand_out
 from simsearch.functional.ranking import inner_products
 from simsearch.search.catalog import Catalog
 from simsearch.search.filters import Attributes, Condition
+from simsearch.search.names import Names
 from simsearch.types import SearchResult
 
 WORK_ATTRIBUTES = ("work", "group_id")
@@ -148,20 +148,20 @@ class Recommender:
         counts = {name: len(self.attributes.column(name).values) for name in names}
         return [name for name in names if 1 < counts[name] <= max(2, len(self.catalog) // 2)]
 
+    @cached_property
+    def names(self) -> Names:
+        """What the items are called."""
+        return Names(self.catalog.items)
+
     def position(self, name: str | int) -> int:
-        """The position of the item of that position, path or id. Raises ValueError where there is none."""
-        text = str(name)
-        if re.fullmatch(r"\d+", text) and int(text) < len(self.catalog):
-            return int(text)
-        for column in ("path", "id"):
-            if column in self.attributes.names:
-                found = int(pc.index(self.catalog.items[column].cast("string"), text).as_py())
-                if found >= 0:
-                    return found
-        raise ValueError(
-            f"no item {text!r} in the catalog {self.catalog.folder}: give a position, 0 to {len(self.catalog) - 1}, "
-            "or a path as the catalog has it"
-        )
+        """The position of the item of that id or path, as in `Names.find`. Raises ValueError where there is none."""
+        found = self.names.find(str(name))
+        if found is None:
+            hint = f", or position:{name} for the item at that place" if re.fullmatch(r"[0-9]+", str(name)) else ""
+            raise ValueError(
+                f"no item {str(name)!r} in the catalog {self.catalog.folder}: give an id or path as it has it{hint}"
+            )
+        return found
 
     def vectors(self, ids: Sequence[int] | Tensor) -> Tensor:
         """What the index stores of these items, for a request: float32 (M, D), or packed codes uint8."""
