@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -99,6 +99,7 @@ def make_catalog(folder: Path, root: Path, encoder: nn.Module, *, mark: str = ""
         "artist": [ARTISTS[i % 3] for i in range(count)],
         "year": [None if i == 0 else str(1850 + i) for i in range(count)],
         "work": [f"w{i // 2}" for i in range(count)],
+        "id": [str(i) for i in range(count)],
     }
     thumbnails = [encode_thumbnail(read_image(root / f"{i}.png"), 48) for i in range(count)]
     write_catalog(folder, index=index, items=item_table(columns, thumbnails), encoder=encoder,
@@ -200,12 +201,12 @@ class TestBrowsing:
         assert get(prefix="onet") == []
         assert len(get(limit="1")) == 1
         missing = client.get("/api/catalogs/art/values", params={"attribute": "period"})
-        assert error(missing, 422) == "no attribute 'period': there are title, artist, year, work"
+        assert error(missing, 422) == "no attribute 'period': there are title, artist, year, work, id"
 
     def test_items_in_pages(self, client):
         def get(**asked: object) -> tuple[int, list[int]]:
             answer = client.get("/api/catalogs/art/items", params=asked).json()
-            return answer["total"], [item["id"] for item in answer["items"]]
+            return answer["total"], [int(item["id"]) for item in answer["items"]]
 
         assert get() == (N, list(range(N)))
         assert get(offset=5, limit=3) == (N, [5, 6, 7])
@@ -220,18 +221,18 @@ class TestBrowsing:
         assert get(seed=8, limit=10)[1] != first
 
     def test_an_item(self, client):
-        item = client.get("/api/catalogs/art/items/0").json()
-        attributes = {"path": "0.png", "title": "Étude 0", "artist": "Claude Monet", "work": "w0"}
-        assert item == {"id": 0, "attributes": attributes, "width": 48, "height": 36}
+        item = client.get("/api/catalogs/art/item?id=0").json()
+        attributes = {"id": "0", "path": "0.png", "title": "Étude 0", "artist": "Claude Monet", "work": "w0"}
+        assert item == {"id": "0", "attributes": attributes, "width": 48, "height": 36}
 
     @pytest.mark.parametrize(
         ("path", "message"),
         [
             ("/api/catalogs/none/items", "no catalog 'none': there are art, bare"),
-            ("/api/catalogs/art/items/24", "no item 24 in art: ids go from 0 to 23"),
-            ("/api/catalogs/art/items/-1", "no item -1"),
-            ("/api/catalogs/art/items/24/thumbnail", "no item 24"),
-            ("/api/catalogs/art/items/99/image", "no item 99"),
+            ("/api/catalogs/art/item?id=24", "no item '24' in art"),
+            ("/api/catalogs/art/item?id=-1", "no item '-1'"),
+            ("/api/catalogs/art/thumbnail?id=24", "no item '24'"),
+            ("/api/catalogs/art/image?id=99", "no item '99'"),
             ("/api/uploads/AAAA/image", "expired or never was"),
             ("/api/nothing", "no such address: see /docs"),
         ],
@@ -257,19 +258,19 @@ class TestBrowsing:
 
 class TestImages:
     def test_thumbnail_and_original(self, client, root, folder):
-        small = client.get("/api/catalogs/art/items/3/thumbnail")
+        small = client.get("/api/catalogs/art/thumbnail?id=3")
         assert small.content == read_catalog(folder).thumbnails([3])[0]
         assert small.headers["content-type"] == "image/png"
-        large = client.get("/api/catalogs/art/items/3/image")
+        large = client.get("/api/catalogs/art/image?id=3")
         assert large.headers["content-type"] == "image/jpeg"
         shown = read_image(large.content)
         assert shown.shape == (3, 72, 96)
         assert (shown.float() - read_image(png(3, root)).float()).abs().mean() < 4
-        assert client.get("/api/catalogs/bare/items/3/image").content == small.content
+        assert client.get("/api/catalogs/bare/image?id=3").content == small.content
 
     def test_a_client_keeps_what_it_has(self, client):
         version = client.get("/api/catalogs").json()[0]["version"]
-        for address in ("items/3/thumbnail", "items/3/image"):
+        for address in ("thumbnail?id=3", "image?id=3"):
             first = client.get(f"/api/catalogs/art/{address}")
             assert first.headers["etag"] == f'"{version}"'
             assert first.headers["cache-control"] == "no-cache"
@@ -277,9 +278,9 @@ class TestImages:
             assert (again.status_code, again.content) == (304, b"")
             old = client.get(f"/api/catalogs/art/{address}", headers={"if-none-match": '"0123"'})
             assert (old.status_code, old.content) == (200, first.content)
-            kept = client.get(f"/api/catalogs/art/{address}?v={version}")
+            kept = client.get(f"/api/catalogs/art/{address}&v={version}")
             assert "immutable" in kept.headers["cache-control"]
-            assert "immutable" not in client.get(f"/api/catalogs/art/{address}?v=0").headers["cache-control"]
+            assert "immutable" not in client.get(f"/api/catalogs/art/{address}&v=0").headers["cache-control"]
 
     def test_nothing_outside_the_root_is_shown(self, root, encoder, tmp_path):
         place = make_catalog(tmp_path / "c", root, encoder, count=6)
@@ -299,10 +300,10 @@ class TestImages:
         with serving(library({"c": Source(place, images)})) as client:
             thumbnails = read_catalog(place).thumbnails(range(6))
             for i in range(5):
-                assert client.get(f"/api/catalogs/c/items/{i}/image").content == thumbnails[i], paths[i]
-                heat = client.post("/api/catalogs/c/heatmap", json={"like": {"id": i}, "id": 5})
+                assert client.get(f"/api/catalogs/c/image?id={i}").content == thumbnails[i], paths[i]
+                heat = client.post("/api/catalogs/c/heatmap", json={"like": [{"position": i}], "id": paths[5]})
                 assert heat.status_code == 200
-            assert read_image(client.get("/api/catalogs/c/items/5/image").content).shape == (3, 20, 60)
+            assert read_image(client.get("/api/catalogs/c/image?id=5").content).shape == (3, 20, 60)
         for path in (*paths[:5], "x\0y", ".", "none.png"):
             assert read_inside(images, path) is None
         assert read_inside(images, "inner.png") == (images / "real.png").read_bytes()
@@ -339,15 +340,14 @@ class TestImages:
             for i, kind in enumerate(kinds):
                 if kind == "forbidden" and os.access(images / "forbidden.png", os.R_OK):  # nothing is forbidden to root
                     continue
-                shown = client.get(
-                    f"/api/catalogs/c/items/{i}/image?v={client.get('/api/catalogs').json()[0]['version']}"
-                )
+                shown = client.get(f"/api/catalogs/c/image?id={i}&v={client.get('/api/catalogs').json()[0]['version']}")
                 assert (shown.status_code, shown.content) == (200, thumbnails[i]), kind
                 assert shown.headers["content-type"] == "image/png"
                 assert shown.headers["cache-control"] == "no-cache"  # the file may come back
-                assert client.post("/api/catalogs/c/heatmap", json={"like": {"id": i}, "id": 0}).status_code == 200
+                asked = {"like": [{"position": i}], "id": "missing.png"}
+                assert client.post("/api/catalogs/c/heatmap", json=asked).status_code == 200
             (images / "missing.png").write_bytes(png(2, root))
-            back = client.get("/api/catalogs/c/items/0/image")
+            back = client.get("/api/catalogs/c/image?id=0")
             assert read_image(back.content).shape == (3, 72, 96)
 
     @pytest.mark.parametrize("path", ["../app.py", "..%2fapp.py", "%2e%2e/app.py", "....//app.py", "/etc/passwd"])
@@ -361,11 +361,17 @@ class TestImages:
 class TestPage:
     def test_head_is_get_without_a_body(self, client, root):
         token = upload(client, png(1, root)).json()["upload"]
-        item = "/api/catalogs/art/items/1"
+        item = "/api/catalogs/art/item?id=1"
         for path in (
             *("/", "/docs", "/openapi.json", "/static/style.css", "/static/none", "/api/nothing", "/api/health"),
             *("/api/catalogs", "/api/catalogs/art/values?attribute=artist", "/api/catalogs/art/items?limit=2"),
-            *(item, f"{item}/thumbnail", f"{item}/image", "/api/catalogs/art/items/99", f"/api/uploads/{token}/image"),
+            *(
+                item,
+                item.replace("item?", "thumbnail?"),
+                item.replace("item?", "image?"),
+                "/api/catalogs/art/item?id=99",
+            ),
+            f"/api/uploads/{token}/image",
             *("/api/uploads", "/api/catalogs/art/search"),
         ):
             with_body, without = client.get(path), client.head(path)
@@ -392,7 +398,8 @@ class TestPage:
 
     def test_errors_are_those_that_the_description_states(self, client, root):
         spec = client.get("/openapi.json").json()
-        assert set(spec["components"]["schemas"]["Problem"]["properties"]) == {"error", "reason"}
+        fields = {"error", "reason", "missing", "version", "items"}
+        assert set(spec["components"]["schemas"]["Problem"]["properties"]) == fields
         seen: set[tuple[str, int]] = set()
         form = {"content-type": "multipart/form-data; boundary=b"}
         plain = {"content-type": "application/json"}
@@ -408,13 +415,14 @@ class TestPage:
                 assert content == {"schema": {"$ref": "#/components/schemas/Problem"}}
                 assert answer.headers["content-type"] == "application/json"
                 assert isinstance(answer.json()["error"], str)
-                assert set(answer.json()) <= {"error", "reason"}
+                assert set(answer.json()) <= fields
 
         good = {"c": "art", "item": "1", "token": upload(client, png(1, root)).json()["upload"]}
         for path, methods in spec["paths"].items():
             for method, route in methods.items():
                 urls = [path.format(**good)]
                 urls += [f"{urls[0]}?attribute=artist"] if path.endswith("/values") else []
+                urls += [f"{urls[0]}?id=1"] if path.endswith(("/item", "/thumbnail", "/image")) else []
                 urls += [path.format(**{**good, name: bad}) for name in good for bad in ("99", "x", "-1", "1" * 5000)]
                 for parameter in route.get("parameters", ()):
                     urls += [f"{urls[0]}?{parameter['name']}={bad}" for bad in ("x" * 2500, "nan", "a=b=c", "%ff")]
@@ -429,7 +437,7 @@ class TestPage:
                     for body in (
                         {},
                         like,
-                        {"like": {"id": 1}, "id": 2},
+                        {**like, "id": 2},
                         {**like, "id": 99},
                         {**like, "where": "x"},
                         {**like, "weights": {"x": 1}},
@@ -443,7 +451,7 @@ class TestPage:
         assert {path for path, status in seen if status < 300} == set(spec["paths"])
 
     def test_headers(self, client):
-        for path in ("/api/health", "/api/nothing", "/static/index.html", "/api/catalogs/art/items/1/thumbnail"):
+        for path in ("/api/health", "/api/nothing", "/static/index.html", "/api/catalogs/art/thumbnail?id=1"):
             headers = client.get(path).headers
             assert headers["content-security-policy"].startswith("default-src 'self'; img-src 'self' blob: data:")
             assert headers["x-content-type-options"] == "nosniff"
@@ -461,14 +469,14 @@ class TestSearch:
         scores = vectors @ vectors[4]
         scores[4] = -2
         order = scores.argsort(descending=True)[:5].tolist()
-        assert [r["id"] for r in answer["results"]] == order
+        assert [int(r["id"]) for r in answer["results"]] == order
         assert [r["rank"] for r in answer["results"]] == [1, 2, 3, 4, 5]
         for result in answer["results"]:
-            assert result["score"] == pytest.approx(float(scores[result["id"]]), abs=1e-5)
+            assert result["score"] == pytest.approx(float(scores[int(result["id"])]), abs=1e-5)
             assert sum(result["parts"].values()) == pytest.approx(result["score"], abs=1e-5)
-            assert result["attributes"]["artist"] == ARTISTS[result["id"] % 3]
+            assert result["attributes"]["artist"] == ARTISTS[int(result["id"]) % 3]
             assert result["verdict"] == answer["verdict"] == "uncalibrated"
-            assert ("artist" in result["shared"]) == (result["id"] % 3 == 1)
+            assert ("artist" in result["shared"]) == (int(result["id"]) % 3 == 1)
             assert (result["width"], result["height"]) == (48, 36)
         assert answer["total_candidates"] == N - 1
         assert set(answer["milliseconds"]) == {"encode", "search"}
@@ -481,7 +489,7 @@ class TestSearch:
         assert sent.json() == {"upload": token, "width": 96, "height": 72, "expires_s": 3600}
         by_token = search(client, like=[{"upload": token}], k=3).json()["results"]
         at_once = upload(client, data, "/api/catalogs/art/search/image?k=3").json()["results"]
-        assert by_token[0]["id"] == 9
+        assert by_token[0]["id"] == "9"
         assert by_token[0]["score"] == pytest.approx(1, abs=1e-5)
         assert [r["id"] for r in at_once] == [r["id"] for r in by_token]
         assert len(at_once) == 3
@@ -492,7 +500,7 @@ class TestSearch:
         both = search(
             client, like=[{"upload": token}, {"id": 2}], unlike=[{"id": 5}], k=50, where="artist!=Claude Monet"
         )
-        found = [r["id"] for r in both.json()["results"]]
+        found = [int(r["id"]) for r in both.json()["results"]]
         assert {i % 3 for i in found} == {1, 2}
         assert not {2, 3, 4, 5} & set(found)  # the examples and their works
         assert both.json()["total_candidates"] == 2 * N // 3 - 3
@@ -514,9 +522,9 @@ class TestSearch:
             ({}, 422, "like: Field required"),
             ({"like": [{"id": 1, "upload": "x"}]}, 422, "give either"),
             ({"like": [{}]}, 422, "give either"),
-            ({"like": [{"id": 24}]}, 404, "no item 24"),
+            ({"like": [{"id": 24}]}, 404, "no item '24'"),
             ({"like": [{"upload": "../../etc/passwd"}]}, 404, "send the image again"),
-            ({"like": [{"id": 1}], "unlike": [{"id": -2}]}, 404, "no item -2"),
+            ({"like": [{"id": 1}], "unlike": [{"id": -2}]}, 404, "no item '-2'"),
             ({"like": [{"id": 1}], "where": "artist~x"}, 422, "has no ="),
             ({"like": [{"id": 1}], "where": "artist=Nobody"}, 422, "no item has artist 'Nobody'"),
             ({"like": [{"id": 1}], "weights": {"smell": 1}}, 422, "no part 'smell'"),
@@ -549,9 +557,10 @@ class TestSearch:
             if answer.status_code == 200:
                 assert all(-1 <= result["score"] <= 1 for result in answer.json()["results"])
                 json.loads(answer.text, parse_constant=lambda _: 1 / 0)
-        heat = f'{{"like": {{"id": 1}}, "id": 2, "weights": {{"content": {number}}}}}'
+        heat = f'{{{like}, "id": 2, "weights": {{"content": {number}}}}}'
         assert client.post("/api/catalogs/art/heatmap", content=heat, headers=kind).status_code in (200, 400, 422)
-        for path in (f"items?offset={number}", f"items?limit={number}", f"items?seed={number}", f"items/{number}",
+        for path in (f"items?offset={number}", f"items?limit={number}", f"items?seed={number}", f"item?id={number}",
+                     f"item?position={number}",
                      f"items?where=year={number}..2", f"values?attribute=year&limit={number}"):  # fmt: skip
             answer = client.get(f"/api/catalogs/art/{path}")
             assert answer.status_code in (200, 400, 404, 422), (path[:80], answer.text)
@@ -573,13 +582,145 @@ class TestSearch:
         assert client.post("/api/catalogs/none/search", json={"like": [{"id": 1}]}).status_code == 404
 
 
+NAMES = ("x", "7", "0007", "007", "a, b/c?.png", "1", "0", "position:0")  # ids of items 0, 1, ...
+
+
+def named(folder: Path, root: Path, encoder: nn.Module, order: Sequence[int]) -> Path:
+    """A catalog of the named items in this order; item i shows image i."""
+    index = FaissIndex("Flat")
+    index.add(encode(encoder, torch.stack([read_image(root / f"{i}.png", size=64) for i in order])))
+    mediums = ("oil; canvas", "ink | paper", '"oil"', "a=b", "1..2", "*", "!= no", "x")
+    columns = {"id": [NAMES[i] for i in order], "path": [f"{i}.png" for i in order]}
+    columns |= {"medium": [mediums[i] for i in order], "year": [str(1900 + i) for i in order]}
+    thumbnails = [encode_thumbnail(read_image(root / f"{i}.png"), 48) for i in order]
+    write_catalog(folder, index=index, items=item_table(columns, thumbnails), encoder=encoder,
+                  config={"model": MODEL}, about={})  # fmt: skip
+    return folder
+
+
+class TestNames:
+    def test_ids_go_first_and_positions_where_asked_for(self, root, encoder, tmp_path):
+        place = named(tmp_path / "c", root, encoder, range(8))
+        thumbnails = read_catalog(place).thumbnails(range(8))
+        with serving(library({"c": Source(place)})) as client:
+
+            def get(kind: str, **asked: object) -> httpx.Response:
+                return client.get(f"/api/catalogs/c/{kind}", params=asked)
+
+            listed = get("items").json()["items"]
+            assert [item["id"] for item in listed] == list(NAMES)
+            for i, name in enumerate(NAMES):
+                assert get("item", id=name).json() == listed[i]
+                assert get("item", position=i).json() == get("item", id=f"{i}.png").json() == listed[i]
+                assert get("thumbnail", id=name).content == get("image", id=name).content == thumbnails[i]
+                ids = {r["id"] for r in search(client, "c", like=[{"id": name}]).json()["results"]}
+                assert (
+                    ids
+                    == set(NAMES) - {name}
+                    == {r["id"] for r in search(client, "c", like=[{"position": i}]).json()["results"]}
+                )
+            number = search(client, "c", like=[{"id": 7}, {"id": 1}], k=8).json()["results"]
+            assert {r["id"] for r in number} == set(NAMES) - {"7", "1"}
+            for name in ("3", "00007", "position:8", "X", ""):
+                refused = get("item", id=name)
+                assert refused.status_code == 404, name
+                assert refused.json()["missing"] == [{"id": name}]
+            assert "give the item by id=" in error(get("item"), 422)
+            assert "give the item by id=" in error(get("item", id="x", position=0), 422)
+            asked = [{"id": "x"}, {"id": "gone"}, {"upload": "A" * 20}, {"position": 8}]
+            refused = search(client, "c", like=asked)
+            assert refused.status_code == 404
+            assert refused.json()["missing"] == asked[1:]
+
+    def test_a_request_for_another_version_is_told_where_its_items_are(self, root, encoder, tmp_path):
+        place = named(tmp_path / "c", root, encoder, range(8))
+        with serving(library({"c": Source(place)})) as client:
+            service = client.service
+            (old,) = (about["version"] for about in client.get("/api/catalogs").json())
+            asked = client.post(f"/api/catalogs/c/search?v={old}", json={"like": [{"id": "7"}]})
+            assert asked.status_code == 200
+            named(place, root, encoder, [7, 6, 5, 4, 3, 1, 0])  # without "0007"
+            until(lambda: service.library.refresh() or service.library.catalogs[0].version != old)
+            (new,) = (about["version"] for about in client.get("/api/catalogs").json())
+            like = {"like": [{"id": "7"}, {"id": "0007"}, {"position": 3}, {"id": "0.png"}]}
+            where = {"7": "7", "0007": None, "position:3": "007", "0.png": "x"}
+            refused = client.post(f"/api/catalogs/c/search?v={old}", json=like)
+            assert (refused.status_code, refused.json()["version"], refused.json()["items"]) == (409, new, where)
+            heat = client.post(f"/api/catalogs/c/heatmap?v={old}", json={**like, "id": "1"})
+            assert (heat.status_code, heat.json()["items"]) == (409, {**where, "1": "1"})
+            for path in ("items", "values?attribute=medium", "item?id=7"):
+                join = "&" if "?" in path else "?"
+                assert client.get(f"/api/catalogs/c/{path}{join}v={old}").status_code == 409
+                assert client.get(f"/api/catalogs/c/{path}{join}v={new}").status_code == 200
+            unknown = client.get("/api/catalogs/c/item?position=3&v=0123456789abcdef")
+            assert (unknown.status_code, unknown.json()["items"]) == (409, {"position:3": None})
+            shown = client.get(f"/api/catalogs/c/thumbnail?id=7&v={old}")  # the same work, not to be kept
+            assert (shown.content, shown.headers["cache-control"]) == (
+                read_catalog(place).thumbnails([5])[0],
+                "no-cache",
+            )
+            assert search(client, "c", like=[{"id": "7"}]).status_code == 200
+
+    def test_filters_are_data(self, root, encoder, tmp_path):
+        place = named(tmp_path / "c", root, encoder, range(8))
+        mediums = read_catalog(place).items["medium"].to_pylist()
+        with serving(library({"c": Source(place)})) as client:
+
+            def both(*filters: dict) -> set[str]:
+                listed = client.get("/api/catalogs/c/items", params={"filters": json.dumps(filters)}).json()
+                found = search(client, "c", like=[{"id": "x"}], filters=list(filters), k=50).json()
+                ids = {item["id"] for item in listed["items"]}
+                assert {r["id"] for r in found["results"]} == ids - {"x"}
+                return ids
+
+            assert both() == set(NAMES)
+            for i, medium in enumerate(mediums):
+                assert both({"attribute": "medium", "values": [medium]}) == {NAMES[i]}
+                assert both({"attribute": "medium", "values": [medium], "negate": True}) == set(NAMES) - {NAMES[i]}
+            assert both({"attribute": "medium", "values": mediums[:3]}) == set(NAMES[:3])
+            assert both({"attribute": "year", "low": 1902, "high": None}, {"attribute": "year", "high": 1903.5}) == {
+                *NAMES[2:4]
+            }
+            assert both({"attribute": "medium"}) == set(NAMES)
+            for filters, message in (
+                ([{"attribute": "smell"}], "no attribute 'smell'"),
+                ([{"attribute": "medium", "values": ["none"]}], "no item has medium 'none'"),
+                ([{"attribute": "year", "low": 3, "high": 1}], "the lower end comes first"),
+                ([{"attribute": "year", "values": ["1"], "low": 1}], "make two conditions"),
+                ([{"attribute": "year", "above": 1}], "filters.0.above"),
+                ([{"attribute": "year"}] * 101, "filters"),
+            ):
+                assert message in error(search(client, "c", like=[{"id": "x"}], filters=filters), 422)
+                listed = client.get("/api/catalogs/c/items", params={"filters": json.dumps(filters)})
+                assert message in error(listed, 422)
+            assert "filters: " in error(client.get("/api/catalogs/c/items?filters=["), 422)
+
+
 class TestHeatMaps:
+    def test_of_several_examples_they_sum_to_the_score_of_the_card(self, client, root):
+        token = upload(client, png(9, root)).json()["upload"]
+        asked = {"like": [{"id": 9}, {"upload": token}, {"id": 2}], "unlike": [{"id": 6}], "weights": {"content": 3}}
+        found = search(client, **asked, k=N, collapse=False).json()["results"]
+        score = next(r["score"] for r in found if r["id"] == "4")
+        plain = search(client, like=[{"id": 2}], k=N, collapse=False).json()["results"]
+        of_example = next(r["score"] for r in plain if r["id"] == "4")
+        for shown, of in ((2, of_example), (0, None)):
+            answer = client.post("/api/catalogs/art/heatmap", json={**asked, "id": 4, "shown": shown}).json()
+            assert answer["score"] == pytest.approx(score, abs=1e-5)
+            assert np.sum(answer["item"]["values"]) + answer["item"]["rest"] == pytest.approx(score, abs=1e-5)
+            assert answer["rest"] == answer["item"]["rest"]
+            if of is not None:
+                assert np.sum(answer["query"]["values"]) + answer["query"]["rest"] == pytest.approx(of, abs=1e-5)
+        assert "there are 3 images" in error(
+            client.post("/api/catalogs/art/heatmap", json={**asked, "id": 4, "shown": 3}), 422
+        )
+
     def test_contributions_sum_to_the_score(self, client, root):
         token = upload(client, png(9, root)).json()["upload"]
         for like in ({"id": 9}, {"upload": token}):
-            answer = client.post("/api/catalogs/art/heatmap", json={"like": like, "id": 4}).json()
+            answer = client.post("/api/catalogs/art/heatmap", json={"like": [like], "id": 4}).json()
             found = search(client, like=[like], k=N, collapse=False).json()["results"]
-            score = next(r["score"] for r in found if r["id"] == 4)
+            score = next(r["score"] for r in found if r["id"] == "4")
             assert answer["score"] == pytest.approx(score, abs=1e-5)
             for side in ("query", "item"):
                 values = np.array(answer[side]["values"])
@@ -588,9 +729,9 @@ class TestHeatMaps:
 
     def test_refusals(self, client):
         heat = "/api/catalogs/art/heatmap"
-        assert "no item 99" in error(client.post(heat, json={"like": {"id": 1}, "id": 99}), 404)
-        assert "no item 99" in error(client.post(heat, json={"like": {"id": 99}, "id": 1}), 404)
-        wrong = {"like": {"id": 1}, "id": 2, "weights": {"smell": 1}}
+        assert "no item '99'" in error(client.post(heat, json={"like": [{"id": 1}], "id": 99}), 404)
+        assert "no item '99'" in error(client.post(heat, json={"like": [{"id": 99}], "id": 1}), 404)
+        wrong = {"like": [{"id": 1}], "id": 2, "weights": {"smell": 1}}
         assert "no part 'smell'" in error(client.post(heat, json=wrong), 422)
 
 
@@ -796,9 +937,9 @@ class TestLimits:
             ("GET", "/", 0),
             ("GET", "/api/health", 0),
             ("GET", "/api/catalogs", 1),
-            ("GET", "/api/catalogs/art/items/1/thumbnail", 0.1),
-            ("HEAD", "/api/catalogs/art/items/1/thumbnail", 0.1),
-            ("GET", "/api/catalogs/art/items/1/image", 0.25),
+            ("GET", "/api/catalogs/art/thumbnail?id=1", 0.1),
+            ("HEAD", "/api/catalogs/art/thumbnail?id=1", 0.1),
+            ("GET", "/api/catalogs/art/image?id=1", 0.25),
             ("POST", "/api/catalogs/art/search/image", 1),  # an upload with a search is no picture that is shown
             ("POST", "/api/uploads", 1),
         ],
@@ -836,7 +977,7 @@ class TestLimits:
     def test_rate(self, folder):
         limits = Limits(rate=0.5, burst=3)
         with serving(library({"art": Source(folder)}, limits), limits, proxies=1) as client:
-            path = "/api/catalogs/art/items/1"
+            path = "/api/catalogs/art/item?id=1"
             assert [client.get(path).status_code for _ in range(4)] == [200, 200, 200, 429]
             refused = client.get(path)
             assert "too many requests from 127.0.0.1" in error(refused, 429)
@@ -848,7 +989,7 @@ class TestLimits:
     def test_thumbnails_cost_a_tenth(self, folder):
         limits = Limits(rate=0.01, burst=2)
         with serving(library({"art": Source(folder)}, limits), limits) as client:
-            states = [client.get(f"/api/catalogs/art/items/{i}/thumbnail").status_code for i in range(21)]
+            states = [client.get(f"/api/catalogs/art/thumbnail?id={i}").status_code for i in range(21)]
             assert states == [200] * 20 + [429]
             assert client.get("/api/health", headers={"x-forwarded-for": "9.9.9.9"}).status_code == 200
 
@@ -1074,7 +1215,7 @@ class TestLibrary:
             token = upload(client, png(3, root)).json()["upload"]
             assert sizes == []
             for name in ("a", "b", "a"):
-                assert search(client, name, like=[{"upload": token}]).json()["results"][0]["id"] == 3
+                assert search(client, name, like=[{"upload": token}]).json()["results"][0]["id"] == "3"
             assert sizes == [1]
 
     def test_reload_while_requests_run(self, root, encoder, tmp_path, monkeypatch):
@@ -1097,7 +1238,7 @@ class TestLibrary:
                     content = answer.json()
                     versions.add(content["version"])
                     titles = {r["attributes"]["title"].startswith("new ") for r in content["results"]}
-                    if len(titles) != 1 or ("upload" in like and content["results"][0]["id"] != 7):
+                    if len(titles) != 1 or ("upload" in like and content["results"][0]["id"] != "7"):
                         failures.append(answer.text)
 
             asking = [threads.submit(ask, like) for like in ({"id": 3}, {"upload": token}, {"upload": token})]
@@ -1120,7 +1261,7 @@ class TestLibrary:
             until(lambda: not old_worker._thread.is_alive())
             last = client.get("/api/catalogs").json()[0]
             assert last["calibration"]["rate"] == {"same_work": 0.01}
-            again = client.get("/api/catalogs/c/items/1/thumbnail", headers={"if-none-match": f'"{first}"'})
+            again = client.get("/api/catalogs/c/thumbnail?id=1", headers={"if-none-match": f'"{first}"'})
             assert again.status_code == 200
             assert search(client, "c", like=[{"upload": token}]).json()["verdict"] == "same work"
 
@@ -1157,7 +1298,7 @@ class TestLibrary:
                 assert books.refresh() == []
                 assert "damaged" in client.get("/api/health").json()["catalogs"]["c"]["error"]
                 assert search(client, "c", like=[{"id": 1}]).status_code == 200
-                assert client.get("/api/catalogs/c/items/1/thumbnail").status_code == 200
+                assert client.get("/api/catalogs/c/thumbnail?id=1").status_code == 200
                 (place / "index/index.faiss").write_bytes(good)
                 assert books.refresh() == ["c"]
                 assert "error" not in client.get("/api/health").json()["catalogs"]["c"]
@@ -1210,15 +1351,15 @@ class TestListing:
         }
         assert listing.values("nothing", "", 5) == []
         assert listing.values("rank", "2", 2) == [{"value": 2, "count": 1}, {"value": 20, "count": 1}]
-        assert listing.page(text="1850", where="", seed=None, offset=0, limit=5) == (0, [])
-        assert listing.page(text="", where="", seed=None, offset=20, limit=5) == (22, [20, 21])
+        assert listing.page(text="1850", where=(), seed=None, offset=0, limit=5) == (0, [])
+        assert listing.page(text="", where=(), seed=None, offset=20, limit=5) == (22, [20, 21])
 
     def test_orders_are_remembered_for_a_few_questions(self):
         table = pa.table({"title": [f"t{i}" for i in range(50)]})
         listing = Listing(Attributes(table))
         for seed in range(40):
-            first = listing.page(text="", where="", seed=seed, offset=0, limit=50)[1]
-            assert first == listing.page(text="", where="", seed=seed, offset=0, limit=50)[1]
+            first = listing.page(text="", where=(), seed=seed, offset=0, limit=50)[1]
+            assert first == listing.page(text="", where=(), seed=seed, offset=0, limit=50)[1]
             assert sorted(first) == list(range(50))
         assert len(listing._orders) <= 16
 
@@ -1303,7 +1444,7 @@ class TestCommand:
                 assert address
                 with httpx.Client(base_url=address[0], timeout=20) as client:
                     found = upload(client, png(5, root), "/api/catalogs/art/search/image?k=2").json()
-                    assert found["results"][0]["id"] == 5
+                    assert found["results"][0]["id"] == "5"
                     port = client.base_url.port
                 second = subprocess.run([*command[:-1], f"port={port}"], capture_output=True, text=True)
                 assert second.returncode == 1
@@ -1332,7 +1473,7 @@ class TestCommand:
 
     def test_a_failure_of_the_server_is_told_and_logged(self, client, caplog, monkeypatch):
         monkeypatch.setattr(client.service.library.catalogs[0].listing, "rows", lambda _: 1 / 0)
-        answer = client.get("/api/catalogs/art/items/1")
+        answer = client.get("/api/catalogs/art/item?id=1")
         assert error(answer, 500) == "the server failed at this request: its log says why"
         assert "content-security-policy" in answer.headers
         assert "ZeroDivisionError" in caplog.text

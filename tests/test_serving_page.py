@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
+import numpy as np
 import pytest
 import torch
 import uvicorn
@@ -78,27 +81,48 @@ def make_catalog(folder: Path, root: Path, model: dict, columns: dict[str, list]
     return folder
 
 
+# Ids and values in which something is a sign in an address, a filter's grammar or a list.
+ODD = {
+    "a, b": "oil; canvas", "50%": "ink | paper", "~x": '"oil"', "007": "a=b", "7": "1..2", "0007": "*",
+    "c/d e.jpg": "!= no", "é#&?=": "it's", "position:1": "{x}", "..": "[y, z]", "a/../b": "\\", "z": " spaced",
+}  # fmt: skip
+
+
+def make_odd(folder: Path, root: Path, order: Iterable[int]) -> Path:
+    """A catalog of the odd items in some order, without those that it leaves out; item i shows image i."""
+    names, mediums, order = [*ODD], [*ODD.values()], list(order)
+    columns = {
+        "id": [names[i] for i in order],
+        "path": [f"{i}.png" for i in order],
+        "title": [f"Odd {i}" for i in order],
+        "medium": [mediums[i] for i in order],
+    }
+    return make_catalog(folder, root, PLAIN, columns)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("images")
+    return tmp_path_factory.mktemp("page") / "images"
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, root) -> Iterator[str]:
     """A server of two catalogs: `art`, of two parts, which explains, and `plain`, of one, to which all are strange."""
+    root.mkdir()
     collection = render_collection(styles=4, artists=2, works=5, photographs=2)
-    columns: dict[str, list] = {name: [] for name in ("path", "title", "artist", "style", "year", "work")}
+    columns: dict[str, list] = {name: [] for name in ("id", "path", "title", "artist", "style", "year", "work")}
     for i, (image, labels) in enumerate(zip(collection.images, collection.labels.tolist(), strict=True)):
         width, height = SHAPES[i % len(SHAPES)]
         Image.fromarray(image[:, :height, :width].permute(1, 2, 0).numpy()).save(root / f"{i}.png")
         known = {a: collection.classes[j][labels[j]] for j, a in enumerate(collection.attributes)}
-        row = {"path": f"{i}.png", "title": f"Plate {i}", "year": str(1800 + i), **known}
+        row = {"id": str(i), "path": f"{i}.png", "title": f"Plate {i}", "year": str(1800 + i), **known}
         for name, values in columns.items():
             values.append(row[name])
     folder = tmp_path_factory.mktemp("catalogs")
     sources = {
         "art": Source(make_catalog(folder / "art", root, PARTS, columns), root),
         "plain": Source(make_catalog(folder / "plain", root, PLAIN, columns), root),
+        "odd": Source(make_odd(root.parent / "odd", root, range(len(ODD))), root),
     }
     counts, rate = {"same_work": 100, "similar": 100}, {"same_work": 0.01, "similar": 0.01}
     weights = {"content": 0.7, "colour": 0.3}
@@ -334,22 +358,22 @@ def test_several_images_for_and_against(opened, root):
     one = ids(page)
     body = answers_to(page, lambda: drop(page, picture(page, root, 40), "like"))
     expect(page.locator("#like .tile:not(.add)")).to_have_count(2)
-    assert [r["id"] for r in body["results"]] != one
+    assert [int(r["id"]) for r in body["results"]] != one
     settled(page)
     results(page).first.hover()
     worst = ids(page)[0]
     asked: list[dict] = []
-    page.on("request", lambda r: asked.append(r.post_data_json) if r.url.endswith("/search") else None)
+    page.on("request", lambda r: asked.append(r.post_data_json) if urlsplit(r.url).path.endswith("/search") else None)
     answers_to(page, lambda: results(page).first.locator("[data-act=unlike]").click())
     expect(page.locator("#unlike .tile")).to_have_count(1)
-    assert asked[-1]["unlike"] == [{"id": worst}]
+    assert asked[-1]["unlike"] == [{"id": str(worst)}]
     assert [kind for example in asked[-1]["like"] for kind in example] == ["id", "upload"]
     page.wait_for_function("id => !document.querySelector(`.result[data-id='${id}']`)", arg=worst)
     page.locator("#unlike .remove").click()  # known: nothing is asked again
     page.wait_for_function("id => document.querySelector(`.result[data-id='${id}']`)", arg=worst)
     page.locator("#like .remove").first.click()
     expect(page.locator("#like .tile:not(.add)")).to_have_count(0)  # the one that is left stands large
-    assert said(page, "like").startswith("u")
+    assert said(page, "like").startswith("~")
 
 
 def test_works_are_dragged(opened):
@@ -373,7 +397,8 @@ def test_an_upload_that_expired_is_sent_again(opened, root):
         old = token in request.url or token in (request.post_data or "")
         if request.url.endswith("/uploads"):
             renewed.append(request.url)
-        route.fulfill(status=404, json={"error": "no such upload"}) if old else route.continue_()
+        about = {"error": "no such upload", "missing": [{"upload": token}]}
+        route.fulfill(status=404, json=about) if old else route.continue_()
 
     page.route("**/api/**", answer)
     tune(page, "diversity", 50)
@@ -384,9 +409,17 @@ def test_an_upload_that_expired_is_sent_again(opened, root):
     expect(page.locator(".note")).to_have_count(0)
     opened.complaints[:] = [text for text in opened.complaints if "404" not in text]
 
-    lost = opened(f"#catalog=art&like=u{'0' * 20}")
+    lost = opened(f"#catalog=art&like=~{'0' * 20}")
     expect(lost.locator(".note")).to_contain_text("no longer on the server")
     expect(lost.locator(".wall").first).to_be_visible()
+    where = quote(json.dumps([{"attribute": "year", "low": "1810", "high": ""}]))
+    link = f"#catalog=art&like=~{'0' * 20},3,nothing&unlike=~{'1' * 20},5&diversity=0.3&where={where}"
+    some = opened(link)
+    note = "2 images of this search are no longer on the server: drop them again. “nothing” is not in this collection."
+    expect(some.locator(".note").first).to_contain_text(note)
+    expect(results(some)).to_have_count(24)
+    assert (said(some, "like"), said(some, "unlike"), said(some, "diversity")) == ("3", "5", "0.3")
+    expect(some.locator("#chips .chip")).to_have_text(["year 1810–…"])
     opened.complaints[:] = [text for text in opened.complaints if "404" not in text]
 
 
@@ -432,7 +465,7 @@ def test_only_the_latest_answer_is_shown(opened):
     def hold(route) -> None:
         held.append(route) if not held else route.continue_()
 
-    page.route("**/search", hold)
+    page.route("**/search?*", hold)
     tune(page, "content", 10)
     page.wait_for_function("() => location.hash.includes('content:')")
     page.wait_for_timeout(200)
@@ -440,7 +473,7 @@ def test_only_the_latest_answer_is_shown(opened):
     with contextlib.suppress(Exception):  # it was given up by the page
         held[0].continue_()
     page.wait_for_timeout(300)
-    assert ids(page) == [r["id"] for r in body["results"]]
+    assert ids(page) == [int(r["id"]) for r in body["results"]]
 
 
 def test_filters(opened):
@@ -450,12 +483,12 @@ def test_filters(opened):
     value = facet.locator(".values label span").first.inner_text()
     body = answers_to(page, lambda: facet.locator(".values input").first.check())
     assert {r["attributes"]["style"] for r in body["results"]} == {value}
-    assert said(page, "where") == f"style={value}"
+    assert json.loads(said(page, "where")) == [{"attribute": "style", "values": [value]}]
     expect(page.locator("#chips .chip")).to_have_text([value])
     expect(page.locator("#filter-count")).to_have_text("1")
     body = answers_to(page, lambda: facet.get_by_role("button", name=f"Not {value}", exact=True).click())
     assert value not in {r["attributes"]["style"] for r in body["results"]}
-    assert said(page, "where") == f"style!={value}"
+    assert json.loads(said(page, "where")) == [{"attribute": "style", "values": [value], "negate": True}]
     years = page.locator("#facets .range input")
     assert years.nth(0).get_attribute("placeholder") == "1800"
     body = answers_to(page, lambda: years.nth(0).fill("1850"))
@@ -475,11 +508,74 @@ def test_filters(opened):
     name, text = chip.get_attribute("data-attribute"), chip.get_attribute("data-value")
     chip.click()
     expect(page.locator("#chips .chip")).to_have_count(2)
-    assert f"{name}={text}" in said(page, "where")
-    nothing = opened("#catalog=art&like=3&where=year%3D1700..1701")
+    assert {"attribute": name, "values": [text]} in json.loads(said(page, "where"))
+    where = quote(json.dumps([{"attribute": "year", "low": "1700", "high": "1701"}]))
+    nothing = opened(f"#catalog=art&like=3&where={where}")
     expect(nothing.locator("#none")).to_contain_text("Nothing passes these filters")
     nothing.locator("#none button").click()
     expect(results(nothing)).to_have_count(24)
+
+
+def test_values_of_all_kinds_are_filters(opened):
+    page = opened("#catalog=odd")
+    expect(page.locator(".wall")).to_have_count(len(ODD))
+    page.click("#filter-open")
+    values = page.locator("#facets details", has=page.locator("summary", has_text="medium")).locator(".values")
+    expect(values.locator("label span")).to_have_count(len(ODD))
+    for i, medium in enumerate(ODD.values()):
+        box = values.locator("li", has=page.locator("label span", has_text=re.compile(f"^{re.escape(medium)}$")))
+        body = answers_to(page, lambda box=box: box.locator("input").check(), "/items")
+        assert [item["attributes"]["medium"] for item in body["items"]] == [medium]
+        expect(page.locator(".wall")).to_have_count(1)
+        again = opened(f"#{urlsplit(page.url).fragment}")  # the address alone
+        assert again.locator(".wall img").first.get_attribute("width") == page.locator(".wall img").get_attribute(
+            "width"
+        )
+        expect(again.locator(".wall")).to_have_count(1)
+        again.close()
+        body = answers_to(page, lambda box=box: box.locator("button").click(), "/items")
+        assert medium not in [item["attributes"]["medium"] for item in body["items"]]
+        assert body["total"] == len(ODD) - 1, i
+        page.click("#filter-clear")
+        expect(page.locator(".wall")).to_have_count(len(ODD))
+
+
+def test_ids_of_all_kinds_are_in_the_address(opened):
+    page = opened("#catalog=odd")
+    for i, name in enumerate(ODD):
+        page.evaluate("location.hash = '#catalog=odd'")
+        expect(page.locator(".wall")).to_have_count(len(ODD))
+        card = page.locator(".wall", has=page.locator(".label", has_text=re.compile(f"^Odd {i}$")))
+        body = answers_to(page, lambda card=card: card.locator(".frame").click())
+        assert name not in [r["id"] for r in body["results"]]
+        assert len(body["results"]) == len(ODD) - 1
+        expect(page.locator("#primary figcaption")).to_have_text(f"Odd {i}")
+        assert opened(f"#{urlsplit(page.url).fragment}").locator("#primary figcaption").inner_text() == f"Odd {i}"
+
+
+def test_an_exchanged_collection_shows_the_same_works(opened, root):
+    """The page and a bookmark of a search with `007` and `z`, then with one that goes."""
+    page = opened("#catalog=odd&like=007,c/d e.jpg&unlike=z")
+    page.locator("#anyway").or_(results(page).first).first.wait_for()
+    bookmark = urlsplit(page.url).fragment
+    make_odd(
+        root.parent / "odd", root, [11, 9, 8, 7, 5, 4, 3, 2, 1, 0]
+    )  # without "a/../b" and, at place 6, "c/d e.jpg"
+    deadline = time.monotonic() + 30
+    while page.evaluate("fetch('api/catalogs').then((a) => a.json()).then((a) => a[2].items)") != 10:
+        assert time.monotonic() < deadline, "the server did not notice"
+        page.wait_for_timeout(300)
+    tune(page, "diversity", 40)
+    expect(page.locator(".note", has_text="exchanged")).to_be_visible()
+    expect(page.locator(".note", has_text="“c/d e.jpg” is not in this collection.")).to_be_visible()
+    expect(page.locator("#primary figcaption")).to_have_text("Odd 3")
+    assert (said(page, "like"), said(page, "unlike"), said(page, "diversity")) == ("007", "z", "0.4")
+    later = opened(f"#{bookmark}")
+    expect(later.locator(".note", has_text="“c/d e.jpg” is not in this collection.")).to_be_visible()
+    expect(later.locator("#primary figcaption")).to_have_text("Odd 3")
+    assert all("409" in text or "404" in text for text in opened.complaints), opened.complaints
+    opened.complaints.clear()
+    make_odd(root.parent / "odd", root, range(len(ODD)))
 
 
 def test_it_says_no(opened):
@@ -530,6 +626,38 @@ def test_heat_maps_on_hover(opened):
     expect(plain.locator("[data-act=heat]")).to_have_count(0)
 
 
+def test_the_heat_maps_sentence_is_of_the_card(opened):
+    page = opened("#catalog=art&like=3,9&unlike=12&weights=content:0.6,colour:0.4")
+    card = results(page).nth(1)
+    body = answers_to(page, lambda: card.locator(".frame").hover(), "/heatmap")
+    legend = page.locator("#legend")
+    score = card.locator(".number").inner_text()
+    expect(legend).to_contain_text(f"to its score of {score}")
+    places, total, rest = (float(n) for n in re.findall(r"-?\d\.\d\d", legend.inner_text()))
+    assert places + rest == pytest.approx(total, abs=0.011)
+    assert np.sum(body["item"]["values"]) == pytest.approx(places, abs=0.02)  # of thumbnails' neighbours, rounded
+
+
+@pytest.mark.parametrize(("width", "height", "sent"), [(2400, 1200, (1600, 800)), (500, 400, (500, 400))])
+def test_an_image_is_sent_no_larger_than_needed(opened, address, width, height, sent):
+    page = opened("#catalog=art")
+    transfer = page.evaluate_handle(
+        """async ([width, height]) => {
+            const blob = await new OffscreenCanvas(width, height).convertToBlob();  // PNG, all of it transparent
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([blob], "clear.png", { type: "image/png" }));
+            return transfer;
+        }""",
+        [width, height],
+    )
+    about = answers_to(page, lambda: drop(page, transfer), "/uploads")
+    assert (about["width"], about["height"]) == sent
+    shown = page.request.get(f"{address}/api/uploads/{about['upload']}/image")
+    with Image.open(io.BytesIO(shown.body())) as image:
+        assert image.size == sent
+        assert min(image.convert("L").getextrema()) >= 254, "what is transparent lies on white"
+
+
 def test_the_large_view(opened):
     page = opened("#catalog=art&like=3")
     shown = ids(page)
@@ -544,7 +672,7 @@ def test_the_large_view(opened):
     answers_to(page, lambda: page.keyboard.press("h"), "/heatmap")
     expect(large.locator("#large-work")).to_have_class(re.compile("hot"))
     assert painted(large.locator("#large-work canvas")) > 20
-    expect(large.locator(".large-legend")).to_contain_text("to the score")
+    expect(large.locator(".large-legend")).to_contain_text("to its score")
     page.keyboard.press("Escape")
     expect(large).to_be_hidden()
     assert said(page, "open") is None
@@ -611,16 +739,16 @@ def test_messages_in_words_and_one_retry(opened, root):
         turned_away.append(route.request.url)
         route.fulfill(**busy)
 
-    page.route("**/search", once)
+    page.route("**/search?*", once)
     page.locator(".wall .frame").first.click()
     expect(page.locator("#status")).to_contain_text("The server is busy. Trying again in 1 s.")
     expect(results(page)).to_have_count(24)
-    page.unroute("**/search")
-    page.route("**/search", lambda route: route.fulfill(**busy))
+    page.unroute("**/search?*")
+    page.route("**/search?*", lambda route: route.fulfill(**busy))
     page.locator(".result .frame").first.focus()
     page.keyboard.press("Enter")
     expect(page.locator(".note")).to_contain_text("too many requests are waiting")
-    page.unroute("**/search")
+    page.unroute("**/search?*")
     page.locator(".note button").click()
     expect(page.locator(".note")).to_have_count(0)
     transfer = page.evaluate_handle(
@@ -671,6 +799,7 @@ def test_dark_and_named(opened):
             !(e.ariaLabel || e.textContent.trim() || e.labels?.length || e.title)).map((e) => e.outerHTML)"""
     )
     assert unnamed == [], "every control has a name"
+    expect(light.get_by_role("heading", level=1)).to_have_text("simsearch")
     assert light.locator("#status").get_attribute("aria-live") == "polite"
     # One work at a time is reached by Tab, then what may be done with it.
     assert light.locator(".work .frame[tabindex='0']").count() == 1

@@ -12,17 +12,18 @@ from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
+from pydantic import TypeAdapter, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import simsearch
 from simsearch.images import ImageError
 from simsearch.serving.documentation import POLICY, documentation
-from simsearch.serving.guard import Guard
+from simsearch.serving.guard import JSON_BYTES, Guard
 from simsearch.serving.library import Library, Loaded
 from simsearch.serving.limits import Busy, Limits
-from simsearch.serving.messages import Explained, Problem, Reply, Search, Wanted
-from simsearch.serving.service import GONE, Service, position
+from simsearch.serving.messages import Example, Explained, Filter, Filters, Name, Problem, Reply, Search, Wanted
+from simsearch.serving.service import GONE, Refusal, Service, check_version, conditions
 from simsearch.serving.uploads import status_of
 
 PAGE = Path(__file__).parent / "page"
@@ -31,6 +32,7 @@ _PROBLEMS = {
     400: "the request cannot be read",
     403: "it came under a name, or from a page, that is not answered",
     404: "there is no such catalog, item or upload",
+    409: "it was made for another version of the catalog: `version` is the present one, `items` says where items are",
     408: "it did not arrive in time",
     413: "it is too large",
     415: "it is no image of a format that is opened here",
@@ -47,7 +49,8 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 _ASKED = problems(404, 422, 503)
-_SENT = problems(404, 408, 413, 422, 503)
+_SENT = problems(404, 408, 409, 413, 422, 503)
+_CURRENT = problems(409)
 _UPLOADED = _SENT | problems(415)
 
 
@@ -61,7 +64,31 @@ async def leased(request: Request, c: str) -> AsyncIterator[Loaded]:
         yield loaded
 
 
+def asked_item(
+    id: Annotated[Name | None, Query(description="the item's id, else its path")] = None,
+    position: Annotated[int | None, Query(ge=0, description="where it lies in this version of the catalog")] = None,
+) -> Example:
+    """The item that an address names."""
+    if (id is None) == (position is None):
+        raise HTTPException(422, "give the item by id=, its id or path, or by position=")
+    return Example(id=id, position=position)
+
+
+_FILTERS = TypeAdapter(Filters)
+
+
+def read_filters(text: str) -> list[Filter]:
+    """Conditions as JSON. Raises RequestValidationError where they are not."""
+    try:
+        return _FILTERS.validate_json(text)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_context=False, include_input=False)
+        raise RequestValidationError([{**one, "loc": ("query", "filters", *one["loc"])} for one in wrong]) from None
+
+
 Catalog = Annotated[Loaded, Depends(leased)]
+Item = Annotated[Example, Depends(asked_item)]
+Version = Annotated[str, Query(max_length=64, description="of the catalog that the request is made for")]
 
 
 def cached(request: Request, etag: str, cache: str) -> Response | None:
@@ -126,15 +153,17 @@ def create_app(
         """The catalogs: their size, parts, attributes and calibration."""
         return Reply([_about(loaded) for loaded in library.catalogs])
 
-    @app.get("/api/catalogs/{c}/values", tags=["catalogs"], responses=_ASKED)
+    @app.get("/api/catalogs/{c}/values", tags=["catalogs"], responses=_ASKED | _CURRENT)
     async def values(
         request: Request,
         loaded: Catalog,
         attribute: str,
         prefix: Annotated[str, Query(max_length=200)] = "",
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
+        v: Version = "",
     ) -> Response:
         """The values of an attribute and how many items have each, the most frequent first."""
+        check_version(loaded, v)
         etag = f'"{loaded.version}"'
         if known := cached(request, etag, "no-cache"):
             return known
@@ -145,7 +174,7 @@ def create_app(
             raise HTTPException(422, f"no attribute {attribute!r}: there are {names}") from None
         return Reply(found, headers={"etag": etag, "cache-control": "no-cache"})
 
-    @app.get("/api/catalogs/{c}/items", tags=["items"], responses=_ASKED)
+    @app.get("/api/catalogs/{c}/items", tags=["items"], responses=_ASKED | _CURRENT)
     async def items(
         request: Request,
         loaded: Catalog,
@@ -153,15 +182,20 @@ def create_app(
         limit: Annotated[int, Query(ge=1, le=500)] = 60,
         text: Annotated[str, Query(max_length=200)] = "",
         where: Annotated[str, Query(max_length=2000)] = "",
+        filters: Annotated[str, Query(max_length=JSON_BYTES, description="JSON, as in search")] = "[]",
         seed: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
+        v: Version = "",
     ) -> Response:
-        """A page of the items with all words of `text` in title or artist that pass the filter `where`."""
+        """A page of the items with all words of `text` in title or artist that pass `where` and `filters`."""
+        check_version(loaded, v)
         etag = f'"{loaded.version}"'
         if known := cached(request, etag, "no-cache"):
             return known
 
+        chosen = conditions(where, read_filters(filters))
+
         def read() -> dict[str, Any]:
-            total, positions = loaded.listing.page(text=text, where=where, seed=seed, offset=offset, limit=limit)
+            total, positions = loaded.listing.page(text=text, where=chosen, seed=seed, offset=offset, limit=limit)
             return {"total": total, "items": loaded.describe(positions)}
 
         try:
@@ -170,26 +204,27 @@ def create_app(
             raise HTTPException(422, str(error)) from None
         return Reply(found, headers={"etag": etag, "cache-control": "no-cache"})
 
-    @app.get("/api/catalogs/{c}/items/{item}", tags=["items"], responses=_ASKED)
-    async def item(loaded: Catalog, item: int) -> Reply:
+    @app.get("/api/catalogs/{c}/item", tags=["items"], responses=_ASKED | _CURRENT)
+    async def item(loaded: Catalog, item: Item, v: Version = "") -> Reply:
         """An item's attributes and shape."""
-        at = position(item, loaded)
+        check_version(loaded, v, [item])
+        at = service.item(item, loaded)
         return Reply((await service.reading.run(lambda: loaded.describe([at])))[0])
 
-    @app.get("/api/catalogs/{c}/items/{item}/thumbnail", tags=["items"], responses=_ASKED, response_class=Response)
-    async def thumbnail(request: Request, loaded: Catalog, item: int, v: str = "") -> Response:
+    @app.get("/api/catalogs/{c}/thumbnail", tags=["items"], responses=_ASKED, response_class=Response)
+    async def thumbnail(request: Request, loaded: Catalog, item: Item, v: Version = "") -> Response:
         """A small image of an item. With v=<version of the catalog> clients may keep it for good."""
-        at, etag = position(item, loaded), f'"{loaded.version}"'
+        at, etag = service.item(item, loaded), f'"{loaded.version}"'
         cache = _IMMUTABLE if v == loaded.version else "no-cache"
         if known := cached(request, etag, cache):
             return known
         data = await service.reading.run(lambda: loaded.thumbnails[at])
         return Response(data, media_type=media_type(data), headers={"etag": etag, "cache-control": cache})
 
-    @app.get("/api/catalogs/{c}/items/{item}/image", tags=["items"], responses=_ASKED, response_class=Response)
-    async def image(request: Request, loaded: Catalog, item: int, v: str = "") -> Response:
+    @app.get("/api/catalogs/{c}/image", tags=["items"], responses=_ASKED, response_class=Response)
+    async def image(request: Request, loaded: Catalog, item: Item, v: Version = "") -> Response:
         """An item's image at up to 1600 pixels where the image root is known, else its thumbnail."""
-        at, etag = position(item, loaded), f'"{loaded.version}"'
+        at, etag = service.item(item, loaded), f'"{loaded.version}"'
         cache = _IMMUTABLE if v == loaded.version else "no-cache"
         if known := cached(request, etag, cache):
             return known
@@ -222,11 +257,12 @@ def create_app(
         return Response(data, media_type=media_type(data), headers={"cache-control": "private, max-age=3600"})
 
     @app.post("/api/catalogs/{c}/search", tags=["search"], responses=_SENT)
-    async def search(loaded: Catalog, wanted: Search) -> Reply:
+    async def search(loaded: Catalog, wanted: Search, v: Version = "") -> Reply:
         """Items like the examples in `like` and unlike those in `unlike`."""
-        like = [service.example(one, loaded) for one in wanted.like]
-        unlike = [service.example(one, loaded) for one in wanted.unlike]
-        return await service.search(loaded, wanted, like, unlike)
+        check_version(loaded, v, [*wanted.like, *wanted.unlike])
+        examples = service.examples([*wanted.like, *wanted.unlike], loaded)
+        like, unlike = examples[: len(wanted.like)], examples[len(wanted.like) :]
+        return await service.search(loaded, wanted, like, unlike, wanted.filters)
 
     @app.post("/api/catalogs/{c}/search/image", tags=["search"], openapi_extra=_FORM, responses=_UPLOADED)
     async def search_image(request: Request, loaded: Catalog, wanted: Annotated[Wanted, Query()]) -> Reply:
@@ -235,8 +271,9 @@ def create_app(
         return await service.search(loaded, wanted, [await service.opened(data, loaded)])
 
     @app.post("/api/catalogs/{c}/heatmap", tags=["search"], responses=_SENT)
-    async def heatmap(loaded: Catalog, wanted: Explained) -> Reply:
-        """What each place of the query, and of the item, adds to their score."""
+    async def heatmap(loaded: Catalog, wanted: Explained, v: Version = "") -> Reply:
+        """What each place of an item adds to its score in a search, and each place of an example to theirs."""
+        check_version(loaded, v, [*wanted.like, *wanted.unlike, Example(id=wanted.id)])
         if not loaded.explains:
             raise HTTPException(422, f"the descriptors of {loaded.name} have no regions that add up to a score")
         return await service.explain(loaded, wanted)
@@ -279,7 +316,8 @@ def _handle_errors(app: FastAPI) -> None:
     async def refused(_: Request, error: HTTPException) -> Reply:
         detail = {404: "there is no such address: see /docs", 405: "this address does not take this method: see /docs"}
         plain = detail.get(error.status_code, "") if error.detail in ("Not Found", "Method Not Allowed") else ""
-        return Reply({"error": plain or error.detail}, status_code=error.status_code, headers=error.headers)
+        about = error.about if isinstance(error, Refusal) else {}
+        return Reply({"error": plain or error.detail, **about}, status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Reply:

@@ -10,7 +10,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from simsearch.models.backbones import Runtime
 from simsearch.models.parts import can_explain
 from simsearch.search.catalog import Catalog, CatalogError, read_catalog
 from simsearch.search.items import ThumbnailGroups
+from simsearch.search.names import Names
 from simsearch.search.recommender import Recommender, Request
 from simsearch.serving.encoder import EncoderWorker
 from simsearch.serving.limits import Limits
@@ -53,6 +54,7 @@ class Loaded:
     """A catalog as it was when it was loaded, with all that answers requests for it.
 
     version: 16 hex digits, others when anything in the catalog changed. parts: the weights of its descriptor's parts.
+    before: version and names of the catalog that it took the place of.
     """
 
     name: str
@@ -67,16 +69,28 @@ class Loaded:
     parts: dict[str, float]
     explains: bool
     runtime: Choice | None
+    before: tuple[str, Names] | None = None
+
+    def now(self, name: str | None, position: int | None, version: str) -> str | None:
+        """The name that an item has here that had this name, or position, in that version; None where it is gone."""
+        if self.before is not None and self.before[0] == version:
+            old = self.before[1]
+            at = position if name is None else old.find(name)
+            if at is not None and at < len(old):
+                (name,) = old.of([at])
+        found = None if name is None else self.recommender.names.find(name)
+        return None if found is None else self.recommender.names.of([found])[0]
 
     def describe(self, positions: Sequence[int]) -> list[dict[str, Any]]:
         """Id, attributes, width and height of items, as the API gives them."""
         answer = []
-        for position, row in zip(positions, self.listing.rows(positions), strict=True):
+        names = self.recommender.names.of(positions)
+        for position, name, row in zip(positions, names, self.listing.rows(positions), strict=True):
             width, height = whole(row.get("width")), whole(row.get("height"))
             if not (width and height):  # of the thumbnail: the shape is the same
                 width, height = self.thumbnails.shape(position)
             about = {n: v for n, v in row.items() if n not in ("width", "height", "sha1", "sha256")}
-            answer.append({"id": position, "attributes": about, "width": width, "height": height})
+            answer.append({"id": name, "attributes": about, "width": width, "height": height})
         return answer
 
     def original(self, position: int) -> bytes | None:
@@ -193,7 +207,9 @@ class Library:
                 self.problems[name], self._stamps[name] = str(error) or type(error).__name__, stamp
                 continue
             with self._lock:
-                old, self._loaded[name], self._stamps[name] = self._loaded[name], loaded, stamp
+                old = self._loaded[name]
+                loaded = replace(loaded, before=(old.version, old.recommender.names))
+                self._loaded[name], self._stamps[name] = loaded, stamp
             self.problems.pop(name, None)
             old.worker.release()
             changed.append(name)
@@ -221,6 +237,7 @@ class Library:
     def _open(self, name: str, source: Source) -> Loaded:
         catalog = read_catalog(source.folder, trusted=self._trusted)
         recommender = Recommender(catalog)
+        recommender.position(*recommender.names.of([0]))
         recommender.recommend(Request(like=recommender.vectors([0]), k=1, exclude=(0,)))  # reads what it reads lazily
         listing = Listing(recommender.attributes)
         thumbnails, version = Thumbnails(source.folder / "items.parquet", catalog.about), _version(source.folder)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from simsearch.search.filters import Attributes, parse_filters
+from simsearch.search.filters import Attributes, Condition
 
 _WORDS = ("title", "artist", "label", "name")  # columns that a search by words looks into, where there are any
 _TECHNICAL = ("path", "sha1", "sha256", "width", "height")
@@ -45,7 +45,7 @@ class Listing:
         self._words = _joined([folded(self.items[name]) for name in words])
         self._lock = threading.Lock()
         self._values: dict[str, tuple[list[Any], list[int], pa.Array]] = {}
-        self._orders: OrderedDict[tuple[str, str, int | None], np.ndarray] = OrderedDict()
+        self._orders: OrderedDict[tuple[str, tuple[Condition, ...], int | None], np.ndarray] = OrderedDict()
 
     def values(self, attribute: str, prefix: str, limit: int) -> list[dict[str, Any]]:
         """The values of an attribute with their counts, the most frequent first.
@@ -61,11 +61,13 @@ class Listing:
             chosen = range(min(limit, len(values)))
         return [{"value": values[i], "count": counts[i]} for i in chosen]
 
-    def page(self, *, text: str, where: str, seed: int | None, offset: int, limit: int) -> tuple[int, list[int]]:
-        """How many items there are with all words of `text` that pass the filter, and the positions of one page.
+    def page(
+        self, *, text: str, where: tuple[Condition, ...], seed: int | None, offset: int, limit: int
+    ) -> tuple[int, list[int]]:
+        """How many items there are with all words of `text` that meet the conditions, and the positions of one page.
 
-        seed: of a random order, the same for the same seed; None for the catalog's own. Raises ValueError for a
-        filter that cannot be read.
+        seed: of a random order, the same for the same seed; None for the catalog's own. Raises ValueError for
+        conditions that have no meaning here.
         """
         key = (text, where, seed)
         with self._lock:
@@ -83,10 +85,10 @@ class Listing:
         taken = self.items.take(pa.array(positions, pa.int64())).to_pylist()
         return [{name: value for name, value in row.items() if value is not None} for row in taken]
 
-    def _order(self, text: str, where: str, seed: int | None) -> np.ndarray:
+    def _order(self, text: str, where: tuple[Condition, ...], seed: int | None) -> np.ndarray:
         chosen = np.ones(len(self.items), dtype=bool)
-        if where.strip():
-            chosen &= self.filters.select(parse_filters(where)).numpy()
+        if where:
+            chosen &= self.filters.select(where).numpy()
         for word in folded(pa.array([text]))[0].as_py().split():
             if self._words is None:
                 chosen[:] = False

@@ -20,12 +20,13 @@ from simsearch.functional.feedback import query_weights, reweight
 from simsearch.functional.resize import resize_to_fit
 from simsearch.images import ImageError, decode_thumbnail
 from simsearch.models.parts import parts_of
-from simsearch.search.filters import parse_filters
+from simsearch.search.filters import Condition, parse_filters
+from simsearch.search.names import POSITION
 from simsearch.search.recommender import Recommendation
 from simsearch.search.recommender import Request as Wish
 from simsearch.serving.library import Library, Loaded
 from simsearch.serving.limits import Account, Busy, Limits, Pool, account
-from simsearch.serving.messages import Example, Explained, Reply, Wanted
+from simsearch.serving.messages import Example, Explained, Filter, Reply, Wanted
 from simsearch.serving.uploads import Upload, Uploads, decoded, viewable
 
 log = logging.getLogger("simsearch.serving")
@@ -37,11 +38,36 @@ VIEW_SIDE = 1600
 GONE = "this upload has expired or never was: send the image again"
 
 
-def position(item: int | None, loaded: Loaded) -> int:
-    """The position of an item that exists. Raises HTTPException 404."""
-    if item is None or not 0 <= item < len(loaded.catalog):
-        raise HTTPException(404, f"no item {item} in {loaded.name}: ids go from 0 to {len(loaded.catalog) - 1}")
-    return item
+class Refusal(HTTPException):
+    """A refusal that tells more than its message. about: further fields of `Problem`."""
+
+    def __init__(self, status: int, detail: str, **about: Any) -> None:
+        super().__init__(status, detail)
+        self.about = about
+
+
+def conditions(where: str, filters: Sequence[Filter]) -> tuple[Condition, ...]:
+    """The conditions that a text and data state. Raises HTTPException 422 for what has no meaning."""
+    try:
+        return (*parse_filters(where), *(one.condition() for one in filters))
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from None
+
+
+def name_of(example: Example) -> str:
+    """What an example calls an item of the catalog."""
+    return f"{POSITION}{example.position}" if example.id is None else example.id
+
+
+def check_version(loaded: Loaded, version: str, asked: Sequence[Example] = ()) -> None:
+    """Raises a Refusal (409) where a request was made for another version than is there, with where its items are."""
+    if version and version != loaded.version:
+        try:
+            items = {name_of(one): loaded.now(one.id, one.position, version) for one in asked if one.upload is None}
+        except ValueError as error:
+            raise HTTPException(422, str(error)) from None
+        problem = f"{loaded.name} was exchanged for a new collection: ask it anew"
+        raise Refusal(409, problem, version=loaded.version, items=items)
 
 
 class _Form(MultiPartParser):
@@ -175,19 +201,40 @@ class Service:
         stored = iter(await self.searching.run(lambda: loaded.recommender.vectors(ids)) if ids else ())
         return torch.stack([next(stored) if isinstance(one, int) else next(own) for one in examples])
 
-    def example(self, example: Example, loaded: Loaded) -> Upload | int:
-        """The upload or item that a message names. Raises HTTPException 404 where there is none."""
-        if example.upload is None:
-            return position(example.id, loaded)
-        upload = self.uploads.get(example.upload)
-        if upload is None:
-            raise HTTPException(404, GONE)
-        return upload
+    def examples(self, asked: Sequence[Example], loaded: Loaded) -> list[Upload | int]:
+        """The uploads, and positions of items, that a message names. Raises a Refusal (404) that names the missing."""
+        found = [self._example(one, loaded) for one in asked]
+        if missing := [one for one, there in zip(asked, found, strict=True) if there is None]:
+            problem = GONE if missing[0].upload is not None else f"no item {name_of(missing[0])!r} in {loaded.name}"
+            raise Refusal(404, problem, missing=[one.model_dump(exclude_none=True) for one in missing])
+        return [one for one in found if one is not None]
+
+    def _example(self, example: Example, loaded: Loaded) -> Upload | int | None:
+        if example.upload is not None:
+            return self.uploads.get(example.upload)
+        if example.position is not None:
+            return example.position if example.position < len(loaded.catalog) else None
+        try:
+            return loaded.recommender.names.find(name_of(example))
+        except ValueError as error:  # several items
+            raise HTTPException(422, str(error)) from None
+
+    def item(self, example: Example, loaded: Loaded) -> int:
+        """The position of the item that a message names. Raises as `examples` does."""
+        (found,) = self.examples([example], loaded)
+        assert isinstance(found, int)
+        return found
 
     async def search(
-        self, loaded: Loaded, wanted: Wanted, like: Sequence[Upload | int], unlike: Sequence[Upload | int] = ()
+        self,
+        loaded: Loaded,
+        wanted: Wanted,
+        like: Sequence[Upload | int],
+        unlike: Sequence[Upload | int] = (),
+        filters: Sequence[Filter] = (),
     ) -> Reply:
         """The answer to a search by uploads and items of the catalog."""
+        where = conditions(wanted.where, filters)
         encoding = time.perf_counter()
         examples = await self.vectors([*like, *unlike], loaded)
         ids = [one for one in like if isinstance(one, int)]
@@ -199,7 +246,7 @@ class Service:
                 unlike=examples[len(like) :] if unlike else None,
                 k=wanted.k,
                 weights=wanted.weights,
-                where=parse_filters(wanted.where),
+                where=where,
                 diversity=wanted.diversity,
                 collapse=wanted.collapse,
                 hubness=wanted.hubness,
@@ -248,18 +295,26 @@ class Service:
         return await self.reading.run(lambda: resize_to_fit(decode_thumbnail(loaded.thumbnails[item]), size, fit))
 
     async def explain(self, loaded: Loaded, wanted: Explained) -> Reply:
-        """What each place of the query, and of the item, adds to their score."""
-        item, like = position(wanted.id, loaded), self.example(wanted.like, loaded)
-        query, stored = await self.vectors([like, item], loaded)
-        by_id = isinstance(like, int)
-        pixels = await (self.stored_pixels(like, loaded) if by_id else self.pixels(like, loaded))
+        """What each place of an item adds to its score in a search, and each place of one of the examples to theirs.
+
+        The score is the one that `search` gives the item: of all examples and counter-examples together.
+        """
+        if wanted.shown >= len(wanted.like):
+            raise HTTPException(422, f"shown: there are {len(wanted.like)} images in like, the first is 0")
+        item = self.item(Example(id=wanted.id), loaded)
+        examples = self.examples([*wanted.like, *wanted.unlike], loaded)
+        likes = len(wanted.like)
+        vectors = await self.vectors([*examples, item], loaded)
+        chosen = examples[wanted.shown]
+        pixels = await (self.stored_pixels(chosen, loaded) if isinstance(chosen, int) else self.pixels(chosen, loaded))
         shown = await self.stored_pixels(item, loaded)
-        parts = parts_of(loaded.worker.encoder)
+        parts, stored = parts_of(loaded.worker.encoder), vectors[-1]
+        unlike = vectors[likes:-1] if wanted.unlike else None
         try:
-            weights = query_weights(parts, wanted.weights)
+            query = loaded.recommender.query(Wish(like=vectors[:likes], unlike=unlike, weights=wanted.weights))
+            by_item = reweight(stored, parts, query_weights(parts, wanted.weights))
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
-        query, by_item = reweight(query, parts, weights), reweight(stored, parts, weights)
 
         def maps(encoder: Any) -> tuple[Any, Any]:
             return encoder.heat_map(pixels, by_item), encoder.heat_map(shown, query)
@@ -273,4 +328,4 @@ class Service:
 
         answer = {"query": plain(of_query), "item": plain(of_item)}
         score = min(1.0, max(-1.0, float(query @ stored)))
-        return Reply(answer | {"score": round(score, 6), "rest": answer["query"]["rest"]})
+        return Reply(answer | {"score": round(score, 6), "rest": answer["item"]["rest"]})

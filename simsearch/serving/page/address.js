@@ -1,40 +1,50 @@
-// What the page shows, as the text after # in its address, and the filters' grammar.
+// What the page shows, as the text after # in its address.
 
 export const START = {
   catalog: "", like: [], unlike: [], weights: null, where: [], text: "", seed: 1,
   diversity: 0, collapse: true, hubness: false, open: null,
 };
 
-const NUMBER = /^-?\d+(\.\d+)?$/;
+const END = /^(-?\d+(\.\d+)?)?$/;
 
-// One condition: {attribute, values, negate} or {attribute, low, high}, whose ends may be "".
-export function parseWhere(text) {
-  const conditions = [];
-  for (const part of text.split(";")) {
-    const found = part.match(/^\s*(.+?)\s*(!?=)\s*(.+?)\s*$/);
-    if (!found) continue;
-    const [, attribute, sign, value] = found;
-    const ends = value.split("..").map((end) => end.trim());
-    if (sign === "=" && ends.length === 2 && ends.every((end) => end === "" || NUMBER.test(end))) {
-      conditions.push({ attribute, low: ends[0], high: ends[1] });
-    } else {
-      conditions.push({ attribute, values: value.split("|").map((v) => v.trim()), negate: sign === "!=" });
-    }
+// Conditions: {attribute, values, negate} or {attribute, low, high}, whose ends are texts and may be "". In the address
+// they are JSON, so that any value can be said.
+function readWhere(text) {
+  let given;
+  try {
+    given = JSON.parse(text || "[]");
+  } catch {
+    return [];
   }
-  return conditions;
+  if (!Array.isArray(given)) return [];
+  return given.flatMap(({ attribute, values, negate, low = "", high = "" } = {}) => {
+    if (typeof attribute !== "string") return [];
+    if (Array.isArray(values)) {
+      const texts = values.filter((value) => typeof value === "string");
+      return texts.length ? [{ attribute, values: texts, negate: negate === true }] : [];
+    }
+    const ends = [String(low), String(high)];
+    return ends.every((end) => END.test(end)) && ends.some(Boolean) ? [{ attribute, low: ends[0], high: ends[1] }] : [];
+  });
 }
 
-export const formatWhere = (conditions) =>
-  conditions
-    .map((c) => (c.values ? `${c.attribute}${c.negate ? "!=" : "="}${c.values.join("|")}` : `${c.attribute}=${c.low}..${c.high}`))
-    .join("; ");
+const writeWhere = (where) => where.length ? JSON.stringify(where.map(({ negate, ...c }) => (negate ? { ...c, negate } : c))) : "";
 
-// Whether the grammar, which knows no quotes, can say this value.
-export const sayable = (value) => !/[;|]|\.\./.test(value) && value.trim() === value && value !== "" && value !== "*";
+// As the API wants them.
+export const filtersOf = (where) =>
+  where.map((c) => (c.values ? c : { attribute: c.attribute, low: c.low === "" ? null : Number(c.low), high: c.high === "" ? null : Number(c.high) }));
 
-const refText = (ref) => ("id" in ref ? String(ref.id) : `u${ref.upload}`);
-const refOf = (text) => (text.startsWith("u") ? { upload: text.slice(1) } : { id: Number(text) });
-const refs = (text) => (text ?? "").split(",").filter(Boolean).map(refOf).filter((r) => r.upload || Number.isInteger(r.id));
+// Images are an item's id, or ~ and an upload's name. Ids are any text: what separates and marks is escaped in them.
+const refText = (ref) => ("id" in ref ? ref.id.replace(/[%,]|^~/g, (sign) => encodeURIComponent(sign).replace("~", "%7E")) : `~${ref.upload}`);
+function refOf(text) {
+  if (text.startsWith("~")) return { upload: text.slice(1) };
+  try {
+    return { id: decodeURIComponent(text) };
+  } catch {
+    return { id: text };
+  }
+}
+const refs = (text) => (text ?? "").split(",").filter(Boolean).map(refOf);
 const share = (text, otherwise) => {
   const value = Number(text ?? NaN);
   return value >= 0 && value <= 1 ? value : otherwise;
@@ -49,13 +59,13 @@ export function readAddress(hash) {
     like: refs(given.get("like")),
     unlike: refs(given.get("unlike")),
     weights: sound.length ? Object.fromEntries(sound.map(([name, value]) => [name, Number(value)])) : null,
-    where: parseWhere(given.get("where") ?? ""),
+    where: readWhere(given.get("where")),
     text: given.get("text") ?? "",
     seed: Number.parseInt(given.get("seed"), 10) || START.seed,
     diversity: share(given.get("diversity"), 0),
     collapse: given.get("collapse") !== "0",
     hubness: given.get("hubness") === "1",
-    open: /^\d+$/.test(given.get("open") ?? "") ? Number(given.get("open")) : null,
+    open: given.get("open") || null,
   };
 }
 
@@ -65,7 +75,7 @@ export function writeAddress(state) {
     like: state.like.map(refText).join(","),
     unlike: state.unlike.map(refText).join(","),
     weights: state.weights && Object.entries(state.weights).map(([name, value]) => `${name}:${value}`).join(","),
-    where: formatWhere(state.where),
+    where: writeWhere(state.where),
     text: state.text,
     seed: state.seed === START.seed ? "" : state.seed,
     diversity: state.diversity || "",
@@ -75,5 +85,5 @@ export function writeAddress(state) {
   };
   const kept = Object.entries(said).filter(([, value]) => value !== "" && value !== null);
   // Easier to read than URLSearchParams' own text, and read by it all the same.
-  return "#" + kept.map(([name, value]) => `${name}=${encodeURIComponent(value).replace(/%2C/g, ",").replace(/%3A/g, ":")}`).join("&");
+  return "#" + kept.map(([name, value]) => `${name}=${encodeURIComponent(value).replace(/%2C/g, ",").replace(/%3A/g, ":").replace(/%2F/g, "/")}`).join("&");
 }

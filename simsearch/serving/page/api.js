@@ -1,12 +1,14 @@
 // The HTTP API: addresses, errors in words, one retry where the server is busy, uploads that outlive their token.
+// Every request for a catalog says for which version of it the page asks: another one is refused (409).
 
 const LONGEST_WAIT = 10; // seconds
-const SHRUNK = 1600; // pixels of the longer side of an image that was too large to send
+const SHRUNK = 1600; // pixels of the longer side of what is sent at most: no encoder looks at more
 
 export class ApiError extends Error {
-  constructor(status, message) {
+  constructor(status, message, about = {}) {
     super(message);
     this.status = status;
+    this.about = about;
   }
 }
 
@@ -19,7 +21,7 @@ const wait = (seconds, signal) =>
 async function errorOf(response) {
   const said = await response.json().catch(() => null);
   const text = typeof said?.error === "string" ? said.error : `The server answered ${response.status}. Try again.`;
-  return new ApiError(response.status, text);
+  return new ApiError(response.status, text, said ?? {});
 }
 
 // `busy(seconds)` is told of a wait before the one retry.
@@ -51,16 +53,16 @@ export async function readCatalogs(options) {
   return catalogs;
 }
 
-const of = (catalog) => `api/catalogs/${encodeURIComponent(catalog)}`;
-const view = (catalog, id, kind) => `${of(catalog)}/items/${id}/${kind}?v=${encodeURIComponent(versions.get(catalog) ?? "")}`;
+const of = (catalog, kind, query = {}) =>
+  `api/catalogs/${encodeURIComponent(catalog)}/${kind}?${new URLSearchParams({ ...query, v: versions.get(catalog) ?? "" })}`;
 export const paths = {
-  items: (catalog, query) => `${of(catalog)}/items?${new URLSearchParams(query)}`,
-  item: (catalog, id) => `${of(catalog)}/items/${id}`,
-  values: (catalog, query) => `${of(catalog)}/values?${new URLSearchParams(query)}`,
-  search: (catalog) => `${of(catalog)}/search`,
-  heatmap: (catalog) => `${of(catalog)}/heatmap`,
-  thumbnail: (catalog, id) => view(catalog, id, "thumbnail"),
-  image: (catalog, id) => view(catalog, id, "image"),
+  items: (catalog, query) => of(catalog, "items", query),
+  item: (catalog, id) => of(catalog, "item", { id }),
+  values: (catalog, query) => of(catalog, "values", query),
+  search: (catalog) => of(catalog, "search"),
+  heatmap: (catalog) => of(catalog, "heatmap"),
+  thumbnail: (catalog, id) => of(catalog, "thumbnail", { id }),
+  image: (catalog, id) => of(catalog, "image", { id }),
   upload: (token) => `api/uploads/${encodeURIComponent(token)}/image`,
 };
 
@@ -79,24 +81,25 @@ async function send(file, options) {
   return request("api/uploads", { method: "POST", body, ...options });
 }
 
+// The file at the size that is sent; as it is where it is small, or no image that the browser can open.
 async function shrink(file) {
-  const picture = await createImageBitmap(file);
-  const scale = Math.min(1, SHRUNK / Math.max(picture.width, picture.height));
-  const canvas = new OffscreenCanvas(Math.round(picture.width * scale), Math.round(picture.height * scale));
-  canvas.getContext("2d").drawImage(picture, 0, 0, canvas.width, canvas.height);
-  return new File([await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 })], file.name || "pasted");
+  const picture = await createImageBitmap(file).catch(() => null);
+  const scale = picture ? SHRUNK / Math.max(picture.width, picture.height) : 1;
+  if (scale >= 1) return file;
+  const canvas = new OffscreenCanvas(Math.max(1, Math.round(picture.width * scale)), Math.max(1, Math.round(picture.height * scale)));
+  const context = canvas.getContext("2d");
+  context.fillStyle = "white"; // behind what is transparent, as the server has it
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.imageSmoothingQuality = "high";
+  context.drawImage(picture, 0, 0, canvas.width, canvas.height);
+  const smaller = await canvas.convertToBlob({ type: "image/jpeg", quality: 0.92 });
+  return new File([smaller], file.name || "pasted", { type: smaller.type });
 }
 
-// The name of a new upload. A file that is too large for the server goes once more, smaller.
-export async function addUpload(file, options) {
-  let answer;
-  try {
-    answer = await send(file, options);
-  } catch (error) {
-    if (error.status !== 413) throw error;
-    file = await shrink(file).catch(() => Promise.reject(error));
-    answer = await send(file, options);
-  }
+// The name of a new upload.
+export async function addUpload(given, options) {
+  const file = await shrink(given);
+  const answer = await send(file, options);
   uploads.set(answer.upload, { token: answer.upload, file, url: URL.createObjectURL(file), width: answer.width, height: answer.height });
   return answer.upload;
 }
@@ -104,34 +107,33 @@ export async function addUpload(file, options) {
 // As the API wants it: an item's id, or the token that an upload has now.
 export const sent = (ref) => ("id" in ref ? { id: ref.id } : { upload: upload(ref.upload).token });
 
-// Sends the files of these uploads again where the server has let go of them; the names it could not save.
-async function renew(names, options) {
-  const lost = [];
-  for (const name of names) {
-    const kept = upload(name);
-    if ((await fetch(paths.upload(kept.token), options)).ok) continue;
-    if (kept.file) kept.token = (await send(kept.file, options)).upload;
-    else lost.push(name);
-  }
-  return lost;
-}
-
-export class LostUploads extends Error {
-  constructor(names) {
-    super("The image you searched with is no longer on the server: drop it again.");
-    this.names = names;
+// What a search names and the server has no more: `refs`.
+export class Lost extends Error {
+  constructor(refs) {
+    const items = refs.filter((ref) => "id" in ref).map((ref) => `“${ref.id}”`);
+    const images = refs.length - items.length;
+    super([
+      images ? `${images === 1 ? "An image" : `${images} images`} of this search ${images === 1 ? "is" : "are"} no longer on the server: drop ${images === 1 ? "it" : "them"} again.` : "",
+      items.length ? `${items.join(", ")} ${items.length === 1 ? "is" : "are"} not in this collection.` : "",
+    ].filter(Boolean).join(" "));
+    this.refs = refs;
   }
 }
 
-// `call()` once more where it failed for an upload that had expired. Raises LostUploads for those without a file.
-export async function renewing(refs, call, options) {
-  try {
-    return await call();
-  } catch (error) {
-    const names = refs.filter((ref) => "upload" in ref).map((ref) => ref.upload);
-    if (![404, 410].includes(error.status) || !names.length) throw error;
-    const lost = await renew(names, options);
-    if (lost.length) throw new LostUploads(lost);
-    return call();
+// `call()`, once more where uploads had expired whose files are here. Raises Lost for what cannot be had again.
+export async function renewing(call, options) {
+  for (let again = true; ; again = false) {
+    try {
+      return await call();
+    } catch (error) {
+      if (!error.about?.missing) throw error;
+      const lost = [];
+      for (const { id, upload: token } of error.about.missing) {
+        const [name, kept] = [...uploads].find(([, one]) => one.token === token) ?? [token];
+        if (kept?.file && again) kept.token = (await send(kept.file, options)).upload;
+        else lost.push(token === undefined ? { id } : { upload: name });
+      }
+      if (lost.length) throw new Lost(lost);
+    }
   }
 }

@@ -3,11 +3,12 @@
 import { $, debounce, h, icon, still } from "./dom.js";
 import { START } from "./address.js";
 import { facets, withRange, withValue } from "./filters.js";
-import { activate, cards, catalog, help, known, MOST, page, searching, STEP } from "./store.js";
+import { activate, cards, catalog, edition, help, known, MOST, page, searching, STEP } from "./store.js";
 import { go, render } from "./route.js";
 import { cool } from "./explain.js";
 
 let refreshFacets = () => {};
+let facetsOf = null; // which edition of a catalog they are of, once they were opened
 
 export function drawBar() {
   const pick = $("#catalog");
@@ -27,12 +28,12 @@ export function drawChips() {
     h("span", { class: "chip on" }, text, h("button", { type: "button", "aria-label": `Remove the filter ${text}`, onclick: () => go({ where: without }) }, icon("close")));
   const chips = page.state.where.flatMap((c) =>
     c.values
-      ? c.values.map((v) => chip(`${c.negate ? "not " : ""}${v === "*" ? `known ${c.attribute}` : v}`, withValue(page.state.where, c.attribute, v, "")))
+      ? c.values.map((v) => chip(`${c.negate ? "not " : ""}${v}`, withValue(page.state.where, c.attribute, v, "")))
       : [chip(`${c.attribute} ${c.low || "…"}–${c.high || "…"}`, withRange(page.state.where, c.attribute, "", ""))]);
   $("#chips").replaceChildren(...chips);
 }
 
-export const drawFacets = () => refreshFacets();
+export const drawFacets = () => (facetsOf && facetsOf !== edition() ? makeFacets() : refreshFacets());
 
 export function toggleFilters(open) {
   const drawer = $("#filters");
@@ -46,6 +47,7 @@ export function toggleFilters(open) {
 }
 
 function makeFacets() {
+  facetsOf = edition();
   refreshFacets = facets($("#facets"), catalog(), () => page.state.where, (where) => go({ where }));
   refreshFacets();
 }
@@ -79,6 +81,5 @@ export function listenBar() {
     const uploads = (list) => list.filter((ref) => "upload" in ref);
     known.clear();
     go({ ...START, catalog: event.target.value, like: uploads(page.state.like), unlike: uploads(page.state.unlike) });
-    if (!$("#filters").hidden) makeFacets();
   });
 }

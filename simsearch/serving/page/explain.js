@@ -3,7 +3,7 @@
 import { $, debounce, h } from "./dom.js";
 import { paths, post, renewing, sent } from "./api.js";
 import { draw } from "./heat.js";
-import { cardOf, catalog, large, page, searching } from "./store.js";
+import { cardOf, catalog, edition, large, page, searching } from "./store.js";
 import { busy, failed, tell } from "./notes.js";
 
 const INTENT = 350; // milliseconds of rest on a work before its heat map is asked for
@@ -11,16 +11,17 @@ const heats = new Map();
 export const resting = debounce((id) => explain(id), INTENT);
 
 function heatKey(id) {
-  return JSON.stringify([page.state.catalog, page.state.like[page.explained], id, page.state.weights]);
+  const { like, unlike, weights } = page.state;
+  return JSON.stringify([edition(), like, unlike, page.explained, id, weights]);
 }
 
 async function heatOf(id) {
   const key = heatKey(id);
   if (!heats.has(key)) {
-    const ref = page.state.like[page.explained];
-    const weights = page.state.weights;
-    const call = () => post(paths.heatmap(page.state.catalog), { like: sent(ref), id, weights }, { busy });
-    const answer = renewing([ref], call);
+    const { catalog, like, unlike, weights } = page.state;
+    const shown = page.explained;
+    const call = () => post(paths.heatmap(catalog), { like: like.map(sent), unlike: unlike.map(sent), shown, id, weights }, { busy });
+    const answer = renewing(call);
     heats.set(key, answer);
     answer.catch(() => heats.delete(key));
     if (heats.size > 200) heats.delete(heats.keys().next().value);
@@ -61,7 +62,8 @@ async function explain(id) {
 export function legend(heat) {
   const places = heat.score - heat.rest;
   const rest = Math.abs(heat.rest) >= 0.005 ? `; ${heat.rest.toFixed(2)} comes from parts without places` : "";
-  return [h("span", { class: "scale", "aria-hidden": "true" }), `Bright places match more than dark ones. All together add ${places.toFixed(2)} to the score of ${heat.score.toFixed(2)}${rest}.`];
+  const said = `Bright places match more than dark ones. All of the work's together add ${places.toFixed(2)} to its score of ${heat.score.toFixed(2)}${rest}.`;
+  return [h("span", { class: "scale", "aria-hidden": "true" }), said];
 }
 
 export function cool() {

@@ -69,7 +69,7 @@ export function listenFiles() {
     hide();
     const data = event.dataTransfer;
     const item = data.getData(ITEM);
-    if (item) return search({ id: Number(item) }, { add: to === "like", list: to === "unlike" ? "unlike" : "like" });
+    if (item) return search({ id: item }, { add: to === "like", list: to === "unlike" ? "unlike" : "like" });
     if (data.files.length) return take(data.files, to);
     tell("Only the address of that image came along. Copy the image and paste it here, or save it first.");
   });

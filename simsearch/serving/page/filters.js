@@ -2,7 +2,6 @@
 
 import { $, debounce, h } from "./dom.js";
 import { paths, request } from "./api.js";
-import { sayable } from "./address.js";
 
 const LISTED = 40;
 const FIRST = ["artist", "style", "period", "year", "genre", "medium", "museum", "license"];
@@ -12,7 +11,7 @@ const OWN = new Set(["path", "id", "work", "group_id", "sha1", "sha256", "width"
 export function facetsOf(catalog) {
   const place = (a) => (FIRST.indexOf(a.name) + 1 || FIRST.length + 1);
   return catalog.attributes
-    .filter((a) => !OWN.has(a.name) && sayable(a.name) && !/[=!]/.test(a.name))
+    .filter((a) => !OWN.has(a.name))
     .filter((a) => (a.kind === "number" ? a.low < a.high : a.distinct > 1 && a.distinct <= Math.max(50, catalog.items / 2)))
     .sort((a, b) => place(a) - place(b));
 }
@@ -54,7 +53,7 @@ function choices(catalog, attribute, where, change) {
     if (mine !== turn) return;
     const now = where();
     const [wanted, barred] = [listed(now, attribute.name, false), listed(now, attribute.name, true)];
-    const known = values.filter(({ value }) => sayable(value));
+    const known = values.map(({ value, count }) => ({ value: String(value), count })).filter(({ value }) => value.trim());
     // Chosen ones stay in sight, whatever is typed.
     const rest = [...wanted, ...barred].filter((v) => !known.some(({ value }) => same(value, v))).map((value) => ({ value, count: null }));
     list.replaceChildren(...[...rest, ...known].map(({ value, count }) => {

@@ -1,11 +1,9 @@
 // Pointer and keys on the works.
 
 import { $ } from "./dom.js";
-import { sayable } from "./address.js";
 import { withValue } from "./filters.js";
 import { neighbour } from "./works.js";
 import { activate, cards, help, large, page, works } from "./store.js";
-import { tell } from "./notes.js";
 import { go } from "./route.js";
 import { toggleFilters } from "./bar.js";
 import { toggleTuning } from "./side.js";
@@ -18,12 +16,9 @@ export function listenWorks() {
   works.addEventListener("click", (event) => {
     const chip = event.target.closest("[data-attribute]");
     const card = event.target.closest(".work");
-    if (chip) {
-      if (!sayable(chip.dataset.value)) return tell("This value cannot be filtered by: it holds ; or |.");
-      return go({ where: withValue(page.state.where, chip.dataset.attribute, chip.dataset.value, "is") });
-    }
+    if (chip) return go({ where: withValue(page.state.where, chip.dataset.attribute, chip.dataset.value, "is") });
     const button = event.target.closest("[data-act]");
-    if (button && card) act(button.dataset.act, Number(card.dataset.id), event);
+    if (button && card) act(button.dataset.act, card.dataset.id, event);
   });
   works.addEventListener("focusin", (event) => {
     const card = event.target.closest(".work");
@@ -32,9 +27,9 @@ export function listenWorks() {
   works.addEventListener("pointerover", (event) => {
     const card = event.target.closest(".result .hold")?.parentElement;
     if (!card || event.pointerType !== "mouse" || !$("#hover").checked || page.pinned) return;
-    if (page.wish === Number(card.dataset.id)) return;
+    if (page.wish === card.dataset.id) return;
     cool();
-    resting(Number(card.dataset.id));
+    resting(card.dataset.id);
   });
   works.addEventListener("pointerout", (event) => {
     if (page.pinned || !event.target.closest(".hold") || event.relatedTarget?.closest?.(".hold") === event.target.closest(".hold")) return;
@@ -47,7 +42,7 @@ export function listenWorks() {
   works.addEventListener("keydown", (event) => {
     const card = event.target.closest(".work");
     if (!card || event.ctrlKey || event.metaKey || event.altKey) return;
-    const id = Number(card.dataset.id);
+    const id = card.dataset.id;
     if (/^(Arrow|Home$|End$)/.test(event.key)) {
       const next = neighbour(cards(), card, event.key);
       if (next) activate(next);
@@ -71,13 +66,13 @@ export function listenKeys() {
       return;
     }
     if (typing || event.ctrlKey || event.metaKey || event.altKey || help.open) return;
-    const id = large.open ? page.state.open : Number(document.activeElement?.closest(".work")?.dataset.id ?? $(".work:hover")?.dataset.id ?? NaN);
+    const id = large.open ? page.state.open : document.activeElement?.closest(".work")?.dataset.id ?? $(".work:hover")?.dataset.id ?? null;
     const key = event.key.toLowerCase();
     const arrow = event.key.startsWith("Arrow");
     if (large.open && (event.key === "ArrowLeft" || event.key === "ArrowRight")) step(event.key === "ArrowLeft" ? -1 : 1);
     else if (large.open && event.key === "Enter" && !event.target.closest("button")) act("more", id, event);
-    else if (key === "h" && !Number.isNaN(id)) toggleHeat(id);
-    else if (key === "n" && !Number.isNaN(id)) search({ id }, { list: "unlike" });
+    else if (key === "h" && id !== null) toggleHeat(id);
+    else if (key === "n" && id !== null) search({ id }, { list: "unlike" });
     else if (large.open) return;
     else if (event.key === "/") $("#text").focus();
     else if (event.key === "?") help.showModal();

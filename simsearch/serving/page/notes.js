@@ -1,9 +1,9 @@
 // What the page says: a line of status, and notes that go by themselves.
 
 import { $, h, icon } from "./dom.js";
-import { LostUploads } from "./api.js";
-import { page } from "./store.js";
-import { go } from "./route.js";
+import { Lost } from "./api.js";
+import { page, sameRef } from "./store.js";
+import { exchanged, go } from "./route.js";
 
 export function say(text) {
   $("#status").textContent = text;
@@ -21,8 +21,9 @@ export const busy = (seconds) => say(`The server is busy. Trying again in ${seco
 
 export function failed(error) {
   if (error.name === "AbortError") return;
-  if (error instanceof LostUploads) {
-    const keep = (list) => list.filter((ref) => !error.names.includes(ref.upload));
+  if (error.status === 409) return exchanged();
+  if (error instanceof Lost) {
+    const keep = (list) => list.filter((ref) => !error.refs.some(sameRef(ref)));
     go({ like: keep(page.state.like), unlike: keep(page.state.unlike) }, { replace: true });
   }
   tell(error.message);

@@ -3,9 +3,9 @@
 
 import { $, h, still } from "./dom.js";
 import { paths, post, renewing, request, sent } from "./api.js";
-import { formatWhere } from "./address.js";
+import { filtersOf } from "./address.js";
 import { resultCard, skeleton, wallCard } from "./works.js";
-import { activate, catalog, known, large, MOST, page, partNames, searching, works } from "./store.js";
+import { activate, cardOf, catalog, edition, known, large, MOST, page, partNames, searching, works } from "./store.js";
 import { busy, failed, say } from "./notes.js";
 import { go } from "./route.js";
 import { cool } from "./explain.js";
@@ -23,9 +23,9 @@ function latest() {
 }
 
 function question() {
-  const { catalog, like, unlike, weights, where, text, seed, diversity, collapse, hubness } = page.state;
-  if (!like.length) return JSON.stringify(["wall", catalog, where, text, text ? 0 : seed]);
-  return JSON.stringify(["search", catalog, like, unlike, weights, where, diversity, collapse, hubness, page.k]);
+  const { like, unlike, weights, where, text, seed, diversity, collapse, hubness } = page.state;
+  if (!like.length) return JSON.stringify(["wall", edition(), where, text, text ? 0 : seed]);
+  return JSON.stringify(["search", edition(), like, unlike, weights, where, diversity, collapse, hubness, page.k]);
 }
 
 function remember(key, answer) {
@@ -36,27 +36,26 @@ function remember(key, answer) {
 }
 
 async function ask(key, signal) {
-  const where = formatWhere(page.state.where);
   const options = { signal, busy };
   if (!searching()) {
-    const answer = await request(paths.items(page.state.catalog, wallQuery(where, 0)), options);
+    const answer = await request(paths.items(page.state.catalog, wallQuery(0)), options);
     return { key, kind: "wall", works: answer.items, total: answer.total, done: answer.items.length < PAGE || answer.items.length >= answer.total };
   }
-  const refs = [...page.state.like, ...page.state.unlike];
   const body = () => ({
-    like: page.state.like.map(sent), unlike: page.state.unlike.map(sent), weights: page.state.weights, where, k: page.k,
+    like: page.state.like.map(sent), unlike: page.state.unlike.map(sent), weights: page.state.weights,
+    filters: filtersOf(page.state.where), k: page.k,
     diversity: page.state.diversity, collapse: page.state.collapse, hubness: page.state.hubness,
   });
-  const answer = await renewing(refs, () => post(paths.search(page.state.catalog), body(), options), { signal });
+  const answer = await renewing(() => post(paths.search(page.state.catalog), body(), options), { signal });
   return {
     key, kind: "search", works: answer.results, verdict: answer.verdict, total: answer.total_candidates,
     took: answer.milliseconds, done: answer.results.length < page.k || page.k >= MOST,
   };
 }
 
-const wallQuery = (where, offset) => {
+const wallQuery = (offset) => {
   const query = { offset, limit: PAGE };
-  if (where) query.where = where;
+  if (page.state.where.length) query.filters = JSON.stringify(filtersOf(page.state.where));
   if (page.state.text) query.text = page.state.text;
   else query.seed = page.state.seed;
   return query;
@@ -190,7 +189,7 @@ export function place(answer, fresh) {
   if (!fresh && !still()) for (const card of works.children) if (card.dataset.id) before.set(card.dataset.id, card.getBoundingClientRect());
   const cards = answer.works.map((work) => {
     const card = resultCard(page.state.catalog, work, partNames(), catalog().explains);
-    const old = works.querySelector(`[data-id="${work.id}"] img`);
+    const old = $("img", cardOf(work.id) ?? document.createElement("p"));
     if (old) $("img", card).replaceWith(old); // loaded already
     return card;
   });
@@ -211,7 +210,7 @@ export async function extend() {
   extending = true;
   const before = page.shown;
   try {
-    const answer = await request(paths.items(page.state.catalog, wallQuery(formatWhere(page.state.where), before.works.length)), { busy });
+    const answer = await request(paths.items(page.state.catalog, wallQuery(before.works.length)), { busy });
     if (page.shown !== before) return;
     const have = new Set(before.works.map((work) => work.id));
     const fresh = answer.items.filter((work) => !have.has(work.id));

@@ -1,7 +1,9 @@
 // The address says what is shown: every change goes through `go`, which writes it and draws again.
 
 import { readAddress, writeAddress } from "./address.js";
-import { page } from "./store.js";
+import { readCatalogs } from "./api.js";
+import { known, page } from "./store.js";
+import { busy, failed, tell } from "./notes.js";
 import { show } from "./results.js";
 import { drawBar, drawChips, drawFacets } from "./bar.js";
 import { drawSide } from "./side.js";
@@ -26,6 +28,25 @@ export function arrive() {
   const fits = asked.weights && Object.keys(asked.weights).every((part) => part in parts);
   page.state = { ...asked, catalog: name, weights: fits ? asked.weights : null };
   render(scrolls.get(location.hash) ?? 0);
+}
+
+let exchanging = false;
+
+// The server has another collection in the place of one that the page knows: the page learns it and asks anew. What is
+// in the address are ids, which are the same works in both.
+export async function exchanged() {
+  if (exchanging) return;
+  exchanging = true;
+  try {
+    page.catalogs = await readCatalogs({ busy });
+    known.clear();
+    arrive();
+    tell("The collection was exchanged for a new one: this is the new one.");
+  } catch (error) {
+    failed(error);
+  } finally {
+    exchanging = false;
+  }
 }
 
 export function render(scroll = null) {

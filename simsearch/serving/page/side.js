@@ -3,7 +3,7 @@
 import { $, debounce, h, icon } from "./dom.js";
 import { paths, upload } from "./api.js";
 import { caption, inWords, picture, shape } from "./works.js";
-import { catalog, page, partNames, sameRef, searching, workOf } from "./store.js";
+import { catalog, edition, page, partNames, sameRef, searching, workOf } from "./store.js";
 import { failed, say } from "./notes.js";
 import { go } from "./route.js";
 import { chooseFile } from "./files.js";
@@ -25,7 +25,7 @@ let sideKey = "";
 export function drawSide() {
   $("#side").hidden = !searching();
   page.explained = Math.min(page.explained, Math.max(0, page.state.like.length - 1));
-  const key = JSON.stringify([page.state.catalog, page.state.like, page.state.unlike, page.explained]);
+  const key = JSON.stringify([edition(), page.state.like, page.state.unlike, page.explained]);
   if (searching() && key !== sideKey) {
     drawPrimary();
     drawShelf($("#like"), page.state.like, "like");
@@ -89,8 +89,8 @@ function drawTuning() {
   const names = partNames();
   $("#weights-box").hidden = names.length < 2;
   $("#hover-box").hidden = !catalog().explains;
-  if (weightsOf !== page.state.catalog) {
-    weightsOf = page.state.catalog;
+  if (weightsOf !== edition()) {
+    weightsOf = edition();
     $("#weights").replaceChildren(...names.map((name, i) =>
       h("div", { class: "slider" },
         h("label", { for: `weight-${name}` }, h("i", { class: `part-${i % 4}`, "aria-hidden": "true" }), name),

@@ -2,7 +2,7 @@
 // `render`.
 
 import { $ } from "./dom.js";
-import { paths, request } from "./api.js";
+import { paths, renewing, request } from "./api.js";
 import { START } from "./address.js";
 
 export const STEP = 24; // results, and how many more at a time
@@ -25,17 +25,18 @@ export const works = $("#works");
 export const large = $("#large");
 export const help = $("#help");
 export const catalog = () => page.catalogs.find((c) => c.name === page.state.catalog) ?? page.catalogs[0];
+export const edition = () => `${catalog().name} ${catalog().version}`; // what is known of another one holds no more
 export const partNames = () => Object.keys(catalog().parts ?? {});
 export const searching = () => page.state.like.length > 0;
-export const sameRef = (a) => (b) => (a.id ?? a.upload) === (b.id ?? b.upload);
+export const sameRef = (a) => (b) => a.id === b.id && a.upload === b.upload;
 
 export const workOf = async (id) => {
-  if (!known.has(id)) known.set(id, await request(paths.item(page.state.catalog, id)));
+  if (!known.has(id)) known.set(id, await renewing(() => request(paths.item(page.state.catalog, id))));
   return known.get(id);
 };
 
 export const cards = () => [...works.querySelectorAll(".work:not(.skeleton)")];
-export const cardOf = (id) => works.querySelector(`.work[data-id="${id}"]`);
+export const cardOf = (id) => works.querySelector(`.work[data-id="${CSS.escape(id)}"]`);
 
 // One work at a time is in the order of the Tab key, with its buttons.
 export function activate(card, focus = true) {

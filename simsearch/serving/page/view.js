@@ -1,7 +1,7 @@
 // One work at large.
 
 import { $, h, icon } from "./dom.js";
-import { sayable, writeAddress } from "./address.js";
+import { writeAddress } from "./address.js";
 import { withRange, withValue } from "./filters.js";
 import { caption, inWords, picture, scoreBar, shape } from "./works.js";
 import { activate, cardOf, catalog, known, large, page, partNames, searching, workOf } from "./store.js";
@@ -26,7 +26,7 @@ export function drawLarge() {
     workOf(id).then(() => page.state.open === id && drawLarge(), (error) => { failed(error); closeLarge(); });
     return;
   }
-  if (large.open && large.dataset.id === String(id)) return;
+  if (large.open && large.dataset.id === id) return;
   large.dataset.id = id;
   cool();
   page.pinned = false;
@@ -77,7 +77,7 @@ function attributeList(work) {
     const text = String(value);
     const attribute = filterable.get(name);
     const number = attribute?.kind === "number" && /^-?\d+(\.\d+)?$/.test(text);
-    const can = attribute && (number || (attribute.kind === "text" && attribute.distinct < catalog().items && sayable(text)));
+    const can = attribute && (number || (attribute.kind === "text" && attribute.distinct < catalog().items));
     const only = () => go({ where: number ? withRange(page.state.where, name, text, text) : withValue(page.state.where, name, text, "is"), open: null });
     const not = () => go({ where: withValue(page.state.where, name, text, "not"), open: null });
     list.append(h("dt", {}, name.replace(/_/g, " ")), h("dd", {},

@@ -12,7 +12,7 @@ export function caption(work) {
   const artist = has.artist ?? has.label ?? "";
   const title = has.title ?? file ?? "";
   const year = has.year ?? has.date ?? "";
-  return { artist, title: title || `No. ${work.id}`, year };
+  return { artist, title: title || work.id, year };
 }
 
 export function inWords(work) {
