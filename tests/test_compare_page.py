@@ -33,6 +33,25 @@ seen.back = getComputedStyle(document.body).backgroundColor;
 seen.scripts = document.scripts.length;
 seen.strangers = document.querySelectorAll("[onerror], [src=x]").length;
 seen.texts = document.body.textContent.split("<script>alert(1)").length - 1;
+// Texts whose contrast to what lies behind them is below 4.5 (WCAG 2.2, 1.4.3), each with its ratio.
+const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+const over = ([r, g, b, a = 1], under) => [r, g, b].map((part, i) => a * part + (1 - a) * under[i]);
+const behind = (e) => (e ? over(parse(getComputedStyle(e).backgroundColor), behind(e.parentElement)) : [255, 255, 255]);
+const light = (colour) => {
+  const linear = (part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+  const [r, g, b] = colour.map((part) => linear(part / 255));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const says = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+const written = [...document.body.querySelectorAll("*:not(script, title)")].filter(says);
+seen.tinted = document.querySelectorAll("td[style] small").length;
+seen.faint = written.map((e) => {
+  const look = getComputedStyle(e);
+  const back = behind(e);
+  const front = over(parse(e.closest("svg") ? look.fill : look.color), back);
+  const [x, y] = [light(front), light(back)].sort((a, b) => b - a);
+  return [e.textContent.slice(0, 30), Number(((x + 0.05) / (y + 0.05)).toFixed(2))];
+}).filter(([, ratio]) => ratio < 4.5);
 const result = document.createElement("pre");
 result.id = "seen";
 result.textContent = JSON.stringify(seen);
@@ -92,6 +111,8 @@ def test_it_sorts_fits_and_runs_nothing_of_others(text, tmp_path):
         assert look["sorted"] == "mAP1"
         assert (look["scripts"], look["strangers"]) == (2, 0), "the page's script and the probe"
         assert look["texts"] > 3
+        assert look["tinted"] > 1
+        assert look["faint"] == []
         assert look["wide"] <= 0, "the page itself must not scroll sideways"
     light, dark = (sum(map(int, re.findall(r"\d+", seen[name]["back"])[:3])) for name in ("light", "dark"))
     assert light > 600 > 200 > dark
