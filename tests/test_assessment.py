@@ -17,6 +17,7 @@ from sklearn.metrics import average_precision_score, ndcg_score
 
 from simsearch import assessment
 from simsearch.data.collection import Collection
+from simsearch.data.protocols import ByHash
 from simsearch.functional.significance import mean_interval
 from simsearch.types import RetrievalTask
 
@@ -262,3 +263,34 @@ def test_assess_says_what_is_wrong(runs, tmp_path):
     assert "give one for each of the 2 runs, all different" in done.stderr
     done = simsearch("assess", f"runs={tmp_path}", expect=1)
     assert str(tmp_path) in done.stderr
+
+
+def test_all_of_a_collection_that_the_runs_do_not_know(runs, tmp_path):
+    folder = tmp_path / "new [1]"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    lines = ["path,artist,work"]
+    for i in range(24):
+        Image.fromarray(generator.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,artist {i % 4},work {i // 2}" if i else f"{i}.png,a hermit,work of his own")
+    (folder / "table.csv").write_text("\n".join(lines))
+    new, out = ("data=art", f"data.source={folder / 'table.csv'}", "data.workers=0"), tmp_path / "out"
+    simsearch("assess", f"runs={runs[0]}", *new, "part=all", f"out={out}")
+    with (out / "results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["row"] == "content"]
+    queries = {row["protocol"]: int(row["queries"]) for row in rows if row["metric"] == "mAP"}
+    assert queries == {"art-artist": 23, "art-work": 22}  # all but those without another of their artist, or work
+    done = simsearch("assess", f"runs={runs[0]}", "part=all", f"out={out}", expect=1)
+    assert "was trained on a part of these data" in done.stderr
+
+
+def test_all_of_a_collection_is_evaluated_where_nothing_trains(collection):
+    protocol = ByHash("art-artist", "artist", part="artist", junk="work", evaluation=1, validation=None, least=1)
+    whole = protocol.split(collection)
+    known = (collection.column("artist") >= 0).nonzero()[:, 0]
+    assert len(whole.train) == 0
+    assert whole.validation is None
+    assert torch.equal(whole.test.gallery, known)
+    with pytest.raises(ValueError, match="evaluation=1 is no share"):
+        replace(protocol, validation=0.2)
+    assert len(replace(protocol, evaluation=0.5, least=1).split(collection).train)

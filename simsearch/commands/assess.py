@@ -18,6 +18,7 @@ from simsearch import assessment, runtime
 from simsearch.assessment import Measured
 from simsearch.data.collection import Collection
 from simsearch.data.manifest import load_images, read_manifest
+from simsearch.data.protocols import Split
 from simsearch.figures import Tile, save_grid, spared
 from simsearch.files import replacing
 from simsearch.functional.significance import holm, paired_interval, paired_permutation
@@ -53,13 +54,17 @@ def main(config: DictConfig) -> None:
     names = listed(values["names"]) if values["names"] else [run.folder.name for run in runs]
     if len(names) != len(runs) or len(set(names)) != len(names):
         raise ValueError(f"names={names}: give one for each of the {len(runs)} runs, all different")
-    base = runs[0].config | ({"data": values["data"]} if values.get("data") else {})
+    if values["part"] not in ("test", "all"):
+        raise ValueError(f"part must be test or all, got {values['part']!r}")
+    given = values.get("data") or runs[0].config["data"]
+    if values["part"] == "all":
+        check_unknown(given, runs)
     rows, collection, tasks = [], None, {}
     for name, run in zip(names, runs, strict=True):
-        data = runtime.build_data(run.config | {"data": fitted(base["data"], run.config["data"])})
+        data = runtime.build_data({"data": fitted(given, run.config["data"])}, Everything())
         if collection is None:
             collection = data.collection  # type: ignore[attr-defined]
-            tasks = split(collection, values["protocols"])
+            tasks = split(collection, values["protocols"], whole=values["part"] == "all")
         elif data.collection.fingerprint != collection.fingerprint:  # type: ignore[attr-defined]
             raise ValueError(f"{run.folder} has other data than {runs[0].folder}: give data= for all")
         rows.append(describe(name, run, data, values["outside"], values["outside_limit"]))
@@ -97,12 +102,40 @@ def fitted(data: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return data | {name: own[name] for name in ("size", "fit") if name in own and name in data}
 
 
-def split(collection: Collection, protocols: dict[str, dict[str, Any]]) -> dict[str, RetrievalTask]:
-    """The test tasks that the collection has the attributes for; the others are named on stderr."""
+def check_unknown(data: dict[str, Any], runs: list[runtime.Run]) -> None:
+    """Raises ValueError where a run was trained on these data, by where they come from."""
+    for run in runs:
+        own = run.config["data"]
+        if all(own.get(name) == data.get(name) for name in ("_target_", "source", "root")):
+            raise ValueError(
+                f"{run.folder} was trained on a part of these data: part=all is for a collection that no run knows "
+                "(data=art data.source=...)"
+            )
+
+
+@dataclass(frozen=True)
+class Everything:
+    """All of a collection, to be described: nothing of it trains."""
+
+    name: str = "everything"
+
+    def split(self, collection: Collection) -> Split:
+        rows, attribute = torch.arange(len(collection)), collection.attributes[0]
+        return Split(rows[:0], None, RetrievalTask(self.name, rows, rows, attribute, None, True, ""))
+
+
+def split(
+    collection: Collection, protocols: dict[str, dict[str, Any]], *, whole: bool = False
+) -> dict[str, RetrievalTask]:
+    """The test tasks that the collection has the attributes for; the others are named on stderr.
+
+    whole: of all images, not of those that the protocols hold out.
+    """
     tasks = {}
     for name, node in protocols.items():
         try:
-            tasks[name] = runtime.build(node).split(collection).test
+            chosen = node | {"evaluation": 1.0, "validation": None} if whole else node
+            tasks[name] = runtime.build(chosen).split(collection).test
         except ValueError as error:
             warn(f"left out: {error}")
     if not tasks:

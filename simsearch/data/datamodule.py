@@ -158,6 +158,8 @@ class RetrievalDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Loader of the training rows in the sampler's order, which goes on where a run was interrupted."""
+        if not len(self.split.train):
+            raise ValueError(f"protocol {self.split.test.name} leaves no image to train on: it measures all of them")
         attribute = self.targets or self.split.test.attribute
         first = attribute if isinstance(attribute, str) else attribute[0]
         labels = self.collection.column(first)[self.split.train]

@@ -272,7 +272,8 @@ class ByHash:
     parts, None where only `work` is to hold. work: no value of it (photographs and near-duplicates of one work)
     is in two parts either, None where each image is a work of its own. junk: an attribute whose sharing takes
     an item out of the ranking, or None. evaluation, validation: expected shares of the names, in (0, 1),
-    together below 1; validation=None trains on all that is not evaluated. All items of a part are its gallery;
+    together below 1; validation=None trains on all that is not evaluated, and evaluation=1 then takes all of a
+    collection that nothing is trained on, to measure runs that know others. All items of a part are its gallery;
     queries are those of them that have `least` or more relevant items there, without junk and themselves, and of
     each class at most `most_queries` (None: all), those of the smallest hash. So images of a rare artist are
     searched, but never search, in whatever part they fall.
@@ -298,7 +299,7 @@ class ByHash:
     unit: str | None = None
 
     def __post_init__(self) -> None:
-        _check_shares(self.evaluation, self.validation)
+        _check_shares(self.evaluation, self.validation, whole=True)
         _check_seed(self.seed)
         for field in ("least", "most_queries"):
             if (value := getattr(self, field)) is not None and value < 1:
@@ -314,7 +315,7 @@ class ByHash:
         units = torch.from_numpy(named) if self.unit is None else _units(collection, self.unit, self.name)
         known = values >= 0
         train = np.flatnonzero(known & (place >= held))
-        if not len(train):
+        if not len(train) and self.evaluation < 1:
             raise ValueError(
                 f"protocol {self.name} leaves none of the {known.sum()} images of {collection.name} to train on: "
                 "use a larger collection, other shares or another seed"
@@ -437,7 +438,10 @@ def _check_share(field: str, value: float) -> None:
         raise ValueError(f"{field}={value} is no share: use a number between 0 and 1, such as 0.1")
 
 
-def _check_shares(evaluation: float, validation: float | None) -> None:
+def _check_shares(evaluation: float, validation: float | None, *, whole: bool = False) -> None:
+    """whole: all may be evaluated, where nothing is trained."""
+    if whole and evaluation == 1 and validation is None:
+        return
     _check_share("evaluation", evaluation)
     if validation is not None:
         _check_share("validation", validation)
