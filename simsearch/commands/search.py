@@ -43,6 +43,8 @@ class Answer:
 def main(config: DictConfig) -> None:
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
+    if min(config.rows, config.batch_size) < 1:
+        raise ValueError(f"rows and batch_size must be at least 1, got {config.rows} and {config.batch_size}")
     catalog = read_catalog(Path(config.catalog), trusted=runtime.trusts(config))
     encoder = runtime.build_encoder(catalog.about["config"], trusted=catalog.trusted)
     catalog.load_encoder_state(encoder)
