@@ -654,6 +654,7 @@ class TestNames:
                 assert client.get(f"/api/catalogs/c/{path}{join}v={new}").status_code == 200
             unknown = client.get("/api/catalogs/c/item?position=3&v=0123456789abcdef")
             assert (unknown.status_code, unknown.json()["items"]) == (409, {"position:3": None})
+            assert client.get(f"/api/catalogs/c/image?position=3&v={old}").json()["items"] == {"position:3": "007"}
             shown = client.get(f"/api/catalogs/c/thumbnail?id=7&v={old}")  # the same work, not to be kept
             assert (shown.content, shown.headers["cache-control"]) == (
                 read_catalog(place).thumbnails([5])[0],

@@ -275,7 +275,7 @@ def test_a_wall_of_works_at_their_own_shapes(opened):
         assert shown == pytest.approx(own, rel=0.03) or (own > 2.6 and fit == "contain"), "a work was cropped"
         assert (loading, decoding) == ("lazy", "async")
     page.mouse.wheel(0, 20_000)
-    expect(page.locator(".wall")).to_have_count(80)
+    expect(page.locator(".wall")).to_have_count(80, timeout=15_000)
     assert sorted(ids(page)) == list(range(80))
 
 
@@ -643,7 +643,9 @@ def test_an_image_is_sent_no_larger_than_needed(opened, address, width, height, 
     page = opened("#catalog=art")
     transfer = page.evaluate_handle(
         """async ([width, height]) => {
-            const blob = await new OffscreenCanvas(width, height).convertToBlob();  // PNG, all of it transparent
+            const canvas = new OffscreenCanvas(width, height);
+            canvas.getContext("2d");
+            const blob = await canvas.convertToBlob();  // PNG, all of it transparent
             const transfer = new DataTransfer();
             transfer.items.add(new File([blob], "clear.png", { type: "image/png" }));
             return transfer;

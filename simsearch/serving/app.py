@@ -32,8 +32,8 @@ _PROBLEMS = {
     400: "the request cannot be read",
     403: "it came under a name, or from a page, that is not answered",
     404: "there is no such catalog, item or upload",
-    409: "it was made for another version of the catalog: `version` is the present one, `items` says where items are",
     408: "it did not arrive in time",
+    409: "it was made for another version of the catalog: `version` is the present one, `items` says where items are",
     413: "it is too large",
     415: "it is no image of a format that is opened here",
     422: "something in it has no meaning here",
@@ -211,9 +211,11 @@ def create_app(
         at = service.item(item, loaded)
         return Reply((await service.reading.run(lambda: loaded.describe([at])))[0])
 
-    @app.get("/api/catalogs/{c}/thumbnail", tags=["items"], responses=_ASKED, response_class=Response)
+    @app.get("/api/catalogs/{c}/thumbnail", tags=["items"], responses=_ASKED | _CURRENT, response_class=Response)
     async def thumbnail(request: Request, loaded: Catalog, item: Item, v: Version = "") -> Response:
         """A small image of an item. With v=<version of the catalog> clients may keep it for good."""
+        if item.position is not None:  # a name is the same item's in any version
+            check_version(loaded, v, [item])
         at, etag = service.item(item, loaded), f'"{loaded.version}"'
         cache = _IMMUTABLE if v == loaded.version else "no-cache"
         if known := cached(request, etag, cache):
@@ -221,9 +223,11 @@ def create_app(
         data = await service.reading.run(lambda: loaded.thumbnails[at])
         return Response(data, media_type=media_type(data), headers={"etag": etag, "cache-control": cache})
 
-    @app.get("/api/catalogs/{c}/image", tags=["items"], responses=_ASKED, response_class=Response)
+    @app.get("/api/catalogs/{c}/image", tags=["items"], responses=_ASKED | _CURRENT, response_class=Response)
     async def image(request: Request, loaded: Catalog, item: Item, v: Version = "") -> Response:
         """An item's image at up to 1600 pixels where the image root is known, else its thumbnail."""
+        if item.position is not None:  # a name is the same item's in any version
+            check_version(loaded, v, [item])
         at, etag = service.item(item, loaded), f'"{loaded.version}"'
         cache = _IMMUTABLE if v == loaded.version else "no-cache"
         if known := cached(request, etag, cache):

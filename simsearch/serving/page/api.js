@@ -126,7 +126,7 @@ export async function renewing(call, options) {
     try {
       return await call();
     } catch (error) {
-      if (!error.about?.missing) throw error;
+      if (!error.about?.missing?.length) throw error;
       const lost = [];
       for (const { id, upload: token } of error.about.missing) {
         const [name, kept] = [...uploads].find(([, one]) => one.token === token) ?? [token];

@@ -53,16 +53,15 @@ async function explain(id) {
     draw(canvas, map, ratioOf($("img", place)));
     place.classList.add("hot");
   }
-  const words = legend(heat);
-  $("#legend").replaceChildren(...words);
+  const score = page.shown.works.find((work) => work.id === id)?.score ?? heat.score; // what its card says
+  $("#legend").replaceChildren(...legend(score, heat.rest));
   $("#legend").hidden = false;
-  $(".large-legend")?.replaceChildren(...legend(heat));
+  $(".large-legend")?.replaceChildren(...legend(score, heat.rest));
 }
 
-export function legend(heat) {
-  const places = heat.score - heat.rest;
-  const rest = Math.abs(heat.rest) >= 0.005 ? `; ${heat.rest.toFixed(2)} comes from parts without places` : "";
-  const said = `Bright places match more than dark ones. All of the work's together add ${places.toFixed(2)} to its score of ${heat.score.toFixed(2)}${rest}.`;
+function legend(score, rest) {
+  const others = Math.abs(rest) >= 0.005 ? `; ${rest.toFixed(2)} comes from parts without places` : "";
+  const said = `Bright places match more than dark ones. All of the work's together add ${(score - rest).toFixed(2)} to its score of ${score.toFixed(2)}${others}.`;
   return [h("span", { class: "scale", "aria-hidden": "true" }), said];
 }
 

@@ -189,8 +189,8 @@ export function place(answer, fresh) {
   if (!fresh && !still()) for (const card of works.children) if (card.dataset.id) before.set(card.dataset.id, card.getBoundingClientRect());
   const cards = answer.works.map((work) => {
     const card = resultCard(page.state.catalog, work, partNames(), catalog().explains);
-    const old = $("img", cardOf(work.id) ?? document.createElement("p"));
-    if (old) $("img", card).replaceWith(old); // loaded already
+    const old = cardOf(work.id);
+    if (old) $("img", card).replaceWith($("img", old)); // loaded already
     return card;
   });
   works.replaceChildren(...cards);
