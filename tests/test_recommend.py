@@ -268,3 +268,22 @@ def test_text_in_quotes_lists_and_sweeps_is_hydras():
     assert quoted("weights.style=1") == "weights.style=1"
     assert quoted("model.weights={content: 1}") == "model.weights={content: 1}"
     assert quoted("k=10") == "k=10"
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "said"),
+    [
+        ("search", "k=abc", "k must be a whole number, such as 10: got 'abc'"),
+        ("search", "k=1.5", "k must be a whole number, such as 10: got 1.5"),
+        ("search", "rows=true", "rows must be a whole number, such as 20: got True"),
+        ("search", "rows=0", "rows and batch_size must be at least 1, got 0 and 64"),
+        ("recommend", "diversity=lots", "diversity must be a number, such as 0.0: got 'lots'"),
+        ("recommend", "collapse=1", "collapse must be true or false, such as true: got 1"),
+        ("instance", "batch_size=null", "batch_size must be a whole number, such as 128: got None"),
+        ("serve", "port=http", "port must be a whole number, such as 8000: got 'http'"),
+        ("data ingest", "near.hash=x", "near.hash must be a whole number, such as 6: got 'x'"),
+    ],
+)
+def test_a_value_of_another_kind_is_one_line(command, typed, said):
+    done = simsearch(*command.split(), typed, expect=1)
+    assert done.stderr == f"simsearch {command}: {said}\n"
