@@ -7,6 +7,8 @@ import os
 import re
 import sys
 
+from simsearch import usage
+
 COMMANDS = {
     "train": "fit a model (frozen: its whitening), measure it, leave a run directory with a catalog",
     "evaluate": "measure a run's checkpoint again, also under another protocol or index",
@@ -45,10 +47,10 @@ USAGE = """usage: simsearch COMMAND [key=value ...]
 {commands}
 
 Each command is composed by Hydra from conf/: see what there is to set and with which values by
-  simsearch COMMAND --help          groups and keys
+  simsearch COMMAND --help          what it does, its keys, their meaning and defaults, examples
   simsearch COMMAND --cfg job       the whole config, after your overrides
   simsearch train -m seed=0,1,2     a sweep over values
-Completion of commands, groups and keys in bash:
+Completion of commands, groups, keys, values and paths in bash (zsh, fish):
   eval "$(simsearch -sc install=bash)"
 A traceback instead of a one-line error: SIMSEARCH_DEBUG=1."""
 
@@ -59,23 +61,31 @@ def main() -> None:
     if arguments[:1] == ["-sc"] or arguments[:1] == ["--shell-completion"]:
         complete(arguments)
         return
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        width = max(map(len, COMMANDS))
-        print(USAGE.format(commands="\n".join(f"  {n:<{width}}  {t}" for n, t in COMMANDS.items())))
-        return
-    if arguments[0] == "--version":
+    if arguments[:1] == ["--version"]:
         from simsearch import __version__
 
         print(__version__)
         return
+    asks = bool({"-h", "--help", "help"} & set(arguments)) or not arguments
+    arguments = [argument for argument in arguments if argument not in ("-h", "--help", "help")]
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words])
+    if not arguments or (asks and name not in COMMANDS):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {n:<{width}}  {t}" for n, t in COMMANDS.items())))
+        return
     if name not in COMMANDS:
-        print(f"simsearch: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        raise SystemExit(2)
+        raise SystemExit(_no_command(arguments))
     rest = arguments[words:]
+    if asks:
+        print(usage.help_page(name, rest))
+        return
+    if found := usage.mistake(name, rest):
+        print(f"simsearch {name}: {found}", file=sys.stderr)
+        raise SystemExit(1)
     swept = bool({"-m", "--multirun"} & set(rest))
-    sys.argv = [f"simsearch {name}", *(quoted(argument, name, swept=swept) for argument in rest)]
+    typed = [quoted(_own_catalog(argument), name, swept=swept) for argument in rest]
+    sys.argv = [f"simsearch {name}", *typed]
     run(name)
 
 
@@ -105,29 +115,58 @@ def _literal(value: str) -> str:
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
 
 
+def _own_catalog(argument: str) -> str:
+    """`catalog=<run>` as the catalog that the run made."""
+    key, _, value = argument.partition("=")
+    inner = os.path.join(os.path.expanduser(value), "catalog")
+    taken = key == "catalog" and value and not os.path.isfile(os.path.join(os.path.dirname(inner), "catalog.json"))
+    return f"catalog={inner}" if taken and os.path.isfile(os.path.join(inner, "catalog.json")) else argument
+
+
+def _no_command(arguments: list[str]) -> int:
+    """Says that the first words are no command, and which is meant; the exit status."""
+    below = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
+    if below:  # `simsearch data`
+        typed = " ".join(arguments[:2])
+        print(f"simsearch: {typed!r} is no command: there are {', '.join(below)}", file=sys.stderr)
+        return 2
+    if "=" in arguments[0] or arguments[0].startswith("-"):
+        mend = ": the command comes first, as in `simsearch train seed=1`"
+    else:
+        ends = {name.split()[-1]: name for name in COMMANDS}
+        mend = f": did you mean {ends[arguments[0]]}?" if arguments[0] in ends else ""
+        for typed in (" ".join(arguments[:2]), arguments[0]):
+            mend = mend or usage.suggest(typed, list(COMMANDS))
+    print(f"simsearch: no command {arguments[0]!r}{mend or ': there are ' + ', '.join(COMMANDS)}", file=sys.stderr)
+    return 2
+
+
 def run(name: str) -> None:
     """Imports and runs one command; importing only it keeps `--help` fast."""
     importlib.import_module(f"simsearch.commands.{name.replace(' ', '_')}").main()
 
 
 def complete(arguments: list[str]) -> None:
-    """Hydra's shell completion, for the command that the line being typed names."""
-    action = arguments[-1]
-    line = os.environ.get("COMP_LINE", "")
-    words = line.split()
-    typed = words[1:] if words else []
-    name = next((n for n in COMMANDS if typed[: len(n.split())] == n.split()), None)
-    if action.startswith("query=") and name is None:
-        start = " ".join(typed)
-        print(" ".join(n.split()[-1] for n in COMMANDS if n.startswith(start)))
-        return
-    if name is not None:
-        # Hydra completes the words after the program's name: take the command out.
-        rest = line.split(None, 1 + len(name.split()))
-        os.environ["COMP_LINE"] = f"{words[0]} {rest[-1] if len(rest) > 1 + len(name.split()) else ''}"
-    sys.argv = ["simsearch", "-sc", action]
-    run(name or "train")
+    """What a shell asks for: a script to install, or what may stand where the cursor is in COMP_LINE."""
+    action, _, shell = arguments[-1].partition("=")
+    if action == "query":
+        print("\n".join(usage.completions(list(COMMANDS), os.environ.get("COMP_LINE", ""))))
+    elif shell in usage.SCRIPTS:
+        print(usage.SCRIPTS[shell])
+    else:
+        print(f"simsearch: completion is there for {', '.join(usage.SCRIPTS)}: -sc install=bash", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def program() -> None:
+    """`main`, which ends quietly where who reads its output has enough of it (`| head`)."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
 
 
 if __name__ == "__main__":
-    main()
+    program()

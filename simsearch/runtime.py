@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import sys
 import time
 import uuid
@@ -25,10 +26,10 @@ import yaml
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
@@ -36,7 +37,7 @@ from rich.segment import Segment
 from rich.table import Table
 from torch import nn
 
-from simsearch import launch, trust
+from simsearch import launch, trust, usage
 from simsearch.callbacks.training import OwnCheckpoints, WholeCheckpoints
 from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, write_json
 from simsearch.models.backbones import WeightsError
@@ -63,7 +64,12 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
     SIMSEARCH_DEBUG=1 shows the traceback. What the task returns is what a sweeper optimises.
     """
 
+    title = name.replace("_", " ")
+    debug = os.environ.get("SIMSEARCH_DEBUG") == "1"
+
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        told = []
+
         def guarded(config: DictConfig) -> Any:
             quiet_libraries()
             if multiprocessing.get_start_method(allow_none=True) == "loky":  # joblib's, which starts no others
@@ -72,16 +78,37 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
                 check_kinds(config, yaml.safe_load(Path(CONF, f"{name}.yaml").read_text(encoding="utf-8")))
                 return task(config)
             except (*MENDABLE, launch.RankError) as error:
-                if os.environ.get("SIMSEARCH_DEBUG") == "1":
+                if debug:
                     raise
                 if isinstance(error, launch.RankError) and error.details:
                     print(error.details, file=sys.stderr)
-                warn(f"simsearch {name.replace('_', ' ')}: {reason(error)}")
+                warn(f"simsearch {title}: {reason(error, title)}")
+                told.append(error)
                 if HydraConfig.get().mode is RunMode.MULTIRUN:
                     raise  # an exit would end the sweep; an exception fails this job alone
+                remove_unused(Path(HydraConfig.get().runtime.output_dir))
                 raise SystemExit(1) from None
 
-        return hydra.main(version_base="1.3", config_path=CONF, config_name=name)(guarded)
+        program = hydra.main(version_base="1.3", config_path=CONF, config_name=name)(guarded)
+
+        def main() -> None:
+            given = os.environ.get("HYDRA_FULL_ERROR")
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here, where they get one line and a mend
+            try:
+                program()
+            except (*MENDABLE, launch.RankError, HydraException) as error:
+                if debug:
+                    raise
+                if not told:
+                    warn(f"simsearch {title}: {reason(error, title)}")
+                raise SystemExit(1) from None
+            finally:
+                told.clear()
+                os.environ.pop("HYDRA_FULL_ERROR")
+                if given is not None:
+                    os.environ["HYDRA_FULL_ERROR"] = given
+
+        return main
 
     return decorate
 
@@ -101,14 +128,39 @@ def check_kinds(config: DictConfig, defaults: Mapping[str, Any], above: str = ""
             raise ValueError(f"{above}{key} must be {wanted}, such as {str(default).lower()}: got {value!r}")
 
 
-def reason(error: BaseException) -> str:
-    """The message of an error, without Hydra's wrapping where there is one."""
+def remove_unused(folder: Path) -> None:
+    """Removes the folder that Hydra made for a command, where nothing but Hydra's own notes is in it."""
+    there = list(folder.iterdir()) if folder.is_dir() and folder.resolve() != Path.cwd() else []
+    notes = [path for path in there if path.name == ".hydra" or (path.suffix == ".log" and not path.stat().st_size)]
+    if there and len(notes) == len(there):
+        shutil.rmtree(folder)
+
+
+def reason(error: BaseException, command: str = "") -> str:
+    """The message of an error, without Hydra's wrapping where there is one. command: whose keys it may be about."""
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         cause = error.__cause__
         key = str(error).rpartition("full_key: ")[2].strip()
-        return f"{key}: {reason(cause)}" if key and key != str(error) else reason(cause)
+        return f"{key}: {reason(cause, command)}" if key and key != str(error) else reason(cause, command)
     if isinstance(error, InterpolationResolutionError):  # what a resolver of ours raised comes in three lines
         return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
+    first = str(error).strip().partition("\n")[0]
+    if isinstance(error, MissingMandatoryValue):
+        key = (re.findall(r"full_key: ([^\s]+)", str(error)) or re.findall(r"value: ([^\s]+)", first) or [first])[0]
+        return f"{key} has no value: {usage.about_key(command, key)}"
+    if found := re.match(r"Could not override '([^']+)'|Could not append|Key '([^']+)' is not in struct", first):
+        key = found[1] or found[2] or ""
+        known = usage.known_keys(command) if command else []
+        if key in known:
+            return f"{key} is a key of another option than the one that is chosen for {key.partition('.')[0]}"
+        return f"there is no key {key}{usage.suggest(key, known)} (+{key}=... adds it all the same)" if key else first
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read ({str(error.message).splitlines()[0]}): put a value with brackets, "
+            "commas or spaces in quotes twice, as in key=\"'a, b'\""
+        )
+    if isinstance(error, HydraException):
+        return " ".join(str(error).split())
     return str(error) or type(error).__name__
 
 
@@ -259,9 +311,14 @@ OmegaConf.register_new_resolver("network_of", network_of, replace=True)
 
 
 def device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first accelerator, else the CPU."""
+    """The device of that name; "auto" is the first accelerator, else the CPU. Raises ValueError where it is none."""
     if name != "auto":
-        return torch.device(name)
+        try:
+            torch.zeros(0, device=name)
+            return torch.device(name)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            there = "auto, cpu or cuda" if torch.cuda.is_available() else "auto or cpu on this machine"
+            raise ValueError(f"device={name}: give {there} ({str(error).splitlines()[0]})") from error
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -649,7 +706,8 @@ def unit(about: Mapping[str, Any]) -> tuple[str, int]:
 
 def show(*what: Any) -> None:
     """Prints to the terminal, tables included; whatever their text holds gives the terminal no orders."""
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    told = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    console = Console() if told else Console(width=120)
     console.push_render_hook(_Harmless())
     for item in what:
         console.print(item)

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "trust": set(),
     "files": set(),
     "text": set(),
+    "usage": set(),
     "functional": {"types"},
     "figures": GROUND,
     "images": {"types", "text", "functional"},
@@ -40,7 +41,7 @@ MAY_IMPORT["comparison"] = {"functional", "metrics", *GROUND}
 MAY_IMPORT["studies"] = {*MAY_IMPORT, "runtime"}
 MAY_IMPORT["commands"] = {*MAY_IMPORT, "runtime"}
 MAY_IMPORT["rank"] = {"launch", "runtime", "commands"}
-MAY_IMPORT["__main__"] = {"commands"}
+MAY_IMPORT["__main__"] = {"commands", "usage"}
 MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {

@@ -1,0 +1,423 @@
+"""What commands take, as conf/ says it: help pages, completion, mistakes in arguments; no library is loaded for it.
+
+A command's yaml begins with what the command does, examples (`# $ simsearch ...`) and groups; the comment beside a key
+is the key's meaning, and one such as `table | json` names all values that there are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
+_OPTIONS = {"-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun"}
+_WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"}
+_WITH_VALUE |= {"-i", "--info", "--experimental-rerun", "-sc", "--shell-completion"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key that a yaml sets: its dotted name, its default as it is written there ("" for a section), its meaning."""
+
+    name: str
+    default: str
+    meaning: str
+
+    @property
+    def needed(self) -> bool:
+        return self.default == "???"
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All values that there are, where the meaning names them; () for any."""
+        if self.default in ("true", "false"):
+            return ("true", "false")
+        parts = self.meaning.split(" | ")
+        words = [re.match(r"[\w.-]+(?=$|[ :;(,])", part) for part in parts]
+        return tuple(word[0] for word in words if word) if len(parts) > 1 and all(words) else ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """A yaml of conf/. groups: the options by name that its defaults list chooses ("null" for none), in their order."""
+
+    about: str
+    examples: tuple[str, ...]
+    groups: Mapping[str, Key]
+    keys: tuple[Key, ...]
+
+
+@cache
+def read_page(path: Path) -> Page:
+    """The page of a yaml as this project writes them: block style, a comment on the line that it is about."""
+    about, examples, keys, groups, section = [], [], [], {}, []
+    above = ""  # a comment on lines of its own
+    lines = path.read_text(encoding="utf-8").splitlines()
+    start = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    for line in lines[:start]:
+        (examples if line.startswith("# $ ") else about).append(line[4:] if line.startswith("# $ ") else line[2:])
+    for line in lines[start:]:
+        found = re.match(r"( *)(- )?(?:override )?([\w./@-]+):(?= |$)(.*)", line)
+        if not found:
+            above = line.strip()[2:] if line.strip().startswith("# ") else ""
+            continue
+        indent, dash, name, rest = len(found[1]), found[2], found[3], found[4]
+        value, meaning = _split(rest)
+        while section and section[-1][0] >= indent:
+            section.pop()
+        below = [name for _, name in section]
+        if dash:
+            if below == ["defaults"] and "override " not in line and "@" not in name:
+                groups[name] = Key(name, value, meaning)
+            continue
+        section.append((indent, name))
+        if name.startswith("_") or (below or [name])[0] in ("defaults", "hydra"):
+            continue
+        keys.append(Key(".".join([*below, name]), value, meaning or above))
+        above = ""
+    return Page(" ".join(about), tuple(examples), groups, tuple(keys))
+
+
+def _split(rest: str) -> tuple[str, str]:
+    """A value and the comment behind it."""
+    found = re.match(r"""\s*((?:"[^"]*"|'[^']*'|[^#'"]|(?<! )#)*?)\s*(?:(?<= )#\s*(.*))?$""", rest)
+    return (found[1], found[2] or "") if found else (rest.strip(), "")
+
+
+def page_of(command: str) -> Page:
+    """The page of a command."""
+    return read_page(CONF / f"{command.replace(' ', '_')}.yaml")
+
+
+def options_of(group: str) -> list[str]:
+    """The names of a group's options, in order."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Keys and values of overrides, `+` and `~` left out."""
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if equals and not key.startswith("-"):
+            yield key.lstrip("+~"), value
+
+
+def keys_of(command: str, arguments: Sequence[str] = ()) -> dict[str, Key]:
+    """All keys by their dotted names: those of the command, and of each group's option that is chosen."""
+    page, given = page_of(command), dict(_pairs(arguments))
+    keys = {key.name: key for key in page.keys}
+    for group, chosen in page.groups.items():
+        path = CONF / group / f"{given.get(group, chosen.default)}.yaml"
+        if path.is_file():
+            keys |= {f"{group}.{key.name}": Key(f"{group}.{key.name}", *_rest(key)) for key in read_page(path).keys}
+    return keys
+
+
+def _rest(key: Key) -> tuple[str, str]:
+    return key.default, key.meaning
+
+
+# ------------------------------------------------------------------------------------------------- help
+
+
+def help_page(command: str, arguments: Sequence[str] = (), width: int | None = None) -> str:
+    """What `simsearch COMMAND --help` prints: what it does, what to set, what that means, and examples.
+
+    Of groups the keys of those options that `arguments`, or else the command, choose. width: of the terminal.
+    """
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    page, keys = page_of(command), keys_of(command, arguments)
+    needed = [key for key in page.keys if key.needed]
+    words = ["usage: simsearch", command, *(f"{key.name}=..." for key in needed), "[key=value ...]"]
+    out = [_wrapped(" ".join(words), width), "", _wrapped(_sentence(page.about), width)]
+    if page.examples:
+        out += ["", "examples:", *(f"  {example}" for example in page.examples)]
+    if needed:
+        out += ["", "needed:", *_rows([(key.name, key.meaning) for key in needed], width)]
+    own = [key for key in page.keys if not key.needed and _tells(key)]
+    if own:
+        out += ["", "keys, with their defaults:", *_rows([_row(key) for key in own], width)]
+    if page.groups:
+        out += ["", "groups (group=option), with their defaults:"]
+        rows = []
+        for name, key in page.groups.items():
+            choices = " | ".join(options_of(name))
+            rows.append((f"{name}={key.default}", f"{key.meaning}: {choices}" if key.meaning else choices))
+        out += _rows(rows, width)
+    inner = [key for name, key in keys.items() if key not in page.keys and _tells(key)]
+    if inner:
+        out += ["", "keys of these options (choose others beside --help):"]
+        out += _rows([_row(key) for key in inner], width)
+    return "\n".join([*out, "", f"The whole config, after your values: simsearch {command} ... --cfg job"])
+
+
+def _tells(key: Key) -> bool:
+    """Whether a key is one to set, not a section or what hands another key's value on."""
+    return bool(key.meaning) or not (key.default == "" or re.fullmatch(r"\$\{[\w.:,]+\}", key.default))
+
+
+def _sentence(about: str) -> str:
+    text = about.partition(": ")[2] or about
+    return text[:1].upper() + text[1:]
+
+
+def _row(key: Key) -> tuple[str, str]:
+    return (f"{key.name}={key.default}" if key.default else f"{key.name}:", key.meaning)
+
+
+def _wrapped(text: str, width: int) -> str:
+    return textwrap.fill(text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def _rows(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
+    """Names in a column, their meanings wrapped beside it, or below a name that is longer than the column."""
+    column = min(max(len(name) for name, _ in rows), max(width // 3, 12))
+    out = []
+    for name, meaning in rows:
+        text = textwrap.wrap(meaning, max(width - column - 4, 20), break_on_hyphens=False) or [""]
+        if len(name) > column:
+            out.append(f"  {name}")
+            name = ""
+        else:
+            text, first = text[1:], text[0]
+            out.append(f"  {name:<{column}}  {first}".rstrip())
+        out += [f"  {'':<{column}}  {line}" for line in text if line]
+    return out
+
+
+# ------------------------------------------------------------------------------------------- completion
+
+SCRIPTS = {
+    "bash": """_simsearch() {
+    local IFS=$'\\n'
+    COMPREPLY=($(COMP_LINE="${COMP_LINE:0:$COMP_POINT}" simsearch -sc query=bash))
+    [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} != *[=/] ]] || compopt -o nospace
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -F _simsearch simsearch""",
+    "fish": "complete -c simsearch -f -a '(env COMP_LINE=(commandline -cp) simsearch -sc query=fish)'",
+}
+SCRIPTS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + SCRIPTS["bash"]
+
+
+def completions(commands: Sequence[str], line: str) -> list[str]:
+    """What the last word of a command line may become."""
+    words = line.split()[1:]
+    typed = "" if line[-1:].isspace() or not words else words.pop()
+    name = next((n for n in commands if words[: len(n.split())] == n.split()), None)
+    if name is None:
+        start = [*words, typed]
+        fits = (n.split() for n in commands)
+        known = {n[len(words)]: None for n in fits if n[: len(words)] == words and len(n) > len(words)}
+        return [word for word in known if word.startswith(start[-1])]
+    key, equals, value = typed.partition("=")
+    page, keys = page_of(name), keys_of(name, words)
+    if not equals:
+        at_top = [key for key in keys if key in {k.name for k in page.keys}] + list(page.groups)
+        names = [key for key in keys if keys[key].default] if "." in typed else [n for n in at_top if "." not in n]
+        return [f"{n}=" for n in dict.fromkeys(names) if n.startswith(typed)]
+    if key in page.groups:
+        values = options_of(key)
+    elif key in keys and keys[key].choices:
+        values = list(keys[key].choices)
+    else:
+        folder, _, start = value.rpartition("/")
+        base = Path(os.path.expanduser(folder or ("/" if value.startswith("/") else ".")))
+        found = sorted(base.iterdir()) if base.is_dir() else []
+        shown = [p for p in found if start.startswith(".") or not p.name.startswith(".")]
+        values = [f"{value[: len(value) - len(start)]}{p.name}{'/' if p.is_dir() else ''}" for p in shown]
+    return [f"{key}={v}" for v in values if v.startswith(value)]
+
+
+def known_keys(command: str) -> list[str]:
+    """The dotted names of all keys of a command, whatever options its groups take, and of its groups."""
+    return [*_all_keys(command), *page_of(command).groups]
+
+
+def about_key(command: str, name: str) -> str:
+    """How to give a key, and what it means where conf/ says so."""
+    meanings = [key.meaning for key in _all_keys(command).get(name, ()) if key.meaning] if command else []
+    return f"give {name}=..." + (f", {meanings[0]}" if meanings else "")
+
+
+# --------------------------------------------------------------------------------------------- mistakes
+
+
+def suggest(word: str, known: Sequence[str]) -> str:
+    """`: did you mean x?`, or "" where nothing is near."""
+    lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), lower, n=1)
+    return f": did you mean {lower[near[0]]}?" if near else ""
+
+
+def mistake(command: str, arguments: Sequence[str]) -> str | None:
+    """What is wrong with the arguments of a command, in one line with the mend; None where nothing is seen.
+
+    What depends on the composed config is left to Hydra.
+    """
+    arguments = list(arguments)
+    page = page_of(command)
+    swept = bool({"-m", "--multirun"} & set(arguments))
+    skip = False
+    for place, argument in enumerate(arguments):
+        if skip or argument in _OPTIONS:
+            skip = False
+            continue
+        if argument in _WITH_VALUE or argument.partition("=")[0] in _WITH_VALUE:
+            skip = "=" not in argument
+            continue
+        if found := _no_override(command, page, argument, arguments[place + 1 :]):
+            return found
+        if argument.startswith("~"):
+            continue
+        key, _, value = argument.partition("=")
+        if {"--config-dir", "-cd"} & set(arguments) or any(a.startswith("hydra.searchpath") for a in arguments):
+            continue  # groups and keys of somebody's own
+        if found := _unknown(command, page, key) or _misfit(command, page, key, value, swept):
+            return found
+    looks = any(argument.startswith(("-c", "--c", "-i", "--i", "--hydra-help")) for argument in arguments)
+    given = {key for key, _ in _pairs(arguments)}
+    for key in page.keys:
+        if key.needed and key.name not in given and not looks:
+            return f"needs {key.name}=..., {key.meaning}"
+    return None
+
+
+def _no_override(command: str, page: Page, argument: str, rest: Sequence[str]) -> str | None:
+    """About an argument that is no key=value. rest: the arguments after it."""
+    following = next((word.removeprefix("=") for word in rest if word != "="), "")
+    bare = argument.lstrip("-").partition("=")
+    name = bare[0].replace("-", "_")
+    known = [key.name for key in page.keys if "." not in key.name] + list(page.groups)
+    if argument.startswith("-"):
+        if name in known:
+            value = bare[2] or (following if following and not following.startswith("-") else "...")
+            return f"{argument} is written without dashes: {name}={value}"
+        mend = suggest(name, known) or f": see `simsearch {command} --help`"
+        return f"there is no option {argument}{mend.replace('?', '=...?')}"
+    if argument.startswith("~") or "=" in argument:
+        key = argument.partition("=")[0]
+        if not key or key != key.strip():
+            return f"{argument!r}: write key=value without spaces around ="
+        return None
+    if not argument.strip():
+        return "an argument is empty: write key=value"
+    if argument in known or rest[:1] == ["="]:
+        value = following if rest and rest[0][:1] == "=" else "..."
+        return f"{argument!r} has no value: write {argument}={value or '...'}, without spaces around ="
+    if re.fullmatch(r"\w+:.*", argument) and argument.partition(":")[0] in known:
+        key, _, value = argument.partition(":")
+        return f"{argument!r}: keys and values are joined by =, as in {key}={value or following or '...'}"
+    key = _key_for(argument, page)
+    mend = f"did you mean {key}={argument}?" if key else f"see `simsearch {command} --help`"
+    return f"{argument!r} is no key=value: {mend}"
+
+
+def _key_for(text: str, page: Page) -> str | None:
+    """The key of the command that a bare value may be meant for."""
+    known = [key.name for key in page.keys]
+    path = Path(os.path.expanduser(text))
+    wanted: list[str] = []
+    if (path / "catalog.json").is_file():
+        wanted = ["catalog"]
+    elif (path / "config.yaml").is_file():
+        wanted = ["run", "runs", "catalog", "run_dir"]
+    elif path.suffix.lower() in _IMAGES:
+        wanted = ["image", "images"]
+    elif path.suffix.lower() in (".csv", ".parquet") or path.is_dir():
+        wanted = ["images", "image", "source", "folder"]
+    elif path.suffix.lower() in (".json", ".pkl"):
+        wanted = ["gnd"]
+    wanted += [key.name for key in page.keys if key.needed]
+    return next((name for name in wanted if name in known), None)
+
+
+def _unknown(command: str, page: Page, key: str) -> str | None:
+    """About a key that the command has not."""
+    first = re.split(r"[./@]", key)[0]
+    own = {name.name for name in page.keys}
+    groups = {re.split(r"[/@]", group)[0] for group in page.groups} | _placed(command)
+    if key.startswith(("+", "hydra")) or "@" in key:
+        return None
+    if first in groups or key in own:
+        return None
+    if first in own:
+        sections = {name.name for name in page.keys if not name.default}
+        if first not in sections or any(name.startswith(f"{first}.") and key.startswith(name) for name in own):
+            return None  # of a value that holds more, such as a mapping
+        return f"there is no key {key}{suggest(key, sorted(own))}" + _where(command)
+    if (CONF / first).is_dir():
+        return f"{command} does not take the group {first}" + _where(command)
+    return f"there is no key {key}{suggest(key, sorted(own | groups | set(keys_of(command))))}" + _where(command)
+
+
+def _placed(command: str) -> set[str]:
+    """The first words of what a defaults list places elsewhere (`protocol@protocols.artist`)."""
+    text = (CONF / f"{command.replace(' ', '_')}.yaml").read_text(encoding="utf-8")
+    return {found.split(".")[0] for found in re.findall(r"- [\w/]+@([\w.]+):", text)}
+
+
+def _where(command: str) -> str:
+    return f" (`simsearch {command} --help` lists them)"
+
+
+def _misfit(command: str, page: Page, key: str, value: str, swept: bool) -> str | None:
+    """About a value that is no option of its group, none of the key's choices, or of another type than its default."""
+    plain = value.strip()
+    if plain in ("", "null", "???") or re.search(r"[\[({$]", plain) or key.startswith("+"):
+        return None
+    parts = [part.strip() for part in plain.split(",")] if swept else [plain]
+    parts = [part[1:-1] if part[:1] in ("'", '"') and part[-1:] == part[:1] else part for part in parts]
+    if key in page.groups:
+        there = options_of(key)
+        wrong = [part for part in parts if part != "null" and part not in there]
+        if wrong:
+            return f"{key}={wrong[0]} is none of {', '.join(there)}{suggest(wrong[0], there)}"
+        return None
+    known = _all_keys(command).get(key, ())
+    if not known or key.split(".")[0] in ("trainer", "logger"):
+        return None
+    for part in parts:
+        if part == "null":
+            continue
+        complaints = [_complaint(one, part) for one in known]
+        if all(complaints):
+            return f"{key}={part}: it must be {complaints[0]}"
+    return None
+
+
+@cache
+def _all_keys(command: str) -> dict[str, tuple[Key, ...]]:
+    """Keys of a command by their names, as each option of each group has them."""
+    page = page_of(command)
+    found: dict[str, list[Key]] = {key.name: [key] for key in page.keys}
+    for group in page.groups:
+        for option in options_of(group):
+            for key in read_page(CONF / group / f"{option}.yaml").keys:
+                found.setdefault(f"{group}.{key.name}", []).append(key)
+    return {name: tuple(keys) for name, keys in found.items()}
+
+
+def _complaint(key: Key, value: str) -> str:
+    """What a value must be that this is not; "" for one that will do."""
+    lower = value.lower()
+    if key.default in ("true", "false"):
+        return "" if lower in ("true", "false") else "true or false"
+    if re.fullmatch(r"-?[\d_]+", key.default):
+        words = re.findall(r"[a-z]+", key.meaning)
+        whole = re.fullmatch(r"[+-]?\d[\d_]*", value)
+        return "" if whole or lower in words else f"a whole number, such as {key.default}"
+    if re.fullmatch(r"-?[\d_]*\.\d*(e[+-]?\d+)?|-?\d+e[+-]?\d+", key.default):
+        number = re.fullmatch(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf", lower)
+        return "" if number else f"a number, such as {key.default}"
+    if key.choices and key.name != "device" and value not in key.choices:
+        return f"one of {', '.join(key.choices)}{suggest(value, key.choices)}"
+    return ""
