@@ -651,40 +651,50 @@ def versions() -> dict[str, str]:
 # -------------------------------------------------------------------------------------------- reports
 
 
-def results_table(stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "test")) -> Table:
-    """The headline numbers of metrics.json as a table: value and 95% interval, bytes, latency."""
+def results_table(
+    stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "test"), parts: tuple[str, ...] = ("rerank",)
+) -> Table:
+    """The headline numbers of metrics.json as a table: value and 95% interval, bytes, latency.
+
+    parts: of what else there are rows, where it was measured: "rerank", after re-ranking; "index", of the lists that
+    the index gives.
+    """
     table = Table(title="Retrieval results (95% intervals by unit of chance)")
     table.add_column("protocol", no_wrap=True)
-    table.add_column("unit", justify="right")
-    for name in HEADLINES:
-        table.add_column(name, justify="right")
-    for name in ("bytes/image", "ms/query p50"):
-        table.add_column(name, justify="right")
+    table.add_column("unit", justify="right", overflow="fold")
+    for name in (*HEADLINES, "bytes/image", "ms/query p50"):
+        table.add_column(name, justify="right", overflow="fold")
+    dash = "-" if console().width >= 118 else "-\n"
     notes: dict[str, None] = {}  # each once, in order
     for stage in only:
         if stage not in stages:
             continue
         about = stages[stage]
-        metrics, intervals = about["metrics"], about["intervals"]
-        cells = [
-            f"{cell(about['protocol'])}\n[dim]{cell(about['fingerprint'])}[/dim]",
-            "{}\n[dim]{}[/dim]".format(*unit(about)),
-        ]
-        for name in HEADLINES:
-            if metrics.get(name) is None:
-                cells.append("-")
-                continue
-            low, high = intervals[name]
-            cells.append(f"{metrics[name]:.4f}\n[dim]{low:.4f}-{high:.4f}[/dim]")
+        metrics = about["metrics"]
+        first = f"{cell(about['protocol'])}\n[dim]{cell(about['fingerprint'])}[/dim]"
+        costs = [f"{metrics['bytes_per_item']:.0f}", f"{metrics['index/latency_ms_p50']:.2f}"]
+        table.add_row(first, "{}\n[dim]{}[/dim]".format(*unit(about)), *_headlines(about, "", dash), *costs)
+        for part in parts:
+            cells = _headlines(about, f"{part}/", dash)
+            if set(cells) != {"-"}:
+                table.add_row({"rerank": "  re-ranked", "index": "  by the index"}[part], "", *cells, "", "")
+        if "index" in parts and metrics.get("index/recall@10") is not None:
+            notes[f"the index returns {metrics['index/recall@10']:.1%} of the ten nearest by exact search"] = None
         if (about.get("model") or {}).get("weights") == "random":
             notes["random weights: these numbers say nothing about a trained network"] = None
         if metrics.get("queries_in_own_ranking"):
             notes[f"{about['protocol']}: each query is in its own ranking: P@1 and R@k count it"] = None
-        cells.append(f"{metrics['bytes_per_item']:.0f}")
-        cells.append(f"{metrics['index/latency_ms_p50']:.2f}")
-        table.add_row(*cells)
     table.caption = "\n".join(notes) or None
     return table
+
+
+def _headlines(about: Mapping[str, Any], prefix: str, dash: str) -> list[str]:
+    cells = []
+    for name in (f"{prefix}{headline}" for headline in HEADLINES):
+        value, ends = about["metrics"].get(name), about["intervals"].get(name)
+        interval = f"\n[dim]{ends[0]:.4f}{dash}{ends[1]:.4f}[/dim]" if ends else ""
+        cells.append("-" if value is None else f"{value:.4f}{interval}")
+    return cells
 
 
 def result_lines(
@@ -704,13 +714,18 @@ def unit(about: Mapping[str, Any]) -> tuple[str, int]:
     return (about["unit"], about["units"]) if "unit" in about else ("query", int(about["metrics"]["queries"]))
 
 
+def console() -> Console:
+    """The terminal, as wide as it is or COLUMNS says; 120 columns where it is none."""
+    told = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console() if told else Console(width=120)
+
+
 def show(*what: Any) -> None:
     """Prints to the terminal, tables included; whatever their text holds gives the terminal no orders."""
-    told = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
-    console = Console() if told else Console(width=120)
-    console.push_render_hook(_Harmless())
+    terminal = console()
+    terminal.push_render_hook(_Harmless())
     for item in what:
-        console.print(item)
+        terminal.print(item)
 
 
 class _Harmless(RenderHook):

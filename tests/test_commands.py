@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import struct
 import subprocess
@@ -15,9 +16,11 @@ import pytest
 import torch
 from conftest import SMALL, simsearch
 from PIL import Image
+from rich.console import Console
 from wandb.proto.wandb_internal_pb2 import Record
 
 from simsearch import runtime
+from simsearch.commands import search
 from simsearch.files import read_json, write_json
 from simsearch.search.catalog import CatalogError, encoder_fingerprint, read_catalog
 from simsearch.search.engine import Engine
@@ -335,6 +338,29 @@ class TestIndexAndSearch:
         (tmp_path / "c/index/index.faiss").write_bytes(b"damaged")
         with pytest.raises(CatalogError, match="damaged"):
             read_catalog(tmp_path / "c")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_of_a_search_has_telling_columns_alone(width):
+    facts = {
+        "museum": "Rijksmuseum, Amsterdam",
+        "artist": "Jan",
+        "note": None,
+        "work": 7,
+        "licence": "CC0 1.0 universal",
+    }
+    items = [
+        {"rank": i, "score": 0.5, "verdict": "uncalibrated", "path": f"a/{i}.jpg", **facts, "title": f"title {i}"}
+        for i in (1, 2)
+    ]
+    console = Console(width=width, file=io.StringIO())
+    console.print(search.answer_table(search.Answer("q.jpg", "uncalibrated", items, [0, 1], torch.zeros(0)), width))
+    text = console.file.getvalue()
+    assert "note" not in text  # empty throughout
+    for part in ("rank", "score", "a/1.jpg", "a/2.jpg", "title 1", "artist"):
+        assert part in text
+    assert ("licence" in text.partition("no room for")[0]) == (width == 120)
+    assert ("no room for" in text) == (width < 120)
 
 
 class TestProgram:

@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from scipy import stats
 
 from simsearch import runtime, tracking
 from simsearch.commands import compare
 from simsearch.comparison import charts, page
 from simsearch.comparison.leaderboard import check_comparable, config_differences, leaderboard
-from simsearch.comparison.report import columns, csv_text, duration, markdown_table
+from simsearch.comparison.report import columns, csv_text, duration, markdown_table, terminal_table
 from simsearch.comparison.runs import expand, read_all, read_wandb, short_names
 from simsearch.data.collection import Collection
 from simsearch.files import read_json, write_json
@@ -120,6 +121,27 @@ def read(*folders: Path):
 
 def board(results, baseline=0, metric="mAP", also=("P@10",)):
     return leaderboard(results, compare.configuration, baseline=results[baseline], metric=metric, also=also)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_names_of_runs_are_read_at_any_width(width, tmp_path):
+    names = ("pooling=gem_whitening=32_3f9a2c", "pooling=rmac_whitening=128_77b0e1", "b")
+    facts = {"train_seconds": 4000.0, "parameters": 5_000_000, "device": "CPU, 2 threads"}
+    folders = [make_run(tmp_path / n, values(i, 0.02 * i), lr=i, facts=facts) for i, n in enumerate(names, start=1)]
+    entries = board(read(*folders))
+    console = Console(width=width, file=io.StringIO())
+    console.print(terminal_table(entries, columns(entries, ["mAP", "P@10"]), width))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    text = "".join(line.split("│")[2].strip() for line in lines if line.count("│") > 2)
+    for name in names:
+        assert name in text  # at most folded, never cut
+    assert "…" not in "".join(lines)
+    assert f"{entries[0].values['mAP'].mean:.4f}" in "".join(lines)
+    if width >= 80:
+        assert "difference" in "".join(lines)
+    if width == 80:
+        assert "no room for" in " ".join(" ".join(lines).split())
 
 
 # ------------------------------------------------------------------------------------------ statistics

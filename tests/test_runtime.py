@@ -312,6 +312,39 @@ def test_results_table_shows_values_and_intervals():
     assert text.count(" - ") >= 2  # P@10 and R@10 were not measured
 
 
+def test_results_table_has_a_row_for_what_was_asked_for(monkeypatch):
+    metrics = {"mAP": 0.5, "bytes_per_item": 64.0, "index/latency_ms_p50": 0.1, "index/recall@10": 0.874}
+    metrics |= {"rerank/mAP": 0.6, "rerank/P@1": None, "index/P@10": 0.4}
+    stage = {"protocol": "p", "fingerprint": "0" * 16, "metrics": metrics, "unit": "artist", "units": 45}
+    stage |= {"intervals": {"mAP": [0.4, 0.6], "rerank/mAP": [0.51, 0.69], "index/P@10": [0.3, 0.5]}}
+
+    def shown(width: int, **asked) -> str:
+        monkeypatch.setenv("COLUMNS", str(width))
+        console = Console(width=width, file=io.StringIO())
+        console.print(runtime.results_table({"test": stage}, **asked))
+        lines = console.file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width
+        return "\n".join(lines)
+
+    plain, index = shown(120), shown(120, parts=("rerank", "index"))
+    assert "re-ranked" in plain
+    assert "0.5100-0.6900" in plain
+    assert "by the index" not in plain
+    for part in ("by the index", "0.4000", "0.3000-0.5000", "87.4% of the ten nearest"):
+        assert part in index
+    narrow = shown(80, parts=("rerank", "index"))
+    for number in ("0.5000", "0.4000-", "0.6000", "0.5100-", "0.6900", "64", "0.10"):
+        assert number in narrow
+
+
+@pytest.mark.parametrize(("columns", "width"), [(None, 120), ("80", 80), ("100", 100), ("wide", 120)])
+def test_columns_decides_how_wide_output_is(columns, width, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert runtime.console().width == width
+
+
 def test_lines_of_results_say_what_their_intervals_are_over():
     metrics = {"mAP": 0.5, "GAP": 0.4, "queries": 9.0, "bytes_per_item": 64.0}
     stage = {"protocol": "art-artist", "fingerprint": "f" * 16, "metrics": metrics, "intervals": {"mAP": [0.4, 0.6]}}

@@ -76,7 +76,7 @@ def main(config: DictConfig) -> None:
 
 def show(comparison: Comparison, baseline: Result) -> None:
     """Prints the leaderboard, and the runs that are not in it."""
-    runtime.show(terminal_table(comparison.entries, comparison.columns))
+    runtime.show(terminal_table(comparison.entries, comparison.columns, runtime.console().width))
     tested = sum(entry.paired is not None for entry in comparison.entries)
     runtime.show(f"baseline {cell(baseline.name)}; {tested} paired tests, p adjusted by Holm; the page says more")
     if comparison.forced:

@@ -39,7 +39,7 @@ def main(config: DictConfig) -> None:
     loggers = tracking.evaluation_loggers(run, merged, folder)
     status = "failed"
     try:
-        measure(model, data, merged, folder, config.stage, loggers)
+        measure(model, data, merged, folder, config.stage, loggers, by_index=bool(values.get("index")))
         if not values.get("data"):
             note_trained_queries(run, data, folder, config.stage)
         tracking.log_summary(loggers, folder)
@@ -62,12 +62,18 @@ def measure(
     folder: Path,
     stage: str,
     loggers: list[Logger],
+    *,
+    by_index: bool = False,
 ) -> None:
-    """Measures one stage, leaves metrics.json (and per_query.parquet) in `folder`, prints the table."""
+    """Measures one stage, leaves metrics.json (and per_query.parquet) in `folder`, prints the table.
+
+    by_index: the table says too what the lists hold that the index gives.
+    """
     trainer = runtime.build_trainer(config, folder, loggers)
     run_stage = trainer.test if stage == "test" else trainer.validate
     run_stage(model, data, verbose=False)
-    runtime.show(runtime.results_table(read_json(folder / "metrics.json")))
+    asked = ("rerank", "index") if by_index else ("rerank",)
+    runtime.show(runtime.results_table(read_json(folder / "metrics.json"), parts=asked))
     print(f"results: {folder / 'metrics.json'}")
 
 

@@ -57,7 +57,7 @@ def main(config: DictConfig) -> None:
             print(json_line({"query": answer.query, "verdict": answer.verdict, "results": answer.items}))
     else:
         for answer in answers:
-            runtime.show(answer_table(answer))
+            runtime.show(answer_table(answer, runtime.console().width))
         print(f"{len(answers)} queries against {len(catalog)} items, {milliseconds:.1f} ms each with decoding")
         if not config.figure:
             print("see them: the same command with figure=neighbours.png", file=sys.stderr)
@@ -112,20 +112,40 @@ def describe(
     return [{"rank": rank, "score": score, "verdict": said, **row} for rank, (score, said, row) in numbered], ids
 
 
-def answer_table(answer: Answer) -> Table:
-    """An answer as a table, one row an item; verdicts where the catalog is calibrated."""
+def answer_table(answer: Answer, width: int = 120) -> Table:
+    """An answer as a table, one row an item; verdicts where the catalog is calibrated.
+
+    Columns without a value are left out, then, where a terminal `width` columns wide has no room, those whose values
+    are all the same, and the last.
+    """
     judged = answer.verdict != UNCALIBRATED
     said = ("no similar work" if answer.verdict == NONE else answer.verdict) if judged else ""
     table = Table(title=cell(answer.query) + (f"\n{said}" if said else ""), title_justify="left")
     names = list(answer.items[0]) if answer.items else ["rank", "score", "path"]
     names = [name for name in names if judged or name != "verdict"]
-    for name in names:
+    texts = {name: [_shown(item[name]) for item in answer.items] for name in names}
+    kept = [name for name in names if name in _ALWAYS or any(texts[name])]
+    while _table_width(kept, texts) > width and (more := [name for name in kept if name not in _ALWAYS]):
+        same = [name for name in more if len(answer.items) > 1 and len(set(texts[name])) == 1]
+        kept.remove((same or more)[-1])
+    for name in kept:
         table.add_column(cell(name), justify="right" if name in ("rank", "score") else "left", overflow="fold")
-    for item in answer.items:
-        values = [item[name] for name in names]
-        cells = [f"{v:.4f}" if isinstance(v, float) else "" if v is None else cell(v) for v in values]
-        table.add_row(*cells)
+    for row in zip(*(texts[name] for name in kept), strict=True):
+        table.add_row(*row)
+    if left_out := [name for name in names if name not in kept and any(texts[name])]:
+        table.caption = f"no room for {cell(', '.join(left_out))}: format=json has all"
     return table
+
+
+_ALWAYS = ("rank", "score", "verdict", "path")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else cell(value)
+
+
+def _table_width(names: list[str], texts: dict[str, list[str]]) -> int:
+    return 1 + sum(3 + max(map(len, [name, *texts[name]])) for name in names)
 
 
 def answer_tiles(catalog: Catalog, answer: Answer) -> list[Tile]:

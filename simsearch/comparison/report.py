@@ -132,12 +132,33 @@ def _protocol(entry: Entry) -> Cell:
 # ---------------------------------------------------------------------------------------------- outputs
 
 
-def terminal_table(entries: Sequence[Entry], shown: Sequence[Column]) -> Table:
-    """The leaderboard for a terminal, which has no room for metrics but the one that ranks."""
+NAME_WIDTH = 32  # of a run, in a terminal; longer names are folded
+_FIRST = ("difference", "p Holm", "protocol", "bytes", "ms/query", "training", "params", "MDE 80%")
+
+
+def terminal_table(entries: Sequence[Entry], shown: Sequence[Column], width: int = 120) -> Table:
+    """The leaderboard for a terminal `width` columns wide, which has no room for metrics but the one that ranks.
+
+    The runs' names stay readable: of the other columns those are left out, and named, that have no room.
+    """
     kept = [shown[0], *(column for column in shown if column.title not in entries[0].values)]
-    table = Table(title="Runs, best first (95% intervals by unit of chance)", caption=shown_cell(stated(entries)))
-    table.add_column("#", justify="right")
-    table.add_column("run", overflow="fold", min_width=12)
+    frame = len(str(len(entries))) + 4
+    longest = min(max(len(shown_cell(entry.name)) for entry in entries), NAME_WIDTH)
+    room = width - frame - longest - 3
+    fits, left_out = [], []
+    for column in sorted(kept, key=lambda c: _FIRST.index(c.title) if c.title in _FIRST else -1):
+        texts = [column.title]
+        for entry in entries:
+            cell = column.cell(entry)
+            texts += [cell.text, *cell.detail.split("\n")]
+        needs = max(map(len, texts)) + 3
+        (fits if needs <= room else left_out).append(column.title)
+        room -= needs if needs <= room else 0
+    kept = [column for column in kept if column.title in fits]
+    notes = [stated(entries), *([f"no room for {', '.join(left_out)}: see the page"] if left_out else [])]
+    table = Table(title="Runs, best first (95% intervals by unit of chance)", caption=shown_cell("; ".join(notes)))
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("run", overflow="fold", min_width=min(longest, max(width - frame - 3, 1)))
     for column in kept:
         table.add_column(column.title, justify="right", no_wrap=True)
     for rank, entry in enumerate(entries, start=1):
