@@ -32,7 +32,7 @@ run: $(READY)
 	$(BIN)/simsearch train data=$(DATA) $(if $(filter cifar10,$(DATA)),data.download=true) $(ARGS)
 
 art: $(READY)
-	$(BIN)/python experiments/2026-11-23-art-recommender/art.py $(if $(filter-out rendered,$(DATA)),--images '$(DATA)') $(ARGS)
+	$(BIN)/simsearch art $(if $(filter-out rendered,$(DATA)),'$(DATA)') $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)

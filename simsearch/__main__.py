@@ -10,6 +10,7 @@ import sys
 from simsearch import usage
 
 COMMANDS = {
+    "art": "from a folder of paintings to a recommender in the browser, in one command",
     "train": "fit a model (frozen: its whitening), measure it, leave a run directory with a catalog",
     "evaluate": "measure a run's checkpoint again, also under another protocol or index",
     "progress": "how the trials of a sweep stand, live, on this machine or on a cluster",
@@ -76,7 +77,7 @@ def main() -> None:
         return
     if name not in COMMANDS:
         raise SystemExit(_no_command(arguments))
-    rest = arguments[words:]
+    rest = usage.spelled(name, arguments[words:])
     if asks:
         print(usage.help_page(name, rest))
         return

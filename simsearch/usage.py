@@ -125,6 +125,21 @@ def _rest(key: Key) -> tuple[str, str]:
     return key.default, key.meaning
 
 
+BARE = {"art": "images"}  # the key of a command's first argument, which may come without it
+
+
+def spelled(command: str, arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command as key=value, the first too: `simsearch art <folder>`.
+
+    >>> spelled("art", ["~/paintings", "port=0"])
+    ['images=~/paintings', 'port=0']
+    """
+    first, *rest = arguments or [""]
+    if command in BARE and first and "=" not in first and not first.startswith("-"):
+        return [f"{BARE[command]}={first}", *rest]
+    return list(arguments)
+
+
 # ------------------------------------------------------------------------------------------------- help
 
 
@@ -136,7 +151,8 @@ def help_page(command: str, arguments: Sequence[str] = (), width: int | None = N
     width = width or shutil.get_terminal_size((100, 24)).columns
     page, keys = page_of(command), keys_of(command, arguments)
     needed = [key for key in page.keys if key.needed]
-    words = ["usage: simsearch", command, *(f"{key.name}=..." for key in needed), "[key=value ...]"]
+    bare = [f"[{BARE[command].upper()}]"] if command in BARE else []
+    words = ["usage: simsearch", command, *bare, *(f"{key.name}=..." for key in needed), "[key=value ...]"]
     out = [_wrapped(" ".join(words), width), "", _wrapped(_sentence(page.about), width)]
     if page.examples:
         out += ["", "examples:", *(f"  {example}" for example in page.examples)]

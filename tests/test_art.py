@@ -1,32 +1,32 @@
-"""make art: from paintings to a recommender that a server answers with."""
+"""simsearch art: from paintings to a recommender, as one command."""
 
 from __future__ import annotations
 
-import importlib.util
+import csv
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
+from conftest import simsearch
 from PIL import Image
 
+from simsearch.commands import art
 from simsearch.data.rendered import render_collection
 
-ART = Path(__file__).parents[1] / "experiments/2026-11-23-art-recommender/art.py"
+
+def paint(folder: Path, count: int, name: str = "{i}.png") -> Path:
+    """A folder of `count` pictures of the sample, called by `name` of number i and artist a."""
+    collection = render_collection(styles=4, artists=2, works=(count + 7) // 8, photographs=1, size=96)
+    artists = collection.column("artist").tolist()
+    for i, image in enumerate(collection.images[:count]):
+        path = folder / name.format(i=i, a=artists[i])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return folder
 
 
-@pytest.fixture(scope="module")
-def art():
-    spec = importlib.util.spec_from_file_location("art", ART)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_sample_is_divided_by_style(art, tmp_path):
+def test_a_sample_is_divided_by_style(tmp_path):
     rows = [f"{i}.png,{style}" for i, style in enumerate("abcdab")]
     (tmp_path / "manifest.csv").write_text("\n".join(["path,style", *rows]) + "\n")
     art.divide(tmp_path / "manifest.csv", tmp_path / "in.csv", tmp_path / "out.csv")
@@ -34,22 +34,109 @@ def test_a_sample_is_divided_by_style(art, tmp_path):
     assert (tmp_path / "out.csv").read_text() == "path,style\n2.png,c\n3.png,d\n"
 
 
+class Steps:
+    """Stands for the steps: notes their commands, and leaves what the next ones look for."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.commands: list[list[str]] = []
+        self.failing = failing
+
+    def __call__(self, what: str, *command: str) -> None:
+        if command[0] == self.failing:
+            raise ValueError("that step failed with status 1; the same command goes on from there")
+        self.commands.append(list(command))
+        given = dict(argument.split("=", 1) for argument in command if "=" in argument)
+        if command[:2] == ("data", "ingest"):
+            simsearch(*command, "near.descriptors=false", "workers=1")
+        left = {"train": ("run_dir", "metrics.json"), "index": ("out", "catalog.json")}
+        left |= {"calibrate": ("catalog", "calibration.json")}
+        if command[0] in left:
+            key, name = left[command[0]]
+            Path(given[key]).mkdir(parents=True, exist_ok=True)
+            (Path(given[key]) / name).write_text("{}")
+        if command[0] == "recommend":
+            Path(given["figure"]).touch()
+
+    @property
+    def names(self) -> list[str]:
+        return [command[0] for command in self.commands]
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    noted = Steps()
+    monkeypatch.setattr(art, "step", noted)
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [
+        ("{i}.png", {"protocol=by-attribute", "protocol.attribute=work", "protocol.group=work"}),  # flat: no artists
+        ("{a}/{i}.png", set()),  # enough to keep artists apart, as the data's own protocol does
+    ],
+)
+def test_the_choices_that_a_small_folder_needs(name, protocol, steps, tmp_path, capsys):
+    art.make(paint(tmp_path / "in", 24, name), None, tmp_path / "out", 224)
+    assert steps.names == ["data", "train", "index", "calibrate", "recommend"]
+    train = steps.commands[1]
+    assert {argument for argument in train if re.match("protocol(=|.attribute|.group)", argument)} == protocol
+    assert "+model.encoders.content.whitening.shrinkage=0.1" in train
+    assert "backbone.size=224" in train
+    assert "no outside=" in capsys.readouterr().out
+    done = simsearch("art", f"{tmp_path}/in", f"out={tmp_path}/out", "serve=false")  # goes on with nothing left to do
+    assert done.stdout.count("there already") == 3
+    assert f"simsearch serve catalog={tmp_path}/out/catalog root={tmp_path}/in port=8000" in done.stdout
+    assert len(steps.commands) == 5, "what is done was done again"
+
+
+def test_goes_on_where_it_failed_and_refuses_other_images(steps, tmp_path):
+    folder, out = paint(tmp_path / "in", 24), tmp_path / "out"
+    steps.failing = "index"
+    with pytest.raises(ValueError, match="the same command goes on from there"):
+        art.make(folder, None, out, 224)
+    steps.failing = ""
+    steps.commands.clear()
+    art.make(folder, folder, out, 224)
+    assert steps.names == ["index", "calibrate", "recommend"]
+    assert f"outside={folder}" in steps.commands[1]
+    with pytest.raises(ValueError, match="give another place by out="):
+        art.make(paint(tmp_path / "other", 8), None, out, 224)
+
+
+def test_too_few_works(steps, tmp_path):
+    with pytest.raises(ValueError, match="3 works are too few for a recommender: give 4 or more"):
+        art.make(paint(tmp_path / "in", 3), None, tmp_path / "out", 224)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere"], "/nowhere does not exist: give a folder of images"),
+        (["{few}", "outside=/nowhere"], "/nowhere does not exist"),
+        (["images={few}", "serve=perhaps"], "serve must be true, false or null"),
+        (["{few}", "paintings"], "'paintings' is no key=value"),
+    ],
+)
+def test_mistakes(arguments, message, tmp_path):
+    few = paint(tmp_path / "few", 3)
+    given = [argument.format(few=few) for argument in arguments]
+    done = simsearch("art", *given, f"out={tmp_path}/out", expect=1)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_a_flat_folder_with_a_broken_file_ends_in_a_recommender(tmp_path):
-    images, out = tmp_path / "paintings", tmp_path / "out"
-    images.mkdir()
-    collection = render_collection(styles=4, artists=2, works=3, photographs=1, size=96)
-    for i, image in enumerate(collection.images):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(images / f"{i}.png")
+    images, out = paint(tmp_path / "paintings", 24), tmp_path / "out"
     (images / "broken.jpg").write_text("no picture")
-    command = [sys.executable, str(ART), "--images", str(images), "--out", str(out), "--size", "96", "--no-serve"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "protocol.attribute=work" in said
-    assert "all is well" in said
-    assert "not-an-image" in (out / "collection" / "rejected.csv").read_text()
+    said = simsearch("art", str(images), f"out={out}", "size=96", "serve=false").stdout
+    assert "your recommender in the browser: simsearch serve" in said
+    with (out / "collection" / "rejected.csv").open() as file:
+        assert "not-an-image" in str(list(csv.reader(file)))
     assert json.loads((out / "catalog" / "calibration.json").read_text())["similar"] is None
     assert (out / "recommendations.png").is_file()
-    again = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert again.count("there already") == 3
-    assert "simsearch train" not in again
-    assert "all is well" in again
+    found = simsearch(
+        "recommend", f"catalog={out / 'catalog'}", f"image={images / '3.png'}", "force=true", "format=json"
+    )
+    assert json.loads(found.stdout)["results"][0]["path"] == "3.png"

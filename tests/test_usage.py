@@ -51,7 +51,7 @@ class TestPages:
             program, *arguments = shlex.split(example.removeprefix("srun -n 16 "))
             words = command.split()
             assert [program, *arguments[: len(words)]] == ["simsearch", *words]
-            assert usage.mistake(command, arguments[len(words) :]) is None, example
+            assert usage.mistake(command, usage.spelled(command, arguments[len(words) :])) is None, example
 
     def test_a_command_shows_its_own_groups_and_the_chosen_option_s_keys(self):
         page = usage.help_page("search", width=80)
@@ -95,7 +95,7 @@ class TestPages:
                 words = shlex.split(re.sub("<[^>]*>", "x", part).replace(" ... ", " "), comments=True)
                 words = words[words.index("simsearch") + 1 :]
                 name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
-                assert usage.mistake(name, words[len(name.split()) :]) is None, part
+                assert usage.mistake(name, usage.spelled(name, words[len(name.split()) :])) is None, part
                 count += 1
         assert count > 30
 

@@ -1,0 +1,166 @@
+"""simsearch art: from a folder of paintings to a recommender in the browser, each step a command that is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from simsearch import runtime
+from simsearch.data.collection import Collection
+from simsearch.data.files import files_collection, open_ingest
+from simsearch.data.manifest import read_manifest
+from simsearch.data.protocols import ByHash
+from simsearch.files import read_json, replacing
+
+SAMPLE = ("data.works=7", "data.photographs=3", "data.size=128")
+HELD_OUT = 2  # styles of the sample that the catalog lacks
+FEW = 1000  # images to train on, below which their covariance is not to be trusted
+MEASURABLE = ("artist", "style", "genre", "period")
+LEAST_TRAINED = 10
+
+
+@runtime.command("art")
+def main(config: DictConfig) -> None:
+    if config.serve not in (True, False, None):
+        raise ValueError(f"serve must be true, false or null, got {config.serve!r}")
+    images = None if config.images is None else Path(config.images)
+    outside = None if config.outside is None else Path(config.outside)
+    for path in (images, outside):
+        if path is not None and not path.exists():
+            raise ValueError(f"{path} does not exist: give a folder of images, or a table of them")
+    name = images.resolve().stem if images else "rendered"
+    out = Path(config.out or Path(os.environ.get("SIMSEARCH_OUTPUTS", "outputs")) / "art" / name)
+    make(images, outside, out, config.size or (224 if images else 128))
+    print(f"\npictures: {out / 'recommendations.png'}, {out / 'collection' / 'contact-sheet.png'}")
+    serve(out, config.port, now=sys.stdout.isatty() if config.serve is None else config.serve)
+
+
+def make(images: Path | None, outside: Path | None, out: Path, size: int) -> None:
+    """Leaves collection, run, catalog and a picture of recommendations in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    if images is None:
+        images, outside = out / "paintings.csv", out / "others.csv"
+        if not outside.exists():
+            step("draw a sample", "data", "export", "data=rendered", *SAMPLE, f"out={out}")
+            divide(out / "manifest.csv", images, outside)
+    collection, run, catalog = out / "collection", out / "run", out / "catalog"
+    if done := (collection / "ingest.json").is_file():
+        if (before := read_json(collection / "ingest.json")["source"]) != str(images.resolve()):
+            raise ValueError(f"{out} is of the images in {before}: give another place by out=")
+        print(f"there already: {collection}")
+    else:
+        step("check, clean and decode", "data", "ingest", f"images={images}", f"out={collection}")
+    done = done and (run / "metrics.json").is_file()
+    if done:
+        print(f"there already: {run}")
+    else:
+        shutil.rmtree(run, ignore_errors=True)  # one that was cut off; what it has extracted is in the cache
+        arguments = ["data=art", f"data.source={collection}", "model=art", f"backbone.size={size}"]
+        arguments += [*describe_split(collection), "catalog.write=false", "logger.mode=disabled", f"run_dir={run}"]
+        step("learn what tells artworks apart", "train", *arguments)
+    if done := done and (catalog / "catalog.json").is_file():
+        print(f"there already: {catalog}")
+    else:
+        step("describe all of them", "index", f"run={run}", f"images={collection}", f"out={catalog}")
+    if not done or not (catalog / "calibration.json").is_file():
+        arguments = [f"catalog={catalog}"]
+        if outside is None:
+            print("\nno outside=: the catalog will know the same work, but not from where on to call a work similar")
+        else:
+            arguments.append(f"outside={outside}")
+        step("learn to say no", "calibrate", *arguments)
+    if not done or not (out / "recommendations.png").is_file():
+        step("recommend", "recommend", f"catalog={catalog}", "id=0", "force=true", f"figure={out}/recommendations.png")
+
+
+def step(what: str, *command: str) -> None:
+    """Runs a command of simsearch, printed before, its time after. Raises ValueError where it fails."""
+    print(f"\n--- {what}\n$ {shlex.join(['simsearch', *command])}", flush=True)
+    start = time.perf_counter()
+    if status := subprocess.run([sys.executable, "-m", "simsearch", *command]).returncode:
+        raise ValueError(f"that step failed with status {status}; the same command goes on from there")
+    print(f"--- {time.perf_counter() - start:.1f} s", flush=True)
+
+
+def divide(manifest: Path, inside: Path, outside: Path) -> None:
+    """Two tables of one: without the last styles, and with them alone."""
+    with manifest.open(newline="") as file:
+        reader = csv.DictReader(file)
+        rows = list(reader)
+    held = sorted({row["style"] for row in rows})[-HELD_OUT:]
+    for path, kept in ((inside, False), (outside, True)):
+        with replacing(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, reader.fieldnames or (), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row for row in rows if (row["style"] in held) == kept)
+
+
+# -------------------------------------------------------------------------------- what can be measured
+
+
+def describe_split(folder: Path) -> list[str]:
+    """Arguments of train by which this collection can be divided and measured, said aloud.
+
+    The first that fits: artists apart (the default); an artist, a style, a genre or a period on both sides; or
+    without any of them a run that is not measured, for which most images train.
+    """
+    manifest = read_manifest(folder)
+    collection = files_collection(folder.name, manifest, open_ingest(folder, manifest, 1))
+    if trained := trains(collection, "artist", "artist"):
+        arguments, said = [], "artists apart: those that search were never trained on (protocol=art-artist)"
+    else:
+        for attribute in MEASURABLE:
+            if trained := trains(collection, attribute, None):
+                arguments = ["protocol=art-artist-random"]
+                if attribute != "artist":
+                    arguments += [f"protocol.attribute={attribute}", f"protocol.name=art-{attribute}-random"]
+                said = f"by {attribute}, whose works are trained on and searched: too few to keep them apart"
+                break
+        else:
+            arguments = ["protocol=by-attribute", "protocol.attribute=work", "protocol.group=work"]
+            arguments += ["protocol.evaluation=0.2", "protocol.validation=0.2"]
+            works = len(collection.classes[collection.attributes.index("work")])
+            if works < 4:
+                raise ValueError(f"{works} works are too few for a recommender: give 4 or more")
+            trained = round(0.6 * len(collection))
+            said = f"not by artist or style, which are known of too few images of {len(collection)}: nothing to measure"
+    print(f"\nmeasured {said}; {trained} images train", flush=True)
+    if trained < FEW:
+        arguments += [f"+model.encoders.{part}.whitening.shrinkage=0.1" for part in ("content", "style", "colour")]
+    return arguments
+
+
+def trains(collection: Collection, attribute: str, part: str | None) -> int:
+    """Images to train on where relevance is by an attribute; 0 where that can't be measured or leaves too few."""
+    try:
+        split = ByHash(name="", attribute=attribute, part=part, junk="work").split(collection)
+    except ValueError:
+        return 0
+    return len(split.train) if len(split.train) >= LEAST_TRAINED else 0
+
+
+# ----------------------------------------------------------------------------------------- the browser
+
+
+def serve(out: Path, port: int, *, now: bool) -> None:
+    """Serves the catalog until Ctrl-C; says how to, where not now."""
+    root = read_json(out / "collection" / "ingest.json")["root"]
+    command = ["serve", f"catalog={out / 'catalog'}", f"root={root}", f"port={port}"]
+    if now:
+        with contextlib.suppress(KeyboardInterrupt):
+            step("serve, until Ctrl-C", *command)
+    else:
+        print(f"your recommender in the browser: {shlex.join(['simsearch', *command])}")
+
+
+if __name__ == "__main__":
+    main()
