@@ -16,11 +16,10 @@ from simsearch.data.rendered import render_collection
 
 
 def paint(folder: Path, count: int, name: str = "{i}.png") -> Path:
-    """A folder of `count` pictures of the sample, called by `name` of number i and artist a."""
+    """A folder of `count` pictures of the sample, called by `name` of number i and one of two artists a."""
     collection = render_collection(styles=4, artists=2, works=(count + 7) // 8, photographs=1, size=96)
-    artists = collection.column("artist").tolist()
     for i, image in enumerate(collection.images[:count]):
-        path = folder / name.format(i=i, a=artists[i])
+        path = folder / name.format(i=i, a=("Anna", "Berta")[i % 2])
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     return folder
@@ -70,14 +69,18 @@ def steps(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "protocol"),
+    ("name", "count", "protocol"),
     [
-        ("{i}.png", {"protocol=by-attribute", "protocol.attribute=work", "protocol.group=work"}),  # flat: no artists
-        ("{a}/{i}.png", set()),  # enough to keep artists apart, as the data's own protocol does
+        (
+            "{i}.png",
+            24,
+            {"protocol=by-attribute", "protocol.attribute=work", "protocol.group=work"},
+        ),  # flat: no artists
+        ("{a}/{i}.png", 64, {"protocol=art-artist-random"}),  # two artists: too few to keep them apart
     ],
 )
-def test_the_choices_that_a_small_folder_needs(name, protocol, steps, tmp_path, capsys):
-    art.make(paint(tmp_path / "in", 24, name), None, tmp_path / "out", 224)
+def test_the_choices_that_a_small_folder_needs(name, count, protocol, steps, tmp_path, capsys):
+    art.make(paint(tmp_path / "in", count, name), None, tmp_path / "out", 224)
     assert steps.names == ["data", "train", "index", "calibrate", "recommend"]
     train = steps.commands[1]
     assert {argument for argument in train if re.match("protocol(=|.attribute|.group)", argument)} == protocol
