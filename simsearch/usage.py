@@ -422,6 +422,9 @@ def _all_keys(command: str) -> dict[str, tuple[Key, ...]]:
     return {name: tuple(keys) for name, keys in found.items()}
 
 
+_TIME = re.compile(r"second|minute|_ms$")
+
+
 def _complaint(key: Key, value: str) -> str:
     """What a value must be that this is not; "" for one that will do."""
     lower = value.lower()
@@ -429,7 +432,8 @@ def _complaint(key: Key, value: str) -> str:
         return "" if lower in ("true", "false") else "true or false"
     if re.fullmatch(r"-?[\d_]+", key.default):
         words = re.findall(r"[a-z]+", key.meaning)
-        whole = re.fullmatch(r"[+-]?\d[\d_]*", value)
+        parts = r"(\.\d*)?" if _TIME.search(key.name + key.meaning) else ""
+        whole = re.fullmatch(rf"[+-]?\d[\d_]*{parts}", value)
         return "" if whole or lower in words else f"a whole number, such as {key.default}"
     if re.fullmatch(r"-?[\d_]*\.\d*(e[+-]?\d+)?|-?\d+e[+-]?\d+", key.default):
         number = re.fullmatch(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?inf", lower)

@@ -169,6 +169,24 @@ def test_a_newcomer_s_mistake_gets_one_line_that_mends_it(typed, answer, small_r
     assert list(tmp_path.iterdir()) == [], "it left something behind"
 
 
+@pytest.mark.parametrize(
+    ("command", "argument"),
+    [
+        ("progress", "watch=0.5"),
+        ("serve", "limits.rate=0.5"),
+        ("serve", "limits.rate=null"),
+        ("train", "trainer.devices=auto"),
+        ("train", "model.head_lr=0.5"),
+        ("train", "+anything=1"),
+        ("train", "hydra.sweep.dir=x"),
+        ("recommend", "where=artist=Monet"),
+        ("train", "seed=${oc.env:SEED}"),
+    ],
+)
+def test_what_may_be_right_is_not_refused(command, argument):
+    assert (usage.mistake(command, [argument]) or "needs").startswith("needs")
+
+
 def test_a_catalog_of_a_run_is_found_in_the_run(small_run, tmp_path):
     image = small_run / "figures/queries/00.png"
     done = simsearch("search", f"catalog={small_run}", f"image={image}", "k=1", "format=json", cwd=tmp_path)
