@@ -65,7 +65,6 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
     """
 
     title = name.replace("_", " ")
-    debug = os.environ.get("SIMSEARCH_DEBUG") == "1"
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         told = []
@@ -78,7 +77,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
                 check_kinds(config, yaml.safe_load(Path(CONF, f"{name}.yaml").read_text(encoding="utf-8")))
                 return task(config)
             except (*MENDABLE, launch.RankError) as error:
-                if debug:
+                if os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
                 if isinstance(error, launch.RankError) and error.details:
                     print(error.details, file=sys.stderr)
@@ -97,7 +96,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             try:
                 program()
             except (*MENDABLE, launch.RankError, HydraException) as error:
-                if debug:
+                if os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
                 if not told:
                     warn(f"simsearch {title}: {reason(error, title)}")

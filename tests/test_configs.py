@@ -42,6 +42,7 @@ def compose(*overrides: str, name: str = "train") -> dict:
 
 def test_there_are_configs():
     commands = {
+        "art",
         "train",
         "evaluate",
         "compare",
