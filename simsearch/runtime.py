@@ -128,9 +128,10 @@ def check_kinds(config: DictConfig, defaults: Mapping[str, Any], above: str = ""
 
 
 def remove_unused(folder: Path) -> None:
-    """Removes the folder that Hydra made for a command, where nothing but Hydra's own notes is in it."""
+    """Removes the folder that Hydra made for a command, where nothing but its own notes and the lock are in it."""
     there = list(folder.iterdir()) if folder.is_dir() and folder.resolve() != Path.cwd() else []
-    notes = [path for path in there if path.name == ".hydra" or (path.suffix == ".log" and not path.stat().st_size)]
+    own = (".hydra", ".training")
+    notes = [path for path in there if path.name in own or (path.suffix == ".log" and not path.stat().st_size)]
     if there and len(notes) == len(there):
         shutil.rmtree(folder)
 

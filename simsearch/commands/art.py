@@ -79,7 +79,14 @@ def make(images: Path | None, outside: Path | None, out: Path, size: int) -> Non
             arguments.append(f"outside={outside}")
         step("learn to say no", "calibrate", *arguments)
     if not done or not (out / "recommendations.png").is_file():
-        step("recommend", "recommend", f"catalog={catalog}", "id=0", "force=true", f"figure={out}/recommendations.png")
+        step(
+            "recommend",
+            "recommend",
+            f"catalog={catalog}",
+            "id=position:0",
+            "force=true",
+            f"figure={out}/recommendations.png",
+        )
 
 
 def step(what: str, *command: str) -> None:
