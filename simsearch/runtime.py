@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import nn
 
 from simsearch import launch, trust
+from simsearch.callbacks.evaluation import metric_names
 from simsearch.callbacks.training import OwnCheckpoints
 from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, to_json, write_json
 from simsearch.models.backbones import WeightsError
@@ -165,6 +166,25 @@ def build_trainer(
     return hydra.utils.instantiate(
         OmegaConf.create(settings), callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
     )
+
+
+def measured_names(config: Mapping[str, Any]) -> set[str]:
+    """What the stages of a training measure, as `val/mAP`; empty where a class of somebody else may measure more.
+
+    config: its plain `callbacks`, `index`, `model` and `protocol`.
+    """
+    parts = {name: config[name] for name in ("callbacks", "index", "model", "protocol")}
+    if not all(target in trust.ALLOWED for _, target in trust.targets(parts)):
+        return set()
+    evaluations = [node for node in config["callbacks"].values() if node and "RetrievalEvaluation" in node["_target_"]]
+    names = set()
+    for node in evaluations:
+        codes = build(config["index"]).is_binary
+        held_out = config["protocol"].get("validation") is not None
+        rerank = node.get("rerank") is not None
+        names |= {f"test/{name}" for name in metric_names(node["ks"], codes=codes, rerank=rerank)}
+        names |= {f"val/{name}" for name in metric_names(node["ks"], codes=codes)} if held_out else set()
+    return names
 
 
 def build_encoder(config: Mapping[str, Any], *, trusted: bool = False) -> nn.Module:

@@ -231,6 +231,26 @@ def _index_recall(index: ShardedIndex, query: Sharded, ks: Sequence[int], seed: 
     return recall
 
 
+def metric_names(ks: Sequence[int], *, codes: bool, rerank: bool = False) -> set[str]:
+    """The names under which RetrievalEvaluation logs a stage, without that stage: found by measuring a few numbers.
+
+    codes, rerank: of binary codes, and after re-ranking too. A gallery of fewer items than the last of `ks` gets its
+    recall at their number.
+    """
+    metrics = RetrievalMetrics(ks, 8 if codes else None, exclude_self=True)
+    index = torch.arange(max(ks) + 1)
+    vectors = torch.randn(len(index), 8, generator=torch.Generator().manual_seed(0))
+    metrics.update("query", vectors[:2], index[:2] % 2, index[:2])
+    metrics.update("gallery", vectors, index % 2, index)
+    query, gallery = metrics.sharded("query"), metrics.sharded("gallery")
+    flat = FaissIndex("BFlat") if codes else FaissIndex("Flat")
+    result = evaluate(query, gallery, flat, ks=ks, exclude_self=True, index_order=True)
+    names = {*result.metrics, *(f"code/{name}" for name in metrics.code_statistics())}
+    if rerank:
+        names |= {f"rerank/{name}" for name in (*metrics.compute(), "fit_s", "seconds_per_query")}
+    return names
+
+
 class RetrievalEvaluation(pl.Callback):
     """Evaluates every validation epoch and at test, and logs on every rank.
 

@@ -35,7 +35,10 @@ def main(config: DictConfig) -> Any:
     with launch.as_found(), sweeps.trial(config) as trial:
         if trial is not None and trial.finished:
             sweeps.check_same_data(trial.folder, config)
-            return trial.values
+            return sweeps.objectives(trial.folder, config.objective)
+        if trial is not None and trial.elsewhere:
+            return None
+        sweeps.check_objective(config)
         run = runtime.start_run(config)
         ranks = launch.count_devices(run.config["trainer"]["devices"])
         if ranks > 1 and not launch.is_slurm_rank():
