@@ -13,6 +13,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,15 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 from torch import nn
 
-from simsearch import launch, trust
-from simsearch.callbacks.evaluation import metric_names
+from simsearch import launch, settings, trust
 from simsearch.callbacks.training import OwnCheckpoints
 from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, to_json, write_json
 from simsearch.models.backbones import WeightsError
@@ -51,7 +52,13 @@ RESULT_COLUMNS = (
 # ------------------------------------------------------------------------------- commands and errors
 
 
-MENDABLE = (ValueError, OSError, WeightsError, InstantiationException, OmegaConfBaseException)
+MENDABLE = (
+    *(ValueError, OSError, WeightsError, InstantiationException, OmegaConfBaseException),
+    *(
+        MisconfigurationException,
+        ModuleNotFoundError,
+    ),  # what Lightning calls a user's mistake, and what is not installed
+)
 
 
 def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -76,9 +83,35 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
                     raise  # an exit would end the sweep; an exception fails this job alone
                 raise SystemExit(1) from None
 
-        return hydra.main(version_base="1.3", config_path=CONF, config_name=name)(guarded)
+        composed = hydra.main(version_base="1.3", config_path=CONF, config_name=name)(guarded)
+
+        @wraps(task)
+        def run() -> None:
+            try:
+                sys.argv[1:] = [without_null(argument) for argument in sys.argv[1:]]
+            except ValueError as error:
+                warn(f"simsearch {name.replace('_', ' ')}: {error}")
+                raise SystemExit(1) from None
+            composed()
+
+        return run
 
     return decorate
+
+
+def without_null(argument: str) -> str:
+    """An override `group=null`, which Hydra does not take, as `group=none` where the group has that option.
+
+    Raises ValueError with the group's options where it has not. Other arguments stay as they are.
+    """
+    group, _, value = argument.partition("=")
+    folder = Path(CONF) / group
+    if value != "null" or not re.fullmatch(r"[\w/]+", group) or not folder.is_dir():
+        return argument
+    options = sorted(path.stem for path in folder.glob("*.yaml"))
+    if "none" not in options:
+        raise ValueError(f"{argument}: one of the group's options is needed: {', '.join(options)}")
+    return f"{group}=none"
 
 
 def reason(error: BaseException) -> str:
@@ -89,6 +122,8 @@ def reason(error: BaseException) -> str:
         return f"{key}: {reason(cause)}" if key and key != str(error) else reason(cause)
     if isinstance(error, InterpolationResolutionError):  # what a resolver of ours raised comes in three lines
         return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
+    if isinstance(error, MisconfigurationException):
+        return str(error).strip().split("\n")[0]
     return str(error) or type(error).__name__
 
 
@@ -157,34 +192,17 @@ def build_trainer(
 ) -> pl.Trainer:
     """The Trainer with its callbacks, then those in `more`, writing into `folder`."""
     callbacks = [OwnCheckpoints(), *(build(node) for node in config["callbacks"].values() if node), *more]
+    if config["trainer"].get("enable_progress_bar") is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback.dirpath = str(folder / "checkpoints")
-    settings = {"use_distributed_sampler": False, **config["trainer"]}  # our loaders deal out to ranks themselves
-    if launch.is_rank() and settings.get("strategy", "auto") in ("auto", "ddp"):
-        settings["strategy"] = {"_target_": "simsearch.launch.DataParallel"}
+    trainer = {"use_distributed_sampler": False, **config["trainer"]}  # our loaders deal out to ranks themselves
+    if launch.is_rank() and trainer.get("strategy", "auto") in ("auto", "ddp"):
+        trainer["strategy"] = {"_target_": "simsearch.launch.DataParallel"}
     return hydra.utils.instantiate(
-        OmegaConf.create(settings), callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
+        OmegaConf.create(trainer), callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
     )
-
-
-def measured_names(config: Mapping[str, Any]) -> set[str]:
-    """What the stages of a training measure, as `val/mAP`; empty where a class of somebody else may measure more.
-
-    config: its plain `callbacks`, `index`, `model` and `protocol`.
-    """
-    parts = {name: config[name] for name in ("callbacks", "index", "model", "protocol")}
-    if not all(target in trust.ALLOWED for _, target in trust.targets(parts)):
-        return set()
-    evaluations = [node for node in config["callbacks"].values() if node and "RetrievalEvaluation" in node["_target_"]]
-    names = set()
-    for node in evaluations:
-        codes = build(config["index"]).is_binary
-        held_out = config["protocol"].get("validation") is not None
-        rerank = node.get("rerank") is not None
-        names |= {f"test/{name}" for name in metric_names(node["ks"], codes=codes, rerank=rerank)}
-        names |= {f"val/{name}" for name in metric_names(node["ks"], codes=codes)} if held_out else set()
-    return names
 
 
 def build_encoder(config: Mapping[str, Any], *, trusted: bool = False) -> nn.Module:
@@ -292,6 +310,7 @@ def start_run(config: DictConfig) -> Run:
         folder = Path(HydraConfig.get().runtime.output_dir)
         config.run_dir = str(folder)  # in a sweep the job's own folder; other values refer to it
         values = _settled(config)
+        settings.check_training(values)
         run = _claim(folder, values) if launch.rank() == 0 else _await(folder, values)
     if run.resumed and launch.rank() == 0:
         print(f"resuming {run.folder} with its own config", file=sys.stderr)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import json
 import math
@@ -31,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.table import Table
 
-from simsearch import launch, runtime
+from simsearch import launch, runtime, settings
 from simsearch.files import is_alive, read_json, write_json
 from simsearch.text import cell, warn
 
@@ -134,16 +133,16 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
     that another process of the sweep has in work comes with `elsewhere`, or is waited for where a sweeper needs its
     values.
     """
-    settings = HydraConfig.get()
-    if settings.mode is not RunMode.MULTIRUN:
+    hydra = HydraConfig.get()
+    if hydra.mode is not RunMode.MULTIRUN:
         yield None
         return
-    present = Trial(Path(settings.runtime.output_dir), list(settings.overrides.task))
+    present = Trial(Path(hydra.runtime.output_dir), list(hydra.overrides.task))
     path = present.folder / "trial.json"
     lock = FileLock(present.folder / ".lock")
     if launch.rank() == 0:
         try:
-            lock.acquire(timeout=-1 if "direction" in settings.sweeper else 0)
+            lock.acquire(timeout=-1 if "direction" in hydra.sweeper else 0)
         except Timeout:
             print(f"{present.folder} is in work already, by another process of this sweep: left to it", file=sys.stderr)
             present.elsewhere = True
@@ -196,18 +195,10 @@ def check_objective(config: DictConfig) -> None:
     values = {
         key: OmegaConf.to_container(config[key], resolve=True) for key in ("callbacks", "index", "model", "protocol")
     }
-    known = runtime.measured_names(values)
+    known = settings.measured_names(values)
     for name in names if known else ():
         if name not in known:
-            raise ValueError(f"objective={name} will not be measured{_mend(name, known)}")
-
-
-def _mend(name: str, known: Iterable[str]) -> str:
-    stages = {text.partition("/")[0] for text in known}
-    if name.startswith("val/") and "val" not in stages:
-        return ": nothing is held out, give protocol.validation=0.1"
-    near = difflib.get_close_matches(name, known, n=3) or [f"{stage}/mAP" for stage in sorted(stages, reverse=True)]
-    return f"; there are {', '.join(near)} and others, as metrics.json has them"
+            raise ValueError(f"objective={name} will not be measured{settings.mend_name(name, known)}")
 
 
 def directions(names: Sequence[str], given_direction: Any, *, given: bool) -> Any:
@@ -249,7 +240,7 @@ def objectives(folder: Path, names: str | Sequence[str] | None) -> Any:
 
     def value(name: str) -> float:
         if known.get(name) is None:
-            raise ValueError(f"objective={name} was not measured{_mend(name, known)}")
+            raise ValueError(f"objective={name} was not measured{settings.mend_name(name, known)}")
         return float(known[name])
 
     return value(names) if isinstance(names, str) else [value(name) for name in names]
@@ -271,6 +262,17 @@ class Sweep(Callback):
 
     def __init__(self) -> None:
         self._since = time.time()
+
+    def on_run_start(self, config: DictConfig, config_name: str | None = None) -> None:
+        HydraConfig.instance().set_config(config)
+        try:  # Hydra would end in a traceback where it cannot make the folder
+            folder = Path(config.hydra.run.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"{folder} cannot be written to")
+        except runtime.MENDABLE as error:
+            warn(f"simsearch train: {runtime.reason(error)}: give another run_dir")
+            raise SystemExit(1) from None
 
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None) -> None:
         try:

@@ -24,7 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from simsearch import runtime, sweeps
+from simsearch import runtime, settings, sweeps
 from simsearch.files import read_json, write_json
 
 TINY = (
@@ -260,7 +260,7 @@ def test_what_will_be_measured_is_what_was(small_run):
     config = runtime.open_run(small_run).config
     stages = read_json(small_run / "metrics.json")
     measured = {f"{stage}/{metric}" for stage, about in stages.items() for metric in about["metrics"]}
-    assert measured == runtime.measured_names(config)
+    assert measured == settings.measured_names(config)
 
 
 def test_readmes_sweep_of_wandb_optimises_what_its_command_logs():

@@ -148,6 +148,50 @@ class EpochsAfterResume(pl.Callback):
             batches.reset_restart_stage()
 
 
+class FrozenBackbone(pl.Callback):
+    """Keeps the network's `backbone` frozen, its statistics too, in the first `epochs` of a training; None: always.
+
+    The images go through it, so that they may be augmented before it, which a cache of features (model.cache) rules
+    out. Raises ValueError for a network without a backbone, and for several ranks with a number of epochs: what
+    gathers their gradients is told once what trains.
+    """
+
+    def __init__(self, epochs: int | None = None) -> None:
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"epochs={epochs}: give a number of epochs from 1, or null for all")
+        self.epochs = epochs
+        self._parameters: list[torch.nn.Parameter] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        backbone = getattr(pl_module.network, "backbone", None)
+        if not isinstance(backbone, torch.nn.Module):
+            raise ValueError(f"{type(pl_module.network).__name__} has no backbone to freeze: leave this callback out")
+        if self.epochs is not None and trainer.world_size > 1:
+            raise ValueError(
+                f"unfreezing after epochs={self.epochs} takes one process: train with epochs=null, then go on from "
+                "that run by model.start="
+            )
+        if stage == "fit":
+            self._parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+            if self.epochs is None:  # before the optimizer is made, which leaves them out
+                backbone.requires_grad_(False)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._freeze(trainer, pl_module)  # after a resume in the middle of an epoch no epoch start is reported
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._freeze(trainer, pl_module)
+
+    def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        frozen = self.epochs is None or trainer.current_epoch < self.epochs
+        for parameter in self._parameters if self.epochs is not None else ():
+            parameter.requires_grad_(not frozen)
+        if frozen:
+            pl_module.network.backbone.eval()  # type: ignore[union-attr, operator]
+        elif trainer.current_epoch == self.epochs:
+            pl_module.train()  # as the module has it: its batch normalisation may stay frozen
+
+
 class LastValidation(pl.Callback):
     """Validates after the last of the trainer's max_steps too, wherever in an epoch that falls.
 
