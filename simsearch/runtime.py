@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import pickle
 import re
+import subprocess
 import sys
 import time
 import uuid
@@ -14,6 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ from rich.segment import Segment
 from rich.table import Table
 from torch import nn
 
-from simsearch import launch, settings, trust
+from simsearch import __version__, launch, settings, trust
 from simsearch.callbacks.training import OwnCheckpoints
 from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, to_json, write_json
 from simsearch.models.backbones import WeightsError
@@ -74,6 +77,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             try:
                 return task(config)
             except (*MENDABLE, launch.RankError) as error:
+                logging.getLogger("simsearch").info("failed", exc_info=True)  # where a command keeps a log
                 if os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
                 if isinstance(error, launch.RankError) and error.details:
@@ -174,6 +178,8 @@ def build_data(config: Mapping[str, Any], protocol: Any = None) -> pl.LightningD
     """The DataModule of `config["data"]` with its data read, under `protocol` or that of the config."""
     data = prepare_data(config, protocol)
     data.setup()
+    if config.get("smoke"):
+        data.shrink()
     return data
 
 
@@ -303,6 +309,8 @@ def start_run(config: DictConfig) -> Run:
 
     Raises ValueError where there is no run to resume, and where the folder of a new run holds one already.
     """
+    if config.get("smoke"):
+        make_few(config)
     if config.get("resume"):
         folder = Path(config.run_dir)
         run = replace(open_run(folder, trusted=trusts(config), own=_composed(config)), resumed=True)
@@ -316,6 +324,16 @@ def start_run(config: DictConfig) -> Run:
         print(f"resuming {run.folder} with its own config", file=sys.stderr)
     pl.seed_everything(run.config["seed"], workers=True, verbose=False)
     return run
+
+
+def make_few(config: DictConfig) -> None:
+    """Cuts the steps and sizes of a training's config down to those of smoke=true, before anything refers to them."""
+    for key, most in settings.FEW.items():
+        value = OmegaConf.select(config, key)
+        if isinstance(value, int) and (value > most or value < 0):
+            OmegaConf.update(config, key, most)
+    config.logger.tags = [*config.logger.tags, "smoke"]
+    print("smoke=true: few images and few steps, to see that everything runs; its numbers say nothing", file=sys.stderr)
 
 
 def _settled(config: DictConfig) -> dict[str, Any]:
@@ -520,11 +538,23 @@ def load_model(run: Run) -> pl.LightningModule:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what numbers may depend on."""
-    from importlib.metadata import version
-
+    """Versions of what numbers may depend on; `commit` is simsearch's own, where it is known."""
     names = ("torch", "torchvision", "timm", "faiss-cpu", "pytorch-lightning", "numpy", "onnxruntime")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+    own = {"simsearch": __version__} | ({"commit": known} if (known := commit()) else {})
+    return own | {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
+
+
+def commit() -> str | None:
+    """The git commit of simsearch's source, `-dirty` where files were changed since; None where it is unknown."""
+    root = Path(CONF).parent
+    try:
+        if (root / ".git").exists():
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+        source = json.loads(metadata.distribution("simsearch").read_text("direct_url.json") or "{}")
+        return source.get("vcs_info", {}).get("commit_id")  # pip installed it from a repository
+    except (OSError, ValueError, subprocess.SubprocessError, metadata.PackageNotFoundError):
+        return None
 
 
 # -------------------------------------------------------------------------------------------- reports

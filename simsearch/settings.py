@@ -7,6 +7,7 @@ import importlib
 import inspect
 import types
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -15,6 +16,17 @@ from simsearch import trust
 from simsearch.callbacks.evaluation import metric_names
 from simsearch.index.faiss_index import FaissIndex
 
+# What smoke=true leaves of a training at most, where its config has the key.
+FEW = {
+    "trainer.max_steps": 8,
+    "trainer.check_val_every_n_epoch": 1,
+    "sampler.batch_size": 32,
+    "sampler.classes": 4,
+    "sampler.images": 4,
+    "sampler.triplets": 8,
+    "sampler.batches": 2,
+    "callbacks.mining.pool": 256,
+}
 _SMOKE = "smoke=true runs any experiment on few images and few steps"
 # Settings of the Trainer that a measurement of whole tasks does not go with: the value that does, and what to do.
 _WHOLE: dict[str, tuple[Any, str]] = {
@@ -42,6 +54,9 @@ def check_training(config: Mapping[str, Any]) -> None:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"seed={seed}: give a whole number from 0 to {2**32 - 1}, so that the run can be repeated")
     check_values(config)
+    known = any(find_spec(name) for name in ("tensorboard", "tensorboardX"))
+    if config["logger"].get("tensorboard") and not known:
+        raise ValueError("logger.tensorboard=true needs a package of its name: pip install 'simsearch[tensorboard]'")
     trainer = config["trainer"]
     for name, (whole, mend) in _WHOLE.items():
         value = trainer.get(name)

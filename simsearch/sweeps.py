@@ -174,7 +174,9 @@ def check_same_data(folder: Path, config: DictConfig) -> None:
     """Raises ValueError where the data or protocol of a finished trial are not what they were."""
     stored = read_json(folder / "metrics.json")["test"]["fingerprint"]
     values = OmegaConf.to_container(config, resolve=True)
-    now = _fingerprint(json.dumps({name: values[name] for name in ("data", "protocol", "backbone", "sampler")}))
+    now = _fingerprint(
+        json.dumps({name: values[name] for name in ("data", "protocol", "backbone", "sampler", "smoke")})
+    )
     if now != stored:
         raise ValueError(
             f"{folder} was measured on other data (fingerprint {stored}, now {now}): give the sweep another folder "

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from simsearch import launch
@@ -64,10 +64,11 @@ def wandb_api() -> Iterator[Any]:
 
 
 def build_loggers(run: Run) -> list[Logger]:
-    """CSV always; Weights & Biases unless its mode is disabled, under the run's own id. Only rank 0 writes.
+    """CSV always, TensorBoard where the config wants it; Weights & Biases unless its mode is disabled.
 
-    In W&B the run's group is logger.group, or the name of the sweep's folder that it lies in. A resumed run goes
-    on under its id, offline in another folder; `wandb sync` appends that one to the first.
+    W&B's run has the run's own id. Only rank 0 writes. Its group is logger.group, or the name of the sweep's folder
+    that it lies in. A resumed run goes on under its id, offline in another folder; `wandb sync` appends that one to
+    the first.
     """
     history = run.folder / "metrics.csv"
     csv_logger = CSVLogger(run.folder, name="", version="", flush_logs_every_n_steps=1)  # a kill should lose nothing
@@ -77,13 +78,16 @@ def build_loggers(run: Run) -> list[Logger]:
         earlier = len(list(run.folder.glob("metrics-*.csv")))
         history.rename(run.folder / f"metrics-{earlier}.csv")
     settings, config = run.config["logger"], run.config
+    files: list[Logger] = [csv_logger]
+    if settings.get("tensorboard"):
+        files.append(TensorBoardLogger(run.folder, name="", version="tensorboard"))
     if (start := _start_run(config)) is not None:
         config = {**config, "start_run": _identity(start)}
     name = settings["name"] or run.folder.name
     experiment = _start(run.folder, config, settings, _identity(run), name=name, group=_group(run), job_type="train")
     if experiment is None:
-        return [csv_logger]
-    return [_WandbLogger(experiment, best_validation(run.folder)), csv_logger]
+        return files
+    return [_WandbLogger(experiment, best_validation(run.folder)), *files]
 
 
 def evaluation_loggers(run: Run, config: Mapping[str, Any], folder: Path) -> list[Logger]:
@@ -136,6 +140,7 @@ def _start(
         return wandb.init(
             name=name,
             project=settings["project"],
+            entity=settings.get("entity"),
             group=group,
             tags=settings["tags"] or None,
             job_type=job_type,

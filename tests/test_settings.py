@@ -78,6 +78,7 @@ def compose(*overrides: str) -> dict[str, Any]:
         ([f"+callbacks.x._target_={LIGHTNING}BackboneFinetuning"], "take callbacks=frozen-backbone"),
         (["callbacks.evaluation=null"], "nothing would be measured"),
         (["callbacks.checkpoint=null"], "nothing to test"),
+        (["logger=tensorboard"], "pip install 'simsearch[tensorboard]'"),
         (["seed=null"], "seed=None: give a whole number"),
         (["seed=1.5"], "seed=1.5: give a whole number"),
         (["seed=-1"], "seed=-1"),
@@ -91,7 +92,8 @@ def compose(*overrides: str) -> dict[str, Any]:
         (["data.works=all"], "data.works=all: RenderedDataModule wants a whole number"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(overrides, message):
+def test_what_cannot_be_is_refused_in_one_line(overrides, message, monkeypatch):
+    monkeypatch.setattr(settings, "find_spec", lambda name: None)  # what may be installed is not
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         settings.check_training(compose(*overrides))
     assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -166,6 +166,45 @@ def test_disabled_leaves_csv(tmp_path):
     tracking.log_outputs([logger], run)
     tracking.finish_loggers([logger])
     assert not (run.folder / "wandb").exists()
+
+
+def test_the_environment_names_project_entity_and_run(monkeypatch):
+    for name, value in (("WANDB_PROJECT", "ours"), ("WANDB_ENTITY", "team"), ("WANDB_NAME", "first")):
+        monkeypatch.setenv(name, value)
+    node = OmegaConf.load(Path(runtime.CONF) / "logger" / "default.yaml")
+    assert (node.project, node.entity, node.name) == ("ours", "team", "first")
+    for name in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME"):
+        monkeypatch.delenv(name)
+    node = OmegaConf.load(Path(runtime.CONF) / "logger" / "default.yaml")
+    assert (node.project, node.entity, node.name) == ("simsearch", None, None)
+
+
+def test_project_and_entity_reach_wandb(tmp_path, monkeypatch):
+    import wandb
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", lambda **settings: given.update(settings) or Recorded())
+    tracking.build_loggers(make_run(tmp_path / "r", {"project": "ours", "entity": "team"}))
+    assert (given["project"], given["entity"], given["name"]) == ("ours", "team", "r")
+
+
+class Recorded:
+    """As much of W&B's run as is looked at before anything is logged."""
+
+    summary: ClassVar[dict[str, Any]] = {}
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
+
+
+def test_tensorboard_stands_beside_csv(tmp_path):
+    pytest.importorskip("tensorboard")
+    run = make_run(tmp_path / "r", {"mode": "disabled", "tensorboard": True})
+    loggers = tracking.build_loggers(run)
+    train(loggers, [0.25])
+    tracking.finish_loggers(loggers)
+    assert list((run.folder / "tensorboard").glob("events.*"))
+    assert (run.folder / "metrics.csv").is_file()
 
 
 def test_other_ranks_do_not_log_to_wandb(tmp_path, monkeypatch):

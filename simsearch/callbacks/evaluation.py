@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.metrics.retrieval import RetrievalMetrics, mean_name
 from simsearch.types import Descriptors, RetrievalTask, SearchResult
 
+_LOG = logging.getLogger(__name__)
 _LATENCY_QUERIES = 200
 _RECALL_QUERIES = 1000
 _KEPT = 10  # neighbours of a query in per_query.parquet, collection rows, -1 where fewer were found
@@ -327,6 +329,8 @@ class RetrievalEvaluation(pl.Callback):
         # Every rank has the values of all queries: nothing to reduce.
         module.log_dict({f"{prefix}/{name}": value for name, value in result.metrics.items()}, rank_zero_only=False)
         if trainer.is_global_zero:
+            told = ", ".join(f"{name} {result.metrics[name]:.4f}" for name in ("mAP", "P@1") if name in result.metrics)
+            _LOG.info("step %d, epoch %d, %s: %s", trainer.global_step, trainer.current_epoch, stage, told)
             about = {"identity": module.identity(), **module.provenance} if hasattr(module, "provenance") else {}
             write_results(Path(trainer.default_root_dir), prefix, task, result, about)
 

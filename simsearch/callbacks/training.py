@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,17 +16,24 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+_WARM, _TIMED = 2, 4  # batches before and while the length of a training is taken
+_WORTH_SAYING_S = 180.0
+
 
 class Throughput(pl.Callback):
     """Logs images a second of all ranks (`train/images_per_s`) and the share of time spent waiting for data.
+
+    After a few batches it says how long the training will take.
 
     Both are running means over about the last 50 batches; validation does not count.
     """
 
     def __init__(self) -> None:
         self._ready = self._seconds = self._waited = self._images = 0.0
+        self._started, self._batches = 0.0, -_WARM
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._batches = -_WARM
         self._ready = time.perf_counter()  # after a resume in the middle of an epoch no epoch start is reported
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -46,7 +55,25 @@ class Throughput(pl.Callback):
             batch_size=1,
         )
         trainer.progress_bar_metrics["img/s"] = round(self._images / self._seconds)
+        self._forecast(trainer, now)
         self._ready = time.perf_counter()
+
+    def _forecast(self, trainer: pl.Trainer, now: float) -> None:
+        """Says once how long the training will take, by its first batches, where that is minutes."""
+        self._batches += 1
+        if self._batches == 0:
+            self._started = now
+        if self._batches != _TIMED or not trainer.is_global_zero:
+            return
+        left = (trainer.estimated_stepping_batches - trainer.global_step) * trainer.accumulate_grad_batches
+        seconds = left * (now - self._started) / _TIMED
+        if _WORTH_SAYING_S < seconds < math.inf:
+            hours, minutes = divmod(round(seconds / 60), 60)
+            print(
+                f"about {f'{hours} h ' if hours else ''}{minutes} min of training ahead ({left:.0f} batches; mining "
+                "and validation come on top); smoke=true tries the experiment in a minute",
+                file=sys.stderr,
+            )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ready = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -26,10 +27,12 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import item_table, write_catalog
 
 THUMBNAIL_SIDE = 128
+_LOG = logging.getLogger(__name__)
 
 
 @runtime.command("train")
 def main(config: DictConfig) -> Any:
+    _LOG.info("simsearch train %s", shlex.join(sys.argv[1:]))
     if launch.is_rank() and not launch.is_slurm_rank():
         raise ValueError("simsearch train starts its ranks itself: leave torchrun out, give trainer.devices=2 or auto")
     with launch.as_found(), sweeps.trial(config) as trial:
@@ -76,6 +79,9 @@ def train(
 ) -> None:
     """Fits the model of `run`, tests its best checkpoint; rank 0 writes figures and catalog, prints the table."""
     trainer = runtime.build_trainer(run.config, run.folder, loggers, callbacks)
+    if trainer.is_global_zero:
+        _LOG.info("%s %s", "goes on with" if run.resumed else "begins", run.folder)
+        _LOG.info("versions: %s", ", ".join(f"{name} {value}" for name, value in runtime.versions().items()))
 
     best, last = (run.folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     go_on = run.resumed and last.is_file()
@@ -104,6 +110,7 @@ def train(
     if index is not None:
         save_catalog(run, data, model, result, index)
     tracking.log_outputs(loggers, run)
+    _LOG.info("finished")
     report(run.folder)
 
 
