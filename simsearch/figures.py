@@ -28,7 +28,14 @@ class Tile:
 
 
 def save_grid(path: Path, rows: Sequence[Sequence[Tile]], *, title: str = "", side: int = 96) -> None:
-    """Writes a PNG of rows of tiles, each row a query followed by its neighbours, best first.
+    """Writes the picture of `draw_grid` as a PNG."""
+    picture = draw_grid(rows, title=title, side=side)
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def draw_grid(rows: Sequence[Sequence[Tile]], *, title: str = "", side: int = 96) -> Image.Image:
+    """A picture of rows of tiles, each row a query followed by its neighbours, best first.
 
     Tiles are `side` pixels wide, aspect kept; green frames are right, red wrong, grey unjudged.
     """
@@ -58,8 +65,7 @@ def save_grid(path: Path, rows: Sequence[Sequence[Tile]], *, title: str = "", si
             canvas.paste(picture, place)
             caption = _clip(draw, tile.caption, small, side + 2 * frame)
             draw.text((left + frame, top + side + 2 * frame), caption, fill="black", font=small)
-    with replacing(path) as temporary:
-        canvas.save(temporary, "PNG")
+    return canvas
 
 
 def save_curve(path: Path, points: Sequence[tuple[float, float]], *, title: str) -> None:

@@ -19,11 +19,12 @@ from pytorch_lightning.utilities import rank_zero_only
 from simsearch import launch
 from simsearch.callbacks.neighbours import Example
 from simsearch.data.collection import Collection
-from simsearch.figures import Tile
+from simsearch.figures import draw_grid
 from simsearch.files import read_json
 from simsearch.runtime import HEADLINES, Run, read_run
 from simsearch.text import warn
 
+_STAGED = "WANDB_DATA_DIR"
 _TRAINING = ("train_seconds", "device", "parameters")  # of run.json, as runtime.note_training has them
 
 
@@ -118,6 +119,9 @@ def finish_loggers(loggers: list[Logger], status: str = "success") -> None:
         logger.finalize(status)
         if isinstance(logger, WandbLogger):
             logger.experiment.finish(exit_code=0 if status == "success" else 1)
+            ours = Path(logger.experiment.settings.wandb_dir).resolve() / "staged"
+            if os.environ.get(_STAGED) == str(ours):  # the next job of a sweep has a place of its own
+                del os.environ[_STAGED]
 
 
 def _start(
@@ -135,6 +139,9 @@ def _start(
     if mode == "disabled":
         return None
     import wandb
+
+    # Where W&B stages the files of artifacts until they are synced: in the run, not in the user's home.
+    os.environ.setdefault(_STAGED, str(folder.resolve() / "wandb" / "staged"))
 
     def start(mode: str) -> Any:
         return wandb.init(
@@ -159,7 +166,8 @@ def _start(
             raise ValueError(f"logger.mode={mode}: {error}") from error
         warn(f"W&B cannot be reached ({error}): logging offline, `wandb sync` it later")
         experiment = start("offline")
-    experiment.define_metric("trainer/global_step")
+    experiment.define_metric("trainer/global_step", hidden=True)
+    experiment.define_metric("val/definitions/*", hidden=True)  # a dozen charts of one ranking: kept, and not shown
     experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return experiment
 
@@ -171,6 +179,17 @@ def _group(run: Run) -> str | None:
 
 def _identity(run: Run) -> str:
     return str(read_json(run.folder / "run.json")["wandb_id"])
+
+
+def in_section(name: str) -> str:
+    """The name under which W&B shows a metric, whose part before the first slash is a section of charts.
+
+    >>> [in_section(name) for name in ("val/mAP", "lr-SGD/pg2", "lr-SGD", "epoch")]
+    ['val/mAP', 'train/lr/pg2', 'train/lr', 'train/epoch']
+    """
+    if name.startswith("lr-"):
+        return f"train/lr{name[name.find('/') :] if '/' in name else ''}"
+    return name if "/" in name else f"train/{name}"
 
 
 # ------------------------------------------------------------------------------------- the best validation
@@ -190,7 +209,12 @@ class _WandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics(metrics, step)
+        # The test is measured once: a chart of it would be a dot.
+        once = {name: value for name, value in metrics.items() if name.startswith("test/")}
+        self.experiment.summary.update(once)
+        series = {in_section(name): value for name, value in metrics.items() if name not in once}
+        if series.keys() - {in_section("epoch")}:
+            super().log_metrics(series, step)
         best = _better(self._best, {**metrics, "step": step})
         if best is not self._best:
             self._best = best
@@ -246,24 +270,21 @@ def log_summary(loggers: list[Logger], folder: Path) -> None:
 
 
 def log_neighbours(loggers: list[Logger], examples: Sequence[Example]) -> None:
-    """Logs examples as the W&B Table `neighbours`: average precision and thumbnails, a query a row."""
+    """Logs examples as the W&B images `examples/neighbours`: a query beside its neighbours each, worst first.
+
+    Not as a table: its pictures would be an artifact, whose files an offline run keeps by their absolute paths, so that
+    a run that was copied elsewhere could not sync them.
+    """
     for experiment in _experiments(loggers):
         if not examples:
             continue
         import wandb
 
-        def picture(tile: Tile) -> Any:
-            return wandb.Image(tile.image.permute(1, 2, 0).numpy(), caption=tile.caption)
-
-        k = max(len(example.tiles) for example in examples) - 1
-        columns = ["AP", "query", *(f"neighbour {i + 1}" for i in range(k)), "right"]
-        rows = []
-        for example in examples:
-            found = [picture(tile) for tile in example.tiles[1:]]
+        def picture(example: Example) -> Any:
             right = "".join("+" if tile.right else "-" for tile in example.tiles[1:])
-            query = picture(example.tiles[0])
-            rows.append([example.average_precision, query, *found, *[None] * (k - len(found)), right])
-        experiment.log({"neighbours": wandb.Table(columns=columns, data=rows)})
+            return wandb.Image(draw_grid([example.tiles]), caption=f"AP {example.average_precision:.3f} {right}")
+
+        experiment.log({"examples/neighbours": [picture(example) for example in examples]})
 
 
 def log_curve(loggers: list[Logger], points: Sequence[tuple[float, float]]) -> None:
