@@ -76,9 +76,10 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             quiet_libraries()
             try:
                 return task(config)
-            except (*MENDABLE, launch.RankError) as error:
+            except Exception as error:
                 logging.getLogger("simsearch").info("failed", exc_info=True)  # where a command keeps a log
-                if os.environ.get("SIMSEARCH_DEBUG") == "1":
+                mendable = isinstance(error, (*MENDABLE, launch.RankError))
+                if not mendable or os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
                 if isinstance(error, launch.RankError) and error.details:
                     print(error.details, file=sys.stderr)
@@ -332,7 +333,7 @@ def make_few(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if isinstance(value, int) and (value > most or value < 0):
             OmegaConf.update(config, key, most)
-    config.logger.tags = [*config.logger.tags, "smoke"]
+    config.logger.tags = [*(config.logger.tags or []), "smoke"]
     print("smoke=true: few images and few steps, to see that everything runs; its numbers say nothing", file=sys.stderr)
 
 

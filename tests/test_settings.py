@@ -6,6 +6,7 @@ import math
 import re
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -21,7 +22,7 @@ from test_configs import compose as composed
 from torch import nn
 
 from simsearch import runtime, settings
-from simsearch.callbacks.training import FrozenBackbone
+from simsearch.callbacks.training import FrozenBackbone, Throughput
 from simsearch.losses.mined import MinedLoss
 from simsearch.models.trained import TrainedRetriever
 
@@ -277,6 +278,27 @@ def test_a_backbone_stays_frozen_and_its_statistics_too(tmp_path):
     assert learner.seen == [(False, False)] * 6
     assert torch.equal(learner.network.backbone[0].weight, before)
     assert torch.equal(learner.network.backbone[1].running_mean, torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("steps", "accumulate", "seconds", "told"),
+    [
+        (1000, 1, 1.0, "about 17 min of training ahead (994 batches"),
+        (10_000, 2, 3.0, "about 16 h 39 min of training ahead (19988 batches"),
+        (100, 1, 0.5, None),  # not worth a word
+        (math.inf, 1, 1.0, None),
+    ],
+)
+def test_a_long_training_is_said_beforehand(steps, accumulate, seconds, told, capsys):
+    trainer = SimpleNamespace(
+        is_global_zero=True, estimated_stepping_batches=steps, accumulate_grad_batches=accumulate, global_step=6
+    )
+    throughput = Throughput()
+    for batch in range(50):  # the first of which takes long
+        throughput._forecast(trainer, 100 + seconds * batch if batch else 0.0)
+    said = capsys.readouterr().err
+    assert said.count("of training ahead") == (told is not None)
+    assert (told or "") in said
 
 
 @pytest.mark.parametrize("epochs", [0, -1])

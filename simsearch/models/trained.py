@@ -292,7 +292,12 @@ class TrainedRetriever(DescribesBatches):
         if isinstance(scheduler, ReduceLROnPlateau):
             every = self.trainer.check_val_every_n_epoch or 1
             watched = "val/mAP" if scheduler.mode == "max" else "train/loss"
-            about |= {"interval": "epoch", "frequency": every if scheduler.mode == "max" else 1, "monitor": watched}
+            about |= {
+                "interval": "epoch",
+                "frequency": every if scheduler.mode == "max" else 1,
+                "monitor": watched,
+                "strict": False,
+            }
         return {"optimizer": optimizer, "lr_scheduler": about}
 
     def _fitted(self, scheduler: Callable[..., Any], groups: list[dict[str, Any]]) -> Callable[..., Any]:
