@@ -319,7 +319,6 @@ def start_run(config: DictConfig) -> Run:
         folder = Path(HydraConfig.get().runtime.output_dir)
         config.run_dir = str(folder)  # in a sweep the job's own folder; other values refer to it
         values = _settled(config)
-        settings.check_training(values)
         run = _claim(folder, values) if launch.rank() == 0 else _await(folder, values)
     if run.resumed and launch.rank() == 0:
         print(f"resuming {run.folder} with its own config", file=sys.stderr)

@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from simsearch import launch, runtime, sweeps, tracking
+from simsearch import launch, runtime, settings, sweeps, tracking
 from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
 from simsearch.callbacks.interruption import Interruption
 from simsearch.callbacks.neighbours import NeighbourFigure
@@ -42,6 +42,8 @@ def main(config: DictConfig) -> Any:
         if trial is not None and trial.elsewhere:
             return None
         sweeps.check_objective(config)
+        if not config.resume:
+            settings.check_training(runtime.plain(config))
         run = runtime.start_run(config)
         ranks = launch.count_devices(run.config["trainer"]["devices"])
         if ranks > 1 and not launch.is_slurm_rank():
