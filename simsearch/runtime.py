@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import re
@@ -13,7 +14,8 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from importlib import metadata
@@ -24,6 +26,7 @@ import hydra
 import pytorch_lightning as pl
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
@@ -39,8 +42,8 @@ from rich.table import Table
 from torch import nn
 
 from simsearch import __version__, launch, settings, trust
-from simsearch.callbacks.training import OwnCheckpoints
-from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, to_json, write_json
+from simsearch.callbacks.training import OwnCheckpoints, WholeCheckpoints
+from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, write_json
 from simsearch.models.backbones import WeightsError
 from simsearch.text import cell, lines, warn
 
@@ -74,6 +77,8 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         def guarded(config: DictConfig) -> Any:
             quiet_libraries()
+            if multiprocessing.get_start_method(allow_none=True) == "loky":  # joblib's, which starts no others
+                multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
             try:
                 return task(config)
             except Exception as error:
@@ -204,12 +209,14 @@ def build_trainer(
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback.dirpath = str(folder / "checkpoints")
-    trainer = {"use_distributed_sampler": False, **config["trainer"]}  # our loaders deal out to ranks themselves
-    if launch.is_rank() and trainer.get("strategy", "auto") in ("auto", "ddp"):
-        trainer["strategy"] = {"_target_": "simsearch.launch.DataParallel"}
-    return hydra.utils.instantiate(
-        OmegaConf.create(trainer), callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
+    values = {"use_distributed_sampler": False, **config["trainer"]}  # our loaders deal out to ranks themselves
+    if launch.is_rank() and values.get("strategy", "auto") in ("auto", "ddp"):
+        values["strategy"] = {"_target_": "simsearch.launch.DataParallel"}
+    trainer = hydra.utils.instantiate(
+        OmegaConf.create(values), callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
     )
+    trainer.strategy.checkpoint_io = WholeCheckpoints()
+    return trainer
 
 
 def build_encoder(config: Mapping[str, Any], *, trusted: bool = False) -> nn.Module:
@@ -303,27 +310,103 @@ class Run:
     trusted: bool = False
 
 
-def start_run(config: DictConfig) -> Run:
+@contextmanager
+def start_run(config: DictConfig) -> Iterator[Run]:
     """A new run directory (Hydra's) with config.yaml; with resume=true the one in `run_dir`, with its config.
 
-    Under srun rank 0 makes it and the others wait for it; a step that SLURM queued again goes on in its own.
+    It is this process's while the context lasts. Under srun rank 0 makes it and the others wait for it; a step that
+    SLURM queued again goes on in its own.
 
-    Raises ValueError where there is no run to resume, and where the folder of a new run holds one already.
+    Raises ValueError where there is no run to resume, where the folder of a new run holds one already that has
+    something to lose, and where another process has it in work.
     """
     if config.get("smoke"):
         make_few(config)
-    if config.get("resume"):
-        folder = Path(config.run_dir)
-        run = replace(open_run(folder, trusted=trusts(config), own=_composed(config)), resumed=True)
-    else:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        config.run_dir = str(folder)  # in a sweep the job's own folder; other values refer to it
-        values = _settled(config)
-        run = _claim(folder, values) if launch.rank() == 0 else _await(folder, values)
-    if run.resumed and launch.rank() == 0:
-        print(f"resuming {run.folder} with its own config", file=sys.stderr)
-    pl.seed_everything(run.config["seed"], workers=True, verbose=False)
-    return run
+    resume = bool(config.get("resume"))
+    folder = Path(config.run_dir if resume else HydraConfig.get().runtime.output_dir)
+    with _alone(folder) if launch.rank() == 0 and folder.is_dir() else nullcontext():
+        if resume:
+            run = replace(open_run(folder, trusted=trusts(config), own=_composed(config)), resumed=True)
+            run = _with_length(run, config)
+        else:
+            config.run_dir = str(folder)  # in a sweep the job's own folder; other values refer to it
+            values = _settled(config)
+            run = _claim(folder, values) if launch.rank() == 0 else _await(folder, values)
+        if run.resumed and launch.rank() == 0:
+            print(f"resuming {run.folder} with its own config", file=sys.stderr)
+        pl.seed_everything(run.config["seed"], workers=True, verbose=False)
+        yield run
+
+
+_WAIT_S = 10.0  # for loader processes of a run that was killed, which hold on to its lock until they see it
+_LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time")
+
+
+def _with_length(run: Run, config: DictConfig) -> Run:
+    """The resumed run with the length that the command line gives, which its config.yaml has from now on.
+
+    What else is given otherwise than its own config has it is told, and ignored. Raises ValueError where the learning
+    rate was planned for another length.
+    """
+    composed = _composed(config) or OmegaConf.to_container(config)
+    own, config = OmegaConf.create(run.config), OmegaConf.create(composed)
+    lengths, ignored = {}, []
+    for text in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
+        (parsed,) = OverridesParser.create().parse_overrides([text])
+        name = parsed.key_or_group.replace("/", ".")
+        there, given = (_selected(values, name) for values in (own, config))
+        if name.split(".")[0] in ("hydra", "resume", "run_dir", "run_root", "trust", "objective") or there == given:
+            continue
+        if name in _LENGTH:
+            lengths[name.partition(".")[2]] = given
+        else:
+            ignored.append(text if isinstance(given, dict) else f"{text} (it has {there})")
+    if ignored and launch.rank() == 0:
+        warn(f"{run.folder} goes on with its own config, without {', '.join(ignored)}; for another one start a new run")
+    if not lengths:
+        return run
+    scheduler = (run.config.get("model") or {}).get("scheduler") or {}
+    if planned := [name for name in ("total_steps", "T_max", "total_iters") if name in scheduler]:
+        raise ValueError(
+            f"{run.folder} has a learning rate that was planned for its length (scheduler.{planned[0]}="
+            f"{scheduler[planned[0]]}): start a new run from it by model.start={run.folder}"
+        )
+    if launch.rank() == 0:
+        values = read_config(run.folder / "config.yaml")
+        values["trainer"].update(lengths)
+        _write_config(run.folder, values, read_json(run.folder / "run.json"))
+    return replace(run, config={**run.config, "trainer": {**run.config["trainer"], **lengths}})
+
+
+def _selected(config: DictConfig, name: str) -> Any:
+    value = OmegaConf.select(config, name, throw_on_resolution_failure=False)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _write_config(folder: Path, values: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Writes config.yaml, last, and its digest into run.json, beside what is known about the run."""
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_json(folder / "run.json", {**about, "sha256": {**about.get("sha256", {}), "config.yaml": digest}})
+    with replacing(folder / "config.yaml") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training this run, until the context or this process ends, however it does.
+
+    Raises ValueError where another one has it in work.
+    """
+    lock = FileLock(folder / ".training")
+    try:
+        lock.acquire(timeout=_WAIT_S)
+    except Timeout:
+        raise ValueError(f"{folder} is in work already, by another process: wait for it, or end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def make_few(config: DictConfig) -> None:
@@ -353,22 +436,26 @@ def _composed(config: DictConfig) -> dict[str, Any] | None:
 
 
 def _claim(folder: Path, values: dict[str, Any]) -> Run:
-    """The run of a folder that nobody else has, or that this SLURM step had before it was queued again."""
-    text = OmegaConf.to_yaml(OmegaConf.create(values))
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    about = {"wandb_id": _new_id(), "slurm_step": launch.slurm_step(), "versions": versions()}
-    about["sha256"] = {"config.yaml": digest}
-    try:
-        with (folder / "run.json").open("x") as file:  # two jobs cannot both have the folder
-            file.write(to_json(about))
-    except FileExistsError:
-        if not _is_ours(folder):
-            raise _taken(folder) from None
-        if (folder / "config.yaml").is_file():
+    """The run of a folder that no other one has, or that this SLURM step had before it was queued again.
+
+    config.yaml is written last: where a kill left a folder without it, nothing has begun.
+    """
+    if (folder / "config.yaml").is_file():
+        if _is_ours(folder):
             return replace(open_run(folder, own=values), resumed=True)
-    with replacing(folder / "config.yaml") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        if _holds_work(folder):
+            raise _taken(folder)
+        for path in folder.glob("metrics*.csv"):  # of a start that failed
+            path.unlink()
+        (folder / "config.yaml").unlink()
+    about = {"wandb_id": _new_id(), "slurm_step": launch.slurm_step(), "versions": versions()}
+    _write_config(folder, values, about)
     return Run(folder, values, trusted=True)
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a run directory has a checkpoint or results: what a start that failed, or a kill before them, lacks."""
+    return (folder / "metrics.json").is_file() or any(folder.glob("checkpoints/[!.]*.ckpt"))
 
 
 def _new_id() -> str:
@@ -381,7 +468,7 @@ def _await(folder: Path, values: Mapping[str, Any], seconds: float = 600.0) -> R
     """The run that rank 0 of this SLURM step makes, or had made before the step was queued again."""
     deadline = time.monotonic() + seconds
     while not (_is_ours(folder) and (folder / "config.yaml").is_file()):
-        if _is_ours(folder) is False:
+        if _is_ours(folder) is False and _holds_work(folder):
             raise _taken(folder)
         if time.monotonic() > deadline:
             raise ValueError(

@@ -7,6 +7,8 @@ import json
 import netrc
 import os
 import re
+import shlex
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +27,9 @@ from simsearch.runtime import HEADLINES, Run, read_run
 from simsearch.text import warn
 
 _STAGED = "WANDB_DATA_DIR"
+_INIT_S = 30.0  # for W&B's server to answer at the beginning
+_FINISH_S, _UPLOAD_S = 60.0, 1800.0  # for it to take what is left at the end, without and with checkpoint or catalog
+_TELL_S = 5.0
 _TRAINING = ("train_seconds", "device", "parameters")  # of run.json, as runtime.note_training has them
 
 
@@ -114,14 +119,32 @@ def evaluation_loggers(run: Run, config: Mapping[str, Any], folder: Path) -> lis
 
 
 def finish_loggers(loggers: list[Logger], status: str = "success") -> None:
-    """Ends the loggers' runs, so that the next job of a sweep gets its own."""
+    """Ends the loggers' runs, so that the next job of a sweep gets its own.
+
+    What W&B's server does not take in time (it was lost, say) stays in the run directory, and a warning tells how to
+    sync it.
+    """
     for logger in loggers:
         logger.finalize(status)
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish(exit_code=0 if status == "success" else 1)
+            _finish(logger.experiment, exit_code=0 if status == "success" else 1)
             ours = Path(logger.experiment.settings.wandb_dir).resolve() / "staged"
             if os.environ.get(_STAGED) == str(ours):  # the next job of a sweep has a place of its own
                 del os.environ[_STAGED]
+
+
+def _finish(experiment: Any, exit_code: int) -> None:
+    limit = experiment.settings.finish_timeout
+    waiting = threading.Timer(_TELL_S, warn, [f"W&B: waiting for the upload to end, up to {limit:.0f} s"])
+    waiting.daemon = True
+    waiting.start()
+    try:
+        experiment.finish(exit_code=exit_code)
+    except TimeoutError:
+        command = f"wandb sync --no-skip-online {shlex.quote(experiment.settings.sync_dir)}"
+        warn(f"W&B did not take everything in {limit:.0f} s; nothing is lost: `{command}` later")
+    finally:
+        waiting.cancel()
 
 
 def _start(
@@ -134,7 +157,7 @@ def _start(
     group: str | None,
     job_type: str,
 ) -> Any:
-    """W&B's run, None where it is disabled."""
+    """W&B's run, None where it is disabled. In the mode auto one whose server cannot be reached is logged offline."""
     mode = wandb_mode(settings["mode"])
     if mode == "disabled":
         return None
@@ -142,6 +165,9 @@ def _start(
 
     # Where W&B stages the files of artifacts until they are synced: in the run, not in the user's home.
     os.environ.setdefault(_STAGED, str(folder.resolve() / "wandb" / "staged"))
+
+    catalog = config.get("catalog")
+    uploads = settings.get("checkpoint") or (isinstance(catalog, Mapping) and catalog.get("log"))
 
     def start(mode: str) -> Any:
         return wandb.init(
@@ -156,12 +182,21 @@ def _start(
             dir=folder,
             config=dict(config),
             reinit="create_new",  # never the run of an earlier job of this process
-            settings=wandb.Settings(mode=mode, silent=True, console="off", init_timeout=30),
+            settings=wandb.Settings(
+                mode=mode,
+                silent=True,
+                console="off",
+                init_timeout=_INIT_S,
+                finish_timeout=_UPLOAD_S if uploads else _FINISH_S,
+                finish_timeout_raises=True,
+            ),
         )
 
     try:
         experiment = start(mode)
     except wandb.errors.Error as error:
+        wandb.teardown(exit_code=1)  # the service keeps the id of a run that did not begin, ...
+        os.environ.pop("WANDB_SERVICE", None)  # ... and may be a parent's
         if settings["mode"] != "auto":
             raise ValueError(f"logger.mode={mode}: {error}") from error
         warn(f"W&B cannot be reached ({error}): logging offline, `wandb sync` it later")

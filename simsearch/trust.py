@@ -31,6 +31,7 @@ ALLOWED = frozenset(
         "simsearch.callbacks.precision_recall.PrecisionRecall",
         "simsearch.callbacks.training.EpochsAfterResume",
         "simsearch.callbacks.training.FrozenBackbone",
+        "simsearch.callbacks.training.LastCheckpoint",
         "simsearch.callbacks.training.LastValidation",
         "simsearch.callbacks.training.SaveOnSigterm",
         "simsearch.callbacks.training.StepSeed",

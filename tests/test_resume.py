@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +22,11 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import simsearch
+from conftest import simsearch, start_forkserver
 from PIL import Image
 
-from simsearch.files import read_json
+from simsearch.callbacks.training import WholeCheckpoints
+from simsearch.files import check_zip, read_json
 from simsearch.search.catalog import read_catalog
 
 DATA = (
@@ -49,6 +55,9 @@ DIR = (
 )
 
 
+STATUS = {"Ctrl-C": signal.SIGINT}
+
+
 class Stop(pl.Callback):
     """Ends a run once, after the batch of that number, by a signal or as a crash would."""
 
@@ -64,7 +73,9 @@ class Stop(pl.Callback):
             done.touch()
             if self.how == "crash":
                 raise ValueError("the power failed")
-            os.kill(os.getpid(), signal.SIGTERM)
+            for worker in multiprocessing.active_children():  # a signal to the group reaches them too
+                os.kill(worker.pid, STATUS.get(self.how, signal.SIGTERM))
+            os.kill(os.getpid(), STATUS.get(self.how, signal.SIGTERM))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.count(trainer, "train")
@@ -133,6 +144,7 @@ def whole(tmp_path_factory):
 
 STEPS = ("trainer.max_steps=9", "trainer.check_val_every_n_epoch=1")  # an epoch has 4 steps, or 3 with triplets
 RARE = ("trainer.max_steps=17", "trainer.check_val_every_n_epoch=2")
+WITHIN = "callbacks.last.every_n_train_steps=2"
 CASES = {
     "dsh in an epoch": ((*DSH, *STEPS), 2, "signal"),
     "dsh in an epoch after a validation": ((*DSH, *STEPS), 6, "signal"),
@@ -146,6 +158,9 @@ CASES = {
         6,
         "crash",
     ),
+    "dsh in an epoch, Ctrl-C, which the loader's workers hear too": ((*DSH, *STEPS, "data.num_workers=1"), 6, "Ctrl-C"),
+    "dsh with checkpoints within an epoch, crashed after its end": ((*DSH, *STEPS, WITHIN), 5, "crash"),
+    "dsh with checkpoints within an epoch, crashed": ((*DSH, *STEPS, WITHIN), 7, "crash"),
     "dsh with rare validations at the end of an epoch": ((*DSH, *RARE), 4, "signal"),
     "dsh with rare validations crashed": ((*DSH, *RARE), 6, "crash"),
     "hashing, accumulation cut in two, averaged weights, a loss with a count": (
@@ -173,6 +188,7 @@ CASES = {
 
 
 SLOW = {
+    "dsh with checkpoints within an epoch, crashed after its end",
     "dsh in an epoch after a validation",
     "dsh at the last step",
     "dsh in the test",
@@ -189,7 +205,7 @@ SLOW = {
 def test_a_resumed_run_ends_as_the_uninterrupted_one(arguments, batch, how, whole, tmp_path):
     wanted = whole(*arguments)
     run = tmp_path / "run"
-    status = 1 if how == "crash" else 128 + signal.SIGTERM
+    status = 1 if how == "crash" else 128 + STATUS.get(how, signal.SIGTERM)
     simsearch("train", *DATA, *arguments, *stop(batch, how), f"run_dir={run}", expect=status)
     assert not (run / "catalog").exists()
     saved = checkpoint(run)
@@ -217,6 +233,43 @@ def test_a_finished_run_resumed_is_measured_again_to_the_same(whole, tmp_path):
     same(checkpoint(run)["state_dict"], before["state_dict"])
 
 
+@pytest.mark.parametrize("first", ["trainer.max_steps=6", "trainer.max_steps=8"])  # within an epoch, and at its end
+def test_a_run_trains_longer_as_if_it_had_been_told_at_first(first, whole, tmp_path):
+    wanted, run = whole(*DSH, *STEPS), tmp_path / "run"
+    simsearch("train", *DATA, *DSH, *STEPS, first, f"run_dir={run}")
+    done = simsearch("train", "resume=true", f"run_dir={run}", "trainer.max_steps=9", "seed=7", "sampler.batch_size=2")
+    assert "without seed=7 (it has 0), sampler.batch_size=2 (it has 8)" in done.stderr
+    assert "max_steps" not in done.stderr
+    got, want = checkpoint(run), checkpoint(wanted)
+    for key in ("state_dict", "optimizer_states", "global_step", "epoch"):
+        same(got[key], want[key], key)
+    again = simsearch(
+        "train", "resume=true", f"run_dir={run}"
+    )  # it has the length from now on, and no note of a change
+    assert again.stderr.startswith(f"resuming {run} with its own config\n")  # without a note of a change
+    assert checkpoint(run)["global_step"] == 9
+
+
+@pytest.mark.slow
+def test_a_run_without_validation_that_trains_longer_has_its_new_end_as_result(tmp_path):
+    run = tmp_path / "run"
+    simsearch("train", *DATA, *DSH, "trainer.max_steps=2", "protocol.validation=null", f"run_dir={run}")
+    simsearch("train", "resume=true", f"run_dir={run}", "trainer.max_steps=3")
+    assert checkpoint(run, "best")["global_step"] == 3
+    same(checkpoint(run, "best")["state_dict"], checkpoint(run)["state_dict"])
+
+
+def test_a_learning_rate_that_was_planned_is_not_stretched(tmp_path):
+    run = tmp_path / "run"
+    arguments = (*DSH, "trainer.max_steps=2", "scheduler=one-cycle", "callbacks.precision_recall=null")
+    simsearch("train", *DATA, *arguments, f"run_dir={run}")
+    done = simsearch("train", "resume=true", f"run_dir={run}", "trainer.max_steps=9", expect=1)
+    assert done.stderr.endswith(
+        f"simsearch train: {run} has a learning rate that was planned for its length (scheduler.total_steps=2): start "
+        f"a new run from it by model.start={run}\n"
+    )
+
+
 def test_throughput_of_a_resumed_run_counts_from_its_start(tmp_path):
     run = tmp_path / "run"
     simsearch("train", *DATA, *DSH, *STEPS, *stop(2, "signal"), f"run_dir={run}", expect=128 + signal.SIGTERM)
@@ -228,22 +281,245 @@ def test_throughput_of_a_resumed_run_counts_from_its_start(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_from_outside_ends_a_run_that_can_go_on(tmp_path):
-    arguments = (*DATA, *DSH, "trainer.max_steps=400", "trainer.check_val_every_n_epoch=40")
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_from_outside_ends_a_run_that_can_go_on(workers, number, tmp_path):
+    length = 400 if workers == 0 else 100
+    arguments = (*DATA, *DSH, f"trainer.max_steps={length}", "trainer.check_val_every_n_epoch=40")
+    arguments = (*arguments, f"data.num_workers={workers}")
     wanted, run = tmp_path / "wanted", tmp_path / "run"
     program = [sys.executable, "-m", "simsearch", "train"]
-    subprocess.run([*program, *arguments, f"run_dir={wanted}"], check=True, capture_output=True, timeout=300)
-    with subprocess.Popen([*program, *arguments, f"run_dir={run}"], stderr=subprocess.DEVNULL) as process:
+    simsearch("train", *arguments, f"run_dir={wanted}")
+    with subprocess.Popen(
+        [*program, *arguments, f"run_dir={run}"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         start = time.monotonic()
         while not (run / "checkpoints" / "last.ckpt").is_file():  # the first epoch's
-            assert time.monotonic() - start < 200
+            assert time.monotonic() - start < 400
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(100) == 128 + signal.SIGTERM
-    assert 0 < checkpoint(run)["global_step"] < 400
-    subprocess.run([*program, "resume=true", f"run_dir={run}"], check=True, capture_output=True, timeout=300)
+        os.killpg(process.pid, number)  # as a terminal and a scheduler do
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    assert "Error" not in err
+    assert 0 < checkpoint(run)["global_step"] < length
+    simsearch("train", "resume=true", f"run_dir={run}")
     assert numbers(run) == numbers(wanted)
     same(checkpoint(run)["state_dict"], checkpoint(wanted)["state_dict"])
+
+
+@pytest.mark.slow
+def test_workers_of_joblib_load_by_processes_of_their_own(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    arguments = (*DATA, *DSH, "trainer.max_steps=2", "data.num_workers=1", "callbacks.precision_recall=null")
+    program = [sys.executable, "-m", "simsearch", "train", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    command = [*program, *arguments, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*/metrics.json"))) == 2
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_by_one_process_at_a_time(tmp_path):
+    run = tmp_path / "run"
+    arguments = (*DATA, *DSH, "trainer.max_steps=100000", "trainer.check_val_every_n_epoch=100000")
+    program = [sys.executable, "-m", "simsearch", "train"]
+    for more in (arguments, ["resume=true"]):
+        with subprocess.Popen(
+            [*program, *more, f"run_dir={run}"], stderr=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            before = time.time()
+            path = run / "checkpoints" / "last.ckpt"
+            while not (path.is_file() and path.stat().st_mtime > before):
+                assert process.poll() is None
+                time.sleep(0.05)
+            rows = (run / "metrics.csv").read_text().count("\n")
+            done = simsearch("train", "resume=true", f"run_dir={run}", expect=1)
+            assert (
+                done.stderr
+                == f"simsearch train: {run} is in work already, by another process: wait for it, or end it\n"
+            )
+            assert not list(run.glob("metrics-1.csv"))
+            assert (run / "metrics.csv").read_text().count("\n") >= rows
+            process.kill()
+
+
+# --------------------------------------------------------------------------------- what a training ends with
+
+EPOCHS = ("trainer.max_steps=-1", "trainer.max_epochs=2")
+TIME = ("trainer.max_time={milliseconds: 1}", "trainer.max_steps=1000")
+SEVEN = ("trainer.max_steps=-1", "trainer.max_epochs=7")
+STOP = (
+    *("+callbacks.stop._target_=pytorch_lightning.callbacks.EarlyStopping", "+callbacks.stop.monitor=train/loss"),
+    *("+callbacks.stop.stopping_threshold=1e9", "+callbacks.stop.check_on_train_epoch_end=true"),
+)
+ENDS = {  # the steps after which it is validated, 4 an epoch and every 5 epochs by default
+    "epochs": (EPOCHS, [8]),
+    "epochs after a validation": (SEVEN, [20, 28]),
+    "epochs that end with one": ((*SEVEN, "trainer.max_epochs=5"), [20]),
+    "steps": (("trainer.max_steps=6",), [6]),
+    "steps of many validations": (("trainer.max_steps=6", "trainer.check_val_every_n_epoch=1"), [4, 6]),
+    "time": (TIME, [1]),
+    "an early stop": (STOP, [4]),
+    "epochs without validation": ((*EPOCHS, "protocol.validation=null"), []),
+    "steps without validation": (("trainer.max_steps=6", "protocol.validation=null"), []),
+    "validation that is switched off": ((*EPOCHS, "+trainer.limit_val_batches=0"), []),
+}
+
+
+QUICK = {"epochs after a validation", "time", "epochs without validation"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ENDS])
+def test_a_training_s_end_is_validated_or_is_the_result(name, tmp_path):
+    arguments, steps = ENDS[name]
+    run = tmp_path / "run"
+    simsearch("train", *DATA, *DSH, "callbacks.precision_recall=null", *arguments, f"run_dir={run}")
+    rows = [row for row in history(run) if row.get("val/mAP")]
+    assert [int(row["step"]) + 1 for row in rows] == steps
+    assert [int(row["epoch"]) for row in rows] == [(step - 1) // 4 for step in steps]
+    best, last = checkpoint(run, "best"), checkpoint(run)
+    if not steps:
+        same(best["state_dict"], last["state_dict"])
+        steps_an_epoch = 6 if "protocol.validation=null" in arguments else 4  # nothing is held out
+        assert (
+            best["global_step"] == last["global_step"] == (6 if "max_steps=6" in arguments[0] else 2 * steps_an_epoch)
+        )
+    else:
+        values = [float(row["val/mAP"]) for row in rows]
+        assert best["global_step"] == steps[values.index(max(values))]
+        assert last["global_step"] == steps[-1]
+        assert set(read_json(run / "metrics.json")) == {"val", "test"}
+    assert (run / "catalog").is_dir()
+    simsearch("train", "resume=true", f"run_dir={run}", "trust=true")  # trains and validates nothing once more
+    assert not [row for row in history(run) if row.get("val/mAP")]
+    same(checkpoint(run, "best")["state_dict"], best["state_dict"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["epochs", "epochs without validation"])
+def test_a_run_of_before_that_ended_without_a_best_is_no_loss(name, tmp_path):
+    run = tmp_path / "run"
+    simsearch("train", *DATA, *DSH, *ENDS[name][0], "callbacks.last_validation=null", f"run_dir={run}")
+    assert checkpoint(run, "best")["global_step"] == 8
+    (run / "checkpoints" / "best.ckpt").unlink()
+    (run / "metrics.json").unlink()
+    simsearch("train", "resume=true", f"run_dir={run}")
+    same(checkpoint(run, "best")["state_dict"], checkpoint(run)["state_dict"])
+
+
+# -------------------------------------------------------------------------------------------- kills
+
+
+def _save(path: Path, number: int) -> None:
+    WholeCheckpoints().save_checkpoint({"number": number, "tensor": torch.full((500_000,), number)}, path)
+
+
+def _save_until_killed(path: Path) -> None:
+    tempfile.tempdir = "/dev/shm"  # another file system than that of the checkpoint, as a cluster's /tmp is
+    for number in range(10_000):
+        _save(path, number)
+
+
+def _save_and_die(path: Path, moment: str) -> None:
+    _save(path, 0)
+    setattr(os, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    _save(path, 1)
+
+
+def _start(work: Callable[..., None], *arguments: Any) -> BaseProcess:
+    start_forkserver()
+    process = multiprocessing.get_context("forkserver").Process(target=work, args=arguments)
+    process.start()
+    return process
+
+
+def check_whole(path: Path) -> None:
+    saved = torch.load(check_zip(path), weights_only=True)
+    assert (saved["tensor"] == saved["number"]).all()
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(moment, tmp_path):
+    path = tmp_path / "last.ckpt"
+    process = _start(_save_and_die, path, moment)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert torch.load(check_zip(path), weights_only=True)["number"] == 0
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    _save(path, 0)
+    random = np.random.default_rng(0)
+    for _ in range(12):
+        before = path.stat().st_mtime_ns
+        process = _start(_save_until_killed, path)
+        while path.stat().st_mtime_ns == before and process.is_alive():
+            time.sleep(0.001)
+        time.sleep(0.02 * random.random())
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        check_whole(path)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    _save(path, 3)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device; the checkpoint before it is whole: '.*last.ckpt'"):
+        _save(path, 4)
+    check_whole(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("kept", [0, 3, 5000])
+def test_a_checkpoint_that_an_earlier_version_left_cut_off_is_named(kept, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole(*DSH, *STEPS), run)
+    path = run / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:kept])
+    done = simsearch("train", "resume=true", f"run_dir={run}", expect=1)
+    assert f"simsearch train: {path} is damaged: " in done.stderr
+
+
+def _train_and_die(arguments: Sequence[str], count: int) -> None:
+    """Trains, and dies just before the file of that number is put in place."""
+    left, replace = count, os.replace
+
+    def die(*names: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*names)
+
+    os.replace = die  # type: ignore[assignment]
+    simsearch("train", *arguments)
+
+
+@pytest.mark.slow
+def test_a_training_that_is_killed_at_any_of_its_files_goes_on(whole, tmp_path):
+    arguments = (*DATA, *DSH, *STEPS)
+    wanted = whole(*DSH, *STEPS)
+    for count in range(100):
+        run = tmp_path / str(count)
+        process = _start(_train_and_die, (*arguments, f"run_dir={run}"), count)
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL, count
+        began = any(run.glob("checkpoints/*.ckpt"))
+        simsearch("train", *(["resume=true"] if began else arguments), f"run_dir={run}")
+        assert numbers(run) == numbers(wanted), count
+        same(checkpoint(run)["state_dict"], checkpoint(wanted)["state_dict"], str(count))
+        shutil.rmtree(run)
+    assert count > 8  # config, results, and a checkpoint or two an epoch
 
 
 # ------------------------------------------------------------------------------ what a trained run leaves

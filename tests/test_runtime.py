@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 import timm
 import torch
 from hydra.errors import InstantiationException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
@@ -202,19 +202,21 @@ class TestLoadModel:
             load_model(run)
 
 
+def hydra_s(monkeypatch: pytest.MonkeyPatch, folder: Path) -> DictConfig:
+    """The config of a new run that Hydra gave this folder."""
+    folder.mkdir(exist_ok=True)
+    found = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(folder)), overrides=SimpleNamespace(task=[]))
+    monkeypatch.setattr(runtime.HydraConfig, "get", lambda: found)
+    trainer = {"devices": "auto", "accelerator": "cpu"}
+    return OmegaConf.create({"seed": 5, "run_dir": "elsewhere", "b": "${seed}", "resume": False, "trainer": trainer})
+
+
 class TestStartRun:
     def test_a_new_run_describes_itself_and_is_seeded(self, monkeypatch, tmp_path):
         ids = set()
         for name in ("a", "b"):
-            (tmp_path / name).mkdir()
-            hydra_s = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(tmp_path / name)))
-            monkeypatch.setattr(runtime.HydraConfig, "get", lambda found=hydra_s: found)
-            trainer = {"devices": "auto", "accelerator": "cpu"}
-            config = OmegaConf.create(
-                {"seed": 5, "run_dir": "elsewhere", "b": "${seed}", "resume": False, "trainer": trainer}
-            )
-            run = runtime.start_run(config)
-            drawn = torch.rand(1), np.random.rand()  # noqa: NPY002
+            with runtime.start_run(hydra_s(monkeypatch, tmp_path / name)) as run:
+                drawn = torch.rand(1), np.random.rand()  # noqa: NPY002
             pl.seed_everything(5, verbose=False)
             assert drawn == (torch.rand(1), np.random.rand())  # noqa: NPY002
             assert run.folder == tmp_path / name
@@ -233,19 +235,66 @@ class TestStartRun:
             ids.add(about["wandb_id"])
         assert len(ids) == 2
 
-    def test_resume_takes_the_config_of_the_folder(self, run, capsys):
+    def test_resume_takes_the_config_of_the_folder(self, run, capsys, monkeypatch):
+        monkeypatch.setattr(runtime.HydraConfig, "initialized", lambda: False)  # an earlier command's
         before = {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
-        resumed = runtime.start_run(OmegaConf.create({"resume": True, "run_dir": str(run.folder), "seed": 99}))
-        drawn = torch.rand(1)
+        with runtime.start_run(OmegaConf.create({"resume": True, "run_dir": str(run.folder), "seed": 99})) as resumed:
+            drawn = torch.rand(1)
         assert (resumed.config, resumed.folder, resumed.resumed) == (run.config, run.folder, True)
         assert str(run.folder) in capsys.readouterr().err
         pl.seed_everything(3, verbose=False)
         assert drawn == torch.rand(1)
-        assert {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()} == before
+        after = {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file() and p.name != ".training"}
+        assert after == before
 
     def test_nothing_to_resume(self, tmp_path):
-        with pytest.raises(ValueError, match="is no run directory"):
-            runtime.start_run(OmegaConf.create({"resume": True, "run_dir": str(tmp_path)}))
+        for folder in (tmp_path, tmp_path / "nowhere"):
+            config = OmegaConf.create({"resume": True, "run_dir": str(folder)})
+            with pytest.raises(ValueError, match="is no run directory"), runtime.start_run(config):
+                pass
+
+    @pytest.mark.parametrize("text", ["{}", "", '{"wandb_id": "a", "sl'])
+    def test_a_start_that_was_killed_before_its_config_is_no_run(self, text, monkeypatch, tmp_path):
+        config = hydra_s(monkeypatch, tmp_path / "r")
+        (tmp_path / "r" / "run.json").write_text(text)
+        with runtime.start_run(config) as run:
+            assert not run.resumed
+        assert open_run(run.folder).config["seed"] == 5
+
+    def test_a_start_that_failed_leaves_its_folder_to_the_next(self, monkeypatch, tmp_path):
+        for seed in (1, 2):
+            config = hydra_s(monkeypatch, tmp_path / "r")
+            config.seed = seed
+            with runtime.start_run(config) as run:
+                assert not (run.folder / "metrics.csv").exists()
+                (run.folder / "metrics.csv").write_text("val/mAP\n0.9\n")
+            assert open_run(run.folder).config["seed"] == seed
+
+    @pytest.mark.parametrize("work", ["metrics.json", "checkpoints/last.ckpt"])
+    def test_a_run_that_has_something_to_lose_keeps_its_folder(self, work, monkeypatch, tmp_path):
+        config = hydra_s(monkeypatch, tmp_path / "r")
+        with runtime.start_run(config) as run:
+            (run.folder / work).parent.mkdir(exist_ok=True)
+            (run.folder / work).touch()
+        with (
+            pytest.raises(ValueError, match=r"r holds a run already: go on with it by resume=true"),
+            runtime.start_run(hydra_s(monkeypatch, tmp_path / "r")),
+        ):
+            pass
+
+    @pytest.mark.parametrize("resume", [True, False])
+    def test_one_process_at_a_time(self, resume, monkeypatch, tmp_path):
+        monkeypatch.setattr(runtime, "_WAIT_S", 0.1)
+        with runtime.start_run(hydra_s(monkeypatch, tmp_path / "r")) as run:
+            second = hydra_s(monkeypatch, tmp_path / "r")
+            second.resume, second.run_dir = resume, str(run.folder)
+            with (
+                pytest.raises(ValueError, match=r"r is in work already, by another process"),
+                runtime.start_run(second),
+            ):
+                pass
+        with runtime.start_run(second):
+            pass
 
 
 def test_results_table_shows_values_and_intervals():

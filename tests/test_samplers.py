@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from itertools import chain
 
@@ -142,6 +144,28 @@ def test_ranks_share_the_batch_of_one_process(kind, monkeypatch):
     else:
         expected = list(whole)
     assert together == expected
+
+
+@pytest.mark.parametrize(("batch", "world", "expected"), [
+    (4, 3, [4, 4, 4]),  # 40 rows: 12, 12, 12, and 4 that would be 2, 1 and 1
+    (6, 1, [6, 6, 6, 6, 6, 6, 4]),  # alone it has them all
+    (13, 1, [13, 13, 14]),  # but none by itself, which has no variance
+    (13, 3, [13]),
+    (14, 3, [14]),  # where there is no other batch it is kept, as even as can be
+    (40, 1, [40]),
+])  # fmt: skip
+def test_several_processes_that_learn_leave_out_a_batch_that_is_not_full(batch, world, expected, monkeypatch):
+    pretend(monkeypatch, 0, world)
+    sampler = ShuffledBatches(LABELS, batch_size=batch)
+    sampler.whole = True
+    assert [len(one) for one in sampler] == expected
+    assert len(sampler) == len(expected)
+    seen = set()
+    for epoch in range(20):  # what one epoch leaves out others have
+        sampler.set_epoch(epoch)
+        for rank in range(world):
+            seen.update(chain(*sampler.batches(rank, world)))
+    assert seen == set(range(40))
 
 
 def test_an_incomplete_last_batch_is_shared_or_left_out(monkeypatch):
@@ -342,3 +366,25 @@ def test_a_lightning_run_goes_on_from_every_checkpoint(kind, workers, tmp_path):
 def test_wrong_values_are_named(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+HELD = """
+import sys, torch
+from simsearch.data.samplers import ResumableLoader, ShuffledBatches
+class Rows(torch.utils.data.Dataset):
+    def __getitem__(self, row):
+        return row
+    def __len__(self):
+        return 40
+loader = ResumableLoader(Rows(), ShuffledBatches(torch.zeros(40, dtype=torch.int64), 4), list, num_workers=1)
+held = iter(loader)  # as a traceback holds it
+next(held)
+sys.modules["held"] = held
+sys.exit(3)
+"""
+
+
+def test_a_process_ends_though_its_loader_s_workers_are_deaf():
+    done = subprocess.run([sys.executable, "-c", HELD], timeout=300, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "killed" not in done.stderr

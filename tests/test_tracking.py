@@ -446,20 +446,97 @@ def test_a_resumed_run_syncs_as_one(tmp_path):
 
     with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = os.environ | {
-            "WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}",
-            "WANDB_API_KEY": "k" * 40, "WANDB_ERROR_REPORTING": "false", "WANDB_CONFIG_DIR": str(tmp_path),
-        }  # fmt: skip
-        command = [sys.executable, "-m", "wandb", "sync", "--yes", *map(str, run.folder.glob("wandb/offline-run-*"))]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        sync(list(run.folder.glob("wandb/offline-run-*")), server, tmp_path)
         server.shutdown()
-    assert done.returncode == 0, done.stderr
     assert server.names == {"idr"}
     assert [row["val/mAP"] for row in server.rows if "val/mAP" in row] == [0.2, 0.9, 0.4, 0.5, 0.3]
     assert [row["_step"] for row in server.rows] == list(range(10))
     assert [row["trainer/global_step"] for row in server.rows] == [10 * e + 9 for e in range(5) for _ in range(2)]
     assert server.summary["best/mAP"] == 0.9
     assert server.used == ["data-my-works-2"]
+
+
+ONLINE = """
+import sys
+from pathlib import Path
+
+import test_tracking
+from simsearch import tracking
+from simsearch.runtime import open_run
+
+tracking._INIT_S, tracking._FINISH_S, tracking._TELL_S = 3.0, 3.0, 0.5
+for mode in sys.argv[2:]:
+    run = open_run(Path(sys.argv[1]))
+    run.config["logger"]["mode"] = mode
+    try:
+        loggers = tracking.build_loggers(run)
+    except ValueError as error:
+        print(f"refused: {error}", file=sys.stderr)
+        continue
+    test_tracking.train(loggers, [0.2, 0.9])
+    print("logged", flush=True)
+    sys.stdin.readline()
+    tracking.finish_loggers(loggers)
+"""
+
+
+def online(run: Path, port: int, *modes: str) -> subprocess.Popen[str]:
+    """Logs a run, of a user with a key, to the server at that port, in parts; one ends once a line comes."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_SERVICE")}
+    environment = kept | {
+        "WANDB_BASE_URL": f"http://127.0.0.1:{port}", "WANDB_API_KEY": "k" * 40, "WANDB_ERROR_REPORTING": "false",
+        "WANDB_CONFIG_DIR": str(run), "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+    }  # fmt: skip
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", ONLINE, str(run), *modes]
+    return subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def sync(folders: list[Path], server: Server, config: Path) -> None:
+    environment = os.environ | {
+        "WANDB_MODE": "online", "WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}",
+        "WANDB_API_KEY": "k" * 40, "WANDB_ERROR_REPORTING": "false", "WANDB_CONFIG_DIR": str(config),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "wandb", "sync", "--yes", "--no-skip-online", *map(str, folders)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_key_without_a_route_logs_offline_and_goes_on_so(tmp_path):
+    run = make_run(tmp_path / "r")
+    with Server() as closed:
+        port = closed.server_port
+    with online(run.folder, port, "auto", "auto", "online") as process:  # the second is a resumed one
+        out, err = process.communicate("go\ngo\n", timeout=300)
+    assert process.returncode == 0, err
+    assert out == "logged\nlogged\n"
+    assert err.count("W&B cannot be reached") == err.count("logging offline, `wandb sync` it later") == 2
+    assert err.count("refused: logger.mode=online: ") == 1  # who asks for it gets no other
+    assert [part.history["val/mAP"] for part in logged(run.folder)] == [[0.2, 0.9]] * 2
+
+
+@pytest.mark.slow
+def test_a_server_that_is_lost_holds_nobody_up_and_gets_it_all_later(tmp_path):
+    run = make_run(tmp_path / "r")
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with online(run.folder, server.server_port, "auto") as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "logged\n", process.communicate("go\n")
+            assert server.names == {"idr"}
+            server.shutdown()
+            server.server_close()
+            _, err = process.communicate("go\n", timeout=300)  # it would hang for minutes
+    assert process.returncode == 0, err
+    (folder,) = run.folder.glob("wandb/run-*")
+    assert "waiting for the upload to end, up to 3 s" in err
+    assert f"nothing is lost: `wandb sync --no-skip-online {folder}` later" in err
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        sync([folder], server, tmp_path)
+        server.shutdown()
+    assert [row["val/mAP"] for row in server.rows if "val/mAP" in row] == [0.2, 0.9]
+    assert server.summary["best/mAP"] == 0.9
 
 
 def test_an_agent_of_wandb_names_its_runs(monkeypatch):

@@ -21,9 +21,9 @@ _FINISH_S = 20.0  # for loggers that wait for the network, before the job goes b
 class Interruption(pl.Callback):
     """Listens to signals while it is entered as a context, and ends the run as one of its callbacks.
 
-    SIGTERM ends the process with status 143. SIGUSR1, listened to in a SLURM job only, is the warning
-    before a time limit that --signal=USR1@90 asks for: rank 0 puts the job back into the queue, and the
-    status is 0. rank: that of this process.
+    SIGTERM ends the process with status 143, Ctrl-C (SIGINT) with 130, pressed twice at once. SIGUSR1, listened to in
+    a SLURM job only, is the warning before a time limit that --signal=USR1@90 asks for: rank 0 puts the job back into
+    the queue, and the status is 0. rank: that of this process.
 
     In a training the batch in work, or the validation, is finished first, and all ranks stop after the same
     one, whichever of them was told: a rank alone would leave the others waiting, and a checkpoint from within
@@ -38,7 +38,8 @@ class Interruption(pl.Callback):
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._found = {number: signal.signal(number, self._hear) for number in stop_signals()}
+            numbers = (signal.SIGINT, *stop_signals())
+            self._found = {number: signal.signal(number, self._hear) for number in numbers}
         return self
 
     def __exit__(
@@ -51,10 +52,13 @@ class Interruption(pl.Callback):
             raise SystemExit(0) from None
 
     def _hear(self, number: int, _: Any) -> None:
-        if not self.received:  # SLURM sends SIGTERM when it requeues
+        again = self.received == number == signal.SIGINT  # who presses Ctrl-C twice means it
+        if again or not self.received:  # SLURM sends SIGTERM when it requeues
             self.received = number
-            if not self._patient:
+            if again or not self._patient:
                 raise SystemExit(128 + number)
+            if number == signal.SIGINT and self.rank == 0:
+                print("stopping after this batch, with a checkpoint; Ctrl-C once more: at once", file=sys.stderr)
 
     def _requeue(self) -> None:
         if self._latest is not None:

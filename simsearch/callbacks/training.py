@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import sys
@@ -12,9 +13,12 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from simsearch.files import replacing
 
 _WARM, _TIMED = 2, 4  # batches before and while the length of a training is taken
 _WORTH_SAYING_S = 180.0
@@ -116,12 +120,63 @@ class StepSeed(pl.Callback):
 
 
 class SaveOnSigterm(pl.Callback):
-    """Writes last.ckpt into the ModelCheckpoint's folder when Interruption ends a training; `resume=true` goes on."""
+    """Writes last.ckpt when Interruption ends a training; `resume=true` goes on."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING:
-            folder = next(c.dirpath for c in trainer.callbacks if isinstance(c, ModelCheckpoint))
-            trainer.save_checkpoint(Path(str(folder)) / "last.ckpt")
+            trainer.save_checkpoint(last_checkpoint(Path(trainer.default_root_dir)))
+
+
+def last_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run directory that `resume=true` goes on from."""
+    return run / "checkpoints" / "last.ckpt"
+
+
+class LastCheckpoint(Checkpoint):
+    """Writes last.ckpt at the end of each epoch, and every so many optimizer steps within where that is said.
+
+    One that falls on an epoch's last batch is left to the epoch's end: validation and schedulers act in between, and a
+    run that went on from there would have missed them.
+    """
+
+    def __init__(self, every_n_train_steps: int | None = None) -> None:
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ValueError(f"callbacks.last.every_n_train_steps={every_n_train_steps}: use 1 or more, or null")
+        self.every, self._saved = every_n_train_steps, 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        due = self.every is not None and step % self.every == 0 and step != self._saved
+        if due and not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        self._saved = trainer.global_step
+        trainer.save_checkpoint(last_checkpoint(Path(trainer.default_root_dir)))
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside the one that it replaces, which stays until the new one is on the disk.
+
+    Lightning writes it to the folder for temporary files, and copies it over the old one where that is on another
+    file system.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        content = io.BytesIO()  # torch.save would say nothing of a full disk
+        torch.save(checkpoint, content)
+        try:
+            with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; the checkpoint before it is whole", str(path)) from error
 
 
 class OwnCheckpoints(pl.Callback):
@@ -159,11 +214,24 @@ class WeightAverage(EMAWeightAveraging):
 
 
 class EpochsAfterResume(pl.Callback):
-    """A run that is resumed from the end of an epoch begins the next one.
+    """A run that is resumed from the end of an epoch begins the next one, from within an epoch it ends that.
 
     With max_steps the trainer (Lightning 2.6) would run the ended epoch once more, without a batch, and count
-    it twice: samplers would leave an epoch out, and check_val_every_n_epoch would meet other epochs.
+    it twice: samplers would leave an epoch out, and check_val_every_n_epoch would meet other epochs. And an epoch that
+    the last step of a training cut off counts as a whole one to it, which matters where the training gets longer.
     """
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if "loops" not in checkpoint:  # of weights alone
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs = loops["epoch_progress"]
+        ended = epochs["current"]["processed"] == epochs["current"]["started"]
+        if ended and not loops["epoch_loop.batch_progress"]["is_last_batch"]:
+            for count in ("current", "total"):
+                epochs[count]["processed"] -= 1
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epochs, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
@@ -219,16 +287,48 @@ class FrozenBackbone(pl.Callback):
             pl_module.train()  # as the module has it: its batch normalisation may stay frozen
 
 
-class LastValidation(pl.Callback):
-    """Validates after the last of the trainer's max_steps too, wherever in an epoch that falls.
+class LastValidation(Checkpoint):
+    """Validates what a training ends with, whatever ends it: its steps, epochs or time, or an early stop.
 
-    So a run that is shorter than check_val_every_n_epoch has a checkpoint to choose, and the last weights
-    are always among those that are compared.
+    So a run that is shorter than check_val_every_n_epoch has a checkpoint to choose, and the last weights are always
+    among those that are compared. It is a Checkpoint, so that the trainer calls it after what stops a training; it
+    stands before the others, so that what they save at the end was validated.
+
+    validated: how many batches the weights had seen when they were validated last; 0 where they never were.
     """
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.enable_validation and 0 < trainer.max_steps <= trainer.global_step:
-            trainer.check_val_every_n_epoch = None
-            trainer.should_stop = True
+    def __init__(self) -> None:
+        self.validated = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"validated": self.validated}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.validated = state_dict["validated"]
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validated = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loop = trainer.fit_loop
+        steps = 0 <= trainer.max_steps <= trainer.global_step
+        epochs = 0 <= (trainer.max_epochs or 0) <= loop.epoch_progress.current.processed
+        if steps or epochs or (trainer.should_stop and loop._can_stop_early):
+            self._validate(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._validate(trainer)  # of a resumed run, which found nothing to train but was killed before it was validated
+
+    def _validate(self, trainer: pl.Trainer) -> None:
+        batches = trainer.fit_loop.epoch_loop
+        if not trainer.enable_validation or self.validated == batches.batch_progress.total.processed:
+            return
+        connector = trainer._logger_connector
+        first = connector._first_loop_iter
+        batches._batches_that_stepped -= 1  # it is logged at the step of the batch before, as other validations are
+        batches.val_loop.restarting = False
+        trainer.validating = True
+        batches.val_loop.run()
+        trainer.training = True
+        batches._batches_that_stepped += 1
+        connector._first_loop_iter = first

@@ -8,12 +8,14 @@ import shlex
 import shutil
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
 from simsearch import launch, runtime, settings, sweeps, tracking
@@ -21,7 +23,8 @@ from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
 from simsearch.callbacks.interruption import Interruption
 from simsearch.callbacks.neighbours import NeighbourFigure
 from simsearch.callbacks.precision_recall import PrecisionRecall
-from simsearch.files import check_zip, read_json
+from simsearch.callbacks.training import LastValidation, last_checkpoint
+from simsearch.files import Damaged, check_zip, read_json
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import item_table, write_catalog
@@ -44,13 +47,13 @@ def main(config: DictConfig) -> Any:
         sweeps.check_objective(config)
         if not config.resume:
             settings.check_training(runtime.plain(config))
-        run = runtime.start_run(config)
-        ranks = launch.count_devices(run.config["trainer"]["devices"])
-        if ranks > 1 and not launch.is_slurm_rank():
-            runtime.prepare_data(run.config)
-            launch.run_ranks(run.folder, ranks, trusted=run.trusted)
-        else:
-            train_run(run)
+        with runtime.start_run(config) as run:
+            ranks = launch.count_devices(run.config["trainer"]["devices"])
+            if ranks > 1 and not launch.is_slurm_rank():
+                runtime.prepare_data(run.config)
+                launch.run_ranks(run.folder, ranks, trusted=run.trusted)
+            else:
+                train_run(run)
         values = sweeps.objectives(run.folder, run.config["objective"])
         if trial is not None:
             trial.values = values
@@ -85,16 +88,18 @@ def train(
         _LOG.info("%s %s", "goes on with" if run.resumed else "begins", run.folder)
         _LOG.info("versions: %s", ", ".join(f"{name} {value}" for name, value in runtime.versions().items()))
 
-    best, last = (run.folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    best, last = run.folder / "checkpoints" / "best.ckpt", last_checkpoint(run.folder)
     go_on = run.resumed and last.is_file()
-    if go_on:
-        check_zip(last)
+    if go_on and not zipfile.is_zipfile(check_zip(last)):
+        raise Damaged(f"{last} is damaged: it is no checkpoint; without it resume=true trains from the beginning")
     start = time.perf_counter()
     try:
         trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)
     finally:
         if trainer.is_global_zero:
             runtime.note_training(run.folder, time.perf_counter() - start, trainer, model)
+    if trainer.strategy.broadcast(not best.is_file() or not _was_chosen(trainer)):
+        trainer.save_checkpoint(best)  # what the training ended with is the result
     model.requires_grad_(False)  # what is frozen runs faster
     trainer.test(model, data, ckpt_path=str(check_zip(best)), weights_only=True, verbose=False)
     result = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation)).results["test"]
@@ -114,6 +119,12 @@ def train(
     tracking.log_outputs(loggers, run)
     _LOG.info("finished")
     report(run.folder)
+
+
+def _was_chosen(trainer: pl.Trainer) -> bool:
+    """Whether a best checkpoint was compared with others, by a validation or another metric."""
+    validated = any(isinstance(c, LastValidation) and c.validated for c in trainer.callbacks)
+    return validated or any(isinstance(c, ModelCheckpoint) and c.monitor and c.best_k_models for c in trainer.callbacks)
 
 
 def save_catalog(

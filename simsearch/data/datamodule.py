@@ -15,7 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 from simsearch.data.cifar10 import read_cifar10
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import RetrievalProtocol, Split
-from simsearch.data.samplers import Batches, ResumableLoader, ShuffledBatches
+from simsearch.data.samplers import Batches, ResumableLoader, ShuffledBatches, end_workers_at_exit, leave_signals
 from simsearch.data.smoke import shrunk
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.sharded import Ranks
@@ -84,7 +84,8 @@ class RetrievalDataModule(pl.LightningDataModule):
     processes.
 
     targets: attributes that training labels (B, A) hold, set by a model whose loss wants several before the training
-    loader is made; the sampler sees the first. None: the protocol's attribute, (B,), as in evaluation.
+    loader is made; the sampler sees the first. None: the protocol's attribute, (B,), as in evaluation. whole_batches:
+    set by a model that learns by gradient: several processes leave out a batch that is not full.
 
     Raises ValueError for a batch size below 1 or a negative num_workers, TypeError for a protocol that
     cannot split.
@@ -117,6 +118,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.sampler = sampler
         self.targets: Sequence[str] | None = None
+        self.whole_batches = False
         self.allow_zero_length_dataloader_with_multiple_devices = True  # few queries on many ranks
         self._collection: Collection | None = None
         self._split: Split | None = None
@@ -165,6 +167,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         first = attribute if isinstance(attribute, str) else attribute[0]
         labels = self.collection.column(first)[self.split.train]
         batches = ShuffledBatches(labels, 128) if self.sampler is None else self.sampler(labels)
+        batches.whole = self.whole_batches
         rows = CollectionRows(self.collection, self.split.train, attribute)
         return ResumableLoader(rows, batches, _whole_batch, self.num_workers)
 
@@ -212,6 +215,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         shared: bool = False,
     ) -> DataLoader:
         data = CollectionRows(self.collection, rows, attribute)
+        end_workers_at_exit()
         return DataLoader(
             data,
             batch_size=batch_size,
@@ -219,6 +223,7 @@ class RetrievalDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             collate_fn=_whole_batch,
+            worker_init_fn=leave_signals,
         )
 
 

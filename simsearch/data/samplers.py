@@ -7,7 +7,11 @@ that all parts together are what one process with W times the batch would have g
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +25,8 @@ class Batches(Sampler[list[int]]):
     """Lists of positions, one a batch; iterating gives what is left of the epoch.
 
     epoch, position: which batch comes next. They move by `advance`, which the consumer of a batch calls,
-    because workers fetch ahead of it.
+    because workers fetch ahead of it. whole: whether several processes leave out a batch that is not full; shared out,
+    it is a few rows each, which would count as much as a whole one.
     """
 
     def __init__(self, labels: Tensor, seed: int) -> None:
@@ -29,6 +34,7 @@ class Batches(Sampler[list[int]]):
             raise ValueError(f"labels of the training rows must be (N,) with N > 0, got {tuple(labels.shape)}")
         self.count, self.seed = len(labels), seed
         self.epoch = self.position = 0
+        self.whole = False
 
     def length(self, world: int) -> int:
         """Batches of an epoch with `world` processes. Raises ValueError where there is none."""
@@ -82,7 +88,7 @@ class ShuffledBatches(Batches):
     """Each training row once an epoch, in random order, `batch_size` a batch and process.
 
     labels: int64 (N,). drop_last: leave out the last global batch where it is not full. Otherwise ranks
-    share it as evenly as can be; where fewer rows are left than ranks, they join the batch before.
+    share it as evenly as can be; where fewer rows are left than ranks, or a single one, they join the batch before.
     """
 
     def __init__(self, labels: Tensor, batch_size: int, seed: int = 0, drop_last: bool = False) -> None:
@@ -94,7 +100,7 @@ class ShuffledBatches(Batches):
 
     def length(self, world: int) -> int:
         full, rest = divmod(self.count, self.batch_size * world)
-        length = full + (rest >= world and not self.drop_last)
+        length = full + (rest >= max(world, 2 if full else 1) and not self._drops(world))
         if length == 0:
             raise ValueError(
                 f"{self.count} training rows do not fill a batch of {self.batch_size} on {world} processes: "
@@ -106,8 +112,11 @@ class ShuffledBatches(Batches):
         if self._order is None or self._order[0] != self.epoch:
             self._order = self.epoch, self._generator().permutation(self.count)
         size = self.batch_size * world
-        last = number + 1 == self.length(world) and not self.drop_last
+        last = number + 1 == self.length(world) and not self._drops(world)
         return self._order[1][number * size : None if last else (number + 1) * size]
+
+    def _drops(self, world: int) -> bool:
+        return self.drop_last or (self.whole and 1 < world <= self.count // self.batch_size)
 
 
 class PKBatches(Batches):
@@ -239,6 +248,7 @@ class ResumableLoader:
     def __init__(
         self, dataset: Dataset, batches: Batches, collate_fn: Callable[[Any], Any], num_workers: int = 0
     ) -> None:
+        end_workers_at_exit()
         self.sampler = batches
         self.dataset = dataset
         self._loader = DataLoader(
@@ -247,6 +257,7 @@ class ResumableLoader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             collate_fn=collate_fn,
+            worker_init_fn=leave_signals,
             # A DataLoader draws a number for its workers each time; from the global generator this would
             # shift all that is random after a resume.
             generator=torch.Generator(),
@@ -267,6 +278,28 @@ class ResumableLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a saved place. Raises ValueError as the sampler does."""
         self.sampler.load_state_dict(state)
+
+
+def leave_signals(worker: int) -> None:
+    """Makes a loader's worker deaf to what stops a run, which the process that started it decides about.
+
+    Ctrl-C and SIGTERM reach the whole group of processes, and without its workers that one could not end its batch.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@cache
+def end_workers_at_exit() -> None:
+    """Has this process kill its daemons, as such workers are, when it ends: SIGTERM, as usual, would not end them."""
+    atexit.register(_end_workers)
+
+
+def _end_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise for a worker that is killed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _rank_and_world() -> tuple[int, int]:

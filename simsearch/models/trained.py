@@ -196,6 +196,7 @@ class TrainedRetriever(DescribesBatches):
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.targets = getattr(self.loss, "attributes", None)
+        data.whole_batches = True
         if isinstance(data.collection.images, Ragged):
             self._check_ragged(stage)
         if self.cache is not None and self._pooled is None:

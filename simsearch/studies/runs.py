@@ -30,7 +30,7 @@ _IDLE = {
     # Pictures, logging and resuming; a callback that is not listed counts.
     "callbacks": (
         *("neighbours", "precision_recall", "progress", "throughput", "learning_rate"),
-        *("sigterm", "last", "epochs"),
+        *("sigterm", "last", "epochs", "last_validation"),
     ),
 }
 _CHOOSES = ("monitor", "mode")  # of a ModelCheckpoint: which checkpoint is tested
@@ -93,8 +93,6 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
         kept[group] = _without_defaults(node)
     checkpoint = kept["callbacks"].get("checkpoint") or {}
     kept["callbacks"]["checkpoint"] = {key: checkpoint[key] for key in _CHOOSES if key in checkpoint}
-    if config["protocol"].get("validation") is None:
-        kept["callbacks"].pop("last_validation", None)  # there is none
     start = config["model"].get("start")
     if start is not None:
         path = Path(start)
