@@ -44,7 +44,14 @@ class Tile:
 
 
 def save_grid(path: Path, rows: Sequence[Sequence[Tile]], *, title: str = "", side: int = 96) -> None:
-    """Writes a PNG of rows of tiles, each row a query followed by its neighbours, best first.
+    """Writes the picture of `draw_grid` as a PNG."""
+    picture = draw_grid(rows, title=title, side=side)
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def draw_grid(rows: Sequence[Sequence[Tile]], *, title: str = "", side: int = 96) -> Image.Image:
+    """A picture of rows of tiles, each row a query followed by its neighbours, best first.
 
     Tiles are `side` pixels wide, aspect kept; green frames are right, red wrong, grey unjudged. Title and captions may
     be any text, of strangers too; of each one line is written, as far as there is room. Without rows it has a title.
@@ -73,8 +80,7 @@ def save_grid(path: Path, rows: Sequence[Sequence[Tile]], *, title: str = "", si
             place = (left + frame + (side - size[0]) // 2, top + frame + (side - size[1]) // 2)
             canvas.paste(picture, place)
             _write(draw, (left + frame, top + side + 2 * frame), tile.caption, 11, side + 2 * frame)
-    with replacing(path) as temporary:
-        canvas.save(temporary, "PNG")
+    return canvas
 
 
 def save_curve(path: Path, points: Sequence[tuple[float, float]], *, title: str) -> None:

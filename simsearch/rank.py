@@ -6,6 +6,7 @@ without SLURM say: `torchrun --nnodes=2 --nproc-per-node=4 ... -m simsearch.rank
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from dataclasses import replace
@@ -25,6 +26,11 @@ def main() -> None:
     if reports is not None:
         launch.end_with_parent()
     runtime.quiet_libraries()
+    if launch.rank() == 0:
+        handler = logging.FileHandler(folder / "train.log")
+        handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
+        logging.getLogger("simsearch").addHandler(handler)
+        logging.getLogger("simsearch").setLevel(logging.INFO)
     with launch.as_found():
         try:
             # A new run has no checkpoint to go on from.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import multiprocessing
 import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import time
 import uuid
@@ -16,6 +18,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import wraps
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +34,15 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.segment import Segment
 from rich.table import Table
 from torch import nn
 
-from simsearch import launch, trust, usage
+from simsearch import __version__, launch, settings, trust, usage
 from simsearch.callbacks.training import OwnCheckpoints, WholeCheckpoints
 from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, write_json
 from simsearch.models.backbones import WeightsError
@@ -54,7 +59,13 @@ RESULT_COLUMNS = (
 # ------------------------------------------------------------------------------- commands and errors
 
 
-MENDABLE = (ValueError, OSError, WeightsError, InstantiationException, OmegaConfBaseException)
+MENDABLE = (
+    *(ValueError, OSError, WeightsError, InstantiationException, OmegaConfBaseException),
+    *(
+        MisconfigurationException,
+        ModuleNotFoundError,
+    ),  # what Lightning calls a user's mistake, and what is not installed
+)
 
 
 def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
@@ -76,8 +87,10 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             try:
                 check_kinds(config, yaml.safe_load(Path(CONF, f"{name}.yaml").read_text(encoding="utf-8")))
                 return task(config)
-            except (*MENDABLE, launch.RankError) as error:
-                if os.environ.get("SIMSEARCH_DEBUG") == "1":
+            except Exception as error:
+                logging.getLogger("simsearch").info("failed", exc_info=True)  # where a command keeps a log
+                mendable = isinstance(error, (*MENDABLE, launch.RankError))
+                if not mendable or os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
                 if isinstance(error, launch.RankError) and error.details:
                     print(error.details, file=sys.stderr)
@@ -90,10 +103,12 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
 
         program = hydra.main(version_base="1.3", config_path=CONF, config_name=name)(guarded)
 
+        @wraps(task)
         def main() -> None:
             given = os.environ.get("HYDRA_FULL_ERROR")
             os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here, where they get one line and a mend
             try:
+                sys.argv[1:] = [without_null(argument) for argument in sys.argv[1:]]
                 program()
             except (*MENDABLE, launch.RankError, HydraException) as error:
                 if os.environ.get("SIMSEARCH_DEBUG") == "1":
@@ -128,12 +143,25 @@ def check_kinds(config: DictConfig, defaults: Mapping[str, Any], above: str = ""
 
 
 def remove_unused(folder: Path) -> None:
-    """Removes the folder that Hydra made for a command, where nothing but its own notes and the lock are in it."""
-    there = list(folder.iterdir()) if folder.is_dir() and folder.resolve() != Path.cwd() else []
-    own = (".hydra", ".training")
-    notes = [path for path in there if path.name in own or (path.suffix == ".log" and not path.stat().st_size)]
-    if there and len(notes) == len(there):
+    """Removes the folder that Hydra made for a command, where nothing but our own notes, log and lock are in it."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() and folder.resolve() != Path.cwd() else set()
+    if there and there <= {".hydra", ".training", "train.log"}:
         shutil.rmtree(folder)
+
+
+def without_null(argument: str) -> str:
+    """An override `group=null`, which Hydra does not take, as `group=none` where the group has that option.
+
+    Raises ValueError with the group's options where it has not. Other arguments stay as they are.
+    """
+    group, _, value = argument.partition("=")
+    folder = Path(CONF) / group
+    if value != "null" or not re.fullmatch(r"[\w/]+", group) or not folder.is_dir():
+        return argument
+    options = sorted(path.stem for path in folder.glob("*.yaml"))
+    if "none" not in options:
+        raise ValueError(f"{argument}: one of the group's options is needed: {', '.join(options)}")
+    return f"{group}=none"
 
 
 def reason(error: BaseException, command: str = "") -> str:
@@ -144,6 +172,8 @@ def reason(error: BaseException, command: str = "") -> str:
         return f"{key}: {reason(cause, command)}" if key and key != str(error) else reason(cause, command)
     if isinstance(error, InterpolationResolutionError):  # what a resolver of ours raised comes in three lines
         return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
+    if isinstance(error, MisconfigurationException):
+        return str(error).strip().split("\n")[0]
     first = str(error).strip().partition("\n")[0]
     if isinstance(error, MissingMandatoryValue):
         key = (re.findall(r"full_key: ([^\s]+)", str(error)) or re.findall(r"value: ([^\s]+)", first) or [first])[0]
@@ -211,6 +241,8 @@ def build_data(config: Mapping[str, Any], protocol: Any = None) -> pl.LightningD
     """The DataModule of `config["data"]` with its data read, under `protocol` or that of the config."""
     data = prepare_data(config, protocol)
     data.setup()
+    if config.get("smoke"):
+        data.shrink()
     return data
 
 
@@ -229,14 +261,16 @@ def build_trainer(
 ) -> pl.Trainer:
     """The Trainer with its callbacks, then those in `more`, writing into `folder`."""
     callbacks = [OwnCheckpoints(), *(build(node) for node in config["callbacks"].values() if node), *more]
+    if config["trainer"].get("enable_progress_bar") is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback.dirpath = str(folder / "checkpoints")
-    settings = {"use_distributed_sampler": False, **config["trainer"]}  # our loaders deal out to ranks themselves
-    if launch.is_rank() and settings.get("strategy", "auto") in ("auto", "ddp"):
-        settings["strategy"] = {"_target_": "simsearch.launch.DataParallel"}
+    values = {"use_distributed_sampler": False, **config["trainer"]}  # our loaders deal out to ranks themselves
+    if launch.is_rank() and values.get("strategy", "auto") in ("auto", "ddp"):
+        values["strategy"] = {"_target_": "simsearch.launch.DataParallel"}
     trainer = hydra.utils.instantiate(
-        OmegaConf.create(settings), callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
+        OmegaConf.create(values), callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
     )
     trainer.strategy.checkpoint_io = WholeCheckpoints()
     return trainer
@@ -348,6 +382,8 @@ def start_run(config: DictConfig) -> Iterator[Run]:
     Raises ValueError where there is no run to resume, where the folder of a new run holds one already that has
     something to lose, and where another process has it in work.
     """
+    if config.get("smoke"):
+        make_few(config)
     resume = bool(config.get("resume"))
     folder = Path(config.run_dir if resume else HydraConfig.get().runtime.output_dir)
     with _alone(folder) if launch.rank() == 0 and folder.is_dir() else nullcontext():
@@ -433,6 +469,16 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def make_few(config: DictConfig) -> None:
+    """Cuts the steps and sizes of a training's config down to those of smoke=true, before anything refers to them."""
+    for key, most in settings.FEW.items():
+        value = OmegaConf.select(config, key)
+        if isinstance(value, int) and (value > most or value < 0):
+            OmegaConf.update(config, key, most)
+    config.logger.tags = [*(config.logger.tags or []), "smoke"]
+    print("smoke=true: few images and few steps, to see that everything runs; its numbers say nothing", file=sys.stderr)
 
 
 def _settled(config: DictConfig) -> dict[str, Any]:
@@ -641,11 +687,23 @@ def load_model(run: Run) -> pl.LightningModule:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what numbers may depend on."""
-    from importlib.metadata import version
-
+    """Versions of what numbers may depend on; `commit` is simsearch's own, where it is known."""
     names = ("torch", "torchvision", "timm", "faiss-cpu", "pytorch-lightning", "numpy", "onnxruntime")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
+    own = {"simsearch": __version__} | ({"commit": known} if (known := commit()) else {})
+    return own | {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
+
+
+def commit() -> str | None:
+    """The git commit of simsearch's source, `-dirty` where files were changed since; None where it is unknown."""
+    root = Path(CONF).parent
+    try:
+        if (root / ".git").exists():
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+        source = json.loads(metadata.distribution("simsearch").read_text("direct_url.json") or "{}")
+        return source.get("vcs_info", {}).get("commit_id")  # pip installed it from a repository
+    except (OSError, ValueError, subprocess.SubprocessError, metadata.PackageNotFoundError):
+        return None
 
 
 # -------------------------------------------------------------------------------------------- reports

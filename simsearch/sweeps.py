@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
@@ -28,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.table import Table
 
-from simsearch import launch, runtime
+from simsearch import launch, runtime, settings
 from simsearch.files import is_alive, read_json, write_json
 from simsearch.text import cell, warn
 
@@ -36,27 +38,45 @@ from simsearch.text import cell, warn
 _ASIDE = ("hydra", "run_dir", "run_root", "resume", "trust", "logger", "objective")
 _ENDED = ("finished", "failed")
 _CUT_OFF = "simsearch: cut off"
+_COSTS = ("bytes_per_item", "_s", "seconds_per_query", "_ms_p50", "_ms_p95", "_ms_p99")  # ends of what is better small
+_READABLE, _LONGEST = 60, 150  # characters of a trial's folder that say what it is: usually, and with all swept keys
 
 
 # --------------------------------------------------------------------------------------------- trials
 
 
 def trial_name(*, _root_: DictConfig) -> str:
-    """The folder of a trial: its overrides as far as they fit, and a hash of its resolved config and the code.
+    """The folder of a trial: its overrides as far as they fit, swept ones first, and a hash of its resolved config.
 
-    Registered as the resolver `trial`, for hydra.sweep.subdir.
+    A trial that has a folder in the sweep keeps it, however its overrides were written. Registered as the resolver
+    `trial`, for hydra.sweep.subdir.
     """
     values = {name: _root_._get_node(name) for name in _root_ if name not in _ASIDE}
     config = OmegaConf.create({**values, "run_dir": "", "run_root": ""}, flags={"allow_objects": True})
     resolved = OmegaConf.to_container(config, resolve=True)
-    text = json.dumps([resolved, code_version()], sort_keys=True, default=str)
+    digest = hashlib.sha256(json.dumps(resolved, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    sweep = Path(_root_.hydra.sweep.dir)
+    if known := sorted(sweep.glob(f"*{digest}/trial.json")):
+        return known[0].parent.name
     swept = set(_root_.hydra.sweeper.get("params") or {})
-    given = sorted(_root_.hydra.overrides.task, key=lambda override: override.partition("=")[0] not in swept)
-    short = [re.sub(r"^[\w.@/]*[./](?=\w+=)", "", override) for override in given]
-    named = "_".join(override for override in short if override.partition("=")[0] not in (*_ASIDE, "sweep"))
-    named = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.4g}", named)
-    readable = re.sub(r"[^\w.+-]+", "-", named)  # nothing that a shell or Hydra's grammar reads its own way
-    return f"{readable[:60].strip('-_')}-{hashlib.sha256(text.encode()).hexdigest()[:10]}".lstrip("-")
+    if (sweep / "sweep.json").is_file():
+        swept.update(read_json(sweep / "sweep.json").get("swept", []))
+    return f"{_readable(_root_.hydra.overrides.task, swept)}-{digest}".lstrip("-")
+
+
+def _readable(overrides: Sequence[str], swept: Iterable[str]) -> str:
+    """What a trial is, of characters that neither a shell nor Hydra's grammar reads its own way."""
+    name = ""
+    for override in sorted(overrides, key=lambda override: override.partition("=")[0] not in swept):
+        key, _, value = override.partition("=")
+        if key in (*_ASIDE, "sweep"):
+            continue
+        value = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.4g}", value)
+        short = re.split(r"[./]", key.lstrip("+~"))[-1]
+        part = re.sub(r"[^\w.+-]+", "-", f"{short}={value}").strip("-_")
+        most = _LONGEST if key in swept else _READABLE
+        name = f"{name}_{part}".strip("_")[: max(most, len(name))].strip("-_")
+    return name
 
 
 OmegaConf.register_new_resolver("trial", trial_name, replace=True)
@@ -74,12 +94,17 @@ def code_version() -> str:
 
 @dataclass
 class Trial:
-    """One job of a sweep, which lives in `folder`; values: its objectives, where it was finished before."""
+    """One job of a sweep, which lives in `folder`.
+
+    values: its objectives, where it was finished before. finished: there is nothing to do; elsewhere: another process
+    is at it.
+    """
 
     folder: Path
     overrides: Sequence[str]
     values: Any = None
     finished: bool = False
+    elsewhere: bool = False
     _started: float = field(default_factory=time.time)
 
     def write(self, state: str, error: str = "") -> None:
@@ -104,21 +129,25 @@ class Trial:
 def trial(config: DictConfig) -> Iterator[Trial | None]:
     """The present job of a sweep, noted as it begins and ends; None where there is no sweep.
 
-    A finished one comes with `finished`. One that was cut off has `config.resume` set, to go on with its run.
-    Raises ValueError where another process has the trial in work.
+    A finished one comes with `finished`. One that was cut off has `config.resume` set, to go on with its run. One
+    that another process of the sweep has in work comes with `elsewhere`, or is waited for where a sweeper needs its
+    values.
     """
-    settings = HydraConfig.get()
-    if settings.mode is not RunMode.MULTIRUN:
+    hydra = HydraConfig.get()
+    if hydra.mode is not RunMode.MULTIRUN:
         yield None
         return
-    present = Trial(Path(settings.runtime.output_dir), list(settings.overrides.task))
+    present = Trial(Path(hydra.runtime.output_dir), list(hydra.overrides.task))
     path = present.folder / "trial.json"
     lock = FileLock(present.folder / ".lock")
     if launch.rank() == 0:
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=-1 if "direction" in hydra.sweeper else 0)
         except Timeout:
-            raise ValueError(f"{present.folder} is in work already, by another process of this sweep") from None
+            print(f"{present.folder} is in work already, by another process of this sweep: left to it", file=sys.stderr)
+            present.elsewhere = True
+            yield present
+            return
     before = read_json(path) if path.is_file() else {}
     try:
         if before.get("state") == "finished":
@@ -145,7 +174,9 @@ def check_same_data(folder: Path, config: DictConfig) -> None:
     """Raises ValueError where the data or protocol of a finished trial are not what they were."""
     stored = read_json(folder / "metrics.json")["test"]["fingerprint"]
     values = OmegaConf.to_container(config, resolve=True)
-    now = _fingerprint(json.dumps({name: values[name] for name in ("data", "protocol", "backbone", "sampler")}))
+    now = _fingerprint(
+        json.dumps({name: values[name] for name in ("data", "protocol", "backbone", "sampler", "smoke")})
+    )
     if now != stored:
         raise ValueError(
             f"{folder} was measured on other data (fingerprint {stored}, now {now}): give the sweep another folder "
@@ -158,6 +189,47 @@ def _fingerprint(config: str) -> str:
     return str(runtime.build_data(json.loads(config)).task("test").fingerprint)
 
 
+def check_objective(config: DictConfig) -> None:
+    """Raises ValueError where `objective` names what this training will not measure."""
+    names = _names(config.objective)
+    if not names:
+        return
+    values = {
+        key: OmegaConf.to_container(config[key], resolve=True) for key in ("callbacks", "index", "model", "protocol")
+    }
+    known = settings.measured_names(values)
+    for name in names if known else ():
+        if name not in known:
+            raise ValueError(f"objective={name} will not be measured{settings.mend_name(name, known)}")
+
+
+def directions(names: Sequence[str], given_direction: Any, *, given: bool) -> Any:
+    """What a sweeper does with each objective: what is said, or what the objective wants where one of two was not.
+
+    given: the user said it. Without that, one word for all is the sweeper's default, which would minimise a
+    precision. Returns a word for one objective, a list for several. Raises ValueError for another number.
+    """
+    several = OmegaConf.is_list(given_direction) or isinstance(given_direction, list)
+    said = [getattr(one, "name", one) for one in (given_direction if several else [given_direction] * len(names))]
+    if not several and not given:
+        said = ["minimize" if is_cost(name) else "maximize" for name in names]
+    if len(said) != len(names):
+        raise ValueError(
+            f"hydra.sweeper.direction={said} is for {len(said)} objectives, and objective names {len(names)}: "
+            "give as many, or leave the direction out"
+        )
+    return said if len(said) > 1 else said[0]
+
+
+def is_cost(name: str) -> bool:
+    """Whether a metric is better when it is smaller: bytes, seconds and milliseconds are.
+
+    >>> is_cost("val/bytes_per_item"), is_cost("test/index/queries_per_s"), is_cost("val/mAP")
+    (True, False, False)
+    """
+    return name.endswith(_COSTS) and not name.endswith("per_s")
+
+
 def objectives(folder: Path, names: str | Sequence[str] | None) -> Any:
     """The values of a finished run that a sweeper optimises, such as `val/mAP`: a float, or a list for several.
 
@@ -166,22 +238,18 @@ def objectives(folder: Path, names: str | Sequence[str] | None) -> Any:
     if names is None:
         return None
     stages = read_json(folder / "metrics.json")
+    known = {f"{stage}/{name}": value for stage, about in stages.items() for name, value in about["metrics"].items()}
 
     def value(name: str) -> float:
-        stage, _, metric = name.partition("/")
-        got = stages.get(stage, {}).get("metrics", {}).get(metric)
-        if got is None:
-            mend = (
-                ": nothing is held out, give protocol.validation=0.1" if stage == "val" and "val" not in stages else ""
-            )
-            raise ValueError(f"objective={name} was not measured{mend}; there are {', '.join(_measured(stages))}")
-        return float(got)
+        if known.get(name) is None:
+            raise ValueError(f"objective={name} was not measured{settings.mend_name(name, known)}")
+        return float(known[name])
 
     return value(names) if isinstance(names, str) else [value(name) for name in names]
 
 
-def _measured(stages: Mapping[str, Any]) -> list[str]:
-    return [f"{stage}/{name}" for stage, about in stages.items() for name in ("mAP", "P@10", "bytes_per_item")]
+def _names(objective: Any) -> list[str]:
+    return [objective] if isinstance(objective, str) else list(objective or [])
 
 
 # ------------------------------------------------------------------------------------ the whole sweep
@@ -197,11 +265,42 @@ class Sweep(Callback):
     def __init__(self) -> None:
         self._since = time.time()
 
+    def on_run_start(self, config: DictConfig, config_name: str | None = None) -> None:
+        HydraConfig.instance().set_config(config)
+        try:  # Hydra would end in a traceback where it cannot make the folder
+            folder = Path(config.hydra.run.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError(f"{folder} cannot be written to")
+        except runtime.MENDABLE as error:
+            warn(f"simsearch train: {runtime.reason(error)}: give another run_dir")
+            raise SystemExit(1) from None
+
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None) -> None:
+        try:
+            self._start(config)
+        except runtime.MENDABLE as error:  # Hydra would make a warning of it and go on
+            warn(f"simsearch train: {runtime.reason(error)}")
+            raise SystemExit(1) from None
+
+    def _start(self, config: DictConfig) -> None:
         folder, sweeper = Path(config.hydra.sweep.dir), config.hydra.sweeper
+        names = _names(config.objective)
+        check_objective(config)
+        if "direction" in sweeper:
+            if not names:
+                raise ValueError(
+                    "this sweeper needs to know what is good: give objective=val/mAP, or several as "
+                    "objective=[val/mAP,val/bytes_per_item]"
+                )
+            given = any(text.startswith("hydra.sweeper.direction=") for text in config.hydra.overrides.hydra)
+            with open_dict(config):
+                sweeper.direction = directions(names, sweeper.direction, given=given)
+        swept = swept_values(sweeper.get("params"), config.hydra.overrides.task, GlobalHydra.instance().config_loader())
+        planned = sweeper.n_trials if "n_trials" in sweeper else math.prod(len(values) for values in swept.values())
         folder.mkdir(parents=True, exist_ok=True)
-        planned = sweeper.n_trials if "n_trials" in sweeper else grid_size(sweeper.params, config.hydra.overrides.task)
-        write_json(folder / "sweep.json", {"planned": planned})
+        about = {"planned": planned, "swept": list(swept), "objective": names, "ended": False}
+        write_json(folder / "sweep.json", about | {"host": socket.gethostname(), "pid": os.getpid()})
         print(f"sweep {folder}: {summary(folder)}; watch it by `simsearch progress folder={folder}`", file=sys.stderr)
         if sweeper.get("storage") and sweeper.get("study_name"):
             with open_dict(config):
@@ -220,23 +319,35 @@ class Sweep(Callback):
 
     def on_multirun_end(self, config: DictConfig, config_name: str | None = None) -> None:
         folder = Path(config.hydra.sweep.dir)
+        write_json(folder / "sweep.json", {**_read_sweep(folder), "ended": True})
         runtime.show(progress_table(folder))
-        failed = [about for about in read_trials(folder) if about["state"] == "failed"]
+        trials = read_trials(folder)
+        others = [t["folder"] for t in trials if t["state"] == "finished" and t.get("code") != code_version()]
+        if others:
+            warn(f"{len(others)} trials are of other code than today's, as {others[0]}: delete those to compute anew")
+        failed = [about for about in trials if about["state"] == "failed"]
         for about in failed:
             warn(f"failed: {about['folder']}: {about['error']}")
         if failed:
             raise SystemExit(1)
 
 
-def grid_size(params: Mapping[str, Any] | None, overrides: Sequence[str]) -> int:
-    """How many jobs Hydra's basic sweeper makes of `params` and the command line's overrides."""
-    count = 1
+def swept_values(
+    params: Mapping[str, Any] | None, overrides: Sequence[str], loader: ConfigLoader | None = None
+) -> dict[str, list[str]]:
+    """The keys that `params` and the command line's overrides sweep, with their values; none for an interval.
+
+    The product of their numbers is the number of jobs that Hydra's basic sweeper makes. loader: finds the options of
+    a group, which glob(*) chooses among.
+    """
     arguments = {name: f"{name}={value}" for name, value in (params or {}).items()}
     arguments |= {text.partition("=")[0]: text for text in overrides}
-    for override in OverridesParser.create().parse_overrides(list(arguments.values())):
-        if override.is_sweep_override() and override.is_discrete_sweep():
-            count *= len(list(override.sweep_string_iterator()))
-    return count
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments.values()))
+    return {
+        str(override.get_key_element()): list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+        for override in parsed
+        if override.is_sweep_override()
+    }
 
 
 def continue_study(storage: str, name: str, wanted: int) -> tuple[int, int]:
@@ -282,11 +393,14 @@ def read_trials(folder: Path) -> list[dict[str, Any]]:
 
 def summary(folder: Path, since: float | None = None) -> str:
     """One line on a sweep: trials by state, the best first objective, and the time left by those since `since`."""
-    trials, planned = read_trials(folder), _planned(folder)
+    trials, sweep = read_trials(folder), _read_sweep(folder)
     states = [about["state"] for about in trials]
+    planned = max(sweep["planned"], len(trials))  # the folder may hold those of earlier plans
     parts = [f"{states.count('finished')} of {planned} trials finished"]
+    if sweep.get("ended") and len(trials) < planned:
+        parts = [f"{states.count('finished')} trials finished (of {planned} planned; a point that repeats is one)"]
     parts += [f"{states.count(s)} {s}" for s in ("running", "failed", "interrupted") if s in states]
-    if (best := _best(trials)) is not None:
+    if (best := _best(trials, sweep)) is not None:
         parts.append(f"best {_objective(best):.4f} ({best['folder']})")
     recent = [about for about in trials if since is not None and (about["ended"] or 0) > since]
     left = planned - states.count("finished") - states.count("failed")
@@ -299,7 +413,7 @@ def summary(folder: Path, since: float | None = None) -> str:
 def progress_table(folder: Path) -> Table:
     """A sweep's trials as a table: state, how far, time, objectives; the best first objective is marked."""
     trials = read_trials(folder)
-    best = _best(trials)
+    best = _best(trials, _read_sweep(folder))
     varying = _varying([about["overrides"] for about in trials])
     caption = "mAP of the validation, or of the test (t) where there is none"
     table = Table(title=f"{cell(folder)}\n{summary(folder)}", caption=caption)
@@ -324,18 +438,25 @@ def progress_table(folder: Path) -> Table:
 
 
 def is_open(folder: Path) -> bool:
-    """Whether a sweep has trials that did not end, or did not begin."""
-    ended = [about for about in read_trials(folder) if about["state"] in _ENDED]
-    return len(ended) < _planned(folder)
+    """Whether a sweep has trials in work, or its process goes on to others.
+
+    Not by their number: a point that comes twice is one trial.
+    """
+    trials, about = read_trials(folder), _read_sweep(folder)
+    if any(trial["state"] == "running" for trial in trials):
+        return True
+    gone = about.get("host") == socket.gethostname() and not is_alive(about["pid"])
+    ended = [trial for trial in trials if trial["state"] in _ENDED]
+    return not about.get("ended") and not gone and len(ended) < about["planned"]
 
 
-def _planned(folder: Path) -> int:
+def _read_sweep(folder: Path) -> dict[str, Any]:
     path = folder / "sweep.json"
     if not path.is_file():
         raise ValueError(
             f"{folder} is no sweep: it has no sweep.json. Give a folder that `simsearch train -m` wrote to"
         )
-    return int(read_json(path)["planned"])
+    return read_json(path)
 
 
 def _objective(about: Mapping[str, Any]) -> float:
@@ -344,9 +465,10 @@ def _objective(about: Mapping[str, Any]) -> float:
     return math.nan if value is None else float(value)
 
 
-def _best(trials: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def _best(trials: Sequence[dict[str, Any]], sweep: Mapping[str, Any]) -> dict[str, Any] | None:
     known = [about for about in trials if not math.isnan(_objective(about))]
-    return max(known, key=_objective, default=None)
+    smaller = any(map(is_cost, sweep.get("objective", [])[:1]))
+    return (min if smaller else max)(known, key=_objective, default=None)
 
 
 def _varying(overrides: Sequence[Sequence[str]]) -> list[list[str]]:

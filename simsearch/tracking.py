@@ -15,17 +15,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
 
 from simsearch import launch
 from simsearch.callbacks.neighbours import Example
 from simsearch.data.collection import Collection
-from simsearch.figures import Tile
+from simsearch.figures import draw_grid
 from simsearch.files import read_json
 from simsearch.runtime import HEADLINES, Run, read_run
 from simsearch.text import warn
 
+_STAGED = "WANDB_DATA_DIR"
 _INIT_S = 30.0  # for W&B's server to answer at the beginning
 _FINISH_S, _UPLOAD_S = 60.0, 1800.0  # for it to take what is left at the end, without and with checkpoint or catalog
 _TELL_S = 5.0
@@ -69,10 +70,11 @@ def wandb_api() -> Iterator[Any]:
 
 
 def build_loggers(run: Run) -> list[Logger]:
-    """CSV always; Weights & Biases unless its mode is disabled, under the run's own id. Only rank 0 writes.
+    """CSV always, TensorBoard where the config wants it; Weights & Biases unless its mode is disabled.
 
-    In W&B the run's group is logger.group, or the name of the sweep's folder that it lies in. A resumed run goes
-    on under its id, offline in another folder; `wandb sync` appends that one to the first.
+    W&B's run has the run's own id. Only rank 0 writes. Its group is logger.group, or the name of the sweep's folder
+    that it lies in. A resumed run goes on under its id, offline in another folder; `wandb sync` appends that one to
+    the first.
     """
     history = run.folder / "metrics.csv"
     csv_logger = CSVLogger(run.folder, name="", version="", flush_logs_every_n_steps=1)  # a kill should lose nothing
@@ -82,13 +84,16 @@ def build_loggers(run: Run) -> list[Logger]:
         earlier = len(list(run.folder.glob("metrics-*.csv")))
         history.rename(run.folder / f"metrics-{earlier}.csv")
     settings, config = run.config["logger"], run.config
+    files: list[Logger] = [csv_logger]
+    if settings.get("tensorboard"):
+        files.append(TensorBoardLogger(run.folder, name="", version="tensorboard"))
     if (start := _start_run(config)) is not None:
         config = {**config, "start_run": _identity(start)}
     name = settings["name"] or run.folder.name
     experiment = _start(run.folder, config, settings, _identity(run), name=name, group=_group(run), job_type="train")
     if experiment is None:
-        return [csv_logger]
-    return [_WandbLogger(experiment, best_validation(run.folder)), csv_logger]
+        return files
+    return [_WandbLogger(experiment, best_validation(run.folder)), *files]
 
 
 def evaluation_loggers(run: Run, config: Mapping[str, Any], folder: Path) -> list[Logger]:
@@ -123,6 +128,9 @@ def finish_loggers(loggers: list[Logger], status: str = "success") -> None:
         logger.finalize(status)
         if isinstance(logger, WandbLogger):
             _finish(logger.experiment, exit_code=0 if status == "success" else 1)
+            ours = Path(logger.experiment.settings.wandb_dir).resolve() / "staged"
+            if os.environ.get(_STAGED) == str(ours):  # the next job of a sweep has a place of its own
+                del os.environ[_STAGED]
 
 
 def _finish(experiment: Any, exit_code: int) -> None:
@@ -155,6 +163,9 @@ def _start(
         return None
     import wandb
 
+    # Where W&B stages the files of artifacts until they are synced: in the run, not in the user's home.
+    os.environ.setdefault(_STAGED, str(folder.resolve() / "wandb" / "staged"))
+
     catalog = config.get("catalog")
     uploads = settings.get("checkpoint") or (isinstance(catalog, Mapping) and catalog.get("log"))
 
@@ -162,6 +173,7 @@ def _start(
         return wandb.init(
             name=name,
             project=settings["project"],
+            entity=settings.get("entity"),
             group=group,
             tags=settings["tags"] or None,
             job_type=job_type,
@@ -189,7 +201,8 @@ def _start(
             raise ValueError(f"logger.mode={mode}: {error}") from error
         warn(f"W&B cannot be reached ({error}): logging offline, `wandb sync` it later")
         experiment = start("offline")
-    experiment.define_metric("trainer/global_step")
+    experiment.define_metric("trainer/global_step", hidden=True)
+    experiment.define_metric("val/definitions/*", hidden=True)  # a dozen charts of one ranking: kept, and not shown
     experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return experiment
 
@@ -201,6 +214,17 @@ def _group(run: Run) -> str | None:
 
 def _identity(run: Run) -> str:
     return str(read_json(run.folder / "run.json")["wandb_id"])
+
+
+def in_section(name: str) -> str:
+    """The name under which W&B shows a metric, whose part before the first slash is a section of charts.
+
+    >>> [in_section(name) for name in ("val/mAP", "lr-SGD/pg2", "lr-SGD", "epoch")]
+    ['val/mAP', 'train/lr/pg2', 'train/lr', 'train/epoch']
+    """
+    if name.startswith("lr-"):
+        return f"train/lr{name[name.find('/') :] if '/' in name else ''}"
+    return name if "/" in name else f"train/{name}"
 
 
 # ------------------------------------------------------------------------------------- the best validation
@@ -220,7 +244,12 @@ class _WandbLogger(WandbLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics(metrics, step)
+        # The test is measured once: a chart of it would be a dot.
+        once = {name: value for name, value in metrics.items() if name.startswith("test/")}
+        self.experiment.summary.update(once)
+        series = {in_section(name): value for name, value in metrics.items() if name not in once}
+        if series.keys() - {in_section("epoch")}:
+            super().log_metrics(series, step)
         best = _better(self._best, {**metrics, "step": step})
         if best is not self._best:
             self._best = best
@@ -276,24 +305,21 @@ def log_summary(loggers: list[Logger], folder: Path) -> None:
 
 
 def log_neighbours(loggers: list[Logger], examples: Sequence[Example]) -> None:
-    """Logs examples as the W&B Table `neighbours`: average precision and thumbnails, a query a row."""
+    """Logs examples as the W&B images `examples/neighbours`: a query beside its neighbours each, worst first.
+
+    Not as a table: its pictures would be an artifact, whose files an offline run keeps by their absolute paths, so that
+    a run that was copied elsewhere could not sync them.
+    """
     for experiment in _experiments(loggers):
         if not examples:
             continue
         import wandb
 
-        def picture(tile: Tile) -> Any:
-            return wandb.Image(tile.image.permute(1, 2, 0).numpy(), caption=tile.caption)
-
-        k = max(len(example.tiles) for example in examples) - 1
-        columns = ["AP", "query", *(f"neighbour {i + 1}" for i in range(k)), "right"]
-        rows = []
-        for example in examples:
-            found = [picture(tile) for tile in example.tiles[1:]]
+        def picture(example: Example) -> Any:
             right = "".join("+" if tile.right else "-" for tile in example.tiles[1:])
-            query = picture(example.tiles[0])
-            rows.append([example.average_precision, query, *found, *[None] * (k - len(found)), right])
-        experiment.log({"neighbours": wandb.Table(columns=columns, data=rows)})
+            return wandb.Image(draw_grid([example.tiles]), caption=f"AP {example.average_precision:.3f} {right}")
+
+        experiment.log({"examples/neighbours": [picture(example) for example in examples]})
 
 
 def log_curve(loggers: list[Logger], points: Sequence[tuple[float, float]]) -> None:

@@ -16,17 +16,21 @@ from typing import Any
 ALLOWED = frozenset(
     {
         "pytorch_lightning.Trainer",
+        "pytorch_lightning.callbacks.EarlyStopping",
         "pytorch_lightning.callbacks.LearningRateMonitor",
         "pytorch_lightning.callbacks.ModelCheckpoint",
         "pytorch_lightning.callbacks.TQDMProgressBar",
         "pytorch_metric_learning.losses.ContrastiveLoss",
         "pytorch_metric_learning.losses.MultiSimilarityLoss",
+        "pytorch_metric_learning.losses.TripletMarginLoss",
+        "pytorch_metric_learning.miners.TripletMarginMiner",
         "simsearch.cache.ArrayCache",
         "simsearch.callbacks.evaluation.RetrievalEvaluation",
         "simsearch.callbacks.mining.TripletMining",
         "simsearch.callbacks.neighbours.NeighbourFigure",
         "simsearch.callbacks.precision_recall.PrecisionRecall",
         "simsearch.callbacks.training.EpochsAfterResume",
+        "simsearch.callbacks.training.FrozenBackbone",
         "simsearch.callbacks.training.LastCheckpoint",
         "simsearch.callbacks.training.LastValidation",
         "simsearch.callbacks.training.SaveOnSigterm",
@@ -54,6 +58,7 @@ ALLOWED = frozenset(
         "simsearch.losses.greedyhash.GreedyHashLoss",
         "simsearch.losses.hashnet.HashNetLoss",
         "simsearch.losses.memory.CrossBatchMemory",
+        "simsearch.losses.mined.MinedLoss",
         "simsearch.losses.normalised_softmax.NormalisedSoftmaxLoss",
         "simsearch.losses.orthohash.OrthoHashLoss",
         "simsearch.losses.triplet.BatchHardTripletLoss",
@@ -87,6 +92,7 @@ ALLOWED = frozenset(
         "torch.optim.lr_scheduler.ConstantLR",
         "torch.optim.lr_scheduler.MultiStepLR",
         "torch.optim.lr_scheduler.OneCycleLR",
+        "torch.optim.lr_scheduler.ReduceLROnPlateau",
         "torch.optim.lr_scheduler.StepLR",
     }
 )
@@ -151,9 +157,15 @@ def _plain(key: str) -> str:
 
 def targets(config: object) -> Iterator[tuple[str, object]]:
     """Key and value of each `_target_` in a plain config."""
+    for key, node in built(config):
+        yield key, node["_target_"]
+
+
+def built(config: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key and node of each object that a plain config describes."""
     for key, node in _nodes(config):
         if isinstance(node, dict) and "_target_" in node:
-            yield key, node["_target_"]
+            yield key, node
 
 
 def _nodes(config: object) -> Iterator[tuple[str, object]]:

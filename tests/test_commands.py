@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from wandb.proto.wandb_internal_pb2 import Record
 
-from simsearch import runtime
+from simsearch import __version__, runtime
 from simsearch.commands import search
 from simsearch.files import read_json, write_json
 from simsearch.search.catalog import CatalogError, encoder_fingerprint, read_catalog
@@ -51,6 +52,26 @@ class TestTrain:
         assert (small_run / "catalog/catalog.json").is_file()
         with Image.open(small_run / "figures/neighbours.png") as picture:
             assert picture.width > 500
+
+    def test_keeps_a_log_and_says_what_made_it(self, small_run):
+        log = (small_run / "train.log").read_text()
+        metrics = read_json(small_run / "metrics.json")
+        for text in (
+            "simsearch train data.styles=4",
+            f"begins {small_run}",
+            f"simsearch {__version__}, ",
+            f"validate: mAP {metrics['val']['metrics']['mAP']:.4f}",
+            f"test: mAP {metrics['test']['metrics']['mAP']:.4f}",
+            "finished",
+        ):
+            assert text in log
+        versions = read_json(small_run / "run.json")["versions"]
+        assert versions["simsearch"] == __version__
+        root = Path(runtime.CONF).parent
+        if (root / ".git").exists():
+            head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+            assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", versions["commit"])
+            assert len(head.strip()) == 40
 
     def test_reports_metrics_with_protocol_and_intervals(self, small_run):
         stages = read_json(small_run / "metrics.json")
@@ -91,17 +112,14 @@ class TestTrain:
             for item in record.history.item:
                 logged[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
         metrics = json.loads((small_run / "metrics.json").read_text())
-        assert logged["test/mAP"] == pytest.approx(metrics["test"]["metrics"]["mAP"])
         assert logged["val/mAP"] == pytest.approx(metrics["val"]["metrics"]["mAP"])
-        assert logged["neighbours/_type"] == "table-file"
-        assert logged["neighbours/nrows"] >= 5
-        tables = [r.artifact for r in records if r.artifact.name.endswith("-neighbours")]
-        thumbnails = [entry.path for entry in tables[0].manifest.contents if entry.path.endswith(".png")]
-        assert len(thumbnails) >= 10
+        assert logged["examples/neighbours/count"] >= 5
+        assert len(list(path.parent.glob("files/media/images/examples/neighbours_*.png"))) >= 5
         summary: dict[str, object] = {}
         for record in records:
             for item in record.summary.update:
                 summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        assert summary["test/mAP"] == pytest.approx(metrics["test"]["metrics"]["mAP"])
         assert summary["test/fingerprint"] == metrics["test"]["fingerprint"]
         assert any(record.HasField("exit") for record in records), "the run was not finished"
         run_id = json.loads((small_run / "run.json").read_text())["wandb_id"]
@@ -152,6 +170,8 @@ class TestTrain:
         done = simsearch("train", *SMALL, f"run_dir={tmp_path}/r", "logger.mode=disabled", *arguments, expect=1)
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+        log = tmp_path / "r" / "train.log"  # where the traceback is kept
+        assert not log.exists() or "Traceback" in log.read_text()
 
     def test_a_folder_holds_one_run(self, small_run):
         before = (small_run / "config.yaml").read_bytes()

@@ -242,6 +242,19 @@ def test_seeds_of_a_configuration_are_one_entry(tmp_path):
     assert two.paired.difference == pytest.approx((both - values(7, -0.1)).mean())
 
 
+def test_one_seed_counts_once(tmp_path, capsys):
+    start = [make_run(tmp_path / f"start{s}", values(9), seed=s) for s in (0, 1)]
+    runs = [make_run(tmp_path / f"r{i}", values(i), seed=s, lr=0.5) for i, s in enumerate((0, 1, 1, 0))]
+    runs += [make_run(tmp_path / f"s{s}", values(s), seed=0, lr=0.7, start=str(start[s])) for s in (0, 1)]
+    results = read(*runs)
+    kept = compare.without_repeats(results, results[3])  # the baseline stays, though it came last
+    assert [result.name for result in kept] == ["r1", "r3", "s0", "s1"]
+    said = capsys.readouterr().out
+    assert "r0 repeats r3, seed and all: left out" in said
+    assert "r2 repeats r1, seed and all: left out" in said
+    assert sorted(entry.name for entry in board(kept)) == ["r1 (2 seeds)", "s0 (2 runs)"]
+
+
 def test_what_differs_in_more_than_the_seed_stays_apart(tmp_path):
     runs = [make_run(tmp_path / str(i), values(i), lr=i) for i in range(3)]
     runs.append(make_run(tmp_path / "0", values(8), measurement="again"))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+import pytorch_lightning as pl
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -156,6 +157,7 @@ def test_option_composes_and_builds(group, option, tmp_path):
             assert trainer.max_epochs == values["trainer"]["max_epochs"]
     elif group in ("loss", "optimizer", "scheduler"):
         module = runtime.build(values["model"])
+        module.trainer = pl.Trainer(logger=False, enable_checkpointing=False)
         assert module.configure_optimizers()
         embeddings = torch.randn(6, module.dimension, requires_grad=True)
         labels = torch.tensor([0, 0, 1, 1, 1, 0])
@@ -166,7 +168,7 @@ def test_option_composes_and_builds(group, option, tmp_path):
         batches = runtime.build(values["sampler"])(torch.arange(200) % 20)
         assert len(batches) > 0
     elif group == "rerank":
-        assert callable(runtime.build(values["rerank"]).fit)
+        assert option == "none" or callable(runtime.build(values["rerank"]).fit)
     elif group == "sweep":
         for trial in swept(option):
             model = compose(*overrides, "backbone.weights=random", "backbone.size=64", trial)["model"]

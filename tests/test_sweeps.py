@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,13 +16,16 @@ from pathlib import Path
 
 import hydra
 import pytest
+import yaml
 from conftest import simsearch
+from filelock import FileLock
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from simsearch import runtime, sweeps
-from simsearch.files import write_json
+from simsearch import runtime, settings, sweeps
+from simsearch.files import read_json, write_json
 
 TINY = (
     *("data.styles=4", "data.artists=2", "data.works=6", "data.photographs=4", "data.size=40", "backbone.size=40"),
@@ -59,10 +64,24 @@ def test_a_trials_name_is_readable_and_safe_for_shells():
     assert re.fullmatch(r"[\w.+-]{1,80}", found)
 
 
-def test_another_version_of_the_code_is_another_trial(monkeypatch):
-    before = name("seed=1")
-    monkeypatch.setattr(sweeps, "code_version", lambda: "other")
-    assert name("seed=1") != before
+def test_a_trial_keeps_its_folder_however_its_overrides_are_written(tmp_path, monkeypatch):
+    sweep = f"hydra.sweep.dir={tmp_path}"
+    before = name("seed=1", "pooling=gem", sweep)
+    assert name("pooling=gem", "seed=1", sweep) != before
+    (tmp_path / before).mkdir()
+    write_json(tmp_path / before / "trial.json", {"state": "finished"})
+    assert name("pooling=gem", "seed=1", sweep) == before
+    monkeypatch.setattr(sweeps, "code_version", lambda: "other")  # code is told of, and no other trial
+    assert name("seed=1", "pooling=gem", sweep) == before
+    assert name("seed=2", "pooling=gem", sweep) != before
+
+
+def test_keys_swept_on_the_command_line_are_in_the_folders_name(tmp_path):
+    many = ("backbone.weights=random", "model.whitening.dimension=16", "model.sample=100", "data.photographs=4")
+    write_json(tmp_path / "sweep.json", {"planned": 2, "swept": ["seed", "pooling"]})
+    found = name(*many, "pooling=gem", "seed=7", f"hydra.sweep.dir={tmp_path}")
+    assert found.startswith("pooling-gem_seed-7_weights-random")
+    assert len(found) < 80
 
 
 @pytest.mark.parametrize(
@@ -72,16 +91,25 @@ def test_another_version_of_the_code_is_another_trial(monkeypatch):
         ["seed=1", "pooling=gem"],
         ["seed=range(0,10,2)", "index=choice(flat,sq8)"],
         ["data.root='a,b'", "seed=0,1"],
+        ["loss=glob(*,exclude=dsh)", "seed=0,1"],
     ],
 )
-def test_grid_size_is_what_hydra_makes(overrides):
-    parsed = OverridesParser.create().parse_overrides(["loss=a,b", *overrides])
-    expected = len(list(itertools.chain(*BasicSweeper.split_arguments(parsed, None))))
-    assert sweeps.grid_size({"loss": "a,b"}, overrides) == expected
+def test_what_is_swept_is_what_hydra_makes(overrides):
+    with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        parsed = OverridesParser.create(config_loader=loader).parse_overrides(["loss=a,b", *overrides])
+        jobs = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
+        found = sweeps.swept_values({"loss": "a,b"}, overrides, loader)
+    assert math.prod(map(len, found.values())) == len(jobs)
+    for key in {text.partition("=")[0] for text in jobs[0]}:
+        values = {text.partition("=")[2] for job in jobs for text in job if text.startswith(f"{key}=")}
+        assert set(found.get(key, values)) == values
+        assert (key in found) or len(values) == 1
 
 
 def test_the_command_line_takes_a_swept_parameters_place():
-    assert sweeps.grid_size({"seed": "1,2,3", "index": "flat,sq8"}, ["seed=5"]) == 2
+    found = sweeps.swept_values({"seed": "1,2,3", "index": "flat,sq8"}, ["seed=5"])
+    assert found == {"index": ["flat", "sq8"]}
 
 
 def test_a_study_goes_on_with_what_was_cut_off(tmp_path):
@@ -123,8 +151,8 @@ def test_objectives(tmp_path):
     assert sweeps.objectives(folder, None) is None
     assert sweeps.objectives(folder, "val/mAP") == 0.5
     assert sweeps.objectives(folder, ["test/mAP", "val/bytes_per_item"]) == [0.4, 16.0]
-    with pytest.raises(ValueError, match="objective=val/nDCG was not measured; there are"):
-        sweeps.objectives(folder, "val/nDCG")
+    with pytest.raises(ValueError, match="objective=val/mPA was not measured; there are val/mAP"):
+        sweeps.objectives(folder, "val/mPA")
     with pytest.raises(ValueError, match=r"protocol\.validation=0\.1"):
         sweeps.objectives(metrics(tmp_path, test={"mAP": 0.4}), "val/mAP")
 
@@ -145,6 +173,105 @@ def test_a_dead_process_has_left_its_trial(tmp_path):
         sweeps.summary(tmp_path / "0")
 
 
+@pytest.mark.parametrize(
+    ("about", "states", "expected"),
+    [
+        ({}, ["finished", "running"], True),
+        ({}, ["finished", "interrupted"], True),  # its process goes on
+        ({"ended": True}, ["finished", "finished"], False),  # of 4: a point came twice
+        ({"ended": True}, ["finished", "running"], True),  # by another process
+        ({"pid": "gone"}, ["finished", "interrupted"], False),
+        ({"pid": "gone"}, ["finished", "running"], True),  # a cluster's jobs outlive the process that sent them
+        ({"pid": "gone", "host": "elsewhere"}, ["finished"], True),
+        ({}, ["finished", "failed", "finished", "finished"], False),
+        ({}, [], True),
+    ],
+)
+def test_a_sweep_ends_by_its_trials_and_its_process(tmp_path, about, states, expected):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    about = {"planned": 4, "ended": False, "host": socket.gethostname(), "pid": os.getpid()} | about
+    write_json(tmp_path / "sweep.json", about | ({"pid": gone.pid} if about["pid"] == "gone" else {}))
+    for number, state in enumerate(states):
+        sweeps.Trial(tmp_path / str(number), ["a=1"]).write(state)
+    assert sweeps.is_open(tmp_path) is expected
+
+
+def test_a_repeated_point_is_told(tmp_path):
+    write_json(tmp_path / "sweep.json", {"planned": 4, "ended": True})
+    sweeps.Trial(tmp_path / "a", ["a=1"]).write("finished")
+    assert sweeps.summary(tmp_path) == "1 trials finished (of 4 planned; a point that repeats is one)"
+    write_json(tmp_path / "sweep.json", {"planned": 0, "ended": True})  # an earlier plan's trial lies there
+    assert sweeps.summary(tmp_path) == "1 of 1 trials finished"
+
+
+def test_the_best_trial_is_by_what_is_good(tmp_path):
+    for objective, best in (("val/mAP", "b"), ("val/bytes_per_item", "a"), ("test/rerank/seconds_per_query", "a")):
+        write_json(tmp_path / "sweep.json", {"planned": 2, "objective": [objective]})
+        for trial, value in (("a", 1.0), ("b", 2.0)):
+            sweeps.Trial(tmp_path / trial, [f"x={trial}"], values=value).write("finished")
+        assert f"({best})" in sweeps.summary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "said", "given", "expected"),
+    [
+        (["val/mAP"], "minimize", False, "maximize"),
+        (["val/mAP"], "minimize", True, "minimize"),  # whoever says so gets it
+        (["val/index/latency_ms_p95"], "minimize", False, "minimize"),
+        (["val/index/queries_per_s"], "minimize", False, "maximize"),
+        (["val/mAP", "val/bytes_per_item"], "minimize", False, ["maximize", "minimize"]),
+        (["val/mAP", "val/bytes_per_item"], ["minimize", "minimize"], False, ["minimize", "minimize"]),
+    ],
+)
+def test_directions_follow_what_is_good(names, said, given, expected):
+    assert sweeps.directions(names, said, given=given) == expected
+
+
+def test_directions_are_as_many_as_objectives():
+    with pytest.raises(ValueError, match="for 2 objectives, and objective names 1"):
+        sweeps.directions(["val/mAP"], ["maximize", "minimize"], given=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective=val/mAp"], "objective=val/mAp will not be measured; there are val/mAP"),
+        (["objective=[val/mAP,val/bytes]"], "objective=val/bytes will not be measured"),
+        (["objective=val/mAP", "protocol.validation=null"], "nothing is held out, give protocol.validation=0.1"),
+        (["objective=test/rerank/mAP"], "objective=test/rerank/mAP will not be measured"),
+        (["objective=val/code/empty_ball@2"], "will not be measured"),
+        (["objective=test/rerank/mAP", "rerank=aqe"], None),
+        (["objective=val/code/empty_ball@2", "model=hashing"], None),
+        (["objective=[val/mAP,val/P@5,test/index/latency_ms_p95]", "callbacks.evaluation.ks=[5]"], None),
+        (["objective=val/mine", "model._target_=mine.Model"], None),  # who knows what that measures
+    ],
+)
+def test_an_objective_is_checked_before_anything_trains(overrides, message):
+    config = compose("backbone.weights=random", *overrides)
+    if message is None:
+        sweeps.check_objective(config)
+    else:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            sweeps.check_objective(config)
+
+
+def test_what_will_be_measured_is_what_was(small_run):
+    config = runtime.open_run(small_run).config
+    stages = read_json(small_run / "metrics.json")
+    measured = {f"{stage}/{metric}" for stage, about in stages.items() for metric in about["metrics"]}
+    assert measured == settings.measured_names(config)
+
+
+def test_readmes_sweep_of_wandb_optimises_what_its_command_logs():
+    readme = (Path(runtime.CONF).parent / "README.md").read_text()
+    block = yaml.safe_load(re.search(r"```yaml\n(# wandb sweep.*?)```", readme, re.S)[1])
+    assert block["command"][:2] == ["simsearch", "train"]
+    config = compose(*(text for text in block["command"][2:] if "=" in text), *(f"{k}=1" for k in block["parameters"]))
+    config.objective = block["metric"]["name"]
+    sweeps.check_objective(config)
+
+
 def train(tmp_path: Path, *overrides: str, **settings) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "simsearch", "train", *overrides, *TINY, f"run_root={tmp_path}"]
@@ -153,7 +280,7 @@ def train(tmp_path: Path, *overrides: str, **settings) -> subprocess.Popen:
     )
 
 
-def test_a_grid_reports_what_failed_and_skips_what_is_finished(tmp_path):
+def test_a_grid_reports_what_failed_and_skips_what_is_finished(tmp_path, monkeypatch):
     grid = ("-m", "hydra.sweep.dir=${run_root}/grid", "index=flat,opq16,sq8")  # too few items to train OPQ on
     first = simsearch("train", *grid, *TINY, f"run_root={tmp_path}", cwd=tmp_path, expect=1)
     said = first.stdout + first.stderr
@@ -168,10 +295,61 @@ def test_a_grid_reports_what_failed_and_skips_what_is_finished(tmp_path):
     left = {path.name for path in tmp_path.iterdir()} | {path.name for path in (tmp_path / "grid").iterdir()}
     assert left == {"grid", "sweep.json", "multirun.yaml", *(about["folder"] for about in trials)}
 
-    # What failed is tried again, and fails again.
+    # What failed is tried again, and fails again; what is finished stays, also under code that has changed since.
+    monkeypatch.setattr(sweeps, "code_version", lambda: "other")
     second = simsearch("train", *grid, *TINY, f"run_root={tmp_path}", cwd=tmp_path, expect=1)
     assert {path.parent: path.stat().st_mtime_ns for path in (tmp_path / "grid").glob("*/metrics.json")} == runs
     assert "2 of 3 trials finished, 1 failed" in second.stdout + second.stderr
+    assert second.stderr.count("2 trials are of other code than today's, as index-") == 1
+
+
+def test_a_trial_that_another_process_has_is_left_to_it(tmp_path):
+    grid = ("hydra.sweep.dir=${run_root}/grid", "seed=5")
+    folder = tmp_path / "grid" / name("seed=5", *TINY, f"run_root={tmp_path}", "hydra.sweep.dir=${run_root}/grid")
+    folder.mkdir(parents=True)
+    with FileLock(folder / ".lock"):
+        done = simsearch("train", "-m", *grid, *TINY, f"run_root={tmp_path}", cwd=tmp_path)
+    assert f"{folder} is in work already, by another process of this sweep: left to it" in done.stderr
+    assert not (folder / "run.json").exists()
+    assert read_json(tmp_path / "grid" / "sweep.json")["ended"] is True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "this sweeper needs to know what is good: give objective=val/mAP"),
+        (["objective=val/mPA"], "objective=val/mPA will not be measured; there are val/mAP"),
+        (["objective=[val/mAP,val/P@1]", "hydra.sweeper.direction=[maximize]"], "is for 1 objectives"),
+    ],
+)
+def test_a_study_without_a_measured_objective_trains_nothing(overrides, message, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    study = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=${run_root}/study", "seed=choice(0,1)", *overrides)
+    done = simsearch("train", *study, *TINY, f"run_root={tmp_path}", cwd=tmp_path, expect=1)
+    assert done.stderr.startswith(f"simsearch train: {message}") or message in done.stderr.splitlines()[0]
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_study_maximises_a_precision_and_ends_where_points_repeat(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    storage = f"sqlite:///{tmp_path}/study.db"
+    study = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=${run_root}/study", "hydra.sweeper.n_jobs=1")
+    study += ("hydra.sweeper.n_trials=3", "hydra.sweeper.study_name=s", f"hydra.sweeper.storage='{storage}'")
+    study += ("objective=val/mAP", "model.whitening.power=choice(0,1)", "callbacks.precision_recall=null")
+    done = simsearch("train", *study, *TINY, f"run_root={tmp_path}", cwd=tmp_path)
+    found = optuna.load_study(study_name="s", storage=storage)
+    assert [direction.name for direction in found.directions] == ["MAXIMIZE"]
+    assert len(found.trials) == 3
+    trials = sweeps.read_trials(tmp_path / "study")
+    assert len(trials) < 3  # of two choices one came twice
+    best = max(trials, key=lambda about: about["values"])
+    assert found.best_value == best["values"]
+    assert f"({best['folder']})" in done.stderr.splitlines()[-1] or best["folder"] in done.stdout
+    assert not sweeps.is_open(tmp_path / "study")
+    simsearch("progress", f"folder={tmp_path}/study")  # and ends
 
 
 @pytest.mark.slow

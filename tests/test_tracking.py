@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -168,6 +168,74 @@ def test_disabled_leaves_csv(tmp_path):
     assert not (run.folder / "wandb").exists()
 
 
+def test_the_test_is_a_summary_and_charts_have_sections(tmp_path):
+    run = make_run(tmp_path / "r")
+    loggers = tracking.build_loggers(run)
+    loggers[0].log_metrics({"train/loss": 1.0, "lr-SGD/pg1": 0.1, "epoch": 0}, step=9)
+    loggers[0].log_metrics({"test/mAP": 0.5, "test/index/P@10": 0.25, "epoch": 0}, step=9)
+    tracking.finish_loggers(loggers)
+    (found,) = logged(run.folder)
+    assert not [name for name in found.history if name.startswith("test/")]
+    assert (found.summary["test/mAP"], found.summary["test/index/P@10"]) == (0.5, 0.25)
+    sections = {name.partition("/")[0] for name in found.history if not name.startswith("_")}
+    assert sections == {"train", "trainer"}
+
+
+def test_what_is_staged_lies_in_the_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_DATA_DIR")
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    for run in runs:
+        loggers = tracking.build_loggers(run)
+        tracking.log_inputs(loggers, run, collection())
+        tracking.log_neighbours(loggers, [Example([TILE, TILE], 0.5)])
+        tracking.log_curve(loggers, [(0.0, 1.0), (1.0, 0.5)])
+        tracking.finish_loggers(loggers)
+        (found,) = logged(run.folder)
+        places = [entry.local_path for artifact in found.artifacts for entry in artifact.manifest.contents]
+        assert places
+        assert all(Path(place).is_relative_to(run.folder) and Path(place).is_file() for place in places)
+    assert "WANDB_DATA_DIR" not in os.environ
+
+
+def test_the_environment_names_project_entity_and_run(monkeypatch):
+    for name, value in (("WANDB_PROJECT", "ours"), ("WANDB_ENTITY", "team"), ("WANDB_NAME", "first")):
+        monkeypatch.setenv(name, value)
+    node = OmegaConf.load(Path(runtime.CONF) / "logger" / "default.yaml")
+    assert (node.project, node.entity, node.name) == ("ours", "team", "first")
+    for name in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME"):
+        monkeypatch.delenv(name)
+    node = OmegaConf.load(Path(runtime.CONF) / "logger" / "default.yaml")
+    assert (node.project, node.entity, node.name) == ("simsearch", None, None)
+
+
+def test_project_and_entity_reach_wandb(tmp_path, monkeypatch):
+    import wandb
+
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(wandb, "init", lambda **settings: given.update(settings) or Recorded())
+    tracking.build_loggers(make_run(tmp_path / "r", {"project": "ours", "entity": "team"}))
+    assert (given["project"], given["entity"], given["name"]) == ("ours", "team", "r")
+
+
+class Recorded:
+    """As much of W&B's run as is looked at before anything is logged."""
+
+    summary: ClassVar[dict[str, Any]] = {}
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        pass
+
+
+def test_tensorboard_stands_beside_csv(tmp_path):
+    pytest.importorskip("tensorboard")
+    run = make_run(tmp_path / "r", {"mode": "disabled", "tensorboard": True})
+    loggers = tracking.build_loggers(run)
+    train(loggers, [0.25])
+    tracking.finish_loggers(loggers)
+    assert list((run.folder / "tensorboard").glob("events.*"))
+    assert (run.folder / "metrics.csv").is_file()
+
+
 def test_other_ranks_do_not_log_to_wandb(tmp_path, monkeypatch):
     run = make_run(tmp_path / "r")
     monkeypatch.setattr(launch, "rank", lambda: 1)
@@ -201,10 +269,12 @@ def test_two_runs_of_a_sweep_stay_two_and_lie_in_one_group(tmp_path):
     assert (list(first.run.tags), list(second.run.tags)) == (["t"], [])
     assert first.config["logger"] == runs[0].config["logger"]
     axes = {r.metric.name or r.metric.glob_name: r.metric.step_metric for r in first.records if r.HasField("metric")}
-    assert axes == {"trainer/global_step": "", "*": "trainer/global_step"}
+    assert axes == {"trainer/global_step": "", "val/definitions/*": "", "*": "trainer/global_step"}
     assert set(first.history["trainer/global_step"]) == {9}
-    assert (first.history["neighbours/nrows"], first.history["precision_recall_table/nrows"]) == ([2], [3])
-    assert "neighbours/nrows" not in second.history
+    assert first.history["examples/neighbours/count"] == [2]
+    assert first.history["examples/neighbours/captions"] == [["AP 0.500 ++", "AP 0.900 +"]]
+    assert first.history["precision_recall_table/nrows"] == [3]
+    assert "examples/neighbours/count" not in second.history
     assert first.summary.items() >= {
         "test/protocol": "p", "test/fingerprint": "f", "test/mAP_low": 0.4, "test/mAP_high": 0.6,
         "train_seconds": 7.5, "device": "CPU", "parameters": 3,
@@ -212,10 +282,7 @@ def test_two_runs_of_a_sweep_stay_two_and_lie_in_one_group(tmp_path):
     }.items()  # fmt: skip
     assert "test/NDCG@10_low" not in first.summary
     (files,) = sweep.glob("first/wandb/offline-run-*/files/media/table")
-    (table,) = files.glob("neighbours_*.table.json")
-    content = json.loads(table.read_text())
-    assert content["columns"] == ["AP", "query", "neighbour 1", "neighbour 2", "right"]
-    assert [(row[0], row[3] is None, row[4]) for row in content["data"]] == [(0.5, False, "++"), (0.9, True, "+")]
+    assert len(list(files.glob("../images/examples/neighbours_*.png"))) == 2
     (table,) = files.glob("precision_recall_table_*.table.json")
     assert json.loads(table.read_text())["data"] == [[0, 1], [0.5, 0.75], [1, 0.5]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,7 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.metrics.retrieval import RetrievalMetrics, mean_name
 from simsearch.types import Descriptors, RetrievalTask, SearchResult
 
+_LOG = logging.getLogger(__name__)
 _LATENCY_QUERIES = 200
 _RECALL_QUERIES = 1000
 _KEPT = 10  # neighbours of a query in per_query.parquet, collection rows, -1 where fewer were found
@@ -231,6 +233,26 @@ def _index_recall(index: ShardedIndex, query: Sharded, ks: Sequence[int], seed: 
     return recall
 
 
+def metric_names(ks: Sequence[int], *, codes: bool, rerank: bool = False) -> set[str]:
+    """The names under which RetrievalEvaluation logs a stage, without that stage: found by measuring a few numbers.
+
+    codes, rerank: of binary codes, and after re-ranking too. A gallery of fewer items than the last of `ks` gets its
+    recall at their number.
+    """
+    metrics = RetrievalMetrics(ks, 8 if codes else None, exclude_self=True)
+    index = torch.arange(max(ks) + 1)
+    vectors = torch.randn(len(index), 8, generator=torch.Generator().manual_seed(0))
+    metrics.update("query", vectors[:2], index[:2] % 2, index[:2])
+    metrics.update("gallery", vectors, index % 2, index)
+    query, gallery = metrics.sharded("query"), metrics.sharded("gallery")
+    flat = FaissIndex("BFlat") if codes else FaissIndex("Flat")
+    result = evaluate(query, gallery, flat, ks=ks, exclude_self=True, index_order=True)
+    names = {*result.metrics, *(f"code/{name}" for name in metrics.code_statistics())}
+    if rerank:
+        names |= {f"rerank/{name}" for name in (*metrics.compute(), "fit_s", "seconds_per_query")}
+    return names
+
+
 class RetrievalEvaluation(pl.Callback):
     """Evaluates every validation epoch and at test, and logs on every rank.
 
@@ -307,6 +329,8 @@ class RetrievalEvaluation(pl.Callback):
         # Every rank has the values of all queries: nothing to reduce.
         module.log_dict({f"{prefix}/{name}": value for name, value in result.metrics.items()}, rank_zero_only=False)
         if trainer.is_global_zero:
+            told = ", ".join(f"{name} {result.metrics[name]:.4f}" for name in ("mAP", "P@1") if name in result.metrics)
+            _LOG.info("step %d, epoch %d, %s: %s", trainer.global_step, trainer.current_epoch, stage, told)
             about = {"identity": module.identity(), **module.provenance} if hasattr(module, "provenance") else {}
             write_results(Path(trainer.default_root_dir), prefix, task, result, about)
 

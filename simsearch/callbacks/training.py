@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,24 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from simsearch.files import replacing
 
+_WARM, _TIMED = 2, 4  # batches before and while the length of a training is taken
+_WORTH_SAYING_S = 180.0
+
 
 class Throughput(pl.Callback):
     """Logs images a second of all ranks (`train/images_per_s`) and the share of time spent waiting for data.
+
+    After a few batches it says how long the training will take.
 
     Both are running means over about the last 50 batches; validation does not count.
     """
 
     def __init__(self) -> None:
         self._ready = self._seconds = self._waited = self._images = 0.0
+        self._started, self._batches = 0.0, -_WARM
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._batches = -_WARM
         self._ready = time.perf_counter()  # after a resume in the middle of an epoch no epoch start is reported
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -50,7 +59,25 @@ class Throughput(pl.Callback):
             batch_size=1,
         )
         trainer.progress_bar_metrics["img/s"] = round(self._images / self._seconds)
+        self._forecast(trainer, now)
         self._ready = time.perf_counter()
+
+    def _forecast(self, trainer: pl.Trainer, now: float) -> None:
+        """Says once how long the training will take, by its first batches, where that is minutes."""
+        self._batches += 1
+        if self._batches == 0:
+            self._started = now
+        if self._batches != _TIMED or not trainer.is_global_zero:
+            return
+        left = (trainer.estimated_stepping_batches - trainer.global_step) * trainer.accumulate_grad_batches
+        seconds = left * (now - self._started) / _TIMED
+        if _WORTH_SAYING_S < seconds < math.inf:
+            hours, minutes = divmod(round(seconds / 60), 60)
+            print(
+                f"about {f'{hours} h ' if hours else ''}{minutes} min of training ahead ({left:.0f} batches; mining "
+                "and validation come on top); smoke=true tries the experiment in a minute",
+                file=sys.stderr,
+            )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ready = time.perf_counter()
@@ -214,6 +241,50 @@ class EpochsAfterResume(pl.Callback):
             batches.restarting = False
             epochs.reset_restart_stage()
             batches.reset_restart_stage()
+
+
+class FrozenBackbone(pl.Callback):
+    """Keeps the network's `backbone` frozen, its statistics too, in the first `epochs` of a training; None: always.
+
+    The images go through it, so that they may be augmented before it, which a cache of features (model.cache) rules
+    out. Raises ValueError for a network without a backbone, and for several ranks with a number of epochs: what
+    gathers their gradients is told once what trains.
+    """
+
+    def __init__(self, epochs: int | None = None) -> None:
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"epochs={epochs}: give a number of epochs from 1, or null for all")
+        self.epochs = epochs
+        self._parameters: list[torch.nn.Parameter] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        backbone = getattr(pl_module.network, "backbone", None)
+        if not isinstance(backbone, torch.nn.Module):
+            raise ValueError(f"{type(pl_module.network).__name__} has no backbone to freeze: leave this callback out")
+        if self.epochs is not None and trainer.world_size > 1:
+            raise ValueError(
+                f"unfreezing after epochs={self.epochs} takes one process: train with epochs=null, then go on from "
+                "that run by model.start="
+            )
+        if stage == "fit":
+            self._parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+            if self.epochs is None:  # before the optimizer is made, which leaves them out
+                backbone.requires_grad_(False)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._freeze(trainer, pl_module)  # after a resume in the middle of an epoch no epoch start is reported
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._freeze(trainer, pl_module)
+
+    def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        frozen = self.epochs is None or trainer.current_epoch < self.epochs
+        for parameter in self._parameters if self.epochs is not None else ():
+            parameter.requires_grad_(not frozen)
+        if frozen:
+            pl_module.network.backbone.eval()  # type: ignore[union-attr, operator]
+        elif trainer.current_epoch == self.epochs:
+            pl_module.train()  # as the module has it: its batch normalisation may stay frozen
 
 
 class LastValidation(Checkpoint):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ def main(config: DictConfig) -> None:
         baseline = results[0]
     else:
         baseline, results = find_baseline(str(values["baseline"]), results, trusted=trusted)
+    results = without_repeats(results, baseline)
     if not values["force"]:
         check_comparable(results)
     metric = values["metric"]
@@ -153,6 +154,41 @@ def configuration(result: Result) -> str:
         return f"{seedless_digest(result.config)} {measured}"
     except (LookupError, TypeError, AttributeError):  # of another time or hand: only equal to itself
         return result.place
+
+
+def without_repeats(results: Sequence[Result], baseline: Result) -> list[Result]:
+    """The results without those that repeat another's configuration and seeds, which says so on the terminal.
+
+    A configuration that was run twice with one seed is one draw, not two. The baseline stays, else the first.
+    """
+    kept: dict[tuple[Any, ...], Result] = {}
+    for result in sorted(results, key=lambda result: result is not baseline):
+        key = (configuration(result), result.fingerprint, result.unit, seeds(result.config))
+        if kept.setdefault(key, result) is not result:
+            runtime.show(f"{cell(result.name)} repeats {cell(kept[key].name)}, seed and all: left out")
+    return [result for result in results if any(result is one for one in kept.values())]
+
+
+def seeds(config: Mapping[str, Any]) -> str:
+    """The seeds of a config, also those of the run that the training starts from, as one text."""
+    found = [str(value) for key, value in _leaves(config) if key == "seed"]
+    model = config.get("model")
+    if isinstance(model, Mapping) and (start := model.get("start")) is not None:
+        folder = Path(start) if Path(start).is_dir() else Path(start).parent.parent
+        if (folder / "config.yaml").is_file():
+            found.append(seeds(runtime.read_run(folder).config))
+    return " ".join(found)
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for name in sorted(node, key=str):
+            yield from _leaves(node[name], str(name))
+    elif isinstance(node, list):
+        for value in node:
+            yield from _leaves(value)
+    else:
+        yield key, node
 
 
 def seedless_digest(config: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
-from simsearch import launch, runtime, sweeps, tracking
+from simsearch import launch, runtime, settings, sweeps, tracking
 from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
 from simsearch.callbacks.interruption import Interruption
 from simsearch.callbacks.neighbours import NeighbourFigure
@@ -29,16 +30,23 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import item_table, write_catalog
 
 THUMBNAIL_SIDE = 128
+_LOG = logging.getLogger(__name__)
 
 
 @runtime.command("train")
 def main(config: DictConfig) -> Any:
+    _LOG.info("simsearch train %s", shlex.join(sys.argv[1:]))
     if launch.is_rank() and not launch.is_slurm_rank():
         raise ValueError("simsearch train starts its ranks itself: leave torchrun out, give trainer.devices=2 or auto")
     with launch.as_found(), sweeps.trial(config) as trial:
         if trial is not None and trial.finished:
             sweeps.check_same_data(trial.folder, config)
-            return trial.values
+            return sweeps.objectives(trial.folder, config.objective)
+        if trial is not None and trial.elsewhere:
+            return None
+        sweeps.check_objective(config)
+        if not config.resume:
+            settings.check_training(runtime.plain(config))
         with runtime.start_run(config) as run:
             ranks = launch.count_devices(run.config["trainer"]["devices"])
             if ranks > 1 and not launch.is_slurm_rank():
@@ -76,6 +84,9 @@ def train(
 ) -> None:
     """Fits the model of `run`, tests its best checkpoint; rank 0 writes figures and catalog, prints the table."""
     trainer = runtime.build_trainer(run.config, run.folder, loggers, callbacks)
+    if trainer.is_global_zero:
+        _LOG.info("%s %s", "goes on with" if run.resumed else "begins", run.folder)
+        _LOG.info("versions: %s", ", ".join(f"{name} {value}" for name, value in runtime.versions().items()))
 
     best, last = run.folder / "checkpoints" / "best.ckpt", last_checkpoint(run.folder)
     go_on = run.resumed and last.is_file()
@@ -106,6 +117,7 @@ def train(
     if index is not None:
         save_catalog(run, data, model, result, index)
     tracking.log_outputs(loggers, run)
+    _LOG.info("finished")
     report(run.folder)
 
 

@@ -16,6 +16,7 @@ from simsearch.data.cifar10 import read_cifar10
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import RetrievalProtocol, Split
 from simsearch.data.samplers import Batches, ResumableLoader, ShuffledBatches, end_workers_at_exit, leave_signals
+from simsearch.data.smoke import shrunk
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.sharded import Ranks
 from simsearch.types import Batch, RetrievalTask
@@ -131,6 +132,10 @@ class RetrievalDataModule(pl.LightningDataModule):
         if self._split is None:
             self._collection = self.read()
             self._split = self.protocol.split(self._collection)
+
+    def shrink(self) -> None:
+        """Goes on with a few hundred images, as data.smoke chooses them; the data must be read."""
+        self._collection, self._split = shrunk(self.collection, self.split)
 
     @property
     def collection(self) -> Collection:

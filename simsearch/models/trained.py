@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ConstantLR, ReduceLROnPlateau
 from torch.utils.checkpoint import checkpoint as recompute
 
 from simsearch.cache import ArrayCache
@@ -89,8 +91,10 @@ class TrainedRetriever(DescribesBatches):
     """Trains `network` by `loss` on whole batches, in whatever precision the trainer has; the loss is float32.
 
     optimizer: a partial with `lr` (and `weight_decay`), called with the parameter groups. scheduler: a
-    partial called with the optimizer, stepped after each optimizer step; its `max_lr`, where it has
-    one, is that of the body's weights. head_lr, bias_lr, bias_decay: as parameter_groups has them.
+    partial called with the optimizer, stepped after each optimizer step, a ReduceLROnPlateau after each validation
+    (mode max, by val/mAP) or epoch (mode min, by train/loss); its `max_lr`, where it has one, is that of the body's
+    weights, and `total_steps` below 1 stand for the whole training. head_lr, bias_lr, bias_decay: as
+    parameter_groups has them.
     start: a run directory or checkpoint whose tensors of equal name and shape training starts from.
     freeze_batchnorm: batch normalisation stays as it is, statistics and all, which small batches want.
     slices: where memory is short, the batch goes through the network in slices of so many images,
@@ -125,6 +129,8 @@ class TrainedRetriever(DescribesBatches):
         super().__init__()
         if not isinstance(optimizer, partial) or "lr" not in optimizer.keywords:
             raise ValueError("model.optimizer must be a partial with lr: `_partial_: true` and `lr: 1e-3` in its yaml")
+        if not isinstance(lr := optimizer.keywords["lr"], int | float) or not 0 <= lr < math.inf:
+            raise ValueError(f"optimizer.lr={lr} is no learning rate: give a number from 0, such as 1e-3")
         if slices is not None and slices < 1:
             raise ValueError(f"model.slices={slices}: give a number of images, or null for the whole batch")
         if slices is not None and not freeze_batchnorm and any(isinstance(m, _BATCHNORM) for m in network.modules()):
@@ -279,14 +285,47 @@ class TrainedRetriever(DescribesBatches):
             bias_lr=self.bias_lr,
             bias_decay=self.bias_decay,
         )
-        optimizer = self.optimizer(groups)
-        if self.scheduler is None:
+        try:
+            optimizer = self.optimizer(groups)
+            scheduler = None if self.scheduler is None else self._fitted(self.scheduler, groups)(optimizer)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"optimizer or scheduler: {error}") from error
+        if scheduler is None:
             return optimizer
-        scheduler = self.scheduler
-        if "max_lr" in getattr(scheduler, "keywords", {}):  # one number would be that of every group
-            peak = scheduler.keywords["max_lr"] / settings["lr"]  # type: ignore[attr-defined]
+        about: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            every = self.trainer.check_val_every_n_epoch or 1
+            watched = "val/mAP" if scheduler.mode == "max" else "train/loss"
+            about |= {
+                "interval": "epoch",
+                "frequency": every if scheduler.mode == "max" else 1,
+                "monitor": watched,
+                "strict": False,
+            }
+        return {"optimizer": optimizer, "lr_scheduler": about}
+
+    def _fitted(self, scheduler: Callable[..., Any], groups: list[dict[str, Any]]) -> Callable[..., Any]:
+        """A scheduler's partial by the groups' rates and, where it has total_steps, by the length of this training."""
+        given = getattr(scheduler, "keywords", {})
+        if "max_lr" in given:  # one number would be that of every group
+            peak = given["max_lr"] / self.optimizer.keywords["lr"] if self.optimizer.keywords["lr"] else 0.0
             scheduler = partial(scheduler, max_lr=[peak * group["lr"] for group in groups])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler(optimizer), "interval": "step"}}
+        if "total_steps" not in given:
+            return scheduler
+        steps = given["total_steps"]
+        if steps < 1:  # a training that is as long as its epochs
+            steps = int(self.trainer.estimated_stepping_batches)
+        rise = given.get("pct_start", 0.3)
+        if steps * rise < 2:  # torch would divide by a rise of no steps
+            what = "stays as it is" if steps < 4 else "rises within 2 of them"
+            print(
+                f"scheduler: {steps} steps are too few for a rise over {rise:g} of them; the rate {what}",
+                file=sys.stderr,
+            )
+            if steps < 4:
+                return partial(ConstantLR, factor=1.0)
+            rise = 2 / steps
+        return partial(scheduler, total_steps=steps, pct_start=rise)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         embeddings, labels = self(batch).float(), batch["label"]

@@ -1,0 +1,161 @@
+"""What a training's config must be for it to start: refused in one line, before a folder is made."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import types
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from simsearch import trust
+from simsearch.callbacks.evaluation import metric_names
+from simsearch.index.faiss_index import FaissIndex
+
+# What smoke=true leaves of a training at most, where its config has the key.
+FEW = {
+    "trainer.max_steps": 8,
+    "trainer.check_val_every_n_epoch": 1,
+    "sampler.batch_size": 32,
+    "sampler.classes": 4,
+    "sampler.images": 4,
+    "sampler.triplets": 8,
+    "sampler.batches": 2,
+    "callbacks.mining.pool": 256,
+}
+_SMOKE = "smoke=true runs any experiment on few images and few steps"
+# Settings of the Trainer that a measurement of whole tasks does not go with: the value that does, and what to do.
+_WHOLE: dict[str, tuple[Any, str]] = {
+    "fast_dev_run": (False, _SMOKE),
+    "overfit_batches": (0, f"trainer.limit_train_batches=1 trains on one batch of each epoch, and {_SMOKE}"),
+    "limit_val_batches": (1.0, f"a part of a gallery ranks otherwise; {_SMOKE}"),
+    "limit_test_batches": (1.0, f"a part of a gallery ranks otherwise; {_SMOKE}"),
+    "barebones": (False, "a run without checkpoints and logs leaves nothing"),
+    "enable_checkpointing": (True, "the best checkpoint is what is tested"),
+}
+_PRECISIONS = {"bf16-true": "bf16-mixed", "16-true": "16-mixed", "bf16": "bf16-mixed", "16": "16-mixed"}
+_INSTEAD = {
+    "pytorch_lightning.callbacks.LearningRateFinder": "sweep the rate, -m optimizer.lr=0.001,0.01,0.1",
+    "pytorch_lightning.callbacks.BatchSizeFinder": "sweep the size, -m sampler.batch_size=64,128,256",
+    "pytorch_lightning.callbacks.BackboneFinetuning": "take callbacks=frozen-backbone",
+}
+
+
+def check_training(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where a plain config of `simsearch train` asks for what a training of ours cannot do.
+
+    The message names the key, the rule and what to do instead.
+    """
+    seed = config["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed}: give a whole number from 0 to {2**32 - 1}, so that the run can be repeated")
+    check_values(config)
+    known = any(find_spec(name) for name in ("tensorboard", "tensorboardX"))
+    if config["logger"].get("tensorboard") and not known:
+        raise ValueError("logger.tensorboard=true needs a package of its name: pip install 'simsearch[tensorboard]'")
+    trainer = config["trainer"]
+    for name, (whole, mend) in _WHOLE.items():
+        value = trainer.get(name)
+        batches = isinstance(whole, float) and isinstance(value, int)  # 1 is one batch, 1.0 all of them
+        if value is not None and (value != whole or batches):
+            raise ValueError(f"trainer.{name}={value} does not go with the measurement of whole tasks: {mend}")
+    if (batches := trainer.get("accumulate_grad_batches", 1)) < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches={batches}: give a number of batches from 1")
+    if (precision := str(trainer.get("precision"))) in _PRECISIONS:
+        raise ValueError(
+            f"trainer.precision={precision} keeps the weights themselves in 16 bits, in which they hardly train: "
+            f"give {_PRECISIONS[precision]}, or 32-true"
+        )
+    for name, lost in (("evaluation", "nothing would be measured"), ("checkpoint", "there would be nothing to test")):
+        if not config["callbacks"].get(name):
+            raise ValueError(f"callbacks.{name}=null: {lost}; leave it in")
+    for name, node in config["callbacks"].items():
+        if node and (mend := _INSTEAD.get(str(node.get("_target_")))):
+            raise ValueError(
+                f"callbacks.{name}: {node['_target_'].rpartition('.')[2]} does not know these models: {mend}"
+            )
+    _check_monitors(config)
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Raises ValueError where a text stands for a number, or a part for a whole, in what a class of ours is built of.
+
+    The constructor's signature says what it wants. Others than those of trust.ALLOWED are not looked at.
+    """
+    for key, node in trust.built(config):
+        if node["_target_"] not in trust.ALLOWED:
+            continue
+        module, _, name = node["_target_"].rpartition(".")
+        wanted = getattr(importlib.import_module(module), name)
+        try:
+            hints = get_type_hints(wanted.__init__ if inspect.isclass(wanted) else wanted)
+        except (NameError, TypeError):  # not there where types are not checked
+            continue
+        for argument, value in node.items():
+            kinds = {kind for kind in _members(hints.get(argument, Any)) if kind is not type(None)}
+            if not isinstance(value, str | float) or not kinds or not kinds <= {int, float, bool, Tensor}:
+                continue
+            if isinstance(value, str) or (kinds == {int} and not value.is_integer()):
+                kind = "a number" if float in kinds else "true or false" if kinds == {bool} else "a whole number"
+                raise ValueError(f"{key}.{argument}={value}: {name} wants {kind}")
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _check_monitors(config: Mapping[str, Any]) -> None:
+    measured = measured_names(config)
+    held_out = any(name.startswith("val/") for name in measured)
+    watchers = {f"callbacks.{name}": node for name, node in config["callbacks"].items() if node}
+    scheduler = config["model"].get("scheduler")
+    if scheduler and str(scheduler.get("_target_")).endswith("ReduceLROnPlateau"):
+        watchers["scheduler"] = {"monitor": plateau_monitor(scheduler.get("mode", "min"))}
+    logged = {"train/loss", "train/images_per_s", "train/data_share", "epoch", "step"}
+    logged |= {name for name in measured if name.startswith("val/")}
+    for where, node in watchers.items():
+        name = node.get("monitor")
+        if not measured or name is None or name in logged:
+            continue
+        checkpoint = str(node.get("_target_")).endswith("ModelCheckpoint")
+        if name.startswith("val/") and not held_out and checkpoint:
+            continue  # a training without a validation keeps its last checkpoint
+        raise ValueError(f"{where} watches {name}, which is not logged{mend_name(name, logged)}")
+
+
+def plateau_monitor(mode: str) -> str:
+    """What a ReduceLROnPlateau of that mode watches: the validation's mAP (max), or the loss (min)."""
+    return "val/mAP" if mode == "max" else "train/loss"
+
+
+def mend_name(name: str, known: Iterable[str]) -> str:
+    """What to write instead of a metric's name that is not among the known ones, as the end of a message."""
+    known = sorted(known)
+    if name.startswith("val/") and not any(text.startswith("val/") for text in known):
+        return ": nothing is held out, give protocol.validation=0.1"
+    near = difflib.get_close_matches(name, known, n=3) + [text for text in known if text.endswith("/mAP")]
+    return f"; there are {', '.join(dict.fromkeys(near))} and others"
+
+
+def measured_names(config: Mapping[str, Any]) -> set[str]:
+    """What the stages of a training measure, as `val/mAP`; empty where a class of somebody else may measure more.
+
+    config: its plain `callbacks`, `index`, `model` and `protocol`.
+    """
+    parts = {name: config[name] for name in ("callbacks", "index", "model", "protocol")}
+    if not all(target in trust.ALLOWED for _, target in trust.targets(parts)):
+        return set()
+    names = set()
+    index = {name: value for name, value in config["index"].items() if name != "_target_"}
+    for node in config["callbacks"].values():
+        if node and node["_target_"].endswith("RetrievalEvaluation"):
+            codes = FaissIndex(**index).is_binary
+            held_out = config["protocol"].get("validation") is not None
+            rerank = node.get("rerank") is not None
+            names |= {f"test/{name}" for name in metric_names(node["ks"], codes=codes, rerank=rerank)}
+            names |= {f"val/{name}" for name in metric_names(node["ks"], codes=codes)} if held_out else set()
+    return names
