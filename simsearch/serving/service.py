@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +41,7 @@ GONE = "this upload has expired or never was: send the image again"
 class Refusal(HTTPException):
     """A refusal that tells more than its message. about: further fields of `Problem`."""
 
-    def __init__(self, status: int, detail: str, **about: Any) -> None:
+    def __init__(self, status: int, detail: str, about: Mapping[str, Any]) -> None:
         super().__init__(status, detail)
         self.about = about
 
@@ -67,7 +67,7 @@ def check_version(loaded: Loaded, version: str, asked: Sequence[Example] = ()) -
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
         problem = f"{loaded.name} was exchanged for a new collection: ask it anew"
-        raise Refusal(409, problem, version=loaded.version, items=items)
+        raise Refusal(409, problem, {"version": loaded.version, "items": items})
 
 
 class _Form(MultiPartParser):
@@ -206,7 +206,7 @@ class Service:
         found = [self._example(one, loaded) for one in asked]
         if missing := [one for one, there in zip(asked, found, strict=True) if there is None]:
             problem = GONE if missing[0].upload is not None else f"no item {name_of(missing[0])!r} in {loaded.name}"
-            raise Refusal(404, problem, missing=[one.model_dump(exclude_none=True) for one in missing])
+            raise Refusal(404, problem, {"missing": [one.model_dump(exclude_none=True) for one in missing]})
         return [one for one in found if one is not None]
 
     def _example(self, example: Example, loaded: Loaded) -> Upload | int | None:
