@@ -27,7 +27,7 @@ def main() -> None:
         launch.end_with_parent()
     runtime.quiet_libraries()
     if launch.rank() == 0:
-        handler = logging.FileHandler(folder / "train.log")
+        handler = logging.FileHandler(folder / "train.log", delay=True)
         handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
         logging.getLogger("simsearch").addHandler(handler)
         logging.getLogger("simsearch").setLevel(logging.INFO)

@@ -118,6 +118,9 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
                 raise SystemExit(1) from None
             finally:
                 told.clear()
+                for handler in logging.getLogger("simsearch").handlers[:]:  # its log is that of this command alone
+                    logging.getLogger("simsearch").removeHandler(handler)
+                    handler.close()
                 os.environ.pop("HYDRA_FULL_ERROR")
                 if given is not None:
                     os.environ["HYDRA_FULL_ERROR"] = given

@@ -215,7 +215,7 @@ def test_the_config_itself_is_fine(composed, tmp_path):
     [
         ("trainer.default_root_dir", "/tmp"), ("trainer.logger", True), ("trainer.plugins", ["x"]),
         ("trainer.model_registry", "somebody/model"), ("callbacks.checkpoint.dirpath", "/tmp"),
-        ("callbacks.last.filename", "../../x"), ("callbacks.last.filename", "a/b"),
+        ("callbacks.checkpoint.filename", "../../x"), ("callbacks.checkpoint.filename", "a/b"),
     ],
 )  # fmt: skip
 def test_what_is_allowed_writes_into_the_run_alone(place, value, composed, tmp_path):
@@ -555,4 +555,4 @@ class TestOwnClass:
         simsearch("train", "resume=true", f"run_dir={run}", "trust=true")
 
     def test_trust_is_true_or_false(self, run):
-        assert "trust must be true or false" in simsearch("evaluate", f"run={run}", "trust=perhaps", expect=1).stderr
+        assert "it must be true or false" in simsearch("evaluate", f"run={run}", "trust=perhaps", expect=1).stderr

@@ -938,9 +938,9 @@ class TestLimits:
             ("GET", "/", 0),
             ("GET", "/api/health", 0),
             ("GET", "/api/catalogs", 1),
-            ("GET", "/api/catalogs/art/thumbnail?id=1", 0.1),
-            ("HEAD", "/api/catalogs/art/thumbnail?id=1", 0.1),
-            ("GET", "/api/catalogs/art/image?id=1", 0.25),
+            ("GET", "/api/catalogs/art/thumbnail", 0.1),
+            ("HEAD", "/api/catalogs/art/thumbnail", 0.1),
+            ("GET", "/api/catalogs/art/image", 0.25),
             ("POST", "/api/catalogs/art/search/image", 1),  # an upload with a search is no picture that is shown
             ("POST", "/api/uploads", 1),
         ],

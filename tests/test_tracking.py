@@ -561,7 +561,7 @@ def test_a_real_training_and_its_evaluation(small_run, tmp_path):
         points = [(float(row["recall"]), float(row["precision"])) for row in csv.DictReader(file)]
     (table,) = small_run.glob("wandb/offline-run-*/files/media/table/precision_recall_table_*.json")
     assert [tuple(row) for row in json.loads(table.read_text())["data"]] == [pytest.approx(point) for point in points]
-    assert sorted(artifact.type for artifact in part.artifacts) == ["dataset", "run_table", "run_table"]
+    assert sorted(artifact.type for artifact in part.artifacts) == ["dataset", "run_table"]
 
     simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e", "index=sq8", "logger=default")
     (evaluated,) = logged(tmp_path / "e")
