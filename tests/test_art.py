@@ -142,4 +142,4 @@ def test_a_flat_folder_with_a_broken_file_ends_in_a_recommender(tmp_path):
     found = simsearch(
         "recommend", f"catalog={out / 'catalog'}", f"image={images / '3.png'}", "force=true", "format=json"
     )
-    assert json.loads(found.stdout)["results"][0]["path"] == "3.png"
+    assert json.loads(found.stdout)["results"][0]["attributes"]["path"] == "3.png"
