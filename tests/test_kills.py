@@ -81,9 +81,10 @@ def names(folder: Path) -> set[str]:
 def killed_anywhere(
     arguments: list[str], prepare: Callable[[Path], None], kills: int, folder: Path, resume: bool = False
 ) -> None:
-    """Kills a command at `kills` of its changes, at all where there are fewer; typed again (or resumed) it leaves what an undisturbed one leaves.
+    """Kills a command at `kills` of its changes, at all where there are fewer.
 
-    prepare: lays what the command needs into an empty folder, in which the command works. arguments: with {} for it.
+    Typed again (or resumed) it leaves what an undisturbed one leaves. prepare: lays what the command needs into an
+    empty folder, in which the command works. arguments: with {} for it.
     """
 
     def fresh(name: str) -> tuple[Path, list[str]]:
