@@ -124,7 +124,7 @@ class SaveOnSigterm(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING:
-            trainer.save_checkpoint(last_checkpoint(Path(trainer.default_root_dir)))
+            trainer.save_checkpoint(last_checkpoint(Path(trainer.default_root_dir)), weights_only=False)
 
 
 def last_checkpoint(run: Path) -> Path:
@@ -157,7 +157,7 @@ class LastCheckpoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         self._saved = trainer.global_step
-        trainer.save_checkpoint(last_checkpoint(Path(trainer.default_root_dir)))
+        trainer.save_checkpoint(last_checkpoint(Path(trainer.default_root_dir)), weights_only=False)
 
 
 class WholeCheckpoints(TorchCheckpointIO):

@@ -99,7 +99,7 @@ def train(
         if trainer.is_global_zero:
             runtime.note_training(run.folder, time.perf_counter() - start, trainer, model)
     if trainer.strategy.broadcast(not best.is_file() or not _was_chosen(trainer)):
-        trainer.save_checkpoint(best)  # what the training ended with is the result
+        trainer.save_checkpoint(best, weights_only=False)  # what the training ended with is the result
     model.requires_grad_(False)  # what is frozen runs faster
     trainer.test(model, data, ckpt_path=str(check_zip(best)), weights_only=True, verbose=False)
     result = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation)).results["test"]
