@@ -61,10 +61,8 @@ RESULT_COLUMNS = (
 
 MENDABLE = (
     *(ValueError, OSError, WeightsError, InstantiationException, OmegaConfBaseException),
-    *(
-        MisconfigurationException,
-        ModuleNotFoundError,
-    ),  # what Lightning calls a user's mistake, and what is not installed
+    MisconfigurationException,  # what Lightning calls a user's mistake
+    ModuleNotFoundError,  # what is not installed
 )
 
 
@@ -85,7 +83,6 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             if multiprocessing.get_start_method(allow_none=True) == "loky":  # joblib's, which starts no others
                 multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
             try:
-                check_kinds(config, yaml.safe_load(Path(CONF, f"{name}.yaml").read_text(encoding="utf-8")))
                 return task(config)
             except Exception as error:
                 logging.getLogger("simsearch").info("failed", exc_info=True)  # where a command keeps a log
@@ -128,21 +125,6 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
         return main
 
     return decorate
-
-
-def check_kinds(config: DictConfig, defaults: Mapping[str, Any], above: str = "") -> None:
-    """Raises ValueError where a value is not of its default's kind: a switch, a whole number, a number.
-
-    defaults: a command's own yaml, where null says nothing; what objects are built of their constructors check.
-    """
-    for key, default in defaults.items():
-        value = config.get(key)
-        if isinstance(default, dict) and isinstance(value, DictConfig) and "_target_" not in default:
-            check_kinds(value, default, f"{above}{key}.")
-        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default))
-        fits = {int: (int,), float: (int, float)}.get(type(default), (type(default),))
-        if wanted and (not isinstance(value, fits) or isinstance(value, bool) is not isinstance(default, bool)):
-            raise ValueError(f"{above}{key} must be {wanted}, such as {str(default).lower()}: got {value!r}")
 
 
 def remove_unused(folder: Path) -> None:

@@ -388,7 +388,10 @@ def _where(command: str) -> str:
 def _misfit(command: str, page: Page, key: str, value: str, swept: bool) -> str | None:
     """About a value that is no option of its group, none of the key's choices, or of another type than its default."""
     plain = value.strip()
-    if plain in ("", "null", "???") or re.search(r"[\[({$]", plain) or key.startswith("+"):
+    if plain == "null":
+        kinds = [_complaint(one, plain) for one in page.keys if one.name == key]
+        return f"{key}=null: it must be {kinds[0]}" if any(kinds) else None
+    if plain in ("", "???") or re.search(r"[\[({$]", plain) or key.startswith("+"):
         return None
     parts = [part.strip() for part in plain.split(",")] if swept else [plain]
     parts = [part[1:-1] if part[:1] in ("'", '"') and part[-1:] == part[:1] else part for part in parts]

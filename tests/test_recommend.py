@@ -283,7 +283,7 @@ def test_text_in_quotes_lists_and_sweeps_is_hydras():
         (
             "instance",
             "run=r gnd=g images=i batch_size=null",
-            "batch_size must be a whole number, such as 128: got None",
+            "batch_size=null: it must be a whole number, such as 128",
         ),
         ("serve", "port=http", "port=http: it must be a whole number, such as 8000"),
         ("data ingest", "near.hash=x", "near.hash=x: it must be a whole number, such as 10"),
