@@ -15,6 +15,7 @@ from torch import Tensor
 from simsearch import trust
 from simsearch.callbacks.evaluation import metric_names
 from simsearch.index.faiss_index import FaissIndex
+from simsearch.models.trained import plateau_monitor
 
 # What smoke=true leaves of a training at most, where its config has the key.
 FEW = {
@@ -125,11 +126,6 @@ def _check_monitors(config: Mapping[str, Any]) -> None:
         if name.startswith("val/") and not held_out and checkpoint:
             continue  # a training without a validation keeps its last checkpoint
         raise ValueError(f"{where} watches {name}, which is not logged{mend_name(name, logged)}")
-
-
-def plateau_monitor(mode: str) -> str:
-    """What a ReduceLROnPlateau of that mode watches: the validation's mAP (max), or the loss (min)."""
-    return "val/mAP" if mode == "max" else "train/loss"
 
 
 def mend_name(name: str, known: Iterable[str]) -> str:

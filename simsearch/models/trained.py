@@ -87,6 +87,11 @@ class NonFiniteLoss(ValueError):
     """The loss became NaN or infinite."""
 
 
+def plateau_monitor(mode: str) -> str:
+    """What a ReduceLROnPlateau of that mode watches: the validation's mAP (max), or the loss (min)."""
+    return "val/mAP" if mode == "max" else "train/loss"
+
+
 class TrainedRetriever(DescribesBatches):
     """Trains `network` by `loss` on whole batches, in whatever precision the trainer has; the loss is float32.
 
@@ -295,11 +300,10 @@ class TrainedRetriever(DescribesBatches):
         about: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             every = self.trainer.check_val_every_n_epoch or 1
-            watched = "val/mAP" if scheduler.mode == "max" else "train/loss"
             about |= {
                 "interval": "epoch",
                 "frequency": every if scheduler.mode == "max" else 1,
-                "monitor": watched,
+                "monitor": plateau_monitor(scheduler.mode),
                 "strict": False,
             }
         return {"optimizer": optimizer, "lr_scheduler": about}
