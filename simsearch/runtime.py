@@ -48,7 +48,7 @@ from simsearch.files import Damaged, check_zip, note_change, read_json, replacin
 from simsearch.models.backbones import WeightsError
 from simsearch.text import cell, lines, warn
 
-CONF = str(Path(__file__).resolve().parent.parent / "conf")
+CONF = str(usage.CONF)
 HEADLINES = ("mAP", "P@1", "P@10", "R@10")
 RESULT_COLUMNS = (
     *("row", "data", "protocol", "fingerprint", "metric", "value", "ci_low", "ci_high", "unit", "units"),
