@@ -2,7 +2,7 @@
 
 Whatever a file holds, `read_image` gives pixels or an `ImageError` with a named reason: it does not warn, and decodes
 no more pixels and passes over them no more often than it was allowed to. How long a decoder takes for what is left
-nobody can promise: what comes from outside is decoded in processes that may be ended (simsearch.data.bounded).
+nobody can promise: what comes from outside is decoded in processes that may be ended (simsearch.data.process_pool).
 """
 
 from __future__ import annotations

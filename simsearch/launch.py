@@ -140,7 +140,7 @@ def run_ranks(folder: Path, ranks: int, *, trusted: bool = False) -> None:
     with tempfile.TemporaryDirectory(prefix="simsearch-ranks-") as reports, _Ranks(Path(reports)) as group:
         for number in range(ranks):
             own = {"RANK": str(number), "LOCAL_RANK": str(number)} | ({"TQDM_DISABLE": "1"} if number else {})
-            command = [sys.executable, "-m", "simsearch.rank", str(folder), reports, *([TRUST] if trusted else [])]
+            command = [sys.executable, "-m", "simsearch.worker", str(folder), reports, *([TRUST] if trusted else [])]
             group.start(command, environment | own)
         group.wait()
         group.judge()

@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from torch import Tensor
 
 from simsearch import trust
-from simsearch.callbacks.evaluation import metric_names
+from simsearch.evaluation.evaluate import metric_names
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.trained import plateau_monitor
 

@@ -30,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.table import Table
 
-from simsearch import launch, runtime, settings
+from simsearch import configs, launch, program, settings, terminal
 from simsearch.files import is_alive, read_json, write_json
 from simsearch.text import cell, warn
 
@@ -186,7 +186,7 @@ def check_same_data(folder: Path, config: DictConfig) -> None:
 
 @cache  # a sweep that goes on asks for each of its finished trials
 def _fingerprint(config: str) -> str:
-    return str(runtime.build_data(json.loads(config)).task("test").fingerprint)
+    return str(configs.build_data(json.loads(config)).task("test").fingerprint)
 
 
 def check_objective(config: DictConfig) -> None:
@@ -272,15 +272,15 @@ class Sweep(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(f"{folder} cannot be written to")
-        except runtime.MENDABLE as error:
-            warn(f"simsearch train: {runtime.reason(error)}: give another run_dir")
+        except program.MENDABLE as error:
+            warn(f"simsearch train: {program.reason(error)}: give another run_dir")
             raise SystemExit(1) from None
 
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None) -> None:
         try:
             self._start(config)
-        except runtime.MENDABLE as error:  # Hydra would make a warning of it and go on
-            warn(f"simsearch train: {runtime.reason(error)}")
+        except program.MENDABLE as error:  # Hydra would make a warning of it and go on
+            warn(f"simsearch train: {program.reason(error)}")
             raise SystemExit(1) from None
 
     def _start(self, config: DictConfig) -> None:
@@ -320,7 +320,7 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, config_name: str | None = None) -> None:
         folder = Path(config.hydra.sweep.dir)
         write_json(folder / "sweep.json", {**_read_sweep(folder), "ended": True})
-        runtime.show(progress_table(folder))
+        terminal.show(progress_table(folder))
         trials = read_trials(folder)
         others = [t["folder"] for t in trials if t["state"] == "finished" and t.get("code") != code_version()]
         if others:
@@ -484,7 +484,7 @@ def _steps(folder: Path) -> str:
         return "-"
     with history.open(newline="") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("step")]
-    most = runtime.read_config(config)["trainer"].get("max_steps", -1)
+    most = configs.read_config(config)["trainer"].get("max_steps", -1)
     return f"{max(steps, default=0)}" + (f"/{most}" if most > 0 else "")
 
 

@@ -23,14 +23,15 @@ from simsearch.callbacks.neighbours import Example
 from simsearch.data.collection import Collection
 from simsearch.figures import draw_grid
 from simsearch.files import read_json
-from simsearch.runtime import HEADLINES, Run, read_run
+from simsearch.results import HEADLINES
+from simsearch.run_directory import Run, read_run
 from simsearch.text import warn
 
 _STAGED = "WANDB_DATA_DIR"
 _INIT_S = 30.0  # for W&B's server to answer at the beginning
 _FINISH_S, _UPLOAD_S = 60.0, 1800.0  # for it to take what is left at the end, without and with checkpoint or catalog
 _TELL_S = 5.0
-_TRAINING = ("train_seconds", "device", "parameters")  # of run.json, as runtime.note_training has them
+_TRAINING = ("train_seconds", "device", "parameters")  # of run.json, as run_directory.note_training has them
 
 
 # --------------------------------------------------------------------------------------- with or without

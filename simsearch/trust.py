@@ -39,7 +39,7 @@ ALLOWED = frozenset(
         "simsearch.callbacks.training.WeightAverage",
         "simsearch.data.datamodule.CIFAR10DataModule",
         "simsearch.data.datamodule.RenderedDataModule",
-        "simsearch.data.files.FilesDataModule",
+        "simsearch.data.image_folder.FilesDataModule",
         "simsearch.data.protocols.ByAttribute",
         "simsearch.data.protocols.ByHash",
         "simsearch.data.protocols.OfficialSplit",
@@ -96,6 +96,8 @@ ALLOWED = frozenset(
         "torch.optim.lr_scheduler.StepLR",
     }
 )
+# Where classes that older runs and users' configs name are now.
+MOVED = {"simsearch.data.files.FilesDataModule": "simsearch.data.image_folder.FilesDataModule"}
 ENCODERS = frozenset(t for t in ALLOWED if t.startswith(("simsearch.models.", "simsearch.index.binarize.")))
 
 # Arguments by which what is allowed would write elsewhere, or send away what it made. A run has its own folder.
@@ -153,6 +155,13 @@ def _short(value: object) -> str:
 def _plain(key: str) -> str:
     """A key without what a terminal would obey."""
     return key if key.isprintable() else ascii(key)
+
+
+def follow_moves(config: object) -> None:
+    """Renames in place each `_target_` of a plain config that has moved since the config was written (MOVED)."""
+    for _, node in built(config):
+        if isinstance(target := node["_target_"], str):
+            node["_target_"] = MOVED.get(target, target)
 
 
 def targets(config: object) -> Iterator[tuple[str, object]]:

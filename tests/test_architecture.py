@@ -29,27 +29,34 @@ MAY_IMPORT = {
     "models": {"functional", "cache", *GROUND},
     "index": {"functional", *GROUND},
     "search": {"index", "models", "functional", "images", "cache", "data", "trust", *GROUND},
-    "callbacks": {"index", "metrics", "functional", "figures", *GROUND},
 }
-MAY_IMPORT["assessment"] = {"functional", "metrics", "data", *GROUND}
+MAY_IMPORT["evaluation"] = {"index", "metrics", "functional", "data", *GROUND}
+MAY_IMPORT["callbacks"] = {"evaluation", "index", "metrics", "functional", "figures", *GROUND}
 MAY_IMPORT["serving"] = {"search", "index", "models", "functional", "images", "data", *GROUND}
 MAY_IMPORT["launch"] = {"callbacks", *GROUND}
-MAY_IMPORT["settings"] = {"callbacks", "index", "models", "trust", *GROUND}
-MAY_IMPORT["runtime"] = {*MAY_IMPORT, "runtime"}
-MAY_IMPORT["tracking"] = {"launch", "runtime", "callbacks", "data", "figures", *GROUND}
-MAY_IMPORT["sweeps"] = {"launch", "runtime", "settings", *GROUND}
+MAY_IMPORT["settings"] = {"callbacks", "evaluation", "index", "models", "trust", *GROUND}
+MAY_IMPORT["terminal"] = GROUND
+MAY_IMPORT["results"] = {"terminal", *GROUND}
+MAY_IMPORT["configs"] = {"launch", "callbacks", "trust", "usage", *GROUND}
+MAY_IMPORT["run_directory"] = {"configs", "launch", "settings", "trust", *GROUND}
+MAY_IMPORT["program"] = {"run_directory", "configs", "launch", "models", "usage", *GROUND}
+MAY_IMPORT["tracking"] = {"launch", "results", "run_directory", "callbacks", "evaluation", "data", "figures", *GROUND}
+MAY_IMPORT["sweeps"] = {"launch", "program", "configs", "run_directory", "terminal", "settings", *GROUND}
 MAY_IMPORT["comparison"] = {"functional", "metrics", *GROUND}
-MAY_IMPORT["studies"] = {*MAY_IMPORT, "runtime"}
-MAY_IMPORT["commands"] = {*MAY_IMPORT, "runtime"}
-MAY_IMPORT["rank"] = {"launch", "runtime", "commands"}
+MAY_IMPORT["studies"] = set(MAY_IMPORT)
+MAY_IMPORT["commands"] = set(MAY_IMPORT)
+MAY_IMPORT["worker"] = {"launch", "program", "run_directory", "commands"}
 MAY_IMPORT["__main__"] = {"commands", "usage"}
 MAY_IMPORT["__init__"] = set()
 
 ONLY_IN = {
     "faiss": {"simsearch/index/"},
     "timm": {"simsearch/models/backbones.py"},
-    "hydra": {"simsearch/runtime.py", "simsearch/sweeps.py"},
-    "omegaconf": {"simsearch/runtime.py", "simsearch/sweeps.py", "simsearch/commands/"},
+    "hydra": {f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "sweeps", "studies/runs")},
+    "omegaconf": {
+        *(f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "sweeps")),
+        "simsearch/commands/",
+    },
     "wandb": {"simsearch/tracking.py"},
     "lightning": set(),
 }

@@ -12,7 +12,7 @@ from conftest import simsearch
 from PIL import Image
 
 from simsearch.commands import art
-from simsearch.data.rendered import render_collection
+from simsearch.data.rendered.collection import render_collection
 
 
 def paint(folder: Path, count: int, name: str = "{i}.png") -> Path:

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from simsearch.commands.instance import describe_all, seen_otherwise
-from simsearch.data.batches import batches_by_shape
+from simsearch.data.loading import batches_by_shape
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.data.revisited import Benchmark, Query, load_gallery, load_queries, write_benchmark
 from simsearch.functional.resize import longest_shape, resize_longest, resize_square

@@ -15,9 +15,9 @@ from conftest import simsearch
 from PIL import Image
 from sklearn.metrics import average_precision_score, ndcg_score
 
-from simsearch import assessment
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import ByHash
+from simsearch.evaluation import assessment
 from simsearch.functional.significance import mean_interval
 from simsearch.types import RetrievalTask
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from simsearch.functional.code_statistics import CodeMoments
+from simsearch.functional.code_health import CodeMoments
 from simsearch.metrics.retrieval import RetrievalMetrics
 
 NAMES = {"balance", "worst_balance", "correlation", "quantisation_error", "dead_bits"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import struct
 import subprocess
@@ -20,7 +21,7 @@ from PIL import Image
 from rich.console import Console
 from wandb.proto.wandb_internal_pb2 import Record
 
-from simsearch import __version__, runtime
+from simsearch import __version__, configs
 from simsearch.commands import search
 from simsearch.files import read_json, write_json
 from simsearch.search.catalog import CatalogError, encoder_fingerprint, read_catalog
@@ -67,7 +68,7 @@ class TestTrain:
             assert text in log
         versions = read_json(small_run / "run.json")["versions"]
         assert versions["simsearch"] == __version__
-        root = Path(runtime.CONF).parent
+        root = Path(configs.CONF).parent
         if (root / ".git").exists():
             head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
             assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", versions["commit"])
@@ -141,7 +142,7 @@ class TestTrain:
             "train", "-m", *SMALL, "pooling=mac,gem", "model=frozen-itq", "model.binarizer.bits=12",
             "index=binary-flat", "logger.mode=disabled", f"hydra.sweep.dir={tmp_path}", f"run_root={tmp_path}/unused",
         )  # fmt: skip
-        cache = Path(runtime.os.environ["SIMSEARCH_CACHE"]) / "features"
+        cache = Path(os.environ["SIMSEARCH_CACHE"]) / "features"
         newer = [p for p in cache.glob("*/array.npy") if p.stat().st_mtime > started]
         assert len(newer) <= 1
         jobs = [path.parent for path in tmp_path.glob("*/trial.json")]
@@ -296,7 +297,7 @@ class TestIndexAndSearch:
 
     def test_another_encoder_is_refused(self, small_run):
         catalog = read_catalog(small_run / "catalog")
-        encoder = runtime.build_encoder(catalog.about["config"])
+        encoder = configs.build_encoder(catalog.about["config"])
         with pytest.raises(CatalogError, match="do not compare"):
             Engine(catalog, encoder)
         catalog.load_encoder_state(encoder)
@@ -339,7 +340,7 @@ class TestIndexAndSearch:
         about["config"]["model"]["pooling"] = node
         write_json(tmp_path / "c/catalog.json", about)
         with pytest.raises(ValueError, match="the catalog's config"):
-            runtime.build_encoder(read_catalog(tmp_path / "c").about["config"])
+            configs.build_encoder(read_catalog(tmp_path / "c").about["config"])
 
     @pytest.mark.parametrize("name", ["photo (1).jpg", "a=b,c.png", "ümlaut é [x].png", "it's.png", "no ending"])
     def test_any_file_name_will_do(self, small_run, tmp_path, name):

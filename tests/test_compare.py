@@ -22,7 +22,7 @@ import yaml
 from rich.console import Console
 from scipy import stats
 
-from simsearch import runtime, tracking
+from simsearch import configs, tracking
 from simsearch.commands import compare
 from simsearch.comparison import charts, page
 from simsearch.comparison.leaderboard import check_comparable, config_differences, leaderboard
@@ -559,7 +559,7 @@ def test_a_histogram_counts_every_query_but_equal_ones():
 
 @pytest.fixture
 def toy_data(monkeypatch, collection):
-    monkeypatch.setattr(runtime, "build_data", lambda config: SimpleNamespace(collection=collection))
+    monkeypatch.setattr(configs, "build_data", lambda config: SimpleNamespace(collection=collection))
 
 
 def test_regressions_show_what_both_runs_kept(tmp_path, toy_data, collection):
@@ -587,7 +587,7 @@ def test_regressions_show_what_both_runs_kept(tmp_path, toy_data, collection):
 @pytest.mark.parametrize("junk", [None, "pair"])
 def test_regressions_ask_the_catalog_of_a_run_that_kept_nothing(tmp_path, toy_data, collection, junk):
     torch.manual_seed(0)
-    encoder = runtime.build_encoder({"model": NETWORK})
+    encoder = configs.build_encoder({"model": NETWORK})
     codes = encode(encoder, collection.images)
     index = FaissIndex("BFlat", metric="hamming")
     index.add(codes)
@@ -635,7 +635,7 @@ def test_regressions_of_other_data_are_not_shown(tmp_path, monkeypatch, toy_data
         collection.classes,
         collection.is_test,
     )
-    monkeypatch.setattr(runtime, "build_data", lambda config: SimpleNamespace(collection=shuffled))
+    monkeypatch.setattr(configs, "build_data", lambda config: SimpleNamespace(collection=shuffled))
     assert "no longer those of the runs" in next(iter(compare.pictures(entries, "mAP", 2, 4)[1].values()))
 
 

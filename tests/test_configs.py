@@ -12,9 +12,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from simsearch import runtime, tracking, trust
+from simsearch import configs, tracking, trust
 
-CONF = Path(runtime.CONF)
+CONF = Path(configs.CONF)
 PRIMARY = sorted(p.stem for p in CONF.glob("*.yaml"))
 GROUPS = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra")
 OPTIONS = [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml"))]
@@ -137,26 +137,26 @@ def test_option_composes_and_builds(group, option, tmp_path):
     trust.check_config(values, "what simsearch train writes into its run")
     values["model"] |= {"cache": None} if "cache" in values["model"] else {}
     if group in ("backbone", "model", "pooling", "experiment"):
-        model = runtime.build(values["model"])
+        model = configs.build(values["model"])
         assert model.dimension > 0
         assert model.identity()
     elif group == "protocol":
-        assert runtime.build(values["protocol"]).name
+        assert configs.build(values["protocol"]).name
     elif group == "index":
-        assert len(runtime.build(values["index"])) == 0
+        assert len(configs.build(values["index"])) == 0
     elif group == "data":
-        protocol = runtime.build(values["protocol"])
+        protocol = configs.build(values["protocol"])
         node = OmegaConf.create(values["data"])
         data = hydra.utils.instantiate(node, _convert_="all", _partial_=True)(protocol=protocol)
         assert data.protocol is protocol
     elif group == "callbacks":
-        assert [runtime.build(node) for node in values["callbacks"].values()]
+        assert [configs.build(node) for node in values["callbacks"].values()]
     elif group == "trainer":
         if values["trainer"]["accelerator"] != "gpu":  # that needs the hardware: composed only
-            trainer = runtime.build_trainer({**values, "callbacks": {}}, Path("unused"), [])
+            trainer = configs.build_trainer({**values, "callbacks": {}}, Path("unused"), [])
             assert trainer.max_epochs == values["trainer"]["max_epochs"]
     elif group in ("loss", "optimizer", "scheduler"):
-        module = runtime.build(values["model"])
+        module = configs.build(values["model"])
         module.trainer = pl.Trainer(logger=False, enable_checkpointing=False)
         assert module.configure_optimizers()
         embeddings = torch.randn(6, module.dimension, requires_grad=True)
@@ -165,14 +165,14 @@ def test_option_composes_and_builds(group, option, tmp_path):
             labels = torch.stack([labels, 1 - labels], dim=1)
         assert module.loss(embeddings, labels).isfinite()
     elif group == "sampler":
-        batches = runtime.build(values["sampler"])(torch.arange(200) % 20)
+        batches = configs.build(values["sampler"])(torch.arange(200) % 20)
         assert len(batches) > 0
     elif group == "rerank":
-        assert option == "none" or callable(runtime.build(values["rerank"]).fit)
+        assert option == "none" or callable(configs.build(values["rerank"]).fit)
     elif group == "sweep":
         for trial in swept(option):
             model = compose(*overrides, "backbone.weights=random", "backbone.size=64", trial)["model"]
-            assert runtime.build(model | ({"cache": None} if "cache" in model else {})).dimension > 0
+            assert configs.build(model | ({"cache": None} if "cache" in model else {})).dimension > 0
     elif group == "logger":
         assert tracking.wandb_mode(values["logger"]["mode"])
     else:

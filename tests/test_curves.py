@@ -15,9 +15,9 @@ from PIL import Image
 from test_sharded import deal, described, in_threads, part
 from torch import Tensor
 
-from simsearch.callbacks.evaluation import evaluate
 from simsearch.callbacks.precision_recall import curve
-from simsearch.callbacks.sharded_index import ShardedIndex
+from simsearch.evaluation.evaluate import evaluate
+from simsearch.evaluation.sharded_index import ShardedIndex
 from simsearch.figures import save_curve
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.curves import RECALL_LEVELS, precision_at_recall, precision_recall_curve

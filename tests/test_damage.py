@@ -22,15 +22,15 @@ from PIL import Image
 from safetensors.torch import save
 from torch import nn
 
-from simsearch import runtime, sweeps
+from simsearch import configs, program, run_directory, sweeps
 from simsearch.cache import ArrayCache
 from simsearch.commands.data_ingest import describe
 from simsearch.comparison.runs import Unreadable, read_run
 from simsearch.data import cifar10
-from simsearch.data.files import decode_files, open_ingest
-from simsearch.data.ingest import Decoding
-from simsearch.data.ingest import begin as begin_ingest
-from simsearch.data.listing import read_listing
+from simsearch.data.image_folder import decode_files, open_ingest
+from simsearch.data.ingest.pipeline import Decoding
+from simsearch.data.ingest.pipeline import begin as begin_ingest
+from simsearch.data.ingest.source import read_listing
 from simsearch.data.manifest import Manifest, read_manifest
 from simsearch.data.revisited import Benchmark, Query, read_benchmark, write_benchmark
 from simsearch.files import Damaged, check_zip, digests, read_array, read_json, sha256, write_array, write_json
@@ -82,7 +82,7 @@ def damage(files: Iterable[Path], flips: int, read: Callable[[], Any], said: Cal
                 said()
             try:
                 problem, unchanged = "", same(read(), want)
-            except (*runtime.MENDABLE, Unreadable) as error:
+            except (*program.MENDABLE, Unreadable) as error:
                 problem = str(error)
             if problem:
                 assert "\n" not in problem
@@ -289,16 +289,16 @@ class Model(nn.Module):
 
 
 def test_checkpoints(tmp_path, flips, monkeypatch):
-    monkeypatch.setattr(runtime, "build", lambda _: Model())
+    monkeypatch.setattr(configs, "build", lambda _: Model())
     (tmp_path / "checkpoints").mkdir()
     path = tmp_path / "checkpoints" / "best.ckpt"
     torch.manual_seed(0)
     state = {"state_dict": Model().state_dict(), "hyper_parameters": {"lr": 0.5, "names": ["a", "b"]}, "epoch": 3}
     torch.save(state, path)
-    run = runtime.Run(tmp_path, {"model": {}})
+    run = run_directory.Run(tmp_path, {"model": {}})
 
     def read() -> list[Any]:
-        model = runtime.load_model(run)
+        model = run_directory.load_model(run)
         return [dict(model.state_dict()), model.loaded, dict(load_state(path))]
 
     damage([path], flips, read)
@@ -343,10 +343,10 @@ def test_a_changed_config_is_noted(tmp_path, small_run, capsys):
     shutil.copy(small_run / "run.json", tmp_path)
     text = (small_run / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text)
-    runtime.open_run(tmp_path)
+    run_directory.open_run(tmp_path)
     assert not capsys.readouterr().err
     (tmp_path / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
-    assert runtime.open_run(tmp_path).config["seed"] == 1
+    assert run_directory.open_run(tmp_path).config["seed"] == 1
     assert "config.yaml was changed or damaged since it was written" in capsys.readouterr().err
 
 

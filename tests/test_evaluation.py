@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from simsearch.callbacks import evaluation as module
-from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation, evaluate, write_results
+from simsearch.callbacks.evaluation import RetrievalEvaluation, write_results
 from simsearch.callbacks.neighbours import NeighbourFigure, choose_examples
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import OfficialSplit
+from simsearch.evaluation.evaluate import Evaluation, evaluate
 from simsearch.files import read_json
 from simsearch.functional.codes import pack_codes, unpack_codes
 from simsearch.functional.significance import mean_interval

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from simsearch import runtime
+from simsearch import configs
 from simsearch.commands.export import Agreement, border, check, main, sample_images, whole_folder
 from simsearch.commands.serve import greeting
 from simsearch.images import encode_thumbnail
@@ -27,10 +27,10 @@ from simsearch.models.exported import ExportedEncoder, write_exported
 from simsearch.models.onnx import OnnxFile, OnnxNetwork, export_network
 from simsearch.search.catalog import item_table, write_catalog
 from simsearch.search.engine import encode
-from simsearch.serving import runtimes
+from simsearch.serving import backend_choice as runtimes
+from simsearch.serving.backend_choice import choose_runtime, seconds
 from simsearch.serving.library import Library, Source
 from simsearch.serving.limits import Limits
-from simsearch.serving.runtimes import choose_runtime, seconds
 from simsearch.types import SearchResult
 
 N = 30
@@ -63,7 +63,7 @@ def parts(fit: str = "square") -> dict:
 
 def build(model: dict) -> nn.Module:
     torch.manual_seed(3)
-    encoder = runtime.build(model).eval().requires_grad_(False)
+    encoder = configs.build(model).eval().requires_grad_(False)
     for name, value in encoder.state_dict().items():
         if name.endswith(("whitening.mean", "whitening.projection", "code_weight")):
             nn.init.normal_(value, std=0.1)
@@ -379,7 +379,7 @@ def test_a_wish_is_kept():
 def test_the_server_says_what_it_chose(catalog, encoder):
     books = Library(
         {"art": Source(catalog)},
-        build=runtime.build_encoder,
+        build=configs.build_encoder,
         device=torch.device("cpu"),
         limits=Limits(),
         runtime="onnx",

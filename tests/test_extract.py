@@ -22,18 +22,18 @@ from conftest import simsearch
 from PIL import Image
 from torch import nn
 
-from simsearch import runtime
+from simsearch import configs, run_directory
 from simsearch.commands import extract as module
 from simsearch.commands.extract import Work, place, rank_main
-from simsearch.data.batches import load_batches
-from simsearch.data.chunks import load_chunks
+from simsearch.data.loading import load_batches, load_chunks
 from simsearch.data.manifest import ImageFiles, Manifest, read_manifest
 from simsearch.images import ImageError, read_image
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.search import catalog, claims
+from simsearch.search import catalog
+from simsearch.search import leases as claims
 from simsearch.search.catalog import fill_index, read_catalog, regroup
-from simsearch.search.claims import Claims, claimed
 from simsearch.search.engine import Engine, encode
+from simsearch.search.leases import Claims, claimed
 from simsearch.search.shards import ShardError, Shards, open_shards
 
 CHUNK = 4
@@ -50,7 +50,7 @@ def make_run(folder: Path, *, fit: str = "square", bits: int | None = None, seed
     if bits:
         model["binarizer"] = {"_target_": "simsearch.index.binarize.ITQ", "bits": bits}
     torch.manual_seed(seed)
-    network = runtime.build(model)
+    network = configs.build(model)
     if bits:
         nn.init.normal_(network.code_weight)
         noise = torch.randint(0, 256, (9, 3, 2, 2), dtype=torch.uint8).repeat_interleave(16, 2).repeat_interleave(16, 3)
@@ -151,7 +151,7 @@ class TestShards:
     def test_hold_each_image_once_as_the_encoder_sees_it(self, run, folder, whole):
         shards = open_shards(whole)
         assert len(shards) == 11
-        encoder = runtime.load_model(runtime.open_run(run)).encoder
+        encoder = run_directory.load_model(run_directory.open_run(run)).encoder
         names = sorted(f"images/{path.name}" for path in (folder / "images").iterdir())
         assert shards.items["path"].to_pylist() == [name.removeprefix("images/") for name in names]
         seen, failed = [], {}
@@ -346,7 +346,7 @@ class TestCatalog:
         skipped = (tmp_path / "of-shards/skipped.csv").read_text()
         assert sorted(skipped.splitlines()) == sorted((tmp_path / "direct/skipped.csv").read_text().splitlines())
         assert {line.split(",")[1] for line in skipped.splitlines()} == {"reason", *BROKEN.values()}
-        encoder = runtime.build_encoder(one.about["config"])
+        encoder = configs.build_encoder(one.about["config"])
         one.load_encoder_state(encoder)
         stored = one.index.reconstruct()
         assert len(stored.unique(dim=0)) > 10

@@ -20,10 +20,10 @@ from test_resume import numbers
 from torch import Tensor, nn
 
 from simsearch.cache import ArrayCache
-from simsearch.data import files as module
+from simsearch.data import image_folder as module
 from simsearch.data.audit import contact_sheet, perceptual_hashes
 from simsearch.data.collection import Collection
-from simsearch.data.files import FilesDataModule, decode_files
+from simsearch.data.image_folder import FilesDataModule, decode_files
 from simsearch.data.manifest import read_manifest
 from simsearch.data.protocols import ByAttribute
 from simsearch.data.samplers import PKBatches, ShuffledBatches

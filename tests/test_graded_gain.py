@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import dcg_score
 
-from simsearch.functional.graded_gain import count_levels, graded_relevance, ndcg_graded
+from simsearch.functional.ndcg import count_levels, graded_relevance, ndcg_graded
 
 ROW = st.tuples(*[st.integers(-1, 2)] * 4)
 ROWS = st.lists(ROW, min_size=1, max_size=12)

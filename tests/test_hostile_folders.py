@@ -17,13 +17,14 @@ from conftest import SMALL, simsearch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from simsearch import rank, runtime, trust
+from simsearch import configs, run_directory, trust
+from simsearch import worker as rank
 from simsearch.models.backbones import timm_backbone, torchvision_backbone
 from simsearch.models.frozen import Whitening
 from simsearch.search.catalog import read_catalog
 from simsearch.studies.rows import read_rows
 
-CONF = Path(runtime.CONF)
+CONF = Path(configs.CONF)
 OWN = "test_hostile_folders.OwnWhitening"
 
 
@@ -116,7 +117,7 @@ def composed() -> dict[str, Any]:
     GlobalHydra.instance().clear()
     overrides = ["model=dir", "experiment=dir-lite0", "rerank=aqe", "run_dir=x"]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return runtime.plain(hydra.compose("train", overrides))
+        return configs.plain(hydra.compose("train", overrides))
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_nothing_of_a_hostile_config_is_built(place, composed, marker, tmp_path)
         config = json.loads(json.dumps(composed))
         at = put(config, place, payload)
         with pytest.raises(trust.Untrusted, match="trust=true") as error:
-            runtime.admitted(config, "config.yaml")
+            configs.admitted(config, "config.yaml")
         message = str(error.value)
         assert at in message, (name, message)
         assert "\n" not in message
@@ -186,7 +187,7 @@ def test_nothing_of_a_hostile_config_is_built(place, composed, marker, tmp_path)
         assert not strange or repr(strange[0]) in message, (name, message)
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")  # of the last: to read a file takes its time
     with pytest.raises(trust.Untrusted, match=re.escape(at)):
-        runtime.open_run(tmp_path)
+        run_directory.open_run(tmp_path)
 
 
 def test_the_payloads_would_do_it(tmp_path):
@@ -195,7 +196,7 @@ def test_the_payloads_would_do_it(tmp_path):
     for name, node in payloads(tmp_path / "marker").items():
         if isinstance(node, dict) and "_partial_" not in node:
             try:
-                runtime.build(node)
+                configs.build(node)
             except Exception:  # Hydra's own block list, or arguments that do not fit
                 continue
             finally:
@@ -207,7 +208,7 @@ def test_the_payloads_would_do_it(tmp_path):
 
 def test_the_config_itself_is_fine(composed, tmp_path):
     OmegaConf.save(OmegaConf.create(composed), tmp_path / "config.yaml")
-    assert runtime.open_run(tmp_path).config["model"] == composed["model"]
+    assert run_directory.open_run(tmp_path).config["model"] == composed["model"]
 
 
 @pytest.mark.parametrize(
@@ -223,8 +224,8 @@ def test_what_is_allowed_writes_into_the_run_alone(place, value, composed, tmp_p
     put(config, place, value)
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
     with pytest.raises(trust.Untrusted, match=re.escape(place)):
-        runtime.open_run(tmp_path)
-    assert runtime.open_run(tmp_path, trusted=True).trusted
+        run_directory.open_run(tmp_path)
+    assert run_directory.open_run(tmp_path, trusted=True).trusted
 
 
 def test_a_stranger_chooses_no_cache_and_no_download(composed, tmp_path, monkeypatch):
@@ -234,12 +235,12 @@ def test_a_stranger_chooses_no_cache_and_no_download(composed, tmp_path, monkeyp
     config["model"]["cache"] = cache
     config["data"] |= {"cache": "/theirs", "download": True, "root": "/data"}
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
-    run = runtime.open_run(tmp_path)
+    run = run_directory.open_run(tmp_path)
     assert run.config["model"]["cache"] == cache | {"root": "/mine/features"}
     assert {name: run.config["data"][name] for name in ("cache", "download", "root")} == {
         "cache": "/mine/images", "download": False, "root": "/data",
     }  # fmt: skip
-    trusted = runtime.open_run(tmp_path, trusted=True).config
+    trusted = run_directory.open_run(tmp_path, trusted=True).config
     assert trusted["model"]["cache"] == cache
     assert trusted["data"]["download"]
 
@@ -255,7 +256,7 @@ def test_a_stranger_chooses_no_cache_and_no_download(composed, tmp_path, monkeyp
 def test_yaml_makes_plain_values_only(text, marker, tmp_path):
     (tmp_path / "config.yaml").write_text(text.format(marker=marker))
     with pytest.raises(ValueError, match=r"config\.yaml"):
-        runtime.open_run(tmp_path)
+        run_directory.open_run(tmp_path)
     (tmp_path / "rows.yaml").write_text(text.format(marker=marker))
     with pytest.raises(ValueError, match=r"rows\.yaml"):
         read_rows([tmp_path / "rows.yaml"])
@@ -264,7 +265,7 @@ def test_yaml_makes_plain_values_only(text, marker, tmp_path):
 def test_as_deep_as_it_likes(tmp_path):
     (tmp_path / "config.yaml").write_text("a: " + "[" * 1000 + "]" * 1000)
     with pytest.raises(ValueError, match="damaged"):
-        runtime.open_run(tmp_path)
+        run_directory.open_run(tmp_path)
 
 
 def test_a_message_is_one_line_that_a_terminal_prints(tmp_path):
@@ -341,7 +342,7 @@ def test_the_config_of_a_catalog_builds_encoders_alone(small_run):
         node = json.loads(json.dumps(config))
         node["model"]["pooling"] = {"_target_": target}
         with pytest.raises(trust.Untrusted, match=target):
-            runtime.build_encoder(node)
+            configs.build_encoder(node)
 
 
 def test_index_of_shards(small_run, marker, tmp_path):
@@ -407,7 +408,7 @@ ROW = {
 )  # fmt: skip
 def test_an_override_of_a_stranger_is_a_value_of_the_config(text):
     with pytest.raises(ValueError, match=re.escape(text)):
-        runtime.check_overrides(["seed=1", text], "row")
+        configs.check_overrides(["seed=1", text], "row")
 
 
 @pytest.mark.parametrize(
@@ -456,18 +457,18 @@ def test_a_link_out_of_a_run(name, small_run, tmp_path):
         outside.mkdir()
     (run / name).symlink_to(outside)
     with pytest.raises(trust.Untrusted, match=f"{name} is a link .*trust=true"):
-        runtime.open_run(run)
-    assert runtime.open_run(run, trusted=True).trusted
+        run_directory.open_run(run)
+    assert run_directory.open_run(run, trusted=True).trusted
 
 
 def test_a_link_out_of_what_the_command_line_says_itself(small_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small_run, run, symlinks=True)
-    own = runtime.read_config(run / "config.yaml")
-    assert runtime.open_run(run, own=own).trusted
+    own = configs.read_config(run / "config.yaml")
+    assert run_directory.open_run(run, own=own).trusted
     (run / "figures" / "out").symlink_to("/tmp")
     with pytest.raises(trust.Untrusted, match="figures/out is a link"):
-        runtime.open_run(run, own=own)
+        run_directory.open_run(run, own=own)
     assert "figures/out is a link" in simsearch("compare", f"runs={run}", f"out={tmp_path / 'out'}", expect=1).stderr
 
 
@@ -477,11 +478,11 @@ def test_a_link_inside_and_those_of_wandb(small_run, tmp_path):
     (run / "checkpoints/newest.ckpt").symlink_to("best.ckpt")
     (run / "wandb" / "logs").symlink_to("/tmp")
     (tmp_path / "renamed").symlink_to(run)
-    assert runtime.open_run(tmp_path / "renamed").config["seed"] == 0
+    assert run_directory.open_run(tmp_path / "renamed").config["seed"] == 0
     shutil.rmtree(run / "wandb")
     (run / "wandb").symlink_to("/tmp")
     with pytest.raises(trust.Untrusted, match="wandb is a link"):
-        runtime.open_run(run)
+        run_directory.open_run(run)
 
 
 @pytest.mark.parametrize("name", ["catalog.json", "items.parquet", "index", "index/index.faiss", "encoder.safetensors"])

@@ -24,15 +24,15 @@ from conftest import simsearch, start_forkserver
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 
 from simsearch.commands import data_ingest
-from simsearch.data import ingest as module
-from simsearch.data import pixels
-from simsearch.data.bounded import BoundedPool, Closed, Failure, bounded_map
-from simsearch.data.cleaning import clean, period_of, spellings, year_of
-from simsearch.data.files import FilesDataModule
-from simsearch.data.ingest import Decoding, band, decode_file
-from simsearch.data.ingest_report import EXPLAINED
-from simsearch.data.listing import read_listing
+from simsearch.data.image_folder import FilesDataModule
+from simsearch.data.ingest import pipeline as module
+from simsearch.data.ingest import pixel_store as pixels
+from simsearch.data.ingest.cleaning import clean, period_of, spellings, year_of
+from simsearch.data.ingest.pipeline import Decoding, band, decode_file
+from simsearch.data.ingest.report import EXPLAINED
+from simsearch.data.ingest.source import read_listing
 from simsearch.data.manifest import read_manifest
+from simsearch.data.process_pool import BoundedPool, Closed, Failure, bounded_map
 from simsearch.data.protocols import ByAttribute
 from simsearch.data.tables import decode_text
 from simsearch.files import is_alive

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simsearch.data.listing import read_listing
+from simsearch.data.ingest.source import read_listing
 from simsearch.data.manifest import ImageFiles, Manifest, load_images, read_manifest
 from simsearch.images import ImageError, read_image
 

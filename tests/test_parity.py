@@ -19,7 +19,7 @@ from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import OfficialSplit
 from simsearch.data.samplers import MinedTriplets, ShuffledBatches
-from simsearch.functional.ranks import gather_batches
+from simsearch.functional.collectives import gather_batches
 from simsearch.functional.whitening import Moments
 from simsearch.index.binarize import ITQ, Sign
 from simsearch.launch import DataParallel

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from simsearch import runtime
+from simsearch import configs
 from simsearch.cache import ArrayCache
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
@@ -253,13 +253,13 @@ def fill(whitening: Whitening) -> None:
 
 def test_a_catalog_builds_it_again(data, tmp_path):
     config = catalog_config()
-    model = runtime.build(config["model"]).eval().requires_grad_(False)
+    model = configs.build(config["model"]).eval().requires_grad_(False)
     for encoder in model.encoders.values():
         fill(encoder.head.whitening)
     about = write_encoder(tmp_path, model)
     assert about["backbone"]["weights"] == "random"
     assert about["backbone"]["colour.weights"] == "none"
-    again = runtime.build_encoder(runtime.encoder_config(config))
+    again = configs.build_encoder(configs.encoder_config(config))
     assert encoder_fingerprint(again) != about["encoder_fingerprint"]
     read_encoder(tmp_path, about, again)
     assert encoder_fingerprint(again) == about["encoder_fingerprint"]

@@ -21,7 +21,8 @@ from conftest import SMALL, simsearch
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from simsearch import launch, rank, runtime
+from simsearch import configs, launch, run_directory
+from simsearch import worker as rank
 from simsearch.callbacks import interruption
 from simsearch.callbacks.interruption import Interruption
 from simsearch.files import read_json
@@ -116,7 +117,7 @@ def test_two_ranks_leave_one_run(tmp_path):
     for name, value in found[0]["parameters"].items():
         assert torch.equal(started["state_dict"][name].cpu(), value)
     assert {len(rows) for about in found for rows in about["rows"]} == {8}  # what would not fill a batch is left out
-    split = runtime.build_data(runtime.open_run(run, trusted=True).config).split  # type: ignore[attr-defined]
+    split = configs.build_data(run_directory.open_run(run, trusted=True).config).split  # type: ignore[attr-defined]
     assert {row for about in found for rows in about["rows"] for row in rows} <= set(split.train.tolist())
     assert len(split.train) % 16
 
@@ -146,7 +147,7 @@ def test_a_rank_reports_what_ended_it(tmp_path, monkeypatch):
     def broken(*_: Any, trusted: bool) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(runtime, "open_run", broken)
+    monkeypatch.setattr(run_directory, "open_run", broken)
     with pytest.raises(SystemExit):
         rank.main()
     report = json.loads((tmp_path / "0.json").read_text())
@@ -486,12 +487,12 @@ class TestSlurmRunDirectory:
     def start(self, slurm, tmp_path, monkeypatch):
         """start_run as the task of a rank."""
 
-        def as_rank(rank: int, **changes: Any) -> runtime.Run:
+        def as_rank(rank: int, **changes: Any) -> run_directory.Run:
             slurm(SLURM_PROCID=str(rank), **{n: v for n, v in changes.items() if n.startswith("SLURM")})
             values = {**self.VALUES, **{n: v for n, v in changes.items() if not n.startswith("SLURM")}}
             if rank == 0:
-                return runtime._claim(tmp_path, values)
-            return runtime._await(tmp_path, values, seconds=0.3)
+                return run_directory._claim(tmp_path, values)
+            return run_directory._await(tmp_path, values, seconds=0.3)
 
         return as_rank
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from simsearch.data.collection import Collection
-from simsearch.data.render import STYLES, invent_artist, paint_work, photograph
-from simsearch.data.rendered import render_collection
+from simsearch.data.rendered.collection import render_collection
+from simsearch.data.rendered.paint import STYLES, invent_artist, paint_work, photograph
 
 SMALL = {"styles": 4, "artists": 3, "works": 3, "photographs": 3, "size": 48}
 

@@ -7,11 +7,12 @@ import os
 import shlex
 from pathlib import Path
 
+import hydra
 import pytest
 from conftest import simsearch
 from omegaconf import OmegaConf
 
-from simsearch import runtime
+from simsearch import configs
 from simsearch.commands.reproduce import exit_status
 from simsearch.studies import check
 from simsearch.studies.check import Measured
@@ -302,7 +303,7 @@ def test_exit_status():
 class TestComparable:
     @pytest.fixture(autouse=True)
     def _hydra(self):
-        with runtime.hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+        with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
             yield
 
     def tiny(self, **changes: object) -> dict:
@@ -360,7 +361,7 @@ def row_files_or_none() -> list[Path]:
 @pytest.mark.parametrize("path", row_files_or_none(), ids=lambda p: p.parent.name)
 def test_the_rows_of_each_study_compose(path):
     book = read_rows([path])
-    with runtime.hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
         for name, row in book.items():
             start = Path("some/run") if row.start else None
             config = compose(train_overrides(book, name, row.seeds[0], start))

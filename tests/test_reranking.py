@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 
-from simsearch import runtime
-from simsearch.callbacks.evaluation import evaluate
+from simsearch import configs
+from simsearch.evaluation.evaluate import evaluate
 from simsearch.functional import reranking
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.ranking import Junk, find_junk, measure_ranking
@@ -40,7 +40,7 @@ from simsearch.search.engine import Engine
 from simsearch.search.rerank import AQE, CSLS, DBA, AlphaQE, Diffusion, KReciprocal
 from simsearch.types import Descriptors, SearchResult
 
-CONF = Path(runtime.CONF) / "rerank"
+CONF = Path(configs.CONF) / "rerank"
 EVERY = [AQE(3), AlphaQE(4), DBA(4), DBA(3, expand=2), CSLS(5), KReciprocal(6, 3, depth=20), Diffusion(8, 3, depth=20)]
 NAMES = ["aqe", "alpha-qe", "dba", "dba+aqe", "csls", "k-reciprocal", "diffusion"]
 
@@ -655,14 +655,14 @@ def test_wrong_values(make, message):
 
 @pytest.mark.parametrize("path", sorted(set(CONF.glob("*.yaml")) - {CONF / "none.yaml"}), ids=lambda p: p.stem)
 def test_configs_are_the_classes_defaults(path):
-    rerank: Reranker = runtime.build(OmegaConf.load(path))
+    rerank: Reranker = configs.build(OmegaConf.load(path))
     assert vars(rerank) == vars(type(rerank)())
     ready = rerank.fit(units(30, seed=2))
     assert ready.search(units(3, seed=1), 5).ids.shape == (3, 5)
 
 
 def test_every_way_has_a_config():
-    built = {type(runtime.build(OmegaConf.load(path))) for path in CONF.glob("*.yaml") if path.stem != "none"}
+    built = {type(configs.build(OmegaConf.load(path))) for path in CONF.glob("*.yaml") if path.stem != "none"}
     assert built == {type(rerank) for rerank in EVERY}
 
 

@@ -36,7 +36,7 @@ from simsearch.data.revisited import (
     read_pickle,
     write_benchmark,
 )
-from simsearch.functional.graded import (
+from simsearch.functional.revisited import (
     SETUPS,
     listed_ranks,
     measure_graded,

@@ -21,12 +21,12 @@ from omegaconf.errors import MissingMandatoryValue
 from pytorch_lightning.loggers import CSVLogger
 from rich.console import Console
 
-from simsearch import runtime
+from simsearch import configs, program, results, run_directory, terminal
 from simsearch.data.datamodule import RenderedDataModule
 from simsearch.data.protocols import ByAttribute
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.frozen import FrozenRetriever
-from simsearch.runtime import Run, load_model, open_run
+from simsearch.run_directory import Run, load_model, open_run
 
 PROTOCOL = {
     "_target_": "simsearch.data.protocols.ByAttribute", "name": "p", "attribute": "artist", "junk": "work",
@@ -41,25 +41,25 @@ DATA = {
 class TestObjects:
     def test_plain_resolves_and_leaves_hydra_out(self):
         config = OmegaConf.create({"a": 1, "b": {"c": "${a}", "d": ["${a}", 2]}, "hydra": {"job": 0}})
-        values = runtime.plain(config)
+        values = configs.plain(config)
         assert values == {"a": 1, "b": {"c": 1, "d": [1, 2]}}
         assert type(values["b"]["d"]) is list
         with pytest.raises(MissingMandatoryValue, match="missing"):
-            runtime.plain(OmegaConf.create({"a": {"missing": "???"}}))
+            configs.plain(OmegaConf.create({"a": {"missing": "???"}}))
 
     def test_build_gives_plain_lists_and_dictionaries(self):
-        built = runtime.build({"_target_": "types.SimpleNamespace", "a": [1, {"b": 2}]})
+        built = configs.build({"_target_": "types.SimpleNamespace", "a": [1, {"b": 2}]})
         assert type(built.a) is list
         assert type(built.a[1]) is dict
 
     def test_data_get_their_protocol_as_an_object(self):
-        data = runtime.build_data({"data": DATA, "protocol": PROTOCOL})
+        data = configs.build_data({"data": DATA, "protocol": PROTOCOL})
         assert isinstance(data, RenderedDataModule)
         assert isinstance(data.protocol, ByAttribute)
         assert data.task("test").name == "p"
         assert len(data.collection) == 48
         other = ByAttribute(**{k: v for k, v in PROTOCOL.items() if k != "_target_"} | {"name": "other"})
-        data = runtime.build_data({"data": DATA, "protocol": PROTOCOL}, other)
+        data = configs.build_data({"data": DATA, "protocol": PROTOCOL}, other)
         assert data.protocol is other
 
     def test_trainer_takes_the_callbacks_that_are_there(self, tmp_path):
@@ -69,7 +69,7 @@ class TestObjects:
             "callbacks": {"a": early, "b": None},
         }
         logger = CSVLogger(tmp_path)
-        trainer = runtime.build_trainer(config, tmp_path, [logger])
+        trainer = configs.build_trainer(config, tmp_path, [logger])
         assert trainer.max_epochs == 7
         assert trainer.default_root_dir == str(tmp_path)
         assert trainer.loggers == [logger]
@@ -78,7 +78,7 @@ class TestObjects:
     def test_encoder_needs_neither_download_nor_cache(self):
         config = {"model": model_config("pretrained") | {"cache": {"_target_": "nowhere.Nothing"}}}
         before = json.dumps(config)
-        encoder = runtime.build_encoder(config)
+        encoder = configs.build_encoder(config)
         assert json.dumps(config) == before
         assert isinstance(encoder, FrozenRetriever)
         assert encoder.cache is None
@@ -87,9 +87,9 @@ class TestObjects:
     def test_reasons_are_those_of_the_object_that_failed(self):
         bad = {"_target_": "types.SimpleNamespace", "whitening": whitening(0)}
         with pytest.raises(InstantiationException) as error:
-            runtime.build(bad)
-        assert runtime.reason(error.value) == "whitening: whitening.dimension must be at least 1, got 0"
-        assert runtime.reason(ValueError()) == "ValueError"
+            configs.build(bad)
+        assert program.reason(error.value) == "whitening: whitening.dimension must be at least 1, got 0"
+        assert program.reason(ValueError()) == "ValueError"
 
 
 def whitening(dimension: int) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def run(tmp_path: Path) -> Run:
     OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
     (folder / "run.json").write_text(json.dumps({"wandb_id": "abcd1234"}))
     run = open_run(folder)
-    model = runtime.build(run.config["model"])
+    model = configs.build(run.config["model"])
     torch.nn.init.normal_(model.head.whitening.projection)
     checkpoint = {"state_dict": model.state_dict()}
     model.on_save_checkpoint(checkpoint)
@@ -206,7 +206,7 @@ def hydra_s(monkeypatch: pytest.MonkeyPatch, folder: Path) -> DictConfig:
     """The config of a new run that Hydra gave this folder."""
     folder.mkdir(exist_ok=True)
     found = SimpleNamespace(runtime=SimpleNamespace(output_dir=str(folder)), overrides=SimpleNamespace(task=[]))
-    monkeypatch.setattr(runtime.HydraConfig, "get", lambda: found)
+    monkeypatch.setattr(run_directory.HydraConfig, "get", lambda: found)
     trainer = {"devices": "auto", "accelerator": "cpu"}
     return OmegaConf.create({"seed": 5, "run_dir": "elsewhere", "b": "${seed}", "resume": False, "trainer": trainer})
 
@@ -215,7 +215,7 @@ class TestStartRun:
     def test_a_new_run_describes_itself_and_is_seeded(self, monkeypatch, tmp_path):
         ids = set()
         for name in ("a", "b"):
-            with runtime.start_run(hydra_s(monkeypatch, tmp_path / name)) as run:
+            with run_directory.start_run(hydra_s(monkeypatch, tmp_path / name)) as run:
                 drawn = torch.rand(1), np.random.rand()  # noqa: NPY002
             pl.seed_everything(5, verbose=False)
             assert drawn == (torch.rand(1), np.random.rand())  # noqa: NPY002
@@ -236,9 +236,11 @@ class TestStartRun:
         assert len(ids) == 2
 
     def test_resume_takes_the_config_of_the_folder(self, run, capsys, monkeypatch):
-        monkeypatch.setattr(runtime.HydraConfig, "initialized", lambda: False)  # an earlier command's
+        monkeypatch.setattr(run_directory.HydraConfig, "initialized", lambda: False)  # an earlier command's
         before = {p: p.read_bytes() for p in run.folder.rglob("*") if p.is_file()}
-        with runtime.start_run(OmegaConf.create({"resume": True, "run_dir": str(run.folder), "seed": 99})) as resumed:
+        with run_directory.start_run(
+            OmegaConf.create({"resume": True, "run_dir": str(run.folder), "seed": 99})
+        ) as resumed:
             drawn = torch.rand(1)
         assert (resumed.config, resumed.folder, resumed.resumed) == (run.config, run.folder, True)
         assert str(run.folder) in capsys.readouterr().err
@@ -250,14 +252,14 @@ class TestStartRun:
     def test_nothing_to_resume(self, tmp_path):
         for folder in (tmp_path, tmp_path / "nowhere"):
             config = OmegaConf.create({"resume": True, "run_dir": str(folder)})
-            with pytest.raises(ValueError, match="is no run directory"), runtime.start_run(config):
+            with pytest.raises(ValueError, match="is no run directory"), run_directory.start_run(config):
                 pass
 
     @pytest.mark.parametrize("text", ["{}", "", '{"wandb_id": "a", "sl'])
     def test_a_start_that_was_killed_before_its_config_is_no_run(self, text, monkeypatch, tmp_path):
         config = hydra_s(monkeypatch, tmp_path / "r")
         (tmp_path / "r" / "run.json").write_text(text)
-        with runtime.start_run(config) as run:
+        with run_directory.start_run(config) as run:
             assert not run.resumed
         assert open_run(run.folder).config["seed"] == 5
 
@@ -265,7 +267,7 @@ class TestStartRun:
         for seed in (1, 2):
             config = hydra_s(monkeypatch, tmp_path / "r")
             config.seed = seed
-            with runtime.start_run(config) as run:
+            with run_directory.start_run(config) as run:
                 assert not (run.folder / "metrics.csv").exists()
                 (run.folder / "metrics.csv").write_text("val/mAP\n0.9\n")
             assert open_run(run.folder).config["seed"] == seed
@@ -273,27 +275,27 @@ class TestStartRun:
     @pytest.mark.parametrize("work", ["metrics.json", "checkpoints/last.ckpt"])
     def test_a_run_that_has_something_to_lose_keeps_its_folder(self, work, monkeypatch, tmp_path):
         config = hydra_s(monkeypatch, tmp_path / "r")
-        with runtime.start_run(config) as run:
+        with run_directory.start_run(config) as run:
             (run.folder / work).parent.mkdir(exist_ok=True)
             (run.folder / work).touch()
         with (
             pytest.raises(ValueError, match=r"r holds a run already: go on with it by resume=true"),
-            runtime.start_run(hydra_s(monkeypatch, tmp_path / "r")),
+            run_directory.start_run(hydra_s(monkeypatch, tmp_path / "r")),
         ):
             pass
 
     @pytest.mark.parametrize("resume", [True, False])
     def test_one_process_at_a_time(self, resume, monkeypatch, tmp_path):
-        monkeypatch.setattr(runtime, "_WAIT_S", 0.1)
-        with runtime.start_run(hydra_s(monkeypatch, tmp_path / "r")) as run:
+        monkeypatch.setattr(run_directory, "_WAIT_S", 0.1)
+        with run_directory.start_run(hydra_s(monkeypatch, tmp_path / "r")) as run:
             second = hydra_s(monkeypatch, tmp_path / "r")
             second.resume, second.run_dir = resume, str(run.folder)
             with (
                 pytest.raises(ValueError, match=r"r is in work already, by another process"),
-                runtime.start_run(second),
+                run_directory.start_run(second),
             ):
                 pass
-        with runtime.start_run(second):
+        with run_directory.start_run(second):
             pass
 
 
@@ -304,7 +306,7 @@ def test_results_table_shows_values_and_intervals():
         "intervals": {"mAP": [0.31, 0.32567], "P@1": [0.45, 0.55]}, "unit": "artist", "units": 45,
     }  # fmt: skip
     console = Console(width=140, file=io.StringIO())
-    console.print(runtime.results_table({"test": stage, "other": stage}))
+    console.print(results.results_table({"test": stage, "other": stage}))
     text = console.file.getvalue()
     for part in ("0.3178", "0.3100-0.3257", "0.5000", "10k-50k", "0123456789abcdef", "artist", " 45 ", " 64 ", "0.12"):
         assert part in text
@@ -321,7 +323,7 @@ def test_results_table_has_a_row_for_what_was_asked_for(monkeypatch):
     def shown(width: int, **asked) -> str:
         monkeypatch.setenv("COLUMNS", str(width))
         console = Console(width=width, file=io.StringIO())
-        console.print(runtime.results_table({"test": stage}, **asked))
+        console.print(results.results_table({"test": stage}, **asked))
         lines = console.file.getvalue().splitlines()
         assert max(map(len, lines)) <= width
         return "\n".join(lines)
@@ -342,7 +344,7 @@ def test_columns_decides_how_wide_output_is(columns, width, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
-    assert runtime.console().width == width
+    assert terminal.console().width == width
 
 
 def test_lines_of_results_say_what_their_intervals_are_over():
@@ -351,8 +353,8 @@ def test_lines_of_results_say_what_their_intervals_are_over():
     facts = {"row": "a", "data": "art", "seconds": 1.0, "seed": 0, "command": "x"}
 
     def over(about: dict) -> list[tuple]:
-        lines = runtime.result_lines(about, ["mAP", "GAP"], **facts)
-        named = [dict(zip(runtime.RESULT_COLUMNS, line, strict=True)) for line in lines]
+        lines = results.result_lines(about, ["mAP", "GAP"], **facts)
+        named = [dict(zip(results.RESULT_COLUMNS, line, strict=True)) for line in lines]
         return [(line["ci_low"], line["unit"], line["units"]) for line in named]
 
     assert over(stage | {"unit": "artist", "units": 3}) == [(0.4, "artist", 3), ("", "", "")]
@@ -366,13 +368,13 @@ def test_results_table_says_where_queries_find_themselves():
     for count, expected in ((10_000.0, 1), (0.0, 0), (None, 0)):  # None: measured before this was counted
         console = Console(width=140, file=io.StringIO())
         metrics["queries_in_own_ranking"] = count
-        console.print(runtime.results_table({"test": stage}))
+        console.print(results.results_table({"test": stage}))
         assert console.file.getvalue().count(note) == expected
 
 
 def test_index_of_a_config_is_fresh_each_time():
     config = {"_target_": "simsearch.index.faiss_index.FaissIndex", "factory": "Flat"}
-    first, second = runtime.build(config), runtime.build(config)
+    first, second = configs.build(config), configs.build(config)
     assert isinstance(first, FaissIndex)
     first.add(torch.eye(4))
     assert len(second) == 0

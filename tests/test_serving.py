@@ -33,7 +33,7 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 from torch import Tensor, nn
 
-from simsearch import runtime
+from simsearch import configs
 from simsearch.commands.serve import bind, find_sources, greeting
 from simsearch.files import read_json, write_json
 from simsearch.images import encode_thumbnail, read_image
@@ -44,11 +44,11 @@ from simsearch.search.filters import Attributes
 from simsearch.search.items import write_items
 from simsearch.serving import service as service_module
 from simsearch.serving.app import PAGE, create_app
+from simsearch.serving.browse import Listing
 from simsearch.serving.encoder import EncoderWorker
 from simsearch.serving.guard import JSON_BYTES, cost, host_name
 from simsearch.serving.library import Library, Source, Thumbnails, read_inside
 from simsearch.serving.limits import Account, Busy, Limits, TokenBuckets, client_address
-from simsearch.serving.listing import Listing
 from simsearch.serving.uploads import Upload, Uploads, decoded
 
 N = 24
@@ -86,7 +86,7 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def encoder() -> nn.Module:
     torch.manual_seed(1)
-    return runtime.build(MODEL).eval()
+    return configs.build(MODEL).eval()
 
 
 def make_catalog(folder: Path, root: Path, encoder: nn.Module, *, mark: str = "", count: int = N) -> Path:
@@ -113,7 +113,7 @@ def folder(tmp_path_factory, root, encoder) -> Path:
 
 
 def library(sources: dict[str, Source], limits: Limits = FREE) -> Library:
-    return Library(sources, build=runtime.build_encoder, device=torch.device("cpu"), limits=limits)
+    return Library(sources, build=configs.build_encoder, device=torch.device("cpu"), limits=limits)
 
 
 @contextlib.contextmanager
@@ -1223,7 +1223,7 @@ class TestLibrary:
         monkeypatch.setattr(service_module, "POLL_SECONDS", 0.05)
         place = make_catalog(tmp_path / "c", root, encoder)
         torch.manual_seed(2)
-        other = runtime.build(MODEL).eval()
+        other = configs.build(MODEL).eval()
         with serving(library({"c": Source(place, root)})) as client, ThreadPoolExecutor(3) as threads:
             token = upload(client, png(7, root)).json()["upload"]
             first = client.get("/api/catalogs").json()[0]["version"]
@@ -1271,7 +1271,7 @@ class TestLibrary:
         books = None
         for number in range(4):
             torch.manual_seed(10 + number)
-            make_catalog(place, root, runtime.build(MODEL).eval(), count=4)
+            make_catalog(place, root, configs.build(MODEL).eval(), count=4)
             if books is None:
                 books = library({"c": Source(place)})
             else:
@@ -1280,7 +1280,7 @@ class TestLibrary:
             if number == 2:
                 with books.lease("c") as held:
                     torch.manual_seed(20)
-                    make_catalog(place, root, runtime.build(MODEL).eval(), count=4)
+                    make_catalog(place, root, configs.build(MODEL).eval(), count=4)
                     assert books.refresh() == ["c"]
                     gc.collect()
                     assert held.worker.describe(torch.zeros(3, 64, 64, dtype=torch.uint8)).result(20).shape

@@ -19,9 +19,9 @@ import torch
 import uvicorn
 from PIL import Image
 
-from simsearch import runtime
+from simsearch import configs
 from simsearch.commands.serve import bind
-from simsearch.data.rendered import render_collection
+from simsearch.data.rendered.collection import render_collection
 from simsearch.images import encode_thumbnail, read_image
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import item_table, write_calibration, write_catalog
@@ -68,7 +68,7 @@ PARTS = {
 
 def built(config: dict) -> torch.nn.Module:
     torch.manual_seed(1)
-    return runtime.build(config["model"]).eval()
+    return configs.build(config["model"]).eval()
 
 
 def make_catalog(folder: Path, root: Path, model: dict, columns: dict[str, list]) -> Path:

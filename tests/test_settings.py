@@ -21,12 +21,12 @@ from pytorch_metric_learning.miners import TripletMarginMiner
 from test_configs import compose as composed
 from torch import nn
 
-from simsearch import runtime, settings
+from simsearch import configs, program, settings
 from simsearch.callbacks.training import FrozenBackbone, Throughput
 from simsearch.losses.mined import MinedLoss
 from simsearch.models.trained import TrainedRetriever
 
-CONF = Path(runtime.CONF)
+CONF = Path(configs.CONF)
 WHOLE = "does not go with the measurement of whole tasks"
 LIGHTNING = "pytorch_lightning.callbacks."
 
@@ -34,7 +34,7 @@ LIGHTNING = "pytorch_lightning.callbacks."
 @cache
 def group(*overrides: str) -> dict[str, Any]:
     """The config of a training; composing takes long."""
-    with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
         return composed("model=dsh", *overrides)
 
 
@@ -118,7 +118,7 @@ def test_what_works_is_not_refused(overrides):
 
 @pytest.mark.parametrize("experiment", ["art-tuned", "cifar10-codes", "dsh", "hashing-frozen"])
 def test_our_own_experiments_are_not_refused(experiment):
-    with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
         needs = ["data.source=images"] if experiment.startswith("art-") else []
         settings.check_training(composed(f"experiment={experiment}", *needs))
 
@@ -136,13 +136,13 @@ def test_our_own_experiments_are_not_refused(experiment):
     ],
 )
 def test_null_for_a_group(argument, expected):
-    assert runtime.without_null(argument) == expected
+    assert program.without_null(argument) == expected
 
 
 @pytest.mark.parametrize("group", ["callbacks", "optimizer", "model", "data"])
 def test_groups_without_which_nothing_trains_name_their_options(group):
     with pytest.raises(ValueError, match=f"{group}=null: one of the group's options is needed: ") as caught:
-        runtime.without_null(f"{group}=null")
+        program.without_null(f"{group}=null")
     assert sorted(path.stem for path in (CONF / group).glob("*.yaml"))[0] in str(caught.value)
 
 
@@ -180,7 +180,7 @@ def rates(steps: int, **overrides: object) -> list[float]:
     node = OmegaConf.load(CONF / "scheduler" / "cosine.yaml")
     given = {**OmegaConf.to_container(node), "max_lr": 0.5, "total_steps": steps, **overrides}
     module = TrainedRetriever(
-        Network(), nn.Module(), partial(torch.optim.SGD, lr=0.5), scheduler=runtime.build(given), head_lr=10.0
+        Network(), nn.Module(), partial(torch.optim.SGD, lr=0.5), scheduler=configs.build(given), head_lr=10.0
     )
     made = module.configure_optimizers()
     optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]

@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation, evaluate
+from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import OwnPart, RetrievalDataModule
 from simsearch.data.protocols import OfficialSplit
+from simsearch.evaluation.evaluate import Evaluation, evaluate
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.ranking import average_precision_in_index_order, inner_products, measure_ranking, rank
 from simsearch.functional.sharded import Ranks, Sharded

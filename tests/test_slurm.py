@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from test_ranks import PROBE, TINY, check_run, jobs
 
-from simsearch import runtime
+from simsearch import configs
 
 LONG = (
     *TINY,
@@ -38,7 +38,7 @@ def launcher(*overrides: str) -> dict:
     """The composed launcher of a sweep."""
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
         config = hydra.compose("train", ["run_dir=unused", *overrides], return_hydra_config=True)
         config.hydra.job.id = config.hydra.job.num = 0
         node = OmegaConf.to_container(config.hydra.launcher, resolve=True)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from simsearch import runtime
+from simsearch import configs
 from simsearch.functional.significance import paired_permutation
 
-PATH = runtime.Path(runtime.CONF).parent / "experiments/2026-11-23-cifar10-trained/study.py"
+PATH = Path(configs.CONF).parent / "experiments/2026-11-23-cifar10-trained/study.py"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from simsearch.functional.colour import colour_shares, hellinger_pyramid, lab, soft_bins
-from simsearch.functional.statistics import gram, moments, signed_root_unit
+from simsearch.functional.style_statistics import gram, moments, signed_root_unit
 from simsearch.models.backbones import lite0_backbone, timm_backbone
 from simsearch.models.colour import ColourLayout, colour_backbone
 from simsearch.models.style import LayerStatistics

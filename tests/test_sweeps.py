@@ -24,7 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from simsearch import runtime, settings, sweeps
+from simsearch import configs, run_directory, settings, sweeps
 from simsearch.files import read_json, write_json
 
 TINY = (
@@ -35,7 +35,7 @@ TINY = (
 
 
 def compose(*overrides: str):
-    with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
         config = hydra.compose("train", list(overrides), return_hydra_config=True)
     OmegaConf.set_readonly(config, False)
     OmegaConf.set_struct(config, False)
@@ -95,7 +95,7 @@ def test_keys_swept_on_the_command_line_are_in_the_folders_name(tmp_path):
     ],
 )
 def test_what_is_swept_is_what_hydra_makes(overrides):
-    with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(["loss=a,b", *overrides])
         jobs = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
@@ -257,14 +257,14 @@ def test_an_objective_is_checked_before_anything_trains(overrides, message):
 
 
 def test_what_will_be_measured_is_what_was(small_run):
-    config = runtime.open_run(small_run).config
+    config = run_directory.open_run(small_run).config
     stages = read_json(small_run / "metrics.json")
     measured = {f"{stage}/{metric}" for stage, about in stages.items() for metric in about["metrics"]}
     assert measured == settings.measured_names(config)
 
 
 def test_readmes_sweep_of_wandb_optimises_what_its_command_logs():
-    readme = (Path(runtime.CONF).parent / "README.md").read_text()
+    readme = (Path(configs.CONF).parent / "README.md").read_text()
     block = yaml.safe_load(re.search(r"```yaml\n(# wandb sweep.*?)```", readme, re.S)[1])
     assert block["command"][:2] == ["simsearch", "train"]
     config = compose(*(text for text in block["command"][2:] if "=" in text), *(f"{k}=1" for k in block["parameters"]))

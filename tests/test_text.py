@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from test_serving import encoder, make_catalog, root  # noqa: F401
 
-from simsearch import runtime
+from simsearch import terminal
 from simsearch.files import json_line
 from simsearch.text import cell, csv_cell, lines, markdown, printable
 
@@ -78,7 +78,7 @@ def test_tables_show_it(capsys):
     table.add_column("name")
     table.add_row(cell(HOSTILE))
     table.add_row(HOSTILE.replace("[red]", ""))  # by somebody who forgot
-    runtime.show(table, cell(HOSTILE), f"[bold]{cell(HOSTILE)}[/bold]")
+    terminal.show(table, cell(HOSTILE), f"[bold]{cell(HOSTILE)}[/bold]")
     shown = capsys.readouterr().out
     assert orders(shown, but="\n") == []
     assert shown.count("[red]a") >= 3
@@ -131,7 +131,7 @@ class TestCommands:
 
 def test_printing_goes_through_one_door():
     """Errors and warnings hold names of files; what is printed of them is made harmless."""
-    package = Path(runtime.__file__).parent
+    package = Path(terminal.__file__).parent
     for path in package.rglob("*.py"):
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             assert not ("print(" in line and "{error" in line), f"{path}:{number}: use simsearch.text.warn"

@@ -22,11 +22,11 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
 from test_commands import wandb_records
 
-from simsearch import launch, runtime, tracking
+from simsearch import configs, launch, run_directory, tracking
 from simsearch.callbacks.neighbours import Example
 from simsearch.data.collection import Collection
 from simsearch.figures import Tile
-from simsearch.runtime import Run, open_run
+from simsearch.run_directory import Run, open_run
 from simsearch.tracking import best_validation, wandb_mode
 
 LOGGER = {
@@ -200,11 +200,11 @@ def test_what_is_staged_lies_in_the_run(tmp_path, monkeypatch):
 def test_the_environment_names_project_entity_and_run(monkeypatch):
     for name, value in (("WANDB_PROJECT", "ours"), ("WANDB_ENTITY", "team"), ("WANDB_NAME", "first")):
         monkeypatch.setenv(name, value)
-    node = OmegaConf.load(Path(runtime.CONF) / "logger" / "default.yaml")
+    node = OmegaConf.load(Path(configs.CONF) / "logger" / "default.yaml")
     assert (node.project, node.entity, node.name) == ("ours", "team", "first")
     for name in ("WANDB_PROJECT", "WANDB_ENTITY", "WANDB_NAME"):
         monkeypatch.delenv(name)
-    node = OmegaConf.load(Path(runtime.CONF) / "logger" / "default.yaml")
+    node = OmegaConf.load(Path(configs.CONF) / "logger" / "default.yaml")
     assert (node.project, node.entity, node.name) == ("simsearch", None, None)
 
 
@@ -462,7 +462,7 @@ from pathlib import Path
 
 import test_tracking
 from simsearch import tracking
-from simsearch.runtime import open_run
+from simsearch.run_directory import open_run
 
 tracking._INIT_S, tracking._FINISH_S, tracking._TELL_S = 3.0, 3.0, 0.5
 for mode in sys.argv[2:]:
@@ -542,9 +542,9 @@ def test_a_server_that_is_lost_holds_nobody_up_and_gets_it_all_later(tmp_path):
 def test_an_agent_of_wandb_names_its_runs(monkeypatch):
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
     monkeypatch.setenv("WANDB_RUN_ID", "fromagent")
-    assert len({runtime._new_id() for _ in range(5)}) == 5  # of many jobs each needs its own
+    assert len({run_directory._new_id() for _ in range(5)}) == 5  # of many jobs each needs its own
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
-    assert runtime._new_id() == "fromagent"
+    assert run_directory._new_id() == "fromagent"
 
 
 def test_a_real_training_and_its_evaluation(small_run, tmp_path):

@@ -438,10 +438,10 @@ def test_dir_takes_the_pca_of_the_backbone_that_it_starts_from(hashed, tmp_path)
 
     network = RegionNetwork(timm_backbone("test_efficientnet", "random", 64), RMAC(levels=2), 8, power=0.5)
     network.load_state_dict({n.removeprefix("network."): before[n] for n in backbone}, strict=False)
-    from simsearch import runtime
+    from simsearch import configs, run_directory
 
-    config = runtime.open_run(run).config
-    data = runtime.build_data(config)
+    config = run_directory.open_run(run).config
+    data = configs.build_data(config)
     network.prepare(data.collection.images[data.split.train])
     torch.testing.assert_close(after["network.descriptor.whitening.weight"], network.head.weight.data)
     torch.testing.assert_close(after["network.descriptor.whitening.bias"], network.head.bias.data)

@@ -18,8 +18,8 @@ from PIL import Image
 from test_extract import make_run
 
 from simsearch.commands import calibrate, extract, index
-from simsearch.data import files as files_module
-from simsearch.data.files import decode_files
+from simsearch.data import image_folder as files_module
+from simsearch.data.image_folder import decode_files
 from simsearch.data.manifest import read_manifest
 from simsearch.data.presence import Presence, Vanished, file_sizes
 from simsearch.search.catalog import CatalogError, read_catalog
@@ -66,8 +66,8 @@ def lose(module, after: int, how: Callable[[], object], monkeypatch) -> None:
 
     monkeypatch.setattr(module, "encode", encode)
     # Else a process decodes all of so few images before the first is encoded.
-    monkeypatch.setattr("simsearch.data.bounded._AHEAD", 1)
-    monkeypatch.setattr("simsearch.data.bounded._WINDOW", 1)
+    monkeypatch.setattr("simsearch.data.process_pool._AHEAD", 1)
+    monkeypatch.setattr("simsearch.data.process_pool._WINDOW", 1)
 
 
 # ------------------------------------------------------------------------------------------- presence
@@ -181,12 +181,12 @@ def test_a_catalog_is_not_replaced_by_far_fewer_items(run, images, tmp_path):
 def test_ingest_and_decoded_files_stop_and_go_on(run, images, tmp_path, monkeypatch):
     """Their processes decode ahead, so the folder is lost when the first image has come."""
     away, out = tmp_path / "away", tmp_path / "out"
-    monkeypatch.setattr("simsearch.data.bounded._AHEAD", 1)
-    monkeypatch.setattr("simsearch.data.bounded._WINDOW", 1)
+    monkeypatch.setattr("simsearch.data.process_pool._AHEAD", 1)
+    monkeypatch.setattr("simsearch.data.process_pool._WINDOW", 1)
     say = ("data", "ingest", f"images={images}", f"out={out}", "near.descriptors=false", "workers=1", "chunk=5")
     real = Presence.check
     with monkeypatch.context() as patch:
-        patch.setattr("simsearch.data.ingest.tqdm.update", losing(images, away))
+        patch.setattr("simsearch.data.ingest.pipeline.tqdm.update", losing(images, away))
         assert "are gone" in simsearch(*say, expect=1).stderr
     away.rename(images)
     assert f"{COUNT} images of {COUNT} works" in simsearch(*say).stdout

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simsearch.data.audit import MIN_CORRELATION, perceptual_hashes, pixel_correlations
-from simsearch.data.works import (
+from simsearch.data.ingest.grouping import (
     banded_pairs,
     cliques,
     equal_pairs,

@@ -2,8 +2,8 @@
 
     python experiments/2026-11-23-art-recommender/photographs.py --catalogs <catalog> ... --images outputs/art
 
-Nobody photographed these works for us: `simsearch.data.render.photograph` does it to the square centres of their
-files (perspective, a part of the work cut away, light, reflection, blur, noise, JPEG), the same ones for every
+Nobody photographed these works for us: `simsearch.data.rendered.paint.photograph` does it to the square centres of
+their files (perspective, a part of the work cut away, light, reflection, blur, noise, JPEG), the same ones for every
 catalog, one a work. Each is asked twice: with its work in the catalog, and with all images of its work left out,
 where nothing may be called the same work. Writes photographs.csv, with 95 % Wilson intervals.
 """
@@ -18,9 +18,9 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from simsearch import runtime
+from simsearch import configs
 from simsearch.data.manifest import Manifest, load_images, read_manifest
-from simsearch.data.render import photograph
+from simsearch.data.rendered.paint import photograph
 from simsearch.search.calibration import image_a_work, wilson
 from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import encode
@@ -43,9 +43,9 @@ def measure(folder: Path, manifest: Manifest, rows: list[int], device: str) -> d
         raise ValueError(f"{folder} has no threshold of similar: simsearch calibrate catalog={folder} outside=<folder>")
     recommender = Recommender(catalog)
     place = {path: number for number, path in enumerate(catalog.items["path"].to_pylist())}
-    encoder = runtime.build_encoder(catalog.about["config"])
+    encoder = configs.build_encoder(catalog.about["config"])
     catalog.load_encoder_state(encoder)
-    encoder.to(runtime.device(device))
+    encoder.to(configs.device(device))
 
     hits = dict.fromkeys(SHARES, 0)
     part = Manifest(manifest.root, tuple(manifest.paths[row] for row in rows))

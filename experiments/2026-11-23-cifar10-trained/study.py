@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simsearch import runtime
+from simsearch import configs, results, run_directory
 from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.files import replacing
 from simsearch.functional.curves import RECALL_LEVELS, precision_recall_curve
@@ -94,7 +94,7 @@ def found(root: Path) -> list[Measurement]:
     book = read_rows([HERE / "rows.yaml"])
     runs = finished_runs(root)
     measurements = []
-    with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
         for name, row in book.items():
             if name.startswith("smoke-"):
                 continue
@@ -117,7 +117,7 @@ def found(root: Path) -> list[Measurement]:
     return measurements
 
 
-def nearest(config: dict | None, runs: dict[str, runtime.Run]) -> str:
+def nearest(config: dict | None, runs: dict[str, run_directory.Run]) -> str:
     """Which finished run comes nearest to a config, and in what it differs."""
     if config is None:
         return ": its start row has none"
@@ -155,8 +155,8 @@ def collect(root: Path) -> None:
     for m in measurements:
         command = f"simsearch reproduce row={m.row.partition('+')[0]} seeds=[{m.seed}]"
         facts = {"row": m.row, "data": "cifar10", "seconds": m.seconds, "seed": m.seed, "command": command}
-        lines += runtime.result_lines(m.stage, METRICS, **facts)
-    write_csv(RESULTS, runtime.RESULT_COLUMNS, lines)
+        lines += results.result_lines(m.stage, METRICS, **facts)
+    write_csv(RESULTS, results.RESULT_COLUMNS, lines)
     pairs = list(paired(measurements))
     write_csv(PAIRED, PAIRED_COLUMNS, pairs)
     print(f"{len(lines)} values of {len({m.row for m in measurements})} rows, {len(pairs)} pairs")
@@ -224,7 +224,7 @@ def curves(root: Path, names: Sequence[str]) -> None:
     runs = finished_runs(root)
     lines = []
     for name in names:
-        with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+        with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
             run, _ = find_run(book, name, book[name].seeds[0], runs)
         if run is None:
             raise SystemExit(f"{name} has no finished run in {root}")
@@ -234,15 +234,15 @@ def curves(root: Path, names: Sequence[str]) -> None:
     write_csv(CURVES, CURVE_COLUMNS, lines)
 
 
-def described(run: runtime.Run):
+def described(run: run_directory.Run):
     """The evaluation of a run's checkpoint under MAIN, done anew, and its task."""
     config = dict(run.config)
-    with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
         config["protocol"] = compose(("data=cifar10", f"protocol={MAIN}"))["protocol"]
     config["callbacks"] = {"evaluation": config["callbacks"]["evaluation"] | {"rerank": None}}
-    data, model = runtime.build_data(config), runtime.load_model(run)
+    data, model = configs.build_data(config), run_directory.load_model(run)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = runtime.build_trainer(config, Path(folder), [])
+        trainer = configs.build_trainer(config, Path(folder), [])
         trainer.test(model, data, verbose=False)
     evaluation = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation))
     return evaluation.results["test"], data.task("test")

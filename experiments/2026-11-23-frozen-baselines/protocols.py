@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from simsearch import runtime
+from simsearch import results
 
 METRICS = ("mAP", "P@1", "P@10", "R@10", "mAP_pessimistic", "mAP_optimistic", "mAP_index_order")
 PROTOCOLS = ("dsh-release", "10k-50k", "1k-54k", "1k-59k", *(f"unseen-classes protocol.fold={i}" for i in range(3)))
@@ -32,11 +32,11 @@ def main() -> None:
                 subprocess.run([sys.executable, "-m", *shlex.split(command), *quiet], check=True)
                 about = json.loads(Path(folder, "run/metrics.json").read_text())["test"]
             seconds = time.perf_counter() - start
-            lines += runtime.result_lines(
+            lines += results.result_lines(
                 about, METRICS, row=row, data="cifar10", seconds=seconds, seed=0, command=command
             )
     with (Path(__file__).parent / "protocols.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([runtime.RESULT_COLUMNS, *lines])
+        csv.writer(file, lineterminator="\n").writerows([results.RESULT_COLUMNS, *lines])
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from simsearch import runtime
-from simsearch.callbacks.evaluation import evaluate
+from simsearch import configs, results
+from simsearch.evaluation.evaluate import evaluate
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.ranking import measure_ranking
 from simsearch.functional.whitening import Moments, whitening_matrix
@@ -51,15 +51,15 @@ def main() -> None:
     if mode == "report":
         report()
         return
-    with hydra.initialize_config_dir(runtime.CONF, version_base="1.3"):
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
         base = ["data=cifar10", "run_dir=unused", *overrides]
-        configs = {p: compose([*base, f"pooling={p}"]) for p in POOLINGS}
-    data = runtime.build_data(configs["average"])
+        composed = {p: compose([*base, f"pooling={p}"]) for p in POOLINGS}
+    data = configs.build_data(composed["average"])
     if mode == "columns":
         poolings = ["average"]
     heads = HEADS if mode == "grid" else [None, (128, 0.0), (128, 0.5), (128, 1.0)]
     for pooling in poolings:
-        measure_pooling(configs[pooling], data, pooling, heads, storages, " ".join(overrides))
+        measure_pooling(composed[pooling], data, pooling, heads, storages, " ".join(overrides))
 
 
 def restricted(name: str, known: tuple[str, ...]) -> list[str]:
@@ -81,7 +81,7 @@ def measure_pooling(config: dict, data, pooling: str, heads: list, storages: lis
     jobs = [(h, s) for h in heads for s in storages if row_name(prefix, h, s) not in done and possible(h, s)]
     if not jobs:
         return
-    model = runtime.build(config["model"])
+    model = configs.build(config["model"])
     model.cpu()
     stored, maps = model._features(data.collection, model.sizes[0])
     regions = []
@@ -149,16 +149,16 @@ def measure(descriptors: torch.Tensor, data, row: str, pooling: str, head, stora
     about = {"protocol": task.name, "fingerprint": task.fingerprint}
     about |= {"metrics": result.metrics, "intervals": result.intervals}
     facts = {"row": row, "data": "cifar10", "seconds": seconds, "seed": 0, "command": command}
-    lines = runtime.result_lines(about, METRICS, **facts)
+    lines = results.result_lines(about, METRICS, **facts)
     if storage == "float":
         values = measure_ranking(part(check.query), part(check.gallery), ks=(1,), exclude_self=check.exclude_self)
         about = {"protocol": check.name, "fingerprint": check.fingerprint, "intervals": {}}
         sizes = {"queries": len(check.query), "bytes_per_item": index.code_bytes}
         about["metrics"] = sizes | {"mAP": float(values["AP"].nanmean())}
-        lines += runtime.result_lines(about, ["mAP"], **facts)
+        lines += results.result_lines(about, ["mAP"], **facts)
     fresh = not RESULTS.exists()
     with RESULTS.open("a", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([*([runtime.RESULT_COLUMNS] if fresh else []), *lines])
+        csv.writer(file, lineterminator="\n").writerows([*([results.RESULT_COLUMNS] if fresh else []), *lines])
     print(
         f"{row}: mAP {result.metrics['mAP']:.4f}, P@10 {result.metrics['P@10']:.4f}, {seconds:.0f} s",
         flush=True,

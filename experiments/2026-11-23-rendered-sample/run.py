@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from simsearch import runtime
+from simsearch import results
 
 HERE = Path(__file__).parent
 METRICS = ("mAP", "P@1", "P@10", "R@10", "index/recall@10", "mAP_pessimistic", "mAP_optimistic")
@@ -40,11 +40,11 @@ def main() -> None:
                 if protocol == "rendered-artist" and not overrides:
                     with Image.open(Path(folder, "run/figures/neighbours.png")) as picture:
                         picture.quantize(256).save(HERE / "neighbours.png", optimize=True)
-            lines += runtime.result_lines(
+            lines += results.result_lines(
                 about, METRICS, row=row, data="rendered", seconds=seconds, seed=0, command=command
             )
     with (HERE / "results.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([runtime.RESULT_COLUMNS, *lines])
+        csv.writer(file, lineterminator="\n").writerows([results.RESULT_COLUMNS, *lines])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from simsearch import runtime, sweeps
+from simsearch import results, sweeps
 from simsearch.files import replacing
 
 SWEPT = ("pooling=", "model.whitening.", "index=")
@@ -34,14 +34,14 @@ def main(folder: Path) -> None:
         command = "simsearch train data=cifar10 backbone.size=64 " + " ".join(f"{k}={v}" for k, v in swept.items())
         for stage in ("val", "test"):
             about = stages[stage]
-            lines += runtime.result_lines(
+            lines += results.result_lines(
                 about, METRICS, row=row, data="cifar10", seconds=seconds, seed=0, command=command
             )
         bytes_, value = stages["val"]["metrics"]["bytes_per_item"], stages["val"]["metrics"]["mAP"]
         points.append((int(bytes_), value, stages["test"]["metrics"]["mAP"], row))
     with replacing(Path(__file__).parent / "results.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([runtime.RESULT_COLUMNS, *lines])
+        writer.writerows([results.RESULT_COLUMNS, *lines])
     print("| bytes | validation mAP | test mAP | row |\n|---|---|---|---|")
     best = 0.0
     for size, value, test, row in sorted(points, key=lambda point: (point[0], -point[1])):

@@ -1,4 +1,4 @@
-"""What a searcher would get: index, search and full ranking of the collected descriptors."""
+"""The callback that measures retrieval in every validation epoch and at test."""
 
 from __future__ import annotations
 
@@ -6,251 +6,25 @@ import copy
 import json
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
-from torch import Tensor
 
-from simsearch.callbacks.sharded_index import ShardedIndex, whole_index
+from simsearch.evaluation.evaluate import Evaluation, check_kind, check_rerank, evaluate
 from simsearch.files import digests, read_json, replacing, write_json
-from simsearch.functional.definitions import average_precision_definitions
-from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, measure_ranking
-from simsearch.functional.reranking import Reranker, unit_vectors
-from simsearch.functional.sharded import Sharded
-from simsearch.functional.significance import mean_interval
+from simsearch.functional.reranking import Reranker
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.metrics.retrieval import RetrievalMetrics, mean_name
-from simsearch.types import Descriptors, RetrievalTask, SearchResult
+from simsearch.metrics.retrieval import RetrievalMetrics
+from simsearch.types import RetrievalTask
 
 _LOG = logging.getLogger(__name__)
-_LATENCY_QUERIES = 200
-_RECALL_QUERIES = 1000
 _KEPT = 10  # neighbours of a query in per_query.parquet, collection rows, -1 where fewer were found
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One measurement of one task.
-
-    metrics: name -> value, means over queries; names under `index/` are of what the index returned,
-    those under `rerank/` of the full ranking after re-ranking; under `code/` is the health of codes
-    (functional.code_statistics), `code/empty_ball@2` the share of queries with nothing else within distance 2.
-    intervals: name -> (low, high), 95% over units of chance. per_query: name -> float64 (Q,).
-    query, gallery: what was compared; their label and index are of all items, the vectors those of this
-    rank. found: the index's answer without junk, ids are gallery positions. index: the built index, with
-    this rank's part of the gallery. All but vectors and index are equal on all ranks.
-    """
-
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    per_query: dict[str, Tensor]
-    query: Sharded
-    gallery: Sharded
-    found: SearchResult
-    index: FaissIndex
-
-    def whole_index(self) -> FaissIndex | None:
-        """One index of the whole gallery on rank 0, None on the others. Every rank must call."""
-        return whole_index(self.index, self.gallery)
-
-
-def evaluate(
-    query: Descriptors | Sharded,
-    gallery: Descriptors | Sharded,
-    index: FaissIndex,
-    *,
-    ks: Sequence[int] = (1, 10, 100),
-    exclude_self: bool = False,
-    index_order: bool = False,
-    units: Tensor | None = None,
-    rerank: Reranker | None = None,
-    seed: int = 0,
-) -> Evaluation:
-    """The full ranking and the index's answers, measured on queries against a gallery.
-
-    `index` is filled with the gallery. The full ranking is over what the index stores: for a
-    compressing index (PQ, scalar quantiser) over its decoded vectors, the queries uncompressed. The
-    index's recall is against exact search of the uncompressed gallery, on at most 1,000 queries.
-    With `index_order` codes also get `mAP_index_order`, ties broken by gallery order. A float Flat
-    index's answers are put into the order of the full ranking's scores, since FAISS rounds a score
-    by where its vectors lie.
-
-    units: int64 (Q,), the unit of chance of each query, which the intervals are over; None: each is one.
-
-    With `rerank` the metrics of the full ranking come once more, as `rerank/mAP` and so on, after
-    re-ranking what the index stores by cosine (codes as vectors of + and - 1); beside them
-    `rerank/fit_s`, seconds that the gallery took once, and `rerank/seconds_per_query`, of the first
-    exact search and the re-ranking; an expanded query is then searched again, which is not in it.
-
-    Queries without relevant items have no value; they are counted in `queries_without_relevant`. Queries that stand in
-    their own ranking, as a right answer, are counted in `queries_in_own_ranking`.
-
-    A gallery on several ranks (Sharded; every rank must call) stays there: each ranks and indexes its part.
-    Ranks and counts of the full ranking are those of one process, and metrics within 1e-12, whatever the
-    number of ranks; those under `index/` as far as ShardedIndex answers as one index does. Build time,
-    queries per second and latency are those of the slowest rank, without the exchange between ranks.
-
-    Raises ValueError for an index of the other kind, and for `rerank` with several ranks.
-    """
-    query, gallery = Sharded.of(query), Sharded.of(gallery)
-    _check_kind(index, gallery.bits)
-    if rerank is not None:
-        _check_rerank(gallery.ranks.world)
-    filled = ShardedIndex(index, gallery)
-
-    ranked = filled.as_ranked(query)
-    per_query = measure_ranking(*ranked, ks=ks, exclude_self=exclude_self)
-    if index_order and gallery.bits is not None:
-        per_query["AP_index_order"] = average_precision_in_index_order(query, gallery, exclude_self=exclude_self)
-    junk = find_junk(query, gallery.own, exclude_self=exclude_self)
-    metrics: dict[str, float] = {}
-    if rerank is not None:
-        reranked, metrics = _measure_reranked(rerank, query, filled, junk, ks, exclude_self)
-        per_query |= reranked
-    found, search_seconds = filled.search(query, min(max(ks), len(gallery)), junk=junk)
-    relevant = per_query.pop("relevant")
-    per_query |= _measure_found(found, query, gallery, relevant, ks)
-
-    values = torch.stack(list(per_query.values()), dim=1)
-    metrics |= {mean_name(n): float(v.nanmean()) for n, v in per_query.items()}
-    bounds = mean_interval(values, units).tolist()
-    intervals = {mean_name(n): (low, high) for n, (low, high) in zip(per_query, bounds, strict=True)}
-    metrics |= _index_recall(filled, query, ks, seed)
-    alone = filled.seconds_alone(query, _LATENCY_QUERIES, k=10)
-    metrics |= {f"index/latency_ms_p{p}": 1e3 * float(np.percentile(alone, p)) for p in (50, 95, 99)}
-    metrics |= {
-        "index/build_s": filled.build_seconds,
-        "index/queries_per_s": len(query) / search_seconds,
-        "index/bytes_per_item": filled.bytes_per_item,
-        "bytes_per_item": filled.code_bytes,
-        "queries": float(len(query)),
-        "gallery": float(len(gallery)),
-        "queries_without_relevant": float((relevant == 0).sum()),
-        "queries_in_own_ranking": float(0 if exclude_self else _in_own_ranking(query, gallery)),
-    }
-    if gallery.bits is not None:
-        others, _ = filled.search(query, 1, junk=find_junk(query, gallery.own, exclude_self=True))
-        metrics["code/empty_ball@2"] = float((others.scores[:, 0] < -2).double().mean())
-    return Evaluation(metrics, intervals, per_query, query, gallery, found, index)
-
-
-def _in_own_ranking(query: Sharded, gallery: Sharded) -> int:
-    """How many queries are gallery items too, and not junk to themselves by a group."""
-    own = torch.isin(query.index, gallery.index)
-    if query.group is not None and gallery.group is not None:
-        own &= query.group < 0
-    return int(own.sum())
-
-
-def _check_kind(index: FaissIndex, bits: int | None) -> None:
-    if index.is_binary != (bits is not None):
-        kind = "codes: use index=binary-flat" if bits is not None else "float descriptors: use index=flat"
-        raise ValueError(f"index {index.factory!r} does not fit the model's {kind} or another of that kind")
-
-
-def _check_rerank(world: int) -> None:
-    if world > 1:
-        raise ValueError(
-            f"re-ranking needs the whole gallery in one process, there are {world}: train with rerank=null, then "
-            "`simsearch evaluate run=... rerank=...`"
-        )
-
-
-def _measure_reranked(
-    rerank: Reranker,
-    query: Sharded,
-    index: ShardedIndex,
-    junk: Junk,
-    ks: Sequence[int],
-    exclude_self: bool,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Full-ranking metrics after re-ranking, float64 (Q,), and the times that it took."""
-    start = time.perf_counter()
-    ready = rerank.fit(unit_vectors(index.stored, query.bits))
-    fitted = time.perf_counter()
-    wanted, ahead = ready.rerank(unit_vectors(query.own.vectors, query.bits), junk)
-    times = {
-        "rerank/fit_s": fitted - start,
-        "rerank/seconds_per_query": (time.perf_counter() - fitted) / len(query),
-    }
-    per_query = measure_ranking(
-        query.with_vectors(wanted),
-        index.gallery.with_vectors(ready.vectors),
-        ks=ks,
-        exclude_self=exclude_self,
-        ahead=ahead,
-    )
-    return {f"rerank/{name}": value for name, value in per_query.items() if name != "relevant"}, times
-
-
-def _measure_found(
-    found: SearchResult, query: Sharded, gallery: Sharded, relevant: Tensor, ks: Sequence[int]
-) -> dict[str, Tensor]:
-    """P@k, R@k and AP@k (divided by min(R, k)) of the returned lists, float64 (Q,)."""
-    right = (gallery.label[found.ids.clamp(min=0)] == query.label[:, None]) & (found.ids >= 0)
-    hits = right.double().cumsum(1)
-    precision = hits / torch.arange(1, right.shape[1] + 1)
-    metrics = {}
-    for k in ks:
-        last = min(k, right.shape[1])
-        metrics[f"index/P@{k}"] = hits[:, last - 1] / k
-        metrics[f"index/R@{k}"] = (hits[:, last - 1] > 0).double()
-        metrics[f"index/AP@{k}_minRk"] = (precision * right)[:, :last].sum(1) / relevant.clamp(min=1, max=k)
-    # One ranking by every definition of mAP@k, so that a paper's number can be translated.
-    counted = right & (relevant > 0)[:, None]  # an unknown label equals no other
-    first = torch.nn.functional.pad(counted, (0, max(ks) - right.shape[1]))
-    named = average_precision_definitions(first, relevant.long())
-    metrics |= {f"definitions/{name}": value for name, value in named.items()}
-    return {name: value.masked_fill(relevant == 0, torch.nan) for name, value in metrics.items()}
-
-
-def _index_recall(index: ShardedIndex, query: Sharded, ks: Sequence[int], seed: int) -> dict[str, float]:
-    """Share of the exact k nearest that the index returns, junk and self included, by k."""
-    few = torch.from_numpy(np.random.default_rng(seed).permutation(len(query))[:_RECALL_QUERIES])
-    gallery, binary = index.gallery, index.index.is_binary
-    k = min(max(ks), len(gallery))
-    truth = got = index.search(query, k, chosen=few)[0]
-    if index.index.factory not in ("Flat", "BFlat"):  # these are the exact search
-        flat = FaissIndex("BFlat") if binary else FaissIndex("Flat", metric=index.index.metric)
-        truth = ShardedIndex(flat, gallery).search(query, k, chosen=few)[0]
-    recall = {}
-    for k in sorted({min(k, len(gallery)) for k in ks}):
-        if binary:
-            # Distances tie: whatever is as near as the k-th nearest is one of the nearest.
-            kept = got.scores[:, :k] >= truth.scores[:, k - 1 : k]
-        else:
-            kept = (got.ids[:, :k, None] == truth.ids[:, None, :k]).any(2)
-        recall[f"index/recall@{k}"] = float(kept.double().mean())
-    return recall
-
-
-def metric_names(ks: Sequence[int], *, codes: bool, rerank: bool = False) -> set[str]:
-    """The names under which RetrievalEvaluation logs a stage, without that stage: found by measuring a few numbers.
-
-    codes, rerank: of binary codes, and after re-ranking too. A gallery of fewer items than the last of `ks` gets its
-    recall at their number.
-    """
-    metrics = RetrievalMetrics(ks, 8 if codes else None, exclude_self=True)
-    index = torch.arange(max(ks) + 1)
-    vectors = torch.randn(len(index), 8, generator=torch.Generator().manual_seed(0))
-    metrics.update("query", vectors[:2], index[:2] % 2, index[:2])
-    metrics.update("gallery", vectors, index % 2, index)
-    query, gallery = metrics.sharded("query"), metrics.sharded("gallery")
-    flat = FaissIndex("BFlat") if codes else FaissIndex("Flat")
-    result = evaluate(query, gallery, flat, ks=ks, exclude_self=True, index_order=True)
-    names = {*result.metrics, *(f"code/{name}" for name in metrics.code_statistics())}
-    if rerank:
-        names |= {f"rerank/{name}" for name in (*metrics.compute(), "fit_s", "seconds_per_query")}
-    return names
 
 
 class RetrievalEvaluation(pl.Callback):
@@ -278,9 +52,9 @@ class RetrievalEvaluation(pl.Callback):
         self._metrics: RetrievalMetrics | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        _check_kind(self.index, getattr(pl_module, "bits", None))  # before hours of work, not after
+        check_kind(self.index, getattr(pl_module, "bits", None))  # before hours of work, not after
         if self.rerank is not None:
-            _check_rerank(trainer.world_size)
+            check_rerank(trainer.world_size)
 
     def _start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if trainer.sanity_checking:

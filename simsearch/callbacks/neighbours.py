@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
+from simsearch.callbacks.evaluation import RetrievalEvaluation
+from simsearch.evaluation.evaluate import Evaluation
 from simsearch.figures import Tile, save_grid, spared
 from simsearch.types import RetrievalTask
 

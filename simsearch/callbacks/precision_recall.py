@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
-from simsearch.callbacks.sharded_index import ShardedIndex
+from simsearch.callbacks.evaluation import RetrievalEvaluation
+from simsearch.evaluation.evaluate import Evaluation
+from simsearch.evaluation.sharded_index import ShardedIndex
 from simsearch.figures import save_curve, spared
 from simsearch.files import replacing
 from simsearch.functional.curves import RECALL_LEVELS, precision_recall_curve

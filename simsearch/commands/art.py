@@ -14,9 +14,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from simsearch import runtime
+from simsearch import program
 from simsearch.data.collection import Collection
-from simsearch.data.files import files_collection, open_ingest
+from simsearch.data.image_folder import files_collection, open_ingest
 from simsearch.data.manifest import read_manifest
 from simsearch.data.protocols import ByHash
 from simsearch.files import read_json, replacing
@@ -28,7 +28,7 @@ MEASURABLE = ("artist", "style", "genre", "period")
 LEAST_TRAINED = 10
 
 
-@runtime.command("art")
+@program.command("art")
 def main(config: DictConfig) -> None:
     if config.serve not in (True, False, None):
         raise ValueError(f"serve must be true, false or null, got {config.serve!r}")

@@ -14,11 +14,12 @@ from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor, nn
 
-from simsearch import assessment, runtime
-from simsearch.assessment import Measured
+from simsearch import configs, program, results, run_directory, terminal
 from simsearch.data.collection import Collection
 from simsearch.data.manifest import load_images, read_manifest
 from simsearch.data.protocols import Split
+from simsearch.evaluation import assessment
+from simsearch.evaluation.assessment import Measured
 from simsearch.figures import Tile, save_grid, spared
 from simsearch.files import replacing
 from simsearch.functional.significance import holm, paired_interval, paired_permutation
@@ -47,10 +48,10 @@ class Row:
         return 4 * self.vectors.shape[1] if self.bits is None else -(-self.bits // 8)
 
 
-@runtime.command("assess")
+@program.command("assess")
 def main(config: DictConfig) -> None:
-    values = runtime.plain(config)
-    runs = [runtime.open_run(Path(run), trusted=runtime.trusts(config)) for run in listed(values["runs"])]
+    values = configs.plain(config)
+    runs = [run_directory.open_run(Path(run), trusted=configs.trusts(config)) for run in listed(values["runs"])]
     names = listed(values["names"]) if values["names"] else [run.folder.name for run in runs]
     if len(names) != len(runs) or len(set(names)) != len(names):
         raise ValueError(f"names={names}: give one for each of the {len(runs)} runs, all different")
@@ -61,7 +62,7 @@ def main(config: DictConfig) -> None:
         check_unknown(given, runs)
     rows, collection, tasks = [], None, {}
     for name, run in zip(names, runs, strict=True):
-        data = runtime.build_data({"data": fitted(given, run.config["data"])}, Everything())
+        data = configs.build_data({"data": fitted(given, run.config["data"])}, Everything())
         if collection is None:
             collection = data.collection  # type: ignore[attr-defined]
             tasks = split(collection, values["protocols"], whole=values["part"] == "all")
@@ -81,8 +82,8 @@ def main(config: DictConfig) -> None:
     with spared():
         galleries = write_galleries(out, rows, found, collection, tasks)
     for title, columns in (("By attribute", SHOWN), ("Same work, open set and graded", INSTANCE)):
-        runtime.show(values_table(title, columns, found))
-    runtime.show(lists_table(recommended))
+        terminal.show(values_table(title, columns, found))
+    terminal.show(lists_table(recommended))
     for line in compared:
         print(
             f"{line['row']} - {line['baseline']}, {line['protocol']} mAP: {line['difference']:+.4f} "
@@ -102,7 +103,7 @@ def fitted(data: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return data | {name: own[name] for name in ("size", "fit") if name in own and name in data}
 
 
-def check_unknown(data: dict[str, Any], runs: list[runtime.Run]) -> None:
+def check_unknown(data: dict[str, Any], runs: list[run_directory.Run]) -> None:
     """Raises ValueError where a run was trained on these data, by where they come from."""
     for run in runs:
         own = run.config["data"]
@@ -135,7 +136,7 @@ def split(
     for name, node in protocols.items():
         try:
             chosen = node | {"evaluation": 1.0, "validation": None} if whole else node
-            tasks[name] = runtime.build(chosen).split(collection).test
+            tasks[name] = configs.build(chosen).split(collection).test
         except ValueError as error:
             warn(f"left out: {error}")
     if not tasks:
@@ -143,11 +144,11 @@ def split(
     return tasks
 
 
-def describe(name: str, run: runtime.Run, data: Any, outside: str | None, limit: int) -> Row:
+def describe(name: str, run: run_directory.Run, data: Any, outside: str | None, limit: int) -> Row:
     """The descriptors of the whole collection, in row order, and of images from elsewhere."""
-    model = runtime.load_model(run)
+    model = run_directory.load_model(run)
     one = run.config["trainer"] | {"devices": 1, "num_nodes": 1, "strategy": "auto"}
-    trainer = runtime.build_trainer({**run.config, "trainer": one, "callbacks": {}}, run.folder, [])
+    trainer = configs.build_trainer({**run.config, "trainer": one, "callbacks": {}}, run.folder, [])
     start = time.perf_counter()
     vectors = torch.cat(trainer.predict(model, data))  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
@@ -277,7 +278,7 @@ def write_results(
             add(row.name, measured, "", row.bytes_per_item, round(row.seconds, 1))
     for name, measured in recommended.items():
         add(name, measured, "lists/", "", "")
-    write_rows(path, list(runtime.RESULT_COLUMNS), lines)
+    write_rows(path, list(results.RESULT_COLUMNS), lines)
 
 
 def write_rows(path: Path, header: list[str], lines: list[list[Any]]) -> None:

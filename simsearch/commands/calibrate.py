@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from simsearch import runtime
+from simsearch import configs, program, terminal
 from simsearch.cache import ArrayCache
 from simsearch.commands.index import report_errors
 from simsearch.data.manifest import Manifest, load_images, read_manifest
@@ -43,10 +43,10 @@ from simsearch.search.recommender import Recommender
 _BLOCK = 256  # queries that are searched together
 
 
-@runtime.command("calibrate")
+@program.command("calibrate")
 def main(config: DictConfig) -> None:
     least_scores(config.rate, config.certainty)  # refuses what is no rate or certainty
-    catalog = read_catalog(Path(config.catalog), calibrated=False, trusted=runtime.trusts(config))
+    catalog = read_catalog(Path(config.catalog), calibrated=False, trusted=configs.trusts(config))
     recommender = Recommender(catalog)
     positions = image_a_work(recommender, config.sample, config.seed)
     first = halves(work_names(recommender, positions))
@@ -99,7 +99,7 @@ def main(config: DictConfig) -> None:
         },
     )
     folder = catalog.folder / "calibration"
-    runtime.show(results(thresholds))
+    terminal.show(results(thresholds))
     print(f"thresholds: {catalog.folder / 'calibration.json'}")
     if curves:
         write_curves(folder / "curve.csv", curves)
@@ -185,9 +185,9 @@ class Describer:
         return readable.tolist(), torch.from_numpy(vectors)
 
     def _fill(self, manifest: Manifest, rows: np.ndarray, start: int) -> Iterator[int]:
-        encoder = runtime.build_encoder(self.catalog.about["config"], trusted=self.catalog.trusted)
+        encoder = configs.build_encoder(self.catalog.about["config"], trusted=self.catalog.trusted)
         self.catalog.load_encoder_state(encoder)
-        encoder.to(runtime.device(self.config.device))
+        encoder.to(configs.device(self.config.device))
         presence = Presence(manifest.root, manifest.paths)
         step = 8 * self.config.batch_size
         with tqdm(total=len(rows), initial=start, unit="img", desc="describe") as bar:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from simsearch import runtime, tracking
+from simsearch import configs, program, run_directory, terminal, tracking
 from simsearch.comparison.leaderboard import Entry, check_comparable, config_differences, leaderboard
 from simsearch.comparison.page import DETAILED, Case, Comparison, Picture, differences_by_query, page
 from simsearch.comparison.report import columns, csv_text, markdown_table, terminal_table
@@ -32,10 +32,10 @@ THUMBNAIL_SIDE = 96
 PLACES = ("run_dir", "run_root", "resume", "logger", "catalog", "data.root", "data.cache", "data.download")
 
 
-@runtime.command("compare")
+@program.command("compare")
 def main(config: DictConfig) -> None:
-    values = runtime.plain(config)
-    trusted = runtime.trusts(config)
+    values = configs.plain(config)
+    trusted = configs.trusts(config)
     results, missing = read(listed(values["runs"]), trusted=trusted)
     if values["baseline"] is None:
         baseline = results[0]
@@ -45,7 +45,7 @@ def main(config: DictConfig) -> None:
     if not values["force"]:
         check_comparable(results)
     metric = values["metric"]
-    headlines = [name for name in dict.fromkeys((metric, *runtime.HEADLINES)) if _known(results, name)]
+    headlines = [name for name in dict.fromkeys((metric, *results.HEADLINES)) if _known(results, name)]
     definitions = list(dict.fromkeys(n for r in results for n in r.metrics if n.startswith("definitions/")))
     seed = values["seed"]
     also = [*headlines, *definitions]
@@ -77,13 +77,13 @@ def main(config: DictConfig) -> None:
 
 def show(comparison: Comparison, baseline: Result) -> None:
     """Prints the leaderboard, and the runs that are not in it."""
-    runtime.show(terminal_table(comparison.entries, comparison.columns, runtime.console().width))
+    terminal.show(terminal_table(comparison.entries, comparison.columns, terminal.console().width))
     tested = sum(entry.paired is not None for entry in comparison.entries)
-    runtime.show(f"baseline {cell(baseline.name)}; {tested} paired tests, p adjusted by Holm; the page says more")
+    terminal.show(f"baseline {cell(baseline.name)}; {tested} paired tests, p adjusted by Holm; the page says more")
     if comparison.forced:
-        runtime.show("[red]these runs are of different protocols or data: their values do not compare[/red]")
+        terminal.show("[red]these runs are of different protocols or data: their values do not compare[/red]")
     for m in comparison.missing:
-        runtime.show(f"{cell(m.name)}: {m.state}, {cell(m.reason)}")
+        terminal.show(f"{cell(m.name)}: {m.state}, {cell(m.reason)}")
 
 
 # ------------------------------------------------------------------------------------------- the runs
@@ -165,7 +165,7 @@ def without_repeats(results: Sequence[Result], baseline: Result) -> list[Result]
     for result in sorted(results, key=lambda result: result is not baseline):
         key = (configuration(result), result.fingerprint, result.unit, seeds(result.config))
         if kept.setdefault(key, result) is not result:
-            runtime.show(f"{cell(result.name)} repeats {cell(kept[key].name)}, seed and all: left out")
+            terminal.show(f"{cell(result.name)} repeats {cell(kept[key].name)}, seed and all: left out")
     return [result for result in results if any(result is one for one in kept.values())]
 
 
@@ -176,7 +176,7 @@ def seeds(config: Mapping[str, Any]) -> str:
     if isinstance(model, Mapping) and (start := model.get("start")) is not None:
         folder = Path(start) if Path(start).is_dir() else Path(start).parent.parent
         if (folder / "config.yaml").is_file():
-            found.append(seeds(runtime.read_run(folder).config))
+            found.append(seeds(run_directory.read_run(folder).config))
     return " ".join(found)
 
 
@@ -198,7 +198,7 @@ def seedless_digest(config: Mapping[str, Any]) -> str:
     if start is not None:
         folder = Path(start) if Path(start).is_dir() else Path(start).parent.parent
         if (folder / "config.yaml").is_file():
-            plain["model"]["start"] = seedless_digest(runtime.read_run(folder).config)
+            plain["model"]["start"] = seedless_digest(run_directory.read_run(folder).config)
     return digest({"seed": None, **plain})
 
 
@@ -226,11 +226,11 @@ def pictures(
         return None, {e.name: "no pictures: what was found after re-ranking is not kept" for e in compared}
     try:
         first = line.results[0]
-        config = first.config if trusted else runtime.admitted(first.config, first.place)
-        collection = runtime.build_data(config).collection  # type: ignore[attr-defined]
+        config = first.config if trusted else configs.admitted(first.config, first.place)
+        collection = configs.build_data(config).collection  # type: ignore[attr-defined]
         judge = Judge.of(collection, line)
-    except (*runtime.MENDABLE, LookupError) as error:
-        reason = runtime.reason(error)
+    except (*program.MENDABLE, LookupError) as error:
+        reason = program.reason(error)
         print(f"no pictures: {reason}", file=sys.stderr)
         return None, {e.name: f"no pictures: the data cannot be read ({reason})" for e in compared}
     cases: dict[str, Sequence[Case] | str] = {}
@@ -268,7 +268,7 @@ def neighbours(
     source = catalog.about.get("source", {})
     if (source.get("data"), source.get("protocol")) != (collection.name, result.protocol):
         raise ValueError(f"the catalog of {result.name} holds {source.get('data')}, {source.get('protocol')}")
-    encoder = runtime.build_encoder(catalog.about["config"], trusted=trusted)
+    encoder = configs.build_encoder(catalog.about["config"], trusted=trusted)
     catalog.load_encoder_state(encoder)
     places = {collection.path(row): row for row in range(len(collection))}
     try:

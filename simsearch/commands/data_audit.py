@@ -9,24 +9,24 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from simsearch import runtime
+from simsearch import configs, program, run_directory
 from simsearch.data.audit import audit, contact_sheet, write_csv
 from simsearch.files import write_json
 
 _GOOD = 0.9
 
 
-@runtime.command("data_audit")
+@program.command("data_audit")
 def main(config: DictConfig) -> None:
-    run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
-    values = runtime.plain(config)
+    run = run_directory.open_run(Path(config.run), trusted=configs.trusts(config))
+    values = configs.plain(config)
     merged = run.config | {group: values[group] for group in ("data", "protocol") if values.get(group)}
-    data = runtime.build_data(merged)
+    data = configs.build_data(merged)
     collection, split = data.collection, data.split  # type: ignore[attr-defined]
-    model = runtime.load_model(run)
+    model = run_directory.load_model(run)
     descriptors = None
     if model.bits is None:
-        trainer = runtime.build_trainer({**merged, "callbacks": {}}, run.folder, [])
+        trainer = configs.build_trainer({**merged, "callbacks": {}}, run.folder, [])
         descriptors = torch.cat(trainer.predict(model, data))  # type: ignore[arg-type]
     else:
         print("the run gives codes: near-duplicates are proposed by perceptual hash alone")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from simsearch import runtime
+from simsearch import program
 from simsearch.data.revisited import convert_ground_truth, write_benchmark
-from simsearch.functional.graded import GRADES
+from simsearch.functional.revisited import GRADES
 
 
-@runtime.command("data_convert")
+@program.command("data_convert")
 def main(config: DictConfig) -> None:
     source = Path(config.gnd)
     name = config.name or source.stem.removeprefix("gnd_")

@@ -10,16 +10,16 @@ from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
-from simsearch import runtime
+from simsearch import configs, program
 from simsearch.files import replacing
 
 
-@runtime.command("data_export")
+@program.command("data_export")
 def main(config: DictConfig) -> None:
     parts = ("all", "train", "query", "gallery")
     if config.part not in parts:
         raise ValueError(f"part must be one of {', '.join(parts)}, got {config.part!r}")
-    data = runtime.build_data(runtime.plain(config))
+    data = configs.build_data(configs.plain(config))
     collection, split = data.collection, data.split  # type: ignore[attr-defined]
     rows = {
         "all": np.arange(len(collection)),

@@ -17,11 +17,18 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from simsearch import runtime
+from simsearch import configs, program
 from simsearch.cache import cache_key
 from simsearch.data.audit import pixel_correlations
-from simsearch.data.files import DecodedFiles, files_collection
-from simsearch.data.ingest import (
+from simsearch.data.image_folder import DecodedFiles, files_collection
+from simsearch.data.ingest.grouping import (
+    SameWork,
+    cliques,
+    hash_pairs,
+    least_correlation,
+    turned_pairs,
+)
+from simsearch.data.ingest.pipeline import (
     UNPACKED,
     Decoding,
     Files,
@@ -33,18 +40,11 @@ from simsearch.data.ingest import (
     keep,
     write_results,
 )
-from simsearch.data.ingest_report import SUSPICIOUS_BAND, markdown, summarise
-from simsearch.data.listing import read_listing
+from simsearch.data.ingest.pixel_store import images_of
+from simsearch.data.ingest.report import SUSPICIOUS_BAND, markdown, summarise
+from simsearch.data.ingest.source import read_listing
 from simsearch.data.manifest import Manifest
-from simsearch.data.pixels import images_of
 from simsearch.data.protocols import ByHash
-from simsearch.data.works import (
-    SameWork,
-    cliques,
-    hash_pairs,
-    least_correlation,
-    turned_pairs,
-)
 from simsearch.figures import Tile, save_grid, spared
 from simsearch.files import Damaged, read_array, replacing, write_array
 from simsearch.functional.pooling import gem
@@ -63,15 +63,15 @@ _BATCH = 64
 _COLUMNS = 12  # of the contact sheet
 
 
-@runtime.command("data_ingest")
+@program.command("data_ingest")
 def main(config: DictConfig) -> None:
-    values = runtime.plain(config)
+    values = configs.plain(config)
     source, out = Path(values["images"]).resolve(), Path(values["out"]).resolve()
     if source.is_dir() and out.is_relative_to(source):
         raise ValueError(f"out={out} lies in the folder of images, of which it would become a part: give another place")
     backbone = None
     if values["near"]["descriptors"]:
-        backbone = runtime.build(values["backbone"]).eval().requires_grad_(False)
+        backbone = configs.build(values["backbone"]).eval().requires_grad_(False)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / ".lock", timeout=0):

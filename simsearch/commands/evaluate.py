@@ -11,18 +11,18 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
-from simsearch import runtime, tracking
+from simsearch import configs, program, results, run_directory, terminal, tracking
 from simsearch.data.audit import read_csv
 from simsearch.data.protocols import WithoutRows
 from simsearch.files import read_json, write_json
 
 
-@runtime.command("evaluate")
+@program.command("evaluate")
 def main(config: DictConfig) -> None:
     if config.stage not in ("test", "validate"):
         raise ValueError(f"stage must be test or validate, got {config.stage!r}")
-    run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
-    values = runtime.plain(config)
+    run = run_directory.open_run(Path(config.run), trusted=configs.trusts(config))
+    values = configs.plain(config)
     merged = run.config | {
         group: values[group] for group in ("data", "protocol", "index", "rerank") if values.get(group)
     }
@@ -32,10 +32,10 @@ def main(config: DictConfig) -> None:
     merged["trainer"] |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # whatever the run trained with
     if config.without and config.stage == "validate":
         raise ValueError("without= leaves queries out of the test: it has no meaning with stage=validate")
-    model = runtime.load_model(run)
+    model = run_directory.load_model(run)
     folder = Path(config.run_dir)
 
-    data = runtime.build_data(merged)
+    data = configs.build_data(merged)
     loggers = tracking.evaluation_loggers(run, merged, folder)
     status = "failed"
     try:
@@ -50,8 +50,8 @@ def main(config: DictConfig) -> None:
         rows = read_csv(Path(config.without)).query.unique()
         if not torch.isin(rows, data.task("test").query).all():  # type: ignore[attr-defined]
             raise ValueError(f"{config.without} lists rows that are no queries of {merged['protocol']['name']}")
-        protocol = WithoutRows(runtime.build(merged["protocol"]), rows)
-        data = runtime.build_data(merged, protocol)
+        protocol = WithoutRows(configs.build(merged["protocol"]), rows)
+        data = configs.build_data(merged, protocol)
         measure(model, data, merged, folder / "without", config.stage, [])
 
 
@@ -69,17 +69,17 @@ def measure(
 
     by_index: the table says too what the lists hold that the index gives.
     """
-    trainer = runtime.build_trainer(config, folder, loggers)
+    trainer = configs.build_trainer(config, folder, loggers)
     run_stage = trainer.test if stage == "test" else trainer.validate
     run_stage(model, data, verbose=False)
     asked = ("rerank", "index") if by_index else ("rerank",)
-    runtime.show(runtime.results_table(read_json(folder / "metrics.json"), parts=asked))
+    terminal.show(results.results_table(read_json(folder / "metrics.json"), parts=asked))
     print(f"results: {folder / 'metrics.json'}")
 
 
-def note_trained_queries(run: runtime.Run, data: pl.LightningDataModule, folder: Path, stage: str) -> None:
+def note_trained_queries(run: run_directory.Run, data: pl.LightningDataModule, folder: Path, stage: str) -> None:
     """Writes into metrics.json how many queries the run was fitted on, which another protocol may bring."""
-    trained = runtime.build(run.config["protocol"]).split(data.collection).train  # type: ignore[attr-defined]
+    trained = configs.build(run.config["protocol"]).split(data.collection).train  # type: ignore[attr-defined]
     count = int(torch.isin(data.task(stage).query, trained).sum())  # type: ignore[attr-defined]
     stages = read_json(folder / "metrics.json")
     stages["test" if stage == "test" else "val"]["queries_trained_on"] = count

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor, nn
 
-from simsearch import __version__, runtime
+from simsearch import __version__, configs, program, terminal
 from simsearch.commands.calibrate import chosen
 from simsearch.commands.index import report_errors
 from simsearch.data.manifest import Manifest, load_images, read_manifest
@@ -24,7 +24,7 @@ from simsearch.models.backbones import Backbone
 from simsearch.models.exported import ABOUT, ExportedEncoder, write_exported
 from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.engine import encode
-from simsearch.serving.runtimes import seconds
+from simsearch.serving.backend_choice import seconds
 from simsearch.types import SearchResult
 
 BATCHES = (1, 8)
@@ -46,13 +46,13 @@ class Agreement:
     border: float
 
 
-@runtime.command("export")
+@program.command("export")
 def main(config: DictConfig) -> None:
     for name, least in (("k", 1), ("sample", 1), ("batch_size", 1), ("tolerance", 0)):
         if not config[name] >= least:
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
-    catalog = read_catalog(Path(config.catalog), trusted=runtime.trusts(config))
-    encoder = runtime.build_encoder(catalog.about["config"], trusted=catalog.trusted)
+    catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
+    encoder = configs.build_encoder(catalog.about["config"], trusted=catalog.trusted)
     catalog.load_encoder_state(encoder)
     for module in encoder.modules():
         if isinstance(module, Backbone):
@@ -73,7 +73,7 @@ def main(config: DictConfig) -> None:
         fingerprint = catalog.about["encoder_fingerprint"]
         write_json(temporary / ABOUT, {**about, "encoder": fingerprint, "simsearch": __version__, "checked": checked})
         sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-    runtime.show(results(agreement, speeds))
+    terminal.show(results(agreement, speeds))
     print(f"{out}: " + ", ".join(f"{name} ({size / 1e6:.1f} MB)" for name, size in sizes.items()))
 
 

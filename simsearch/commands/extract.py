@@ -18,15 +18,14 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from simsearch import runtime
+from simsearch import configs, program, run_directory
 from simsearch.commands.index import report_errors
-from simsearch.data.batches import ImageBatch
-from simsearch.data.chunks import load_chunks
+from simsearch.data.loading import ImageBatch, load_chunks
 from simsearch.data.manifest import ImageFiles, Manifest, read_manifest
 from simsearch.data.presence import Presence
 from simsearch.images import MAX_PIXELS, ImageError, encode_thumbnail
-from simsearch.search.claims import Claims, claimed
 from simsearch.search.engine import encode
+from simsearch.search.leases import Claims, claimed
 from simsearch.search.shards import ShardError, Shards, begin, open_shards
 from simsearch.text import warn
 
@@ -54,15 +53,15 @@ class Work:
     max_pixels: int = MAX_PIXELS
 
 
-@runtime.command("extract")
+@program.command("extract")
 def main(config: DictConfig) -> None:
     rank, ranks, local = place(config.rank, config.ranks, os.environ)
-    run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
+    run = run_directory.open_run(Path(config.run), trusted=configs.trusts(config))
     source, out = Path(config.images).resolve(), Path(config.out).resolve()
     manifest = read_manifest(source, Path(config.root) if config.root else None)
     for note in manifest.notes:
         warn(f"note: {source.name}: {note}")
-    encoder = runtime.load_model(run).encoder
+    encoder = run_directory.load_model(run).encoder
     given = {"run": run.folder.resolve(), "images": source, "root": config.root and Path(config.root).resolve()}
     given |= {"out": out, "chunk": config.chunk, "thumbnail": config.thumbnail}
     given |= {"trust": "true"} if config.trust else {}
@@ -70,7 +69,7 @@ def main(config: DictConfig) -> None:
         out,
         manifest,
         encoder=encoder,
-        config=runtime.encoder_config(run.config),
+        config=configs.encoder_config(run.config),
         chunk=config.chunk,
         thumbnail=config.thumbnail,
         trusted=run.trusted,
@@ -198,7 +197,7 @@ def check_own(shards: Shards, presence: Presence, rank: int, ranks: int) -> None
 
 def accelerator(name: str, local: int) -> torch.device:
     """The device of that name; where the machine has several accelerators, the one for its process `local`."""
-    device = runtime.device(name)
+    device = configs.device(name)
     if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
         return torch.device("cuda", local % torch.cuda.device_count())
     return device
@@ -245,12 +244,12 @@ def run_ranks(shards: Shards, work: Work) -> None:
 
 def rank_main(work: Work) -> None:
     """What a process of `run_ranks` does: no Hydra, the encoder from the plan."""
-    runtime.quiet_libraries()
+    program.quiet_libraries()
     torch.set_num_threads(max(1, torch.get_num_threads() // work.ranks))
     try:
         shards = open_shards(work.shards, trusted=work.trusted)
         with stopping(shards, quiet=True):
-            encoder = runtime.build_encoder(shards.about["config"], trusted=work.trusted)
+            encoder = configs.build_encoder(shards.about["config"], trusted=work.trusted)
             shards.load_encoder_state(encoder)
             manifest = Manifest(work.root, tuple(shards.items["path"].to_pylist()), max_pixels=work.max_pixels)
             describe(shards, encoder, manifest, work, show=lambda: None)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from simsearch import runtime
+from simsearch import configs, program, run_directory
 from simsearch.data.manifest import load_images, read_manifest
 from simsearch.data.presence import MOST_GONE, Presence
 from simsearch.data.tables import Rejected
@@ -49,9 +49,9 @@ class Described:
     out: Path
 
 
-@runtime.command("index")
+@program.command("index")
 def main(config: DictConfig) -> None:
-    index = runtime.build(runtime.plain(config)["index"])
+    index = configs.build(configs.plain(config)["index"])
     described = from_shards(config, index) if config.shards else from_images(config, index)
     out = described.out
     check_not_fewer(out, sum(described.counts), config.fewer)
@@ -101,7 +101,7 @@ def from_images(config: DictConfig, index: FaissIndex) -> Described:
     """Describes the images of a folder or manifest now."""
     if not config.run or not config.images:
         raise ValueError("give run=<run> and images=<folder or manifest>, or shards=<out of simsearch extract>")
-    run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
+    run = run_directory.open_run(Path(config.run), trusted=configs.trusts(config))
     source = Path(config.images).resolve()
     manifest = read_manifest(source, Path(config.root) if config.root else None)
     for note in manifest.notes:
@@ -109,7 +109,7 @@ def from_images(config: DictConfig, index: FaissIndex) -> Described:
     table, presence = path_table(manifest), Presence(manifest.root, manifest.paths)
     usual = run.folder / "catalogs" / (source.name if source.is_dir() else source.stem)
     out = place(config, usual, len(manifest))
-    encoder = runtime.load_model(run).encoder.to(runtime.device(config.device))
+    encoder = run_directory.load_model(run).encoder.to(configs.device(config.device))
     check_kind(index, encoder)
     parts, rows, thumbnails, errors = [], [], [], []
     batches = load_images(
@@ -135,7 +135,7 @@ def from_images(config: DictConfig, index: FaissIndex) -> Described:
     vectors = torch.cat(parts)[order]
     return Described(
         encoder=encoder,
-        config=runtime.encoder_config(run.config),
+        config=configs.encoder_config(run.config),
         counts=[len(rows)],
         vectors=lambda _: vectors,
         items=[with_thumbnails(table.take([rows[i] for i in order]), [thumbnails[i] for i in order])],
@@ -151,7 +151,7 @@ def from_shards(config: DictConfig, index: FaissIndex) -> Described:
     """What `simsearch extract` left; it is read piece by piece when it is needed."""
     if config.run or config.images:
         raise ValueError("shards= know their run and images: leave run= and images= out")
-    trusted = runtime.trusts(config)
+    trusted = configs.trusts(config)
     shards = open_shards(Path(config.shards), trusted=trusted)
     if missing := shards.missing():
         raise ValueError(
@@ -159,7 +159,7 @@ def from_shards(config: DictConfig, index: FaissIndex) -> Described:
             f"{shards.about['command']}"
         )
     out = place(config, shards.folder / "catalog", len(shards.items))
-    encoder = runtime.build_encoder(shards.about["config"], trusted=trusted)
+    encoder = configs.build_encoder(shards.about["config"], trusted=trusted)
     shards.load_encoder_state(encoder)
     check_kind(index, encoder)
     numbers = tqdm(range(len(shards)), unit="shard", desc="check")

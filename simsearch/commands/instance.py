@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from simsearch import runtime
+from simsearch import configs, program, run_directory, terminal
 from simsearch.data.revisited import (
     Benchmark,
     file_name,
@@ -31,7 +31,7 @@ from simsearch.data.revisited import (
 )
 from simsearch.files import digests, replacing, write_json
 from simsearch.functional.codes import unpack_codes
-from simsearch.functional.graded import GRADES, SETUPS, measure_graded
+from simsearch.functional.revisited import GRADES, SETUPS, measure_graded
 from simsearch.functional.significance import mean_interval
 from simsearch.images import header_shape, read_file
 from simsearch.search.engine import encode
@@ -40,16 +40,16 @@ from simsearch.text import cell
 _SAMPLE, _CROPPED = 16, 0.02  # images looked at, and the share of one that may be cropped without a word
 
 
-@runtime.command("instance")
+@program.command("instance")
 def main(config: DictConfig) -> None:
-    values = runtime.plain(config)
+    values = configs.plain(config)
     ks = values["ks"]
-    run = runtime.open_run(Path(config.run), trusted=runtime.trusts(config))
+    run = run_directory.open_run(Path(config.run), trusted=configs.trusts(config))
     run = replace(run, config=seen_otherwise(run.config, values["size"], values["fit"], values["scales"]))
     benchmark = read_benchmark(Path(config.gnd))
     root = Path(config.images)
     mark = fingerprint(benchmark, root)  # finds missing files before hours of work
-    encoder = runtime.load_model(run).to(runtime.device(config.device))
+    encoder = run_directory.load_model(run).to(configs.device(config.device))
     size, fit = encoder.input_size, encoder.encoder.fit
     if fit == "square":
         warn_of_crops(root, benchmark.images[:_SAMPLE])
@@ -72,7 +72,7 @@ def main(config: DictConfig) -> None:
     }
     folder = Path(config.run_dir)
     write_results(folder, benchmark, about, per_query)
-    runtime.show(results_table(about, list(ks)))
+    terminal.show(results_table(about, list(ks)))
     print(f"results: {folder / 'metrics.json'}")
 
 

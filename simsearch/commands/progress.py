@@ -8,14 +8,14 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.live import Live
 
-from simsearch import runtime, sweeps
+from simsearch import program, sweeps, terminal
 
 
-@runtime.command("progress")
+@program.command("progress")
 def main(config: DictConfig) -> None:
     folder = Path(config.folder)
     if not config.watch:
-        runtime.show(sweeps.progress_table(folder))
+        terminal.show(sweeps.progress_table(folder))
         return
     if config.watch < 0:
         raise ValueError(f"watch={config.watch}: give seconds between two looks, or 0 for one look")

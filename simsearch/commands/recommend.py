@@ -13,8 +13,8 @@ from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor, nn
 
-from simsearch import runtime
-from simsearch.data.batches import load_image
+from simsearch import configs, program, terminal
+from simsearch.data.loading import load_image
 from simsearch.figures import Tile, save_grid
 from simsearch.files import json_line
 from simsearch.images import decode_thumbnail
@@ -37,14 +37,14 @@ class Example:
     position: int | None = None
 
 
-@runtime.command("recommend")
+@program.command("recommend")
 def main(config: DictConfig) -> None:
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
-    values = runtime.plain(config)
-    catalog = read_catalog(Path(config.catalog), trusted=runtime.trusts(config))
+    values = configs.plain(config)
+    catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
     recommender = Recommender(catalog)
-    reader = Examples(recommender, runtime.device(config.device))
+    reader = Examples(recommender, configs.device(config.device))
     like = [reader.file(name) for name in listed(values["image"])]
     like += [reader.item(recommender.position(name)) for name in listed(values["id"])]
     unlike = [reader.any(name) for name in listed(values["unlike"])]
@@ -81,7 +81,7 @@ def main(config: DictConfig) -> None:
             f"{answer.candidates} items scores {float(answer.scores.max()):.4f}; force=true shows it"
         )
     else:
-        runtime.show(answer_table(recommender, [e.name for e in like], [e.name for e in unlike], items, answer))
+        terminal.show(answer_table(recommender, [e.name for e in like], [e.name for e in unlike], items, answer))
     if config.figure:
         save_grid(Path(config.figure), tiles(catalog, like, unlike, items, answer.ids[kept].tolist()), side=128)
         print(f"picture: {config.figure}", file=sys.stderr)
@@ -98,7 +98,7 @@ class Examples:
     def encoder(self) -> nn.Module:
         if self._encoder is None:
             catalog = self.recommender.catalog
-            encoder = runtime.build_encoder(catalog.about["config"], trusted=catalog.trusted)
+            encoder = configs.build_encoder(catalog.about["config"], trusted=catalog.trusted)
             catalog.load_encoder_state(encoder)
             self._encoder = encoder.to(self.device)
         return self._encoder

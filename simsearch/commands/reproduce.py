@@ -9,20 +9,20 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.table import Table
 
-from simsearch import runtime
+from simsearch import configs, program, run_directory, terminal
 from simsearch.studies.check import GAP, NOT_RUNNABLE, Outcome, reproduce
 from simsearch.studies.rows import Row, check_names, read_rows, row_files
 from simsearch.studies.runs import find_run, finished_runs
 
 
-@runtime.command("reproduce")
+@program.command("reproduce")
 def main(config: DictConfig) -> None:
-    values = runtime.plain(config)
+    values = configs.plain(config)
     book = read_rows(row_files(values["rows"]))
     root = Path(values["run_root"]).expanduser().resolve()
-    trusted = runtime.trusts(values)
+    trusted = configs.trusts(values)
     if values["list"]:
-        runtime.show(list_table(book, finished_runs(root, trusted=trusted), trusted=trusted))
+        terminal.show(list_table(book, finished_runs(root, trusted=trusted), trusted=trusted))
         return
     names = list(book) if values["row"] == "all" else [values["row"]]
     check_names(names, book)
@@ -33,7 +33,7 @@ def main(config: DictConfig) -> None:
         outcome = reproduce(book, name, seeds, root, **how)
         print(f"{name}: {outcome.verdict}{f': {outcome.reason}' if outcome.reason else ''}", file=sys.stderr)
         outcomes.append(outcome)
-    runtime.show(outcome_table(outcomes))
+    terminal.show(outcome_table(outcomes))
     raise SystemExit(exit_status(outcomes))
 
 
@@ -69,7 +69,7 @@ def outcome_table(outcomes: Iterable[Outcome]) -> Table:
     return table
 
 
-def list_table(book: Mapping[str, Row], runs: Mapping[str, runtime.Run], *, trusted: bool = False) -> Table:
+def list_table(book: Mapping[str, Row], runs: Mapping[str, run_directory.Run], *, trusted: bool = False) -> Table:
     """Rows with what they are, expect and cost, and which of their seeds have finished runs."""
     table = Table(title="Rows; minutes of one training on two cores")
     table.add_column("row", overflow="fold")

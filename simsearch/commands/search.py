@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
 
-from simsearch import runtime
+from simsearch import configs, program, terminal
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.figures import Tile, save_grid
 from simsearch.files import json_line
@@ -39,17 +39,17 @@ class Answer:
     image: Tensor
 
 
-@runtime.command("search")
+@program.command("search")
 def main(config: DictConfig) -> None:
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
     if min(config.rows, config.batch_size) < 1:
         raise ValueError(f"rows and batch_size must be at least 1, got {config.rows} and {config.batch_size}")
-    catalog = read_catalog(Path(config.catalog), trusted=runtime.trusts(config))
-    encoder = runtime.build_encoder(catalog.about["config"], trusted=catalog.trusted)
+    catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
+    encoder = configs.build_encoder(catalog.about["config"], trusted=catalog.trusted)
     catalog.load_encoder_state(encoder)
-    encoder.to(runtime.device(config.device))
-    rerank = runtime.build(config.rerank) if config.get("rerank") else None
+    encoder.to(configs.device(config.device))
+    rerank = configs.build(config.rerank) if config.get("rerank") else None
     engine = Engine(catalog, encoder, rerank)
     answers, milliseconds = search(engine, Path(config.image), config.k, config.batch_size)
     if config.format == "json":
@@ -57,7 +57,7 @@ def main(config: DictConfig) -> None:
             print(json_line({"query": answer.query, "verdict": answer.verdict, "results": answer.items}))
     else:
         for answer in answers:
-            runtime.show(answer_table(answer, runtime.console().width))
+            terminal.show(answer_table(answer, terminal.console().width))
         print(f"{len(answers)} queries against {len(catalog)} items, {milliseconds:.1f} ms each with decoding")
         if not config.figure:
             print("see them: the same command with figure=neighbours.png", file=sys.stderr)

@@ -16,7 +16,7 @@ import torch
 import uvicorn
 from omegaconf import DictConfig
 
-from simsearch import runtime
+from simsearch import configs, program
 from simsearch.serving.app import create_app
 from simsearch.serving.guard import is_loopback
 from simsearch.serving.library import Library, Source
@@ -28,20 +28,20 @@ SHUTDOWN_SECONDS = 30
 DECODING_SECONDS = 2.0  # that images have left when the server is told to end
 
 
-@runtime.command("serve")
+@program.command("serve")
 def main(config: DictConfig) -> None:
-    values = runtime.plain(config)
-    trusted = runtime.trusts(config)
+    values = configs.plain(config)
+    trusted = configs.trusts(config)
     sources = find_sources(values["catalog"], values["root"])
-    limits = runtime.build(values["limits"])
+    limits = configs.build(values["limits"])
     if values["threads"] is not None:
         torch.set_num_threads(values["threads"])
     bound = bind(values["host"], values["port"])  # before the catalogs, which take their time
     library = Library(
         sources,
-        build=partial(runtime.build_encoder, trusted=trusted),
+        build=partial(configs.build_encoder, trusted=trusted),
         trusted=trusted,
-        device=runtime.device(values["device"]),
+        device=configs.device(values["device"]),
         limits=limits,
         runtime=values["runtime"],
     )

@@ -18,12 +18,13 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
-from simsearch import launch, runtime, settings, sweeps, tracking
-from simsearch.callbacks.evaluation import Evaluation, RetrievalEvaluation
+from simsearch import configs, launch, program, results, run_directory, settings, sweeps, terminal, tracking
+from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.callbacks.interruption import Interruption
 from simsearch.callbacks.neighbours import NeighbourFigure
 from simsearch.callbacks.precision_recall import PrecisionRecall
 from simsearch.callbacks.training import LastValidation, last_checkpoint
+from simsearch.evaluation.evaluate import Evaluation
 from simsearch.files import Damaged, check_zip, read_json
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
@@ -33,7 +34,7 @@ THUMBNAIL_SIDE = 128
 _LOG = logging.getLogger(__name__)
 
 
-@runtime.command("train")
+@program.command("train")
 def main(config: DictConfig) -> Any:
     _LOG.info("simsearch train %s", shlex.join(sys.argv[1:]))
     if launch.is_rank() and not launch.is_slurm_rank():
@@ -46,11 +47,11 @@ def main(config: DictConfig) -> Any:
             return None
         sweeps.check_objective(config)
         if not config.resume:
-            settings.check_training(runtime.plain(config))
-        with runtime.start_run(config) as run:
+            settings.check_training(configs.plain(config))
+        with run_directory.start_run(config) as run:
             ranks = launch.count_devices(run.config["trainer"]["devices"])
             if ranks > 1 and not launch.is_slurm_rank():
-                runtime.prepare_data(run.config)
+                configs.prepare_data(run.config)
                 launch.run_ranks(run.folder, ranks, trusted=run.trusted)
             else:
                 train_run(run)
@@ -60,11 +61,11 @@ def main(config: DictConfig) -> Any:
         return values
 
 
-def train_run(run: runtime.Run) -> None:
+def train_run(run: run_directory.Run) -> None:
     """Trains a run directory as one of its ranks, perhaps the only one."""
     with Interruption(launch.rank()) as interruption:
-        data = runtime.build_data(run.config)
-        model = runtime.build(run.config["model"])
+        data = configs.build_data(run.config)
+        model = configs.build(run.config["model"])
         loggers = tracking.build_loggers(run)
         status = "failed"
         try:
@@ -76,17 +77,17 @@ def train_run(run: runtime.Run) -> None:
 
 
 def train(
-    run: runtime.Run,
+    run: run_directory.Run,
     data: pl.LightningDataModule,
     model: pl.LightningModule,
     loggers: list[pl.loggers.Logger],
     callbacks: Sequence[pl.Callback] = (),
 ) -> None:
     """Fits the model of `run`, tests its best checkpoint; rank 0 writes figures and catalog, prints the table."""
-    trainer = runtime.build_trainer(run.config, run.folder, loggers, callbacks)
+    trainer = configs.build_trainer(run.config, run.folder, loggers, callbacks)
     if trainer.is_global_zero:
         _LOG.info("%s %s", "goes on with" if run.resumed else "begins", run.folder)
-        _LOG.info("versions: %s", ", ".join(f"{name} {value}" for name, value in runtime.versions().items()))
+        _LOG.info("versions: %s", ", ".join(f"{name} {value}" for name, value in run_directory.versions().items()))
 
     best, last = run.folder / "checkpoints" / "best.ckpt", last_checkpoint(run.folder)
     go_on = run.resumed and last.is_file()
@@ -97,7 +98,7 @@ def train(
         trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)
     finally:
         if trainer.is_global_zero:
-            runtime.note_training(run.folder, time.perf_counter() - start, trainer, model)
+            run_directory.note_training(run.folder, time.perf_counter() - start, trainer, model)
     if trainer.strategy.broadcast(not best.is_file() or not _was_chosen(trainer)):
         trainer.save_checkpoint(best, weights_only=False)  # what the training ended with is the result
     model.requires_grad_(False)  # what is frozen runs faster
@@ -128,7 +129,7 @@ def _was_chosen(trainer: pl.Trainer) -> bool:
 
 
 def save_catalog(
-    run: runtime.Run,
+    run: run_directory.Run,
     data: pl.LightningDataModule,
     model: pl.LightningModule,
     result: Evaluation,
@@ -150,7 +151,7 @@ def save_catalog(
         index=index,
         items=item_table(columns, thumbnails),
         encoder=model.encoder,
-        config=runtime.encoder_config(run.config),
+        config=configs.encoder_config(run.config),
         about={
             "source": {"run": run.folder.name, "data": collection.name, "protocol": task.name},
             "label": task.attribute,
@@ -160,7 +161,7 @@ def save_catalog(
 
 def report(folder: Path) -> None:
     """Prints the results of a run and what to do next."""
-    runtime.show(runtime.results_table(read_json(folder / "metrics.json")))
+    terminal.show(results.results_table(read_json(folder / "metrics.json")))
     print(f"run directory: {folder}")
     if (picture := folder / "figures" / "neighbours.png").is_file():
         print(f"neighbours:    {picture}")

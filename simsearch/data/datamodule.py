@@ -293,7 +293,7 @@ class RenderedDataModule(RetrievalDataModule):
 
     def read(self) -> Collection:
         """The rendered collection, the same in every process."""
-        from simsearch.data.rendered import render_collection
+        from simsearch.data.rendered.collection import render_collection
 
         return render_collection(
             styles=self.styles,

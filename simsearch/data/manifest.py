@@ -15,8 +15,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from simsearch.data.batches import ImageBatch, Item, load_batches
-from simsearch.data.bounded import MEMORY
+from simsearch.data.loading import ImageBatch, Item, load_batches
+from simsearch.data.process_pool import MEMORY
 from simsearch.data.tables import ENDINGS as TABLES
 from simsearch.data.tables import PATH_NAMES, Column, Rejected, path_name, read_table
 from simsearch.files import Damaged, checked, read_json

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from simsearch.data.batches import ImageBatch, Item, load_batches
+from simsearch.data.loading import ImageBatch, Item, load_batches
 from simsearch.data.manifest import ENDINGS, Manifest, load_images
 from simsearch.files import Damaged, read_json, write_json
-from simsearch.functional.graded import GRADES
 from simsearch.functional.resize import Fit, resize_to_fit
+from simsearch.functional.revisited import GRADES
 from simsearch.images import ImageError, read_image
 
 Box = tuple[float, float, float, float]

@@ -39,7 +39,7 @@ _RECORD_LINES = 50  # a quoted value that goes on for more is a quote that nobod
 @dataclass(frozen=True)
 class Rejected:
     """Something that was listed and is not taken. reason: a key of REASONS here, in
-    simsearch.data.manifest, simsearch.images or simsearch.data.ingest."""
+    simsearch.data.manifest, simsearch.images or simsearch.data.ingest.pipeline."""
 
     path: str
     reason: str

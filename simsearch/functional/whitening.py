@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simsearch.functional.ranks import sum_over_ranks
+from simsearch.functional.collectives import sum_over_ranks
 from simsearch.functional.sharded import Ranks
 from simsearch.types import check_vectors
 

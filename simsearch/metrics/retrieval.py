@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from simsearch.functional.code_statistics import CodeMoments
+from simsearch.functional.code_health import CodeMoments
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.ranking import measure_ranking
 from simsearch.functional.sharded import Ranks, Sharded

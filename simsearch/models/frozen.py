@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsearch.cache import ArrayCache
+from simsearch.functional.collectives import from_first_rank, gather_batches, world_size
 from simsearch.functional.ragged import Ragged, in_order, stacks
-from simsearch.functional.ranks import from_first_rank, gather_batches, world_size
 from simsearch.functional.whitening import ClassMoments, Moments, discriminative_projection, whitening_matrix
 from simsearch.models.backbones import Backbone, OnBackbone
-from simsearch.models.features import collection_features, one_region
+from simsearch.models.feature_cache import collection_features, one_region
 from simsearch.models.heat_maps import has_regions, region_heat_map
 from simsearch.models.steps import DescribesBatches
 from simsearch.types import Batch, HeatMap

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from simsearch.functional.statistics import gram, moments, signed_root_unit
+from simsearch.functional.style_statistics import gram, moments, signed_root_unit
 
 Statistics = Literal["moments", "gram"]
 

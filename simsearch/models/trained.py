@@ -19,7 +19,7 @@ from simsearch.functional.gather import gather_rows
 from simsearch.functional.ragged import Ragged, by_shape
 from simsearch.functional.resize import Fit
 from simsearch.models.backbones import load_state
-from simsearch.models.features import one_region, pooled_features
+from simsearch.models.feature_cache import one_region, pooled_features
 from simsearch.models.steps import DescribesBatches
 from simsearch.types import Batch
 

@@ -33,8 +33,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from simsearch.cache import cache_key
+from simsearch.data.ingest.pixel_store import tensors_sha256
 from simsearch.data.manifest import Manifest
-from simsearch.data.pixels import tensors_sha256
 from simsearch.data.presence import Presence, file_sizes
 from simsearch.files import checked, digests, read_json, replacing, write_json
 from simsearch.images import ImageError

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from simsearch.search.engine import encode
+from simsearch.serving.backend_choice import Choice
 from simsearch.serving.limits import Busy
-from simsearch.serving.runtimes import Choice
 
 
 @dataclass(frozen=True, eq=False)

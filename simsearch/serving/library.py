@@ -27,10 +27,10 @@ from simsearch.search.catalog import Catalog, CatalogError, read_catalog
 from simsearch.search.items import ThumbnailGroups
 from simsearch.search.names import Names
 from simsearch.search.recommender import Recommender, Request
+from simsearch.serving.backend_choice import Choice, choose_runtime
+from simsearch.serving.browse import Listing, whole
 from simsearch.serving.encoder import EncoderWorker
 from simsearch.serving.limits import Limits
-from simsearch.serving.listing import Listing, whole
-from simsearch.serving.runtimes import Choice, choose_runtime
 
 _FILES = (
     *("catalog.json", "calibration.json", "items.parquet", "encoder.safetensors"),
@@ -145,7 +145,7 @@ class Library:
     """Catalogs by name. `refresh` exchanges those whose folders changed; whoever holds an old one by `lease` keeps it.
 
     build: the encoder of a catalog's config, on blank tensors. Encoders are shared by catalogs that one filled.
-    runtime: what their networks run on (simsearch.serving.runtimes); None leaves that to their configs.
+    runtime: what their networks run on (simsearch.serving.backend_choice); None leaves that to their configs.
     Raises ValueError (CatalogError) where a catalog cannot be loaded.
     """
 

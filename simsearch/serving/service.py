@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from torch import Tensor
 
-from simsearch.data.bounded import MEMORY, BoundedPool, Closed, Failure
+from simsearch.data.process_pool import MEMORY, BoundedPool, Closed, Failure
 from simsearch.functional.feedback import query_weights, reweight
 from simsearch.functional.resize import resize_to_fit
 from simsearch.images import ImageError, decode_thumbnail

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from simsearch import runtime
+from simsearch import configs, run_directory
 from simsearch.data.cifar10 import DataError
 from simsearch.files import read_json
 from simsearch.models.backbones import WeightsError
+from simsearch.run_directory import Run
 from simsearch.studies.rows import Expected, Row
 from simsearch.studies.runs import (
     compose,
@@ -125,7 +126,7 @@ def cost(
     book: Mapping[str, Row],
     name: str,
     seeds: Iterable[int],
-    runs: Mapping[str, runtime.Run],
+    runs: Mapping[str, Run],
     *,
     trusted: bool = False,
 ) -> float:
@@ -153,8 +154,14 @@ def _value(stage: Mapping[str, Any], metric: str, row: Row, measurement: str) ->
 
 
 def obtain(
-    book: Mapping[str, Row], name: str, seed: int, root: Path, runs: dict[str, runtime.Run], *, trusted: bool = False
-) -> runtime.Run:
+    book: Mapping[str, Row],
+    name: str,
+    seed: int,
+    root: Path,
+    runs: dict[str, Run],
+    *,
+    trusted: bool = False,
+) -> Run:
     """The finished run of a row and seed; trains what is missing and adds it to `runs`.
 
     Raises NotRunnable where data, weights or an accelerator are missing, Failed where a training fails.
@@ -180,7 +187,7 @@ def obtain(
             print(f"{name}, seed {seed}: {'going on' if begun else 'training'} in {folder}", file=sys.stderr)
             said = ["trust=true"] if trusted else []
             launch("train", [override("run_dir", folder), *(["resume=true"] if begun else overrides), *said])
-    runs[key] = runtime.open_run(folder, trusted=trusted)
+    runs[key] = run_directory.open_run(folder, trusted=trusted)
     return runs[key]
 
 
@@ -189,8 +196,8 @@ def check_runnable(row: Row, config: Mapping[str, Any]) -> None:
     if config["trainer"]["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise NotRunnable(f"an accelerator is missing (trainer.accelerator={config['trainer']['accelerator']})")
     try:
-        task = runtime.build_data(config).task("test")  # type: ignore[operator]
-        runtime.build(config["model"])
+        task = configs.build_data(config).task("test")  # type: ignore[operator]
+        configs.build(config["model"])
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -213,7 +220,7 @@ def check_fingerprint(row: Row, protocol: str, found: str) -> None:
         )
 
 
-def measure(run: runtime.Run, row: Row, measurement: str, *, trusted: bool = False) -> dict[str, Any]:
+def measure(run: Run, row: Row, measurement: str, *, trusted: bool = False) -> dict[str, Any]:
     """What metrics.json says of a measurement of a run: of its own test, or of an evaluation, done if need be.
 
     Raises NotRunnable and Failed as `obtain` does.
@@ -242,7 +249,7 @@ def measured_by(measurement: str) -> tuple[str, ...]:
     return tuple(shlex.split(measurement)[1:])
 
 
-def evaluation_folder(run: runtime.Run, measurement: str) -> Path:
+def evaluation_folder(run: Run, measurement: str) -> Path:
     """Where a measurement of a run other than its own test lies."""
     return run.folder / "evaluations" / re.sub(r"[^\w.=+-]+", "_", measurement)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from simsearch import runtime
+from simsearch import configs
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def row_files(given: str | None) -> list[Path]:
     """The files that hold rows: the one given, or those of all studies. Raises ValueError where there is none."""
     if given is not None:
         return [Path(given).expanduser()]
-    studies = Path(runtime.CONF).parent / "experiments"
+    studies = Path(configs.CONF).parent / "experiments"
     files = sorted(studies.glob("*/rows.yaml"))
     if not files:
         raise ValueError(f"no study in {studies} has a rows.yaml: name one with rows=<file>")

@@ -12,7 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from simsearch import runtime
+import hydra
+from hydra.errors import HydraException
+
+from simsearch import configs, run_directory
 from simsearch.files import read_json
 from simsearch.studies.rows import Row
 from simsearch.trust import ALLOWED, MEND, Untrusted
@@ -45,13 +48,13 @@ def compose(overrides: tuple[str, ...], *, command: str = "train", trusted: bool
     """
     line = f"`simsearch {command} {' '.join(overrides)}`"
     if not trusted:
-        runtime.check_overrides(overrides, line)
+        configs.check_overrides(overrides, line)
     places = ["run_dir=unused"] if command == "train" else ["run=unused", "run_dir=unused"]
     try:
-        values = runtime.plain(runtime.hydra.compose(command, [*places, *overrides]))
-    except runtime.hydra.errors.HydraException as error:
+        values = configs.plain(hydra.compose(command, [*places, *overrides]))
+    except HydraException as error:
         raise ValueError(f"{line}: {error}") from error
-    if not trusted and runtime.admitted(values, line) != values:
+    if not trusted and configs.admitted(values, line) != values:
         raise Untrusted(f"{line}: it downloads, or chooses where caches lie; {MEND}")
     return values
 
@@ -98,7 +101,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
         path = Path(start)
         folder = path if path.is_dir() else path.parent.parent
         there = (folder / "config.yaml").is_file()
-        kept["model"]["start"] = digest(runtime.read_run(folder).config) if there else str(path)
+        kept["model"]["start"] = digest(run_directory.read_run(folder).config) if there else str(path)
     return kept
 
 
@@ -137,13 +140,13 @@ def digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def finished_runs(root: Path, *, trusted: bool = False) -> dict[str, runtime.Run]:
+def finished_runs(root: Path, *, trusted: bool = False) -> dict[str, run_directory.Run]:
     """Digest -> run, of the runs in `root` that were trained and tested, and may be opened."""
     runs = {}
     for path in sorted(root.glob("*/config.yaml")):
         try:
             if is_finished(path.parent):
-                run = runtime.open_run(path.parent, trusted=trusted)
+                run = run_directory.open_run(path.parent, trusted=trusted)
                 runs.setdefault(digest(run.config), run)
         except (ValueError, LookupError, AttributeError):
             continue  # damaged, or of a time when configs were others: no row's run
@@ -157,8 +160,8 @@ def is_finished(folder: Path) -> bool:
 
 
 def find_run(
-    book: Mapping[str, Row], name: str, seed: int, runs: Mapping[str, runtime.Run], *, trusted: bool = False
-) -> tuple[runtime.Run | None, dict[str, Any] | None]:
+    book: Mapping[str, Row], name: str, seed: int, runs: Mapping[str, run_directory.Run], *, trusted: bool = False
+) -> tuple[run_directory.Run | None, dict[str, Any] | None]:
     """The finished run of a row and seed, or None, and the row's config; that is None, too, while its start row has
     no finished run."""
     start = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from simsearch.data.collection import Collection
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.diversity import mmr
-from simsearch.functional.graded_gain import COLUMNS, count_levels, graded_relevance, ndcg_graded
+from simsearch.functional.ndcg import COLUMNS, count_levels, graded_relevance, ndcg_graded
 from simsearch.functional.open_set import global_average_precision
 from simsearch.functional.ranking import find_junk, measure_ranking
 from simsearch.functional.recommendation import (

@@ -3,7 +3,7 @@ cleaned, images of one work tied together.
 
     plan.json          settings and fingerprint of what is decoded; the same command goes on where it was killed
     unpacked/          files of the images that a table held
-    pixels/            decoded images (simsearch.data.pixels) and index.npy: where each image of the manifest begins
+    pixels/            decoded images (pixel_store.py) and index.npy: where each image of the manifest begins
     manifest.parquet   path, id, attributes, work, sha256, width, height of the images that were taken
     rejected.csv       the others, and why
     ingest.json        root, settings, digests; written last, so that it marks a finished ingest
@@ -31,14 +31,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simsearch.data.audit import perceptual_hashes
-from simsearch.data.bounded import Failure, bounded_map
-from simsearch.data.cleaning import Cleaned, clean
-from simsearch.data.listing import Listing
+from simsearch.data.ingest.cleaning import Cleaned, clean
+from simsearch.data.ingest.grouping import equal_pairs, union_find
+from simsearch.data.ingest.pixel_store import Image, Refusal, Shard, gathered, read_shards, whole_shards, write_shard
+from simsearch.data.ingest.source import Listing
 from simsearch.data.manifest import INGEST, INGEST_PLAN, INGEST_TABLE
-from simsearch.data.pixels import Image, Refusal, Shard, gathered, read_shards, whole_shards, write_shard
 from simsearch.data.presence import Presence
+from simsearch.data.process_pool import Failure, bounded_map
 from simsearch.data.tables import Column, Rejected
-from simsearch.data.works import equal_pairs, union_find
 from simsearch.files import digests, read_json, replacing, write_json
 from simsearch.images import MAX_BYTES, MAX_PIXELS, ImageError, header_shape, read_file, read_image
 from simsearch.text import csv_cell

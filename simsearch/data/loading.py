@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsearch.data.bounded import MEMORY, SECONDS, Failure, bounded_map
+from simsearch.data.process_pool import MEMORY, SECONDS, Failure, bounded_map
 from simsearch.functional.resize import Fit
 from simsearch.images import ImageError, read_image
 
@@ -131,3 +132,26 @@ def stack(items: Sequence[Item], size: int = 0) -> ImageBatch:
     errors = [error for _, error in items if isinstance(error, ValueError)]
     stacked = torch.stack(images) if images else torch.empty(0, 3, size, size, dtype=torch.uint8)
     return stacked, torch.tensor(rows, dtype=torch.int64), errors
+
+
+def load_chunks(
+    items: SizedItems, chunks: Iterable[range], *, batch_size: int, workers: int = 0
+) -> Iterator[tuple[range, Iterator[ImageBatch]]]:
+    """Each chunk of rows with its batches, made as `load_batches` makes those of a list of these rows alone.
+
+    The processes that decode live through all chunks: `chunks` is asked for its next while the last is still
+    being decoded. A chunk's batches must be taken before the next chunk. Raises ValueError for a batch_size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    asked: deque[range] = deque()  # the chunk of each row that is on its way; they arrive in order
+
+    def rows() -> Iterator[int]:
+        for chunk in chunks:
+            for row in chunk:
+                asked.append(chunk)
+                yield row
+
+    arrived = ((asked.popleft(), item) for item in load_items(items, rows(), workers=workers))
+    for chunk, group in groupby(arrived, key=itemgetter(0)):
+        yield chunk, batched((item for _, item in group), items, batch_size)

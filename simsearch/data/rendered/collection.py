@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from simsearch.data.collection import Collection
-from simsearch.data.render import STYLES, generator, paint_work, photograph
+from simsearch.data.rendered.paint import STYLES, generator, paint_work, photograph
 
 _BLOCK = 128  # photographs at a time: keeps the working memory near the cache
 

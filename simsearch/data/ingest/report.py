@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from simsearch.data.ingest import REASONS as INGEST_REASONS
-from simsearch.data.ingest import Files, Kept, rejections
-from simsearch.data.listing import Listing
+from simsearch.data.ingest.grouping import SameWork
+from simsearch.data.ingest.pipeline import REASONS as INGEST_REASONS
+from simsearch.data.ingest.pipeline import Files, Kept, rejections
+from simsearch.data.ingest.source import Listing
 from simsearch.data.manifest import REASONS as MANIFEST_REASONS
 from simsearch.data.tables import REASONS as TABLE_REASONS
-from simsearch.data.works import SameWork
 from simsearch.images import REASONS as IMAGE_REASONS
 from simsearch.text import markdown as shown
 from simsearch.text import printable

@@ -1,7 +1,7 @@
-"""One rank of a training: `python -m simsearch.rank RUN_DIR [REPORTS] [trust=true]`, started by launch.run_ranks.
+"""One rank of a training: `python -m simsearch.worker RUN_DIR [REPORTS] [trust=true]`, started by launch.run_ranks.
 
 Everything is in the run directory, Hydra has no part in it. torchrun can start it as well, on several nodes
-without SLURM say: `torchrun --nnodes=2 --nproc-per-node=4 ... -m simsearch.rank RUN_DIR`.
+without SLURM say: `torchrun --nnodes=2 --nproc-per-node=4 ... -m simsearch.worker RUN_DIR`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from simsearch import launch, runtime
+from simsearch import launch, program, run_directory
 from simsearch.commands.train import train_run
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     trusted = launch.TRUST in sys.argv
     if reports is not None:
         launch.end_with_parent()
-    runtime.quiet_libraries()
+    program.quiet_libraries()
     if launch.rank() == 0:
         handler = logging.FileHandler(folder / "train.log", delay=True)
         handler.setFormatter(logging.Formatter("[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"))
@@ -34,14 +34,14 @@ def main() -> None:
     with launch.as_found():
         try:
             # A new run has no checkpoint to go on from.
-            run = replace(runtime.open_run(folder, trusted=trusted), resumed=True)
+            run = replace(run_directory.open_run(folder, trusted=trusted), resumed=True)
             pl.seed_everything(run.config["seed"], workers=True, verbose=False)
             train_run(run)
         except Exception as error:
             if reports is None:
                 raise
-            mendable = isinstance(error, runtime.MENDABLE)
-            message = runtime.reason(error) if mendable else f"{type(error).__name__}: {error}"
+            mendable = isinstance(error, program.MENDABLE)
+            message = program.reason(error) if mendable else f"{type(error).__name__}: {error}"
             launch.report_error(reports, message, "" if mendable else traceback.format_exc())
             raise SystemExit(1) from None
 

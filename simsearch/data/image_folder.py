@@ -20,11 +20,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from simsearch.data.batches import Item, load_items
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
-from simsearch.data.manifest import ImageFiles, Manifest, read_ingest, read_manifest
-from simsearch.data.pixels import (
+from simsearch.data.ingest.pixel_store import (
     PIXELS,
     Image,
     Refusal,
@@ -35,6 +33,8 @@ from simsearch.data.pixels import (
     whole_shards,
     write_shard,
 )
+from simsearch.data.loading import Item, load_items
+from simsearch.data.manifest import ImageFiles, Manifest, read_ingest, read_manifest
 from simsearch.data.presence import Presence
 from simsearch.data.protocols import RetrievalProtocol
 from simsearch.data.samplers import Batches

@@ -1,0 +1,174 @@
+"""How a command starts and ends: Hydra composes its config, and an error that a user can mend is one line."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from simsearch import configs, launch, usage
+from simsearch.models.backbones import WeightsError
+from simsearch.text import warn
+
+MENDABLE = (
+    *(ValueError, OSError, WeightsError, InstantiationException, OmegaConfBaseException),
+    MisconfigurationException,  # what Lightning calls a user's mistake
+    ModuleNotFoundError,  # what is not installed
+)
+
+
+def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """A decorator that makes `task(config)` a Hydra command composed from conf/<name>.yaml.
+
+    What a user can mend (MENDABLE: a wrong value, a missing file) ends in one line, not in a traceback;
+    SIMSEARCH_DEBUG=1 shows the traceback. What the task returns is what a sweeper optimises.
+    """
+
+    title = name.replace("_", " ")
+
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        told = []
+
+        def guarded(config: DictConfig) -> Any:
+            quiet_libraries()
+            if multiprocessing.get_start_method(allow_none=True) == "loky":  # joblib's, which starts no others
+                multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+            try:
+                return task(config)
+            except Exception as error:
+                logging.getLogger("simsearch").info("failed", exc_info=True)  # where a command keeps a log
+                mendable = isinstance(error, (*MENDABLE, launch.RankError))
+                if not mendable or os.environ.get("SIMSEARCH_DEBUG") == "1":
+                    raise
+                if isinstance(error, launch.RankError) and error.details:
+                    print(error.details, file=sys.stderr)
+                warn(f"simsearch {title}: {reason(error, title)}")
+                told.append(error)
+                if HydraConfig.get().mode is RunMode.MULTIRUN:
+                    raise  # an exit would end the sweep; an exception fails this job alone
+                remove_unused(Path(HydraConfig.get().runtime.output_dir))
+                raise SystemExit(1) from None
+
+        program = hydra.main(version_base="1.3", config_path=configs.CONF, config_name=name)(guarded)
+
+        @wraps(task)
+        def main() -> None:
+            given = os.environ.get("HYDRA_FULL_ERROR")
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here, where they get one line and a mend
+            try:
+                sys.argv[1:] = [without_null(argument) for argument in sys.argv[1:]]
+                program()
+            except (*MENDABLE, launch.RankError, HydraException) as error:
+                if os.environ.get("SIMSEARCH_DEBUG") == "1":
+                    raise
+                if not told:
+                    warn(f"simsearch {title}: {reason(error, title)}")
+                raise SystemExit(1) from None
+            finally:
+                told.clear()
+                for handler in logging.getLogger("simsearch").handlers[:]:  # its log is that of this command alone
+                    logging.getLogger("simsearch").removeHandler(handler)
+                    handler.close()
+                os.environ.pop("HYDRA_FULL_ERROR")
+                if given is not None:
+                    os.environ["HYDRA_FULL_ERROR"] = given
+
+        return main
+
+    return decorate
+
+
+def remove_unused(folder: Path) -> None:
+    """Removes the folder that Hydra made for a command, where nothing but our own notes, log and lock are in it."""
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() and folder.resolve() != Path.cwd() else set()
+    if there and there <= {".hydra", ".training", "train.log"}:
+        shutil.rmtree(folder)
+
+
+def without_null(argument: str) -> str:
+    """An override `group=null`, which Hydra does not take, as `group=none` where the group has that option.
+
+    Raises ValueError with the group's options where it has not. Other arguments stay as they are.
+    """
+    group, _, value = argument.partition("=")
+    folder = Path(configs.CONF) / group
+    if value != "null" or not re.fullmatch(r"[\w/]+", group) or not folder.is_dir():
+        return argument
+    options = sorted(path.stem for path in folder.glob("*.yaml"))
+    if "none" not in options:
+        raise ValueError(f"{argument}: one of the group's options is needed: {', '.join(options)}")
+    return f"{group}=none"
+
+
+def reason(error: BaseException, command: str = "") -> str:
+    """The message of an error, without Hydra's wrapping where there is one. command: whose keys it may be about."""
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        cause = error.__cause__
+        key = str(error).rpartition("full_key: ")[2].strip()
+        return f"{key}: {reason(cause, command)}" if key and key != str(error) else reason(cause, command)
+    if isinstance(error, InterpolationResolutionError):  # what a resolver of ours raised comes in three lines
+        return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
+    if isinstance(error, MisconfigurationException):
+        return str(error).strip().split("\n")[0]
+    first = str(error).strip().partition("\n")[0]
+    if isinstance(error, MissingMandatoryValue):
+        key = (re.findall(r"full_key: ([^\s]+)", str(error)) or re.findall(r"value: ([^\s]+)", first) or [first])[0]
+        return f"{key} has no value: {usage.about_key(command, key)}"
+    if found := re.match(r"Could not override '([^']+)'|Could not append|Key '([^']+)' is not in struct", first):
+        key = found[1] or found[2] or ""
+        known = usage.known_keys(command) if command else []
+        if key in known:
+            return f"{key} is a key of another option than the one that is chosen for {key.partition('.')[0]}"
+        return f"there is no key {key}{usage.suggest(key, known)} (+{key}=... adds it all the same)" if key else first
+    if isinstance(error, OverrideParseException):
+        return (
+            f"{error.override!r} cannot be read ({str(error.message).splitlines()[0]}): put a value with brackets, "
+            "commas or spaces in quotes twice, as in key=\"'a, b'\""
+        )
+    if isinstance(error, HydraException):
+        return " ".join(str(error).split())
+    return str(error) or type(error).__name__
+
+
+def quiet_libraries() -> None:
+    """Silences messages that say nothing to a user of this program."""
+    for text in (
+        ".*does not have many workers.*",
+        ".*`configure_optimizers` returned `None`.*",
+        ".*LightningModule.configure_optimizers. returned .None.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+        ".*`training_step` returned `None`.*",
+        ".*There is a wandb run already in progress.*",
+        ".*is an instance of `nn.Module` and is already saved during checkpointing.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
+        ".*smaller than the logging interval.*",
+        ".*`srun` command is available on your system but is not used.*",
+        ".*`self.log\\(.*sync_dist=True.*",  # what is logged is equal on all ranks, or of one
+        ".*module\\(s\\) in eval mode at the start of training.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in (
+        "pytorch_lightning.accelerators",
+        "pytorch_lightning.trainer.connectors.signal_connector",
+        "lightning_fabric.utilities.distributed",
+        "faiss.loader",
+    ):
+        logging.getLogger(name).setLevel(logging.WARNING)

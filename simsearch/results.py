@@ -1,0 +1,82 @@
+"""A run's metrics as a table, and as the lines of a study's results.csv."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from simsearch import terminal
+from simsearch.text import cell
+
+HEADLINES = ("mAP", "P@1", "P@10", "R@10")
+
+
+RESULT_COLUMNS = (
+    *("row", "data", "protocol", "fingerprint", "metric", "value", "ci_low", "ci_high", "unit", "units"),
+    *("queries", "bytes_per_item", "seconds", "seed", "command"),
+)
+
+
+def results_table(
+    stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "test"), parts: tuple[str, ...] = ("rerank",)
+) -> Table:
+    """The headline numbers of metrics.json as a table: value and 95% interval, bytes, latency.
+
+    parts: of what else there are rows, where it was measured: "rerank", after re-ranking; "index", of the lists that
+    the index gives.
+    """
+    table = Table(title="Retrieval results (95% intervals by unit of chance)")
+    table.add_column("protocol", no_wrap=True)
+    table.add_column("unit", justify="right", overflow="fold")
+    for name in (*HEADLINES, "bytes/image", "ms/query p50"):
+        table.add_column(name, justify="right", overflow="fold")
+    dash = "-" if terminal.console().width >= 118 else "-\n"
+    notes: dict[str, None] = {}  # each once, in order
+    for stage in only:
+        if stage not in stages:
+            continue
+        about = stages[stage]
+        metrics = about["metrics"]
+        first = f"{cell(about['protocol'])}\n[dim]{cell(about['fingerprint'])}[/dim]"
+        costs = [f"{metrics['bytes_per_item']:.0f}", f"{metrics['index/latency_ms_p50']:.2f}"]
+        table.add_row(first, "{}\n[dim]{}[/dim]".format(*unit(about)), *_headlines(about, "", dash), *costs)
+        for part in parts:
+            cells = _headlines(about, f"{part}/", dash)
+            if set(cells) != {"-"}:
+                table.add_row({"rerank": "  re-ranked", "index": "  by the index"}[part], "", *cells, "", "")
+        if "index" in parts and metrics.get("index/recall@10") is not None:
+            notes[f"the index returns {metrics['index/recall@10']:.1%} of the ten nearest by exact search"] = None
+        if (about.get("model") or {}).get("weights") == "random":
+            notes["random weights: these numbers say nothing about a trained network"] = None
+        if metrics.get("queries_in_own_ranking"):
+            notes[f"{about['protocol']}: each query is in its own ranking: P@1 and R@k count it"] = None
+    table.caption = "\n".join(notes) or None
+    return table
+
+
+def _headlines(about: Mapping[str, Any], prefix: str, dash: str) -> list[str]:
+    cells = []
+    for name in (f"{prefix}{headline}" for headline in HEADLINES):
+        value, ends = about["metrics"].get(name), about["intervals"].get(name)
+        interval = f"\n[dim]{ends[0]:.4f}{dash}{ends[1]:.4f}[/dim]" if ends else ""
+        cells.append("-" if value is None else f"{value:.4f}{interval}")
+    return cells
+
+
+def result_lines(
+    about: Mapping[str, Any], names: Sequence[str], *, row: str, data: str, seconds: float, seed: int, command: str
+) -> list[list[Any]]:
+    """Lines of a study's results.csv (RESULT_COLUMNS) for one stage of a metrics.json, one a metric that it has."""
+    metrics, intervals = about["metrics"], about["intervals"]
+    head = [row, data, about["protocol"], about["fingerprint"]]
+    over = unit(about)
+    tail = [int(metrics["queries"]), int(metrics["bytes_per_item"]), round(seconds, 1), seed, command]
+    ends = {name: (*intervals[name], *over) if name in intervals else [""] * 4 for name in names}
+    return [[*head, name, metrics[name], *ends[name], *tail] for name in names if name in metrics]
+
+
+def unit(about: Mapping[str, Any]) -> tuple[str, int]:
+    """The unit of chance of one stage of a metrics.json and how many there are; before it was named, the queries."""
+    return (about["unit"], about["units"]) if "unit" in about else ("query", int(about["metrics"]["queries"]))

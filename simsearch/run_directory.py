@@ -1,0 +1,340 @@
+"""Run directories: made, claimed by one process, opened again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from simsearch import __version__, configs, launch, settings, trust
+from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, write_json
+from simsearch.text import warn
+
+
+def network_of(run: str, *, _root_: DictConfig) -> dict[str, Any]:
+    """The node `model.network` of a run of a trained family, for `${network_of:<run>}`.
+
+    Raises ValueError where it has none, or names what is not ours and the config does not say trust=true.
+    """
+    model = open_run(Path(run), trusted=configs.trusts(_root_)).config["model"]
+    if "network" not in model:
+        raise ValueError(f"{run} has no trained network, as model=dir has: its model is {model.get('_target_')}")
+    return model["network"]
+
+
+OmegaConf.register_new_resolver("network_of", network_of, replace=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and the plain config in it.
+
+    resumed: it goes on from its last checkpoint. trusted: this process composed the config, or the user said so.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    resumed: bool = False
+    trusted: bool = False
+
+
+@contextmanager
+def start_run(config: DictConfig) -> Iterator[Run]:
+    """A new run directory (Hydra's) with config.yaml; with resume=true the one in `run_dir`, with its config.
+
+    It is this process's while the context lasts. Under srun rank 0 makes it and the others wait for it; a step that
+    SLURM queued again goes on in its own.
+
+    Raises ValueError where there is no run to resume, where the folder of a new run holds one already that has
+    something to lose, and where another process has it in work.
+    """
+    if config.get("smoke"):
+        make_few(config)
+    resume = bool(config.get("resume"))
+    folder = Path(config.run_dir if resume else HydraConfig.get().runtime.output_dir)
+    with _alone(folder) if launch.rank() == 0 and folder.is_dir() else nullcontext():
+        if resume:
+            run = replace(open_run(folder, trusted=configs.trusts(config), own=_composed(config)), resumed=True)
+            run = _with_length(run, config)
+        else:
+            config.run_dir = str(folder)  # in a sweep the job's own folder; other values refer to it
+            values = _settled(config)
+            run = _claim(folder, values) if launch.rank() == 0 else _await(folder, values)
+        if run.resumed and launch.rank() == 0:
+            print(f"resuming {run.folder} with its own config", file=sys.stderr)
+        pl.seed_everything(run.config["seed"], workers=True, verbose=False)
+        yield run
+
+
+_WAIT_S = 10.0  # for loader processes of a run that was killed, which hold on to its lock until they see it
+
+
+_LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time")
+
+
+def _with_length(run: Run, config: DictConfig) -> Run:
+    """The resumed run with the length that the command line gives, which its config.yaml has from now on.
+
+    What else is given otherwise than its own config has it is told, and ignored. Raises ValueError where the learning
+    rate was planned for another length.
+    """
+    composed = _composed(config) or OmegaConf.to_container(config)
+    own, config = OmegaConf.create(run.config), OmegaConf.create(composed)
+    lengths, ignored = {}, []
+    for text in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
+        (parsed,) = OverridesParser.create().parse_overrides([text])
+        name = parsed.key_or_group.replace("/", ".")
+        there, given = (_selected(values, name) for values in (own, config))
+        if name.split(".")[0] in ("hydra", "resume", "run_dir", "run_root", "trust", "objective") or there == given:
+            continue
+        if name in _LENGTH:
+            lengths[name.partition(".")[2]] = given
+        else:
+            ignored.append(text if isinstance(given, dict) else f"{text} (it has {there})")
+    if ignored and launch.rank() == 0:
+        warn(f"{run.folder} goes on with its own config, without {', '.join(ignored)}; for another one start a new run")
+    if not lengths:
+        return run
+    scheduler = (run.config.get("model") or {}).get("scheduler") or {}
+    if planned := [name for name in ("total_steps", "T_max", "total_iters") if name in scheduler]:
+        raise ValueError(
+            f"{run.folder} has a learning rate that was planned for its length (scheduler.{planned[0]}="
+            f"{scheduler[planned[0]]}): start a new run from it by model.start={run.folder}"
+        )
+    if launch.rank() == 0:
+        values = configs.read_config(run.folder / "config.yaml")
+        values["trainer"].update(lengths)
+        _write_config(run.folder, values, read_json(run.folder / "run.json"))
+    return replace(run, config={**run.config, "trainer": {**run.config["trainer"], **lengths}})
+
+
+def _selected(config: DictConfig, name: str) -> Any:
+    value = OmegaConf.select(config, name, throw_on_resolution_failure=False)
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _write_config(folder: Path, values: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Writes config.yaml, last, and its digest into run.json, beside what is known about the run."""
+    text = OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    write_json(folder / "run.json", {**about, "sha256": {**about.get("sha256", {}), "config.yaml": digest}})
+    with replacing(folder / "config.yaml") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training this run, until the context or this process ends, however it does.
+
+    Raises ValueError where another one has it in work.
+    """
+    lock = FileLock(folder / ".training")
+    try:
+        lock.acquire(timeout=_WAIT_S)
+    except Timeout:
+        raise ValueError(f"{folder} is in work already, by another process: wait for it, or end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def make_few(config: DictConfig) -> None:
+    """Cuts the steps and sizes of a training's config down to those of smoke=true, before anything refers to them."""
+    for key, most in settings.FEW.items():
+        value = OmegaConf.select(config, key)
+        if isinstance(value, int) and (value > most or value < 0):
+            OmegaConf.update(config, key, most)
+    config.logger.tags = [*(config.logger.tags or []), "smoke"]
+    print("smoke=true: few images and few steps, to see that everything runs; its numbers say nothing", file=sys.stderr)
+
+
+def _settled(config: DictConfig) -> dict[str, Any]:
+    """The plain config of a training on this machine, as its folder will hold it."""
+    values = configs.plain(config)
+    values.pop("trust", None)  # what the user says here and now, of other folders
+    values["trainer"] = launch.settle_devices(values["trainer"])
+    return values
+
+
+def _composed(config: DictConfig) -> dict[str, Any] | None:
+    """The config that a command line with resume=true stands for; None where it only names the folder."""
+    try:
+        return _settled(config)
+    except (OmegaConfBaseException, ValueError, LookupError):
+        return None
+
+
+def _claim(folder: Path, values: dict[str, Any]) -> Run:
+    """The run of a folder that no other one has, or that this SLURM step had before it was queued again.
+
+    config.yaml is written last: where a kill left a folder without it, nothing has begun.
+    """
+    if (folder / "config.yaml").is_file():
+        if _is_ours(folder):
+            return replace(open_run(folder, own=values), resumed=True)
+        if _holds_work(folder):
+            raise _taken(folder)
+        for path in folder.glob("metrics*.csv"):  # of a start that failed
+            path.unlink()
+        (folder / "config.yaml").unlink()
+    about = {"wandb_id": _new_id(), "slurm_step": launch.slurm_step(), "versions": versions()}
+    _write_config(folder, values, about)
+    return Run(folder, values, trusted=True)
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a run directory has a checkpoint or results: what a start that failed, or a kill before them, lacks."""
+    return (folder / "metrics.json").is_file() or any(folder.glob("checkpoints/[!.]*.ckpt"))
+
+
+def _new_id() -> str:
+    """An id for W&B: the one that its agent gave, where a sweep of W&B's started this process."""
+    given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    return given or uuid.uuid4().hex[:8]
+
+
+def _await(folder: Path, values: Mapping[str, Any], seconds: float = 600.0) -> Run:
+    """The run that rank 0 of this SLURM step makes, or had made before the step was queued again."""
+    deadline = time.monotonic() + seconds
+    while not (_is_ours(folder) and (folder / "config.yaml").is_file()):
+        if _is_ours(folder) is False and _holds_work(folder):
+            raise _taken(folder)
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"rank {launch.rank()} waited {seconds:.0f} s for rank 0 to write {folder / 'config.yaml'}: "
+                "see what ended rank 0, or put run_root on a file system that all nodes share"
+            )
+        time.sleep(0.1)
+    return replace(open_run(folder, own=values), resumed=True)
+
+
+def _is_ours(folder: Path) -> bool | None:
+    """Whether this SLURM step made the run directory; None where nobody did yet."""
+    try:
+        step = read_json(folder / "run.json").get("slurm_step")
+    except (OSError, ValueError):  # not there, or being written
+        return None
+    return step is not None and step == launch.slurm_step()
+
+
+def _taken(folder: Path) -> ValueError:
+    return ValueError(f"{folder} holds a run already: go on with it by resume=true, or give another run_dir")
+
+
+OmegaConf.register_new_resolver(
+    # Tasks of a SLURM step compose in different seconds, and again after a requeue, but must share a folder.
+    "started",
+    lambda now: now if (step := launch.slurm_step()) is None else f"slurm-{step}",
+    replace=True,
+)
+
+
+def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+    """Adds to run.json how long a part of the training took, on what, and how many parameters the encoder has.
+
+    The parts of a resumed run add up; one that was killed without a chance to end is missing.
+    """
+    about = read_json(folder / "run.json")
+    cuda = trainer.strategy.root_device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    about["train_seconds"] = about.get("train_seconds", 0.0) + seconds
+    about["device"] = name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"
+    about["parameters"] = sum(parameter.numel() for parameter in model.encoder.parameters())
+    write_json(folder / "run.json", about)
+
+
+def read_run(folder: Path) -> Run:
+    """A run directory whose config is looked at only, never built. Raises ValueError where it is none."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no run directory: it has no config.yaml. Give one that `simsearch train` made")
+    values = configs.read_config(path)
+    if (folder / "run.json").is_file():
+        note_change(folder, path.name, read_json(folder / "run.json"))
+    return Run(folder, values | {"run_dir": str(folder)})
+
+
+def open_run(folder: Path, *, trusted: bool = False, own: Mapping[str, Any] | None = None) -> Run:
+    """An existing run directory, to build from.
+
+    Somebody else may have made it, so that its config builds what simsearch.trust allows and no link leads out of it,
+    unless it is `trusted`. own: the config that this process composed of its command line; where the folder holds just
+    that, it may build what it likes, as the command line may.
+
+    Raises ValueError where `folder` is no run directory, or not trusted.
+    """
+    run = read_run(folder)
+    if not trusted:
+        trust.check_links(folder)
+    if not trusted and (own is None or not _equal(run.config, own)):
+        return replace(run, config=configs.admitted(run.config, str(folder / "config.yaml")))
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(run.config), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{folder / 'config.yaml'} is damaged: {error}") from error
+    assert isinstance(values, dict)
+    return replace(run, config={str(key): value for key, value in values.items()}, trusted=True)
+
+
+def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two configs are one, wherever it lies and however it was started."""
+    aside = ("run_dir", "resume", "trust")
+    return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) - set(aside))
+
+
+def load_model(run: Run) -> pl.LightningModule:
+    """The model of a finished run with its best checkpoint. Raises ValueError where none fits."""
+    path = run.folder / "checkpoints" / "best.ckpt"
+    if not path.is_file():
+        raise ValueError(f"{run.folder} has no checkpoints/best.ckpt: its training did not finish; resume it")
+    model = configs.build(run.config["model"])
+    try:
+        checkpoint = torch.load(check_zip(path), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError, Damaged) as error:
+        raise ValueError(f"{path} is damaged or holds more than tensors: {error}") from error
+    try:
+        model.on_load_checkpoint(checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+    except (LookupError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit the model in {run.folder / 'config.yaml'}: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers may depend on; `commit` is simsearch's own, where it is known."""
+    names = ("torch", "torchvision", "timm", "faiss-cpu", "pytorch-lightning", "numpy", "onnxruntime")
+    own = {"simsearch": __version__} | ({"commit": known} if (known := commit()) else {})
+    return own | {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
+
+
+def commit() -> str | None:
+    """The git commit of simsearch's source, `-dirty` where files were changed since; None where it is unknown."""
+    root = Path(configs.CONF).parent
+    try:
+        if (root / ".git").exists():
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+        source = json.loads(metadata.distribution("simsearch").read_text("direct_url.json") or "{}")
+        return source.get("vcs_info", {}).get("commit_id")  # pip installed it from a repository
+    except (OSError, ValueError, subprocess.SubprocessError, metadata.PackageNotFoundError):
+        return None
