@@ -21,6 +21,7 @@ from simsearch.comparison.runs import Missing, Result, expand, read_all, read_wa
 from simsearch.data.collection import Collection
 from simsearch.files import read_json, replacing
 from simsearch.images import encode_thumbnail
+from simsearch.results import HEADLINES
 from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import Engine
 from simsearch.studies.runs import digest
@@ -45,7 +46,7 @@ def main(config: DictConfig) -> None:
     if not values["force"]:
         check_comparable(results)
     metric = values["metric"]
-    headlines = [name for name in dict.fromkeys((metric, *results.HEADLINES)) if _known(results, name)]
+    headlines = [name for name in dict.fromkeys((metric, *HEADLINES)) if _known(results, name)]
     definitions = list(dict.fromkeys(n for r in results for n in r.metrics if n.startswith("definitions/")))
     seed = values["seed"]
     also = [*headlines, *definitions]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from numbers import Integral
 
 import torch
@@ -22,7 +23,7 @@ def encode(encoder: nn.Module, images: Tensor) -> Tensor:
 
     However large the batch, the network sees few enough at once for their maps to take a limited memory.
     """
-    device = next(encoder.parameters()).device
+    device = next(chain(encoder.parameters(), encoder.buffers()), torch.empty(0)).device  # colour has no weights
     side = int(getattr(encoder, "input_size", 1))  # to which it enlarges smaller ones
     step = max(1, _PIXELS // max(1, side**2, images.shape[2] * images.shape[3]))
     with torch.inference_mode():
