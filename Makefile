@@ -4,6 +4,8 @@ BIN := .venv/bin
 READY := .venv/ready
 DATA ?= rendered
 ARGS ?=
+# Test files that run side by side.
+JOBS ?= 2
 
 .PHONY: help run art test test-slow test-gpu test-slurm test-browser bench lint format clean
 
@@ -35,7 +37,7 @@ art: $(READY)
 	$(BIN)/simsearch art $(if $(filter-out rendered,$(DATA)),'$(DATA)') $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -21,6 +21,7 @@ from PIL import Image
 from simsearch.__main__ import main
 
 torch.set_num_threads(1)
+os.environ.pop("COLUMNS", None)  # the width of the terminal that the tests were started in
 
 # The same examples in each run, so that a change is not blamed for what it did not do; HYPOTHESIS_PROFILE=default
 # draws others.

@@ -58,9 +58,10 @@ def run(arguments: list[str], below: Path, at: int = 0) -> tuple[int, int]:
 
         sys.addaudithook(strike)
         sys.argv = ["simsearch", *arguments]
-        log = os.open(below.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        log = open(below.parent / "log.txt", "a", buffering=1)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        sys.stdout = sys.stderr = log  # pytest's capture put others in their place
         from simsearch.__main__ import main
 
         main()
