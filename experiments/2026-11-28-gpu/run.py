@@ -1,0 +1,370 @@
+"""Runs this study's parts side by side under one deadline; each leaves what it found in OUT as soon as it has it.
+
+python run.py [--seconds 480] [--small] [--art <table of paintings>]; run.sh sets the paths. OUT: where results go
+(outputs/gpu). WORK: where runs lie (a temporary folder). SIMSEARCH_DATA: the folder with cifar10/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+OUT = Path(os.environ.get("OUT") or "outputs/gpu").resolve()
+WORK = Path(os.environ.get("WORK") or tempfile.mkdtemp(prefix="gpu-")).resolve()
+START = time.monotonic()
+SEEDS = (0, 1, 2)
+BITS = (24, 36, 48)
+# Quiet and without what a small network waits for: no bar, no checkpoint each epoch, a line each 500 steps.
+LEAN = [
+    *("logger.mode=disabled", "callbacks.neighbours=null", "callbacks.precision_recall=null", "catalog.write=false"),
+    *("callbacks.last=null", "callbacks.learning_rate=null", "+trainer.enable_progress_bar=false"),
+    *("trainer.log_every_n_steps=500", "+callbacks.checkpoint.every_n_epochs=100000"),  # the last weights are saved
+]
+DSH = ["experiment=dsh", "trainer.precision=32-true", "+trainer.benchmark=true"]
+HASHING = ["experiment=hashing-cifar", "+trainer.benchmark=true"]
+FROZEN = ["data=art", "model=frozen", "pooling=average", "model.whitening.dimension=256", "backbone.size=224"]
+ART = [
+    *("experiment=art-dir", "sampler.batches=32", "backbone.size=224"),
+    "+data.augment={_target_: simsearch.data.transforms.RandomCropFlip, padding: 16, flip: true}",
+    *("+trainer.enable_progress_bar=false", "callbacks.last=null"),
+]
+QUIET = ["logger.mode=disabled", "callbacks.neighbours=null", "callbacks.precision_recall=null", "catalog.write=false"]
+SMALL = [
+    *("data=rendered", "data.styles=2", "data.artists=2", "data.works=4", "data.photographs=2", "data.size=32"),
+    *("protocol=rendered-work", "protocol.validation=null", "callbacks.evaluation.ks=[1,10]"),
+    *("trainer.max_steps=3", "trainer.precision=32-true", "sampler.batch_size=8"),
+]
+
+
+class Study:
+    """What all parts share: the deadline, the children that run, and what came out."""
+
+    def __init__(self, seconds: float, small: bool) -> None:
+        self.seconds, self.small = seconds, small
+        self.children: set[subprocess.Popen] = set()
+        self.lock = threading.Lock()
+        self.lines: list[str] = []
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - START)
+
+    def note(self, line: str) -> None:
+        """Adds a line to OUT/log.txt and says it."""
+        with self.lock:
+            line = f"{time.monotonic() - START:6.1f} s  {line}"
+            self.lines.append(line)
+            (OUT / "log.txt").write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+        print(line, flush=True)
+
+    def run(self, name: str, command: list[str], limit: float = 1e9, threads: int = 4) -> bool:
+        """Whether a command ended well within `limit` seconds and the deadline; its output is WORK/<name>.log."""
+        limit = min(limit, self.left)
+        if limit < 1:
+            self.note(f"{name}: left out, no time")
+            return False
+        log = WORK / f"{name}.log"
+        begun = time.monotonic()
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "WANDB_MODE": "disabled"}
+        with log.open("w") as file:
+            child = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=env, start_new_session=True
+            )
+            self.children.add(child)
+            try:
+                status: int | str = child.wait(limit)
+            except subprocess.TimeoutExpired:
+                status = "stopped by its limit"
+                end(child)
+        self.children.discard(child)
+        told = (
+            "" if status == 0 else ": " + " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])[-400:]
+        )
+        self.note(f"{name}: {'ok' if status == 0 else status} after {time.monotonic() - begun:.1f} s{told}")
+        return status == 0
+
+    def simsearch(self, name: str, command: str, *overrides: str, limit: float = 1e9, threads: int = 4) -> bool:
+        return self.run(name, [sys.executable, "-m", "simsearch", command, *overrides], limit, threads)
+
+    def train(self, name: str, *overrides: str, limit: float = 1e9) -> bool:
+        """Trains WORK/<name>; in small by a few steps on rendered pictures."""
+        given = [*overrides, *LEAN, f"run_dir={WORK / name}", *(SMALL if self.small else ())]
+        return self.simsearch(name, "train", *given, limit=limit)
+
+    def measure(self, name: str, *arguments: str, limit: float = 60) -> bool:
+        command = [sys.executable, str(HERE / "measure.py"), *arguments, "--out", str(WORK / f"{name}.json")]
+        return self.run(name, [*command, *(["--small"] if self.small else [])], limit, threads=os.cpu_count() or 4)
+
+    def pack(self, archive: str, *names: str, weights: bool = True) -> None:
+        """Writes OUT/<archive>.tar.gz of runs, logs and JSON files in WORK, whole or not at all."""
+        temporary = WORK / f"{archive}.tar.gz"
+
+        def kept(one: tarfile.TarInfo) -> tarfile.TarInfo | None:
+            return one if weights or not one.name.endswith("/checkpoints") else None
+
+        with self.lock:
+            with tarfile.open(temporary, "w:gz", compresslevel=1) as tar:
+                for name in names:
+                    lean_checkpoint(WORK / name / "checkpoints" / "best.ckpt")
+                    for path in (*(WORK / f"{name}.{kind}" for kind in ("log", "json", "csv")), WORK / name):
+                        if path.exists():
+                            tar.add(path, path.name, filter=kept)
+            shutil.move(temporary, OUT / f"{archive}.tar.gz")
+            summary(OUT / "summary.md")
+
+
+def end(child: subprocess.Popen) -> None:
+    """Ends a command and what it started."""
+    for signum, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(child.pid, signum)
+            child.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return
+
+
+def lean_checkpoint(path: Path) -> None:
+    """Leaves of a checkpoint what describes and what a longer code starts from: no optimizer, which is half of it."""
+    if path.is_file():
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for name in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
+            checkpoint.pop(name, None)
+        torch.save(checkpoint, path)
+
+
+def summary(path: Path) -> None:
+    """A table of all metrics.json in WORK."""
+    lines = ["| run | steps | protocol | queries | mAP | [95%] | mAP, index order | P@10 | train s |", "|" + "---|" * 9]
+    for file in sorted(WORK.glob("*/metrics.json")):
+        stage = json.loads(file.read_text()).get("test")
+        if stage is None:
+            continue
+        metrics, ends = stage["metrics"], stage["intervals"].get("mAP", [float("nan")] * 2)
+        about = file.with_name("run.json")
+        run = json.loads(about.read_text()) if about.is_file() else {}
+        ordered = metrics.get("mAP_index_order")
+        cells = [file.parent.name, steps(file.parent), stage["protocol"], f"{metrics['queries']:.0f}"]
+        cells += [f"{metrics['mAP']:.4f}", f"{ends[0]:.4f}-{ends[1]:.4f}", "-" if ordered is None else f"{ordered:.4f}"]
+        cells += [f"{metrics['P@10']:.4f}" if "P@10" in metrics else "-", f"{run.get('train_seconds', 0):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    for file in sorted(WORK.glob("*.json")):
+        lines += ["", f"{file.stem}:", "", "```json", file.read_text().strip(), "```"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def steps(run: Path) -> str:
+    """How many steps a run's checkpoint has seen."""
+    path = run / "checkpoints" / "best.ckpt"
+    return str(torch.load(path, map_location="cpu", weights_only=True)["global_step"]) if path.is_file() else "-"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as trainer.max_time has them."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"00:00:{minutes:02d}:{rest:02d}"
+
+
+def together(*works: Callable[[], None]) -> None:
+    """Runs works at the same time and waits for all; one that fails says so and harms no other."""
+
+    def guarded(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            STUDY.note(f"failed: {type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+# ------------------------------------------------------------------------------------------ the parts
+
+
+def prepare() -> None:
+    """Decodes CIFAR-10 once for all."""
+    if not STUDY.small:
+        code = (
+            "import os; from pathlib import Path; from simsearch.data.cifar10 import read_cifar10; "
+            "print(read_cifar10(Path(os.environ['SIMSEARCH_DATA'], 'cifar10'), "
+            "cache=Path(os.environ['SIMSEARCH_CACHE'], 'images')).fingerprint)"
+        )
+        STUDY.run("prepare", [sys.executable, "-c", code], 60)
+
+
+def tests() -> None:
+    """What of the test suite needs CUDA."""
+    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    look = [] if torch.cuda.is_available() else ["--collect-only"]
+    options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", *look]
+    STUDY.run("tests", [sys.executable, "-m", "pytest", *options, *files], 150)
+
+
+def dsh(seed: int) -> None:
+    """The whole schedule, or as much as there is time for, and what it is worth under both protocols."""
+    name = f"dsh-12-{seed}"
+    room = max(STUDY.left - 95, 20)  # the start, the test and 10k-50k come on top
+    limits = [f"trainer.max_time={duration(room)}"]
+    STUDY.train(name, *DSH, "model.network.bits=12", f"seed={seed}", *limits)
+    STUDY.pack("dsh", *(f"dsh-12-{s}{end}" for s in SEEDS for end in ("", "-10k-50k")))
+
+
+def longer(bits: int) -> None:
+    """A longer code from the first seed's net of 12 bits."""
+    name, start = f"dsh-{bits}-0", WORK / "dsh-12-0"
+    room = STUDY.left - 95
+    if not STUDY.small and room < 45:
+        STUDY.note(f"{name}: left out, {STUDY.left:.0f} s are left")
+        return
+    given = [f"model.network.bits={bits}", f"model.start={start}", "model.head_lr=10", "optimizer.lr=1e-4"]
+    given += ["scheduler.step_size=4000", "trainer.max_steps=30000", f"trainer.max_time={duration(max(room, 20))}"]
+    STUDY.train(name, *DSH, *given)
+    STUDY.pack("longer", *(f"dsh-{b}-0{end}" for b in BITS for end in ("", "-10k-50k")))
+
+
+def wide(name: str) -> None:
+    """A run of dsh-release measured on 10k-50k too."""
+    if (WORK / name / "metrics.json").is_file():
+        protocol = "rendered-style" if STUDY.small else "10k-50k"
+        given = [f"run={WORK / name}", f"protocol={protocol}", f"run_dir={WORK / name}-10k-50k"]
+        STUDY.simsearch(f"{name}-10k-50k", "evaluate", *given, limit=90, threads=5)
+
+
+def hashing(seed: int) -> None:
+    name = f"hashing-{seed}"
+    classes = ["loss.classes=16"] if STUDY.small else []
+    STUDY.train(name, *HASHING, f"seed={seed}", *classes, limit=240)
+    STUDY.pack(name, name)
+
+
+def evaluation() -> None:
+    """The first hashing net on both devices."""
+    if (WORK / "hashing-0" / "checkpoints" / "best.ckpt").is_file():
+        STUDY.measure("evaluation", "evaluation", "--run", str(WORK / "hashing-0"), limit=120)
+
+
+def small_parts() -> None:
+    STUDY.pack("parts", "prepare", "tests", "evaluation", "throughput", "utilisation")
+
+
+def side_by_side() -> None:
+    seeds, longer_bits = (SEEDS[:1], BITS[:1]) if STUDY.small else (SEEDS, BITS)
+
+    def codes() -> None:
+        together(*(lambda seed=seed: hashing(seed) for seed in seeds))
+        evaluation()
+        small_parts()
+
+    def whole() -> None:
+        together(*(lambda seed=seed: dsh(seed) for seed in seeds))
+
+    def checks() -> None:
+        tests()
+        small_parts()
+
+    def again(*bits: int) -> None:
+        names = [f"dsh-{b}-{seed}" for b in bits for seed in (seeds if b == 12 else (0,))]
+        together(*(lambda name=name: wide(name) for name in names))
+        STUDY.pack("dsh" if 12 in bits else "longer", *(name + end for name in names for end in ("", "-10k-50k")))
+
+    prepare()
+    together(whole, codes, checks)
+    together(lambda: again(12), *(lambda b=b: longer(b) for b in longer_bits))
+    STUDY.measure("throughput", "throughput", limit=60)  # nothing beside it
+    small_parts()
+    again(*longer_bits)
+
+
+def paintings(source: Path) -> None:
+    """DIR with all layers on a collection of paintings, 96 and 384 steps, beside the frozen network, and assessed."""
+    art = f"data.source={WORK / 'art'}"
+    if not STUDY.simsearch(
+        "ingest", "data", "ingest", f"images={source}", f"out={WORK / 'art'}", "workers=12", limit=120, threads=12
+    ):
+        return
+    name = "frozen-lite0-average-256d"
+    STUDY.simsearch(name, "train", *FROZEN, art, *QUIET, f"run_dir={WORK / name}", threads=12)  # fills the cache
+    runs = [name]
+
+    def row(name: str, steps: int, seed: int) -> None:
+        given = [*ART, art, *QUIET, f"seed={seed}"]
+        given += [f"trainer.max_steps={3 if STUDY.small else steps}", f"run_dir={WORK / name}"]
+        given += ["sampler.triplets=4", "callbacks.mining.pool=50"] if STUDY.small else []
+        if STUDY.simsearch(name, "train", *given, limit=max(STUDY.left - 50, 20)):
+            runs.append(name)
+        if seed == 0:
+            STUDY.pack(name, name)
+
+    lengths = [(96, 0)] if STUDY.small else [(96, 0), (96, 1), (96, 2), (384, 0)]
+    rows = [(f"dir-rmac-lite0-256d-{steps}-{seed}", steps, seed) for steps, seed in lengths]
+    together(*(lambda one=one: row(*one) for one in rows))
+    listed = ",".join(str(WORK / run) for run in [name, *sorted(runs[1:])])
+    STUDY.simsearch("assess", "assess", f"runs=[{listed}]", f"out={WORK / 'assess'}", threads=12)
+    STUDY.pack("parts", "ingest", "assess", "utilisation", *runs, weights=False)
+
+
+def utilisation() -> subprocess.Popen | None:
+    """Writes WORK/utilisation.csv each second in the background."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    query = "timestamp,utilization.gpu,utilization.memory,memory.used,power.draw,clocks.sm"
+    with (WORK / "utilisation.csv").open("w") as file:
+        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,nounits", "-l", "1"]
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def main(art: Path | None) -> None:
+    for folder in (OUT, WORK):
+        folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("SIMSEARCH_CACHE", str(WORK / "cache"))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device: CPU"
+    STUDY.note(f"{device}; torch {torch.__version__}; {os.cpu_count()} cores; work in {WORK}; {STUDY.seconds:.0f} s")
+    watch = utilisation()
+
+    def over() -> None:
+        STUDY.note("the time is over: what runs is ended")
+        for child in list(STUDY.children):
+            end(child)
+
+    timer = threading.Timer(max(STUDY.left, 1), over)
+    timer.daemon = True
+    timer.start()
+    try:
+        side_by_side() if art is None else paintings(art)
+    finally:
+        timer.cancel()
+        if watch is not None:
+            end(watch)
+        summary(OUT / "summary.md")
+        STUDY.note("finished")
+    print((OUT / "summary.md").read_text())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=480.0, help="after which everything has ended")
+    parser.add_argument("--small", action="store_true", help="a few steps on a few rendered pictures")
+    parser.add_argument("--art", type=Path, help="a table of paintings: DIR on them instead of CIFAR-10")
+    arguments = parser.parse_args()
+    STUDY = Study(arguments.seconds, arguments.small)
+    main(arguments.art)
