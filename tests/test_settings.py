@@ -22,7 +22,7 @@ from test_configs import compose as composed
 from torch import nn
 
 from simsearch import configs, program, settings
-from simsearch.callbacks.training import FrozenBackbone, Throughput
+from simsearch.callbacks.training import FrozenBackbone, StepSeed, Throughput
 from simsearch.losses.mined import MinedLoss
 from simsearch.models.trained import TrainedRetriever
 
@@ -299,6 +299,35 @@ def test_a_long_training_is_said_beforehand(steps, accumulate, seconds, told, ca
     said = capsys.readouterr().err
     assert said.count("of training ahead") == (told is not None)
     assert (told or "") in said
+
+
+def test_a_step_is_seeded_as_torch_does_without_a_stack_trace(monkeypatch):
+    trainer = SimpleNamespace(global_rank=0, strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    with monkeypatch.context() as patched:
+        patched.setattr("traceback.format_stack", lambda *_: pytest.fail("a stack trace is written each step"))
+        StepSeed(3).on_train_start(trainer, None)
+    drawn = torch.rand(4)
+    torch.manual_seed(torch.initial_seed())
+    assert torch.equal(torch.rand(4), drawn)
+
+
+@pytest.mark.parametrize(("logs", "last", "count"), [(False, False, 0), (True, False, 1), (False, True, 1)])
+def test_speed_is_logged_where_it_is_seen(logs, last, count):
+    logged: list[dict] = []
+    module = SimpleNamespace(log_dict=lambda values, batch_size: logged.append(values))
+    trainer = SimpleNamespace(
+        _logger_connector=SimpleNamespace(should_update_logs=logs),
+        is_last_batch=last,
+        world_size=2,
+        is_global_zero=False,
+        progress_bar_metrics={},
+    )
+    throughput = Throughput()
+    throughput.on_train_start(trainer, module)
+    throughput.on_train_batch_end(trainer, module, None, {"index": [0, 1]}, 0)
+    assert len(logged) == count
+    assert all(values["train/images_per_s"] > 0 for values in logged)
+    assert trainer.progress_bar_metrics["img/s"] > 0
 
 
 @pytest.mark.parametrize("epochs", [0, -1])

@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -57,6 +57,7 @@ class Study:
     def __init__(self, seconds: float, small: bool) -> None:
         self.seconds, self.small = seconds, small
         self.children: set[subprocess.Popen] = set()
+        self.ended: set[str] = set()  # trainings, whose checkpoints nobody reads or writes any more
         self.lock = threading.Lock()
         self.lines: list[str] = []
 
@@ -104,23 +105,27 @@ class Study:
     def train(self, name: str, *overrides: str, limit: float = 1e9) -> bool:
         """Trains WORK/<name>; in small by a few steps on rendered pictures."""
         given = [*overrides, *LEAN, f"run_dir={WORK / name}", *(SMALL if self.small else ())]
-        return self.simsearch(name, "train", *given, limit=limit)
+        done = self.simsearch(name, "train", *given, limit=limit)
+        self.ended.add(name)
+        return done
 
     def measure(self, name: str, *arguments: str, limit: float = 60) -> bool:
         command = [sys.executable, str(HERE / "measure.py"), *arguments, "--out", str(WORK / f"{name}.json")]
         return self.run(name, [*command, *(["--small"] if self.small else [])], limit, threads=os.cpu_count() or 4)
 
-    def pack(self, archive: str, *names: str, weights: bool = True) -> None:
-        """Writes OUT/<archive>.tar.gz of runs, logs and JSON files in WORK, whole or not at all."""
+    def pack(self, archive: str, *names: str, bare: Sequence[str] = ()) -> None:
+        """Writes OUT/<archive>.tar.gz of runs, logs and JSON files in WORK, of `bare` runs without checkpoints."""
         temporary = WORK / f"{archive}.tar.gz"
 
         def kept(one: tarfile.TarInfo) -> tarfile.TarInfo | None:
-            return one if weights or not one.name.endswith("/checkpoints") else None
+            run, _, rest = one.name.partition("/")
+            return None if rest == "checkpoints" and (run in bare or run not in self.ended) else one
 
         with self.lock:
             with tarfile.open(temporary, "w:gz", compresslevel=1) as tar:
                 for name in names:
-                    lean_checkpoint(WORK / name / "checkpoints" / "best.ckpt")
+                    if name in self.ended:
+                        lean_checkpoint(WORK / name / "checkpoints" / "best.ckpt")
                     for path in (*(WORK / f"{name}.{kind}" for kind in ("log", "json", "csv")), WORK / name):
                         if path.exists():
                             tar.add(path, path.name, filter=kept)
@@ -145,9 +150,11 @@ def lean_checkpoint(path: Path) -> None:
     """Leaves of a checkpoint what describes and what a longer code starts from: no optimizer, which is half of it."""
     if path.is_file():
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
-            checkpoint.pop(name, None)
-        torch.save(checkpoint, path)
+        if "optimizer_states" in checkpoint:
+            for name in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
+                checkpoint.pop(name, None)
+            torch.save(checkpoint, path.with_suffix(".lean"))
+            path.with_suffix(".lean").replace(path)
 
 
 def summary(path: Path) -> None:
@@ -226,7 +233,7 @@ def dsh(seed: int) -> None:
     room = max(STUDY.left - 95, 20)  # the start, the test and 10k-50k come on top
     limits = [f"trainer.max_time={duration(room)}"]
     STUDY.train(name, *DSH, "model.network.bits=12", f"seed={seed}", *limits)
-    STUDY.pack("dsh", *(f"dsh-12-{s}{end}" for s in SEEDS for end in ("", "-10k-50k")))
+    STUDY.pack("dsh", *(f"dsh-12-{one}" for one in SEEDS))
 
 
 def longer(bits: int) -> None:
@@ -239,7 +246,7 @@ def longer(bits: int) -> None:
     given = [f"model.network.bits={bits}", f"model.start={start}", "model.head_lr=10", "optimizer.lr=1e-4"]
     given += ["scheduler.step_size=4000", "trainer.max_steps=30000", f"trainer.max_time={duration(max(room, 20))}"]
     STUDY.train(name, *DSH, *given)
-    STUDY.pack("longer", *(f"dsh-{b}-0{end}" for b in BITS for end in ("", "-10k-50k")))
+    STUDY.pack("longer", *(f"dsh-{one}-0" for one in BITS))
 
 
 def wide(name: str) -> None:
@@ -254,7 +261,8 @@ def hashing(seed: int) -> None:
     name = f"hashing-{seed}"
     classes = ["loss.classes=16"] if STUDY.small else []
     STUDY.train(name, *HASHING, f"seed={seed}", *classes, limit=240)
-    STUDY.pack(name, name)
+    names = [f"hashing-{one}" for one in SEEDS]
+    STUDY.pack("hashing", *names, bare=names[1:])
 
 
 def evaluation() -> None:
@@ -285,7 +293,8 @@ def side_by_side() -> None:
     def again(*bits: int) -> None:
         names = [f"dsh-{b}-{seed}" for b in bits for seed in (seeds if b == 12 else (0,))]
         together(*(lambda name=name: wide(name) for name in names))
-        STUDY.pack("dsh" if 12 in bits else "longer", *(name + end for name in names for end in ("", "-10k-50k")))
+        wider = [f"{name}-10k-50k" for name in names]
+        STUDY.pack(*(["dsh-10k-50k"] if 12 in bits else ["longer", *names]), *wider)
 
     prepare()
     together(whole, codes, checks)
@@ -312,6 +321,7 @@ def paintings(source: Path) -> None:
         given += ["sampler.triplets=4", "callbacks.mining.pool=50"] if STUDY.small else []
         if STUDY.simsearch(name, "train", *given, limit=max(STUDY.left - 50, 20)):
             runs.append(name)
+        STUDY.ended.add(name)
         if seed == 0:
             STUDY.pack(name, name)
 
@@ -320,7 +330,7 @@ def paintings(source: Path) -> None:
     together(*(lambda one=one: row(*one) for one in rows))
     listed = ",".join(str(WORK / run) for run in [name, *sorted(runs[1:])])
     STUDY.simsearch("assess", "assess", f"runs=[{listed}]", f"out={WORK / 'assess'}", threads=12)
-    STUDY.pack("parts", "ingest", "assess", "utilisation", *runs, weights=False)
+    STUDY.pack("parts", "ingest", "assess", "utilisation", *runs, bare=runs)
 
 
 def utilisation() -> subprocess.Popen | None:

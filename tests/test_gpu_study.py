@@ -1,0 +1,41 @@
+"""The study that wants an accelerator, scaled down on a CPU. Studies may be deleted: then this skips."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+from simsearch import runtime
+
+FOLDER = runtime.Path(runtime.CONF).parent / "experiments/2026-11-28-gpu"
+
+
+@pytest.mark.slow
+def test_all_parts_run_and_leave_what_they_found(tmp_path):
+    if not FOLDER.is_dir():
+        pytest.skip(f"{FOLDER.name} is not there")
+    out = tmp_path / "out"
+    env = os.environ | {"OUT": str(out), "WORK": str(tmp_path / "work"), "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", str(FOLDER / "run.sh"), "--small", "--seconds", "900"], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = (out / "log.txt").read_text()
+    parts = ("tests", "dsh-12-0", "dsh-12-0-10k-50k", "dsh-24-0", "hashing-0", "evaluation", "throughput")
+    assert all(f"{part}: ok" in said for part in parts), said
+    assert "failed" not in said
+    names = set()
+    for archive in out.glob("*.tar.gz"):
+        with tarfile.open(archive) as tar:
+            names |= set(tar.getnames())
+    runs = {"dsh-12-0", "dsh-24-0", "hashing-0"}
+    assert {f"{run}/{file}" for run in runs for file in ("metrics.json", "checkpoints/best.ckpt")} <= names
+    report = json.loads((tmp_path / "work" / "evaluation.json").read_text())
+    assert report["equal ranks and counts from equal codes on the device"]
+    assert report["float32"]["bits that differ"] == 0  # here the device is the CPU
+    assert len(list(out.iterdir())) <= 8
