@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
-from simsearch import runtime
+from simsearch import configs
 
-FOLDER = runtime.Path(runtime.CONF).parent / "experiments/2026-11-28-gpu"
+FOLDER = Path(configs.CONF).parent / "experiments/2026-11-28-gpu"
 
 
 @pytest.mark.slow
