@@ -58,7 +58,7 @@ def run(arguments: list[str], below: Path, at: int = 0) -> tuple[int, int]:
 
         sys.addaudithook(strike)
         sys.argv = ["simsearch", *arguments]
-        log = open(below.parent / "log.txt", "a", buffering=1)
+        log = (below.parent / "log.txt").open("a", buffering=1)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = log  # pytest's capture put others in their place
