@@ -7,7 +7,7 @@ ARGS ?=
 # Test files that run side by side.
 JOBS ?= 2
 
-.PHONY: help run art test test-slow test-gpu test-slurm test-browser bench lint format clean
+.PHONY: help run art test test-slow test-gpu test-slurm test-browser test-wheel test-lowest wheel bench lint format clean
 
 help:
 	@echo "make run                       the search engine on the embedded sample, from nothing"
@@ -19,6 +19,8 @@ help:
 	@echo "make test                      the fast test suite;  make test-slow, make test-gpu: the others"
 	@echo "make test-browser              the pages in a headless Chromium that is installed"
 	@echo "make test-slurm                jobs on a SLURM of its own on this machine, taken down again (needs root)"
+	@echo "make wheel                     dist/: the source distribution and the wheel;  make test-wheel: installs and tries it"
+	@echo "make test-lowest               the same in an environment of the lowest versions that pyproject.toml allows"
 	@echo "make bench                     speed beside the usual ways;  make lint, make format, make clean"
 
 # torch and torchvision come from the registry together and unpinned, as pyproject.toml says.
@@ -51,6 +53,19 @@ test-slurm: $(READY)
 test-browser: $(READY)
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
+wheel: $(READY)
+	$(BIN)/python -m build --outdir dist .
+
+test-wheel: $(READY)
+	tests/wheel.sh $(BIN)/python
+
+# uv resolves lowest versions, which pip does not. torch brings its CUDA libraries: about 5 GB more.
+test-lowest: $(READY)
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet uv
+	.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct '.[dev]'
+	tests/wheel.sh .venv-lowest/bin/python
+
 bench: $(READY)
 	$(BIN)/python experiments/2026-11-23-bench/bench.py $(ARGS)
 
@@ -64,4 +79,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-lowest build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

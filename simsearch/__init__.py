@@ -1,3 +1,3 @@
 """simsearch: similar-image search, from an experiment to an engine."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

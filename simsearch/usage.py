@@ -14,9 +14,18 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import resources
 from pathlib import Path
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+
+def conf_folder() -> Path:
+    """Where the configs lie: in the package where a wheel was installed, beside it in a checkout."""
+    package = Path(str(resources.files("simsearch")))
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.resolve().parent / "conf"
+
+
+CONF = conf_folder()
 _IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 _OPTIONS = {"-h", "--help", "--hydra-help", "--version", "--resolve", "-r", "--run", "-m", "--multirun"}
 _WITH_VALUE = {"-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"}
@@ -97,9 +106,34 @@ def page_of(command: str) -> Page:
     return read_page(CONF / f"{command.replace(' ', '_')}.yaml")
 
 
-def options_of(group: str) -> list[str]:
+def folders(arguments: Sequence[str]) -> tuple[Path, ...]:
+    """Where Hydra looks for the options of groups, first found first taken: conf/, then folders of the user's own.
+
+    Those of --config-dir and hydra.searchpath. What lies in a Python package (pkg://) is not looked for.
+
+    >>> folders(["--config-dir", "mine", "hydra.searchpath=[file:///shared/conf]"])[1:]
+    (PosixPath('mine'), PosixPath('/shared/conf'))
+    """
+    own = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        key, _, value = argument.partition("=")
+        if key in ("--config-dir", "-cd"):
+            own.append(value or following)
+        elif key.lstrip("+") == "hydra.searchpath":
+            own += [part.strip(" '\"") for part in value.strip(" []").split(",")]
+    paths = [text.removeprefix("file://") for text in own if "pkg://" not in text]
+    return (CONF, *(Path(os.path.expanduser(path)) for path in paths if path))
+
+
+def options_of(group: str, among: Sequence[Path] = (CONF,)) -> list[str]:
     """The names of a group's options, in order."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return sorted({path.stem for folder in among for path in (folder / group).glob("*.yaml")})
+
+
+def _option(group: str, name: str, among: Sequence[Path]) -> Path | None:
+    """The yaml of a group's option; None where there is none."""
+    files = (folder / group / f"{name}.yaml" for folder in among)
+    return next((path for path in files if path.is_file()), None)
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -115,8 +149,8 @@ def keys_of(command: str, arguments: Sequence[str] = ()) -> dict[str, Key]:
     page, given = page_of(command), dict(_pairs(arguments))
     keys = {key.name: key for key in page.keys}
     for group, chosen in page.groups.items():
-        path = CONF / group / f"{given.get(group, chosen.default)}.yaml"
-        if path.is_file():
+        path = _option(group, given.get(group, chosen.default), folders(arguments))
+        if path is not None:
             keys |= {f"{group}.{key.name}": Key(f"{group}.{key.name}", *_rest(key)) for key in read_page(path).keys}
     return keys
 
@@ -165,7 +199,7 @@ def help_page(command: str, arguments: Sequence[str] = (), width: int | None = N
         out += ["", "groups (group=option), with their defaults:"]
         rows = []
         for name, key in page.groups.items():
-            choices = " | ".join(options_of(name))
+            choices = " | ".join(options_of(name, folders(arguments)))
             rows.append((f"{name}={key.default}", f"{key.meaning}: {choices}" if key.meaning else choices))
         out += _rows(rows, width)
     inner = [key for name, key in keys.items() if key not in page.keys and _tells(key)]
@@ -241,7 +275,7 @@ def completions(commands: Sequence[str], line: str) -> list[str]:
         names = [key for key in keys if keys[key].default] if "." in typed else [n for n in at_top if "." not in n]
         return [f"{n}=" for n in dict.fromkeys(names) if n.startswith(typed)]
     if key in page.groups:
-        values = options_of(key)
+        values = options_of(key, folders(words))
     elif key in keys and keys[key].choices:
         values = list(keys[key].choices)
     else:
@@ -282,6 +316,8 @@ def mistake(command: str, arguments: Sequence[str]) -> str | None:
     arguments = list(arguments)
     page = page_of(command)
     swept = bool({"-m", "--multirun"} & set(arguments))
+    among = folders(arguments)
+    elsewhere = any("pkg://" in argument for argument in arguments)  # options that are not looked for
     skip = False
     for place, argument in enumerate(arguments):
         if skip or argument in _OPTIONS:
@@ -295,9 +331,9 @@ def mistake(command: str, arguments: Sequence[str]) -> str | None:
         if argument.startswith("~"):
             continue
         key, _, value = argument.partition("=")
-        if {"--config-dir", "-cd"} & set(arguments) or any(a.startswith("hydra.searchpath") for a in arguments):
-            continue  # groups and keys of somebody's own
-        if found := _unknown(command, page, key) or _misfit(command, page, key, value, swept):
+        if len(among) == 1 and not elsewhere and (found := _unknown(command, page, key)):
+            return found  # what is of the user's own may bring keys and groups
+        if not (elsewhere and key in page.groups) and (found := _misfit(command, page, key, value, swept, among)):
             return found
     looks = any(argument.startswith(("-c", "--c", "-i", "--i", "--hydra-help")) for argument in arguments)
     given = {key for key, _ in _pairs(arguments)}
@@ -385,7 +421,9 @@ def _where(command: str) -> str:
     return f" (`simsearch {command} --help` lists them)"
 
 
-def _misfit(command: str, page: Page, key: str, value: str, swept: bool) -> str | None:
+def _misfit(
+    command: str, page: Page, key: str, value: str, swept: bool, among: tuple[Path, ...] = (CONF,)
+) -> str | None:
     """About a value that is no option of its group, none of the key's choices, or of another type than its default."""
     plain = value.strip()
     if plain == "null":
@@ -396,12 +434,12 @@ def _misfit(command: str, page: Page, key: str, value: str, swept: bool) -> str 
     parts = [part.strip() for part in plain.split(",")] if swept else [plain]
     parts = [part[1:-1] if part[:1] in ("'", '"') and part[-1:] == part[:1] else part for part in parts]
     if key in page.groups:
-        there = options_of(key)
+        there = options_of(key, among)
         wrong = [part for part in parts if part != "null" and part not in there]
         if wrong:
             return f"{key}={wrong[0]} is none of {', '.join(there)}{suggest(wrong[0], there)}"
         return None
-    known = _all_keys(command).get(key, ())
+    known = _all_keys(command, among).get(key, ())
     if not known or key.split(".")[0] in ("trainer", "logger"):
         return None
     for part in parts:
@@ -414,13 +452,14 @@ def _misfit(command: str, page: Page, key: str, value: str, swept: bool) -> str 
 
 
 @cache
-def _all_keys(command: str) -> dict[str, tuple[Key, ...]]:
+def _all_keys(command: str, among: tuple[Path, ...] = (CONF,)) -> dict[str, tuple[Key, ...]]:
     """Keys of a command by their names, as each option of each group has them."""
     page = page_of(command)
     found: dict[str, list[Key]] = {key.name: [key] for key in page.keys}
     for group in page.groups:
-        for option in options_of(group):
-            for key in read_page(CONF / group / f"{option}.yaml").keys:
+        for option in options_of(group, among):
+            path = _option(group, option, among)
+            for key in read_page(path).keys if path else ():
                 found.setdefault(f"{group}.{key.name}", []).append(key)
     return {name: tuple(keys) for name, keys in found.items()}
 

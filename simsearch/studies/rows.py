@@ -77,13 +77,21 @@ class Row:
 
 
 def row_files(given: str | None) -> list[Path]:
-    """The files that hold rows: the one given, or those of all studies. Raises ValueError where there is none."""
-    if given is not None:
-        return [Path(given).expanduser()]
-    studies = Path(configs.CONF).parent / "experiments"
-    files = sorted(studies.glob("*/rows.yaml"))
+    """The files that hold rows: the one given, or those in a folder of studies; experiments/ of this checkout for None.
+
+    Raises ValueError where there is none.
+    """
+    folder = Path(configs.CONF).parent / "experiments" if given is None else Path(given).expanduser()
+    if given is None and not folder.is_dir():
+        raise ValueError(
+            "the studies lie in experiments/ of the repository, which an installed simsearch has not: "
+            "give rows=<experiments of a checkout, or one rows.yaml>"
+        )
+    if not folder.is_dir():
+        return [folder]
+    files = [*folder.glob("rows.yaml"), *sorted(folder.glob("*/rows.yaml"))]
     if not files:
-        raise ValueError(f"no study in {studies} has a rows.yaml: name one with rows=<file>")
+        raise ValueError(f"no study in {folder} has a rows.yaml: name one with rows=<file>")
     return files
 
 
