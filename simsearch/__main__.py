@@ -144,7 +144,14 @@ def _no_command(arguments: list[str]) -> int:
 
 def run(name: str) -> None:
     """Imports and runs one command; importing only it keeps `--help` fast."""
-    importlib.import_module(f"simsearch.commands.{name.replace(' ', '_')}").main()
+    try:
+        command = importlib.import_module(f"simsearch.commands.{name.replace(' ', '_')}")
+    except ModuleNotFoundError as error:
+        if os.environ.get("SIMSEARCH_DEBUG") == "1" or not usage.extra_of(error.name):
+            raise
+        print(f"simsearch {name}: {usage.missing(error)}", file=sys.stderr)
+        raise SystemExit(1) from None
+    command.main()
 
 
 def complete(arguments: list[str]) -> None:

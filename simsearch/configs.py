@@ -6,22 +6,22 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
-import pytorch_lightning as pl
 import torch
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar
-from pytorch_lightning.loggers import Logger
 from torch import nn
 
 from simsearch import launch, trust, usage
-from simsearch.callbacks.training import OwnCheckpoints, WholeCheckpoints
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+    from pytorch_lightning.loggers import Logger
 
 CONF = str(usage.CONF)
 
@@ -62,6 +62,10 @@ def build_trainer(
     config: Mapping[str, Any], folder: Path, loggers: list[Logger], more: Sequence[pl.Callback] = ()
 ) -> pl.Trainer:
     """The Trainer with its callbacks, then those in `more`, writing into `folder`."""
+    from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar  # which a search goes without
+
+    from simsearch.callbacks.training import OwnCheckpoints, WholeCheckpoints
+
     callbacks = [OwnCheckpoints(), *(build(node) for node in config["callbacks"].values() if node), *more]
     if config["trainer"].get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
@@ -70,7 +74,7 @@ def build_trainer(
             callback.dirpath = str(folder / "checkpoints")
     values = {"use_distributed_sampler": False, **config["trainer"]}  # our loaders deal out to ranks themselves
     if launch.is_rank() and values.get("strategy", "auto") in ("auto", "ddp"):
-        values["strategy"] = {"_target_": "simsearch.launch.DataParallel"}
+        values["strategy"] = {"_target_": "simsearch.callbacks.training.DataParallel"}
     trainer = hydra.utils.instantiate(
         OmegaConf.create(values), callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
     )

@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pytorch_lightning.strategies import DDPStrategy
 
-from simsearch.callbacks.interruption import stop_signals
 from simsearch.files import read_json, write_json
 
 TRUST = "trust=true"
@@ -102,14 +100,6 @@ def count_devices(devices: int | str | Sequence[int]) -> int:
     return devices if isinstance(devices, int) else len(devices)
 
 
-class DataParallel(DDPStrategy):
-    """Lightning's `ddp`, also for a model without gradients, which it refuses: frozen ones share out the work too."""
-
-    def configure_ddp(self) -> None:
-        if any(parameter.requires_grad for parameter in self.model.parameters()):  # type: ignore[union-attr]
-            super().configure_ddp()
-
-
 # ------------------------------------------------------------------------------------------- the parent
 
 
@@ -161,6 +151,8 @@ class _Ranks:
 
     def __enter__(self) -> _Ranks:
         if threading.current_thread() is threading.main_thread():
+            from simsearch.callbacks.interruption import stop_signals  # and Lightning, which a search goes without
+
             numbers = (signal.SIGINT, *stop_signals())
             self._found = {number: signal.signal(number, self._pass_on) for number in numbers}
         return self

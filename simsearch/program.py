@@ -20,15 +20,22 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from simsearch import configs, launch, usage
 from simsearch.models.backbones import WeightsError
 from simsearch.text import warn
 
+try:
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException  # what it calls a user's mistake
+except ModuleNotFoundError:  # it comes with simsearch[train]
+
+    class MisconfigurationException(Exception):  # type: ignore[no-redef]
+        """Raised by nothing, where Lightning is not installed."""
+
+
 MENDABLE = (
     *(ValueError, OSError, WeightsError, InstantiationException, OmegaConfBaseException),
-    MisconfigurationException,  # what Lightning calls a user's mistake
+    MisconfigurationException,
     ModuleNotFoundError,  # what is not installed
 )
 
@@ -52,7 +59,8 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             try:
                 return task(config)
             except Exception as error:
-                logging.getLogger("simsearch").info("failed", exc_info=True)  # where a command keeps a log
+                if (log := logging.getLogger("simsearch")).handlers:  # where a command keeps a log, not the terminal
+                    log.info("failed", exc_info=True)
                 mendable = isinstance(error, (*MENDABLE, launch.RankError))
                 if not mendable or os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
@@ -126,6 +134,8 @@ def reason(error: BaseException, command: str = "") -> str:
         return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
     if isinstance(error, MisconfigurationException):
         return str(error).strip().split("\n")[0]
+    if isinstance(error, ModuleNotFoundError):
+        return usage.missing(error)
     first = str(error).strip().partition("\n")[0]
     if isinstance(error, MissingMandatoryValue):
         key = (re.findall(r"full_key: ([^\s]+)", str(error)) or re.findall(r"value: ([^\s]+)", first) or [first])[0]

@@ -15,9 +15,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
@@ -25,9 +24,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from simsearch import __version__, configs, launch, settings, trust
+from simsearch import __version__, configs, launch, trust
 from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, write_json
 from simsearch.text import warn
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 
 def network_of(run: str, *, _root_: DictConfig) -> dict[str, Any]:
@@ -81,6 +83,8 @@ def start_run(config: DictConfig) -> Iterator[Run]:
             run = _claim(folder, values) if launch.rank() == 0 else _await(folder, values)
         if run.resumed and launch.rank() == 0:
             print(f"resuming {run.folder} with its own config", file=sys.stderr)
+        import pytorch_lightning as pl  # only what trains has it
+
         pl.seed_everything(run.config["seed"], workers=True, verbose=False)
         yield run
 
@@ -160,6 +164,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def make_few(config: DictConfig) -> None:
     """Cuts the steps and sizes of a training's config down to those of smoke=true, before anything refers to them."""
+    from simsearch import settings  # and with it the callbacks, Lightning's
+
     for key, most in settings.FEW.items():
         value = OmegaConf.select(config, key)
         if isinstance(value, int) and (value > most or value < 0):

@@ -483,3 +483,25 @@ def _complaint(key: Key, value: str) -> str:
     if key.choices and key.name != "device" and value not in key.choices:
         return f"one of {', '.join(key.choices)}{suggest(value, key.choices)}"
     return ""
+
+
+def extra_of(module: str | None) -> str | None:
+    """The extra of simsearch that brings a module, as `train` brings timm; None where none does."""
+    from importlib import metadata  # only where something is missing
+
+    def same(name: str) -> str:
+        return name.lower().replace("_", "-")
+
+    try:
+        needs = metadata.requires("simsearch") or ()
+    except metadata.PackageNotFoundError:  # run from a folder
+        return None
+    parts = (re.match(r"""([\w.-]+).*extra == ["'](\w+)["']""", line) for line in needs)
+    package = same((module or "").partition(".")[0])
+    return next((found[2] for found in parts if found and same(found[1]) == package), None)
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """What to install for a module that is not there."""
+    extra = extra_of(error.name)
+    return f"this needs {error.name}, which comes by pip install 'simsearch[{extra}]'" if extra else str(error)

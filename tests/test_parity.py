@@ -22,7 +22,7 @@ from simsearch.data.samplers import MinedTriplets, ShuffledBatches
 from simsearch.functional.collectives import gather_batches
 from simsearch.functional.whitening import Moments
 from simsearch.index.binarize import ITQ, Sign
-from simsearch.launch import DataParallel
+from simsearch.callbacks.training import DataParallel
 from simsearch.losses.triplet import TripletLoss
 from simsearch.models.backbones import Backbone
 from simsearch.models.frozen import FrozenRetriever, Whitening

@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
@@ -341,3 +342,11 @@ class LastValidation(Checkpoint):
         trainer.training = True
         batches._batches_that_stepped += 1
         connector._first_loop_iter = first
+
+
+class DataParallel(DDPStrategy):
+    """Lightning's `ddp`, also for a model without gradients, which it refuses: frozen ones share out the work too."""
+
+    def configure_ddp(self) -> None:
+        if any(parameter.requires_grad for parameter in self.model.parameters()):  # type: ignore[union-attr]
+            super().configure_ddp()

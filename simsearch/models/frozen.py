@@ -196,9 +196,8 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
 
     def describe(self, regions: list[Tensor]) -> Tensor:
         """Descriptors or real-valued codes of the region vectors (B, R, C) at each scale."""
-        with torch.autocast(
-            self.device.type, enabled=False
-        ):  # a descriptor is float32 whatever the trainer's precision
+        # A descriptor is float32 whatever the trainer's precision.
+        with torch.autocast(self.backbone.mean.device.type, enabled=False):
             descriptor = self._descriptor(regions)
             if self.binarizer is None:
                 return descriptor
@@ -208,7 +207,7 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
 
     def _descriptor(self, regions: list[Tensor]) -> Tensor:
         """L2-normalised descriptors (B, D) of the region vectors (B, R, C) at each scale."""
-        parts = [self.head.aggregate(vectors.to(self.device)) for vectors in regions]
+        parts = [self.head.aggregate(vectors.to(self.backbone.mean.device)) for vectors in regions]
         return F.normalize(torch.stack(parts).sum(0), dim=-1)
 
     @property

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
-from torch import Tensor
+from torch import Tensor, nn
 
 from simsearch.types import Batch
 
+try:
+    from pytorch_lightning import LightningModule
+except ModuleNotFoundError:  # a search describes images by the same module without a Trainer
+    LightningModule = nn.Module  # type: ignore[misc,assignment]
 
-class DescribesBatches(pl.LightningModule):
-    """A module whose steps outside of training give `describe_batch`: descriptors or real-valued codes (B, D)."""
+
+class DescribesBatches(LightningModule):
+    """A module whose steps outside of training give `describe_batch`: descriptors or real-valued codes (B, D).
+
+    Lightning's where that is installed, which only a Trainer needs (simsearch[train]); else torch's.
+    """
 
     def describe_batch(self, batch: Batch) -> Tensor:
         raise NotImplementedError

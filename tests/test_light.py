@@ -1,0 +1,106 @@
+"""What searches needs nothing of what trains: commands with the packages of the extras out of reach."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import urllib.request
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from conftest import simsearch
+
+from simsearch import usage
+
+ROOT = Path(__file__).parent.parent
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in MISSING:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def modules(*extras: str) -> set[str]:
+    """Names by which the packages of these extras are imported."""
+    names = (re.split(r"[<>=!\[]", line)[0] for extra in extras for line in EXTRAS[extra])
+    return {name.replace("-", "_") for name in names} - {"simsearch"}
+
+
+def program(blocked: set[str], *arguments: str) -> list[str]:
+    code = f"MISSING = {sorted(blocked)!r}{WITHOUT}from simsearch.__main__ import program\nprogram()"
+    return [sys.executable, "-c", code, *arguments]
+
+
+def run(blocked: set[str], *arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(program(blocked, *arguments), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done
+
+
+TRAINING = modules("train", "sweep", "tensorboard")
+
+
+def test_the_extras_hold_what_they_are_named_for():
+    assert {"pytorch_lightning", "wandb", "torchmetrics", "pytorch_metric_learning"} <= TRAINING
+    assert {"fastapi", "uvicorn"} <= modules("serve")
+    assert "simsearch[train,serve,sweep,tensorboard]" in EXTRAS["dev"]
+
+
+@pytest.mark.parametrize("command", ["search", "recommend"])
+def test_a_run_s_catalog_answers_without_what_trains_or_serves(small_run, command):
+    arguments = [command, f"catalog={small_run}/catalog", f"image={small_run}/figures/queries/00.png", "k=3"]
+    done = run(TRAINING | modules("serve"), *arguments, "format=json")
+    assert done.stdout == simsearch(*arguments, "format=json").stdout
+    assert done.stdout.count("rank") == 3
+
+
+def test_an_image_is_described_into_a_catalog_without_what_trains(small_run, tmp_path):
+    out = tmp_path / "catalog"
+    run(TRAINING | modules("serve"), "index", f"run={small_run}", f"images={small_run}/figures/queries", f"out={out}")
+    assert (out / "catalog.json").is_file()
+
+
+def test_serve_answers_without_what_trains(small_run):
+    command = program(TRAINING, "serve", f"catalog={small_run}/catalog", "port=0")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            greeting = process.stdout.readline()
+            address = re.search(r"http://\S+?/", greeting)
+            assert address, greeting
+            image = (small_run / "figures" / "queries" / "00.png").read_bytes()
+            head = '--x\r\nContent-Disposition: form-data; name="file"; filename="a.png"\r\n\r\n'
+            asked = urllib.request.Request(
+                f"{address[0]}api/catalogs/catalog/search/image",
+                head.encode() + image + b"\r\n--x--\r\n",
+                {"Content-Type": "multipart/form-data; boundary=x"},
+            )
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                assert json.loads(answer.read())["results"]
+        finally:
+            process.terminate()
+
+
+def test_without_a_package_a_command_says_in_one_line_what_to_install(small_run):
+    done = run(TRAINING, "evaluate", f"run={small_run}", expect=1)
+    (line,) = done.stderr.splitlines()
+    assert line == "simsearch evaluate: this needs pytorch_lightning, which comes by pip install 'simsearch[train]'"
+
+
+def test_a_missing_package_belongs_to_the_extra_that_brings_it(monkeypatch):
+    needs = [f'{line} ; extra == "{extra}"' for extra in ("train", "serve") for line in EXTRAS[extra]]
+    monkeypatch.setattr(metadata, "requires", lambda name: ["torch>=2.6", *needs])
+    assert usage.extra_of("pytorch_lightning.callbacks") == usage.extra_of("pytorch_metric_learning") == "train"
+    assert usage.extra_of("uvicorn") == "serve"
+    assert usage.extra_of("torch") is usage.extra_of("nobody") is usage.extra_of(None) is None
+    error = ModuleNotFoundError("No module named 'wandb'", name="wandb")
+    assert usage.missing(error) == "this needs wandb, which comes by pip install 'simsearch[train]'"
