@@ -15,6 +15,7 @@ from conftest import in_ranks
 from torch import Tensor, nn
 
 from simsearch.callbacks.mining import TripletMining
+from simsearch.callbacks.training import DataParallel
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import OfficialSplit
@@ -22,7 +23,6 @@ from simsearch.data.samplers import MinedTriplets, ShuffledBatches
 from simsearch.functional.collectives import gather_batches
 from simsearch.functional.whitening import Moments
 from simsearch.index.binarize import ITQ, Sign
-from simsearch.callbacks.training import DataParallel
 from simsearch.losses.triplet import TripletLoss
 from simsearch.models.backbones import Backbone
 from simsearch.models.frozen import FrozenRetriever, Whitening
