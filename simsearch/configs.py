@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
     from pytorch_lightning.loggers import Logger
 
+    from simsearch.data.datamodule import RetrievalDataModule
+
 CONF = str(usage.CONF)
 
 
@@ -39,7 +41,7 @@ def build(config: Mapping[str, Any]) -> Any:
     return hydra.utils.instantiate(OmegaConf.create(dict(config)), _convert_="all")
 
 
-def build_data(config: Mapping[str, Any], protocol: Any = None) -> pl.LightningDataModule:
+def build_data(config: Mapping[str, Any], protocol: Any = None) -> RetrievalDataModule:
     """The DataModule of `config["data"]` with its data read, under `protocol` or that of the config."""
     data = prepare_data(config, protocol)
     data.setup()
@@ -48,7 +50,7 @@ def build_data(config: Mapping[str, Any], protocol: Any = None) -> pl.LightningD
     return data
 
 
-def prepare_data(config: Mapping[str, Any], protocol: Any = None) -> pl.LightningDataModule:
+def prepare_data(config: Mapping[str, Any], protocol: Any = None) -> RetrievalDataModule:
     """The DataModule, its data downloaded where the config asks for it, but not read."""
     node = OmegaConf.create(dict(config["data"]))
     # Not as an argument of instantiate, which would turn the protocol's dataclass into a config.

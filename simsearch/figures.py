@@ -111,7 +111,7 @@ def _clip(text: str, size: int, width: int) -> str:
     head = text[: max(0, width)]  # a sign takes a pixel at least, but for accents, and strangers' texts may have no end
     if head == text and _length(text, size) <= width:
         return text
-    fits = bisect_right(range(1, len(head) + 1), width, key=lambda n: _length(head[:n] + "…", size))
+    fits = bisect_right(range(1, len(head) + 1), float(width), key=lambda n: float(_length(head[:n] + "…", size)))
     return head[:fits] + "…"
 
 

@@ -102,12 +102,12 @@ def _with_length(run: Run, config: DictConfig) -> Run:
     rate was planned for another length.
     """
     composed = _composed(config) or OmegaConf.to_container(config)
-    own, config = OmegaConf.create(run.config), OmegaConf.create(composed)
+    own, new = DictConfig(run.config), DictConfig(composed)
     lengths, ignored = {}, []
     for text in HydraConfig.get().overrides.task if HydraConfig.initialized() else ():
         (parsed,) = OverridesParser.create().parse_overrides([text])
         name = parsed.key_or_group.replace("/", ".")
-        there, given = (_selected(values, name) for values in (own, config))
+        there, given = (_selected(values, name) for values in (own, new))
         if name.split(".")[0] in ("hydra", "resume", "run_dir", "run_root", "trust", "objective") or there == given:
             continue
         if name in _LENGTH:
@@ -265,7 +265,8 @@ def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.L
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     about["train_seconds"] = about.get("train_seconds", 0.0) + seconds
     about["device"] = name if trainer.world_size == 1 else f"{trainer.world_size} x {name}"
-    about["parameters"] = sum(parameter.numel() for parameter in model.encoder.parameters())
+    encoder: torch.nn.Module = model.encoder  # type: ignore[assignment]
+    about["parameters"] = sum(parameter.numel() for parameter in encoder.parameters())
     write_json(folder / "run.json", about)
 
 

@@ -75,9 +75,9 @@ def check_training(config: Mapping[str, Any]) -> None:
         if not config["callbacks"].get(name):
             raise ValueError(f"callbacks.{name}=null: {lost}; leave it in")
     for name, node in config["callbacks"].items():
-        if node and (mend := _INSTEAD.get(str(node.get("_target_")))):
+        if node and (instead := _INSTEAD.get(str(node.get("_target_")))):
             raise ValueError(
-                f"callbacks.{name}: {node['_target_'].rpartition('.')[2]} does not know these models: {mend}"
+                f"callbacks.{name}: {node['_target_'].rpartition('.')[2]} does not know these models: {instead}"
             )
     _check_monitors(config)
 

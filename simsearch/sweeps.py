@@ -173,7 +173,7 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
 def check_same_data(folder: Path, config: DictConfig) -> None:
     """Raises ValueError where the data or protocol of a finished trial are not what they were."""
     stored = read_json(folder / "metrics.json")["test"]["fingerprint"]
-    values = OmegaConf.to_container(config, resolve=True)
+    values = configs.plain(config)
     now = _fingerprint(
         json.dumps({name: values[name] for name in ("data", "protocol", "backbone", "sampler", "smoke")})
     )
@@ -265,7 +265,7 @@ class Sweep(Callback):
     def __init__(self) -> None:
         self._since = time.time()
 
-    def on_run_start(self, config: DictConfig, config_name: str | None = None) -> None:
+    def on_run_start(self, config: DictConfig, config_name: str | None = None) -> None:  # type: ignore[override]
         HydraConfig.instance().set_config(config)
         try:  # Hydra would end in a traceback where it cannot make the folder
             folder = Path(config.hydra.run.dir)
@@ -276,7 +276,7 @@ class Sweep(Callback):
             warn(f"simsearch train: {program.reason(error)}: give another run_dir")
             raise SystemExit(1) from None
 
-    def on_multirun_start(self, config: DictConfig, config_name: str | None = None) -> None:
+    def on_multirun_start(self, config: DictConfig, config_name: str | None = None) -> None:  # type: ignore[override]
         try:
             self._start(config)
         except program.MENDABLE as error:  # Hydra would make a warning of it and go on
@@ -308,7 +308,7 @@ class Sweep(Callback):
                 if before and sweeper.sampler.get("seed") is not None:
                     sweeper.sampler.seed += before  # or it would propose the same again
 
-    def on_job_end(self, config: DictConfig, job_return: JobReturn) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn) -> None:  # type: ignore[override]
         if config.hydra.mode is not RunMode.MULTIRUN:
             return
         print(f"sweep: {summary(Path(config.hydra.sweep.dir), self._since)}", file=sys.stderr)
@@ -317,7 +317,7 @@ class Sweep(Callback):
             # Left as it is, a grid would report the first failure by its traceback and forget the others.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
-    def on_multirun_end(self, config: DictConfig, config_name: str | None = None) -> None:
+    def on_multirun_end(self, config: DictConfig, config_name: str | None = None) -> None:  # type: ignore[override]
         folder = Path(config.hydra.sweep.dir)
         write_json(folder / "sweep.json", {**_read_sweep(folder), "ended": True})
         terminal.show(progress_table(folder))

@@ -184,7 +184,7 @@ def _start(
             config=dict(config),
             reinit="create_new",  # never the run of an earlier job of this process
             settings=wandb.Settings(
-                mode=mode,
+                mode=mode,  # type: ignore[arg-type]
                 silent=True,
                 console="off",
                 init_timeout=_INIT_S,
@@ -289,7 +289,7 @@ def log_summary(loggers: list[Logger], folder: Path) -> None:
     Of metrics.json each stage's protocol, its unit of chance and the intervals of its headline metrics, of run.json
     what the training took.
     """
-    summary = {}
+    summary: dict[str, Any] = {}
     for stage, about in read_json(folder / "metrics.json").items():
         summary |= {
             f"{stage}/{key}": about[key] for key in ("protocol", "fingerprint", "unit", "units") if key in about

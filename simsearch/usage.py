@@ -67,7 +67,11 @@ class Page:
 @cache
 def read_page(path: Path) -> Page:
     """The page of a yaml as this project writes them: block style, a comment on the line that it is about."""
-    about, examples, keys, groups, section = [], [], [], {}, []
+    about: list[str] = []
+    examples: list[str] = []
+    keys: list[Key] = []
+    groups: dict[str, Key] = {}
+    section: list[tuple[int, str]] = []
     above = ""  # a comment on lines of its own
     lines = path.read_text(encoding="utf-8").splitlines()
     start = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
@@ -279,11 +283,11 @@ def completions(commands: Sequence[str], line: str) -> list[str]:
     elif key in keys and keys[key].choices:
         values = list(keys[key].choices)
     else:
-        folder, _, start = value.rpartition("/")
+        folder, _, head = value.rpartition("/")
         base = Path(os.path.expanduser(folder or ("/" if value.startswith("/") else ".")))
-        found = sorted(base.iterdir()) if base.is_dir() else []
-        shown = [p for p in found if start.startswith(".") or not p.name.startswith(".")]
-        values = [f"{value[: len(value) - len(start)]}{p.name}{'/' if p.is_dir() else ''}" for p in shown]
+        there = sorted(base.iterdir()) if base.is_dir() else []
+        shown = [p for p in there if head.startswith(".") or not p.name.startswith(".")]
+        values = [f"{value[: len(value) - len(head)]}{p.name}{'/' if p.is_dir() else ''}" for p in shown]
     return [f"{key}={v}" for v in values if v.startswith(value)]
 
 
@@ -337,9 +341,9 @@ def mistake(command: str, arguments: Sequence[str]) -> str | None:
             return found
     looks = any(argument.startswith(("-c", "--c", "-i", "--i", "--hydra-help")) for argument in arguments)
     given = {key for key, _ in _pairs(arguments)}
-    for key in page.keys:
-        if key.needed and key.name not in given and not looks:
-            return f"needs {key.name}=..., {key.meaning}"
+    for wanted in page.keys:
+        if wanted.needed and wanted.name not in given and not looks:
+            return f"needs {wanted.name}=..., {wanted.meaning}"
     return None
 
 
@@ -368,8 +372,8 @@ def _no_override(command: str, page: Page, argument: str, rest: Sequence[str]) -
     if re.fullmatch(r"\w+:.*", argument) and argument.partition(":")[0] in known:
         key, _, value = argument.partition(":")
         return f"{argument!r}: keys and values are joined by =, as in {key}={value or following or '...'}"
-    key = _key_for(argument, page)
-    mend = f"did you mean {key}={argument}?" if key else f"see `simsearch {command} --help`"
+    likely = _key_for(argument, page)
+    mend = f"did you mean {likely}={argument}?" if likely else f"see `simsearch {command} --help`"
     return f"{argument!r} is no key=value: {mend}"
 
 

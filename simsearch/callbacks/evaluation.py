@@ -105,7 +105,8 @@ class RetrievalEvaluation(pl.Callback):
         if trainer.is_global_zero:
             told = ", ".join(f"{name} {result.metrics[name]:.4f}" for name in ("mAP", "P@1") if name in result.metrics)
             _LOG.info("step %d, epoch %d, %s: %s", trainer.global_step, trainer.current_epoch, stage, told)
-            about = {"identity": module.identity(), **module.provenance} if hasattr(module, "provenance") else {}
+            known = hasattr(module, "provenance")
+            about = {"identity": module.identity(), **module.provenance} if known else {}  # type: ignore[operator,dict-item]
             write_results(Path(trainer.default_root_dir), prefix, task, result, about)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

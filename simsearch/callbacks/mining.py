@@ -66,7 +66,7 @@ class TripletMining(pl.Callback):
         self._mine(trainer, pl_module)
 
     def _mine(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        sampler = trainer.train_dataloader.sampler
+        sampler = trainer.train_dataloader.sampler  # type: ignore[union-attr]
         if not hasattr(sampler, "set_triplets"):
             raise ValueError("the mining callback needs the sampler that takes its triplets: sampler=mined")
         if not sampler.needs_triplets:
@@ -93,7 +93,7 @@ class TripletMining(pl.Callback):
             else:
                 own = generator.clone_state()  # that of the draw below must be equal on all ranks
                 mined = semihard_triplets(vectors, labels, margin=self.margin, per_query=self.per_query, generator=own)
-        triplets, losses = trainer.strategy.broadcast(mined)
+        triplets, losses = trainer.strategy.broadcast(mined)  # type: ignore[misc]
         if len(triplets) == 0:
             raise ValueError(
                 f"no triplet of the {len(rows)} images in the pool is within the margin {self.margin}: the network "
@@ -137,5 +137,5 @@ class TripletMining(pl.Callback):
             part.training = training
         vectors = torch.cat(parts)
         if world > 1:
-            vectors = module.all_gather(vectors).flatten(0, 1)
+            vectors = module.all_gather(vectors).flatten(0, 1)  # type: ignore[union-attr]
         return vectors.cpu()[: len(rows)]

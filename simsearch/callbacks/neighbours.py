@@ -44,7 +44,7 @@ class NeighbourFigure(pl.Callback):
                 self._draw(trainer)
 
     def _draw(self, trainer: pl.Trainer) -> None:
-        evaluation = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation))
+        evaluation = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation))  # type: ignore[attr-defined]
         data = trainer.datamodule  # type: ignore[attr-defined]
         task: RetrievalTask = data.task("test")
         result = evaluation.results["test"]

@@ -26,7 +26,7 @@ class PrecisionRecall(pl.Callback):
         self.points: list[tuple[float, float]] = []
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        evaluation = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation))
+        evaluation = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation))  # type: ignore[attr-defined]
         data = trainer.datamodule  # type: ignore[attr-defined]
         task: RetrievalTask = data.task("test")
         result = evaluation.results["test"]

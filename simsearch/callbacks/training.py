@@ -199,7 +199,9 @@ class OwnCheckpoints(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        folders = [os.path.realpath(str(c.dirpath)) for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]
+        folders = [
+            os.path.realpath(str(c.dirpath)) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)
+        ]
 
         def ours(path: object) -> bool:
             address = ":/" in str(path) or "::" in str(path)  # local:///home is a folder to Lightning
@@ -247,7 +249,7 @@ class EpochsAfterResume(pl.Callback):
         epochs, batches = trainer.fit_loop, trainer.fit_loop.epoch_loop
         if batches.restarting and batches.batch_progress.is_last_batch:
             progress = epochs.epoch_progress
-            progress.current.completed, progress.total.completed = progress.current.processed, progress.total.processed
+            progress.current.completed, progress.total.completed = progress.current.processed, progress.total.processed  # type: ignore[attr-defined]
             batches.restarting = False
             epochs.reset_restart_stage()
             batches.reset_restart_stage()
@@ -292,7 +294,7 @@ class FrozenBackbone(pl.Callback):
         for parameter in self._parameters if self.epochs is not None else ():
             parameter.requires_grad_(not frozen)
         if frozen:
-            pl_module.network.backbone.eval()  # type: ignore[union-attr, operator]
+            pl_module.network.backbone.eval()  # type: ignore[union-attr]
         elif trainer.current_epoch == self.epochs:
             pl_module.train()  # as the module has it: its batch normalisation may stay frozen
 
@@ -317,12 +319,12 @@ class LastValidation(Checkpoint):
         self.validated = state_dict["validated"]
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.validated = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        self.validated = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loop = trainer.fit_loop
         steps = 0 <= trainer.max_steps <= trainer.global_step
-        epochs = 0 <= (trainer.max_epochs or 0) <= loop.epoch_progress.current.processed
+        epochs = 0 <= (trainer.max_epochs or 0) <= loop.epoch_progress.current.processed  # type: ignore[attr-defined]
         if steps or epochs or (trainer.should_stop and loop._can_stop_early):
             self._validate(trainer)
 
@@ -331,7 +333,7 @@ class LastValidation(Checkpoint):
 
     def _validate(self, trainer: pl.Trainer) -> None:
         batches = trainer.fit_loop.epoch_loop
-        if not trainer.enable_validation or self.validated == batches.batch_progress.total.processed:
+        if not trainer.enable_validation or self.validated == batches.batch_progress.total.processed:  # type: ignore[attr-defined]
             return
         connector = trainer._logger_connector
         first = connector._first_loop_iter

@@ -145,7 +145,8 @@ def terminal_table(entries: Sequence[Entry], shown: Sequence[Column], width: int
     frame = len(str(len(entries))) + 4
     longest = min(max(len(shown_cell(entry.name)) for entry in entries), NAME_WIDTH)
     room = width - frame - longest - 3
-    fits, left_out = [], []
+    fits: list[str] = []
+    left_out: list[str] = []
     for column in sorted(kept, key=lambda c: _FIRST.index(c.title) if c.title in _FIRST else -1):
         texts = [column.title]
         for entry in entries:

@@ -245,7 +245,9 @@ def read_wandb(api: Any, address: str) -> tuple[list[Result], list[Missing]]:
         metrics = {key: float(v) for key, v in test.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         ends = {key: (metrics.get(f"{key}_low"), metrics.get(f"{key}_high")) for key in metrics}
         intervals = {key: (low, high) for key, (low, high) in ends.items() if low is not None and high is not None}
-        facts = {key: summary[key] for key in ("train_seconds", "device", "parameters") if key in summary}
+        facts: dict[str, Any] = {
+            key: summary[key] for key in ("train_seconds", "device", "parameters") if key in summary
+        }
         place = f"wandb:{project}/{run.id}"
         stated = str(test["protocol"]), str(test["fingerprint"])
         over = test.get("unit"), test.get("units")

@@ -188,9 +188,8 @@ def _batch_contents(files: Sequence[Path], names: Sequence[str]) -> Iterator[tup
     _check_md5(path, content, CIFAR10.tgz_md5)
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:gz") as archive:
-            found = {
-                Path(member.name).name: archive.extractfile(member).read() for member in archive if member.isfile()
-            }
+            members = ((member, archive.extractfile(member)) for member in archive if member.isfile())
+            found = {Path(member.name).name: file.read() for member, file in members if file}
         yield from ((path / BATCHES / name, found[name]) for name in names)
     except (tarfile.TarError, OSError, EOFError, KeyError) as error:
         raise DataError(f"cannot unpack {path} ({error}): delete it and download it again") from error

@@ -76,7 +76,7 @@ class Collection:
             pixels = [self.images.packed().pixels if isinstance(self.images, Ragged) else self.images]
         digest = hashlib.sha256(repr((images, self.attributes, self.classes)).encode())
         for tensor in (*pixels, self.labels, self.is_test):
-            digest.update(np.ascontiguousarray(tensor.numpy()))
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
         return digest.hexdigest()[:16]
 
     @cached_property

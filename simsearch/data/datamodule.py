@@ -31,9 +31,9 @@ class CollectionRows(Dataset):
 
     def __init__(self, collection: Collection, rows: Tensor, attribute: str | Sequence[str]) -> None:
         self.images = collection.images
-        one = isinstance(attribute, str)
-        columns = [collection.column(name) for name in ([attribute] if one else attribute)]
-        self.labels = columns[0] if one else torch.stack(columns, dim=1)
+        names = [attribute] if isinstance(attribute, str) else attribute
+        columns = [collection.column(name) for name in names]
+        self.labels = columns[0] if isinstance(attribute, str) else torch.stack(columns, dim=1)
         self.rows = rows
 
     def __len__(self) -> int:
@@ -42,7 +42,9 @@ class CollectionRows(Dataset):
     def __getitem__(self, position: int) -> Batch:
         """One item without the batch dimension."""
         row = self.rows[position]
-        return Batch(image=self.images[row], label=self.labels[row], index=row)
+        image = self.images[row]
+        assert isinstance(image, Tensor)  # of one row, however many shapes the others have
+        return Batch(image=image, label=self.labels[row], index=row)
 
     def __getitems__(self, positions: list[int]) -> Batch:
         """The batch of the given positions, which DataLoader asks for where this method exists."""
@@ -224,7 +226,7 @@ class RetrievalDataModule(pl.LightningDataModule):
             sampler=OwnPart(data) if shared else None,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            collate_fn=_whole_batch,
+            collate_fn=_whole_batch,  # type: ignore[arg-type]
             worker_init_fn=leave_signals,
         )
 

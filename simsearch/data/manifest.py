@@ -24,12 +24,14 @@ from simsearch.functional.resize import Fit, check_fit
 from simsearch.images import MAX_PIXELS, ImageError, read_image
 from simsearch.text import printable
 
-ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 # Opened where Pillow, or a package beside it, has their decoder; else each file is told of by its content.
-ENDINGS += (".avif", ".avifs", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jxl")
+_BY_PLUGINS = (".avif", ".avifs", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jxl")
+ENDINGS = (*_ENDINGS, *_BY_PLUGINS)
 # Images that are not opened, and are told of by name.
-NOT_OPENED = (".psd", ".psb", ".svg", ".eps", ".ai", ".pdf", ".djvu", ".exr", ".hdr", ".tga", ".ico", ".dng", ".cr2")
-NOT_OPENED += (".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".xcf", ".ppm", ".pgm", ".pnm", ".jxr", ".webm")
+_RARE = (".psd", ".psb", ".svg", ".eps", ".ai", ".pdf", ".djvu", ".exr", ".hdr", ".tga", ".ico", ".dng", ".cr2")
+_RAW = (".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".xcf", ".ppm", ".pgm", ".pnm", ".jxr", ".webm")
+NOT_OPENED = (*_RARE, *_RAW)
 PATH_PROBLEMS = {
     "path-empty": "is empty",
     "path-zero-byte": "holds a zero byte",

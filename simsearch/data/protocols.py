@@ -423,7 +423,7 @@ def _task(
 def _fingerprint(rule: str, query: np.ndarray, gallery: np.ndarray) -> str:
     digest = hashlib.sha256(repr((rule, len(query), len(gallery))).encode())
     for rows in (query, gallery):
-        digest.update(rows.astype("<i8"))
+        digest.update(rows.astype("<i8").data)
     return digest.hexdigest()[:16]
 
 

@@ -391,7 +391,7 @@ class _Reader:
             for opcode, argument, position in pickletools.genops(data):
                 if opcode.name == "STOP":
                     return self.stack.pop()
-                self.step(opcode.name, argument, position)
+                self.step(opcode.name, argument, position or 0)
         except OverflowError as error:
             raise ValueError(f"the pickle is damaged: {error}") from None
         raise ValueError("the pickle is damaged: it has no end")

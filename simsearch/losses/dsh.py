@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 
 
 class _Quantisation(torch.autograd.Function):
     """||b| - 1|, entry by entry, with the release's sub-gradient: +1 where b >= 1 or -1 <= b <= 0, else -1."""
 
     @staticmethod
-    def forward(ctx, b: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: FunctionCtx, b: Tensor) -> Tensor:
         ctx.save_for_backward(b)
         return (b.abs() - 1).abs()
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: BackwardCFunction, gradient: Tensor) -> Tensor:
         (b,) = ctx.saved_tensors
         up = (b >= 1) | ((b >= -1) & (b <= 0))
         return torch.where(up, gradient, -gradient)

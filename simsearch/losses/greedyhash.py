@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from simsearch.losses.classification import check_classifier, check_labels
 
@@ -13,11 +14,11 @@ class _Sign(torch.autograd.Function):
     """+1 where x > 0, else -1, as codes are packed; the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
         return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:
         return gradient
 
 

@@ -196,7 +196,7 @@ def check_runnable(row: Row, config: Mapping[str, Any]) -> None:
     if config["trainer"]["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise NotRunnable(f"an accelerator is missing (trainer.accelerator={config['trainer']['accelerator']})")
     try:
-        task = configs.build_data(config).task("test")  # type: ignore[operator]
+        task = configs.build_data(config).task("test")
         configs.build(config["model"])
     except Exception as error:
         cause: BaseException = error

@@ -142,7 +142,7 @@ def digest(config: Mapping[str, Any]) -> str:
 
 def finished_runs(root: Path, *, trusted: bool = False) -> dict[str, run_directory.Run]:
     """Digest -> run, of the runs in `root` that were trained and tested, and may be opened."""
-    runs = {}
+    runs: dict[str, run_directory.Run] = {}
     for path in sorted(root.glob("*/config.yaml")):
         try:
             if is_finished(path.parent):

@@ -77,7 +77,7 @@ def spellings(counts: Counter[str]) -> dict[str, str]:
     groups: dict[str, list[str]] = {}
     for value in counts:
         groups.setdefault(spelling_key(value), []).append(value)
-    chosen = {}
+    chosen: dict[str, str] = {}
     for values in groups.values():
         best = min(values, key=lambda v: (-counts[v], v.isupper() or v.islower(), -sum(ord(c) > 127 for c in v), v))
         chosen |= dict.fromkeys(values, best)

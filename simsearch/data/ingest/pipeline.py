@@ -212,7 +212,7 @@ def decode_file(path: str, decoding: Decoding) -> tuple[np.ndarray, dict[str, np
             return "too-much-memory", f"more than {decoding.memory / 2**30:g} GiB"
         raise
     grey = image.float().mean(0)
-    facts = {
+    facts: dict[str, np.ndarray] = {
         "sides": np.array(shape or image.shape[1:], dtype=np.int64),
         "sha256": np.frombuffer(hashlib.sha256(data).digest(), dtype=np.uint8).copy(),
         "hash": perceptual_hashes(image[None])[0].numpy(),

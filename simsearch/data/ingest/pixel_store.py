@@ -85,7 +85,7 @@ def write_shard(folder: Path, number: int, start: int, items: Iterable[Image | R
                 continue
             pixels = item.pixels.contiguous().numpy()
             file.write(pixels.data)
-            digest.update(pixels)
+            digest.update(pixels.data)
             rows.append(item.row)
             shapes.append(tuple(item.pixels.shape[1:]))
             facts.append(item.facts)
@@ -188,7 +188,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.numpy())
+        digest.update(value.numpy().data)
     return digest.hexdigest()
 
 

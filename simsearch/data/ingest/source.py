@@ -60,8 +60,8 @@ _WIKIART = {
     "synthetic_cubism",
     "ukiyo_e",
 }
-_ENDINGS = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"RIFF", ".webp"), (b"GIF8", ".gif"), (b"BM", ".bmp"))
-_ENDINGS += ((b"II*\0", ".tif"), (b"MM\0*", ".tif"))
+_PICTURES = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"RIFF", ".webp"), (b"GIF8", ".gif"), (b"BM", ".bmp"))
+_ENDINGS = (*_PICTURES, (b"II*\0", ".tif"), (b"MM\0*", ".tif"))
 _MOST = 0.8  # share of the files whose folder and name must be as WikiArt's
 
 

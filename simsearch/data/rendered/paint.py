@@ -172,8 +172,8 @@ def _blur(image: Tensor, kernel: Tensor) -> Tensor:
     taps = kernel.shape[1]
     height, width = image.shape[-2:]
     padded = F.pad(image, [taps // 2] * 4, mode="replicate")
-    rows = sum(kernel[:, t : t + 1] * padded[:, :, t : t + height] for t in range(taps))
-    return sum(kernel[:, t : t + 1] * rows[..., t : t + width] for t in range(taps))
+    rows: Tensor = sum((kernel[:, t : t + 1] * padded[:, :, t : t + height] for t in range(taps)), torch.zeros(()))
+    return sum((kernel[:, t : t + 1] * rows[..., t : t + width] for t in range(taps)), torch.zeros(()))
 
 
 def _through_jpeg(image: Tensor, quality: int) -> Tensor:
