@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -14,12 +16,14 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
+
+from simsearch.text import csv_cell
 
 CHECKSUM = "checksum"
 _PIECE = 2**20  # bytes that are read together
@@ -287,6 +291,32 @@ def check_zip(path: Path) -> Path:
     if wrong is not None:
         raise Damaged(f"{path} is damaged: the CRC-32 of {wrong} in it is not the recorded one")
     return path
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]], *, exact: bool = False) -> None:
+    """Writes a table as CSV in UTF-8, atomically.
+
+    Args:
+        path: The file to write.
+        header: The names of the columns.
+        rows: One cell a column.
+        exact: Write the text as it is, for a table that a program reads back. By default a text that a spreadsheet
+            would take for a formula is made harmless (`simsearch.text.csv_cell`).
+    """
+    with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        _write_rows(file, header, rows, exact=exact)
+
+
+def to_csv(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    """The text that `write_csv` writes."""
+    file = io.StringIO()
+    _write_rows(file, header, rows, exact=False)
+    return file.getvalue()
+
+
+def _write_rows(file: TextIO, header: Sequence[str], rows: Iterable[Iterable[Any]], *, exact: bool) -> None:
+    table = itertools.chain([header], rows)
+    csv.writer(file, lineterminator="\n").writerows(table if exact else (map(csv_cell, row) for row in table))
 
 
 def json_line(value: Any) -> str:

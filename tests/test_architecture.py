@@ -16,7 +16,7 @@ GROUND = {"types", "files", "text"}
 MAY_IMPORT = {
     "types": set(),
     "trust": set(),
-    "files": set(),
+    "files": {"text"},
     "text": set(),
     "usage": set(),
     "functional": {"types"},

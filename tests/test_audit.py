@@ -29,8 +29,8 @@ from simsearch.data.audit import (
     near_pairs_by_hash,
     perceptual_hashes,
     pixel_correlations,
-    read_csv,
-    write_csv,
+    read_duplicates,
+    write_duplicates,
 )
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import drop_rows
@@ -303,9 +303,9 @@ def test_no_duplicates_is_a_result_too(tmp_path: Path) -> None:
     found = audited(images, colour_histograms(images), task(rows[:4], rows[4:]), rows[:0])
     assert len(found) == 0
     assert found.queries("gallery").tolist() == []
-    write_csv(tmp_path / "none.csv", found, labelled(images))
+    write_duplicates(tmp_path / "none.csv", found, labelled(images))
     assert (tmp_path / "none.csv").read_text() == ",".join(COLUMNS) + "\n"
-    assert_equal(read_csv(tmp_path / "none.csv"), found)
+    assert_equal(read_duplicates(tmp_path / "none.csv"), found)
     contact_sheet(images, found, tmp_path / "none.png")
     with Image.open(tmp_path / "none.png") as sheet:
         assert len(set(sheet.convert("L").tobytes())) > 1  # it says so
@@ -341,8 +341,8 @@ SOME = Duplicates(
 
 def test_csv_keeps_every_bit_and_names_the_labels(tmp_path: Path) -> None:
     path = tmp_path / "new" / "duplicates.csv"
-    write_csv(path, SOME, labelled(pictures(4)))
-    assert_equal(read_csv(path), SOME)
+    write_duplicates(path, SOME, labelled(pictures(4)))
+    assert_equal(read_duplicates(path), SOME)
     assert path.read_text(encoding="utf-8").splitlines() == [
         "query,other,part,correlation,similarity,hash_distance,by,query_label,other_label",
         '3,1,both,0.9,0.3,0,both,"art, nouveau/Éva","art, nouveau/Éva"',
@@ -355,7 +355,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     path = tmp_path / "duplicates.csv"
     path.write_text("old")
     with pytest.raises(IndexError):
-        write_csv(path, SOME, labelled(pictures(2)))  # rows 2 and 3 are not in it
+        write_duplicates(path, SOME, labelled(pictures(2)))  # rows 2 and 3 are not in it
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -375,7 +375,7 @@ def test_a_damaged_csv_is_named(tmp_path: Path, text: str, message: str) -> None
     path = tmp_path / "duplicates.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
-        read_csv(path)
+        read_duplicates(path)
 
 
 def test_contact_sheet_shows_the_pairs_from_worst_to_least(tmp_path: Path) -> None:

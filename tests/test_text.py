@@ -17,7 +17,7 @@ from rich.text import Text
 from test_serving import encoder, make_catalog, root  # noqa: F401
 
 from simsearch import terminal
-from simsearch.files import json_line
+from simsearch.files import json_line, to_csv, write_csv
 from simsearch.text import cell, csv_cell, lines, markdown, printable
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[red]a\r\x9b31m\u202e|`x`<img src=x>\u2028"
@@ -71,6 +71,26 @@ def test_cells_of_a_spreadsheet():
     assert csv_cell("\t=1") == "\\t=1"
     for number in ("-1.5", "+3", "-1e-05", "-12 %".replace(" ", ""), "1,000.5", "Monet", "", "a=b", -1.5, 3, None):
         assert csv_cell(number) == number
+
+
+def test_a_table_for_people_holds_no_formula_and_one_for_programs_every_sign(tmp_path):
+    path, rows = tmp_path / "new" / "a.csv", [["=1+1", 'a,"b"\n', -1.5], ["Zoë", "-2+3", None]]
+    write_csv(path, ["x", "=y", "z"], iter(rows))
+    assert path.read_bytes().decode() == to_csv(["x", "=y", "z"], rows)
+    with path.open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["x", "'=y", "z"], ["'=1+1", 'a,"b"\\n', "-1.5"], ["Zoë", "'-2+3", ""]]
+    write_csv(path, ["x", "=y", "z"], iter(rows), exact=True)
+    with path.open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["x", "=y", "z"], ["=1+1", 'a,"b"\n', "-1.5"], ["Zoë", "-2+3", ""]]
+
+
+def test_a_table_that_fails_half_way_leaves_the_old_one(tmp_path):
+    path = tmp_path / "a.csv"
+    write_csv(path, ["x"], [[1]])
+    with pytest.raises(ZeroDivisionError):
+        write_csv(path, ["x"], ([1 / n] for n in (2, 0)))
+    assert path.read_text() == "x\n1\n"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_tables_show_it(capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -11,7 +10,7 @@ from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.evaluation.evaluate import Evaluation
 from simsearch.evaluation.sharded_index import ShardedIndex
 from simsearch.figures import save_curve, spared
-from simsearch.files import replacing
+from simsearch.files import write_csv
 from simsearch.functional.curves import RECALL_LEVELS, precision_recall_curve
 from simsearch.types import RetrievalTask
 
@@ -34,9 +33,7 @@ class PrecisionRecall(pl.Callback):
         if not trainer.is_global_zero:
             return
         path = Path(trainer.default_root_dir) / "figures" / "precision-recall.csv"
-        with replacing(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([("recall", "precision"), *self.points])
+        write_csv(path, ("recall", "precision"), self.points)
         title = f"{data.collection.name}, {task.name}: mAP {result.metrics['mAP']:.3f}"
         with spared():
             save_curve(path.with_suffix(".png"), self.points, title=title)

@@ -19,7 +19,7 @@ from simsearch.data.collection import Collection
 from simsearch.data.image_folder import files_collection, open_ingest
 from simsearch.data.manifest import read_manifest
 from simsearch.data.protocols import ByHash
-from simsearch.files import read_json, replacing
+from simsearch.files import read_json, write_csv
 
 SAMPLE = ("data.works=7", "data.photographs=3", "data.size=128")
 HELD_OUT = 2  # styles of the sample that the catalog lacks
@@ -105,10 +105,8 @@ def divide(manifest: Path, inside: Path, outside: Path) -> None:
         rows = list(reader)
     held = sorted({row["style"] for row in rows})[-HELD_OUT:]
     for path, kept in ((inside, False), (outside, True)):
-        with replacing(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, reader.fieldnames or (), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row for row in rows if (row["style"] in held) == kept)
+        chosen = (row.values() for row in rows if (row["style"] in held) == kept)
+        write_csv(path, reader.fieldnames or (), chosen, exact=True)
 
 
 # -------------------------------------------------------------------------------- what can be measured

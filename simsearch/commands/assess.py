@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import time
 from dataclasses import dataclass, replace
@@ -21,10 +20,10 @@ from simsearch.data.protocols import Split
 from simsearch.evaluation import assessment
 from simsearch.evaluation.assessment import Measured
 from simsearch.figures import Tile, save_grid, spared
-from simsearch.files import replacing
+from simsearch.files import write_csv
 from simsearch.functional.significance import holm, paired_interval, paired_permutation
 from simsearch.text import cell as shown_cell
-from simsearch.text import csv_cell, warn
+from simsearch.text import warn
 from simsearch.types import RetrievalTask
 
 SHOWN = (("art-artist", "mAP"), ("art-artist", "P@10"), ("art-style", "mAP"), ("art-style", "P@10"))
@@ -77,7 +76,7 @@ def main(config: DictConfig) -> None:
     out = Path(values["out"])
     write_results(out / "results.csv", rows, found, recommended, values["seed"])
     compared = compare(rows, found)
-    write_rows(out / "paired.csv", list(compared[0]) if compared else [], [list(line.values()) for line in compared])
+    write_csv(out / "paired.csv", list(compared[0]) if compared else [], (line.values() for line in compared))
     galleries: list[Path] = []
     with spared():
         galleries = write_galleries(out, rows, found, collection, tasks)
@@ -278,14 +277,7 @@ def write_results(
             add(row.name, measured, "", row.bytes_per_item, round(row.seconds, 1))
     for name, measured in recommended.items():
         add(name, measured, "lists/", "", "")
-    write_rows(path, list(results.RESULT_COLUMNS), lines)
-
-
-def write_rows(path: Path, header: list[str], lines: list[list[Any]]) -> None:
-    """A CSV file, whole or not at all."""
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows(map(csv_cell, line) for line in [header, *lines])
+    write_csv(path, results.RESULT_COLUMNS, lines)
 
 
 def values_table(title: str, columns: tuple[tuple[str, str], ...], found: dict[str, list[Measured]]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
 import sys
@@ -21,7 +20,7 @@ from simsearch.cache import ArrayCache
 from simsearch.commands.index import report_errors
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.data.presence import Presence
-from simsearch.files import replacing
+from simsearch.files import replacing, write_csv
 from simsearch.functional.open_set import least_scores
 from simsearch.images import MAX_BYTES
 from simsearch.search.calibration import (
@@ -252,11 +251,8 @@ def outside_likeness(
 
 def write_curves(path: Path, curves: Mapping[str, np.ndarray]) -> None:
     """Writes the held-out curves as CSV."""
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["kind", "threshold", "recall", "false_match_rate", "precision"])
-        for name, rows in curves.items():
-            writer.writerows([name, *(f"{value:.6f}" for value in row)] for row in rows.tolist())
+    rows = ((name, *(f"{value:.6f}" for value in row)) for name, curve in curves.items() for row in curve.tolist())
+    write_csv(path, ["kind", "threshold", "recall", "false_match_rate", "precision"], rows)
 
 
 def plot_curves(path: Path, curves: Mapping[str, np.ndarray], thresholds: Mapping[str, Threshold]) -> None:

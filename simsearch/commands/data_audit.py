@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig
 
 from simsearch import configs, program, run_directory
-from simsearch.data.audit import audit, contact_sheet, write_csv
+from simsearch.data.audit import audit, contact_sheet, write_duplicates
 from simsearch.files import write_json
 
 _GOOD = 0.9
@@ -43,7 +43,7 @@ def main(config: DictConfig) -> None:
         progress=True,
     )
     out = Path(config.out) if config.out else run.folder / "audit"
-    write_csv(out / "duplicates.csv", found, collection)
+    write_duplicates(out / "duplicates.csv", found, collection)
     contact_sheet(collection.images, found, out / "duplicates.png")
     leaks = {part: len(found.queries(part)) for part in ("gallery", "train")}
     about = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simsearch import configs, program
-from simsearch.files import replacing
+from simsearch.files import replacing, write_csv
 
 
 @program.command("data_export")
@@ -38,10 +37,7 @@ def main(config: DictConfig) -> None:
     for classes, attribute in zip(collection.classes, collection.attributes, strict=True):
         labels = collection.column(attribute)[rows].tolist()
         columns.append([classes[label] if label >= 0 else "" for label in labels])
-    with replacing(out / "manifest.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", *collection.attributes])
-        writer.writerows(zip(*columns, strict=True))
+    write_csv(out / "manifest.csv", ["path", *collection.attributes], zip(*columns, strict=True), exact=True)
     print(f"{len(rows)} images of {collection.name} in {out}, listed in {out / 'manifest.csv'}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shlex
 from collections import defaultdict
 from collections.abc import Sequence
@@ -46,12 +45,11 @@ from simsearch.data.ingest.source import read_listing
 from simsearch.data.manifest import Manifest
 from simsearch.data.protocols import ByHash
 from simsearch.figures import Tile, save_grid, spared
-from simsearch.files import Damaged, read_array, replacing, write_array
+from simsearch.files import Damaged, read_array, replacing, write_array, write_csv
 from simsearch.functional.pooling import gem
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.reranking import gallery_neighbours
 from simsearch.functional.resize import resize
-from simsearch.text import csv_cell
 from simsearch.types import SearchResult
 
 MOST_DESCRIBED = 200_000
@@ -138,10 +136,8 @@ def write_suspicious(path: Path, groups: Sequence[Sequence[str]]) -> None:
     if not groups:
         path.unlink(missing_ok=True)
         return
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["group", "path"])
-        writer.writerows([number, csv_cell(name)] for number, group in enumerate(groups, start=1) for name in group)
+    rows = ((number, name) for number, group in enumerate(groups, start=1) for name in group)
+    write_csv(path, ["group", "path"], rows)
 
 
 # --------------------------------------------------------------------------------------------- same works

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
 from simsearch import configs, program, results, run_directory, terminal, tracking
-from simsearch.data.audit import read_csv
+from simsearch.data.audit import read_duplicates
 from simsearch.data.protocols import WithoutRows
 from simsearch.files import read_json, write_json
 
@@ -47,7 +47,7 @@ def main(config: DictConfig) -> None:
     finally:
         tracking.finish_loggers(loggers, status)
     if config.without:
-        rows = read_csv(Path(config.without)).query.unique()
+        rows = read_duplicates(Path(config.without)).query.unique()
         if not torch.isin(rows, data.task("test").query).all():  # type: ignore[attr-defined]
             raise ValueError(f"{config.without} lists rows that are no queries of {merged['protocol']['name']}")
         protocol = WithoutRows(configs.build(merged["protocol"]), rows)

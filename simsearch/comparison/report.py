@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 
 from simsearch.comparison.leaderboard import Entry, Value
 from simsearch.comparison.runs import Missing
+from simsearch.files import to_csv
 from simsearch.text import cell as shown_cell
-from simsearch.text import csv_cell, markdown
+from simsearch.text import markdown
 
 COSTS = ("bytes_per_item", "index/latency_ms_p50", "train_seconds", "parameters")
 
@@ -214,9 +214,8 @@ def csv_text(entries: Sequence[Entry], metrics: Sequence[str], missing: Sequence
     values = [f"{name}{end}" for name in metrics for end in ("", "_low", "_high", "_seed_deviation")]
     paired = ("difference", "difference_low", "difference_high", "p", "p_holm", "detectable", "queries", "paired_units")
     head = ["rank", "run", "state", "runs", "seeds", "baseline", *values, *paired]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*head, *COSTS, "protocol", "fingerprint", "unit", "units", "places", "reason"])
+    head += [*COSTS, "protocol", "fingerprint", "unit", "units", "places", "reason"]
+    rows: list[list[Any]] = []
     for rank, entry in enumerate(entries, start=1):
         line = [rank, entry.name, "finished", len(entry.results), " ".join(map(str, entry.seeds)), entry.is_baseline]
         for name in metrics:
@@ -228,8 +227,7 @@ def csv_text(entries: Sequence[Entry], metrics: Sequence[str], missing: Sequence
         line += [entry.cost(name) for name in COSTS]
         line += [entry.protocol, entry.fingerprint, entry.unit, entry.units]
         line += ["; ".join(r.place for r in entry.results), ""]
-        writer.writerow(map(csv_cell, line))
+        rows.append(line)
     blank = len(values) + len(paired) + len(COSTS) + 5
-    for m in missing:
-        writer.writerow(map(csv_cell, ["", m.name, m.state, "", "", "", *[""] * blank, m.reason]))
-    return buffer.getvalue()
+    rows += [["", m.name, m.state, "", "", "", *[""] * blank, m.reason] for m in missing]
+    return to_csv(head, rows)

@@ -30,13 +30,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simsearch.data.collection import Collection
-from simsearch.files import replacing
+from simsearch.files import replacing, write_csv
 from simsearch.functional.codes import code_words, pack_codes
 from simsearch.functional.correlation import best_correlations, details
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.reranking import nearest
 from simsearch.functional.resize import resize
-from simsearch.text import csv_cell
 from simsearch.types import RetrievalTask
 
 MIN_CORRELATION = 0.7
@@ -321,41 +320,28 @@ def estimated_precision(correlation: Tensor, differing: Tensor, min_correlation:
     return max(0.0, 1 - int(differing[passed].sum()) / share / count)
 
 
-def write_csv(path: Path, duplicates: Duplicates, collection: Collection) -> None:
+def write_duplicates(path: Path, duplicates: Duplicates, collection: Collection) -> None:
     """Writes the pairs, one a line, with the names of their labels; a value that is missing is left empty.
 
     Several attributes share a label's column, divided by `/`. The file is there whole or not at all.
     """
-    with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for query, other, part, correlation, similarity, distance, by in zip(
-            duplicates.query.tolist(),
-            duplicates.other.tolist(),
-            duplicates.part,
-            duplicates.correlation.numpy(),
-            duplicates.similarity.numpy(),
-            duplicates.hash_distance.tolist(),
-            duplicates.by,
-            strict=True,
-        ):
-            writer.writerow(
-                (
-                    query,
-                    other,
-                    part,
-                    str(correlation),  # the shortest text of this float32
-                    "" if np.isnan(similarity) else str(similarity),
-                    distance,
-                    by,
-                    csv_cell(_label(collection, query)),
-                    csv_cell(_label(collection, other)),
-                )
-            )
+    query, other = duplicates.query.tolist(), duplicates.other.tolist()
+    columns = (
+        query,
+        other,
+        duplicates.part,
+        map(str, duplicates.correlation.numpy()),  # the shortest text of this float32
+        ("" if np.isnan(value) else str(value) for value in duplicates.similarity.numpy()),
+        duplicates.hash_distance.tolist(),
+        duplicates.by,
+        (_label(collection, row) for row in query),
+        (_label(collection, row) for row in other),
+    )
+    write_csv(path, COLUMNS, zip(*columns, strict=True))
 
 
-def read_csv(path: Path) -> Duplicates:
-    """The Duplicates that write_csv wrote; label names are not read.
+def read_duplicates(path: Path) -> Duplicates:
+    """The Duplicates that write_duplicates wrote; label names are not read.
 
     Raises ValueError, naming file and line, where a column is missing or a value cannot be read.
     """

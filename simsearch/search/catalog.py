@@ -12,7 +12,6 @@ and files of another catalog are named and never answered with. One of an older 
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,13 +36,13 @@ from simsearch.files import (
     read_json,
     replacing_folder,
     restore,
+    write_csv,
     write_json,
 )
 from simsearch.images import ImageError
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import state_fingerprint
 from simsearch.search.items import THUMBNAIL, ThumbnailGroups, read_items, write_items
-from simsearch.text import csv_cell
 from simsearch.trust import check_links
 from simsearch.types import Part
 
@@ -255,18 +254,12 @@ def write_catalog(
         }
         write_json(temporary / "catalog.json", about)
         if errors:
-            _write_skipped(temporary / "skipped.csv", errors)
+            rows = ((str(error.path), error.reason, error.detail) for error in errors)
+            write_csv(temporary / "skipped.csv", ["path", "reason", "detail"], rows)
         if calibrated_for(folder) == _fingerprint(read_json(temporary / "catalog.json")):
             shutil.copy(folder / "calibration.json", temporary)
             if (folder / "calibration").is_dir():
                 shutil.copytree(folder / "calibration", temporary / "calibration")
-
-
-def _write_skipped(path: Path, errors: Sequence[ImageError | Rejected]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "reason", "detail"])
-        writer.writerows(map(csv_cell, (str(error.path), error.reason, error.detail)) for error in errors)
 
 
 def calibrated_for(folder: Path) -> str | None:

@@ -11,7 +11,6 @@ cleaned, images of one work tied together.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -39,9 +38,8 @@ from simsearch.data.manifest import INGEST, INGEST_PLAN, INGEST_TABLE
 from simsearch.data.presence import Presence
 from simsearch.data.process_pool import Failure, bounded_map
 from simsearch.data.tables import Column, Rejected
-from simsearch.files import digests, read_json, replacing, write_json
+from simsearch.files import digests, read_json, replacing, write_csv, write_json
 from simsearch.images import MAX_BYTES, MAX_PIXELS, ImageError, header_shape, read_file, read_image
-from simsearch.text import csv_cell
 
 UNPACKED = "unpacked"  # the folder of images that lay in a table
 FORMAT = 2  # what decides pixels and facts
@@ -409,11 +407,8 @@ def write_results(
     }
     with replacing(out / INGEST_TABLE) as temporary:
         pq.write_table(pa.table(columns), temporary)
-    with replacing(out / "rejected.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "reason", "detail"])
-        for one in rejections(listing, files, kept):
-            writer.writerow(map(csv_cell, (one.path, one.reason, one.detail)))
+    rejected = ((one.path, one.reason, one.detail) for one in rejections(listing, files, kept))
+    write_csv(out / "rejected.csv", ["path", "reason", "detail"], rejected)
     sizes = 3 * files.shapes.prod(1)
     index = torch.cat([(sizes.cumsum(0) - sizes)[:, None], files.shapes], dim=1)[list(kept.places)]
     with replacing(out / "pixels" / "index.npy") as temporary, temporary.open("wb") as stream:
