@@ -17,22 +17,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from simsearch.data import audit as module
+from simsearch.data import near_duplicates as module
 from simsearch.data.audit import (
     COLUMNS,
-    MIN_CORRELATION,
     Duplicates,
     audit,
     contact_sheet,
     estimated_precision,
-    near_pairs_by_descriptor,
-    near_pairs_by_hash,
-    perceptual_hashes,
-    pixel_correlations,
     read_duplicates,
     write_duplicates,
 )
 from simsearch.data.collection import Collection
+from simsearch.data.near_duplicates import MIN_CORRELATION, hash_pairs_between, perceptual_hashes, pixel_correlations
 from simsearch.data.protocols import drop_rows
 from simsearch.functional.ragged import ragged
 from simsearch.types import RetrievalTask
@@ -122,7 +118,7 @@ def test_hash_pairs_are_those_of_brute_force_whatever_the_block(
     query: list[int], other: list[int], near: list[tuple[int, int]], max_distance: int, cells: int
 ) -> None:
     other = other + [query[i] ^ flips for i, flips in near if i < len(query)]
-    found = near_pairs_by_hash(packed(query), packed(other), max_distance, cells=cells)
+    found = hash_pairs_between(packed(query), packed(other), max_distance, cells=cells)
     expected = [
         (i, j, (a ^ b).bit_count())
         for i, a in enumerate(query)
@@ -135,48 +131,6 @@ def test_hash_pairs_are_those_of_brute_force_whatever_the_block(
 
 def packed(words: list[int]) -> Tensor:
     return torch.tensor([list(word.to_bytes(8, "little")) for word in words], dtype=torch.uint8).view(-1, 8)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.integers(0, 9), st.integers(0, 9), st.integers(1, 6), st.integers(0, 2**31), st.floats(-0.99, 0.99), st.data()
-)
-def test_descriptor_pairs_are_those_of_brute_force_whatever_the_block(
-    queries: int, others: int, dimension: int, seed: int, min_similarity: float, data: st.DataObject
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    query = F.normalize(torch.randn(queries, dimension, generator=generator), dim=1)
-    other = F.normalize(torch.randn(others, dimension, generator=generator), dim=1)
-    cells = data.draw(st.integers(1, 100))
-    rows, columns, similarity = near_pairs_by_descriptor(query, other, min_similarity, cells=cells)
-    cosine = {
-        (i, j): math.fsum(a * b for a, b in zip(x, y, strict=True))
-        for i, x in enumerate(query.tolist())
-        for j, y in enumerate(other.tolist())
-    }
-    threshold = np.float32(min_similarity)
-    expected = [pair for pair, value in cosine.items() if np.float32(value) >= threshold]
-    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == expected
-    assert similarity.dtype == torch.float32
-    assert similarity.tolist() == pytest.approx([cosine[pair] for pair in expected], abs=1e-6)
-
-
-def test_a_matmul_in_reduced_precision_does_not_change_the_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    query, other = (F.normalize(torch.randn(n, 64, generator=generator), dim=1) for n in (200, 300))
-    expected = near_pairs_by_descriptor(query, other, 0.1)
-    exact = Tensor.__matmul__
-    monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: exact(a.bfloat16(), b.bfloat16()).float())
-    for column, reference in zip(near_pairs_by_descriptor(query, other, 0.1), expected, strict=True):
-        assert torch.equal(column, reference)
-    assert len(expected[0]) > 1000
-
-
-@given(st.integers(0, 50), st.integers(0, 50), st.integers(1, 500))
-def test_blocks_cover_the_queries_once_and_stay_within_the_cells(queries: int, others: int, cells: int) -> None:
-    blocks = [range(queries)[block] for block in module._blocks(queries, others, cells)]
-    assert [row for block in blocks for row in block] == list(range(queries))
-    assert all(len(block) * others <= max(cells, others) for block in blocks)
 
 
 def audited(*arguments: object, **more: object) -> Duplicates:
@@ -419,19 +373,13 @@ def test_wrong_input_is_named() -> None:
     with pytest.raises(ValueError, match=r"images must be uint8 \(N, 3, H, W\), got torch.float32"):
         perceptual_hashes(images.float())
     with pytest.raises(ValueError, match=r"other must be packed hashes uint8 \(N, 8\).*\(4, 4\)"):
-        near_pairs_by_hash(hashes, hashes[:, :4], 6)
+        hash_pairs_between(hashes, hashes[:, :4], 6)
     with pytest.raises(ValueError, match=r"max_distance=65"):
-        near_pairs_by_hash(hashes, hashes, 65)
-    with pytest.raises(ValueError, match=r"query must be descriptors float32 \(N, D\), got torch.float64"):
-        near_pairs_by_descriptor(unit.double(), unit, 0.9)
-    with pytest.raises(ValueError, match=r"other descriptor 0 has length 2, expected 1"):
-        near_pairs_by_descriptor(unit, unit * 2, 0.9)
-    with pytest.raises(ValueError, match=r"query descriptor 0 has length nan"):
-        near_pairs_by_descriptor(unit * torch.nan, unit, 0.9)
-    with pytest.raises(ValueError, match=r"query has 3 dimensions and other 2"):
-        near_pairs_by_descriptor(unit, F.normalize(torch.ones(4, 2), dim=1), 0.9)
-    with pytest.raises(ValueError, match=r"min_similarity=nan is no cosine"):
-        near_pairs_by_descriptor(unit, unit, math.nan)
+        hash_pairs_between(hashes, hashes, 65)
+    with pytest.raises(ValueError, match=r"descriptors float32 \(N, D\), got torch.float64"):
+        audited(images, unit.double(), searched, rows)
+    with pytest.raises(ValueError, match=r"descriptor 0 has length nan"):
+        audited(images, unit * torch.nan, searched, rows)
     with pytest.raises(ValueError, match=r"min_correlation=nan is no correlation"):
         audited(images, unit, searched, rows, min_correlation=math.nan)
     with pytest.raises(ValueError, match=r"neighbours=0 proposes nothing"):
@@ -453,8 +401,5 @@ def test_wrong_input_is_named() -> None:
 def test_a_threshold_that_pairs_everything_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_PAIRS", 10)
     hashes = torch.zeros(4, 8, dtype=torch.uint8)
-    unit = F.normalize(torch.ones(4, 3), dim=1)
-    with pytest.raises(ValueError, match="more than 10 pairs are that near: raise min_similarity or lower"):
-        near_pairs_by_hash(hashes, hashes, 0)
-    with pytest.raises(ValueError, match="more than 10 pairs are that near"):
-        near_pairs_by_descriptor(unit, unit, 0.5)
+    with pytest.raises(ValueError, match="more than 10 pairs are that near: lower max_distance"):
+        hash_pairs_between(hashes, hashes, 0)

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from simsearch.cache import ArrayCache
 from simsearch.data import image_folder as module
-from simsearch.data.audit import contact_sheet, perceptual_hashes
+from simsearch.data.audit import contact_sheet
 from simsearch.data.collection import Collection
 from simsearch.data.image_folder import FilesDataModule, decode_files
 from simsearch.data.manifest import read_manifest
+from simsearch.data.near_duplicates import perceptual_hashes
 from simsearch.data.protocols import ByAttribute
 from simsearch.data.samplers import PKBatches, ShuffledBatches
 from simsearch.data.transforms import RandomCropFlip, crop_flip

@@ -8,21 +8,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simsearch.data.audit import MIN_CORRELATION, perceptual_hashes, pixel_correlations
 from simsearch.data.ingest.grouping import (
-    banded_pairs,
     cliques,
+    connected,
     equal_pairs,
-    hash_pairs,
     least_correlation,
+)
+from simsearch.data.near_duplicates import (
+    MIN_CORRELATION,
+    banded_pairs,
+    hash_pairs_within,
+    perceptual_hashes,
+    pixel_correlations,
     turned_pairs,
-    union_find,
 )
 
 
 @given(st.integers(1, 12), st.data())
 @settings(max_examples=60, deadline=None)
-def test_union_find_gives_the_smallest_row_that_can_be_reached(count, draw):
+def test_connected_rows_are_known_by_the_smallest_row_that_can_be_reached(count, draw):
     row = st.integers(0, count - 1)
     pairs = draw.draw(st.lists(st.tuples(row, row), max_size=15))
     reach = np.eye(count, dtype=bool)
@@ -30,12 +34,12 @@ def test_union_find_gives_the_smallest_row_that_can_be_reached(count, draw):
         reach[a, b] = reach[b, a] = True
     for _ in range(count):
         reach = reach @ reach
-    assert union_find(count, pairs) == [int(np.flatnonzero(line)[0]) for line in reach]
+    assert connected(count, pairs) == [int(np.flatnonzero(line)[0]) for line in reach]
 
 
 def test_equal_values_are_connected_and_none_is_equal_to_nothing():
     values = ["a", None, "b", "a", None, "a", "b"]
-    assert union_find(7, equal_pairs(values)) == [0, 1, 2, 0, 4, 0, 2]
+    assert connected(7, equal_pairs(values)) == [0, 1, 2, 0, 4, 0, 2]
 
 
 @pytest.mark.parametrize("max_distance", [0, 3, 6])
@@ -55,7 +59,7 @@ def test_bands_find_the_pairs_that_brute_force_finds(max_distance):
         if (bits[i] != bits[j]).sum() <= max_distance
     }
     assert len(wanted) > 3
-    for found in (hash_pairs(hashes, max_distance), banded_pairs(hashes, max_distance)):
+    for found in (hash_pairs_within(hashes, max_distance), banded_pairs(hashes, max_distance)):
         assert set(zip(*(part.tolist() for part in found), strict=True)) == wanted
         assert len(found[0]) == len(wanted)
 

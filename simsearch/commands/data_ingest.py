@@ -18,14 +18,11 @@ from tqdm import tqdm
 
 from simsearch import configs, program
 from simsearch.cache import cache_key
-from simsearch.data.audit import pixel_correlations
 from simsearch.data.image_folder import DecodedFiles, files_collection
 from simsearch.data.ingest.grouping import (
     SameWork,
     cliques,
-    hash_pairs,
     least_correlation,
-    turned_pairs,
 )
 from simsearch.data.ingest.pipeline import (
     UNPACKED,
@@ -43,6 +40,7 @@ from simsearch.data.ingest.pixel_store import images_of
 from simsearch.data.ingest.report import SUSPICIOUS_BAND, markdown, summarise
 from simsearch.data.ingest.source import read_listing
 from simsearch.data.manifest import Manifest
+from simsearch.data.near_duplicates import hash_pairs_within, pixel_correlations, turned_pairs
 from simsearch.data.protocols import ByHash
 from simsearch.figures import Tile, save_grid, spared
 from simsearch.files import Damaged, read_array, replacing, write_array, write_csv
@@ -189,7 +187,7 @@ def by_hash(files: Files, bits: int) -> dict[str, Tensor]:
     where images are so much alike that hashes tell nothing."""
     while True:
         try:
-            rows, columns, _ = hash_pairs(files.hashes, bits)
+            rows, columns, _ = hash_pairs_within(files.hashes, bits)
             turned = torch.stack(turned_pairs(files.hashes, files.turned, bits), 1)
             if bits == 0 or len(rows) + len(turned) <= _PROPOSED * len(files.hashes):
                 return {"by hash": torch.stack([rows, columns, torch.zeros_like(rows)], 1), "turned": turned}

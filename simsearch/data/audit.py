@@ -17,40 +17,39 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import imagehash
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import tqdm
 
 from simsearch.data.collection import Collection
+from simsearch.data.near_duplicates import (
+    CELLS,
+    MIN_CORRELATION,
+    check_images,
+    check_max_distance,
+    hash_distances,
+    hash_pairs_between,
+    perceptual_hashes,
+    pixel_correlations,
+    to_image,
+)
 from simsearch.files import replacing, write_csv
-from simsearch.functional.codes import code_words, pack_codes
-from simsearch.functional.correlation import best_correlations, details
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.reranking import nearest
-from simsearch.functional.resize import resize
 from simsearch.types import RetrievalTask
 
-MIN_CORRELATION = 0.7
 NEIGHBOURS = 5
 MAX_DISTANCE = 10
-SIDE, SHIFT = 32, 2  # of the thumbnails that are compared, in pixels, and by how many one may be shifted
-CELLS = 2**22  # 16 MiB of cosines, 32 MiB of hash words
 PARTS = ("gallery", "train", "both")
 CRITERIA = ("hash", "descriptor", "both")
 COLUMNS = ("query", "other", "part", "correlation", "similarity", "hash_distance", "by", "query_label", "other_label")
 
-_MAX_PAIRS = 10_000_000
 _LEAST_FAILED = 100
-_PAIRS = 1024  # whose pixels are compared at a time
-_SLACK = 0.01  # more than a matmul in reduced precision (TF32, bfloat16) is off
 _SHEET_SIDE, _SHEET_GAP, _SHEET_CAPTION = 96, 4, 16
 
 
@@ -118,75 +117,6 @@ class Duplicates:
         return torch.unique(self.query[stands])
 
 
-def perceptual_hashes(images: Tensor | Ragged, *, progress: bool = False) -> Tensor:
-    """Perceptual hashes, packed uint8 (N, 8), of images uint8 (N, 3, H, W) or Ragged: imagehash.phash.
-
-    A bit says whether one of the lowest 8 x 8 coefficients of the grey image's cosine transform exceeds
-    their median; bits are packed as by simsearch.functional.codes.pack_codes. progress: show a bar on
-    stderr (thousands of images a second).
-
-    Raises ValueError for another shape or dtype.
-    """
-    _check_images(images)
-    shown = tqdm(images, desc="perceptual hashes", unit="image", disable=not progress)
-    bits = [imagehash.phash(_to_image(image)).hash.reshape(64) for image in shown]
-    return pack_codes(torch.from_numpy(np.array(bits, dtype=bool).reshape(-1, 64)))
-
-
-def near_pairs_by_hash(
-    query: Tensor, other: Tensor, max_distance: int, *, cells: int = CELLS
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and Hamming distances, int64 (P,) each, of the pairs of at most `max_distance` bits.
-
-    query, other: packed hashes uint8 (Q, 8) and (G, 8). Pairs come ordered by row, then column. cells:
-    how many of the Q x G distances are held at a time.
-
-    Raises ValueError for another shape or dtype, a distance outside 0..64, and over 10 million pairs.
-    """
-    _check_hashes("query", query)
-    _check_hashes("other", other)
-    _check_max_distance(max_distance)
-    query_words, other_words = code_words(query)[:, 0], code_words(other)[:, 0]
-
-    def near(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        distance = np.bitwise_count(query_words[rows, None] ^ other_words)
-        row, column = np.nonzero(distance <= max_distance)
-        found = distance[row, column].astype(np.int64)
-        return torch.from_numpy(row + rows.start), torch.from_numpy(column), torch.from_numpy(found)
-
-    return _gather(map(near, _blocks(len(query), len(other), cells)), torch.int64)
-
-
-def near_pairs_by_descriptor(
-    query: Tensor, other: Tensor, min_similarity: float, *, cells: int = CELLS
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and columns, int64 (P,), and cosines, float32 (P,), of the pairs of at least `min_similarity`.
-
-    query, other: L2-normalised float32 (Q, D) and (G, D). Pairs come ordered by row, then column. cells:
-    how many of the Q x G cosines are held at a time. A matmul proposes pairs and a sum in double
-    precision decides, so that neither the blocks nor the machine change the result.
-
-    Raises ValueError for another shape or dtype, descriptors that are not of length 1, a similarity
-    outside (-1, 1], and over 10 million pairs.
-    """
-    _check_descriptors("query", query)
-    _check_descriptors("other", other)
-    if query.shape[1] != other.shape[1]:
-        raise ValueError(
-            f"query has {query.shape[1]} dimensions and other {other.shape[1]}: describe both with one model"
-        )
-    _check_min_similarity(min_similarity)
-
-    def near(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        row, column = torch.nonzero(query[rows] @ other.T >= min_similarity - _SLACK, as_tuple=True)
-        row = row + rows.start
-        similarity = _similarity(query, other, row, column)
-        kept = similarity >= min_similarity
-        return row[kept], column[kept], similarity[kept]
-
-    return _gather(map(near, _blocks(len(query), len(other), cells)), torch.float32)
-
-
 def audit(
     images: Tensor | Ragged,
     descriptors: Tensor | None,
@@ -209,9 +139,9 @@ def audit(
     listed like others. progress: show bars.
 
     Raises ValueError where images and descriptors differ in number, for rows outside the collection, settings out of
-    range, and what near_pairs_by_hash raises.
+    range, and what hash_pairs_between raises.
     """
-    _check_max_distance(max_distance)
+    check_max_distance(max_distance)
     if not 0 < min_correlation <= 1:
         raise ValueError(f"min_correlation={min_correlation} is no correlation: use more than 0 and at most 1")
     if neighbours < 1:
@@ -226,7 +156,7 @@ def audit(
                 "give the task and training rows of this collection"
             )
     hashes = perceptual_hashes(images, progress=progress)
-    rows, columns, _ = near_pairs_by_hash(hashes[query], hashes[other], max_distance)
+    rows, columns, _ = hash_pairs_between(hashes[query], hashes[other], max_distance)
     found = [torch.stack([query[rows], other[columns]], 1)]
     if descriptors is not None:
         _check_descriptors("the collection's", descriptors)
@@ -255,49 +185,11 @@ def audit(
         other,
         correlation,
         similarity,
-        _hash_distance(hashes, query, other),
+        hash_distances(hashes, query, other),
         tuple(PARTS[i] for i in part.tolist()),
         tuple(CRITERIA[i - 1] for i in by.tolist()),
     )
     return duplicates.select(torch.from_numpy(np.lexsort((other, query, -correlation)))), precision
-
-
-def pixel_correlations(
-    images: Tensor | Ragged, rows: Tensor, columns: Tensor, turns: Tensor | None = None, *, progress: bool = False
-) -> Tensor:
-    """How much the details of pairs of images correlate at best over small shifts and mirroring, float32 (P,).
-
-    images: uint8 (N, 3, H, W) or Ragged. rows, columns: int64 (P,). Both are drawn to squares of 32 x 32 first. turns:
-    int64 (P,), by how many quarters, against the clock, the first of a pair is turned before.
-    """
-    if len(rows) == 0:
-        return torch.empty(0)
-    used, place = torch.cat([rows, columns]).unique(return_inverse=True)
-    thumbnails = torch.cat([_thumbnails(images, block) for block in used.split(_PAIRS)])
-    turns = torch.zeros_like(rows) if turns is None else turns
-    parts = [part.split(_PAIRS) for part in (place[: len(rows)], place[len(rows) :], turns)]
-    shown = tqdm(zip(*parts, strict=True), total=len(parts[0]), desc="compare pixels", disable=not progress)
-    return torch.cat(
-        [best_correlations(_turned(thumbnails[i], by).float(), thumbnails[j].float(), SHIFT) for i, j, by in shown]
-    )
-
-
-def _turned(squares: Tensor, quarters: Tensor) -> Tensor:
-    """Squares (n, S, S), each turned by so many quarters."""
-    found = squares.clone()
-    for by in range(1, 4):
-        found[quarters == by] = squares[quarters == by].rot90(by, (1, 2))
-    return found
-
-
-def _thumbnails(images: Tensor | Ragged, rows: Tensor) -> Tensor:
-    """Details float16 (n, 32, 32) of some images."""
-    if isinstance(images, Ragged):
-        small = torch.stack([resize(images[int(row)], SIDE, SIDE) for row in rows])  # type: ignore[arg-type]
-    else:
-        small = resize(images[rows], SIDE, SIDE)
-    grey = (small.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)
-    return details(grey).half()
 
 
 def estimated_precision(correlation: Tensor, differing: Tensor, min_correlation: float) -> float:
@@ -390,7 +282,7 @@ def contact_sheet(images: Tensor | Ragged, pairs: Duplicates, path: Path, limit:
     spaced from the most alike to the least, so that it shows where true duplicates end. Without pairs it
     says so.
     """
-    _check_images(images)
+    check_images(images)
     if limit < 1:
         raise ValueError(f"limit={limit} shows nothing: use 1 or more")
     if len(pairs) > limit:
@@ -407,7 +299,7 @@ def contact_sheet(images: Tensor | Ragged, pairs: Duplicates, path: Path, limit:
     for place, (query, other) in enumerate(zip(pairs.query.tolist(), pairs.other.tolist(), strict=True)):
         x, y = place % columns * cell[0] + _SHEET_GAP, place // columns * cell[1] + _SHEET_GAP
         for step, row in enumerate((query, other)):
-            picture = _to_image(images[row])  # type: ignore[arg-type]
+            picture = to_image(images[row])  # type: ignore[arg-type]
             size = tuple(max(1, round(side * scale)) for side in picture.size)
             shown = picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
             sheet.paste(shown, (x + step * (width + _SHEET_GAP), y))
@@ -416,18 +308,9 @@ def contact_sheet(images: Tensor | Ragged, pairs: Duplicates, path: Path, limit:
         sheet.save(temporary, format="PNG")
 
 
-def _to_image(image: Tensor) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-
-
 def _label(collection: Collection, row: int) -> str:
     values = zip(collection.labels[row].tolist(), collection.classes, strict=True)
     return "/".join("?" if value < 0 else names[value] for value, names in values)
-
-
-def _hash_distance(hashes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    differing = code_words(hashes[rows]) ^ code_words(hashes[columns])
-    return torch.from_numpy(np.bitwise_count(differing)[:, 0].astype(np.int64))
 
 
 def _similarity(query: Tensor, other: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -438,41 +321,6 @@ def _similarity(query: Tensor, other: Tensor, rows: Tensor, columns: Tensor) -> 
         for r, c in zip(rows.split(step), columns.split(step), strict=True)
     ]
     return torch.cat(parts)
-
-
-def _blocks(queries: int, others: int, cells: int) -> Iterator[slice]:
-    """Slices of the queries that make at most `cells` pairs each, or one query at a time."""
-    step = max(1, cells // max(1, others))
-    return (slice(start, start + step) for start in range(0, queries, step))
-
-
-def _gather(parts: Iterable[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    empty = torch.empty(0, dtype=torch.int64)
-    kept, total = [(empty, empty, empty.to(dtype))], 0
-    for part in parts:
-        kept.append(part)
-        total += len(part[0])
-        if total > _MAX_PAIRS:
-            raise ValueError(
-                f"more than {_MAX_PAIRS:,} pairs are that near: raise min_similarity or lower max_distance"
-            )
-    rows, columns, values = (torch.cat(column) for column in zip(*kept, strict=True))
-    return rows, columns, values
-
-
-def _check_images(images: Tensor | Ragged) -> None:
-    if isinstance(images, Ragged):
-        return
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be uint8 (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-
-
-def _check_hashes(name: str, hashes: Tensor) -> None:
-    if hashes.dtype != torch.uint8 or hashes.ndim != 2 or hashes.shape[1] != 8:
-        raise ValueError(
-            f"{name} must be packed hashes uint8 (N, 8), got {hashes.dtype} {tuple(hashes.shape)}: "
-            "make them with perceptual_hashes"
-        )
 
 
 def _check_descriptors(name: str, descriptors: Tensor) -> None:
@@ -486,13 +334,3 @@ def _check_descriptors(name: str, descriptors: Tensor) -> None:
             f"{name} descriptor {int(wrong[0])} has length {float(descriptors[wrong[0]].norm()):.4g}, "
             "expected 1: L2-normalise descriptors first"
         )
-
-
-def _check_min_similarity(min_similarity: float) -> None:
-    if not -1 < min_similarity <= 1:
-        raise ValueError(f"min_similarity={min_similarity} is no cosine: use more than -1 and at most 1")
-
-
-def _check_max_distance(max_distance: int) -> None:
-    if not 0 <= max_distance <= 64:
-        raise ValueError(f"max_distance={max_distance} is no number of bits of a hash: use 0 to 64")

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simsearch.data.audit import perceptual_hashes
 from simsearch.data.ingest.cleaning import Cleaned, clean
-from simsearch.data.ingest.grouping import equal_pairs, union_find
+from simsearch.data.ingest.grouping import connected, equal_pairs
 from simsearch.data.ingest.pixel_store import Image, Refusal, Shard, gathered, read_shards, whole_shards, write_shard
 from simsearch.data.ingest.source import Listing
 from simsearch.data.manifest import INGEST, INGEST_PLAN, INGEST_TABLE
+from simsearch.data.near_duplicates import perceptual_hashes
 from simsearch.data.presence import Presence
 from simsearch.data.process_pool import Failure, bounded_map
 from simsearch.data.tables import Column, Rejected
@@ -335,11 +335,11 @@ def keep(
         f"the column {name!r} is left out: results have their own" for name in listing.attributes if name in _TAKEN
     ]
     cleaned = clean({name: tuple(values[rows[place]] for place in kept) for name, values in given.items()}, categorical)
-    connected = [*twins.items(), *pairs]
+    same = [*twins.items(), *pairs]
     for name in groups:
         if name in listing.attributes:
-            connected += equal_pairs([_group(listing.attributes[name][row]) for row in rows])
-    root = union_find(len(files), connected)
+            same += equal_pairs([_group(listing.attributes[name][row]) for row in rows])
+    root = connected(len(files), same)
     names: dict[int, str] = {}
     for place in kept:
         names[root[place]] = min(names.get(root[place], "~"), files.sha256[place])
