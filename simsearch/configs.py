@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,22 @@ def device(name: str) -> torch.device:
             there = "auto, cpu or cuda" if torch.cuda.is_available() else "auto or cpu on this machine"
             raise ValueError(f"device={name}: give {there} ({str(error).splitlines()[0]})") from error
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def is_there(name: str) -> bool:
+    """Whether a file or folder has that name."""
+    return Path(name).expanduser().exists()
+
+
+def listed(value: Any, known: Callable[[str], bool] = is_there) -> list[str]:
+    """The texts that a config's value stands for: none, one, a list of them, or several with commas between.
+
+    A text with commas is one where it is `known`, by default as the name of a file or folder.
+    """
+    if value is None or isinstance(value, list):
+        return [str(one) for one in value or ()]
+    text = str(value)
+    return [text] if known(text) else [part.strip() for part in text.split(",")]
 
 
 def trusts(config: Mapping[str, Any]) -> bool:

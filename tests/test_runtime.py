@@ -372,6 +372,18 @@ def test_results_table_says_where_queries_find_themselves():
         assert console.file.getvalue().count(note) == expected
 
 
+def test_a_text_with_commas_is_several_unless_it_is_known_as_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b").mkdir()
+    assert configs.listed(None) == []
+    assert configs.listed([1, "a,b", "c, d"]) == ["1", "a,b", "c, d"]
+    assert configs.listed("a,b") == ["a,b"]
+    assert configs.listed("c, d,e") == ["c", "d", "e"]
+    assert configs.listed(7) == ["7"]
+    assert configs.listed("Monet, 1890", {"Monet, 1890"}.__contains__) == ["Monet, 1890"]
+    assert configs.listed("a,b", {"Monet, 1890"}.__contains__) == ["a", "b"]
+
+
 def test_index_of_a_config_is_fresh_each_time():
     config = {"_target_": "simsearch.index.faiss_index.FaissIndex", "factory": "Flat"}
     first, second = configs.build(config), configs.build(config)

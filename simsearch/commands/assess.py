@@ -50,8 +50,8 @@ class Row:
 @program.command("assess")
 def main(config: DictConfig) -> None:
     values = configs.plain(config)
-    runs = [run_directory.open_run(Path(run), trusted=configs.trusts(config)) for run in listed(values["runs"])]
-    names = listed(values["names"]) if values["names"] else [run.folder.name for run in runs]
+    runs = [run_directory.open_run(Path(run), trusted=configs.trusts(config)) for run in configs.listed(values["runs"])]
+    names = configs.listed(values["names"]) if values["names"] else [run.folder.name for run in runs]
     if len(names) != len(runs) or len(set(names)) != len(names):
         raise ValueError(f"names={names}: give one for each of the {len(runs)} runs, all different")
     if values["part"] not in ("test", "all"):
@@ -90,11 +90,6 @@ def main(config: DictConfig) -> None:
             f"by {line['unit']} ({line['units']})"
         )
     print(f"results: {', '.join(map(str, (out / 'results.csv', out / 'paired.csv', *galleries)))}")
-
-
-def listed(value: Any) -> list[str]:
-    """One value, several with commas between, or a list, as a list of texts."""
-    return [str(part) for part in (value if isinstance(value, list) else str(value).split(","))]
 
 
 def fitted(data: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ PLACES = ("run_dir", "run_root", "resume", "logger", "catalog", "data.root", "da
 def main(config: DictConfig) -> None:
     values = configs.plain(config)
     trusted = configs.trusts(config)
-    results, missing = read(listed(values["runs"]), trusted=trusted)
+    results, missing = read(configs.listed(values["runs"]), trusted=trusted)
     if values["baseline"] is None:
         baseline = results[0]
     else:
@@ -88,14 +88,6 @@ def show(comparison: Comparison, baseline: Result) -> None:
 
 
 # ------------------------------------------------------------------------------------------- the runs
-
-
-def listed(given: Any) -> list[str]:
-    """The names that `runs` gives: a list, or one text, of several where commas part it."""
-    if isinstance(given, list):
-        return [str(name) for name in given]
-    text = str(given)
-    return [text] if Path(text).expanduser().exists() else [part.strip() for part in text.split(",")]
 
 
 def read(names: Sequence[str], *, trusted: bool = False) -> tuple[list[Result], list[Missing]]:

@@ -45,9 +45,9 @@ def main(config: DictConfig) -> None:
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
     recommender = Recommender(catalog)
     reader = Examples(recommender, configs.device(config.device))
-    like = [reader.file(name) for name in listed(values["image"])]
-    like += [reader.item(recommender.position(name)) for name in listed(values["id"])]
-    unlike = [reader.any(name) for name in listed(values["unlike"])]
+    like = [reader.file(name) for name in configs.listed(values["image"])]
+    like += [reader.item(recommender.position(name)) for name in configs.listed(values["id"], reader.is_item)]
+    unlike = [reader.any(name) for name in configs.listed(values["unlike"], reader.is_known)]
     if not like:
         raise ValueError("nothing to be like: give image=<file> or id=<id or path of an item>")
     positions = [example.position for example in like + unlike if example.position is not None]
@@ -115,16 +115,18 @@ class Examples:
         image = decode_thumbnail(catalog.thumbnails([position])[0])
         return Example(name, image, self.recommender.vectors([position])[0], position)
 
+    def is_item(self, name: str) -> bool:
+        """Whether an item of the catalog has that name."""
+        return self.recommender.names.find(name) is not None
+
+    def is_known(self, name: str) -> bool:
+        """Whether an item of the catalog or a file has that name."""
+        return self.is_item(name) or configs.is_there(name)
+
     def any(self, name: str) -> Example:
         """An item of the catalog by its name, or else a file."""
         position = self.recommender.names.find(name)
         return self.file(name) if position is None else self.item(position)
-
-
-def listed(value: Any) -> list[str]:
-    """None, one value or several, as a list of texts."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return [str(one) for one in values]
 
 
 def given_weights(weights: Mapping[str, float | None], recommender: Recommender) -> dict[str, float] | None:

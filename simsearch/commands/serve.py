@@ -18,12 +18,11 @@ from omegaconf import DictConfig
 
 from simsearch import configs, program
 from simsearch.serving.app import create_app
-from simsearch.serving.guard import is_loopback
+from simsearch.serving.guard import LOOPBACK, is_loopback
 from simsearch.serving.library import Library, Source
 from simsearch.serving.service import Service
 from simsearch.text import lines
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SHUTDOWN_SECONDS = 30
 DECODING_SECONDS = 2.0  # that images have left when the server is told to end
 

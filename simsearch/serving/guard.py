@@ -23,7 +23,7 @@ JSON_BYTES = 2**16  # of a request's body that is no upload
 _FORM_BYTES = 2**14  # what a form adds to its file
 _DRAINED = 4  # times the limit is read at most
 _DRAIN_SECONDS = 2.0
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _GONE = 499  # what logs call a client that went before its answer
 # A name or an address, and perhaps a port: nothing else may stand in Host (RFC 3986, section 3.2).
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._~-]+))(?::\d{0,5})?", re.IGNORECASE | re.ASCII)
@@ -38,7 +38,7 @@ _HEADERS = {
 
 def is_loopback(host: str) -> bool:
     """Whether a server bound to this host is reached from its own machine only."""
-    return host in _LOOPBACK
+    return host in LOOPBACK
 
 
 class Guard:
