@@ -32,6 +32,7 @@ from rich.table import Table
 
 from simsearch import configs, launch, program, settings, terminal
 from simsearch.files import is_alive, read_json, write_json
+from simsearch.identity import identity
 from simsearch.text import cell, warn
 
 # What a trial's numbers do not depend on.
@@ -54,7 +55,7 @@ def trial_name(*, _root_: DictConfig) -> str:
     values = {name: _root_._get_node(name) for name in _root_ if name not in _ASIDE}
     config = OmegaConf.create({**values, "run_dir": "", "run_root": ""}, flags={"allow_objects": True})
     resolved = OmegaConf.to_container(config, resolve=True)
-    digest = hashlib.sha256(json.dumps(resolved, sort_keys=True, default=str).encode()).hexdigest()[:10]
+    digest = identity(resolved)[:10]
     sweep = Path(_root_.hydra.sweep.dir)
     if known := sorted(sweep.glob(f"*{digest}/trial.json")):
         return known[0].parent.name

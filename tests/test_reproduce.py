@@ -14,10 +14,11 @@ from omegaconf import OmegaConf
 
 from simsearch import configs
 from simsearch.commands.reproduce import exit_status
+from simsearch.identity import deciding
 from simsearch.studies import check
 from simsearch.studies.check import Measured
 from simsearch.studies.rows import Expected, read_rows, row_files
-from simsearch.studies.runs import comparable, compose, train_overrides
+from simsearch.studies.runs import compose, train_overrides
 
 TINY = (
     "experiment=dsh data=rendered protocol=rendered-work protocol.validation=0.2 data.styles=2 data.artists=2 "
@@ -317,7 +318,7 @@ class TestComparable:
         changes = {"run_root": "/elsewhere", "data.num_workers": 2, "logger.project": "p", "catalog.write": False}
         changes |= {"trainer.log_every_n_steps": 7, "callbacks.progress": None, "callbacks.throughput": None}
         changes |= {"protocol.unit": "work"}  # of intervals, not of values
-        assert comparable(self.tiny(**changes)) == comparable(self.tiny())
+        assert deciding(self.tiny(**changes)) == deciding(self.tiny())
 
     @pytest.mark.parametrize(
         ("key", "value"),
@@ -329,26 +330,26 @@ class TestComparable:
          ("model.cache", {"_target_": "simsearch.cache.ArrayCache", "root": "/a"})],
     )  # fmt: skip
     def test_what_decides_the_numbers_counts(self, key, value):
-        assert comparable(self.tiny(**{key: value})) != comparable(self.tiny())
+        assert deciding(self.tiny(**{key: value})) != deciding(self.tiny())
 
     def test_where_a_cache_lies_does_not_count(self):
         a, b = ({"_target_": "simsearch.cache.ArrayCache", "root": root} for root in ("/a", "/b"))
-        assert comparable(self.tiny(**{"model.cache": a})) == comparable(self.tiny(**{"model.cache": b}))
+        assert deciding(self.tiny(**{"model.cache": a})) == deciding(self.tiny(**{"model.cache": b}))
 
     def test_a_config_from_before_an_option_came_equals_one_at_its_default(self):
         older = self.tiny()
         del older["model"]["head_lr"], older["model"]["start"], older["data"]["eval_batch_size"]
-        assert comparable(older) == comparable(self.tiny())
-        assert comparable(older) != comparable(self.tiny(**{"model.head_lr": 2.0}))
+        assert deciding(older) == deciding(self.tiny())
+        assert deciding(older) != deciding(self.tiny(**{"model.head_lr": 2.0}))
 
     def test_a_start_counts_by_its_config_not_by_its_place(self, tmp_path):
         for name, lr in (("a", 1), ("b", 1), ("c", 2)):
             (tmp_path / name).mkdir()
             config = self.tiny(**{"model.optimizer.lr": lr})
             OmegaConf.save(OmegaConf.create(config), tmp_path / name / "config.yaml")
-        a, b, c = (comparable(self.tiny(**{"model.start": str(tmp_path / name)})) for name in "abc")
+        a, b, c = (deciding(self.tiny(**{"model.start": str(tmp_path / name)})) for name in "abc")
         assert a == b != c
-        assert comparable(self.tiny(**{"model.start": f"{tmp_path}/a/checkpoints/best.ckpt"})) == a
+        assert deciding(self.tiny(**{"model.start": f"{tmp_path}/a/checkpoints/best.ckpt"})) == a
 
 
 def row_files_or_none() -> list[Path]:

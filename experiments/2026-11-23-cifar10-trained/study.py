@@ -33,9 +33,10 @@ from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.files import replacing
 from simsearch.functional.curves import RECALL_LEVELS, precision_recall_curve
 from simsearch.functional.significance import holm, paired_interval, paired_permutation
+from simsearch.identity import deciding
 from simsearch.studies.check import evaluation_folder
 from simsearch.studies.rows import check_names, read_rows
-from simsearch.studies.runs import comparable, compose, find_run, finished_runs
+from simsearch.studies.runs import compose, find_run, finished_runs
 
 HERE = Path(__file__).parent
 RESULTS, PAIRED, CURVES, README = (HERE / n for n in ("results.csv", "paired.csv", "curves.csv", "README.md"))
@@ -121,10 +122,10 @@ def nearest(config: dict | None, runs: dict[str, run_directory.Run]) -> str:
     """Which finished run comes nearest to a config, and in what it differs."""
     if config is None:
         return ": its start row has none"
-    wanted = flat(comparable(config))
+    wanted = flat(deciding(config))
     differences = []
     for run in runs.values():
-        got = flat(comparable(run.config))
+        got = flat(deciding(run.config))
         differences.append((sorted(k for k in wanted | got if wanted.get(k) != got.get(k)), run.folder.name))
     if not differences:
         return ""

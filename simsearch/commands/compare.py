@@ -13,18 +13,18 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from simsearch import configs, program, run_directory, terminal, tracking
+from simsearch import configs, program, terminal, tracking
 from simsearch.comparison.leaderboard import Entry, check_comparable, config_differences, leaderboard
 from simsearch.comparison.page import DETAILED, Case, Comparison, Picture, differences_by_query, page
 from simsearch.comparison.report import columns, csv_text, markdown_table, terminal_table
 from simsearch.comparison.runs import Missing, Result, expand, read_all, read_wandb, short_names
 from simsearch.data.collection import Collection
 from simsearch.files import read_json, replacing
+from simsearch.identity import run_identity, start_config
 from simsearch.images import encode_thumbnail
 from simsearch.results import HEADLINES
 from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import Engine
-from simsearch.studies.runs import digest
 from simsearch.text import cell
 from simsearch.trust import check_links
 
@@ -144,7 +144,7 @@ def configuration(result: Result) -> str:
     """What runs share that differ in the seed only: all of the config that decides numbers, and the measurement."""
     measured = "" if result.run is None else Path(result.place).relative_to(result.run)
     try:
-        return f"{seedless_digest(result.config)} {measured}"
+        return f"{run_identity(result.config, without=['seed'])} {measured}"
     except (LookupError, TypeError, AttributeError):  # of another time or hand: only equal to itself
         return result.place
 
@@ -165,11 +165,8 @@ def without_repeats(results: Sequence[Result], baseline: Result) -> list[Result]
 def seeds(config: Mapping[str, Any]) -> str:
     """The seeds of a config, also those of the run that the training starts from, as one text."""
     found = [str(value) for key, value in _leaves(config) if key == "seed"]
-    model = config.get("model")
-    if isinstance(model, Mapping) and (start := model.get("start")) is not None:
-        folder = Path(start) if Path(start).is_dir() else Path(start).parent.parent
-        if (folder / "config.yaml").is_file():
-            found.append(seeds(run_directory.read_run(folder).config))
+    if (begun := start_config(config)) is not None:
+        found.append(seeds(begun))
     return " ".join(found)
 
 
@@ -182,23 +179,6 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value)
     else:
         yield key, node
-
-
-def seedless_digest(config: Mapping[str, Any]) -> str:
-    """runs.digest without the seeds, also those of the run that the training starts from."""
-    plain = _without_seeds(config)
-    start = plain["model"].get("start")
-    if start is not None:
-        folder = Path(start) if Path(start).is_dir() else Path(start).parent.parent
-        if (folder / "config.yaml").is_file():
-            plain["model"]["start"] = seedless_digest(run_directory.read_run(folder).config)
-    return digest({"seed": None, **plain})
-
-
-def _without_seeds(node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {key: _without_seeds(value) for key, value in node.items() if key != "seed"}
-    return [_without_seeds(value) for value in node] if isinstance(node, list) else node
 
 
 # ---------------------------------------------------------------------------------------- regressions

@@ -21,12 +21,12 @@ from filelock import FileLock
 from simsearch import configs, run_directory
 from simsearch.data.cifar10 import DataError
 from simsearch.files import read_json
+from simsearch.identity import run_identity
 from simsearch.models.backbones import WeightsError
 from simsearch.run_directory import Run
 from simsearch.studies.rows import Expected, Row
 from simsearch.studies.runs import (
     compose,
-    digest,
     find_run,
     finished_runs,
     is_finished,
@@ -172,7 +172,7 @@ def obtain(
         start = obtain(book, row.start, start_seed(book, name, seed), root, runs, trusted=trusted).folder
     overrides = train_overrides(book, name, seed, start)
     config = compose(overrides, trusted=trusted)
-    key = digest(config)
+    key = run_identity(config)
     if key in runs:
         print(f"{name}, seed {seed}: the finished run {runs[key].folder} has an equal config", file=sys.stderr)
         return runs[key]
