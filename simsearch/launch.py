@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,11 +38,31 @@ class RankError(RuntimeError):
 # ---------------------------------------------------------------------------------- who this process is
 
 
-def rank() -> int:
-    """This process's place among all ranks; 0 where there is one only."""
+class Place(NamedTuple):
+    """A process among `ranks` that work together: its rank, and its number on its own machine (`local`)."""
+
+    rank: int
+    ranks: int
+    local: int
+
+
+def place() -> Place:
+    """Where torchrun, `run_ranks` or srun put this process; the only rank where none of them started it.
+
+    It is known before the ranks can talk: what they share later, `simsearch.functional.collectives` tells.
+    """
     if dist.is_torchelastic_launched():
-        return int(os.environ["RANK"])
-    return int(os.environ["SLURM_PROCID"]) if is_slurm_rank() else 0
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif is_slurm_rank():
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    else:
+        return Place(0, 1, 0)
+    return Place(*(int(os.environ[name]) for name in names))
+
+
+def rank() -> int:
+    """This process's rank; 0 where there is one only."""
+    return place().rank
 
 
 def is_rank() -> bool:

@@ -308,20 +308,30 @@ class TestRefusals:
         assert "give run=<run> and images=" in simsearch("index", expect=1).stderr
         assert "leave run= and images= out" in simsearch("index", f"shards={tmp_path}", "images=x", expect=1).stderr
 
-    def test_places(self):
-        assert place(None, None, {}) == (0, 1, 0)
-        assert place(3, 8, {}) == (3, 8, 3)
-        assert place(None, 4, {}) == (None, 4, 0)
-        assert place(None, 1, {}) == (0, 1, 0)
-        torchrun = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
-        assert place(None, None, torchrun) == (5, 8, 1)
-        slurm = {"SLURM_PROCID": "2", "SLURM_NTASKS": "3", "SLURM_LOCALID": "0"}
-        assert place(None, None, slurm) == (2, 3, 0)
-        assert place(None, None, torchrun | slurm) == (5, 8, 1)
-        assert place(None, None, {"SLURM_NTASKS": "3"}) == (0, 1, 0)  # a shell of salloc
+    def test_places(self, monkeypatch):
+        for name in [name for name in os.environ if name.startswith(("SLURM", "TORCHELASTIC"))]:
+            monkeypatch.delenv(name)
+        assert place(None, None) == (0, 1, 0)
+        assert place(3, 8) == (3, 8, 3)
+        assert place(None, 4) == (None, 4, 0)
+        assert place(None, 1) == (0, 1, 0)
         for rank, ranks in ((3, None), (3, 3), (-1, 3), (None, 0)):
             with pytest.raises(ValueError, match="ranks"):
-                place(rank, ranks, {})
+                place(rank, ranks)
+
+        def places(**environment: str) -> tuple:
+            with monkeypatch.context() as context:
+                for name, value in environment.items():
+                    context.setenv(name, value)
+                return place(None, None)
+
+        torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+        slurm = {"SLURM_NTASKS": "3", "SLURM_PROCID": "2", "SLURM_LOCALID": "0"}
+        assert places(**torchrun) == (5, 8, 1)
+        assert places(**slurm, SLURM_STEP_NUM_TASKS="3") == (2, 3, 0)
+        assert places(**torchrun, **slurm, SLURM_STEP_NUM_TASKS="3") == (5, 8, 1)
+        assert places(SLURM_NTASKS="3") == (0, 1, 0)  # a shell of salloc
+        assert places(**slurm, SLURM_STEP_NUM_TASKS="1") == (0, 1, 0)  # a batch script without srun
 
 
 # ---------------------------------------------------------------------------------- catalogs of shards

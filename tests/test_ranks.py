@@ -395,7 +395,7 @@ class TestGroup:
 
 STEP = {
     "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3", "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_NAME": "train",
 }  # fmt: skip
 
 
@@ -422,6 +422,7 @@ class TestPlace:
     def test_in_a_slurm_step(self, slurm):
         slurm()
         assert (launch.rank(), launch.is_rank(), launch.is_slurm_rank(), launch.slurm_step()) == (3, True, True, "7.0")
+        assert launch.place() == (3, 4, 1)
 
     def test_in_a_batch_script(self, slurm):
         slurm(SLURM_STEP_ID=None, SLURM_STEP_NUM_TASKS=None, SLURM_PROCID="0")
@@ -434,8 +435,10 @@ class TestPlace:
     def test_started_by_a_parent_within_slurm(self, slurm, monkeypatch):
         slurm(SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0")
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-        monkeypatch.setenv("RANK", "1")
+        for name, value in {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}.items():
+            monkeypatch.setenv(name, value)
         assert (launch.rank(), launch.is_rank(), launch.is_slurm_rank()) == (1, True, False)
+        assert launch.place() == (1, 4, 1)
 
     def test_torchrun_around_the_command_is_refused(self, monkeypatch, tmp_path):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")

@@ -59,7 +59,7 @@ KINDS = ("shuffled", "pk", "mined")
 
 
 def pretend(monkeypatch, rank: int, world: int) -> None:
-    monkeypatch.setattr(samplers, "_rank_and_world", lambda: (rank, world))
+    monkeypatch.setattr(samplers, "rank_and_world", lambda: (rank, world))
 
 
 # ------------------------------------------------------------------------------ what a batch is

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from torch import nn
 from tqdm import tqdm
 
-from simsearch import configs, program, run_directory
+from simsearch import configs, launch, program, run_directory
 from simsearch.commands.index import report_errors
 from simsearch.data.loading import ImageBatch, load_chunks
 from simsearch.data.manifest import ImageFiles, Manifest, read_manifest
@@ -30,8 +30,6 @@ from simsearch.search.shards import ShardError, Shards, begin, open_shards
 from simsearch.text import warn
 
 POLL_SECONDS = 0.5
-# Names of a process's number, how many there are, and its number on its own machine.
-_LAUNCHERS = (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"))
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Work:
 
 @program.command("extract")
 def main(config: DictConfig) -> None:
-    rank, ranks, local = place(config.rank, config.ranks, os.environ)
+    rank, ranks, local = place(config.rank, config.ranks)
     run = run_directory.open_run(Path(config.run), trusted=configs.trusts(config))
     source, out = Path(config.images).resolve(), Path(config.out).resolve()
     manifest = read_manifest(source, Path(config.root) if config.root else None)
@@ -89,7 +87,7 @@ def main(config: DictConfig) -> None:
         report(shards)
 
 
-def place(rank: int | None, ranks: int | None, environment: Mapping[str, str]) -> tuple[int | None, int, int]:
+def place(rank: int | None, ranks: int | None) -> tuple[int | None, int, int]:
     """This process's rank (None: it is to start `ranks` processes), the number of ranks, its number on its machine.
 
     Raises ValueError where rank and ranks do not fit.
@@ -102,10 +100,7 @@ def place(rank: int | None, ranks: int | None, environment: Mapping[str, str]) -
         if ranks < 1:
             raise ValueError(f"ranks must be at least 1, got {ranks}")
         return (None, ranks, 0) if ranks > 1 else (0, 1, 0)
-    for own, world, local in _LAUNCHERS:
-        if own in environment and world in environment:
-            return int(environment[own]), int(environment[world]), int(environment.get(local, environment[own]))
-    return 0, 1, 0
+    return launch.place()
 
 
 # -------------------------------------------------------------------------------------------- one rank

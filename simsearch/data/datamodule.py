@@ -17,8 +17,8 @@ from simsearch.data.collection import Collection
 from simsearch.data.protocols import RetrievalProtocol, Split
 from simsearch.data.samplers import Batches, ResumableLoader, ShuffledBatches, end_workers_at_exit, leave_signals
 from simsearch.data.smoke import shrunk
+from simsearch.functional.collectives import rank_and_world, world_size
 from simsearch.functional.ragged import Ragged
-from simsearch.functional.sharded import Ranks
 from simsearch.types import Batch, RetrievalTask
 
 
@@ -62,8 +62,8 @@ class OwnPart(DistributedSampler):
     """
 
     def __init__(self, dataset: Sized) -> None:
-        ranks = Ranks.here()
-        super().__init__(dataset, ranks.world, ranks.rank, shuffle=False)  # type: ignore[arg-type]
+        rank, world = rank_and_world()
+        super().__init__(dataset, world, rank, shuffle=False)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._part)
@@ -203,7 +203,7 @@ class RetrievalDataModule(pl.LightningDataModule):
 
     def _evaluation_loaders(self, stage: Literal["validate", "test"]) -> dict[str, DataLoader]:
         task = self.task(stage)
-        world = Ranks.here().world
+        world = world_size()
         if len(task.gallery) < world:  # a rank with nothing at all would leave the others waiting
             raise ValueError(f"{task.name} has {len(task.gallery)} gallery images: use no more processes, not {world}")
         return {

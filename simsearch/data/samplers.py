@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from simsearch.functional.collectives import rank_and_world
 
 
 class Batches(Sampler[list[int]]):
@@ -50,10 +51,10 @@ class Batches(Sampler[list[int]]):
             yield np.array_split(self.global_batch(number, world), world)[rank].tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self.batches(*_rank_and_world())
+        return self.batches(*rank_and_world())
 
     def __len__(self) -> int:
-        return self.length(_rank_and_world()[1])
+        return self.length(rank_and_world()[1])
 
     def set_epoch(self, epoch: int) -> None:
         """Goes to the start of an epoch; stays where it is in the present one."""
@@ -68,11 +69,11 @@ class Batches(Sampler[list[int]]):
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch, equal on all ranks."""
-        return {"epoch": self.epoch, "position": self.position, "world": _rank_and_world()[1]}
+        return {"epoch": self.epoch, "position": self.position, "world": rank_and_world()[1]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a saved place. Raises ValueError in the middle of an epoch of another number of processes."""
-        world = _rank_and_world()[1]
+        world = rank_and_world()[1]
         if state["position"] and state["world"] != world:
             raise ValueError(
                 f"the epoch was interrupted with {state['world']} processes and cannot go on with {world}: resume "
@@ -193,7 +194,7 @@ class MinedTriplets(Batches):
     @property
     def wanted(self) -> int:
         """Triplets that an epoch of all processes takes."""
-        return self.per_epoch * self.per_batch * _rank_and_world()[1]
+        return self.per_epoch * self.per_batch * rank_and_world()[1]
 
     @property
     def needs_triplets(self) -> bool:
@@ -300,9 +301,3 @@ def _end_workers() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
-
-
-def _rank_and_world() -> tuple[int, int]:
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1

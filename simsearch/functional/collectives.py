@@ -10,9 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank in the default group and the number of its processes; (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def world_size() -> int:
     """The number of processes of the default group, 1 without one."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return rank_and_world()[1]
 
 
 def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:

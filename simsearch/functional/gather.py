@@ -7,6 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
+from simsearch.functional.collectives import world_size
+
 
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows (B, ...) of every rank as (world * B, ...) in rank order; equal on all ranks.
@@ -17,15 +19,15 @@ def gather_rows(rows: Tensor) -> Tensor:
 
     Raises ValueError where ranks differ in their number of rows.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if (world := world_size()) == 1:
         return rows
-    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
+    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
     dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device))
     if len({int(size) for size in sizes}) > 1:
         counts = [int(size) for size in sizes]
         raise ValueError(f"ranks have batches of {counts} items: drop incomplete batches to gather them")
     if rows.is_floating_point():
         return torch.cat(all_gather(rows.contiguous()))
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(rows) for _ in range(world)]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from simsearch.functional.collectives import rank_and_world
 from simsearch.types import Descriptors
 
 
@@ -26,9 +27,7 @@ class Ranks:
     @classmethod
     def here(cls, device: torch.device | str = "cpu") -> Ranks:
         """The ranks of the default process group; one where there is none."""
-        if not dist.is_available() or not dist.is_initialized():
-            return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(*rank_and_world(), device)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks of tensors of one shape."""
