@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import pickle
 import re
 import tarfile
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import PIL
@@ -21,7 +17,8 @@ import torch
 from PIL import Image
 
 from simsearch.data.collection import Collection
-from simsearch.files import Damaged, read_array, write_array
+from simsearch.data.pickles import read_pickle
+from simsearch.files import Damaged, read_array, replacing, write_array
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BATCHES = "cifar-10-batches-py"
@@ -108,10 +105,8 @@ def _download(root: Path) -> None:
     from torchvision.datasets import CIFAR10, utils
 
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-            utils.download_url(CIFAR10.url, folder, ARCHIVE, CIFAR10.tgz_md5)
-            os.replace(Path(folder) / ARCHIVE, root / ARCHIVE)
+        with replacing(root / ARCHIVE) as temporary:
+            utils.download_url(CIFAR10.url, root, temporary.name, CIFAR10.tgz_md5)
     except (OSError, RuntimeError, HTTPException) as error:
         raise DataError(
             f"cannot download CIFAR-10 to {root / ARCHIVE} ({error}): put the file there by hand from {CIFAR10.url}"
@@ -137,29 +132,13 @@ def _content_key(files: Sequence[Path]) -> str:
 # torchvision's archive: pickled batches
 
 
-class _BatchUnpickler(pickle.Unpickler):
-    """Reads dicts, lists, strings and numpy arrays; every other global is refused."""
-
-    _allowed: ClassVar[dict[tuple[str, str], object]] = {
-        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
-    def find_class(self, module: str, name: str) -> object:
-        if (module, name) not in self._allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self._allowed[module, name]
-
-
 def _read_batches(files: Sequence[Path]) -> np.ndarray:
     checksums = _batch_checksums()
     parts = []
     for path, content in _batch_contents(files, list(checksums)):
         _check_md5(path, content, checksums[path.name])
         try:
-            batch = _BatchUnpickler(io.BytesIO(content), encoding="latin1").load()
+            batch = read_pickle(content)
             images, labels = np.asarray(batch["data"]), np.asarray(batch["labels"], dtype=np.int64)
         except Exception as error:  # a damaged pickle may raise anything
             raise DataError(f"{path} is no CIFAR-10 batch ({error}): unpack {ARCHIVE} again") from error

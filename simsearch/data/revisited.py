@@ -4,7 +4,7 @@ Radenović, Iscen, Tolias, Avrithis, Chum: Revisiting Oxford and Paris, CVPR 201
 JSON, {"name": ..., "images": [file, ...], "queries": [{"image": file, "bbx": [x1, y1, x2, y2] or null,
 "easy": [...], "hard": [...], "junk": [...]}, ...]}, with positions in `images`. The authors' pickles,
 {"gnd": [{"bbx", "easy", "hard", "junk"}], "imlist": [...], "qimlist": [...]}, are converted to it without
-being unpickled (`read_pickle`).
+being unpickled (`simsearch.data.pickles`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickletools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -25,6 +24,7 @@ from torch.utils.data import Dataset
 
 from simsearch.data.loading import ImageBatch, Item, load_batches
 from simsearch.data.manifest import ENDINGS, Manifest, load_images
+from simsearch.data.pickles import read_pickle
 from simsearch.files import Damaged, read_json, write_json
 from simsearch.functional.resize import Fit, resize_to_fit
 from simsearch.functional.revisited import GRADES
@@ -302,6 +302,8 @@ def _record(value: object, keys: Sequence[str], where: str) -> dict[str, Any]:
 
 
 def _sequence(value: object, where: str) -> Sequence[Any]:
+    if isinstance(value, np.ndarray) and value.ndim == 1:
+        return value.tolist()
     if not isinstance(value, list | tuple):
         raise ValueError(f"{where}: it must be a list, got a {type(value).__name__}")
     return value
@@ -323,207 +325,3 @@ def _position(value: object, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{where}: it must hold positions in images, got a {type(value).__name__}")
     return value
-
-
-# ------------------------------------------------------------------ pickles without the pickle machine
-
-
-@dataclass(frozen=True)
-class _Global:
-    """The name of a class or function in a pickle. Only a name: nothing is imported or called by it."""
-
-    module: str
-    name: str
-
-
-@dataclass
-class _Dtype:
-    code: str
-    order: str = "="
-
-
-class _Array(list[Any]):
-    """A one-dimensional NumPy array as a list."""
-
-
-_DTYPES = {f"{kind}{size}" for kind, sizes in {"i": "1248", "u": "1248", "f": "48"}.items() for size in sizes}
-_PLAIN = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_MARK = object()
-
-
-def read_pickle(data: bytes) -> Any:
-    """The plain value in a pickle of protocol 0 to 5: None, bool, int, float, str, bytes, list, tuple, dict.
-
-    NumPy's integer and floating scalars come as int and float, its one-dimensional arrays of them as lists.
-    Sets, other classes, persistent ids, extension codes and out-of-band buffers are refused.
-
-    A pickle is a program, and unpickling runs it: it may import and call anything. Here it is only read.
-    `pickletools.genops` splits the bytes into instructions (it executes none), and this function carries out
-    those that build plain data, on a stack of its own. The instruction that loads a global loads its name;
-    the one that calls compares that name with the six that arrays and scalars need (in `_Reader.call`), and
-    does their work itself on checked arguments; the one that sets an object's state fills an array or the
-    byte order of a dtype and nothing else. So no text in the file ever becomes an object of the
-    interpreter: there is nothing to slip past, as there would be in an Unpickler whose find_class says no
-    (extension codes that were looked up before skip it, and what it does hand out can have its attributes
-    set). Copies of bytes are limited by the length of the file; a memo position takes no memory by being high.
-
-    Raises ValueError for a damaged file and for whatever is refused, naming it.
-    """
-    try:
-        return _Reader(len(data)).run(data)
-    except (IndexError, KeyError) as error:
-        raise ValueError(f"the pickle is damaged: it takes what it never stored ({error})") from None
-
-
-class _Reader:
-    def __init__(self, budget: int) -> None:
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
-        self.budget = budget
-
-    def run(self, data: bytes) -> Any:
-        try:
-            for opcode, argument, position in pickletools.genops(data):
-                if opcode.name == "STOP":
-                    return self.stack.pop()
-                self.step(opcode.name, argument, position or 0)
-        except OverflowError as error:
-            raise ValueError(f"the pickle is damaged: {error}") from None
-        raise ValueError("the pickle is damaged: it has no end")
-
-    def step(self, name: str, argument: Any, position: int) -> None:
-        stack = self.stack
-        if name in _PLAIN:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in ("PROTO", "FRAME"):
-            pass
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name == "POP":
-            stack.pop()
-        elif name == "POP_MARK":
-            self.pop_mark()
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            self.memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            self.memo[len(self.memo)] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
-        elif name == "EMPTY_LIST":
-            stack.append([])
-        elif name == "EMPTY_TUPLE":
-            stack.append(())
-        elif name == "EMPTY_DICT":
-            stack.append({})
-        elif name == "LIST":
-            stack.append(self.pop_mark())
-        elif name == "TUPLE":
-            stack.append(tuple(self.pop_mark()))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            items = [stack.pop() for _ in range(int(name[-1]))]
-            stack.append(tuple(reversed(items)))
-        elif name == "DICT":
-            items = self.pop_mark()
-            stack.append({})
-            self.set_items(items)
-        elif name == "APPEND":
-            self.extend([stack.pop()])
-        elif name == "APPENDS":
-            self.extend(self.pop_mark())
-        elif name == "SETITEM":
-            value, key = stack.pop(), stack.pop()
-            self.set_items([key, value])
-        elif name == "SETITEMS":
-            self.set_items(self.pop_mark())
-        elif name == "GLOBAL":
-            stack.append(_Global(*argument.split(" ", 1)))
-        elif name == "STACK_GLOBAL":
-            own, module = stack.pop(), stack.pop()
-            stack.append(_Global(_text(module, "a module's name"), _text(own, "a global's name")))
-        elif name == "REDUCE":
-            arguments, function = stack.pop(), stack.pop()
-            stack.append(self.call(function, arguments))
-        elif name == "BUILD":
-            state = stack.pop()
-            self.build(stack[-1], state)
-        else:
-            raise ValueError(f"the pickle holds {name} at byte {position}: only plain data is read")
-
-    def pop_mark(self) -> list[Any]:
-        """What was pushed since the last mark, which goes too."""
-        items = []
-        while (item := self.stack.pop()) is not _MARK:
-            items.append(item)
-        return items[::-1]
-
-    def extend(self, items: list[Any]) -> None:
-        if type(self.stack[-1]) is not list:
-            raise ValueError("the pickle is damaged: it appends to what is no list")
-        self.stack[-1].extend(items)
-
-    def set_items(self, items: list[Any]) -> None:
-        target = self.stack[-1]
-        if type(target) is not dict or len(items) % 2:
-            raise ValueError("the pickle is damaged: it sets an item of what is no dict, or half an item")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_text(key, "a dict's key")] = value
-
-    def call(self, function: object, arguments: object) -> Any:
-        """What the NumPy constructor of that name would return, made here. Raises ValueError for another."""
-        if not isinstance(function, _Global):
-            raise ValueError(f"the pickle calls a {type(function).__name__}: only plain data is read")
-        named = (function.module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins"), function.name)
-        match named, arguments:
-            case ("numpy", "dtype"), (str(code), _, _) if code in _DTYPES:
-                return _Dtype(code)
-            case ("numpy", "dtype"), (str(code), _, _):
-                raise ValueError(f"the pickle holds a NumPy array of dtype {code[:20]!r}: only numbers are read")
-            case ("numpy.core.multiarray", "_reconstruct"), (_Global("numpy", "ndarray"), _, _):
-                return _Array()
-            case ("numpy.core.multiarray", "scalar"), (_Dtype() as dtype, raw):
-                return self.numbers(dtype, (1,), raw)[0]
-            case ("numpy.core.numeric", "_frombuffer"), (raw, _Dtype() as dtype, shape, _):
-                return _Array(self.numbers(dtype, shape, raw))
-            case ("_codecs", "encode"), (str(text), "latin1" | "latin-1"):  # how protocols 0 to 2 write bytes
-                self.spend(len(text))
-                return text.encode("latin-1")
-            case ("builtins", "bytes"), ():
-                return b""
-        raise ValueError(
-            f"the pickle wants to call {function.module[:80]}.{function.name[:80]}: it is refused. A ground truth "
-            "needs lists, numbers and names only; do not load this file by other means"
-        )
-
-    def build(self, target: object, state: object) -> None:
-        match target, state:
-            case _Dtype(), (_, "<" | ">" | "|" | "=" as order, None, None, None, *_):
-                target.order = order
-            case _Array(), (_, shape, _Dtype() as dtype, _, raw):
-                target[:] = self.numbers(dtype, shape, raw)
-            case _:
-                raise ValueError(f"the pickle sets the state of a {type(target).__name__}: only plain data is read")
-
-    def numbers(self, dtype: _Dtype, shape: object, raw: object) -> list[Any]:
-        """The raw bytes of a one-dimensional array as int or float."""
-        if isinstance(raw, str):  # Python 2
-            raw = raw.encode("latin-1")
-        kind = np.dtype(dtype.code).newbyteorder(dtype.order)  # type: ignore[arg-type]
-        match shape, raw:
-            case (int(n),), bytes() | bytearray() if len(raw) == n * kind.itemsize:
-                self.spend(len(raw))
-                return np.frombuffer(raw, kind).tolist()
-        raise ValueError("the pickle holds a NumPy array that is not one-dimensional, or damaged")
-
-    def spend(self, count: int) -> None:
-        self.budget -= count
-        if self.budget < 0:
-            raise ValueError("the pickle unfolds to more than its own length: it is refused")
