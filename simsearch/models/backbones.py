@@ -56,6 +56,9 @@ class Backbone(nn.Module):
     provenance: plain facts about the weights (source, sha256, library), written into every result.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         network: nn.Module,
@@ -72,7 +75,7 @@ class Backbone(nn.Module):
         if runtime not in ("auto", "torch", "onnx"):
             raise ValueError(f"backbone.runtime must be auto, torch or onnx, got {runtime!r}")
         check_fit(fit)
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(memory_format=torch.channels_last)
         self.name, self.size, self.runtime, self.provenance = name, size, runtime, provenance
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -213,6 +216,7 @@ class OnBackbone:
 
 
 def _drop_exported(backbone: nn.Module, _: object) -> None:
+    assert isinstance(backbone, Backbone)
     backbone._onnx.clear()  # exported with the weights of before
 
 
@@ -221,6 +225,8 @@ class TokenMap(nn.Module):
 
     Its position embeddings fit one image size: forward raises ValueError for another.
     """
+
+    vit: Any  # of timm, which has no types
 
     def __init__(self, vit: nn.Module, tokens: Tokens) -> None:
         super().__init__()
@@ -243,6 +249,8 @@ class TokenMap(nn.Module):
 
 class _TimmMap(nn.Module):
     """A network of timm as its last feature map."""
+
+    model: Any  # of timm, which has no types
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -281,7 +289,7 @@ def _timm_map(model: nn.Module, name: str, size: int, tokens: Tokens) -> nn.Modu
         if getattr(model, "cls_token", None) is None:
             raise ValueError(f"backbone.tokens=cls: timm's {name} has no class token; use patch")
         return TokenMap(model, tokens)
-    features = _features_of(model.eval().forward_features, size, f"timm's {name}")  # type: ignore[operator, arg-type]
+    features = _features_of(model.eval().forward_features, size, f"timm's {name}")  # type: ignore[arg-type]
     if isinstance(features, Tensor) and features.ndim == 4:
         return _TimmMap(model)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (0, 0)
@@ -542,7 +550,7 @@ def timm_backbone(
         close = difflib.get_close_matches(name, timm.list_models(), n=5)
         raise ValueError(f"timm has no model {name!r}; similar names: {', '.join(close) or 'none'}")
     try:
-        full = timm.create_model(name, pretrained=weights == "pretrained")
+        full: Any = timm.create_model(name, pretrained=weights == "pretrained")
     except Exception as error:
         if weights != "pretrained":
             raise

@@ -15,6 +15,8 @@ class WhitenedPatches(nn.Module):
     Not learnt: `prepare` takes the components from training images.
     """
 
+    weight: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("weight", torch.zeros(24, 3, 2, 2))

@@ -52,9 +52,10 @@ class RegionNetwork(OnBackbone, nn.Module):
         self.descriptor = DescriptorHead(pooling, nn.Linear(backbone.channels, dimension))
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         """The projection: shift and fully connected layer in one."""
-        return self.descriptor.whitening  # type: ignore[return-value]
+        assert isinstance(self.descriptor.whitening, nn.Linear)
+        return self.descriptor.whitening
 
     def prepare(self, images: Tensor | Ragged) -> None:
         """Initialises the projection by PCA of the region vectors of the training images, uint8 (N, 3, H, W)
@@ -69,7 +70,7 @@ class RegionNetwork(OnBackbone, nn.Module):
         self.eval()
         with torch.no_grad():
             for rows in few.split(64):
-                for _, stack in stacks(images[rows].to(self.head.weight.device)):  # type: ignore[arg-type]
+                for _, stack in stacks(images[rows].to(self.head.weight.device)):
                     moments.add(self.pool(self.backbone(stack)).flatten(0, 1))
         self.train(training)
         self._start_projection(moments)
@@ -93,8 +94,8 @@ class RegionNetwork(OnBackbone, nn.Module):
         mean, values, vectors = moments.principal()
         matrix = whitening_matrix(values, vectors, self.dimension, power=self.power)
         with torch.no_grad():
-            self.head.weight.copy_(matrix)  # type: ignore[union-attr, operator]
-            self.head.bias.copy_(-(matrix @ mean))  # type: ignore[union-attr, operator]
+            self.head.weight.copy_(matrix)
+            self.head.bias.copy_(-(matrix @ mean))
 
     def pool(self, maps: Tensor) -> Tensor:
         """L2-normalised region vectors (B, R, C) of the backbone's maps (B, C, h, w)."""

@@ -29,6 +29,8 @@ class DSHNetwork(nn.Module):
     are drawn as Caffe's xavier filler does, U(-sqrt(3 / fan_in), sqrt(3 / fan_in)), biases are 0.
     """
 
+    mean: Tensor
+
     def __init__(self, bits: int) -> None:
         super().__init__()
         if bits < 1:
@@ -45,8 +47,9 @@ class DSHNetwork(nn.Module):
         for layer in (self.conv1, self.conv2, self.conv3, self.hidden, self.head):
             bound = math.sqrt(3 / layer.weight[0].numel())
             nn.init.uniform_(layer.weight, -bound, bound)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def prepare(self, images: Tensor) -> None:
         """Takes the mean image of the training images uint8 (N, 3, 32, 32)."""

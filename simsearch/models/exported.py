@@ -72,7 +72,7 @@ def write_exported(folder: Path, encoder: nn.Module) -> dict[str, Any]:
         "parts": {},
     }
     for name, part in parts_of(encoder).items():
-        member = encoder.encoders[name] if isinstance(encoder, PartsRetriever) else encoder  # type: ignore[index]
+        member = encoder.encoders[name] if isinstance(encoder, PartsRetriever) else encoder
         about["parts"][name] = {**asdict(part), **_write_part(folder, name, member)}
     about["sha256"] = digests(folder, sorted(path.name for path in folder.iterdir() if path.name != ABOUT))
     write_json(folder / ABOUT, about)

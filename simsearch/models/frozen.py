@@ -30,6 +30,9 @@ class Whitening(nn.Module):
     eigenvalue (simsearch.functional.whitening). Before `fit`, forward raises RuntimeError.
     """
 
+    mean: Tensor
+    projection: Tensor
+
     def __init__(self, dimension: int, power: float = 0.0, shrinkage: float = 0.0) -> None:
         super().__init__()
         if dimension < 1:
@@ -112,7 +115,11 @@ class DescriptorHead(nn.Module):
     et al. 2016), or, where `whiten_regions` is False, their sum is.
     """
 
-    def __init__(self, pooling: nn.Module, whitening: Whitening | None, whiten_regions: bool = True) -> None:
+    whitening: Any  # Whitening, or a layer that learns
+
+    def __init__(
+        self, pooling: nn.Module, whitening: Whitening | nn.Linear | None, whiten_regions: bool = True
+    ) -> None:
         super().__init__()
         self.pooling, self.whitening, self.whiten_regions = pooling, whitening, whiten_regions
 
@@ -150,6 +157,9 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
     Images of many shapes (Ragged) are described shape by shape; the cache keeps their features where each
     has one region (not with R-MAC, whose regions depend on the shape).
     """
+
+    code_weight: Tensor
+    code_bias: Tensor
 
     def __init__(
         self,

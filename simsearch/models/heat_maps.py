@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsearch.functional.heat_map import regrid, spread_regions
 from simsearch.functional.pooling import rmac_regions
@@ -13,14 +14,17 @@ from simsearch.models.backbones import Backbone
 from simsearch.models.pooling import RMAC
 from simsearch.types import HeatMap
 
+if TYPE_CHECKING:
+    from simsearch.models.frozen import DescriptorHead
 
-def has_regions(head: nn.Module) -> bool:
+
+def has_regions(head: DescriptorHead) -> bool:
     """Whether a DescriptorHead sums vectors of regions that lie somewhere in the image."""
     return isinstance(head.pooling, RMAC) and bool(head.whiten_regions)
 
 
 def region_heat_map(
-    backbone: Backbone, head: nn.Module, sizes: Sequence[int], image: Tensor, vector: Tensor
+    backbone: Backbone, head: DescriptorHead, sizes: Sequence[int], image: Tensor, vector: Tensor
 ) -> HeatMap:
     """Contributions of places of an image (3, H, W) to the inner product of its descriptor with `vector` (D,).
 
@@ -28,6 +32,8 @@ def region_heat_map(
     norms that are taken as they are; what a region adds is spread evenly over its cells, those of all scales added
     on the finest grid. With fit "square" what lies outside the centre square has 0. rest is 0.
     """
+    pooling = head.pooling
+    assert isinstance(pooling, RMAC)
     height, width = image.shape[1:]
     box = (0.0, 1.0, 0.0, 1.0)
     if backbone.fit == "square":
@@ -35,10 +41,10 @@ def region_heat_map(
     grids, totals = [], []
     for size in sizes:
         maps = backbone(image[None], size)
-        units = head.unit_regions(head.regions(maps))[0]  # type: ignore[operator]
+        units = head.unit_regions(head.regions(maps))[0]
         total = units.sum(0)
         shape = maps.shape[2:]
-        grids.append(spread_regions(units @ vector / total.norm(), _rectangles(head.pooling, *shape), *shape))
+        grids.append(spread_regions(units @ vector / total.norm(), _rectangles(pooling, *shape), *shape))
         totals.append(total / total.norm())
     norm = torch.stack(totals).sum(0).norm()
     finest = max((grid.shape for grid in grids), key=lambda shape: shape[0] * shape[1])
@@ -54,7 +60,7 @@ def _middle(side: int, other: int) -> tuple[float, float]:
     return start / side, (start + square) / side
 
 
-def _rectangles(pooling: nn.Module, height: int, width: int) -> list[tuple[int, int, int, int]]:
-    squares = rmac_regions(height, width, pooling.levels, pooling.overlap)  # type: ignore[arg-type]
+def _rectangles(pooling: RMAC, height: int, width: int) -> list[tuple[int, int, int, int]]:
+    squares = rmac_regions(height, width, pooling.levels, pooling.overlap)
     whole = [(0, 0, height, width)] if pooling.whole else []
     return [(top, left, side, side) for top, left, side in squares] + whole

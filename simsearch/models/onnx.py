@@ -37,7 +37,7 @@ def export_network(network: nn.Module, size: int, min_side: int | None = None) -
             torch.onnx.export(
                 network,
                 (example,),
-                buffer,
+                buffer,  # type: ignore[arg-type]
                 input_names=["pixels"],
                 output_names=["features"],
                 dynamic_axes={"pixels": axes, "features": outputs},

@@ -40,7 +40,10 @@ class TrainedPart(nn.Module):
     neither needs `start` again: None where the tensors come from there.
     """
 
-    def __init__(self, network: nn.Module, start: str | None) -> None:
+    network: Any  # a nn.Module that is an Encoder, which no type says
+    start: str | None
+
+    def __init__(self, network: Any, start: str | None) -> None:
         super().__init__()
         if network.bits is not None:
             raise ValueError(
@@ -48,7 +51,7 @@ class TrainedPart(nn.Module):
                 "choose one of model=dir"
             )
         self.network, self.start = network.requires_grad_(False).eval(), start
-        self.dimension: int = network.dimension  # type: ignore[assignment]
+        self.dimension: int = network.dimension
 
     def load(self) -> None:
         """Loads the tensors of `start`. Raises WeightsError where they are missing or others."""
@@ -67,7 +70,7 @@ class TrainedPart(nn.Module):
     def embed(self, image: Tensor) -> Tensor:
         """L2-normalised descriptors float32 (B, dimension) of images (B, 3, H, W)."""
         with torch.autocast(image.device.type, enabled=False):
-            return self.network.embed(image).float()  # type: ignore[operator]
+            return self.network.embed(image).float()
 
     def describe_batch(self, batch: Batch) -> Tensor:
         """Descriptors of a batch, in its order."""
@@ -83,26 +86,26 @@ class TrainedPart(nn.Module):
 
     def heat_map(self, image: Tensor, vector: Tensor) -> HeatMap:
         """That of the network, where `explains` is True."""
-        return self.network.heat_map(image, vector)  # type: ignore[operator]
+        return self.network.heat_map(image, vector)
 
     @property
     def input_size(self) -> int:
-        return self.network.input_size  # type: ignore[return-value]
+        return self.network.input_size
 
     @property
     def fit(self) -> Fit:
-        return self.network.fit  # type: ignore[return-value]
+        return self.network.fit
 
     @property
     def provenance(self) -> dict[str, str]:
-        return self.network.provenance  # type: ignore[return-value]
+        return self.network.provenance
 
     @provenance.setter
     def provenance(self, facts: dict[str, str]) -> None:
-        self.network.provenance = facts  # type: ignore[assignment]
+        self.network.provenance = facts
 
     def identity(self) -> dict[str, object]:
-        return self.network.identity()  # type: ignore[operator]
+        return self.network.identity()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["backbone"] = dict(self.provenance)
@@ -199,9 +202,9 @@ class PartsRetriever(DescribesBatches):
     @property
     def provenance(self) -> dict[str, str]:
         """Plain facts about the weights, by `<part>.<fact>`; `weights` of all, "random" where any are."""
-        facts = {name: encoder.provenance for name, encoder in self.encoders.items()}
-        weights = dict.fromkeys(fact["weights"] for fact in facts.values())  # type: ignore[index]
-        flat = {f"{name}.{key}": value for name, fact in facts.items() for key, value in fact.items()}  # type: ignore[union-attr, operator]
+        facts: dict[str, Any] = {name: encoder.provenance for name, encoder in self.encoders.items()}
+        weights = dict.fromkeys(fact["weights"] for fact in facts.values())
+        flat = {f"{name}.{key}": value for name, fact in facts.items() for key, value in fact.items()}
         return {"weights": "random" if "random" in weights else ", ".join(weights), **flat}
 
     @provenance.setter

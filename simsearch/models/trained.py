@@ -150,7 +150,7 @@ class TrainedRetriever(DescribesBatches):
                 raise ValueError("model.cache keeps maps of one size: set it to null, or model.network.scales=[1.0]")
             if hasattr(network.backbone.network, "prepare"):  # type: ignore[union-attr]
                 raise ValueError("model.cache: this backbone is made from the training images; train it instead")
-            network.backbone.requires_grad_(False)  # type: ignore[union-attr, operator]
+            network.backbone.requires_grad_(False)
             for name, module in network.named_modules():
                 if name.endswith("pooling") and any(p.requires_grad for p in module.parameters()):
                     raise ValueError("model.cache keeps what is pooled: pooling.trainable must be false")
@@ -208,7 +208,7 @@ class TrainedRetriever(DescribesBatches):
             if data.augment is not None:
                 raise ValueError("data.augment changes images that model.cache keeps the maps of: set one to null")
             self.network.to(self.trainer.strategy.root_device)
-            self._pooled = pooled_features(self.network.eval(), data.collection, self.cache)
+            self._pooled = pooled_features(self.network.eval(), data.collection, self.cache)  # type: ignore[assignment]
         if stage != "fit" or self.trainer.ckpt_path:
             return  # a resumed run has it all in its checkpoint
         known = {} if self.start is None else self._start_tensors(Path(self.start))
@@ -220,7 +220,7 @@ class TrainedRetriever(DescribesBatches):
             self.network.prepare(data.collection.images[data.split.train])  # type: ignore[operator]
         self.network.load_state_dict(known, strict=False)
         if self.start is not None:
-            self.network.provenance = {**self.network.provenance, "weights": self.start}  # type: ignore[dict-item]
+            self.network.provenance = {**self.network.provenance, "weights": self.start}  # type: ignore[assignment,dict-item]
 
     def _check_ragged(self, stage: str) -> None:
         if self.network.fit != "longest":
@@ -351,7 +351,7 @@ class TrainedRetriever(DescribesBatches):
         """Embeddings (B, D) of a training batch, at one scale and in the trainer's precision."""
         if self._pooled is not None:
             regions = self._pooled[batch["index"].cpu()].to(self.device).float()
-            return self.network.describe(regions)  # type: ignore[operator]
+            return self.network.describe(regions)
         network = self.network if self.slices is None else partial(recompute, self.network, use_reentrant=False)
         return by_shape(network, batch["image"], self.slices)
 
@@ -365,7 +365,7 @@ class TrainedRetriever(DescribesBatches):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["provenance"] = dict(self.network.provenance)  # type: ignore[arg-type]
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        if progress.current.processed % self.trainer.accumulate_grad_batches and not progress.is_last_batch:
+        if progress.current.processed % self.trainer.accumulate_grad_batches and not progress.is_last_batch:  # type: ignore[attr-defined]
             # Ranks hold their own until the step; their mean adds up to the same.
             reduce = partial(self.trainer.strategy.reduce, reduce_op="mean")
             grown = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}

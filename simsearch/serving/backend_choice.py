@@ -65,7 +65,7 @@ def choose_runtime(encoder: nn.Module, batch_size: int, wanted: Runtime = "auto"
         times: dict[Runtime, list[float]] = {"torch": [], "onnx": []}
         for runtime, taken in times.items():
             _set(able, runtime)
-            taken += [seconds(partial(embed, batch)) for batch in batches]  # type: ignore[arg-type]
+            taken += [seconds(partial(embed, batch)) for batch in batches]  # type: ignore[arg-type,operator,misc]
     ratio = torch.tensor(times["torch"]) / torch.tensor(times["onnx"])
     chosen: Runtime = wanted if wanted != "auto" else "onnx" if ratio.prod() > 1 else "torch"
     _set(able, chosen)

@@ -32,8 +32,8 @@ class Example(Message):
     """An item of the catalog by `id` (else its path) or, where that is meant, `position`, or an `upload`."""
 
     id: Name | None = None
-    position: int | None = Field(None, ge=0)
-    upload: str | None = Field(None, max_length=64)
+    position: int | None = Field(default=None, ge=0)
+    upload: str | None = Field(default=None, max_length=64)
 
     @model_validator(mode="after")
     def _one(self) -> Example:
