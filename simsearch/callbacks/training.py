@@ -318,6 +318,12 @@ class LastValidation(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.validated = state_dict["validated"]
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        states = [state for state in checkpoint["callbacks"].values() if isinstance(state, dict)]
+        trainer.should_stop |= any(state.get("stopping_reason") for state in states)  # an early stop ended it
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.validated = trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
 
