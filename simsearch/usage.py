@@ -102,7 +102,9 @@ def _group_of(path: Path) -> str:
 def _meanings() -> dict[tuple[str, str], str]:
     """What conf/ says of a `_target_`'s parameters, and of dotted names ("" as their target)."""
     found: dict[tuple[str, str], str] = {}
-    for path in [CONF / "train.yaml", *sorted(CONF.glob("**/*.yaml"))]:
+    train = CONF / "train.yaml"
+    first = [train, *(CONF / group / f"{key.default}.yaml" for group, key in _own_page(train).groups.items())]
+    for path in [*filter(Path.is_file, first), *sorted(CONF.rglob("*.yaml"))]:
         group = _group_of(path)
         for key in _own_page(path).keys:
             if key.meaning and key.target:
@@ -133,6 +135,8 @@ def _own_page(path: Path) -> Page:
     lines = path.read_text(encoding="utf-8").splitlines()
     start = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     for line in lines[:start]:
+        if line.startswith("# @package"):
+            continue
         (examples if line.startswith("# $ ") else about).append(line[4:] if line.startswith("# $ ") else line[2:])
     for line in lines[start:]:
         found = re.match(r"( *)(- )?(?:override )?([\w./@-]+):(?= |$)(.*)", line)

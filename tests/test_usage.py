@@ -107,18 +107,6 @@ class TestPages:
     def test_asked_for_in_any_order(self, typed):
         assert simsearch(*typed).stdout.startswith("usage: simsearch search catalog=... image=...")
 
-    def test_readme_s_commands_are_taken(self):
-        text = re.sub(r" \\\n\s*", " ", (ROOT / "README.md").read_text())
-        count = 0
-        for line in re.findall(r"^(?:srun -n 16 )?simsearch .*$", text, re.MULTILINE):
-            for part in re.split(r" && |; (?=simsearch)", line.partition("    #")[0].partition("  #")[0]):
-                words = shlex.split(re.sub("<[^>]*>", "x", part).replace(" ... ", " "), comments=True)
-                words = words[words.index("simsearch") + 1 :]
-                name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
-                assert usage.mistake(name, usage.spelled(name, words[len(name.split()) :])) is None, part
-                count += 1
-        assert count > 30
-
 
 # As newcomers type, and a part of the one line that they get. {run} is a run, {image} an image.
 MISTAKES = [
