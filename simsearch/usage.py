@@ -537,7 +537,7 @@ def _complaint(key: Key, value: str) -> str:
     if key.default in ("true", "false"):
         return "" if lower in ("true", "false") else "true or false"
     if re.fullmatch(r"-?[\d_]+", key.default):
-        words = re.findall(r"[a-z]+", key.meaning)
+        words = re.findall(r"\b([a-z]+):", key.meaning)  # `auto: all GPUs`
         parts = r"(\.\d*)?" if _TIME.search(key.name + key.meaning) else ""
         whole = re.fullmatch(rf"[+-]?\d[\d_]*{parts}", value)
         return "" if whole or lower in words else f"a whole number, such as {key.default}"
