@@ -69,7 +69,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     address = page.file.src_uri
     if address.startswith("studies/"):  # what stands beside a study is code to read, or conf/ and other folders
-        return re.sub(r"\]\((?:\.\./)+(?!2)[^)]*\)", "]", markdown)
+        return re.sub(r"\[([^]]*)\]\((?:\.\./)+(?!2)[^)]*\)", r"\1", markdown)
     markdown = re.sub(r"\{\{ flow: (.*?) \}\}", lambda found: flow(found[1].split(" | ")), markdown)
     if "{{ tree }}" in markdown:
         markdown = markdown.replace("{{ tree }}", tree()).replace("{{ rooms }}", rooms_table())

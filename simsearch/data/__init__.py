@@ -1,1 +1,1 @@
-"""Collections, protocols, samplers and DataModules; ingest, the rendered sample, the audit of near-duplicates."""
+"""Collections, protocols, samplers and DataModules; manifests, benchmark formats and the audit of near-duplicates."""
