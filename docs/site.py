@@ -178,7 +178,7 @@ def command_page(name: str) -> str:
     parts = [f"# {name}", f"{about[:1].upper()}{about[1:]}"]
     parts.append("```sh\n" + "\n".join(page.examples) + "\n```")
     if needed:
-        parts += ["## Needed", _keys(needed)]
+        parts += ["## Needed", _table(("key", "meaning"), [(_code(key.name), _text(key.meaning)) for key in needed])]
     if own := [key for key in page.keys if not key.needed and not _is_section(key, page)]:
         parts += ["## Keys", _keys(own)]
     if page.groups:
@@ -244,17 +244,23 @@ def modules() -> dict[str, list[str]]:
             continue
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         room = ".".join(parts[1:-1])
-        if path.stem != "__init__" or ast.parse(path.read_text(encoding="utf-8")).body:
+        if path.stem != "__init__" or not room:
             rooms.setdefault(room, []).append(name)
     return rooms
+
+
+def docstring(path: Path) -> str:
+    """What a module says of itself."""
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def api_pages() -> Iterator[tuple[str, str]]:
     """A page for each room, with all of its modules."""
     for room, names in modules().items():
         title = f"simsearch.{room}" if room else "simsearch"
+        about = _text(docstring(PACKAGE / room.replace(".", "/") / "__init__.py")) if room else ""
         blocks = [f"::: {name}\n    options:\n      heading_level: 2" for name in names]
-        yield f"api/{room or 'simsearch'}.md", f"# {title}\n\n" + "\n\n".join(blocks) + "\n"
+        yield f"api/{room or 'simsearch'}.md", "\n\n".join([f"# {title}", about, *blocks]) + "\n"
 
 
 # -------------------------------------------------------------------------------------------- pictures
@@ -295,8 +301,7 @@ def rooms_table() -> str:
         for room in rooms:
             path = PACKAGE / room / "__init__.py"
             path = path if path.exists() else PACKAGE / f"{room}.py"
-            about = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0]
-            rows.append(f"| `{room}` | {_text(about)} |")
+            rows.append(f"| `{room}` | {_text(docstring(path).split(chr(10))[0])} |")
     return "\n".join(rows)
 
 

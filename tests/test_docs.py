@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -19,6 +20,7 @@ from simsearch.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "pages"
+BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 TEXTS = [ROOT / "README.md", *sorted(PAGES.rglob("*.md"))]
 
 
@@ -120,6 +122,26 @@ class TestOffline:
         assert site.loaded_from_elsewhere(html) == []
 
 
+@pytest.mark.browser
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed: the site is NOT SEARCHED")
+def test_the_built_site_is_searched_from_files_and_asks_no_network(site, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--config-file", "docs/mkdocs.yml"]
+    subprocess.run([*command, "--site-dir", str(tmp_path)], cwd=ROOT, check=True)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((tmp_path / "guides" / "search.html").as_uri())
+        page.locator("input.md-search__input").click()
+        page.keyboard.type("harmonic_numbers", delay=10)
+        page.locator(".md-search-result__link[href*='api/functional.html']").first.wait_for(state="attached")
+        browser.close()
+    assert all(address.startswith("file:") for address in asked)
+
+
 class TestTree:
     def test_each_room_stands_above_all_that_it_imports(self, site):
         height = {room: level for level, rooms in enumerate(site.storeys()) for room in rooms}
@@ -161,12 +183,22 @@ class TestWhatPagesSayToType:
         assert first == ("train", ["run_dir=outputs/first"])  # which small_run is, of fewer images
         data = [argument for argument in SMALL if argument.startswith("data.")]
         for name, arguments in others:
-            simsearch(name, *arguments, *(data if name == "data export" else ()), cwd=tmp_path)
+            simsearch(*name.split(), *arguments, *(data if name == "data export" else ()), cwd=tmp_path)
         assert (tmp_path / "outputs/neighbours.png").exists()
         listed = re.findall(r"^\| `([\w./-]+)` \|", (PAGES / "start.md").read_text(), re.MULTILINE)
         assert len(listed) > 5
         for name in listed:  # "Look at the run"
             assert (tmp_path / "outputs/first" / name).exists(), name
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+    def test_commands_compose(self, path, tmp_path):
+        text = path.read_text()
+        added = {f"{group}={option}" for group, option in re.findall(r"`conf/(\w+)/(\w+)\.yaml`:", text)}
+        for name, arguments in commands(text):
+            if "-m" in arguments or "--config-dir" in arguments or added & set(arguments):
+                continue  # tested by sweeps, and below
+            simsearch(*name.split(), *usage.spelled(name, arguments), "--cfg", "job", cwd=tmp_path)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("what", ["loss", "data"])
