@@ -10,14 +10,20 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import SMALL, simsearch
 
+import simsearch as simsearch_package
 from simsearch import usage
 from simsearch.__main__ import COMMANDS
+from simsearch.functional.ranking import rank
+from simsearch.types import Descriptors
 
+DATA = [argument for argument in SMALL if argument.startswith("data.")]
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "pages"
 BROWSER = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
@@ -26,9 +32,9 @@ TEXTS = [ROOT / "README.md", *sorted(PAGES.rglob("*.md"))]
 
 @pytest.fixture(scope="module")
 def site():
-    """docs/site.py, the hook that generates pages."""
+    """docs/build.py, the hook that generates pages."""
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: the generated pages are NOT TESTED")
-    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "docs" / "site.py")
+    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "docs" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -181,14 +187,46 @@ class TestWhatPagesSayToType:
         shutil.copytree(small_run, tmp_path / "outputs" / "first")
         (first, *others) = commands((PAGES / "start.md").read_text())
         assert first == ("train", ["run_dir=outputs/first"])  # which small_run is, of fewer images
-        data = [argument for argument in SMALL if argument.startswith("data.")]
         for name, arguments in others:
-            simsearch(*name.split(), *arguments, *(data if name == "data export" else ()), cwd=tmp_path)
+            simsearch(*name.split(), *arguments, *(DATA if name == "data export" else ()), cwd=tmp_path)
         assert (tmp_path / "outputs/neighbours.png").exists()
         listed = re.findall(r"^\| `([\w./-]+)` \|", (PAGES / "start.md").read_text(), re.MULTILINE)
         assert len(listed) > 5
         for name in listed:  # "Look at the run"
             assert (tmp_path / "outputs/first" / name).exists(), name
+
+    @pytest.mark.skipif(not hasattr(simsearch_package, "evaluate"), reason="there is no Python API yet")
+    @pytest.mark.parametrize("page", ["README.md", "docs/pages/guides/python.md", "docs/pages/guides/embeddings.md"])
+    def test_python_of_the_pages(self, page, small_run, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        shutil.copytree(small_run, "outputs/first")
+        shutil.copy(small_run / "figures/queries/00.png", "photo.jpg")
+        if "embeddings" not in page:
+            catalog = "outputs/pictures" if page == "README.md" else "outputs/pictures-catalog"
+            shutil.copytree(small_run / "catalog", catalog)
+        if "python" in page:
+            simsearch("data", "export", *DATA, "out=outputs/pictures", "limit=20")
+        names: dict[str, object] = {}
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        assert blocks
+        for block in blocks:
+            exec(block, names)
+
+    def test_the_metric_of_the_guide(self):
+        text = (PAGES / "guides" / "extend.md").read_text()
+        code = re.search(r"recall\.py`:\n\n```python\n(.*?)```", text, re.DOTALL)[1]
+        names: dict[str, Any] = {"__name__": "recall"}
+        exec(code, names)
+        random = torch.Generator().manual_seed(0)
+        vectors, labels = torch.randn(30, 4, generator=random), torch.randint(0, 3, (30,), generator=random)
+        query, gallery = (
+            Descriptors(vectors[part], labels[part], torch.arange(30)[part]) for part in (slice(10), slice(10, 30))
+        )
+        got = torch.cat([names["recall_at"](ranking, 5) for ranking in rank(query, gallery)])
+        for i in range(10):
+            first = (vectors[i] @ vectors[10:].T).argsort(descending=True)[:5]
+            right = labels[10:] == labels[i]
+            assert got[i] == pytest.approx(float(right[first].sum() / right.sum()))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -118,7 +118,7 @@ def _nav() -> list[Any]:
     def of(folder: str) -> list[str]:
         return [address for address in generated() if address.startswith(folder)]
 
-    guides = ("search", "art", "train", "compare", "cluster", "serve", "embeddings", "extend")
+    guides = ("search", "art", "train", "compare", "cluster", "serve", "python", "embeddings", "extend")
     return [
         "index.md",
         "start.md",
