@@ -7,8 +7,7 @@ ARGS ?=
 # Test files that run side by side.
 JOBS ?= 2
 
-.PHONY: help run art docs test test-slow test-gpu test-slurm test-browser test-wheel test-lowest wheel bench lint format
-.PHONY: clean
+.PHONY: help run art docs test test-slow test-gpu test-slurm test-browser test-wheel test-lowest wheel bench lint format clean
 
 help:
 	@echo "make run                       the search engine on the embedded sample, from nothing"

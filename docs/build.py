@@ -122,6 +122,7 @@ def _nav() -> list[Any]:
     return [
         "index.md",
         "start.md",
+        "install.md",
         {"Guides": pages("guides", *guides)},
         {"Families": pages("families", "index", "frozen", "hashing", "dsh", "dir", "art")},
         {"Measuring": pages("measuring", "protocols", "metrics", "intervals", "results")},
@@ -135,7 +136,7 @@ def _nav() -> list[Any]:
             ]
         },
         {"Python": of("api/")},
-        {"The house": ["house.md", "limits.md", "security.md"]},
+        {"The house": ["house.md", "contributing.md", "limits.md", "security.md", "changes.md"]},
     ]
 
 
@@ -144,6 +145,8 @@ def generated() -> dict[str, str]:
     """The Markdown of all generated pages, by their addresses."""
     pages = {f"reference/commands/{name.replace(' ', '-')}.md": command_page(name) for name in COMMANDS}
     pages["reference/index.md"] = reference_page()
+    pages["contributing.md"] = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    pages["changes.md"] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     pages |= {f"reference/config/{group.replace('/', '-')}.md": group_page(group) for group in GROUPS}
     return pages | dict(api_pages())
 

@@ -183,7 +183,7 @@ def folders(arguments: Sequence[str]) -> tuple[Path, ...]:
     (PosixPath('mine'), PosixPath('/shared/conf'))
     """
     own = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         key, _, value = argument.partition("=")
         if key in ("--config-dir", "-cd"):
             own.append(value or following)
