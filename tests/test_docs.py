@@ -170,6 +170,16 @@ class TestTexts:
     def test_there_are_commands(self):
         assert sum(len(commands(path.read_text())) for path in TEXTS) > 60
 
+    def test_files_that_pages_name_exist(self):
+        count = 0
+        for path in TEXTS:
+            text = path.read_text()
+            added = set(re.findall(r"`([\w/.-]+)`:\n", text))
+            for name in set(re.findall(r"`((?:simsearch|tests|conf|experiments)/[\w/.-]+)`", text)) - added:
+                assert (ROOT / name).exists(), (path, name)
+                count += 1
+        assert count > 15
+
     def test_links_of_the_readme_lead_somewhere(self):
         links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / "README.md").read_text())
         assert len(links) > 10
