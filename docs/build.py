@@ -31,7 +31,7 @@ PACKAGE = ROOT / "simsearch"
 STUDY_FILES = {".md", ".png", ".csv", ".html", ".py", ".yaml"}
 GROUPS = {  # what an option of each decides; the order is that of a training
     "data": "Where images come from.",
-    "protocol": "Who queries whom, and what is relevant.",
+    "protocol": "Which images query, which are searched, and what is relevant.",
     "sampler": "How training batches are drawn.",
     "backbone": "The network below the descriptor.",
     "pooling": "How feature maps become descriptors.",
@@ -109,6 +109,20 @@ def studies() -> list[Path]:
     return sorted((path.parent for path in (ROOT / "experiments").glob("*/README.md")), reverse=True)
 
 
+def studies_page() -> str:
+    """Each study by its title and its question."""
+    rows = []
+    for study in studies():
+        text = (study / "README.md").read_text(encoding="utf-8")
+        title, question = re.search(r"^# (.*)", text), re.search(r"\*\*Question\.\*\* (.*?)\n\n", text, re.DOTALL)
+        asked = " ".join(question[1].split()) if question else ""
+        rows.append((study.name[:10], f"[{title[1] if title else study.name}]({study.name}/index.md)", asked))
+    about = (
+        "Dated studies with their commands, data, seeds and departures. They import simsearch; nothing imports them."
+    )
+    return f"# Studies\n\n{about}\n\n{_table(('date', 'study', 'question'), rows)}\n"
+
+
 def _nav() -> list[Any]:
     """What stands at the side: the pages in reading order, then what is generated."""
 
@@ -126,7 +140,7 @@ def _nav() -> list[Any]:
         {"Guides": pages("guides", *guides)},
         {"Families": pages("families", "index", "frozen", "hashing", "dsh", "dir", "art")},
         {"Measuring": pages("measuring", "protocols", "metrics", "intervals", "results")},
-        {"Studies": [f"studies/{study.name}/index.md" for study in studies()]},
+        {"Studies": ["studies/index.md", *(f"studies/{study.name}/index.md" for study in studies())]},
         {
             "Reference": [
                 "reference/index.md",
@@ -145,6 +159,7 @@ def generated() -> dict[str, str]:
     """The Markdown of all generated pages, by their addresses."""
     pages = {f"reference/commands/{name.replace(' ', '-')}.md": command_page(name) for name in COMMANDS}
     pages["reference/index.md"] = reference_page()
+    pages["studies/index.md"] = studies_page()
     pages["contributing.md"] = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     pages["changes.md"] = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     pages |= {f"reference/config/{group.replace('/', '-')}.md": group_page(group) for group in GROUPS}
