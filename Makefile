@@ -7,7 +7,7 @@ ARGS ?=
 # Test files that run side by side.
 JOBS ?= 2
 
-.PHONY: help run art test test-slow test-gpu test-slurm test-browser test-wheel test-lowest wheel bench lint format clean
+.PHONY: help run art docs test test-slow test-gpu test-slurm test-browser test-wheel test-lowest wheel bench lint format clean
 
 help:
 	@echo "make run                       the search engine on the embedded sample, from nothing"
@@ -16,6 +16,7 @@ help:
 	@echo "make run ARGS='pooling=gem'    any override of simsearch train"
 	@echo "make art                       an artwork recommender in the browser, of the embedded sample, step by step"
 	@echo "make art DATA=<folder>         ... of your own paintings: artist/work.jpg, a flat folder, or a table"
+	@echo "make docs                      the documentation as outputs/docs/index.html, to open without a server"
 	@echo "make test                      the fast test suite;  make test-slow, make test-gpu: the others"
 	@echo "make test-browser              the pages in a headless Chromium that is installed"
 	@echo "make test-slurm                jobs on a SLURM of its own on this machine, taken down again (needs root)"
@@ -37,6 +38,9 @@ run: $(READY)
 
 art: $(READY)
 	$(BIN)/simsearch art $(if $(filter-out rendered,$(DATA)),'$(DATA)') $(ARGS)
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs.yml $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

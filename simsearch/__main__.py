@@ -24,7 +24,7 @@ COMMANDS = {
     "export": "a catalog's encoder as ONNX files, checked to give the same neighbours",
     "instance": "measure a run's encoder on a benchmark with easy, hard and junk items (Revisited Oxford / Paris)",
     "compare": "rank runs in a table and on a page, with paired tests against a baseline",
-    "reproduce": "train and measure a study's row anew, beside the value that the study states",
+    "reproduce": "train and measure a row of a study again, beside the value that the study states",
     "data ingest": "check, clean and decode a collection of images from anywhere; leaves a report",
     "data audit": "list near-duplicates between queries and gallery or training images",
     "data export": "write images of a collection as files with a manifest",

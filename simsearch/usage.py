@@ -1,7 +1,9 @@
 """What commands take, as conf/ says it: help pages, completion, mistakes in arguments; no library is loaded for it.
 
 A command's yaml begins with what the command does, examples (`# $ simsearch ...`) and groups; the comment beside a key
-is the key's meaning, and one such as `table | json` names all values that there are.
+is the key's meaning, and one such as `table | json` names all values that there are. A meaning is written once: a key
+without a comment has the meaning that another yaml gives to the same parameter of the same `_target_`, or to the same
+dotted name.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -34,15 +36,24 @@ _WITH_VALUE |= {"-i", "--info", "--experimental-rerun", "-sc", "--shell-completi
 
 @dataclass(frozen=True)
 class Key:
-    """A key that a yaml sets: its dotted name, its default as it is written there ("" for a section), its meaning."""
+    """A key that a yaml sets: its dotted name, its default as it is written there ("" for a section), its meaning.
+
+    target: the `_target_` of the section it stands in, whose parameter it then is; "" without one.
+    """
 
     name: str
     default: str
     meaning: str
+    target: str = ""
 
     @property
     def needed(self) -> bool:
         return self.default == "???"
+
+    @property
+    def handed_on(self) -> bool:
+        """Whether it is a section, or hands the value of another key on: nothing that a user sets here."""
+        return self.default == "" or re.fullmatch(r"\$\{[\w.:,]+\}", self.default) is not None
 
     @property
     def choices(self) -> tuple[str, ...]:
@@ -66,16 +77,66 @@ class Page:
 
 @cache
 def read_page(path: Path) -> Page:
-    """The page of a yaml as this project writes them: block style, a comment on the line that it is about."""
+    """The page of a yaml as this project writes them: block style, a comment on the line that it is about.
+
+    Keys without a comment of their own have the meaning that another yaml of conf/ gives them.
+    """
+    page = _own_page(path)
+    group, shared = _group_of(path), _meanings()
+    keys = tuple(
+        key if key.meaning or key.handed_on else replace(key, meaning=_meaning(key, group, shared)) for key in page.keys
+    )
+    return replace(page, keys=keys)
+
+
+def _group_of(path: Path) -> str:
+    """What stands before the names of a yaml's keys: "" for a command, and for a yaml that sets keys of all groups."""
+    with path.open(encoding="utf-8") as file:
+        placed = file.readline().startswith("# @package _global_")
+    if placed or path.parent == CONF:
+        return ""
+    return path.parent.relative_to(CONF).as_posix() if path.is_relative_to(CONF) else path.parent.name
+
+
+@cache
+def _meanings() -> dict[tuple[str, str], str]:
+    """What conf/ says of a `_target_`'s parameters, and of dotted names ("" as their target)."""
+    found: dict[tuple[str, str], str] = {}
+    train = CONF / "train.yaml"
+    first = [train, *(CONF / group / f"{key.default}.yaml" for group, key in _own_page(train).groups.items())]
+    for path in [*filter(Path.is_file, first), *sorted(CONF.rglob("*.yaml"))]:
+        group = _group_of(path)
+        for key in _own_page(path).keys:
+            if key.meaning and key.target:
+                found.setdefault((key.target, key.name.rpartition(".")[2]), key.meaning)
+            if key.meaning and (group or path.stem == "train"):
+                found.setdefault(("", f"{group}.{key.name}".lstrip(".")), key.meaning)
+    return found
+
+
+def _meaning(key: Key, group: str, shared: Mapping[tuple[str, str], str]) -> str:
+    if key.target:
+        return shared.get((key.target, key.name.rpartition(".")[2]), "")
+    words = f"{group}.{key.name}".lstrip(".").split(".")
+    names = (".".join(words[i:]) for i in range(max(len(words) - 1, 1)))
+    return next((shared["", name] for name in names if ("", name) in shared), "")
+
+
+@cache
+def _own_page(path: Path) -> Page:
+    """The page of a yaml with the comments that stand in it."""
     about: list[str] = []
     examples: list[str] = []
     keys: list[Key] = []
     groups: dict[str, Key] = {}
     section: list[tuple[int, str]] = []
+    targets: dict[str, str] = {}
     above = ""  # a comment on lines of its own
     lines = path.read_text(encoding="utf-8").splitlines()
     start = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     for line in lines[:start]:
+        if line.startswith("# @package"):
+            continue
         (examples if line.startswith("# $ ") else about).append(line[4:] if line.startswith("# $ ") else line[2:])
     for line in lines[start:]:
         found = re.match(r"( *)(- )?(?:override )?([\w./@-]+):(?= |$)(.*)", line)
@@ -92,10 +153,13 @@ def read_page(path: Path) -> Page:
                 groups[name] = Key(name, value, meaning)
             continue
         section.append((indent, name))
+        if name == "_target_":
+            targets[".".join(below)] = value
         if name.startswith("_") or (below or [name])[0] in ("defaults", "hydra"):
             continue
         keys.append(Key(".".join([*below, name]), value, meaning or above))
         above = ""
+    keys = [replace(key, target=targets.get(key.name.rpartition(".")[0], "")) for key in keys]
     return Page(" ".join(about), tuple(examples), groups, tuple(keys))
 
 
@@ -119,7 +183,7 @@ def folders(arguments: Sequence[str]) -> tuple[Path, ...]:
     (PosixPath('mine'), PosixPath('/shared/conf'))
     """
     own = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         key, _, value = argument.partition("=")
         if key in ("--config-dir", "-cd"):
             own.append(value or following)
@@ -155,12 +219,8 @@ def keys_of(command: str, arguments: Sequence[str] = ()) -> dict[str, Key]:
     for group, chosen in page.groups.items():
         path = _option(group, given.get(group, chosen.default), folders(arguments))
         if path is not None:
-            keys |= {f"{group}.{key.name}": Key(f"{group}.{key.name}", *_rest(key)) for key in read_page(path).keys}
+            keys |= {f"{group}.{key.name}": replace(key, name=f"{group}.{key.name}") for key in read_page(path).keys}
     return keys
-
-
-def _rest(key: Key) -> tuple[str, str]:
-    return key.default, key.meaning
 
 
 BARE = {"art": "images"}  # the key of a command's first argument, which may come without it
@@ -215,7 +275,7 @@ def help_page(command: str, arguments: Sequence[str] = (), width: int | None = N
 
 def _tells(key: Key) -> bool:
     """Whether a key is one to set, not a section or what hands another key's value on."""
-    return bool(key.meaning) or not (key.default == "" or re.fullmatch(r"\$\{[\w.:,]+\}", key.default))
+    return bool(key.meaning) or not key.handed_on
 
 
 def _sentence(about: str) -> str:
@@ -477,7 +537,7 @@ def _complaint(key: Key, value: str) -> str:
     if key.default in ("true", "false"):
         return "" if lower in ("true", "false") else "true or false"
     if re.fullmatch(r"-?[\d_]+", key.default):
-        words = re.findall(r"[a-z]+", key.meaning)
+        words = re.findall(r"\b([a-z]+):", key.meaning)  # `auto: all GPUs`
         parts = r"(\.\d*)?" if _TIME.search(key.name + key.meaning) else ""
         whole = re.fullmatch(rf"[+-]?\d[\d_]*{parts}", value)
         return "" if whole or lower in words else f"a whole number, such as {key.default}"

@@ -263,9 +263,9 @@ def test_what_will_be_measured_is_what_was(small_run):
     assert measured == settings.measured_names(config)
 
 
-def test_readmes_sweep_of_wandb_optimises_what_its_command_logs():
-    readme = (Path(configs.CONF).parent / "README.md").read_text()
-    block = yaml.safe_load(re.search(r"```yaml\n(# wandb sweep.*?)```", readme, re.S)[1])
+def test_the_documented_sweep_of_wandb_optimises_what_its_command_logs():
+    guide = (Path(__file__).parent.parent / "docs" / "pages" / "guides" / "train.md").read_text()
+    block = yaml.safe_load(re.search(r"```yaml\n(# wandb sweep.*?)```", guide, re.S)[1])
     assert block["command"][:2] == ["simsearch", "train"]
     config = compose(*(text for text in block["command"][2:] if "=" in text), *(f"{k}=1" for k in block["parameters"]))
     config.objective = block["metric"]["name"]

@@ -1,0 +1,1 @@
+"""Lightning callbacks: evaluation, pictures, the mining pool, what long trainings want."""

@@ -1,0 +1,1 @@
+"""Runs read back, tested in pairs, shown as a table and a page."""

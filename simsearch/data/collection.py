@@ -19,7 +19,7 @@ class Collection:
 
     name: what reports call it. images: uint8 (N, 3, H, W) RGB, or Ragged where shapes differ. labels: int64
     (N, A), one column an attribute, -1 where unknown. attributes: the A column names. classes: for each
-    attribute the names of its values, so that labels[i, a] == c is classes[a][c]. is_test: bool (N,), the
+    attribute the names of its values, so that labels[i, a] == c is `classes[a][c]`. is_test: bool (N,), the
     official test part (all False where there is none). paths: the files that the images were read from, or
     None. digest: hash of those files, which stands for the pixels in the fingerprint: decoded to another size
     they are the same data.

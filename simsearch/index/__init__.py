@@ -1,0 +1,1 @@
+"""FAISS behind one small interface; the only room that imports it."""

@@ -1,0 +1,1 @@
+"""The ranking metrics as torchmetrics Metrics."""

@@ -1,0 +1,1 @@
+"""Backbones and pooling, one family a file, and what all families that learn share."""

@@ -1,0 +1,1 @@
+"""Catalogs, the engine that answers queries, filters, re-ranking and calibration."""

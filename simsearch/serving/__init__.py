@@ -1,0 +1,1 @@
+"""The HTTP API, the encoder's worker, and the page."""

@@ -1,0 +1,1 @@
+"""Rows of a study trained and checked again."""

@@ -1,0 +1,1 @@
+"""User-supplied collections made ready: read, cleaned, grouped into works, decoded."""

@@ -1,0 +1,1 @@
+"""The embedded sample: painted works, and photographs of them."""
