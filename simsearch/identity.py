@@ -36,9 +36,9 @@ _IDLE = {
 _CHOOSES = ("monitor", "mode")  # of a ModelCheckpoint: which checkpoint is tested
 
 
-def identity(config: Mapping[str, Any]) -> str:
+def identity(values: object) -> str:
     """64 hex digits (SHA-256) over plain values, whatever the order of keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def run_identity(config: Mapping[str, Any], *, without: Collection[str] = ()) -> str:

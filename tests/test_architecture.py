@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ ONLY_IN = {
     },
     "wandb": {"simsearch/tracking.py"},
     "lightning": set(),
+    "jinja2": {"simsearch/comparison/templates.py", "simsearch/data/ingest/report.py"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -132,3 +134,11 @@ def test_no_star_kwargs_and_no_pickle():
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
                 given = {k.arg: ast.unparse(k.value) for k in node.keywords}
                 assert given.get("allow_pickle") == "False", f"{path}:{node.lineno}"
+
+
+def test_the_wheel_holds_the_files_that_are_no_python():
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folders = {ROOT / name.replace(".", "/"): ends for name, ends in given.items()}
+    packaged = {path for folder, ends in folders.items() for end in ends for path in folder.glob(end)}
+    kept = {path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path for path in kept if path.suffix != ".py"} == packaged

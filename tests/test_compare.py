@@ -529,7 +529,7 @@ def test_the_page_of_one_run_and_of_runs_without_values_by_query(tmp_path):
     extra = {"definitions/mAP@10_R": 0.217, "definitions/mAP@10_found": 0.722}
     results = read(make_run(tmp_path / "b", values(1), extra=extra))
     text = page.page(compared(board(results, also=list(extra))))
-    assert re.search(r"mAP@10_R</button>.*mAP@10_found</button>.*>0.2170</td>.*>0.7220</td>", text)
+    assert re.search(r"mAP@10_R</button>.*mAP@10_found</button>.*>0.2170</td>.*>0.7220</td>", text, re.DOTALL)
 
 
 def test_a_scatter_plot_marks_the_front():

@@ -70,7 +70,7 @@ def dump(path: Path, folder: Path, *flags: str) -> str:
 def probed(text: str) -> str:
     """The page with the probe as one more script that its policy allows, beside the page's own."""
     digest = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
-    changed = text.replace("script-src ", f"script-src &#x27;sha256-{digest}&#x27; ")
+    changed = text.replace("script-src ", f"script-src 'sha256-{digest}' ")
     assert changed != text
     return changed.replace("</body>", f"<script>{PROBE}</script></body>")
 

@@ -1,4 +1,8 @@
-"""Figures of the comparison page as SVG, in the page's own colours (classes of page.css)."""
+"""Figures of the comparison page as SVG, in the page's own colours (classes of page.css).
+
+Not matplotlib's: its SVG of the same scatter plot is 26 kB instead of 4, of a histogram 13 instead of 5, has fixed
+colours where the page is light or dark, ids that clash within one page, and no names when the mouse rests on a mark.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from markupsafe import Markup
 from torch import Tensor
 
-from simsearch.comparison.markup import Markup, element, joined
+from simsearch.comparison.templates import ENVIRONMENT
 
 _WIDTH, _HEIGHT = 460, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 26, 42
@@ -52,36 +57,30 @@ def scatter(
     def y(value: float) -> float:
         return _HEIGHT - _BOTTOM - (value - bottom) / (top - bottom) * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = []
-    for tick in ticks:
-        parts.append(_line("grid", _LEFT, y(tick), _WIDTH - _RIGHT, y(tick)))
-        parts.append(_text("tick end", _LEFT - 6, y(tick) + 4, f"{tick:.10g}"))
     inside = [tick for tick in x_ticks if left <= math.log2(tick) <= right]
-    for tick in _some(inside) if len(inside) > 1 else {min(costs), max(costs) if right - left > 1.5 else min(costs)}:
-        parts.append(_line("grid", x(tick), _TOP, x(tick), _HEIGHT - _BOTTOM))
-        parts.append(_text("tick middle", x(tick), _HEIGHT - _BOTTOM + 16, x_text(tick)))
-    front = _front(points)
-    if len(front) > 1:
-        path = "".join(
-            f"{'M' if i == 0 else 'H'}{x(p.x):.1f}{f',{y(p.y):.1f}' if i == 0 else f'V{y(p.y):.1f}'}"
-            for i, p in enumerate(front)
-        )
-        parts.append(element("path", {"class": "front", "d": path}))
+    ends = [min(costs), max(costs)] if right - left > 1.5 else [min(costs)]
     marks, boxes = [], [(x(p.x), y(p.y), 5.0, 5.0) for p in points]
     for p in points:
-        parts.append(_line("whisker", x(p.x), y(p.low), x(p.x), y(p.high)))
-        title = element("title", {}, f"{p.number}. {p.name}: {p.y:.4f} at {x_text(p.x)}")
-        kind = "mark baseline" if p.is_baseline else "mark"
-        marks.append(element("circle", {"class": kind, "cx": f"{x(p.x):.1f}", "cy": f"{y(p.y):.1f}", "r": 4.5}, title))
-        at = _free_place(x(p.x), y(p.y), 6.5 * len(str(p.number)), boxes)
-        boxes.append((*at, 3.5 * len(str(p.number)), 6.0))
-        marks.append(_text("number middle", at[0], at[1] + 4, str(p.number)))
-    parts += [
-        *marks,
-        _text("label middle", (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, x_label),
-        _text("label", 4, 12, y_label),
-    ]
-    return _figure(_WIDTH, _HEIGHT, f"{y_label} against {x_label}", parts)
+        place = _free_place(x(p.x), y(p.y), 6.5 * len(str(p.number)), boxes)
+        boxes.append((*place, 3.5 * len(str(p.number)), 6.0))
+        marks.append(
+            {"point": p, "x": x(p.x), "y": y(p.y), "low": y(p.low), "high": y(p.high), "label": place}
+            | {"cost": x_text(p.x)}
+        )
+    return _macro("scatter")(
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=_LEFT,
+        right=_WIDTH - _RIGHT,
+        top=_TOP,
+        bottom=_HEIGHT - _BOTTOM,
+        y_ticks=[(y(tick), f"{tick:.10g}") for tick in ticks],
+        x_ticks=[(x(tick), x_text(tick)) for tick in (_some(inside) if len(inside) > 1 else ends)],
+        front=[(x(p.x), y(p.y)) for p in _front(points)],
+        marks=marks,
+        x_label=x_label,
+        y_label=y_label,
+    )
 
 
 def _free_place(
@@ -113,26 +112,25 @@ def histogram(differences: Tensor, name: str, widest: float, bins: int = 40) -> 
     """
     values = differences[differences.isfinite() & (differences != 0)]
     counts = torch.histc(values.float(), bins, -widest, widest).tolist()
-    width, height, base = 300, 110, 90
-    most = max([*counts, 1.0])
+    width, base = 300, 90
     step = (width - 8) / bins
-    parts = []
-    for i, count in enumerate(counts):
-        if count:
-            tall = max(1.0, math.sqrt(count / most) * (base - 6))
-            place = {"x": f"{4 + i * step:.1f}", "y": f"{base - tall:.1f}", "width": f"{step - 0.8:.1f}"}
-            middle = (2 * (i + 0.5) / bins - 1) * widest
-            title = element("title", {}, f"{count:.0f} queries near {middle:+.2f}")
-            kind = "worse" if 2 * i < bins else "better"
-            parts.append(element("rect", {"class": kind, **place, "height": f"{tall:.1f}"}, title))
-    parts += [
-        _line("axis", 4, base, width - 4, base),
-        _line("axis", width / 2, 4, width / 2, base),
-        _text("tick", 4, base + 14, f"{-widest:+.2f}"),
-        _text("tick middle", width / 2, base + 14, "0"),
-        _text("tick end", width - 4, base + 14, f"{widest:+.2f}"),
+    bars = [
+        {
+            "kind": "worse" if 2 * i < bins else "better",
+            "x": 4 + i * step,
+            "width": step - 0.8,
+            "height": max(1.0, math.sqrt(count / max(counts)) * (base - 6)),
+            "count": int(count),
+            "middle": (2 * (i + 0.5) / bins - 1) * widest,
+        }
+        for i, count in enumerate(counts)
+        if count
     ]
-    return _figure(width, height, f"Differences of {name} to the baseline by query", parts)
+    return _macro("histogram")(width=width, height=110, base=base, bars=bars, widest=widest, name=name)
+
+
+def _macro(name: str) -> Callable[..., Markup]:
+    return getattr(ENVIRONMENT.get_template("charts.svg.j2").module, name)
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:
@@ -147,17 +145,3 @@ def _linear_ticks(low: float, high: float) -> list[float]:
 
 def _some(ticks: Sequence[float], most: int = 7) -> Sequence[float]:
     return ticks[:: -(-len(ticks) // most) or 1]
-
-
-def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    places = {"x1": x1, "y1": y1, "x2": x2, "y2": y2}
-    return element("line", {"class": kind, **{key: f"{value:.1f}" for key, value in places.items()}})
-
-
-def _text(kind: str, x: float, y: float, text: str) -> Markup:
-    return element("text", {"class": kind, "x": f"{x:.1f}", "y": f"{y:.1f}"}, text)
-
-
-def _figure(width: int, height: int, label: str, parts: Sequence[Markup]) -> Markup:
-    size = {"viewBox": f"0 0 {width} {height}", "role": "img", "aria-label": label}
-    return element("svg", size, joined(*parts))

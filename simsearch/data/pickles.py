@@ -195,7 +195,8 @@ class _Reader:
                 target.order = order
             case np.ndarray(), (_, shape, _Dtype() as dtype, bool(fortran), raw):
                 values = self.numbers(dtype, shape, raw, "F" if fortran else "C")
-                target.__setstate__((1, values.shape, values.dtype, fortran, values.tobytes("A")))
+                raw = values.tobytes("A")
+                target.__setstate__((1, values.shape, values.dtype, fortran, raw))  # type: ignore[arg-type]
             case _:
                 raise ValueError(f"the pickle sets the state of a {type(target).__name__}: only plain data is read")
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from simsearch.data.ingest.grouping import SameWork
 from simsearch.data.ingest.pipeline import REASONS as INGEST_REASONS
@@ -129,105 +131,18 @@ def _works(kept: Kept, same: SameWork) -> dict[str, Any]:
 
 def markdown(report: Mapping[str, Any], title: str) -> str:
     """The report as a page of Markdown."""
-    refused = sum(entry["count"] for entry in report["rejected"].values())
-    works, sides = report["works"], report["sides"]
-    lines = [
-        f"# Ingest of {shown(title)}",
-        "",
-        f"{report['accepted']:,} images taken, {refused:,} refused of {report['listed']:,} listed; "
-        f"{works['count']:,} works. Pictures: contact-sheet.png; all that was refused: rejected.csv.",
-        "",
-    ]
-    lines += [f"- {shown(note)}" for note in report["notes"]]
-    lines += [f"- {count} entries of the folder left out: {reason}" for reason, count in report["skipped"].items()]
-    lines += ["", "## Refused", ""]
-    if report["rejected"]:
-        lines += _table(
-            ("reason", "count", "meaning", "examples"),
-            [
-                (reason, entry["count"], entry["meaning"], "; ".join(_example(e) for e in entry["examples"][:3]))
-                for reason, entry in report["rejected"].items()
-            ],
-        )
-    else:
-        lines += ["Nothing."]
-    lines += ["", "## Attributes", ""]
-    total = max(1, report["accepted"])
-    lines += _table(
-        ("attribute", "known", "distinct", "most frequent"),
-        [
-            (
-                shown(name),
-                f"{about['known']:,} ({about['known'] / total:.0%})",
-                f"{about['distinct']:,}",
-                ", ".join(f"{_short(value)} ({count})" for value, count in list(about["top"].items())[:5]),
-            )
-            for name, about in report["attributes"].items()
-        ],
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        finalize=shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    lines += ["", "## Sizes of the files' images, in pixels", ""]
-    lines += _table(
-        ("", "least", "5 %", "median", "95 %", "most"),
-        [
-            ("longest side", *sides["longest"]),
-            ("shortest side", *sides["shortest"]),
-            ("longest : shortest", *sides["ratio"]),
-        ],
-    )
-    lines += ["", f"{sides['smaller_than_size']:,} are smaller than the {sides['size']} pixels of the shards."]
-    lines += ["", "## Works", ""]
-    found = ", ".join(f"{count:,} {name}" for name, count in works["pairs"].items())
-    lines += [
-        f"{works['with_several_images']:,} works have several images ({works['images_in_them']:,} in all; works by "
-        f"number of images: {', '.join(f'{k}: {n}' for k, n in works['sizes'].items()) or 'none'}). "
-        f"Pairs of files, equal ones among them, that correlate by {works['least_correlation']} or more: {found}.",
-    ]
-    if works["of_two_artists_count"]:
-        lines += ["", f"{works['of_two_artists_count']} works have images under more than one artist:", ""]
-        lines += [
-            f"- {shown(' / '.join(w['artists']))}: {shown(', '.join(w['paths'][:4]))}"
-            for w in works["of_two_artists"][:20]
-        ]
-    lines += ["", "## Spellings that became one", ""]
-    merges = [
-        f"- {shown(name)}: **{shown(kept)}** from "
-        + ", ".join(f"{shown(value)} ({count})" for value, count in others.items())
-        for name, values in report["merges"].items()
-        for kept, others in values.items()
-    ]
-    lines += merges[:_LISTED] or ["None."]
-    lines += [f"- and {len(merges) - _LISTED} more (report.json)"] * (len(merges) > _LISTED)
-    lines += [
-        f"- {shown(name)}: {count} values that say unknown are empty" for name, count in report["unknown"].items()
-    ]
-    if report["years_without_a_year_count"]:
-        some = ", ".join(_short(text) for text in list(report["years_without_a_year"])[:10])
-        lines += [f"- {report['years_without_a_year_count']} years could not be read: {some}"]
-    lines += ["", "## Suspicious, and taken all the same", ""]
-    suspicious = report["suspicious"]
-    odd = [
-        f"- {len(group)} images that are like one work and too many to be tied: {shown(', '.join(group[:4]))}, ... "
-        f"(suspicious.csv). They are works of their own until you say otherwise, by near.largest={len(group)}"
-        for group in suspicious["groups"][:20]
-    ]
-    odd += [
-        f"- {shown(one['path'])}: one colour over the lowest {one['share']:.0%} (cut off and filled up?)"
-        for one in suspicious["band_below"][:20]
-    ]
-    odd += [f"- {shown(one['path'])}: {one['ratio']} times as long as wide" for one in suspicious["very_long"][:20]]
-    more = sum(max(0, len(suspicious[kind]) - 20) for kind in ("groups", "band_below", "very_long"))
-    return "\n".join([*lines, *(odd or ["Nothing."]), *([f"- and {more} more (report.json)"] * bool(more)), ""])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (head, *rows)]
-    return [lines[0], f"|{'---|' * len(head)}", *lines[1:]]
-
-
-def _example(example: Mapping[str, str]) -> str:
-    detail = f" ({example['detail']})" if example["detail"] else ""
-    return f"{_short(example['path'], 60)}{_short(detail, 80)}"
+    templates.filters |= {"number": "{:,}".format, "short": _short}
+    merges = [(name, *pair) for name, values in report["merges"].items() for pair in values.items()]
+    return templates.get_template("report.md.j2").render(report=report, title=title, merges=merges, listed=_LISTED)
 
 
 def _short(text: str, length: int = 40) -> str:
-    return shown(text if len(text) <= length else f"{text[: length - 1]}…")
+    return text if len(text) <= length else f"{text[: length - 1]}…"
