@@ -27,7 +27,7 @@ BLOCK_BYTES = 2**27
 Lists = Sequence[Sequence[int]]
 
 
-def measure_graded(
+def measure_revisited(
     query: Tensor,
     gallery: Tensor,
     easy: Lists,
@@ -41,7 +41,7 @@ def measure_graded(
 
     NaN where the setup has nothing right for a query: the benchmark leaves such queries out of its means.
     query: float32 (Q, D), gallery: float32 (G, D), compared by inner product. easy, hard, junk: for each query
-    gallery positions, no position twice. AP is `trapezoid_average_precision`, P@k `precision_at`. The query's
+    gallery positions, no position twice. AP is `trapezoid_average_precision`, P@k `precision_at_cutoff`. The query's
     own image is taken for no part of the gallery; where it is one, list it as junk. Peak memory beyond the
     descriptors is about `block_bytes`.
 
@@ -71,7 +71,7 @@ def measure_graded(
             positive = ranks_without(positive, ignored)
             values[f"{setup}/AP"][q] = trapezoid_average_precision(positive)
             for k in ks:
-                values[f"{setup}/P@{k}"][q] = precision_at(positive, k)
+                values[f"{setup}/P@{k}"][q] = precision_at_cutoff(positive, k)
     return values
 
 
@@ -87,7 +87,7 @@ def trapezoid_average_precision(ranks: np.ndarray) -> float:
     return float(np.mean((before + (found + 1) / (ranks + 1)) / 2))
 
 
-def precision_at(ranks: np.ndarray, k: int) -> float:
+def precision_at_cutoff(ranks: np.ndarray, k: int) -> float:
     """The share of right items among the first k, or down to the last right one where that comes earlier.
 
     ranks: int64 (R,) with R > 0, ascending from 0, of all that is right. With k clipped so, a perfect ranking
@@ -112,7 +112,7 @@ def listed_ranks(
     gives. (The benchmark's own script sorts unstably, so that its ties fall as they like.) No Q x G matrix and
     no full ranking exist: a block of scores is sorted by value, and searched for the listed scores.
 
-    query: float32 (Q, D), gallery: float32 (G, D). Raises ValueError as `measure_graded` does.
+    query: float32 (Q, D), gallery: float32 (G, D). Raises ValueError as `measure_revisited` does.
     """
     if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
         raise ValueError(
