@@ -35,8 +35,8 @@ from simsearch.data.revisited import (
 from simsearch.functional.revisited import (
     SETUPS,
     listed_ranks,
-    measure_graded,
-    precision_at,
+    measure_revisited,
+    precision_at_cutoff,
     ranks_without,
     trapezoid_average_precision,
 )
@@ -74,11 +74,11 @@ class TestTrapezoid:
 
     def test_precision_is_clipped_at_the_last_right_item(self):
         found = ranks(0, 2)  # right, wrong, right, nothing right below
-        assert precision_at(found, 1) == 1
-        assert precision_at(found, 2) == 1 / 2
-        assert precision_at(found, 3) == 2 / 3
-        assert precision_at(found, 10) == 2 / 3  # of the first min(3, 10)
-        assert precision_at(ranks(0), 10) == 1
+        assert precision_at_cutoff(found, 1) == 1
+        assert precision_at_cutoff(found, 2) == 1 / 2
+        assert precision_at_cutoff(found, 3) == 2 / 3
+        assert precision_at_cutoff(found, 10) == 2 / 3  # of the first min(3, 10)
+        assert precision_at_cutoff(ranks(0), 10) == 1
 
     def test_taking_items_out_moves_the_others_up(self):
         assert ranks_without(ranks(7, 3, 1), ranks(5, 0)).tolist() == [0, 2, 5]
@@ -104,12 +104,12 @@ class TestSetups:
         ],
     )
     def test_by_hand(self, setup, expected):
-        values = measure_graded(self.QUERY, self.GALLERY, **self.LISTS, ks=(1, 3, 10))
+        values = measure_revisited(self.QUERY, self.GALLERY, **self.LISTS, ks=(1, 3, 10))
         got = {name.removeprefix(f"{setup}/"): v.item() for name, v in values.items() if name.startswith(setup)}
         assert got == pytest.approx({name: float(v) for name, v in expected.items()}, abs=1e-15)
 
     def test_nothing_right_is_nan_and_only_there(self):
-        values = measure_graded(self.QUERY, self.GALLERY, [[]], [[2]], [[]])
+        values = measure_revisited(self.QUERY, self.GALLERY, [[]], [[2]], [[]])
         assert {name for name, v in values.items() if v.isnan().any()} == {
             "easy/AP", "easy/P@1", "easy/P@5", "easy/P@10"
         }  # fmt: skip
@@ -132,7 +132,7 @@ class TestSetups:
     def test_wrong_arguments_are_named(self, change, message):
         arguments = {"query": self.QUERY, "gallery": self.GALLERY, **self.LISTS, "ks": (1,), **change}
         with pytest.raises(ValueError, match=message):
-            measure_graded(**arguments)
+            measure_revisited(**arguments)
 
 
 @st.composite
@@ -168,7 +168,7 @@ def naive(query, gallery, right, ignored, k):
 @given(graded_problems(), st.integers(1, 14), st.sampled_from([1, 200, 2**27]))
 def test_agrees_with_a_naive_walk(problem, k, block_bytes):
     query, gallery, lists = problem
-    values = measure_graded(query, gallery, *lists, ks=(k,), block_bytes=block_bytes)
+    values = measure_revisited(query, gallery, *lists, ks=(k,), block_bytes=block_bytes)
     for q in range(len(query)):
         easy, hard, junk = (set(grade[q]) for grade in lists)
         for setup, right, ignored in (

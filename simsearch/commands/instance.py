@@ -31,7 +31,7 @@ from simsearch.data.revisited import (
 )
 from simsearch.files import digests, replacing, write_json
 from simsearch.functional.codes import unpack_codes
-from simsearch.functional.revisited import GRADES, SETUPS, measure_graded
+from simsearch.functional.revisited import GRADES, SETUPS, measure_revisited
 from simsearch.functional.significance import mean_interval
 from simsearch.images import header_shape, read_file
 from simsearch.search.engine import encode
@@ -58,7 +58,7 @@ def main(config: DictConfig) -> None:
     query = describe_all(encoder, queries, len(benchmark.queries), "queries")
     images = load_gallery(benchmark, root, size=size, fit=fit, batch_size=batch_size, workers=workers)
     gallery = describe_all(encoder, images, len(benchmark.images), "gallery")
-    per_query = measure_graded(query, gallery, *map(benchmark.listed, GRADES), ks=ks)
+    per_query = measure_revisited(query, gallery, *map(benchmark.listed, GRADES), ks=ks)
     about = {
         "protocol": benchmark.name,
         "fingerprint": mark,

@@ -1,4 +1,4 @@
-"""Binary codes: the rotation before the signs, packing, unpacking, 64-bit words."""
+"""Binary codes: the ITQ rotation before the signs, packing to bytes, unpacking, and 64-bit words."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from torch import Tensor
 
 
 def itq_rotation(vectors: Tensor, iterations: int, seed: int) -> Tensor:
-    """A rotation R float64 (b, b) that brings centred vectors V (N, b) near the corners of the cube.
+    """A rotation R, float64 (b, b), that brings centred vectors V near the corners of the cube.
 
-    Gong, Lazebnik, Gordo, Perronnin: Iterative Quantization, TPAMI 2013, algorithm 1. From a random R, `iterations`
-    times: B = sign(V R), then R = U W^T of the singular value decomposition V^T B = U S W^T, which of all
-    orthogonal matrices has the least ||B - V R|| (Procrustes). Neither step raises this loss.
+    The algorithm starts from a random R. Each iteration sets B = sign(V R), then R = U W^T from the singular value
+    decomposition V^T B = U S W^T. Among all orthogonal matrices this R has the smallest ||B - V R|| (the Procrustes
+    problem). Neither step increases this loss.
+
+    Args:
+        vectors: V, floating point (N, b), centred.
+        iterations: Number of iterations.
+        seed: Seed of the random start.
+
+    Source:
+        Gong, Lazebnik, Gordo, Perronnin: Iterative Quantization. TPAMI 2013, algorithm 1.
 
     Example:
         >>> corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
@@ -31,12 +39,20 @@ def itq_rotation(vectors: Tensor, iterations: int, seed: int) -> Tensor:
 
 
 def pack_codes(real: Tensor) -> Tensor:
-    """Packed codes uint8 (N, ceil(b / 8)) of real-valued outputs (N, b): bit j is real[:, j] > 0.
+    """Packed codes, uint8 (N, ceil(b / 8)): bit j is set where real[:, j] > 0.
 
-    Bit j lies in byte j // 8 at position j % 8; unused bits of the last byte are 0, so that
-    padded codes have the same Hamming distances.
+    Bit j lies in byte j // 8 at position j % 8. Unused bits of the last byte are 0, so that the padding does not change
+    Hamming distances.
 
-    Raises ValueError for another shape and for NaN, which has no sign.
+    Args:
+        real: Floating point (N, b), real-valued codes.
+
+    Raises:
+        ValueError: If `real` is not (N, b), or if it holds NaN, which has no sign.
+
+    Example:
+        >>> pack_codes(torch.tensor([[1.0, -1.0, 1.0]]))
+        tensor([[5]], dtype=torch.uint8)
     """
     if real.ndim != 2:
         raise ValueError(f"real-valued codes must be (N, b), got {tuple(real.shape)}")
@@ -52,14 +68,31 @@ def pack_codes(real: Tensor) -> Tensor:
 
 
 def unpack_codes(codes: Tensor, bits: int) -> Tensor:
-    """Bits as float32 (N, bits) of 0 and 1 from packed codes uint8 (N, ceil(bits / 8))."""
+    """The bits of packed codes, float32 (N, bits) of 0 and 1.
+
+    Args:
+        codes: uint8 (N, ceil(bits / 8)), packed by `pack_codes`.
+        bits: b, the width of the codes.
+
+    Example:
+        >>> unpack_codes(torch.tensor([[5]], dtype=torch.uint8), bits=3)
+        tensor([[1., 0., 1.]])
+    """
     powers = 2 ** torch.arange(8, device=codes.device, dtype=torch.uint8)
     unpacked = (codes[:, :, None] & powers) > 0
     return unpacked.flatten(1)[:, :bits].float()
 
 
 def code_words(codes: Tensor) -> np.ndarray:
-    """The codes as 64-bit words, uint64 (N, ceil(bytes / 8)), zero-padded."""
+    """The codes as 64-bit words, uint64 (N, ceil(bytes / 8)), padded with zeros.
+
+    Args:
+        codes: uint8 (N, bytes), packed codes.
+
+    Example:
+        >>> code_words(torch.tensor([[5]], dtype=torch.uint8)).tolist()
+        [[5]]
+    """
     n, width = codes.shape
     padded = np.zeros((n, -(-width // 8) * 8), np.uint8)
     padded[:, :width] = codes.cpu().numpy()

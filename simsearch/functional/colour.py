@@ -1,4 +1,4 @@
-"""Colour in CIELAB and soft histograms of it."""
+"""CIELAB colours and soft histograms of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ _D65 = (0.95047, 1.0, 1.08883)
 
 
 def lab(rgb: Tensor) -> Tensor:
-    """CIELAB (B, 3, H, W), L in 0..100, a and b in about -128..128, of sRGB (B, 3, H, W) in 0..1 under D65."""
+    """CIELAB colours (B, 3, H, W): L in 0..100, a and b in about -128..128.
+
+    Args:
+        rgb: Floating point (B, 3, H, W), sRGB values in 0..1 with the white point D65.
+
+    Example:
+        >>> round(lab(torch.ones(1, 3, 1, 1))[0, 0].item(), 3)  # white has the lightness 100
+        100.0
+    """
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb.clamp(min=0) + 0.055) / 1.055) ** 2.4)
     matrix = torch.tensor(_XYZ, dtype=rgb.dtype, device=rgb.device)
     matrix = matrix / torch.tensor(_D65, dtype=rgb.dtype, device=rgb.device)[:, None]
@@ -28,7 +36,21 @@ def lab(rgb: Tensor) -> Tensor:
 
 
 def soft_bins(values: Tensor, centres: Sequence[float]) -> Tensor:
-    """Shares (..., len(centres)), summing to 1, of rising centres in each value, by nearness to the two around it."""
+    """The shares of histogram bins in each value, (..., len(centres)), which sum to 1.
+
+    A value between two centres is shared between them in proportion to its nearness. A value beyond the ends belongs to
+    the last bin there.
+
+    Args:
+        values: Floating point (...).
+        centres: Centres of the bins, ascending.
+
+    Example:
+        >>> soft_bins(torch.tensor([0.0, 25.0, 60.0]), centres=(0.0, 50.0))
+        tensor([[1.0000, 0.0000],
+                [0.5000, 0.5000],
+                [0.0000, 1.0000]])
+    """
     shares = []
     for i, centre in enumerate(centres):
         up = (values - centres[i - 1]) / (centre - centres[i - 1]) if i else torch.ones_like(values)
@@ -39,11 +61,21 @@ def soft_bins(values: Tensor, centres: Sequence[float]) -> Tensor:
 
 
 def colour_shares(colours: Tensor, lightness: Sequence[float], chroma: Sequence[float], hues: int) -> Tensor:
-    """Shares of colour bins in each pixel, (B, N, H, W), summing to 1 over N, of CIELAB (B, 3, H, W).
+    """The shares of colour bins in each pixel, (B, N, H, W), which sum to 1 over the N bins.
 
-    lightness: rising centres of L. chroma: rising centres of the length of (a, b) beyond grey, which is at 0.
-    hues: bins around the circle, the first at red (b = 0). N = lightness * (1 + chroma * hues): for each
-    lightness grey, then chroma by chroma all hues. A pixel between centres is shared between them.
+    N = lightness * (1 + chroma * hues). The bins are ordered by lightness. Within a lightness comes grey, then each
+    chroma with all its hues. A pixel between centres is shared between them.
+
+    Args:
+        colours: Floating point (B, 3, H, W), CIELAB colours.
+        lightness: Centres of L, ascending.
+        chroma: Centres of the length of (a, b), ascending. Grey, at 0, is added.
+        hues: Number of hues around the circle. The first is red (b = 0).
+
+    Example:
+        >>> grey = torch.tensor([50.0, 0.0, 0.0]).view(1, 3, 1, 1)
+        >>> colour_shares(grey, lightness=(50.0,), chroma=(40.0,), hues=2).flatten()
+        tensor([1., 0., 0.])
     """
     length = colours[:, 1:].square().sum(1).sqrt()
     light = soft_bins(colours[:, 0], lightness)
@@ -58,10 +90,20 @@ def colour_shares(colours: Tensor, lightness: Sequence[float], chroma: Sequence[
 
 
 def hellinger_pyramid(shares: Tensor, levels: Sequence[int]) -> Tensor:
-    """Square roots of average shares over grids of n x n cells, n in `levels`, (B, sum n^2 * N), of norm 1.
+    """A spatial pyramid of colour histograms, (B, N * sum n^2), of norm 1.
 
-    shares: (B, N, H, W), summing to 1 over N. Each level weighs the same, each cell of a level too. The inner
-    product of two is the mean of the cells' Bhattacharyya coefficients, in 0..1.
+    The shares are averaged over the cells of grids of n x n cells, and their square roots are taken. Each level has the
+    same weight, and so has each cell of a level. The inner product of two results is the mean of the Bhattacharyya
+    coefficients of their cells, in 0..1.
+
+    Args:
+        shares: Floating point (B, N, H, W), which sum to 1 over N.
+        levels: The values of n.
+
+    Example:
+        >>> shares = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+        >>> hellinger_pyramid(shares, levels=(1,))
+        tensor([[0., 1.]])
     """
     roots = []
     for n in levels:

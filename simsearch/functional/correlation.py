@@ -1,4 +1,7 @@
-"""Whether two pictures are one: the correlation of their details, whatever their light, shift or mirroring."""
+"""The correlation of the details of two pictures, which shows whether they are one picture.
+
+A change of light, a small shift and mirroring do not matter.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,20 @@ PLAIN = 0.2  # root mean square of details: less is what encoding leaves on a pl
 
 
 def details(grey: Tensor) -> Tensor:
-    """The details of grey pictures (N, H, W), levels 0 to 255, of one contrast everywhere: float32 (N, H, W).
+    """The details of grey pictures, scaled to one contrast everywhere, float32 (N, H, W).
 
-    The difference of two Gaussians over its local deviation (Ruderman 1994, "The statistics of natural images").
-    Plain grey values correlate among strangers by a bright sky above dark ground, and undivided differences by a
-    frame that is stronger than all that it frames.
+    A difference of two Gaussians is divided by its local standard deviation (Ruderman 1994, "The statistics of natural
+    images").
+
+    Plain grey values of unrelated pictures correlate where both have a bright sky above dark ground. Differences
+    without the division correlate where both have a frame that is stronger than the picture inside.
+
+    Args:
+        grey: Floating point (N, H, W), grey levels 0 to 255.
+
+    Example:
+        >>> float(details(torch.full((1, 16, 16), 90.0)).abs().max()) < 1e-4  # a plain picture has no details
+        True
     """
     band = _blurred(grey, FINE) - _blurred(grey, COARSE)
     return band / (_blurred(band.square(), COARSE).sqrt() + WEAK)
@@ -31,12 +43,23 @@ def _blurred(images: Tensor, sigma: float) -> Tensor:
 
 
 def best_correlations(first: Tensor, second: Tensor, shift: int) -> Tensor:
-    """The largest normalised cross-correlation (P,) in [-1, 1] of pairs of pictures, over shifts and mirroring.
+    """The largest normalised cross-correlation of each pair over all shifts, mirrored or not, (P,) in [-1, 1].
 
-    first, second: float32 (P, H, W), details. The first without a margin of `shift` pixels is laid on every place of
-    the second, and of its mirror image; 0 where one of the two is plain there.
+    The first picture, without a margin of `shift` pixels, is laid on every position of the second picture and of its
+    mirror image. The correlation is 0 where one of the two is plain there.
 
-    Raises ValueError for other shapes and a shift that leaves nothing.
+    Args:
+        first: float32 (P, H, W), from `details`.
+        second: float32 (P, H, W), from `details`.
+        shift: Largest shift in pixels, 0 or more.
+
+    Raises:
+        ValueError: If the shapes differ or are not (P, H, W), or if the shift leaves less than 2 pixels of a side.
+
+    Example:
+        >>> picture = (torch.arange(64.0) % 5).view(1, 8, 8)
+        >>> best_correlations(picture, picture.flip(2), shift=1)
+        tensor([1.])
     """
     if first.shape != second.shape or first.ndim != 3:
         raise ValueError(f"pictures must be two (P, H, W), got {tuple(first.shape)} and {tuple(second.shape)}")

@@ -1,4 +1,4 @@
-"""The mAP@k of different papers and programs, side by side for one ranking."""
+"""The definitions of mAP@k in papers and programs, side by side for one ranking."""
 
 from __future__ import annotations
 
@@ -7,23 +7,42 @@ from torch import Tensor
 
 
 def average_precision_definitions(relevance: Tensor, relevant: Tensor) -> dict[str, Tensor]:
-    """AP@k of each query by every definition in use: name -> float64 (Q,), NaN without relevant items.
+    """The AP@k of each query by every definition in use: name -> float64 (Q,).
 
-    With S the sum, over the relevant items among the first k, of the precision at their ranks:
+    Let S be the sum, over the relevant items among the first k, of the precision at their ranks.
 
-    - `AP@k_found`: S / how many were found, 0 where none was. Most hashing releases; a query that finds one
-      item at rank 1 and misses all others scores 1.
-    - `AP@k_found_only`: the same, but NaN where none was found, so that a mean that skips NaN is over the
-      queries that found something, as releases do that leave the others out of the sum and of the count.
-    - `AP@k_R`: S / R, all relevant items (TREC's cut-off). At most k / R.
-    - `AP@k_minRk`: S / min(R, k), the best that k ranks can hold. This framework's headline at a cutoff.
-    - `AP@k_trapezoid`: area under precision over recall by trapezoids, as Oxford Buildings' program: each found
-      item adds the mean of the precision before and after it, the first precision being 1, divided by R.
+    - `AP@k_found`: S / the number of relevant items found, 0 where none is found. Most hashing releases use it. A query
+      that finds one item at rank 1 and misses all others scores 1.
+    - `AP@k_found_only`: the same, but NaN where none is found. A mean that skips NaN is then over the queries that
+      found something, as in releases that leave the other queries out of the sum and of the count.
+    - `AP@k_R`: S / R with all R relevant items, the cutoff of TREC. It is at most k / R.
+    - `AP@k_minRk`: S / min(R, k), the best possible sum in k ranks. This framework reports it first at a cutoff.
+    - `AP@k_trapezoid`: the area under the precision-recall curve by trapezoids, as in the program of Oxford Buildings.
+      Each found item adds the mean of the precision before and after it, where the first precision is 1. The sum is
+      divided by R.
 
-    relevance: bool (Q, k), whether the item at each rank is relevant, best first; ranks beyond the end of a list
-    are False. relevant: int64 (Q,), R, how many relevant items the gallery holds. Ties count as they stand.
+    The relevance is taken as it stands: ties are not resolved.
 
-    Raises ValueError for other shapes or dtypes, and where more is found than there is.
+    Args:
+        relevance: bool (Q, k), whether the item at each rank is relevant, best rank first. Ranks beyond the end of a
+            list are False.
+        relevant: int64 (Q,), R, the number of relevant items in the gallery.
+
+    Returns:
+        One tensor per name. Values are NaN for queries without relevant items.
+
+    Raises:
+        ValueError: If a shape or dtype is wrong, or if a query finds more relevant items than there are.
+
+    Example:
+        >>> relevance, relevant = torch.tensor([[True, False, True]]), torch.tensor([4])
+        >>> for name, value in average_precision_definitions(relevance, relevant).items():
+        ...     print(name, round(value.item(), 3))
+        AP@3_found 0.833
+        AP@3_found_only 0.833
+        AP@3_R 0.417
+        AP@3_minRk 0.556
+        AP@3_trapezoid 0.396
     """
     if relevance.ndim != 2 or relevance.dtype != torch.bool or relevance.shape[1] == 0:
         raise ValueError(f"relevance must be bool (Q, k), k >= 1, got {relevance.dtype} {tuple(relevance.shape)}")

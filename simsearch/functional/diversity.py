@@ -1,4 +1,4 @@
-"""Answers whose items differ from each other."""
+"""Diversity: answers whose items differ from each other."""
 
 from __future__ import annotations
 
@@ -7,16 +7,28 @@ from torch import Tensor
 
 
 def mmr(relevance: Tensor, vectors: Tensor, k: int, lambda_: float) -> Tensor:
-    """Positions int64 (min(k, S),) of a shortlist in the order of maximal marginal relevance.
+    """The positions of a shortlist in the order of maximal marginal relevance (MMR), int64 (min(k, S),).
 
-    The first is the most relevant; each next one has the largest lambda_ * relevance - (1 - lambda_) * (its largest
-    inner product with those chosen), the first of several. Carbonell, Goldstein: The use of MMR, diversity-based
-    reranking for reordering documents and producing summaries, SIGIR 1998.
+    The first item is the most relevant. Each next item has the largest lambda_ * relevance - (1 - lambda_) * (its
+    largest inner product with an item chosen before). The first of several equal items is taken.
 
-    relevance: float (S,); vectors: float (S, D), whose inner products are on the same scale. lambda_: 1 is the order
-    of relevance alone.
+    Args:
+        relevance: Floating point (S,).
+        vectors: Floating point (S, D). Their inner products are on the scale of `relevance`.
+        k: Number of items, 1 or more.
+        lambda_: Weight of the relevance in [0, 1]. With 1 the order is that of the relevance alone.
 
-    Raises ValueError for lambda_ outside [0, 1] or k < 1.
+    Raises:
+        ValueError: If `lambda_` lies outside [0, 1], or if `k` is below 1.
+
+    Source:
+        Carbonell, Goldstein: The use of MMR, diversity-based reranking for reordering documents and producing
+        summaries. SIGIR 1998.
+
+    Example:
+        >>> vectors = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # the first two items are equal
+        >>> mmr(torch.tensor([1.0, 0.9, 0.5]), vectors, k=2, lambda_=0.5)
+        tensor([0, 2])
     """
     if not 0 <= lambda_ <= 1:
         raise ValueError(f"lambda_ must lie in [0, 1] (1: relevance alone), got {lambda_}")

@@ -1,7 +1,7 @@
-"""What a searcher says beyond one image: further examples, counter-examples, and how much each part counts.
+"""Relevance feedback: further examples, counter-examples, and the weight of each part of a descriptor.
 
-A descriptor made of parts is the concatenation of sqrt(w_p) times the unit vector of part p, the weights w summing
-to 1: the inner product of two is sum_p w_p cos_p, the weighted mean of the parts' cosines.
+A descriptor made of parts is the concatenation of sqrt(w_p) times the unit vector of part p. The weights w sum to 1.
+The inner product of two descriptors is sum_p w_p cos_p, the weighted mean of the cosines of their parts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,28 @@ BETA = 0.5
 
 
 def rocchio(like: Tensor, unlike: Tensor | None, parts: Mapping[str, Part], beta: float = BETA) -> Tensor:
-    """A query float32 (D,) towards the mean of examples (M, D) and away from that of counter-examples (U, D).
+    """A query vector, float32 (D,), towards the mean of the examples and away from the mean of the counter-examples.
 
-    Part by part: the unit vector along mean(like) - beta mean(unlike), all of unit vectors, times sqrt(weight), so that
-    no part gains or loses weight by how well the examples agree in it. Rocchio: Relevance feedback in information
-    retrieval, 1971, with the query itself among the examples; beta near 0.5 is the custom.
+    Each part is computed by itself: the unit vector along mean(like) - beta mean(unlike), where all means are of unit
+    vectors, times the square root of the part's weight. A part therefore keeps its weight, however well the examples
+    agree in it.
 
-    Raises ValueError where there is no example.
+    Args:
+        like: float32 (M, D), descriptors of the examples, M > 0. Count the query image among them.
+        unlike: float32 (U, D), descriptors of the counter-examples, or None.
+        parts: The parts of a descriptor, by name.
+        beta: Weight of the counter-examples. Values near 0.5 are common.
+
+    Raises:
+        ValueError: If there is no example.
+
+    Source:
+        Rocchio: Relevance feedback in information retrieval. 1971.
+
+    Example:
+        >>> parts = {"content": Part(start=0, stop=2, weight=1.0)}
+        >>> rocchio(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), parts)
+        tensor([ 0.8944, -0.4472])
     """
     if len(like) == 0:
         raise ValueError("no example: give at least one image or item to be like")
@@ -35,16 +50,36 @@ def rocchio(like: Tensor, unlike: Tensor | None, parts: Mapping[str, Part], beta
 
 
 def unit_parts(vectors: Tensor, parts: Mapping[str, Part]) -> Tensor:
-    """Vectors float32 (N, D) with each part at the length that a descriptor's has, the square root of its weight."""
+    """The vectors with each part scaled to its length in a descriptor, the square root of its weight, float32 (N, D).
+
+    Args:
+        vectors: float32 (N, D).
+        parts: The parts of a descriptor, by name.
+
+    Example:
+        >>> parts = {"content": Part(start=0, stop=1, weight=0.25), "style": Part(start=1, stop=2, weight=0.75)}
+        >>> unit_parts(torch.tensor([[7.0, -3.0]]), parts)
+        tensor([[ 0.5000, -0.8660]])
+    """
     scaled = [part.weight**0.5 * F.normalize(vectors[:, part.start : part.stop], dim=1) for part in parts.values()]
     return torch.cat(scaled, dim=1)
 
 
 def query_weights(parts: Mapping[str, Part], weights: Mapping[str, float] | None) -> dict[str, float]:
-    """The weight of every part in a search, summing to 1: `weights` where given, a part's own elsewhere.
+    """The weight of every part in a search; the weights sum to 1.
 
-    Raises ValueError for an unknown part, a weight below 0 or not finite, weights that are all 0, and for a weight
-    above 0 of a part that descriptors hold with weight 0, which is not in them.
+    Args:
+        parts: The parts of a descriptor, by name.
+        weights: New weights of some parts, 0 or more. Other parts keep their own weight. None changes nothing.
+
+    Raises:
+        ValueError: If a part is unknown, if a weight is negative or not finite, if all weights are 0, or if a weight
+            above 0 is given to a part that has weight 0 in the descriptors and is therefore not in them.
+
+    Example:
+        >>> parts = {"content": Part(start=0, stop=1, weight=0.25), "style": Part(start=1, stop=2, weight=0.75)}
+        >>> query_weights(parts, {"content": 0.25, "style": 0.25})
+        {'content': 0.5, 'style': 0.5}
     """
     given = dict(weights or {})
     if unknown := sorted(given.keys() - parts.keys()):
@@ -65,16 +100,36 @@ def query_weights(parts: Mapping[str, Part], weights: Mapping[str, float] | None
 
 
 def reweight(vectors: Tensor, parts: Mapping[str, Part], weights: Mapping[str, float]) -> Tensor:
-    """Vectors float32 (..., D) whose inner product with a stored descriptor is sum_p weights_p cos_p.
+    """Vectors, float32 (..., D), whose inner product with a stored descriptor is sum_p weights_p cos_p.
 
-    Part p is multiplied by weights_p over its own weight: the stored side stays as it is. weights: of all parts, as
-    `query_weights` gives them.
+    Part p is multiplied by weights_p over its own weight. The stored descriptors stay as they are.
+
+    Args:
+        vectors: float32 (..., D), descriptors of queries.
+        parts: The parts of a descriptor, by name.
+        weights: The weights of all parts, from `query_weights`.
+
+    Example:
+        >>> parts = {"content": Part(start=0, stop=1, weight=0.25), "style": Part(start=1, stop=2, weight=0.75)}
+        >>> reweight(torch.tensor([0.5, 0.8660]), parts, {"content": 1.0, "style": 0.0})
+        tensor([2., 0.])
     """
     return vectors * _factors(vectors.shape[-1], parts, weights)
 
 
 def reweight_both(vectors: Tensor, parts: Mapping[str, Part], weights: Mapping[str, float]) -> Tensor:
-    """Vectors float32 (..., D) whose inner products with each other are sum_p weights_p cos_p."""
+    """Vectors, float32 (..., D), whose inner products with each other are sum_p weights_p cos_p.
+
+    Args:
+        vectors: float32 (..., D), descriptors.
+        parts: The parts of a descriptor, by name.
+        weights: The weights of all parts, from `query_weights`.
+
+    Example:
+        >>> parts = {"content": Part(start=0, stop=1, weight=0.25), "style": Part(start=1, stop=2, weight=0.75)}
+        >>> reweight_both(torch.tensor([0.5, 0.8660]), parts, {"content": 1.0, "style": 0.0})
+        tensor([1., 0.])
+    """
     return vectors * _factors(vectors.shape[-1], parts, weights).sqrt()
 
 
@@ -87,5 +142,16 @@ def _factors(width: int, parts: Mapping[str, Part], weights: Mapping[str, float]
 
 
 def contributions(query: Tensor, vectors: Tensor, parts: Mapping[str, Part]) -> dict[str, Tensor]:
-    """The inner products (N,) of each part of a query (D,) and vectors (N, D); they sum to the whole inner product."""
+    """The inner products of a query and some vectors in each part, (N,) by name. They sum to the whole inner product.
+
+    Args:
+        query: float32 (D,).
+        vectors: float32 (N, D).
+        parts: The parts of a descriptor, by name.
+
+    Example:
+        >>> parts = {"content": Part(start=0, stop=1, weight=0.25), "style": Part(start=1, stop=2, weight=0.75)}
+        >>> contributions(torch.tensor([2.0, 3.0]), torch.tensor([[1.0, -1.0]]), parts)
+        {'content': tensor([2.]), 'style': tensor([-3.])}
+    """
     return {name: vectors[:, part.start : part.stop] @ query[part.start : part.stop] for name, part in parts.items()}

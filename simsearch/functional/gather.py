@@ -1,4 +1,4 @@
-"""Rows of all ranks, with gradients."""
+"""The rows of all ranks, with gradients."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from simsearch.functional.collectives import world_size
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows (B, ...) of every rank as (world * B, ...) in rank order; equal on all ranks.
+    """The rows of every rank in rank order, (world * B, ...), equal on all ranks.
 
-    The gradient of a row is the sum of the gradients that it has on each rank. Where every rank computes
-    the same loss of all rows and gradients of parameters are then averaged over ranks (as DDP does),
-    the result is the gradient of one batch of all rows. One process: the rows themselves.
+    The gradient of a row is the sum of its gradients on all ranks. Suppose every rank computes the same loss of all
+    rows, and the gradients of the parameters are then averaged over ranks, as DDP does. The result is then the gradient
+    of one batch with all rows. With one process the rows are returned as they are.
 
-    Raises ValueError where ranks differ in their number of rows.
+    Args:
+        rows: (B, ...), with the same B on all ranks.
+
+    Raises:
+        ValueError: If ranks differ in their number of rows.
+
+    Example:
+        >>> gather_rows(torch.tensor([[1.0], [2.0]]))
+        tensor([[1.],
+                [2.]])
     """
     if (world := world_size()) == 1:
         return rows

@@ -1,4 +1,4 @@
-"""Values of regions spread over grids of cells; sums stay what they are."""
+"""Heat maps: the values of regions are spread over grids of cells, and sums are kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from torch import Tensor
 
 
 def spread_regions(values: Tensor, regions: Sequence[tuple[int, int, int, int]], height: int, width: int) -> Tensor:
-    """The values (R,) of regions (top, left, height, width), each spread evenly over its cells, (height, width)."""
+    """A grid (height, width) with the value of each region spread evenly over its cells.
+
+    Args:
+        values: Floating point (R,), one value per region.
+        regions: R regions (top, left, height, width) in cells.
+        height: Height of the grid in cells.
+        width: Width of the grid in cells.
+
+    Example:
+        >>> spread_regions(torch.tensor([4.0, 1.0]), [(0, 0, 2, 2), (1, 1, 1, 1)], height=2, width=2)
+        tensor([[1., 1.],
+                [1., 2.]])
+    """
     grid = values.new_zeros(height, width)
     for value, (top, left, tall, wide) in zip(values, regions, strict=True):
         grid[top : top + tall, left : left + wide] += value / (tall * wide)
@@ -17,9 +29,20 @@ def spread_regions(values: Tensor, regions: Sequence[tuple[int, int, int, int]],
 
 
 def overlaps(start: float, stop: float, cells: int, onto: int) -> Tensor:
-    """Shares float64 (onto, cells) of each of `cells` equal cells over start..stop in each of `onto` over 0..1.
+    """The shares of source cells in target cells, float64 (onto, cells); each column sums to 1.
 
-    0 <= start < stop <= 1; columns sum to 1.
+    The source cells are equal and divide start..stop. The target cells are equal and divide 0..1.
+
+    Args:
+        start: Start of the source interval, 0 <= start < stop.
+        stop: End of the source interval, at most 1.
+        cells: Number of source cells.
+        onto: Number of target cells.
+
+    Example:
+        >>> overlaps(0.0, 1.0, cells=1, onto=2)
+        tensor([[0.5000],
+                [0.5000]], dtype=torch.float64)
     """
     edges = torch.linspace(start, stop, cells + 1, dtype=torch.float64)
     grid = torch.linspace(0, 1, onto + 1, dtype=torch.float64)
@@ -30,9 +53,19 @@ def overlaps(start: float, stop: float, cells: int, onto: int) -> Tensor:
 
 
 def regrid(values: Tensor, shape: tuple[int, int], box: tuple[float, float, float, float] = (0, 1, 0, 1)) -> Tensor:
-    """Values (h, w) of equal cells over a box (top, bottom, left, right; in 0..1) of an image, on a grid of all of it.
+    """The values of a box of an image on a grid of the whole image; the sum of the values is kept.
 
-    shape: of that grid. Each cell's value goes where the cell lies, in parts; the sum stays.
+    Each cell's value is divided among the cells of the new grid that it overlaps.
+
+    Args:
+        values: Floating point (h, w), values of equal cells over the box.
+        shape: Height and width of the new grid in cells.
+        box: top, bottom, left, right of the box, as fractions of the image in 0..1.
+
+    Example:
+        >>> regrid(torch.ones(1, 1), (2, 2), box=(0, 1, 0, 0.5))
+        tensor([[0.5000, 0.0000],
+                [0.5000, 0.0000]])
     """
     tall = overlaps(box[0], box[1], values.shape[0], shape[0]).to(values)
     wide = overlaps(box[2], box[3], values.shape[1], shape[1]).to(values)

@@ -1,4 +1,4 @@
-"""Which triplets to learn from: the hardest or the semi-hard of a pool, the hardest of a batch."""
+"""Triplet mining: the hardest or the semi-hard triplets of a pool, and the hardest triplets of a batch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,37 @@ from simsearch.types import check_vectors
 def hardest_triplets(
     descriptors: Tensor, labels: Tensor, *, margin: float, per_query: int = 25, block: int = 256
 ) -> tuple[Tensor, Tensor]:
-    """The hardest triplets of each item of a pool, int64 (T, 3), and their losses (T,), by query, hardest first.
+    """The hardest triplets of each item of a pool, int64 (T, 3), and their losses (T,).
 
-    descriptors: float (N, D). labels: int64 (N,). A triplet is (query, positive, negative), positions in
-    the pool; its loss is max(0, margin + |q - p|^2 - |q - n|^2) / 2, and up to `per_query` of each query
-    whose loss is above 0 are returned, the largest among all triplets of the pool. Queries that have
-    none (no positive, no negative, or nothing within the margin) are left out; T may be 0. No more than
-    `block` x N distances are held at a time.
+    A triplet is (query, positive, negative), positions in the pool. Its loss is max(0, margin + |q - p|^2 - |q - n|^2)
+    / 2. For each query up to `per_query` triplets with a loss above 0 are returned, those with the largest loss among
+    all triplets of the pool. A query without any is left out: it has no positive, no negative, or no triplet within the
+    margin. T may be 0.
 
-    The k largest sums of two sorted lists lie among the first k of each, so k farthest positives and k
-    nearest negatives are enough.
+    The k largest sums of two sorted lists lie among the first k of each list. So k farthest positives and k nearest
+    negatives are enough.
 
-    Raises ValueError for wrong shapes, per_query < 1, negative (unknown) labels, and as `check_vectors` does.
+    Args:
+        descriptors: Floating point (N, D), the pool.
+        labels: int64 (N,), all known (0 or more).
+        margin: Margin between squared distances.
+        per_query: Largest number of triplets per query, 1 or more.
+        block: Number of queries at a time: `block` x N distances are held in memory.
 
-    Gordo, Almazán, Revaud, Larlus 2016, "Deep Image Retrieval" (25 a query in 5,000 images).
+    Returns:
+        Triplets and losses, ordered by query, for each query the hardest first.
+
+    Raises:
+        ValueError: If a shape is wrong, if `per_query` is below 1, if a label is unknown, or if `check_vectors` refuses
+            the descriptors.
+
+    Source:
+        Gordo, Almazán, Revaud, Larlus: Deep Image Retrieval. ECCV 2016 (25 triplets per query in 5,000 images).
+
+    Example:
+        >>> pool, labels = torch.tensor([[0.0], [1.0], [1.5]]), torch.tensor([0, 0, 1])
+        >>> hardest_triplets(pool, labels, margin=0.5)  # (0.5 + 1 - 0.25) / 2
+        (tensor([[1, 0, 2]]), tensor([0.6250]))
     """
     n = _check_pool(descriptors, labels, per_query)
     if n == 0:
@@ -57,18 +74,33 @@ def semihard_triplets(
     generator: torch.Generator,
     block: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """Semi-hard triplets of each item of a pool, int64 (T, 3), and their losses (T,), by query.
+    """Semi-hard triplets of each item of a pool, int64 (T, 3), and their losses (T,), ordered by query.
 
-    descriptors, labels, margin, block and the loss: as hardest_triplets has them. A query gets `per_query`
-    positives drawn with replacement, each with the nearest negative that is farther away than it; pairs whose
-    negative is not within the margin are left out, and a pair drawn twice stays twice. generator: of the CPU.
+    Each query gets `per_query` positives drawn with replacement. Each positive is joined by the nearest negative that
+    is farther from the query than the positive. Triplets whose negative is not within the margin are left out. A pair
+    that is drawn twice is kept twice. The loss is that of `hardest_triplets`.
 
-    Where labels are classes, not objects, the farthest positive is often an outlier and the nearest
-    negative no mistake at all: learning from these alone pulls everything into one point.
+    Where labels are classes, not objects, the farthest positive is often an outlier and the nearest negative is no
+    mistake at all. Learning from these alone pulls everything into one point.
 
-    Raises ValueError as hardest_triplets does.
+    Args:
+        descriptors: Floating point (N, D), the pool.
+        labels: int64 (N,), all known (0 or more).
+        margin: Margin between squared distances.
+        per_query: Number of positives drawn per query, 1 or more.
+        generator: Random generator of the CPU.
+        block: Number of queries at a time: `block` x N distances are held in memory.
 
-    Schroff, Kalenichenko, Philbin 2015, "FaceNet", section 3.2.
+    Raises:
+        ValueError: As `hardest_triplets` does.
+
+    Source:
+        Schroff, Kalenichenko, Philbin: FaceNet. CVPR 2015, section 3.2.
+
+    Example:
+        >>> pool, labels = torch.tensor([[0.0], [1.0], [1.5]]), torch.tensor([0, 0, 1])
+        >>> semihard_triplets(pool, labels, margin=2.0, per_query=1, generator=torch.Generator())
+        (tensor([[0, 1, 2]]), tensor([0.3750]))
     """
     n = _check_pool(descriptors, labels, per_query)
     centred = descriptors - descriptors.mean(0)
@@ -96,8 +128,11 @@ def semihard_triplets(
 
 
 def _check_pool(descriptors: Tensor, labels: Tensor, per_query: int) -> int:
-    """The pool's number of items. Raises ValueError for wrong shapes, unknown labels, per_query < 1, and vectors that
-    `check_vectors` refuses: a NaN is nearer to nothing, so that it would read as well separated.
+    """The number of items in the pool.
+
+    Raises:
+        ValueError: If a shape is wrong, if a label is unknown, if `per_query` is below 1, or if `check_vectors` refuses
+            the descriptors. A NaN is nearer to nothing and would read as well separated.
     """
     if descriptors.ndim != 2 or labels.shape != (len(descriptors),):
         raise ValueError(
@@ -112,7 +147,7 @@ def _check_pool(descriptors: Tensor, labels: Tensor, per_query: int) -> int:
 
 
 def _positive_and_negative(x: Tensor, square: Tensor, labels: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances of some rows of x (N, D) to all: -inf but for positives, and inf but for negatives."""
+    """Squared distances of some rows of x (N, D) to all: -inf except for positives, and inf except for negatives."""
     distance = (square[query, None] + square - 2 * x[query] @ x.T).clamp_(min=0)
     same = labels[query, None] == labels
     negative = distance.masked_fill(same, float("inf"))
@@ -121,11 +156,22 @@ def _positive_and_negative(x: Tensor, square: Tensor, labels: Tensor, query: Ten
 
 
 def draw_triplets(triplets: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` triplets, int64 (count, 3): a query drawn uniformly, then one of its triplets, with replacement.
+    """Random triplets, int64 (count, 3), drawn with replacement.
 
-    triplets: int64 (T, 3), those of a query together, as hardest_triplets gives them. generator: of the CPU.
+    Each draw takes a query uniformly, then one of its triplets uniformly.
 
-    Raises ValueError where there is none to draw.
+    Args:
+        triplets: int64 (T, 3), the triplets of each query together, as `hardest_triplets` orders them.
+        count: Number of triplets to draw.
+        generator: Random generator of the CPU.
+
+    Raises:
+        ValueError: If there are no triplets.
+
+    Example:
+        >>> draw_triplets(torch.tensor([[1, 0, 2]]), count=2, generator=torch.Generator())
+        tensor([[1, 0, 2],
+                [1, 0, 2]])
     """
     if len(triplets) == 0:
         raise ValueError("there is no triplet to draw: none in the pool violates the margin, or no class has two items")
@@ -138,12 +184,23 @@ def draw_triplets(triplets: Tensor, count: int, generator: torch.Generator) -> T
 
 @torch.no_grad()
 def batch_hard(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchors with their farthest positive and nearest negative, three times int64 (A,), positions in the batch.
+    """The anchors of a batch, their farthest positives and their nearest negatives.
 
-    embeddings: float (B, D). labels: int64 (B,). Rows without a positive or a negative are no anchors. Where a distance
-    is NaN or infinite the row stays an anchor: its loss shall say so.
+    The result is three tensors, int64 (A,), of positions in the batch.
 
-    Hermans, Beyer, Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification" ("batch hard").
+    Rows without a positive or without a negative are no anchors. A row with a distance that is NaN or infinite stays an
+    anchor, so that its loss shows the problem.
+
+    Args:
+        embeddings: Floating point (B, D).
+        labels: int64 (B,).
+
+    Source:
+        Hermans, Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification. 2017 ("batch hard").
+
+    Example:
+        >>> batch_hard(torch.tensor([[0.0], [1.0], [1.5]]), torch.tensor([0, 0, 1]))
+        (tensor([0, 1]), tensor([1, 0]), tensor([2, 2]))
     """
     if len(labels) == 0:
         return labels.clone(), labels.clone(), labels.clone()

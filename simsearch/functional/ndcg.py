@@ -1,8 +1,8 @@
-"""Graded relevance of artworks, and NDCG by it.
+"""Graded relevance of artworks, and NDCG with it.
 
-Columns of an item are int64 (4,): its work, artist, style and period, each a number, -1 where unknown; unknown
-values equal nothing. A level is 3 for the same work, else 2 for the same artist, else 1 for the same style and the
-same period, else 0.
+The columns of an item are int64 (4,): the numbers of its work, artist, style and period, -1 where unknown. An unknown
+value equals nothing. The level of an item is 3 for the same work, else 2 for the same artist, else 1 for the same style
+and the same period, else 0.
 """
 
 from __future__ import annotations
@@ -15,9 +15,18 @@ _SAME = {3: (0,), 2: (1,), 1: (2, 3)}  # level -> what must be the same
 
 
 def graded_relevance(query: Tensor, item: Tensor) -> Tensor:
-    """Levels 0 to 3, int64 (...), of columns int64 (..., 4) that broadcast, such as (Q, 1, 4) and (Q, K, 4).
+    """The levels 0 to 3 of items for queries, int64 (...).
 
-    Raises ValueError for a last dimension other than 4.
+    Args:
+        query: int64 (..., 4), columns that broadcast with `item`, such as (Q, 1, 4).
+        item: int64 (..., 4), columns, such as (Q, K, 4).
+
+    Raises:
+        ValueError: If a last dimension is not 4.
+
+    Example:
+        >>> graded_relevance(torch.tensor([1, 1, 1, 1]), torch.tensor([[1, 1, 1, 1], [2, 1, 5, 5], [3, 2, 1, 1]]))
+        tensor([3, 2, 1])
     """
     _check_columns(query, item)
     same = (query == item) & (query >= 0)
@@ -28,12 +37,22 @@ def graded_relevance(query: Tensor, item: Tensor) -> Tensor:
 
 
 def count_levels(query: Tensor, gallery: Tensor, *, exclude_self: bool = False) -> Tensor:
-    """How many gallery items have each level 0 to 3 for each query, int64 (Q, 4).
+    """The number of gallery items of each level 0 to 3 for each query, int64 (Q, 4).
 
-    query: int64 (Q, 4), gallery: int64 (G, 4). exclude_self: the gallery holds each query's own item, which does
-    not count. By counting equal columns (inclusion and exclusion), not pairs: no Q x G matrix.
+    Equal columns are counted by inclusion and exclusion, not pair by pair: no Q x G matrix exists.
 
-    Raises ValueError for other shapes.
+    Args:
+        query: int64 (Q, 4), columns.
+        gallery: int64 (G, 4), columns.
+        exclude_self: The gallery holds each query's own item, which does not count.
+
+    Raises:
+        ValueError: If a shape is wrong.
+
+    Example:
+        >>> gallery = torch.tensor([[1, 1, 1, 1], [2, 1, 5, 5], [3, 2, 1, 1], [4, 3, 1, 5]])
+        >>> count_levels(gallery[:1], gallery)
+        tensor([[1, 1, 1, 1]])
     """
     if query.ndim != 2 or gallery.ndim != 2:
         raise ValueError(f"columns must be (Q, 4) and (G, 4), got {tuple(query.shape)} and {tuple(gallery.shape)}")
@@ -51,14 +70,25 @@ def count_levels(query: Tensor, gallery: Tensor, *, exclude_self: bool = False) 
 
 
 def ndcg_graded(level: Tensor, counts: Tensor) -> Tensor:
-    """NDCG of the first K ranks, float64 (Q,), in [0, 1]; NaN where no item of the gallery has a level above 0.
+    """The NDCG of the first K ranks, float64 (Q,) in [0, 1].
 
-    level: int64 (Q, K), of the ranked items, best first, 0 where a list is shorter. counts: int64 (Q, L), how many
-    items of a query's whole gallery have each level 0..L-1: the ideal ranking is by falling level. Gain 2^level - 1,
-    discount 1 / log2(rank + 1) from rank 1 (Järvelin and Kekäläinen 2002; the gain of Burges et al. 2005).
+    The gain is 2^level - 1 (Burges et al. 2005) and the discount 1 / log2(rank + 1) from rank 1 (Järvelin and
+    Kekäläinen 2002). The ideal ranking orders the whole gallery by descending level.
 
-    Raises ValueError for other shapes, levels outside 0..L-1 and rankings with more items of a level or above than
-    the gallery has.
+    Args:
+        level: int64 (Q, K), levels of the ranked items, best rank first, 0 where a list is shorter.
+        counts: int64 (Q, L), the number of items of each level 0..L-1 in the whole gallery.
+
+    Returns:
+        One value per query, NaN where no item of the gallery has a level above 0.
+
+    Raises:
+        ValueError: If a shape is wrong, if a level lies outside 0..L-1, or if a ranking holds more items of a level or
+            above than the gallery.
+
+    Example:
+        >>> ndcg_graded(level=torch.tensor([[0, 3]]), counts=torch.tensor([[1, 0, 0, 1]]))  # 1 / log2(3)
+        tensor([0.6309], dtype=torch.float64)
     """
     if level.ndim != 2 or counts.ndim != 2 or len(level) != len(counts):
         raise ValueError(f"level and counts must be (Q, K) and (Q, L), got {tuple(level.shape)}, {tuple(counts.shape)}")

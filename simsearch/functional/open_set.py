@@ -1,4 +1,4 @@
-"""Queries that have no match: thresholds that say so, and what accepting an answer's score is worth."""
+"""Queries without a match: thresholds that reject them, and measures of accepting an answer by its score."""
 
 from __future__ import annotations
 
@@ -11,12 +11,25 @@ from simsearch.functional.ties import Rankings, average_precision, harmonic_numb
 
 
 def stand_out(scores: Tensor, works: Tensor, taken: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
-    """The best score of each query and what it stands out against, (Q,) both; -inf where there is nothing.
+    """The best score of each query and the background that it stands out against, (Q,) both.
 
-    scores: (Q, K), best first, -inf where there is none. works: int64 (Q, K), of which work each is. taken: bool
-    (Q, K), what does not count. The background of a query is the mean of its `neighbours` best scores of other works
-    than the leader's, fewer where there are fewer. Scores are judged beside those of a cohort as in speaker
-    verification (Auckenthaler, Carey, Lloyd-Thomas: Score normalization, 2000); here the cohort is the nearest.
+    The background is the mean of the query's `neighbours` best scores of other works than the leading one, or of fewer
+    where there are fewer. Speaker verification judges scores against those of a cohort in the same way (Auckenthaler,
+    Carey, Lloyd-Thomas: Score normalization, 2000). Here the cohort is the nearest works.
+
+    Args:
+        scores: Floating point (Q, K), best first, -inf where there is none.
+        works: int64 (Q, K), the work of each item.
+        taken: bool (Q, K), items that do not count.
+        neighbours: Number of scores in the background.
+
+    Returns:
+        Best scores and backgrounds, -inf where there is no score.
+
+    Example:
+        >>> scores, works = torch.tensor([[0.75, 0.5, 0.25]]), torch.tensor([[1, 1, 2]])
+        >>> stand_out(scores, works, torch.zeros(1, 3, dtype=torch.bool), neighbours=1)
+        (tensor([0.7500]), tensor([0.2500]))
     """
     order = taken.to(torch.uint8).argsort(dim=1, stable=True)
     best, works = scores.masked_fill(taken, -torch.inf).gather(1, order), works.gather(1, order)
@@ -29,18 +42,38 @@ def stand_out(scores: Tensor, works: Tensor, taken: Tensor, neighbours: int) -> 
 def threshold_at(
     no_match_scores: Tensor, rate: float, certainty: float = 0.95, *, units: Tensor | None = None
 ) -> float:
-    """The smallest of the scores that new queries without a match exceed (score > threshold) at a rate of at most
-    `rate`, with a probability of at least `certainty` over the scores drawn; inf where they are too few.
+    """The smallest threshold, among the scores, that queries without a match exceed at a rate of at most `rate`.
 
-    no_match_scores: (N,), top scores of queries without a match; new ones are taken to be drawn as they were.
-    units: int64 (N,), what was drawn: scores of one unit (a work) count once, by the highest. None: scores are units,
-    but equal ones, which chance does not make, are one; of a kind that ties by itself (codes) say `units`.
-    The rate at which new scores exceed the j-th largest of N is Beta(j, N - j + 1) or lower, and at most `rate` with
-    the probability that a Binomial(N, rate) is j or more: the threshold is that of the largest j for which it is
-    `certainty` (the tolerance limits of Wilks 1941; for conformal prediction Vovk 2012, proposition 2b).
+    The promise is for new queries, drawn as the given ones were, and for score > threshold. It holds with a probability
+    of at least `certainty` over the draw of the given scores.
 
-    Raises ValueError for scores that are not (N,) or hold NaN, units of another shape, and for a rate or certainty
-    outside (0, 1).
+    The rate at which new scores exceed the j-th largest of N follows Beta(j, N - j + 1) or is lower. It is at most
+    `rate` with the probability that a Binomial(N, rate) variable is j or more. The threshold is the j-th largest score
+    for the largest j whose probability reaches `certainty`.
+
+    Args:
+        no_match_scores: Floating point (N,), the top scores of queries without a match.
+        rate: Rate of false matches, in (0, 1).
+        certainty: Probability of the promise, in (0, 1).
+        units: int64 (N,), the unit of chance of each score: the scores of one unit (a work) count once, by the highest.
+            With None each score is a unit, except that equal scores count as one, since chance does not make them. Give
+            units for scores that tie by nature, such as Hamming distances.
+
+    Returns:
+        The threshold, or inf where there are too few scores to promise the rate.
+
+    Raises:
+        ValueError: If the scores are not (N,) or hold NaN, if the units have another shape, or if `rate` or `certainty`
+            lies outside (0, 1).
+
+    Source:
+        Wilks 1941 (tolerance limits); for conformal prediction Vovk 2012, proposition 2b.
+
+    Example:
+        >>> threshold_at(torch.arange(299.0), rate=0.01)
+        298.0
+        >>> threshold_at(torch.arange(298.0), rate=0.01)  # too few
+        inf
     """
     _check_scores("no_match_scores", no_match_scores)
     _check_promise(rate, certainty)
@@ -63,19 +96,40 @@ def threshold_at(
 
 
 def pairs_once(scores: Tensor) -> Tensor:
-    """Of each two scores that follow each other in order the lower, (N // 2,), falling: what `threshold_at` may take
-    of scores between the works of one collection.
+    """The lower score of each two neighbours in sorted order, (N // 2,), descending.
 
-    Two works that are each other's nearest have the same score, and almost all high scores are of such pairs: the
-    number above a threshold is then twice that of the pairs, or between where only one of some was drawn. Half as many
-    units, each worth two scores, make the same promise.
+    `threshold_at` may use these scores for scores between the works of one collection. Two works that are each other's
+    nearest have the same score, and almost all high scores belong to such pairs. The number of scores above a threshold
+    is then twice the number of pairs, or less where only one work of a pair was drawn. Half as many units, each worth
+    two scores, keep the same promise.
+
+    Args:
+        scores: Floating point (N,).
+
+    Example:
+        >>> pairs_once(torch.tensor([0.5, 0.75, 0.75, 0.5, 0.25]))
+        tensor([0.7500, 0.5000])
     """
     return scores.sort(descending=True).values[1::2]
 
 
 def thresholds_at(units: Tensor, rate: float, certainty: float = 0.95, most: int = 16) -> list[float]:
-    """Thresholds that any of 1, 2, ... queries without a match exceed at a rate of at most `rate`: those of rate,
-    rate / 2, ..., `most` of them or as many as the scores (N,), one a unit, can promise. See `agreeing`.
+    """Thresholds for the rates `rate`, `rate` / 2, `rate` / 3, ..., as many as the scores can promise.
+
+    `agreeing` says which of them a request with several queries must exceed.
+
+    Args:
+        units: Floating point (N,), top scores of queries without a match, one per unit of chance.
+        rate: Rate of false matches, in (0, 1).
+        certainty: Probability of each promise, in (0, 1).
+        most: Largest number of thresholds.
+
+    Raises:
+        ValueError: As `threshold_at` does.
+
+    Example:
+        >>> thresholds_at(torch.arange(299.0), rate=0.02)
+        [297.0, 298.0]
     """
     own = torch.arange(len(units))
     found = [threshold_at(units, rate / m, certainty, units=own) for m in range(1, most + 1)]
@@ -83,37 +137,78 @@ def thresholds_at(units: Tensor, rate: float, certainty: float = 0.95, most: int
 
 
 def agreeing(examples: int, promised: int) -> tuple[int, int]:
-    """(j, m): a request of so many `examples` keeps the rate of one where j of them must exceed the m-th threshold,
-    m <= promised, the one that a single query exceeds at rate / m (`thresholds_at`).
+    """The pair (j, m): a request is accepted where j of its examples exceed the m-th of the `thresholds_at`.
 
-    j is 1 where there are thresholds enough. By Markov's inequality j or more of M queries exceed it at once at a rate
-    of at most M rate / (m j), however they depend on each other.
+    The request then has at most the rate of false matches of a single query. j is 1 where there are enough thresholds.
+    A single query exceeds the m-th threshold at the rate r / m. By Markov's inequality, j or more of M queries exceed
+    it together at a rate of at most M r / (m j), however they depend on each other.
+
+    Args:
+        examples: M, the number of query images in the request.
+        promised: Number of thresholds, m <= `promised`.
+
+    Example:
+        >>> agreeing(examples=5, promised=16), agreeing(examples=5, promised=2)
+        ((1, 5), (3, 2))
     """
     needed = -(-examples // promised)
     return needed, -(-examples // needed)
 
 
 def least_scores(rate: float, certainty: float = 0.95) -> int:
-    """How many units `threshold_at` takes at least to promise a rate."""
+    """The smallest number of units from which `threshold_at` can promise a rate.
+
+    Args:
+        rate: Rate of false matches, in (0, 1).
+        certainty: Probability of the promise, in (0, 1).
+
+    Raises:
+        ValueError: If an argument lies outside (0, 1).
+
+    Example:
+        >>> least_scores(0.01)
+        299
+    """
     _check_promise(rate, certainty)
     return math.ceil(math.log1p(-certainty) / math.log1p(-rate))
 
 
 def least_rate(units: int, certainty: float = 0.95) -> float:
-    """The least rate that `threshold_at` promises by so many units; 1 of none."""
+    """The smallest rate that `threshold_at` can promise from some units; 1 for no units.
+
+    Args:
+        units: Number of units of chance.
+        certainty: Probability of the promise, in (0, 1).
+
+    Example:
+        >>> round(least_rate(299), 5)
+        0.00997
+    """
     least = -math.expm1(math.log1p(-certainty) / units) if units else 1.0
     return min(1.0, least * (1 + 1e-9))  # by a hair more than what rounding takes
 
 
 def false_match_curve(match_scores: Tensor, no_match_scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Thresholds, recall, false-match rate and precision at each, float64 (T,) all.
+    """Thresholds, and the recall, the false-match rate and the precision at each of them, float64 (T,) each.
 
-    match_scores: (M,), of queries with a match, -inf where the answer is not it. no_match_scores: (N,), of
-    queries without one. Thresholds are the scores that occur, rising; what exceeds one is accepted. recall: the
-    share of match_scores accepted; false-match rate: that of no_match_scores; precision: the share of matches
-    among all accepted, of these M and N; NaN at the last, where nothing is.
+    The thresholds are the scores that occur, ascending. A score above a threshold is accepted.
 
-    Raises ValueError for scores that are not (M,) and (N,), for none of either, and for NaN.
+    Args:
+        match_scores: Floating point (M,), scores of queries with a match, -inf where the answer is not the match.
+        no_match_scores: Floating point (N,), scores of queries without a match.
+
+    Returns:
+        Thresholds; the accepted share of `match_scores` (recall); the accepted share of `no_match_scores` (false-match
+        rate); the share of matches among all that is accepted of these M and N scores (precision), NaN at the last
+        threshold, where nothing is accepted.
+
+    Raises:
+        ValueError: If the scores are not (M,) and (N,), if one of them is empty, or if they hold NaN.
+
+    Example:
+        >>> _, recall, false_matches, _ = false_match_curve(torch.tensor([0.9, 0.6]), torch.tensor([0.5, 0.7]))
+        >>> recall.tolist(), false_matches.tolist()
+        ([1.0, 0.5, 0.5, 0.0], [0.5, 0.5, 0.0, 0.0])
     """
     accepted = []
     thresholds = torch.cat([match_scores.double().flatten(), no_match_scores.double().flatten()]).unique()
@@ -128,14 +223,28 @@ def false_match_curve(match_scores: Tensor, no_match_scores: Tensor) -> tuple[Te
 
 
 def global_average_precision(confidence: Tensor, correct: Tensor, total_positive: int) -> float:
-    """Micro-average precision (GAP) of one answer a query, in [0, 1].
+    """The micro-average precision (GAP) of one answer per query, in [0, 1].
 
-    All queries are ranked together by confidence; each correct answer adds the precision down to it, and the sum
-    is divided by `total_positive`, the queries that have a right answer. Equal confidences: the expectation over
-    their orders. As Google Landmarks (Weyand et al. 2020) and the Met benchmark (Ypsilantis et al. 2021) have it.
+    All queries are ranked together by confidence. Each correct answer adds the precision down to its rank. The sum is
+    divided by the number of queries that have a right answer. Where confidences are equal, the value is the expectation
+    over their orders.
 
-    confidence: (Q,). correct: bool (Q,), never true of a distractor. Raises ValueError for other shapes, no
-    queries, NaN, and a total_positive below 1 or below the number of correct answers.
+    Args:
+        confidence: Floating point (Q,).
+        correct: bool (Q,), never true for a distractor.
+        total_positive: Number of queries that have a right answer.
+
+    Raises:
+        ValueError: If a shape is wrong, if a confidence is NaN, or if `total_positive` is below 1 or below the number
+            of correct answers.
+
+    Source:
+        Google Landmarks (Weyand et al. 2020), the Met benchmark (Ypsilantis et al. 2021).
+
+    Example:
+        >>> confidence, correct = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, False, True])
+        >>> round(global_average_precision(confidence, correct, total_positive=2), 4)  # (1 + 2/3) / 2
+        0.8333
     """
     _check_scores("confidence", confidence)
     if correct.shape != confidence.shape or correct.dtype != torch.bool:

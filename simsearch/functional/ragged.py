@@ -1,4 +1,4 @@
-"""Images of many shapes in one flat tensor, and functions of one shape at a time applied to them."""
+"""Images of many shapes in one flat tensor, and functions that run on one shape at a time."""
 
 from __future__ import annotations
 
@@ -11,14 +11,23 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
-    """N images (3, h, w), each of a shape of its own, where a tensor (N, 3, H, W) would need one for all.
+    """N images (3, h, w) of different shapes in one flat tensor.
 
-    pixels: uint8 or floating, flat, in which each image lies in one piece. starts: int64 (N,), where it begins.
-    shapes: int64 (N, 2), heights and widths.
+    An int as index returns an image (3, h, w). Any other index of a tensor's rows returns a Ragged. Neither copies
+    pixels.
 
-    An int gives an image (3, h, w), everything else that indexes a tensor's rows gives a Ragged; neither copies.
+    Attributes:
+        pixels: uint8 or floating point (P,). Each image is one contiguous piece.
+        starts: int64 (N,), the position in `pixels` where each image begins.
+        shapes: int64 (N, 2), heights and widths.
 
-    Raises ValueError where shapes disagree or an image does not lie within the pixels.
+    Raises:
+        ValueError: If the shapes disagree, or if an image does not lie within the pixels.
+
+    Example:
+        >>> images = ragged([torch.zeros(3, 1, 2), torch.ones(3, 4, 5)])
+        >>> len(images), images[1].shape
+        (2, torch.Size([3, 4, 5]))
     """
 
     pixels: Tensor
@@ -46,31 +55,51 @@ class Ragged:
         return self.pixels[int(starts) : int(starts) + 3 * height * width].view(3, height, width)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The images, views (3, h, w)."""
+        """Yields the images as views (3, h, w)."""
         for start, (height, width) in zip(self.starts.tolist(), self.shapes.tolist(), strict=True):
             yield self.pixels[start : start + 3 * height * width].view(3, height, width)
 
     def packed(self) -> Ragged:
-        """The same images, copied, in order, without pixels that belong to none."""
+        """A copy of the same images in the same order, without pixels that belong to no image."""
         return ragged(list(self)) if len(self) else Ragged(self.pixels[:0].clone(), self.starts, self.shapes)
 
     def to(self, device: torch.device | str) -> Ragged:
-        """The images with their pixels, and no others, on a device; starts and shapes stay on the CPU."""
+        """The packed images with their pixels on a device. Starts and shapes stay on the CPU.
+
+        Args:
+            device: Device of the pixels.
+        """
         packed = self.packed()
         return Ragged(packed.pixels.to(device), packed.starts, packed.shapes)
 
 
 def ragged(images: Sequence[Tensor]) -> Ragged:
-    """One Ragged of images (3, h, w) of one dtype, N > 0."""
+    """A Ragged of some images.
+
+    Args:
+        images: N > 0 images (3, h, w) of one dtype.
+
+    Example:
+        >>> ragged([torch.zeros(3, 1, 2), torch.ones(3, 4, 5)]).shapes
+        tensor([[1, 2],
+                [4, 5]])
+    """
     shapes = torch.tensor([tuple(image.shape[1:]) for image in images], dtype=torch.int64)
     sizes = 3 * shapes.prod(1)
     return Ragged(torch.cat([image.flatten() for image in images]), sizes.cumsum(0) - sizes, shapes)
 
 
 def stacks(images: Tensor | Ragged, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Places int64 (B,), on the CPU, and images (B, 3, h, w) of one shape, until each image came once.
+    """Yields all images in stacks of one shape: their positions, int64 (B,) on the CPU, and the images (B, 3, h, w).
 
-    images: (N, 3, H, W), which come in order, or Ragged. most: images in a stack; as many as there are where None.
+    Args:
+        images: (N, 3, H, W), which come in order, or Ragged.
+        most: Largest number of images in a stack; None sets no limit.
+
+    Example:
+        >>> images = ragged([torch.zeros(3, 1, 2), torch.ones(3, 4, 5), torch.ones(3, 1, 2)])
+        >>> [(places.tolist(), tuple(stack.shape)) for places, stack in stacks(images)]
+        [([0, 2], (2, 3, 1, 2)), ([1], (1, 3, 4, 5))]
     """
     if isinstance(images, Tensor):
         for places in torch.arange(len(images)).split(most or max(1, len(images))):
@@ -84,10 +113,19 @@ def stacks(images: Tensor | Ragged, most: int | None = None) -> Iterator[tuple[T
 
 
 def by_shape(function: Callable[[Tensor], Tensor], images: Tensor | Ragged, most: int | None = None) -> Tensor:
-    """What a function of images (B, 3, h, w) gives for all of them, (N, ...) in their order; differentiable.
+    """The results of a function for all images, (N, ...) in the order of the images. Gradients pass.
 
-    A result that depends on one image alone is what it would be without the others: nothing is padded.
-    most: images at a time.
+    Nothing is padded: where a result depends on one image alone, it is the same as without the other images.
+
+    Args:
+        function: A function of images (B, 3, h, w) of one shape that returns (B, ...).
+        images: (N, 3, H, W) or Ragged.
+        most: Largest number of images in a call; None sets no limit.
+
+    Example:
+        >>> images = ragged([torch.zeros(3, 1, 2), torch.ones(3, 4, 5)])
+        >>> by_shape(lambda stack: stack.mean((1, 2, 3)), images)
+        tensor([0., 1.])
     """
     if isinstance(images, Tensor) and (most is None or len(images) <= most):
         return function(images)
@@ -96,7 +134,16 @@ def by_shape(function: Callable[[Tensor], Tensor], images: Tensor | Ragged, most
 
 
 def in_order(places: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts, row i that whose place is i. places: int64 (B,) each, together 0..N-1."""
+    """The rows of all parts, ordered so that row i is the one with position i.
+
+    Args:
+        places: int64 (B,) each, positions that are together 0..N-1.
+        parts: (B, ...) each, the rows at these positions.
+
+    Example:
+        >>> in_order([torch.tensor([1]), torch.tensor([0])], [torch.tensor([10.0]), torch.tensor([20.0])])
+        tensor([20., 10.])
+    """
     order = torch.cat(list(places)).argsort()
     rows = torch.cat(list(parts))
     return rows[order.to(rows.device)]

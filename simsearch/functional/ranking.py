@@ -1,12 +1,12 @@
-"""Full-ranking retrieval metrics, streamed over blocks of queries: no Q x G matrix ever exists.
+"""Retrieval metrics of full rankings, streamed in blocks of queries: no Q x G matrix ever exists.
 
-Real scores: one block of scores is sorted by value only (no argsort); the rank of each relevant
-item is then a binary search of its score, and equal scores are found by the same search.
-Hamming distances: a ranking is its histogram of b + 1 distances, so that xor, popcount and
-counting are all the work.
+Real scores: one block of scores is sorted by value only, without an argsort. The rank of each relevant item is then a
+binary search of its score, and the same search finds equal scores.
 
-A gallery may be spread over ranks (Sharded). Each block of queries goes to all of them, each ranks its
-own items, and counts are summed: the rankings are those of one process, on every rank.
+Hamming distances: a ranking is its histogram of b + 1 distances, so that xor, popcount and counting are all the work.
+
+A gallery may be spread over ranks (Sharded). Each block of queries goes to all ranks. Each rank ranks its own items,
+and the counts are summed. Every rank gets the rankings that one process would compute.
 """
 
 from __future__ import annotations
@@ -33,16 +33,27 @@ _FEW_ROWS = 64
 
 @dataclass(frozen=True)
 class Junk:
-    """Pairs (query position, gallery position) that are taken out of a ranking, sorted by query.
+    """Pairs of a query and a gallery item that are taken out of the ranking, sorted by query.
 
-    rows, columns: int64 (P,).
+    Attributes:
+        rows: int64 (P,), query positions.
+        columns: int64 (P,), gallery positions.
     """
 
     rows: Tensor
     columns: Tensor
 
     def block(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Rows (counted from `start`) and columns of the queries start..stop-1."""
+        """The pairs of the queries start..stop-1: rows, counted from `start`, and columns.
+
+        Args:
+            start: First query.
+            stop: Last query plus one.
+
+        Example:
+            >>> Junk(rows=torch.tensor([0, 2]), columns=torch.tensor([5, 7])).block(1, 3)
+            (tensor([1]), tensor([7]))
+        """
         low, high = torch.searchsorted(self.rows, torch.tensor([start, stop], device=self.rows.device)).tolist()
         return self.rows[low:high] - start, self.columns[low:high]
 
@@ -60,8 +71,22 @@ def _join(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def find_junk(query: Descriptors | Sharded, gallery: Descriptors, *, exclude_self: bool) -> Junk:
-    """Pairs that no ranking counts: self matches (equal `index`), and items of the query's `group` where both
-    sides have groups."""
+    """The pairs that no ranking counts.
+
+    These are, with `exclude_self`, the pairs with an equal `index`, and, where both sides have groups, the pairs of one
+    `group`.
+
+    Args:
+        query: Q queries.
+        gallery: G gallery items.
+        exclude_self: Take each query's own collection row out of its ranking.
+
+    Example:
+        >>> query = Descriptors(torch.ones(1, 2), torch.tensor([0]), index=torch.tensor([8]))
+        >>> gallery = Descriptors(torch.ones(2, 2), torch.tensor([0, 0]), index=torch.tensor([7, 8]))
+        >>> find_junk(query, gallery, exclude_self=True)
+        Junk(rows=tensor([0]), columns=tensor([1]))
+    """
     g = len(gallery)
     empty = query.index.new_empty(0)
     keys = [empty]
@@ -106,11 +131,20 @@ class _ByLabel:
 
 
 def inner_products(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Inner products float32 (B, N) of rows (B, D) and (N, D), each a function of its two vectors alone.
+    """The inner products of all rows, float32 (B, N), each a function of its two vectors alone.
 
-    Equal vectors tie wherever they stand, and a part of the rows has the products that the whole has, bit for
-    bit. Matrix kernels (MKL: tested; others: the tests tell) give that once there are a few rows a thread and
-    a few columns; with fewer they sum in another order. out: float32 (>= B, >= N) contiguous, to write into.
+    Equal vectors have equal products wherever they stand, and a part of the rows has the products of the whole, bit for
+    bit. Matrix kernels guarantee this once there are a few rows per thread and a few columns; with fewer they sum in
+    another order. This was tested with MKL; the tests show it for other kernels.
+
+    Args:
+        left: float32 (B, D).
+        right: float32 (N, D).
+        out: float32 (>= B, >= N), contiguous, to write into; see `product_buffer`.
+
+    Example:
+        >>> inner_products(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        tensor([[1., 2.]])
     """
     b, n = len(left), len(right)
     unit = _row_unit()
@@ -122,7 +156,17 @@ def inner_products(left: Tensor, right: Tensor, out: Tensor | None = None) -> Te
 
 
 def product_buffer(rows: int, columns: int) -> Tensor:
-    """An `out` for the inner products of up to so many rows with so many columns."""
+    """An uninitialised tensor that `inner_products` can write into.
+
+    Args:
+        rows: Largest number of rows, B.
+        columns: Largest number of columns, N.
+
+    Example:
+        >>> buffer = product_buffer(rows=1, columns=2)
+        >>> inner_products(torch.ones(1, 3), torch.ones(2, 3), out=buffer)
+        tensor([[3., 3.]])
+    """
     return torch.empty(rows + _row_unit(), max(columns, _LEAST_COLUMNS))
 
 
@@ -131,14 +175,32 @@ def _row_unit() -> int:
 
 
 def best_first(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and scores (B, K) by descending score, equal ones by ascending id, ids of -1 last."""
+    """Ids and scores, (B, K) each, by descending score; equal scores by ascending id, ids of -1 last.
+
+    Args:
+        ids: int64 (B, K), -1 where there is no item.
+        scores: Floating point (B, K).
+
+    Example:
+        >>> best_first(torch.tensor([[4, 2, 3]]), torch.tensor([[0.5, 0.5, 0.75]]))
+        (tensor([[3, 2, 4]]), tensor([[0.7500, 0.5000, 0.5000]]))
+    """
     by_id = ids.masked_fill(ids < 0, torch.iinfo(torch.int64).max).argsort(dim=1)
     order = by_id.gather(1, scores.gather(1, by_id).argsort(dim=1, descending=True, stable=True))
     return ids.gather(1, order), scores.gather(1, order)
 
 
 def best_of_all(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Ids and scores (B, min(k, N)) of the k best of all scores (B, N), best first, of equal ones the first."""
+    """The ids and scores of the k best items, (B, min(k, N)) each, best first. Of equal items the first is taken.
+
+    Args:
+        scores: Floating point (B, N), the scores of all items.
+        k: Number of items.
+
+    Example:
+        >>> best_of_all(torch.tensor([[0.5, 0.75, 0.5]]), k=2)
+        (tensor([[1, 0]]), tensor([[0.7500, 0.5000]]))
+    """
     k = min(k, scores.shape[1])
     best, ids = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     last, beyond = best[:, k - 1 : k], best[:, k:]
@@ -162,10 +224,23 @@ def rank_vectors(
     block_bytes: int = BLOCK_BYTES,
     ahead: SearchResult | None = None,
 ) -> Iterator[Rankings]:
-    """Rankings by inner product, one Rankings a block of queries, in order.
+    """Yields rankings by inner product, one Rankings per block of queries, in order.
 
-    Relevant is what shares the query's label; labels below 0 are relevant to nothing. The items of
-    `ahead` (re-ranked shortlists) come before all others, in the order of their own scores.
+    An item is relevant where it shares the query's label. Labels below 0 are relevant to nothing.
+
+    Args:
+        query: Q queries with float vectors.
+        gallery: G gallery items with float vectors.
+        exclude_self: Take each query's own collection row out of its ranking.
+        block_bytes: Memory for a block.
+        ahead: Re-ranked shortlists (Q, K) of gallery positions. Their items come before all others, in the order of
+            their own scores.
+
+    Example:
+        >>> query = Descriptors(torch.ones(1, 1), torch.tensor([0]), torch.tensor([9]))
+        >>> gallery = Descriptors(torch.tensor([[3.0], [2.0], [1.0]]), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> next(rank_vectors(query, gallery)).above  # items above each relevant item
+        tensor([[0, 2]])
     """
     query, gallery = Sharded.of(query), Sharded.of(gallery)
     ranks, g = gallery.ranks, len(gallery.own)
@@ -277,9 +352,23 @@ def rank_codes(
     exclude_self: bool = False,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[Rankings]:
-    """Rankings by Hamming distance, in blocks of queries: a tie group for each distance 0..b.
+    """Yields rankings by Hamming distance, one Rankings per block of queries, with a tie group for each distance 0..b.
 
-    Raises ValueError where the two sides are not codes of one width.
+    Args:
+        query: Q queries with codes.
+        gallery: G gallery items with codes of the same width.
+        exclude_self: Take each query's own collection row out of its ranking.
+        block_bytes: Memory for a block.
+
+    Raises:
+        ValueError: If the two sides are not codes of one width.
+
+    Example:
+        >>> query = Descriptors(torch.zeros(1, 1, dtype=torch.uint8), torch.tensor([0]), torch.tensor([9]), bits=8)
+        >>> codes = torch.tensor([[1], [2]], dtype=torch.uint8)  # both at distance 1
+        >>> ranking = next(rank_codes(query, Descriptors(codes, torch.tensor([0, 1]), torch.arange(2), bits=8)))
+        >>> ranking.size, ranking.hits
+        (tensor([2]), tensor([1]))
     """
     query, gallery = Sharded.of(query), Sharded.of(gallery)
     bins = _common_width(query, gallery) + 1
@@ -373,7 +462,16 @@ def _histograms_of_all(distance: np.ndarray, bins: int) -> np.ndarray:
 
 
 def hamming_pairs(left: Tensor, right: Tensor) -> Tensor:
-    """Hamming distances of paired codes uint8 (P, bytes), int64 (P,)."""
+    """The Hamming distances of paired codes, int64 (P,).
+
+    Args:
+        left: uint8 (P, bytes), packed codes.
+        right: uint8 (P, bytes), packed codes.
+
+    Example:
+        >>> hamming_pairs(torch.tensor([[5]], dtype=torch.uint8), torch.tensor([[6]], dtype=torch.uint8))
+        tensor([2])
+    """
     table = torch.tensor([i.bit_count() for i in range(256)], dtype=torch.int64, device=left.device)
     return table[(left ^ right).long()].sum(1)
 
@@ -386,12 +484,26 @@ def rank(
     block_bytes: int = BLOCK_BYTES,
     ahead: SearchResult | None = None,
 ) -> Iterator[Rankings]:
-    """All rankings in blocks of queries: by Hamming distance for codes, by inner product else.
+    """Yields all rankings in blocks of queries: by Hamming distance for codes, by inner product for float vectors.
 
     Where query or gallery are spread over ranks, every rank must call and take all blocks.
 
-    Raises ValueError for an empty gallery, where the two sides differ in width or kind, and for
-    `ahead` with codes or with a gallery on several ranks.
+    Args:
+        query: Q queries.
+        gallery: G gallery items.
+        exclude_self: Take each query's own collection row out of its ranking.
+        block_bytes: Memory for a block.
+        ahead: Re-ranked shortlists (Q, K) that come before all other items.
+
+    Raises:
+        ValueError: If the gallery is empty, if the two sides differ in width or kind, or if `ahead` is given with codes
+            or with a gallery on several ranks.
+
+    Example:
+        >>> query = Descriptors(torch.ones(1, 1), torch.tensor([0]), torch.tensor([9]))
+        >>> gallery = Descriptors(torch.tensor([[3.0], [2.0], [1.0]]), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> next(rank(query, gallery)).relevant
+        tensor([2])
     """
     query, gallery = Sharded.of(query), Sharded.of(gallery)
     if len(gallery) == 0:
@@ -419,17 +531,41 @@ def measure_ranking(
     block_bytes: int = BLOCK_BYTES,
     ahead: SearchResult | None = None,
 ) -> dict[str, Tensor]:
-    """Full-ranking metrics of each query: name -> float64 (Q,), NaN for a query without relevant items.
+    """The metrics of each query over its full ranking: name -> float64 (Q,).
 
-    `relevant`, how many there are; `AP` (its mean is mAP) over the whole ranking,
-    `AP@k_minRk` and `AP@k_R` by their normalisers,
-    `P@k`, `R@k` (hit rate), `NDCG@k`, `RP` (R-precision), all in expectation over ties; for codes
-    also `AP_pessimistic` and `AP_optimistic`. A k beyond the gallery counts the missing ranks as
-    wrong. Peak memory beyond the descriptors is about `block_bytes`. `ahead`: re-ranked shortlists,
-    which come before what the vectors rank.
+    All values are expectations over the order of ties. Memory beyond the descriptors peaks at about `block_bytes`.
 
-    Where query or gallery are spread over ranks, every rank must call; all get the values that one
-    process would, of all queries, but for the order in which float64 fractions are summed.
+    Where query or gallery are spread over ranks, every rank must call. All ranks get the values of all queries that one
+    process would compute, except for the order in which float64 fractions are summed.
+
+    Args:
+        query: Q queries.
+        gallery: G gallery items.
+        ks: Cutoffs k, 1 or more. Where k is beyond the gallery, the missing ranks count as wrong.
+        exclude_self: Take each query's own collection row out of its ranking.
+        block_bytes: Memory for a block.
+        ahead: Re-ranked shortlists (Q, K) that come before all other items.
+
+    Returns:
+        One tensor per name, NaN for a query without relevant items:
+
+        - `relevant`: the number of relevant items.
+        - `AP`: average precision over the whole ranking; its mean is mAP.
+        - `AP@k_minRk` and `AP@k_R`: average precision of the first k ranks, divided by min(R, k) or R.
+        - `P@k`: precision.
+        - `R@k`: hit rate.
+        - `NDCG@k`: normalised discounted cumulative gain with binary relevance.
+        - `RP`: R-precision.
+        - `AP_pessimistic` and `AP_optimistic`, for codes only: the relevant items of each tie group last or first.
+
+    Raises:
+        ValueError: If a k is below 1, if there are no queries, or as `rank` does.
+
+    Example:
+        >>> query = Descriptors(torch.ones(1, 1), torch.tensor([0]), torch.tensor([9]))
+        >>> gallery = Descriptors(torch.tensor([[3.0], [2.0], [1.0]]), torch.tensor([0, 1, 0]), torch.arange(3))
+        >>> measure_ranking(query, gallery, ks=(1,))["AP"]  # (1 + 2/3) / 2
+        tensor([0.8333], dtype=torch.float64)
     """
     for k in ks:
         if k < 1:
@@ -470,12 +606,28 @@ def average_precision_in_index_order(
     exclude_self: bool = False,
     block_bytes: int = BLOCK_BYTES,
 ) -> Tensor:
-    """AP of each query with equal Hamming distances ranked in gallery order, float64 (Q,).
+    """The AP of each query with equal Hamming distances ranked in gallery order, float64 (Q,).
 
-    The DSH release's evaluation breaks ties so. It depends on how the gallery is sorted: report it
-    only to compare with numbers measured the same way.
+    The evaluation of the DSH release breaks ties in this way. The value depends on the order of the gallery: report it
+    only to compare with numbers measured in the same way.
 
-    Raises ValueError where the two sides are not codes of one width.
+    Args:
+        query: Q queries with codes.
+        gallery: G gallery items with codes of the same width.
+        exclude_self: Take each query's own collection row out of its ranking.
+        block_bytes: Memory for a block.
+
+    Returns:
+        One value per query, NaN for a query without relevant items.
+
+    Raises:
+        ValueError: If the two sides are not codes of one width.
+
+    Example:
+        >>> query = Descriptors(torch.zeros(1, 1, dtype=torch.uint8), torch.tensor([0]), torch.tensor([9]), bits=8)
+        >>> codes = torch.tensor([[1], [2]], dtype=torch.uint8)  # both at distance 1
+        >>> average_precision_in_index_order(query, Descriptors(codes, torch.tensor([1, 0]), torch.arange(2), bits=8))
+        tensor([0.5000], dtype=torch.float64)
     """
     query, gallery = Sharded.of(query), Sharded.of(gallery)
     bins = _common_width(query, gallery) + 1

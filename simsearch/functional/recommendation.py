@@ -1,4 +1,4 @@
-"""What lists of recommendations do to a collection: how much of it they show, and how much alike they are.
+"""Measures of recommendation lists: the share of a collection that they show, and how similar their items are.
 
 Lists are ids int64 (Q, K), positions of N items, -1 where a list is shorter.
 """
@@ -12,24 +12,52 @@ BLOCK_BYTES = 2**27
 
 
 def exposure(ids: Tensor, items: int) -> Tensor:
-    """How often each of N = `items` items is recommended, int64 (N,). ids: int64 (Q, K), -1 for none.
+    """The number of times that each item is recommended, int64 (N,).
 
-    Raises ValueError for ids that are not (Q, K) or lie outside -1..N-1.
+    Args:
+        ids: int64 (Q, K), -1 for no item.
+        items: N, the number of items.
+
+    Raises:
+        ValueError: If the ids are not int64 (Q, K), or if one lies outside -1..N-1.
+
+    Example:
+        >>> exposure(torch.tensor([[0, 1], [0, -1]]), items=3)
+        tensor([2, 1, 0])
     """
     _check_ids(ids, items)
     return torch.bincount(ids[ids >= 0], minlength=items)
 
 
 def coverage(counts: Tensor) -> float:
-    """The share of the items that are recommended at all, in [0, 1]. counts: int64 (N,), from `exposure`."""
+    """The share of the items that are recommended at least once, in [0, 1].
+
+    Args:
+        counts: int64 (N,), from `exposure`.
+
+    Raises:
+        ValueError: If nothing is recommended.
+
+    Example:
+        >>> coverage(torch.tensor([3, 1, 0, 0]))
+        0.5
+    """
     _check_counts(counts)
     return float((counts > 0).double().mean())
 
 
 def gini(counts: Tensor) -> float:
-    """The Gini coefficient of exposure, 0 (all items equally often) to 1 - 1 / N (always the same item).
+    """The Gini coefficient of the exposure, from 0 (all items equally often) to 1 - 1 / N (always the same item).
 
-    counts: int64 (N,), from `exposure`. Raises ValueError where nothing is recommended.
+    Args:
+        counts: int64 (N,), from `exposure`.
+
+    Raises:
+        ValueError: If nothing is recommended.
+
+    Example:
+        >>> gini(torch.tensor([3, 0, 0, 0]))
+        0.75
     """
     _check_counts(counts)
     n = len(counts)
@@ -39,13 +67,25 @@ def gini(counts: Tensor) -> float:
 
 
 def long_tail_share(counts: Tensor, popularity: Tensor, head: float = 0.2) -> float:
-    """The share of recommendations that go to items outside the most popular `head` of all, in [0, 1].
+    """The share of the recommendations that go to items outside the most popular ones, in [0, 1].
 
-    counts: int64 (N,), from `exposure`. popularity: (N,), such as the number of works by an item's artist, or of
-    items that have it among their nearest. Of items that are equally popular at the border of the head, the part
-    that fits into it counts as head. An even exposure gives 1 - head.
+    An even exposure gives 1 - head. Where several items are equally popular at the border of the head, the fraction of
+    them that fits into the head counts as head.
 
-    Raises ValueError for other shapes, NaN, a head outside (0, 1), and where nothing is recommended.
+    Args:
+        counts: int64 (N,), from `exposure`.
+        popularity: (N,), such as the number of works by an item's artist, or the number of items that have it among
+            their nearest.
+        head: Share of the items that are the most popular ones, in (0, 1).
+
+    Raises:
+        ValueError: If a shape is wrong, if the popularity holds NaN, if `head` lies outside (0, 1), or if nothing is
+            recommended.
+
+    Example:
+        >>> counts, popularity = torch.tensor([3, 1, 0, 0, 0]), torch.tensor([9, 5, 1, 1, 1])
+        >>> long_tail_share(counts, popularity, head=0.2)
+        0.25
     """
     _check_counts(counts)
     _check_popularity(popularity, len(counts))
@@ -59,12 +99,25 @@ def long_tail_share(counts: Tensor, popularity: Tensor, head: float = 0.2) -> fl
 
 
 def intra_list_diversity(ids: Tensor, vectors: Tensor, *, block_bytes: int = BLOCK_BYTES) -> Tensor:
-    """Mean of 1 - cosine over the pairs of each list, float64 (Q,), in [0, 2]; NaN for fewer than two items.
+    """The mean of 1 - cosine over all pairs of items in each list, float64 (Q,) in [0, 2].
 
-    ids: int64 (Q, K), -1 for none. vectors: (N, D), of any length; one of zeros has the cosine 0 to all. By the
-    length of the sum of a list's unit vectors, in blocks of lists (Ziegler et al. 2005 average so over pairs).
+    It is computed from the length of the sum of a list's unit vectors, in blocks of lists. Ziegler et al. (2005)
+    average over pairs in this way.
 
-    Raises ValueError for ids that are not (Q, K) or outside -1..N-1, and vectors that are not (N, D).
+    Args:
+        ids: int64 (Q, K), -1 for no item.
+        vectors: Floating point (N, D), of any length. A vector of zeros has the cosine 0 to all others.
+        block_bytes: Memory for a block.
+
+    Returns:
+        One value per list, NaN for fewer than two items.
+
+    Raises:
+        ValueError: If the ids are not int64 (Q, K), if one lies outside -1..N-1, or if the vectors are not (N, D).
+
+    Example:
+        >>> intra_list_diversity(torch.tensor([[0, 1], [0, -1]]), torch.eye(2))
+        tensor([1., nan], dtype=torch.float64)
     """
     if vectors.ndim != 2:
         raise ValueError(f"vectors must be (N, D), got {tuple(vectors.shape)}")
@@ -81,12 +134,19 @@ def intra_list_diversity(ids: Tensor, vectors: Tensor, *, block_bytes: int = BLO
 
 
 def novelty(ids: Tensor, popularity: Tensor) -> Tensor:
-    """Mean self-information -log2 p of each list's items in bits, float64 (Q,); NaN for an empty list.
+    """The mean self-information -log2 p of the items of each list in bits, float64 (Q,); NaN for an empty list.
 
-    ids: int64 (Q, K), -1 for none. popularity: (N,); p is an item's share of all of it (Zhou et al. 2010).
+    Args:
+        ids: int64 (Q, K), -1 for no item.
+        popularity: (N,). p is an item's share of the sum (Zhou et al. 2010).
 
-    Raises ValueError for ids that are not (Q, K) or outside -1..N-1, popularity that is not (N,) or holds NaN,
-    and recommended items whose popularity is not above 0.
+    Raises:
+        ValueError: If the ids are not int64 (Q, K), if one lies outside -1..N-1, if the popularity is not (N,) or holds
+            NaN, or if a recommended item has a popularity of 0 or less.
+
+    Example:
+        >>> novelty(torch.tensor([[0, 1]]), torch.tensor([1, 1, 2]))  # both items have p = 1/4
+        tensor([2.], dtype=torch.float64)
     """
     _check_popularity(popularity, len(popularity))
     _check_ids(ids, len(popularity))

@@ -1,12 +1,13 @@
 """Re-ranking: query expansion, database augmentation, hubness correction, k-reciprocal neighbours, diffusion.
 
-All of it works on unit vectors and inner products. Two kinds of result serve a full ranking: new
-vectors of query and gallery, or a shortlist in a new order that goes ahead of the rest. Similarities
-are computed in blocks; what is kept is lists of K neighbours. A query's own copies and its group
-(junk) are left out of its own list by `nearest`; lists of gallery items are of the whole gallery, where
-what is junk to one query may stand.
+All methods work on unit vectors and inner products. Two kinds of result serve a full ranking: new vectors of queries
+and gallery, or a shortlist in a new order that comes before the rest. Similarities are computed in blocks, and only
+lists of K neighbours are kept.
 
-Nothing here looks at other queries: what is measured is what a single searcher gets.
+`nearest` leaves a query's own copies and its group (junk) out of the query's list. The lists of gallery items are over
+the whole gallery, where items that are junk to some query may stand.
+
+No method uses other queries: the metrics describe what a single user gets.
 """
 
 from __future__ import annotations
@@ -27,20 +28,26 @@ from simsearch.types import SearchResult
 
 @dataclass(frozen=True)
 class RerankedGallery:
-    """A gallery made ready for one way of re-ranking.
+    """A gallery that is prepared for one way of re-ranking.
 
-    vectors: float32 (G, D'), what queries are ranked against by inner product.
-    rerank: unit queries float32 (Q, D) and their junk (or None) -> queries (Q, D') for that ranking,
-    and shortlists (Q, K) that come ahead of it, or None.
+    Attributes:
+        vectors: float32 (G, D'), the vectors that queries are ranked against by inner product.
+        rerank: A function of unit queries, float32 (Q, D), and their junk or None. It returns the queries (Q, D') for
+            that ranking, and shortlists (Q, K) that come before the ranking, or None.
     """
 
     vectors: Tensor
     rerank: Callable[[Tensor, Junk | None], tuple[Tensor, SearchResult | None]]
 
     def search(self, query: Tensor, k: int) -> SearchResult:
-        """The k best items, or all where there are fewer, after re-ranking, for unit queries (Q, D).
+        """The k best items after re-ranking, or all items where there are fewer.
 
-        Raises ValueError where shortlists are shorter.
+        Args:
+            query: float32 (Q, D), unit vectors.
+            k: Number of items.
+
+        Raises:
+            ValueError: If the shortlists are shorter than k.
         """
         expanded, ahead = self.rerank(query, None)
         if ahead is None:
@@ -52,18 +59,32 @@ class RerankedGallery:
 
 
 class Reranker(Protocol):
-    """One way of re-ranking and its parameters."""
+    """A way of re-ranking and its parameters."""
 
     def fit(self, gallery: Tensor) -> RerankedGallery:
-        """The gallery of unit vectors float32 (G, D), made ready."""
+        """The gallery, prepared for re-ranking.
+
+        Args:
+            gallery: float32 (G, D), unit vectors.
+        """
         ...
 
 
 def unit_vectors(vectors: Tensor, bits: int | None = None) -> Tensor:
-    """Float32 (N, D) of length 1 whose inner products are cosines; codes uint8 with `bits` become (N, bits).
+    """Vectors of length 1, float32 (N, D), whose inner products are cosines.
 
-    An entry of a code is + or - 1 / sqrt(bits) to 6 binary digits: inner products are then exact, so
-    that equal Hamming distances stay equal, and lengths lie within 2% of 1.
+    Codes become vectors (N, bits). Their entries are + or - 1 / sqrt(bits), rounded to 6 binary digits: the inner
+    products are then exact, so that equal Hamming distances stay equal. Lengths lie within 2% of 1.
+
+    Args:
+        vectors: float32 (N, D), or packed codes uint8 (N, bytes).
+        bits: Width of the codes, None for float vectors.
+
+    Example:
+        >>> unit_vectors(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.6000, 0.8000]])
+        >>> unit_vectors(torch.tensor([[1]], dtype=torch.uint8), bits=4)
+        tensor([[ 0.5000, -0.5000, -0.5000, -0.5000]])
     """
     if bits is None:
         return F.normalize(vectors, dim=1)
@@ -74,10 +95,23 @@ def unit_vectors(vectors: Tensor, bits: int | None = None) -> Tensor:
 def nearest(
     query: Tensor, gallery: Tensor, k: int, junk: Junk | None = None, *, block_bytes: int = BLOCK_BYTES
 ) -> SearchResult:
-    """The min(k, G) gallery items (G, D) of largest inner product with each query (Q, D), junk left out.
+    """The min(k, G) gallery items of largest inner product with each query, without junk.
 
-    Equal scores come in gallery order, and equal vectors score equally wherever they stand. Where junk leaves fewer:
-    id -1, score -inf.
+    Equal scores come in gallery order, and equal vectors have equal scores wherever they stand.
+
+    Args:
+        query: float32 (Q, D).
+        gallery: float32 (G, D).
+        k: Number of items.
+        junk: Pairs to leave out, or None.
+        block_bytes: Memory for a block.
+
+    Returns:
+        Gallery positions and scores. Where junk leaves fewer items, the id is -1 and the score -inf.
+
+    Example:
+        >>> nearest(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8], [1.0, 0.0]]), k=1)
+        SearchResult(ids=tensor([[1]]), scores=tensor([[1.]]))
     """
     k = min(k, len(gallery))
     ids = torch.empty(len(query), k, dtype=torch.int64)
@@ -96,7 +130,20 @@ def nearest(
 
 
 def gallery_neighbours(gallery: Tensor, k: int) -> SearchResult:
-    """The k nearest other items of each gallery item: `nearest` without the item itself, by position."""
+    """The k nearest other items of each gallery item.
+
+    The item itself is left out by its position, so that an equal vector elsewhere is a neighbour.
+
+    Args:
+        gallery: float32 (G, D).
+        k: Number of neighbours.
+
+    Example:
+        >>> gallery_neighbours(torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), k=1).ids
+        tensor([[1],
+                [0],
+                [0]])
+    """
     own = torch.arange(len(gallery))
     return nearest(gallery, gallery, k, Junk(own, own))
 
@@ -105,7 +152,7 @@ def gallery_neighbours(gallery: Tensor, k: int) -> SearchResult:
 
 
 def _weighted_sum(vectors: Tensor, gallery: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Unit vectors of vectors (N, D) + sum over k of weights (N, K) times gallery items; an id of -1 adds nothing."""
+    """Unit vectors of vectors (N, D) + sum over k of weights (N, K) times gallery items. An id of -1 adds nothing."""
     weights = weights.masked_fill(ids < 0, 0.0)
     total = vectors.clone()
     for rank in range(ids.shape[1]):  # K steps over all rows: no (N, K, D)
@@ -114,29 +161,63 @@ def _weighted_sum(vectors: Tensor, gallery: Tensor, ids: Tensor, weights: Tensor
 
 
 def average_query_expansion(query: Tensor, gallery: Tensor, found: SearchResult) -> Tensor:
-    """Expanded queries float32 (Q, D): the unit vector along the mean of the query and all K items found.
+    """Expanded queries, float32 (Q, D): the unit vector along the mean of the query and its K results.
 
-    Chum, Philbin, Sivic, Isard, Zisserman: Total Recall: Automatic query expansion with a generative
-    feature model for object retrieval, ICCV 2007 (there behind spatial verification); with global
-    descriptors as in Gordo et al., IJCV 2017.
+    Args:
+        query: float32 (Q, D), unit vectors.
+        gallery: float32 (G, D), unit vectors.
+        found: The K results of each query, from `nearest`.
+
+    Source:
+        Chum, Philbin, Sivic, Isard, Zisserman: Total Recall: Automatic query expansion with a generative feature model
+        for object retrieval. ICCV 2007 (there after spatial verification). With global descriptors as in Gordo et al.,
+        IJCV 2017.
+
+    Example:
+        >>> query, gallery = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> average_query_expansion(query, gallery, nearest(query, gallery, k=1))
+        tensor([[0.7071, 0.7071]])
     """
     return _weighted_sum(query, gallery, found.ids, torch.ones_like(found.scores))
 
 
 def alpha_query_expansion(query: Tensor, gallery: Tensor, found: SearchResult, alpha: float) -> Tensor:
-    """Expanded queries float32 (Q, D): as the average, but each item weighted by similarity^alpha, the query by 1.
+    """Expanded queries, float32 (Q, D): each result has the weight similarity^alpha, and the query the weight 1.
 
-    Radenović, Tolias, Chum: Fine-tuning CNN image retrieval with no human annotation, TPAMI 2019
-    (arXiv 2018). alpha 0 is the average; similarities below 0 count as 0.
+    Args:
+        query: float32 (Q, D), unit vectors.
+        gallery: float32 (G, D), unit vectors.
+        found: The K results of each query, from `nearest`.
+        alpha: The exponent. 0 is the average. Similarities below 0 count as 0.
+
+    Source:
+        Radenović, Tolias, Chum: Fine-tuning CNN image retrieval with no human annotation. TPAMI 2019 (arXiv 2018).
+
+    Example:
+        >>> query, gallery = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.6, 0.8]])
+        >>> alpha_query_expansion(query, gallery, nearest(query, gallery, k=1), alpha=1.0)
+        tensor([[0.9430, 0.3328]])
     """
     return _weighted_sum(query, gallery, found.ids, found.scores.clamp(min=0) ** alpha)
 
 
 def augment_database(gallery: Tensor, k: int) -> Tensor:
-    """An augmented gallery float32 (G, D): each item with its k - 1 nearest, weighted 1, (k-1)/k, ..., 1/k.
+    """An augmented gallery, float32 (G, D): each item is joined by its k - 1 nearest items.
 
-    The item itself comes first. Gordo, Almazán, Revaud, Larlus: End-to-end learning of deep visual
-    representations for image retrieval, IJCV 2017; after Turcot and Lowe (2009).
+    The item itself has the weight 1, the others (k-1)/k, ..., 1/k. The sum is scaled to length 1.
+
+    Args:
+        gallery: float32 (G, D), unit vectors.
+        k: Number of items in the sum, with the item itself.
+
+    Source:
+        Gordo, Almazán, Revaud, Larlus: End-to-end learning of deep visual representations for image retrieval. IJCV
+        2017; after Turcot and Lowe (2009).
+
+    Example:
+        >>> augment_database(torch.eye(2), k=2)  # 1 of itself and 1/2 of the other
+        tensor([[0.8944, 0.4472],
+                [0.4472, 0.8944]])
     """
     found = gallery_neighbours(gallery, k - 1)
     weights = 1 - torch.arange(1, found.ids.shape[1] + 1) / k
@@ -144,12 +225,23 @@ def augment_database(gallery: Tensor, k: int) -> Tensor:
 
 
 def csls_gallery(gallery: Tensor, k: int) -> Tensor:
-    """A gallery float32 (G, D + 1) with one more column, -r(x) / 2, to be met by a column of 1 in the query.
+    """A gallery with one more column, -r(x) / 2, for queries with a column of 1, float32 (G, D + 1).
 
-    Cross-domain similarity local scaling ranks by 2 cos(q, x) - r(q) - r(x), r the mean similarity to
-    the k nearest: Conneau, Lample, Ranzato, Denoyer, Jégou: Word translation without parallel data,
-    ICLR 2018. r(q) is the same for all items of a ranking and is left out, and the score is halved. r(x)
-    is over the gallery's own items, where the paper has the other side's (here: all queries at once).
+    Cross-domain similarity local scaling (CSLS) ranks by 2 cos(q, x) - r(q) - r(x), where r is the mean similarity to
+    the k nearest. r(q) is the same for all items of a ranking and is left out, and the score is halved. r(x) is over
+    the gallery's own items; in the paper it is over the other side, which would be all queries at once.
+
+    Args:
+        gallery: float32 (G, D), unit vectors.
+        k: Number of neighbours in r.
+
+    Source:
+        Conneau, Lample, Ranzato, Denoyer, Jégou: Word translation without parallel data. ICLR 2018.
+
+    Example:
+        >>> csls_gallery(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), k=1)
+        tensor([[ 1.0000,  0.0000, -0.5000],
+                [ 1.0000,  0.0000, -0.5000]])
     """
     found = gallery_neighbours(gallery, k)
     kept = found.ids >= 0
@@ -162,7 +254,7 @@ def csls_gallery(gallery: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Sparse non-negative rows: those of row i are start[i]:start[i + 1] of column and weight (P,)."""
+    """Sparse non-negative rows: the entries of row i are start[i]:start[i + 1] of column and weight, (P,) each."""
 
     start: Tensor
     column: Tensor
@@ -170,7 +262,7 @@ class _Rows:
 
     @classmethod
     def of(cls, rows: int, row: Tensor, column: Tensor, weight: Tensor) -> _Rows:
-        """From entries sorted by row."""
+        """Rows from entries that are sorted by row."""
         return cls(torch.searchsorted(row, torch.arange(rows + 1)), column, weight)
 
     def take(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,12 +275,17 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Neighbourhoods:
-    """The k-reciprocal neighbourhoods of a gallery.
+    """The k-reciprocal neighbourhoods of a gallery, from `neighbourhoods`.
 
-    reach: float32 (G,), the similarity from which on a newcomer is among an item's k1 nearest.
-    inner: int64 (G, h + 1), the item and its reciprocal h = k1 / 2 nearest, -1 where not reciprocal.
-    plain, expanded: each item's neighbourhood as weights over the gallery, before and after the mean over
-    the item and its k2 - 1 nearest. total: float32 (G,), the sums of the expanded weights.
+    Attributes:
+        k1: Number of nearest items that must be mutual.
+        k2: Number of nearest items that the weights are averaged over.
+        reach: float32 (G,), the similarity of each item to the last of its k1 nearest. A query at least as similar is
+            among them.
+        inner: int64 (G, h + 1), the item and its h = k1 / 2 nearest, -1 where they are not reciprocal.
+        plain: The neighbourhood of each item as weights over the gallery.
+        expanded: The same weights, averaged over the item and its k2 - 1 nearest.
+        total: float32 (G,), the sums of the expanded weights.
     """
 
     k1: int
@@ -201,7 +298,7 @@ class Neighbourhoods:
 
 
 def _mutual(ids: Tensor, *, block_bytes: int = BLOCK_BYTES) -> Tensor:
-    """Whether i is in the list of its neighbour too: bool of ids int64 (G, K), False for -1."""
+    """Whether i is in the list of its neighbour too, as bool (G, K), from ids int64 (G, K). False for an id of -1."""
     mutual = torch.empty_like(ids, dtype=torch.bool)
     step = max(1, block_bytes // (16 * max(ids.shape[1], 1) ** 2))
     for start in range(0, len(ids), step):
@@ -250,7 +347,20 @@ def _pair_products(vectors: Tensor, left: Tensor, right: Tensor, *, block_bytes:
 
 
 def neighbourhoods(gallery: Tensor, k1: int, k2: int) -> Neighbourhoods:
-    """What `k_reciprocal` needs of a gallery (G, D); see there."""
+    """The k-reciprocal neighbourhoods of a gallery, as `k_reciprocal` needs them.
+
+    Args:
+        gallery: float32 (G, D), unit vectors.
+        k1: Number of nearest items that must be mutual.
+        k2: Number of nearest items that the weights are averaged over.
+
+    Example:
+        >>> gallery = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> neighbourhoods(gallery, k1=1, k2=1).inner  # the third item is nobody's nearest
+        tensor([[ 0,  1],
+                [ 1,  0],
+                [ 2, -1]])
+    """
     g = len(gallery)
     found = gallery_neighbours(gallery, k1)
     inner = _with_itself(found.ids[:, : max(round(k1 / 2), 1)])
@@ -285,19 +395,40 @@ def neighbourhoods(gallery: Tensor, k1: int, k2: int) -> Neighbourhoods:
 def k_reciprocal(
     found: SearchResult, gallery: Neighbourhoods, lambda_: float, *, block_bytes: int = BLOCK_BYTES
 ) -> SearchResult:
-    """Shortlists `found` (Q, K) in the order of (1 - lambda) Jaccard distance + lambda (1 - cosine), as minus that.
+    """Shortlists, re-ranked by (1 - lambda_) times the Jaccard distance of neighbourhoods plus lambda_ (1 - cosine).
 
-    Zhong, Zheng, Cao, Li: Re-ranking person re-identification with k-reciprocal encoding, CVPR 2017. A
-    neighbourhood holds the items that have each other among their k1 nearest, joined by the half as
-    large neighbourhoods of members that lie two thirds within; its weights are exp(-d), averaged over
-    the k2 nearest, itself first, and compared by the weighted Jaccard distance.
+    A neighbourhood holds the items that have each other among their k1 nearest. It is joined by the half as large
+    neighbourhoods of members, where two thirds of one lie within it. Its weights are exp(-d), averaged over the k2
+    nearest with the item itself first. Neighbourhoods are compared by the weighted Jaccard distance.
 
-    Departures: d is 1 - cosine, half the squared distance. The authors' release (Python) divides the squared
-    distances of an item by the largest of them, here and beside lambda, and each neighbourhood's weights by
-    their sum, which the paper does not; and a member's neighbourhood joins where more than two thirds lie within,
-    the paper's (and ours) where two thirds do. Neighbours of gallery items are sought in the gallery alone,
-    where the release has all queries among them; a query is one where it is nearer than the last. A query's
-    neighbourhood lies within its shortlist, so that junk has no part in it; K should be some times k1.
+    Differences from the paper and the authors' release (Python):
+
+    - d is 1 - cosine, half the squared distance.
+    - The release divides the squared distances of an item by the largest of them, here and in the term with lambda, and
+      each neighbourhood's weights by their sum. The paper does not.
+    - In the release a member's neighbourhood joins where more than two thirds of it lie within, in the paper and here
+      where two thirds do.
+    - The neighbours of gallery items are searched in the gallery alone. The release has all queries among them. A query
+      is a neighbour of an item where it is nearer than the last of the item's neighbours.
+    - A query's neighbourhood lies within its shortlist, so that junk has no part in it. K should be several times k1.
+
+    Args:
+        found: Shortlists (Q, K) of gallery positions with cosines.
+        gallery: The neighbourhoods of the gallery.
+        lambda_: Weight of the cosine in [0, 1].
+        block_bytes: Memory for a block.
+
+    Returns:
+        Shortlists (Q, K) in the new order. Scores are minus the combined distance.
+
+    Source:
+        Zhong, Zheng, Cao, Li: Re-ranking person re-identification with k-reciprocal encoding. CVPR 2017.
+
+    Example:
+        >>> gallery = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+        >>> found = nearest(torch.tensor([[0.6, 0.8]]), gallery, k=3)
+        >>> k_reciprocal(found, neighbourhoods(gallery, k1=2, k2=1), lambda_=1.0).ids  # the cosine alone
+        tensor([[1, 2, 0]])
     """
     g, (q, k) = len(gallery.total), found.ids.shape
     ids, scores = torch.empty_like(found.ids), torch.empty_like(found.scores)
@@ -337,7 +468,7 @@ def k_reciprocal(
 
 
 def _sorted(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Best first, equal scores in the order in which they came."""
+    """Ids and scores, best first; equal scores stay in their order."""
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return ids.gather(1, order), scores
 
@@ -347,10 +478,12 @@ def _sorted(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Graph:
-    """A symmetric normalised affinity S of G items by neighbour lists.
+    """A symmetric normalised affinity S of G items, as lists of neighbours.
 
-    ids: int64 (G, K). weights: float32 (G, K), 0 where two items are not mutual neighbours. gamma: the
-    exponent of the similarities.
+    Attributes:
+        ids: int64 (G, K).
+        weights: float32 (G, K), 0 where two items are not mutual neighbours.
+        gamma: The exponent of the similarities.
     """
 
     ids: Tensor
@@ -359,9 +492,20 @@ class Graph:
 
 
 def affinity_graph(gallery: Tensor, k: int, gamma: float) -> Graph:
-    """The graph of mutual k nearest neighbours: similarity^gamma, divided by the square roots of both degrees.
+    """The graph of mutual k nearest neighbours with the weights similarity^gamma, divided by the roots of both degrees.
 
-    Iscen, Tolias, Avrithis, Furon, Chum: Efficient diffusion on region manifolds, CVPR 2017.
+    Args:
+        gallery: float32 (G, D), unit vectors.
+        k: Number of neighbours.
+        gamma: The exponent of the similarities.
+
+    Source:
+        Iscen, Tolias, Avrithis, Furon, Chum: Efficient diffusion on region manifolds. CVPR 2017.
+
+    Example:
+        >>> affinity_graph(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), k=1, gamma=3.0).weights
+        tensor([[1.],
+                [1.]])
     """
     found = gallery_neighbours(gallery, k)
     affinity = found.scores.clamp(min=0).masked_fill(~_mutual(found.ids), 0.0) ** gamma
@@ -380,12 +524,35 @@ def diffuse(
     iterations: int,
     block_bytes: int = BLOCK_BYTES,
 ) -> SearchResult:
-    """Shortlists `found` (Q, K) in the order of f = (I - alpha S)^-1 y, what reaches an item from the query's seeds.
+    """Shortlists, re-ranked by diffusion on the graph of mutual neighbours.
 
-    Iscen et al., CVPR 2017: the `seeds` nearest of the query inject similarity^gamma, at most `iterations`
-    steps of conjugate gradients go towards the steady state, and S is truncated to the rows and columns of
-    the shortlist. Float32 leaves an error of about 1e-7 / (1 - alpha) of f. Scores are f; items that nothing
-    reaches come last in their old order, their cosine less 2.
+    Items are ordered by f = (I - alpha S)^-1 y, the amount that reaches an item from the query's seeds y.
+
+    The `seeds` nearest items of the query inject similarity^gamma. At most `iterations` steps of conjugate gradients
+    approach the steady state. S is truncated to the rows and columns of the shortlist. Float32 leaves an error of about
+    1e-7 / (1 - alpha) of f.
+
+    Args:
+        found: Shortlists (Q, K) of gallery positions with cosines.
+        graph: The affinity graph of the gallery.
+        seeds: Number of items that inject.
+        alpha: Share that is passed on in each step, in [0, 1).
+        iterations: Largest number of steps.
+        block_bytes: Memory for a block.
+
+    Returns:
+        Shortlists (Q, K) in the new order. Scores are f. Items with f = 0 keep their order and rank last, with the
+        score cosine - 2.
+
+    Source:
+        Iscen, Tolias, Avrithis, Furon, Chum: Efficient diffusion on region manifolds. CVPR 2017.
+
+    Example:
+        >>> gallery = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6], [0.6, 0.8]])
+        >>> found = nearest(torch.tensor([[1.0, 0.0]]), gallery, k=4)
+        >>> graph = affinity_graph(gallery, k=2, gamma=1.0)
+        >>> diffuse(found, graph, seeds=1, alpha=0.9, iterations=20).ids
+        tensor([[0, 1, 2, 3]])
     """
     q, k = found.ids.shape
     neighbours = graph.ids.shape[1]
@@ -418,10 +585,23 @@ def diffuse(
 
 
 def conjugate_gradient(apply: Callable[[Tensor], Tensor], right: Tensor, iterations: int) -> Tensor:
-    """The solutions (B, n) of B symmetric positive definite systems apply(x) = right, side by side, from 0.
+    """The solutions of B symmetric positive definite systems apply(x) = right, side by side, (B, n).
 
-    Hestenes and Stiefel (1952), at most `iterations` steps. A system is left as it is once its residual is no
-    longer than the rounding of its right side: what remains is noise, and steps along noise lead away.
+    The method starts from 0 and takes at most `iterations` steps. A system is left as it is once its residual is no
+    longer than the rounding error of its right side: the rest is noise, and steps along noise lead away from the
+    solution.
+
+    Args:
+        apply: The linear map of each system, from (B, n) to (B, n).
+        right: Floating point (B, n), the right sides.
+        iterations: Largest number of steps.
+
+    Source:
+        Hestenes, Stiefel: Methods of conjugate gradients for solving linear systems. 1952.
+
+    Example:
+        >>> conjugate_gradient(lambda x: 2 * x, torch.tensor([[4.0, 6.0]]), iterations=1)
+        tensor([[2., 3.]])
     """
     scale = right.abs().amax(1, keepdim=True)  # so that squares neither vanish nor overflow
     residual = direction = torch.where(scale > 0, right / scale, 0.0)

@@ -1,8 +1,9 @@
-"""Retrieval with easy, hard and junk items, as the Revisited Oxford and Paris benchmarks measure it.
+"""Retrieval with easy, hard and junk items, as in the Revisited Oxford and Paris benchmarks.
 
-Radenović, Iscen, Tolias, Avrithis, Chum: Revisiting Oxford and Paris, CVPR 2018. Each query lists the gallery
-items that are easy, hard or junk to it; all others are wrong. A setup says which of the listed are right, and
-takes the other listed ones out of the ranking.
+Each query lists the gallery items that are easy, hard or junk to it; all other items are wrong. A setup says which of
+the listed items are right, and takes the other listed items out of the ranking.
+
+Radenović, Iscen, Tolias, Avrithis, Chum: Revisiting Oxford and Paris. CVPR 2018.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BLOCK_BYTES = 2**27
 Lists = Sequence[Sequence[int]]
 
 
-def measure_graded(
+def measure_revisited(
     query: Tensor,
     gallery: Tensor,
     easy: Lists,
@@ -37,16 +38,33 @@ def measure_graded(
     ks: Sequence[int] = (1, 5, 10),
     block_bytes: int = BLOCK_BYTES,
 ) -> dict[str, Tensor]:
-    """`<setup>/AP` and `<setup>/P@k` of each query under easy, medium and hard: name -> float64 (Q,).
+    """The metrics of each query under the setups easy, medium and hard: name -> float64 (Q,).
 
-    NaN where the setup has nothing right for a query: the benchmark leaves such queries out of its means.
-    query: float32 (Q, D), gallery: float32 (G, D), compared by inner product. easy, hard, junk: for each query
-    gallery positions, no position twice. AP is `trapezoid_average_precision`, P@k `precision_at`. The query's
-    own image is taken for no part of the gallery; where it is one, list it as junk. Peak memory beyond the
-    descriptors is about `block_bytes`.
+    Memory beyond the descriptors peaks at about `block_bytes`.
 
-    Raises ValueError for other shapes, NaN or infinity, an empty gallery or no queries, positions outside the
-    gallery or listed twice, and a k below 1.
+    Args:
+        query: float32 (Q, D).
+        gallery: float32 (G, D), compared with the queries by inner product. A query's own image is not taken for a part
+            of the gallery. Where it is one, list it as junk.
+        easy: Gallery positions that are easy, for each query. No position may be listed twice for a query.
+        hard: Gallery positions that are hard, for each query.
+        junk: Gallery positions that are junk, for each query.
+        ks: Cutoffs k, 1 or more.
+        block_bytes: Memory for a block.
+
+    Returns:
+        `<setup>/AP`, the `trapezoid_average_precision`, and `<setup>/P@k`, the `precision_at_cutoff`. Values are NaN
+        where the setup has nothing right for a query; the benchmark leaves such queries out of its means.
+
+    Raises:
+        ValueError: If a shape is wrong, if a vector holds NaN or infinity, if there are no queries or no gallery, if a
+            position lies outside the gallery or is listed twice, or if a k is below 1.
+
+    Example:
+        >>> query, gallery = torch.ones(1, 1), torch.tensor([[3.0], [2.0], [1.0]])
+        >>> measured = measure_revisited(query, gallery, easy=[[0]], hard=[[2]], junk=[[1]], ks=(1,))
+        >>> measured["medium/AP"], measured["hard/P@1"]  # junk and the other grades are taken out
+        (tensor([1.], dtype=torch.float64), tensor([1.], dtype=torch.float64))
     """
     for k in ks:
         if k < 1:
@@ -71,34 +89,56 @@ def measure_graded(
             positive = ranks_without(positive, ignored)
             values[f"{setup}/AP"][q] = trapezoid_average_precision(positive)
             for k in ks:
-                values[f"{setup}/P@{k}"][q] = precision_at(positive, k)
+                values[f"{setup}/P@{k}"][q] = precision_at_cutoff(positive, k)
     return values
 
 
 def trapezoid_average_precision(ranks: np.ndarray) -> float:
     """The area under the precision-recall curve by trapezoids, in (0, 1].
 
-    ranks: int64 (R,) with R > 0, ascending from 0, of all that is right. Each right item is worth the mean of
-    the precision just before it (1 at rank 0) and the precision with it. Never above the usual average
-    precision, which takes the latter alone.
+    Each right item adds the mean of the precision just before it (1 at rank 0) and the precision with it. The value is
+    never above the usual average precision, which uses the latter alone.
+
+    Args:
+        ranks: int64 (R,), R > 0, the ranks of all right items, ascending from 0.
+
+    Example:
+        >>> round(trapezoid_average_precision(np.array([0, 2])), 4)  # the mean of (1 + 1) / 2 and (1/2 + 2/3) / 2
+        0.7917
     """
     found = np.arange(len(ranks))
     before = np.where(ranks == 0, 1.0, found / np.maximum(ranks, 1))
     return float(np.mean((before + (found + 1) / (ranks + 1)) / 2))
 
 
-def precision_at(ranks: np.ndarray, k: int) -> float:
-    """The share of right items among the first k, or down to the last right one where that comes earlier.
+def precision_at_cutoff(ranks: np.ndarray, k: int) -> float:
+    """The share of right items among the first k ranks, or down to the last right item where that comes earlier.
 
-    ranks: int64 (R,) with R > 0, ascending from 0, of all that is right. With k clipped so, a perfect ranking
-    of few right items scores 1.
+    With this smaller cutoff a perfect ranking of few right items scores 1.
+
+    Args:
+        ranks: int64 (R,), R > 0, the ranks of all right items, ascending from 0.
+        k: The cutoff, 1 or more.
+
+    Example:
+        >>> round(precision_at_cutoff(np.array([0, 2]), k=10), 4)  # 2 of the first 3
+        0.6667
     """
     depth = min(int(ranks[-1]) + 1, k)
     return float(np.searchsorted(ranks, depth)) / depth
 
 
 def ranks_without(ranks: np.ndarray, ignored: np.ndarray) -> np.ndarray:
-    """`ranks` (R,), ascending, as they are once the items at the ranks `ignored` (I,) are taken out."""
+    """The ranks that some items have once other items are taken out of the ranking, (R,), ascending.
+
+    Args:
+        ranks: int64 (R,), ranks of the items that stay.
+        ignored: int64 (I,), ranks of the items that are taken out.
+
+    Example:
+        >>> ranks_without(np.array([0, 2]), np.array([1])).tolist()
+        [0, 1]
+    """
     ranks = np.sort(ranks)
     return ranks - np.searchsorted(np.sort(ignored), ranks)
 
@@ -106,13 +146,27 @@ def ranks_without(ranks: np.ndarray, ignored: np.ndarray) -> np.ndarray:
 def listed_ranks(
     query: Tensor, gallery: Tensor, listed: Sequence[np.ndarray], *, block_bytes: int = BLOCK_BYTES
 ) -> list[np.ndarray]:
-    """For each query the ranks, int64 (L,) from 0, that its listed gallery positions (L,) have.
+    """The ranks of each query's listed gallery items, int64 (L,) from 0 per query.
 
-    Ranked by inner product, equal scores by gallery position: what a stable argsort of the negative scores
-    gives. (The benchmark's own script sorts unstably, so that its ties fall as they like.) No Q x G matrix and
-    no full ranking exist: a block of scores is sorted by value, and searched for the listed scores.
+    Items are ranked by inner product. Equal scores are ordered by gallery position, as in a stable argsort of the
+    negative scores. (The benchmark's own script sorts unstably, so that its ties fall at random.)
 
-    query: float32 (Q, D), gallery: float32 (G, D). Raises ValueError as `measure_graded` does.
+    There is no Q x G matrix and no full ranking: a block of scores is sorted by value and searched for the listed
+    scores.
+
+    Args:
+        query: float32 (Q, D).
+        gallery: float32 (G, D).
+        listed: Gallery positions int64 (L,), one array per query.
+        block_bytes: Memory for a block.
+
+    Raises:
+        ValueError: As `measure_revisited` does.
+
+    Example:
+        >>> ranks = listed_ranks(torch.ones(1, 1), torch.tensor([[1.0], [3.0], [2.0]]), [np.array([0, 2])])
+        >>> ranks[0].tolist()
+        [2, 1]
     """
     if query.ndim != 2 or gallery.ndim != 2 or query.shape[1] != gallery.shape[1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Descriptors that are spread over ranks, and the little that travels between them."""
+"""Descriptors that are spread over ranks, and the exchange between the ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,18 @@ from simsearch.types import Descriptors
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that work together; alone by default. Every one must call each method, in the same order.
+    """The processes that work together; by default one process alone.
 
-    device: that of the collectives, a GPU for NCCL. Results lie on the CPU, equal on all ranks.
+    Every rank must call each method, in the same order. Results lie on the CPU and are equal on all ranks.
+
+    Attributes:
+        rank: The number of this process, from 0.
+        world: The number of processes.
+        device: Device of the collectives, a GPU for NCCL.
+
+    Example:
+        >>> Ranks.here()
+        Ranks(rank=0, world=1, device='cpu')
     """
 
     rank: int = 0
@@ -26,19 +35,35 @@ class Ranks:
 
     @classmethod
     def here(cls, device: torch.device | str = "cpu") -> Ranks:
-        """The ranks of the default process group; one where there is none."""
+        """The ranks of the default process group; one rank where there is no group.
+
+        Args:
+            device: Device of the collectives, a GPU for NCCL.
+        """
         return cls(*rank_and_world(), device)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over ranks of tensors of one shape."""
+        """The sum of a tensor over ranks.
+
+        Args:
+            values: A tensor of one shape and dtype on all ranks.
+        """
         return values if self.world == 1 else self._reduced(values)
 
     def largest(self, values: Tensor) -> Tensor:
-        """The largest of the ranks' values, by element."""
+        """The element-wise maximum of a tensor over ranks.
+
+        Args:
+            values: A tensor of one shape and dtype on all ranks.
+        """
         return values if self.world == 1 else self._reduced(values, largest=True)
 
     def stack(self, values: Tensor) -> Tensor:
-        """The ranks' tensors (...), of one shape, as (world, ...)."""
+        """The tensors of all ranks, (world, ...).
+
+        Args:
+            values: A tensor (...) of one shape and dtype on all ranks.
+        """
         if self.world == 1:
             return values[None]
         own = values.to(self.device).contiguous()
@@ -47,7 +72,11 @@ class Ranks:
         return torch.stack([part.cpu() for part in parts])
 
     def sum_on_first(self, values: Tensor) -> Tensor | None:
-        """The sum over ranks on rank 0, None on the others."""
+        """The sum of a tensor over ranks on rank 0, None on the other ranks.
+
+        Args:
+            values: A tensor of one shape and dtype on all ranks.
+        """
         if self.world == 1:
             return values
         total = values.to(self.device, copy=True)
@@ -55,7 +84,11 @@ class Ranks:
         return total.cpu() if self.rank == 0 else None
 
     def from_first(self, values: Tensor | None) -> Tensor:
-        """The bytes uint8 (n,) of rank 0; what the others give is not looked at."""
+        """The bytes of rank 0, uint8 (n,).
+
+        Args:
+            values: uint8 (n,) on rank 0. The values of other ranks are ignored and may be None.
+        """
         if self.world == 1:
             assert values is not None
             return values
@@ -67,7 +100,15 @@ class Ranks:
         return sent.cpu()
 
     def raise_together(self, error: ValueError | None) -> None:
-        """Raises the error, and on ranks without one a RuntimeError where another has one: none is left waiting."""
+        """Raises an error on all ranks where one rank has an error, so that no rank is left waiting.
+
+        Args:
+            error: The error of this rank, or None.
+
+        Raises:
+            ValueError: The error of this rank.
+            RuntimeError: If only other ranks have an error.
+        """
         failed = self.stack(torch.tensor(int(error is not None)))
         if error is not None:
             raise error
@@ -84,8 +125,20 @@ class Ranks:
 class Sharded:
     """N descriptors, each on one rank.
 
-    own: those of this rank (n). position: int64 (n,), their places in the whole, ascending. label, index:
-    int64 (N,), and group, int64 (N,) or None, are the whole's, equal on all ranks: 24 bytes an item.
+    Label, index and group are those of all items, equal on all ranks: 24 bytes per item.
+
+    Attributes:
+        own: The descriptors (n) of this rank.
+        position: int64 (n,), their positions in the whole, ascending.
+        label: int64 (N,), -1 where unknown.
+        index: int64 (N,), collection rows.
+        group: int64 (N,) or None; items of one group are junk to each other.
+        ranks: The ranks.
+
+    Example:
+        >>> whole = Descriptors(torch.eye(2), label=torch.tensor([0, 1]), index=torch.tensor([4, 7]))
+        >>> Sharded.of(whole).rows(torch.tensor([1]))
+        tensor([[0., 1.]])
     """
 
     own: Descriptors
@@ -97,16 +150,24 @@ class Sharded:
 
     @classmethod
     def of(cls, whole: Descriptors | Sharded) -> Sharded:
-        """Descriptors that this process holds all, in their order."""
+        """Descriptors that this process holds as a whole, in their order. A Sharded is returned as it is.
+
+        Args:
+            whole: N descriptors.
+        """
         if isinstance(whole, Sharded):
             return whole
         return cls(whole, torch.arange(len(whole)), whole.label, whole.index, whole.group, Ranks())
 
     @classmethod
     def spread(cls, own: Descriptors, ranks: Ranks) -> Sharded:
-        """All ranks' descriptors, by ascending row. A row that several have stays with the lowest of them.
+        """The descriptors of all ranks, ordered by collection row.
 
-        Every rank must call; it may have none. Either all have groups or nobody.
+        A row that several ranks have stays on the lowest of them. Every rank must call.
+
+        Args:
+            own: The descriptors of this rank; there may be none. Either all ranks have groups or none.
+            ranks: The ranks.
         """
         most = int(ranks.largest(torch.tensor(len(own))))
         about = torch.full((4, most), -1, dtype=torch.int64)
@@ -131,29 +192,41 @@ class Sharded:
 
     @property
     def bits(self) -> int | None:
-        """Width of the codes, None for float descriptors."""
+        """The width of the codes, None for float descriptors."""
         return self.own.bits
 
     @property
     def columns(self) -> int:
-        """D of float descriptors, bytes of codes."""
+        """D for float descriptors, the number of bytes for codes."""
         return self.own.vectors.shape[1]
 
     def with_vectors(self, vectors: Tensor) -> Sharded:
-        """The same items with other float vectors (n, D) on each rank."""
+        """The same items with other float vectors.
+
+        Args:
+            vectors: float32 (n, D), those of this rank.
+        """
         own = self.own
         return replace(self, own=Descriptors(vectors, own.label, own.index, group=own.group))
 
     def rows(self, positions: Tensor) -> Tensor:
-        """The vectors at `positions`, int64 (P,) places in the whole, on every rank. Every rank must call."""
+        """The vectors at some positions, (P, D), on every rank. Every rank must call.
+
+        Args:
+            positions: int64 (P,), positions in the whole.
+        """
         return self.ranks.sum(self._of_mine(positions))
 
     def rows_on_first(self, positions: Tensor) -> Tensor | None:
-        """The vectors at `positions` on rank 0, None on the others. Every rank must call."""
+        """The vectors at some positions, (P, D), on rank 0, None on the other ranks. Every rank must call.
+
+        Args:
+            positions: int64 (P,), positions in the whole.
+        """
         return self.ranks.sum_on_first(self._of_mine(positions))
 
     def _of_mine(self, positions: Tensor) -> Tensor:
-        """The vectors at `positions` that are here, zeros for the others: the sum over ranks is all of them."""
+        """The vectors at `positions` that this rank holds, zeros elsewhere. Their sum over ranks holds all vectors."""
         if self.ranks.world == 1:
             return self.own.vectors[positions]
         vectors = self.own.vectors.new_zeros(len(positions), self.columns)

@@ -1,10 +1,9 @@
-"""Ranking metrics of rankings with ties, in closed form.
+"""Metrics of rankings with ties, in closed form.
 
-A ranking is known by its relevant items. One whose score nobody shares is *alone* and has a rank.
-Others form *groups* of equal score, whose order nothing decides: each metric is then the
-expectation over all orders, which needs no tie-break and no luck. Average precision also has its
-two ends: a group's relevant items last (pessimistic) or first (optimistic). A query without
-relevant items has no value: NaN.
+A ranking is described by its relevant items. An item whose score no other item has is *alone* and has a rank. Items of
+equal score form *groups*, whose order nothing decides. Each metric is then the expectation over all orders, which needs
+no tie-break and no luck. Average precision also has its two ends: the relevant items of each group last (pessimistic)
+or first (optimistic). A query without relevant items has no value: NaN.
 """
 
 from __future__ import annotations
@@ -21,14 +20,20 @@ Normaliser = Literal["min(R,k)", "R"]
 
 @dataclass(frozen=True)
 class Rankings:
-    """Rankings of B queries by their relevant items.
+    """The rankings of B queries, described by their relevant items.
 
-    relevant: int64 (B,), R, the number of relevant items of each query.
-    above: int64 (B, T), for the relevant items in order, best first, how many items rank above
-    each; read only where `alone`, bool (B, T), says that its score is its own.
-    query, at, size, hits_above, hits: int64 (E,), the tie groups that hold relevant items: whose
-    ranking it is, how many items rank above the group, how many share its score, how many relevant
-    items rank above it and how many are in it.
+    The E tie groups are those that hold relevant items.
+
+    Attributes:
+        relevant: int64 (B,), R, the number of relevant items of each query.
+        above: int64 (B, T), the number of items that rank above each relevant item, best first. It is valid only where
+            `alone` is True.
+        alone: bool (B, T), whether no other item has the score of the relevant item.
+        query: int64 (E,), the query of each group.
+        at: int64 (E,), the number of items above the group.
+        size: int64 (E,), the number of items in the group.
+        hits_above: int64 (E,), the number of relevant items above the group.
+        hits: int64 (E,), the number of relevant items in the group.
     """
 
     relevant: Tensor
@@ -50,7 +55,15 @@ class Rankings:
 
 
 def harmonic_numbers(n: int) -> Tensor:
-    """Harmonic numbers H(0) = 0, H(1) = 1, ..., H(n) as float64 (n + 1,)."""
+    """The harmonic numbers H(0) = 0, H(1) = 1, ..., H(n), float64 (n + 1,).
+
+    Args:
+        n: The last index.
+
+    Example:
+        >>> harmonic_numbers(2)
+        tensor([0.0000, 1.0000, 1.5000], dtype=torch.float64)
+    """
     steps = torch.arange(n + 1, dtype=torch.float64)
     return torch.cat([steps[:1], (1.0 / steps[1:]).cumsum(0)])
 
@@ -63,14 +76,33 @@ def average_precision(
     ties: TieOrder = "expected",
     normaliser: Normaliser = "R",
 ) -> Tensor:
-    """Average precision of each query, float64 (B,), in [0, 1].
+    """The average precision of each query, float64 (B,) in [0, 1].
 
-    With `k` only the first k ranks count and the sum of precisions is divided by `normaliser`:
-    "min(R,k)", the best that k ranks can hold, or "R", all relevant items. `harmonic` is
-    harmonic_numbers(G). Expected values as in McSherry and Najork (2008), "Computing information
-    retrieval performance measures efficiently in the presence of tied scores": a group of n items,
-    r of them relevant, below a items of which p are relevant, adds
-    (r/n) [(p + 1 - c - c a)(H(a+m) - H(a)) + c m] with c = (r-1)/(n-1) and m = min(n, k - a).
+    With `k` only the first k ranks count. In expectation over the orders of ties, a group of n items, r of them
+    relevant, below a items of which p are relevant, adds (r/n) [(p + 1 - c - c a)(H(a+m) - H(a)) + c m] with c =
+    (r-1)/(n-1) and m = min(n, k - a).
+
+    Args:
+        ranking: Rankings of B queries.
+        harmonic: float64 (G + 1,), `harmonic_numbers(G)` of the gallery's size.
+        k: The cutoff, None for the whole ranking.
+        ties: "expected" for the expectation; "pessimistic" or "optimistic" for the relevant items of each group last or
+            first.
+        normaliser: The divisor of the sum of precisions with `k`: "min(R,k)", the best possible sum in k ranks, or "R",
+            all relevant items.
+
+    Returns:
+        One value per query, NaN for a query without relevant items.
+
+    Source:
+        McSherry, Najork: Computing information retrieval performance measures efficiently in the presence of tied
+        scores. ECIR 2008.
+
+    Example:
+        >>> none, zero, one, two = torch.zeros(1, 0), torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+        >>> tied = Rankings(one, none.long(), none.bool(), zero, zero, two, zero, one)  # a right and a wrong item tie
+        >>> average_precision(tied, harmonic_numbers(2))  # the mean of 1 and 1/2
+        tensor([0.7500], dtype=torch.float64)
     """
     above = ranking.above if k is None else ranking.above[:, :k]
     slots = torch.arange(1, above.shape[1] + 1, dtype=torch.float64)
@@ -94,29 +126,69 @@ def average_precision(
 
 
 def _hits_within(ranking: Rankings, k: Tensor, slots: int) -> Tensor:
-    """Expected number of relevant items within the first k (B,) ranks; no k is above `slots`."""
+    """The expected number of relevant items within the first k (B,) ranks; no k is above `slots`."""
     alone = (ranking.above[:, :slots] < k[:, None]).double()
     taken = torch.minimum(ranking.size, (k[ranking.query] - ranking.at).clamp(min=0))
     return ranking._sum(alone, ranking.hits.double() * taken / ranking.size)
 
 
 def precision_at(ranking: Rankings, k: int) -> Tensor:
-    """Precision of the first k ranks, float64 (B,): relevant among them divided by k."""
+    """The precision of the first k ranks, float64 (B,): the relevant items among them divided by k.
+
+    Args:
+        ranking: Rankings of B queries.
+        k: The cutoff, 1 or more.
+
+    Returns:
+        One value per query, NaN for a query without relevant items.
+
+    Example:
+        >>> none, zero, one, two = torch.zeros(1, 0), torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+        >>> tied = Rankings(one, none.long(), none.bool(), zero, zero, two, zero, one)  # a right and a wrong item tie
+        >>> precision_at(tied, k=1)
+        tensor([0.5000], dtype=torch.float64)
+    """
     hits = _hits_within(ranking, torch.full_like(ranking.relevant, k), k)
     return ranking._per_query(hits / k)
 
 
 def r_precision(ranking: Rankings) -> Tensor:
-    """Precision of the first R ranks, R the query's own number of relevant items, float64 (B,)."""
+    """The precision of the first R ranks, float64 (B,), where R is the query's own number of relevant items.
+
+    Args:
+        ranking: Rankings of B queries.
+
+    Returns:
+        One value per query, NaN for a query without relevant items.
+
+    Example:
+        >>> none, zero, one, two = torch.zeros(1, 0), torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+        >>> tied = Rankings(one, none.long(), none.bool(), zero, zero, two, zero, one)  # a right and a wrong item tie
+        >>> r_precision(tied)
+        tensor([0.5000], dtype=torch.float64)
+    """
     r = ranking.relevant
     return ranking._per_query(_hits_within(ranking, r, ranking.above.shape[1]) / r.clamp(min=1))
 
 
 def hit_rate_at(ranking: Rankings, k: int) -> Tensor:
-    """Probability that the first k ranks hold a relevant item (R@k), float64 (B,).
+    """The probability that the first k ranks hold a relevant item (R@k), float64 (B,).
 
-    For a group of n items, r relevant, that the first m of them hold none has the probability
-    C(n - r, m) / C(n, m).
+    The first m items of a group of n items, r of them relevant, hold no relevant item with the probability C(n - r, m)
+    / C(n, m).
+
+    Args:
+        ranking: Rankings of B queries.
+        k: The cutoff, 1 or more.
+
+    Returns:
+        One value per query, NaN for a query without relevant items.
+
+    Example:
+        >>> none, zero, one, two = torch.zeros(1, 0), torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+        >>> tied = Rankings(one, none.long(), none.bool(), zero, zero, two, zero, one)  # a right and a wrong item tie
+        >>> hit_rate_at(tied, k=1)
+        tensor([0.5000], dtype=torch.float64)
     """
     best = ranking.above[:, :1]
     hit = ranking._sum((best < k).double(), torch.zeros_like(ranking.at, dtype=torch.float64))
@@ -134,10 +206,23 @@ def hit_rate_at(ranking: Rankings, k: int) -> Tensor:
 
 
 def ndcg_at(ranking: Rankings, k: int) -> Tensor:
-    """NDCG of the first k ranks with gain 1 for relevant items, float64 (B,), in [0, 1].
+    """The NDCG of the first k ranks with gain 1 for relevant items, float64 (B,) in [0, 1].
 
-    Discount 1 / log2(rank + 1) (Järvelin and Kekäläinen 2002); each item of a group takes the mean
-    discount of the group's ranks.
+    The discount is 1 / log2(rank + 1) (Järvelin and Kekäläinen 2002). Each item of a group gets the mean discount of
+    the group's ranks.
+
+    Args:
+        ranking: Rankings of B queries.
+        k: The cutoff, 1 or more.
+
+    Returns:
+        One value per query, NaN for a query without relevant items.
+
+    Example:
+        >>> none, zero, one, two = torch.zeros(1, 0), torch.tensor([0]), torch.tensor([1]), torch.tensor([2])
+        >>> tied = Rankings(one, none.long(), none.bool(), zero, zero, two, zero, one)  # a right and a wrong item tie
+        >>> ndcg_at(tied, k=2)  # the mean of 1 and 1 / log2(3)
+        tensor([0.8155], dtype=torch.float64)
     """
     ranks = torch.arange(k, dtype=torch.float64)
     discount = torch.cat([1.0 / torch.log2(ranks + 2), ranks.new_zeros(1)])

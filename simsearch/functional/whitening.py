@@ -14,7 +14,19 @@ from simsearch.types import check_vectors
 
 @dataclass
 class Moments:
-    """Running sums over vectors: count, sum float64 (D,) and sum of outer products float64 (D, D)."""
+    """Running sums over vectors (N, D).
+
+    Attributes:
+        count: N, the number of vectors.
+        total: float64 (D,), the sum of the vectors.
+        outer: float64 (D, D), the sum of their outer products.
+
+    Example:
+        >>> moments = Moments.zeros(dimension=2)
+        >>> moments.add(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]]))
+        >>> moments.principal()[1]  # the variances along the axes
+        tensor([2.6667, 0.6667], dtype=torch.float64)
+    """
 
     count: int
     total: Tensor
@@ -22,7 +34,11 @@ class Moments:
 
     @classmethod
     def zeros(cls, dimension: int) -> Moments:
-        """Moments of no vectors."""
+        """The sums of no vectors.
+
+        Args:
+            dimension: D, the width of the vectors.
+        """
         return cls(
             0,
             torch.zeros(dimension, dtype=torch.float64),
@@ -30,7 +46,14 @@ class Moments:
         )
 
     def add(self, vectors: Tensor) -> None:
-        """Adds the vectors (N, D). Raises ValueError for another shape, and as `check_vectors` does."""
+        """Adds vectors to the sums.
+
+        Args:
+            vectors: Floating point (N, D).
+
+        Raises:
+            ValueError: If the shape is wrong, or if `check_vectors` refuses the vectors.
+        """
         if vectors.ndim != 2 or vectors.shape[1] != len(self.total):
             raise ValueError(f"vectors must be (N, {len(self.total)}), got {tuple(vectors.shape)}")
         check_vectors("vectors to whiten", vectors)
@@ -40,17 +63,25 @@ class Moments:
         self.outer += wide.T @ wide
 
     def reduce(self, device: torch.device) -> None:
-        """Adds the vectors of all other ranks; `device` is that of the collectives. Every rank must call."""
+        """Adds the vectors of all other ranks. Every rank must call.
+
+        Args:
+            device: Device of the collectives, a GPU for NCCL.
+        """
         count = torch.tensor([self.count], dtype=torch.int64)
         self.count = int(sum_over_ranks(count, device))
         self.total = sum_over_ranks(self.total, device)
         self.outer = sum_over_ranks(self.outer, device)
 
     def principal(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (D,), eigenvalues (D,) of the covariance in descending order, eigenvectors (D, D) by row.
+        """The mean (D,), and the eigenvalues (D,) and eigenvectors (D, D) of the covariance.
 
-        Each eigenvector's largest entry is positive, so that a fit has one result. Raises
-        ValueError for fewer than two vectors.
+        Eigenvalues are in descending order, and each row is an eigenvector.
+
+        The largest entry of each eigenvector is positive, so that a fit has one result.
+
+        Raises:
+            ValueError: If there are fewer than two vectors.
         """
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 vectors, got {self.count}")
@@ -64,20 +95,37 @@ class Moments:
 
 @dataclass
 class ClassMoments(Moments):
-    """Moments that also keep the number int64 (L,) and the sum float64 (L, D) of the vectors of each class."""
+    """Moments that also hold the number and the sum of the vectors of each class.
+
+    Attributes:
+        sizes: int64 (L,), the number of vectors of each class.
+        sums: float64 (L, D), the sum of the vectors of each class.
+    """
 
     sizes: Tensor
     sums: Tensor
 
     @classmethod
     def zeros(cls, dimension: int) -> ClassMoments:
-        """Moments of no vectors and no classes."""
+        """The sums of no vectors and no classes.
+
+        Args:
+            dimension: D, the width of the vectors.
+        """
         none = Moments.zeros(dimension)
         empty = torch.zeros(0, dimension, dtype=torch.float64)
         return cls(none.count, none.total, none.outer, torch.zeros(0, dtype=torch.int64), empty)
 
     def add_labelled(self, vectors: Tensor, labels: Tensor) -> None:
-        """Adds the vectors (N, D) of classes int64 (N,) >= 0; those of an unknown class, -1, are left out."""
+        """Adds the vectors of known classes to the sums.
+
+        Args:
+            vectors: Floating point (N, D).
+            labels: int64 (N,), classes from 0. Vectors of an unknown class, -1, are left out.
+
+        Raises:
+            ValueError: As `add` does.
+        """
         known = labels.cpu() >= 0
         labels, wide = labels.cpu()[known], vectors.detach().to("cpu", torch.float64)[known]
         self.add(wide)
@@ -87,7 +135,11 @@ class ClassMoments(Moments):
             self.sums.index_add_(0, labels, wide)
 
     def reduce(self, device: torch.device) -> None:
-        """Adds the vectors of all other ranks; `device` is that of the collectives. Every rank must call."""
+        """Adds the vectors of all other ranks. Every rank must call.
+
+        Args:
+            device: Device of the collectives, a GPU for NCCL.
+        """
         super().reduce(device)
         self._make_room(int(Ranks.here(device).largest(torch.tensor(len(self.sizes)))))
         self.sizes = sum_over_ranks(self.sizes, device)
@@ -96,7 +148,8 @@ class ClassMoments(Moments):
     def within(self) -> Tensor:
         """The covariance within classes, pooled over them, float64 (D, D).
 
-        Raises ValueError where no class has two vectors.
+        Raises:
+            ValueError: If no class has two vectors.
         """
         present = self.sizes > 0
         freedom = self.count - int(present.sum())
@@ -113,14 +166,34 @@ class ClassMoments(Moments):
 
 
 def discriminative_projection(moments: ClassMoments, dimension: int, *, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and projection (dimension, D) that whiten what differs within classes, then keep what varies most.
+    """The mean (D,) and the projection (dimension, D) of learned whitening.
 
-    Learned whitening (Mikolajczyk and Matas 2007; Radenović, Tolias, Chum 2018, section 3.4): with W the
-    covariance within classes, in their case of matching pairs, the rows are the leading eigenvectors of the
-    whole covariance in the space W^(-1/2). shrinkage s in [0, 1] first moves W towards its mean eigenvalue,
-    which many dimensions and few images need.
+    The projection whitens the variation within classes, then keeps the directions of largest variation. Let W be the
+    covariance within classes; in the papers the classes are matching pairs. The rows of the projection are the leading
+    eigenvectors of the whole covariance in the space W^(-1/2).
 
-    Raises ValueError for a dimension or shrinkage out of range, and where nothing differs within classes.
+    Args:
+        moments: The moments of the training vectors.
+        dimension: Number of rows, 1..D.
+        shrinkage: s in [0, 1]. W is first moved towards its mean eigenvalue by the share s, which many dimensions and
+            few images need.
+
+    Raises:
+        ValueError: If `dimension` or `shrinkage` is out of range, if no class has two vectors, or if the vectors of
+            each class are equal.
+
+    Source:
+        Mikolajczyk, Matas 2007; Radenović, Tolias, Chum 2018, section 3.4.
+
+    Example:
+        >>> moments = ClassMoments.zeros(dimension=2)
+        >>> vectors = torch.tensor([[2.0, 0.0], [2.0, 1.0], [-2.0, 0.0], [-2.0, 1.0]])
+        >>> moments.add_labelled(vectors, torch.tensor([0, 0, 1, 1]))  # the second column differs within classes
+        >>> vectors @ discriminative_projection(moments, 1, shrinkage=1.0)[1].float().T
+        tensor([[ 4.],
+                [ 4.],
+                [-4.],
+                [-4.]])
     """
     d = len(moments.total)
     if not 1 <= dimension <= d:
@@ -144,14 +217,23 @@ def discriminative_projection(moments: ClassMoments, dimension: int, *, shrinkag
 def whitening_matrix(
     eigenvalues: Tensor, eigenvectors: Tensor, dimension: int, *, power: float, shrinkage: float = 0.0
 ) -> Tensor:
-    """Projection (dimension, D) on the leading components, each divided by eigenvalue^(power / 2).
+    """The projection (dimension, D) on the leading components, each divided by eigenvalue^(power / 2).
 
-    power 0 is a rotation (PCA), 1 full whitening, 1/2 in between. `shrinkage` s in [0, 1] first
-    moves the covariance towards its mean eigenvalue: (1 - s) l + s mean(l). Eigenvalues below
-    1e-9 of the largest are not amplified beyond that.
+    Eigenvalues below 1e-9 of the largest are raised to this value first.
 
-    Raises ValueError for a dimension, power or shrinkage out of range, and where no eigenvalue is
-    positive.
+    Args:
+        eigenvalues: Floating point (D,), in descending order.
+        eigenvectors: Floating point (D, D), one per row.
+        dimension: Number of rows, 1..D.
+        power: 0 for a rotation (PCA), 1 for full whitening, 1/2 for half of it; in [0, 1].
+        shrinkage: s in [0, 1]. The eigenvalues l are first moved towards their mean: (1 - s) l + s mean(l).
+
+    Raises:
+        ValueError: If `dimension`, `power` or `shrinkage` is out of range, or if no eigenvalue is positive.
+
+    Example:
+        >>> whitening_matrix(torch.tensor([4.0, 1.0]), torch.eye(2), dimension=1, power=1.0)
+        tensor([[0.5000, 0.0000]])
     """
     d = len(eigenvalues)
     if not 1 <= dimension <= d:

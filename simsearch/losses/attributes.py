@@ -1,4 +1,4 @@
-"""One objective of several attributes: each has a loss of its own on the same embeddings."""
+"""A loss over several attributes: each attribute has a loss of its own on the same embeddings."""
 
 from __future__ import annotations
 
@@ -8,11 +8,26 @@ from torch import Tensor, nn
 
 
 class MultiAttribute(nn.Module):
-    """The weighted sum of losses, one an attribute, a scalar, from embeddings (B, D) and labels (B, A).
+    """The weighted sum of one loss per attribute.
 
-    losses: by attribute (column names of the data), in the order of the labels' columns; TrainedRetriever asks the
-    DataModule for these by `attributes`. weights: of the same attributes, 0 or more; 1 each where None. Rows whose
-    label of an attribute is unknown (below 0) are left out of its term; a term without rows is 0.
+    The labels have one column per attribute. Rows whose label of an attribute is unknown (below 0) are left out of that
+    attribute's term. A term without rows is 0.
+
+    Args:
+        losses: The loss of each attribute, by the attribute's name in the data. Their order is the order of the label
+            columns; TrainedRetriever reads it from `attributes` and asks the DataModule for these columns.
+        weights: The weight of each attribute, 0 or more, with the same names as `losses`. None gives each weight 1.
+
+    Raises:
+        ValueError: If `losses` is empty, if `weights` has other names than `losses`, or if a weight is negative.
+
+    Example:
+        >>> import torch
+        >>> from simsearch.losses.triplet import BatchHardTripletLoss
+        >>> loss = MultiAttribute({"artist": BatchHardTripletLoss(2.0), "style": BatchHardTripletLoss(2.0)})
+        >>> labels = torch.tensor([[0, -1], [0, -1], [1, -1]])  # all styles are unknown
+        >>> loss(torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]]), labels)
+        tensor(0.5000)
     """
 
     def __init__(self, losses: Mapping[str, nn.Module], weights: Mapping[str, float] | None = None) -> None:
@@ -32,6 +47,15 @@ class MultiAttribute(nn.Module):
         self.losses = nn.ModuleList(losses.values())
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            embeddings: Floating point (B, D).
+            labels: int64 (B, A), one column per attribute, -1 where unknown.
+
+        Raises:
+            ValueError: If `labels` does not have one column per attribute.
+        """
         if labels.ndim != 2 or labels.shape[1] != len(self.losses):
             raise ValueError(
                 f"labels of {', '.join(self.attributes)} must be (B, {len(self.losses)}), got {tuple(labels.shape)}"

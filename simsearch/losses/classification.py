@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear classifier: the baseline of every learned code, and DIR's first stage."""
+"""Cross-entropy of a linear classifier: the baseline of every learned code, and the first stage of DIR."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from torch import Tensor, nn
 
 
 def check_classifier(width_name: str, width: int | None, classes: int) -> None:
-    """Raises ValueError for a width below 1 or fewer than 2 classes."""
+    """Checks the sizes of a linear classifier.
+
+    Args:
+        width_name: The name of the width in the config, for the message.
+        width: Width of the network's output.
+        classes: Number of classes.
+
+    Raises:
+        ValueError: If `width` is None or below 1, or if `classes` is below 2.
+    """
     if width is None or width < 1:
         raise ValueError(f"loss.{width_name}={width}: give the width of the network's output, 1 or more")
     if classes < 2:
@@ -15,7 +24,15 @@ def check_classifier(width_name: str, width: int | None, classes: int) -> None:
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Raises ValueError for labels outside 0..classes-1, which on a GPU would end the process otherwise."""
+    """Checks that all labels name a class. On a GPU a wrong label would otherwise end the process.
+
+    Args:
+        labels: int64 (B,).
+        classes: Number of classes.
+
+    Raises:
+        ValueError: If a label lies outside 0..classes-1.
+    """
     low, high = (int(end) for end in labels.aminmax())
     if low < 0 or high >= classes:
         raise ValueError(
@@ -25,14 +42,32 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 
 class ClassificationLoss(nn.Module):
-    """The mean cross-entropy of a learnt linear classifier, a scalar, from embeddings (B, D) and labels (B,) in 0..C-1.
+    """The mean cross-entropy of a learned linear classifier.
 
-    Embeddings are taken as they are, without sign or norm. smoothing: share of the target spread evenly
-    over all classes, in [0, 1).
+    The classifier reads the embeddings as they are, without sign or normalisation. Gordo et al. (2016) train with this
+    loss before they train with triplets.
 
-    With codes it is the baseline in the spirit of Sablayrolles, Douze, Usunier, Jégou 2016, "How should we
-    evaluate supervised hashing?", here by the signs of what the classifier reads (theirs encode its output).
-    Gordo et al. 2016 train by it before they train by triplets.
+    For binary codes this is the baseline in the spirit of Sablayrolles et al. Their codes encode the classifier's
+    output; ours are the signs of its input.
+
+    Args:
+        dimension: D, the width of the embeddings.
+        classes: Number of classes.
+        smoothing: Share of the target that is spread evenly over all classes, in [0, 1).
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Sablayrolles, Douze, Usunier, Jégou: How should we evaluate supervised hashing? 2016.
+
+    Example:
+        >>> loss = ClassificationLoss(dimension=2, classes=2)
+        >>> for parameter in loss.parameters():
+        ...     _ = nn.init.zeros_(parameter)
+        >>> import torch
+        >>> round(loss(torch.eye(2), torch.tensor([0, 1])).item(), 4)  # both classes are equally likely: log 2
+        0.6931
     """
 
     def __init__(self, dimension: int, classes: int, smoothing: float = 0.0) -> None:
@@ -44,5 +79,14 @@ class ClassificationLoss(nn.Module):
         self.classifier = nn.Linear(dimension, classes)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            embeddings: Floating point (B, D).
+            labels: int64 (B,), in 0..classes-1.
+
+        Raises:
+            ValueError: If a label is out of range.
+        """
         check_labels(labels, self.classes)
         return F.cross_entropy(self.classifier(embeddings), labels, label_smoothing=self.smoothing)

@@ -1,4 +1,4 @@
-"""The pairwise loss of Deep Supervised Hashing."""
+"""The pairwise loss of Deep Supervised Hashing (DSH)."""
 
 from __future__ import annotations
 
@@ -23,14 +23,30 @@ class _Quantisation(torch.autograd.Function):
 
 
 class DSHLoss(nn.Module):
-    """The loss over all pairs i < j of a batch, a scalar, from real-valued codes (B, b) and labels (B,).
+    """The contrastive loss over all pairs of a batch of codes, with a penalty that pulls their values towards +1 or -1.
 
-    With D the Euclidean distance of two codes and m the margin, a pair of one class costs D^2 / 2, a
-    pair of two classes max(m - D^2, 0) / 2; each code costs `weight` * sum |abs(b) - 1| a pair. The sum
-    is divided by B (B - 1), as in the authors' release, whose gradient this has (the value it prints
-    lacks the halves). margin: 2 b where None. weight: the paper's alpha.
+    Let d be the Euclidean distance of two codes and m the margin. A pair of one class costs d^2 / 2. A pair of two
+    classes costs max(m - d^2, 0) / 2. Each code of a pair costs `weight` * sum |abs(b) - 1| in addition.
 
-    Liu, Wang, Shan, Chen 2016, "Deep Supervised Hashing for Fast Image Retrieval", eq. 4.
+    The sum over the pairs i < j is divided by B (B - 1), as in the authors' release. The gradient is that of the
+    release; the value that the release prints lacks the factors 1/2.
+
+    Args:
+        margin: m, above 0. None gives 2 b, twice the number of bits.
+        weight: Weight of the penalty, 0 or more; alpha in the paper.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Liu, Wang, Shan, Chen: Deep Supervised Hashing for Fast Image Retrieval. CVPR 2016, eq. 4.
+
+    Example:
+        >>> codes = torch.tensor([[1.0, 1.0], [1.0, -1.0]])  # d^2 is 4
+        >>> DSHLoss()(codes, torch.tensor([0, 0]))
+        tensor(1.)
+        >>> DSHLoss()(codes, torch.tensor([0, 1]))  # as far apart as the margin asks
+        tensor(0.)
     """
 
     def __init__(self, margin: float | None = None, weight: float = 0.01) -> None:
@@ -42,6 +58,12 @@ class DSHLoss(nn.Module):
         self.margin, self.weight = margin, weight
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar. A batch of one image costs 0.
+
+        Args:
+            embeddings: Floating point (B, b), real-valued codes.
+            labels: int64 (B,).
+        """
         count, bits = embeddings.shape
         if count < 2:
             return 0.0 * embeddings.sum()  # no pair

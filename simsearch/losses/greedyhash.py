@@ -1,4 +1,4 @@
-"""The loss of GreedyHash: classification of signs, with the gradient passed straight through."""
+"""The loss of GreedyHash: signs are classified, and the gradient passes straight through the sign."""
 
 from __future__ import annotations
 
@@ -23,12 +23,26 @@ class _Sign(torch.autograd.Function):
 
 
 class GreedyHashLoss(nn.Module):
-    """Cross-entropy of sign(u) plus `weight` * mean |u - sign(u)|^3, a scalar, from codes u (B, b) and labels (B,).
+    """Cross-entropy of the signs of real-valued codes u, plus `weight` * mean |u - sign(u)|^3.
 
-    A learnt linear classifier without bias reads the signs; sign's gradient is taken as 1. Labels lie in
-    0..classes-1. weight: the paper's alpha.
+    A learned linear classifier without bias reads the signs. The gradient of the sign is taken as 1.
 
-    Su, Zhang, Han, Tian 2018, "Greedy Hash: Towards Fast Optimization for Accurate Hash Coding in CNN".
+    Args:
+        bits: b, the width of the codes.
+        classes: Number of classes.
+        weight: Weight of the second term, 0 or more; alpha in the paper.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Su, Zhang, Han, Tian: Greedy Hash: Towards Fast Optimization for Accurate Hash Coding in CNN. NeurIPS 2018.
+
+    Example:
+        >>> loss = GreedyHashLoss(bits=2, classes=2)
+        >>> _ = nn.init.zeros_(loss.classifier.weight)
+        >>> round(loss(torch.tensor([[1.0, -1.0]]), torch.tensor([0])).item(), 4)  # log 2: the values are signs already
+        0.6931
     """
 
     def __init__(self, bits: int, classes: int, weight: float = 0.1) -> None:
@@ -40,6 +54,15 @@ class GreedyHashLoss(nn.Module):
         self.classifier = nn.Linear(bits, classes, bias=False)
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            embeddings: Floating point (B, b), real-valued codes.
+            labels: int64 (B,), in 0..classes-1.
+
+        Raises:
+            ValueError: If a label is out of range.
+        """
         check_labels(labels, self.classes)
         signs = _Sign.apply(embeddings)
         gap = (embeddings - signs.detach()).abs().pow(3).mean()

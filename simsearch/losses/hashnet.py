@@ -1,4 +1,4 @@
-"""The pairwise likelihood of HashNet."""
+"""The pairwise likelihood loss of HashNet."""
 
 from __future__ import annotations
 
@@ -8,22 +8,40 @@ from torch import Tensor, nn
 
 
 class HashNetLoss(nn.Module):
-    """The weighted likelihood of all pairs i < j of a batch, a scalar, from real-valued codes (B, b) and labels (B,).
+    """The weighted negative log-likelihood over all pairs of a batch of real-valued codes.
 
-    With h = tanh(beta u), a pair costs log(1 + exp(alpha <h_i, h_j>)) - alpha s_ij <h_i, h_j>, s_ij = 1
-    for one class, else 0. Similar pairs weigh S / S1 and dissimilar ones S / S0, counted in the batch, and
-    the sum is divided by the number of pairs S: the mean over similar pairs plus the mean over dissimilar
-    ones. beta grows with the count of training forwards t, (1 + growth t)^(1/2), towards the sign; the
-    count is a buffer, so that a resumed run goes on with its beta. alpha: 10 / b where None. The authors'
-    release has the same alpha, in both terms, and the same beta, but raises it every 200 steps only.
+    With h = tanh(beta u), a pair costs log(1 + exp(alpha <h_i, h_j>)) - alpha s_ij <h_i, h_j>, where s_ij is 1 for a
+    pair of one class and 0 otherwise. Similar pairs have the weight S / S1 and dissimilar pairs S / S0, counted in the
+    batch. The sum over the pairs i < j is divided by their number S. The result is the mean over similar pairs plus the
+    mean over dissimilar pairs.
 
-    Departures: the paper counts S, S1 and S0 in the whole training set. The release weighs similar pairs by a
-    constant given for each data set (class_num; its own `pairwise_loss_updated`, which its training does not
-    call, counts them in the batch as we do, without alpha), divides by the sum of the weights, pairs two
-    batches with each other, and drops the logarithm where alpha <h_i, h_j> > 15. Common re-implementations
-    pair a batch with the stored outputs of all training images.
+    beta = (1 + growth t)^(1/2) grows with the number t of training batches, so that tanh approaches the sign. t is a
+    buffer: a resumed run continues with its beta.
 
-    Cao, Long, Wang, Yu 2017, "HashNet: Deep Learning to Hash by Continuation", eq. 4.
+    The authors' release uses the same alpha, in both terms, and the same beta, but raises beta only every 200 steps.
+    Other differences:
+
+    - The paper counts S, S1 and S0 in the whole training set.
+    - The release weights similar pairs by a constant for each data set (`class_num`). Its function
+      `pairwise_loss_updated`, which its training does not call, counts them in the batch as we do, without alpha.
+    - The release divides by the sum of the weights, pairs two batches with each other, and drops the logarithm where
+      alpha <h_i, h_j> > 15.
+    - Common re-implementations pair a batch with the stored outputs of all training images.
+
+    Args:
+        alpha: Scale of the inner products, above 0. None gives 10 / b.
+        growth: Growth of beta per training batch, 0 or more. With 0, beta stays 1.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Cao, Long, Wang, Yu: HashNet: Deep Learning to Hash by Continuation. ICCV 2017, eq. 4.
+
+    Example:
+        >>> loss = HashNetLoss()
+        >>> loss(torch.zeros(2, 4), torch.tensor([0, 0]))  # log 2: the inner product is 0
+        tensor(0.6931)
     """
 
     step: Tensor
@@ -43,6 +61,12 @@ class HashNetLoss(nn.Module):
         return (1 + self.growth * self.step).sqrt()
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar. In training mode the call counts as a step of beta.
+
+        Args:
+            embeddings: Floating point (B, b), real-valued codes.
+            labels: int64 (B,).
+        """
         codes = torch.tanh(self.beta * embeddings)
         if self.training:
             self.step += 1

@@ -1,4 +1,4 @@
-"""A memory of past embeddings for any pair-based loss (XBM)."""
+"""A memory of past embeddings for any pair-based loss (cross-batch memory, XBM)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,40 @@ from torch import Tensor, nn
 
 
 class CrossBatchMemory(nn.Module):
-    """`loss` of a batch against the last `size` embeddings of training, a scalar, from (B, D) and labels (B,).
+    """A pair-based loss between a batch and the last `size` embeddings of training.
 
-    The batch enters the memory first, without gradient, then each row is paired with all that the memory
-    holds but its own copy (Algorithm 1): gradients reach the batch as anchors only. loss: called the
-    pytorch-metric-learning way, loss(embeddings, labels, pairs, reference embeddings, reference labels).
-    size: rows of the memory, at least a batch. dimension: D. start: so many first training batches are
-    held against themselves alone and not remembered, while embeddings still move fast. Outside of
-    training the batch is held against itself and the memory stays as it is. On several ranks gather their
-    embeddings (model.gather=true): buffers are those of rank 0, whose memory would be the only one.
+    The batch first enters the memory without gradient. Each of its rows is then paired with every row of the memory
+    except its own copy (Algorithm 1). The batch gets gradients as anchors only.
 
-    Memory, fill and counts are buffers. The library's own CrossBatchMemory keeps its place in the queue
-    and whether it is full as plain attributes, which no state dict holds, so that a resumed run would
-    forget all that it remembers; it has no start, and fills in evaluation too.
+    In evaluation mode the batch is compared with itself, and the memory stays as it is.
 
-    Wang, Zhang, Huang, Scott 2020, "Cross-Batch Memory for Embedding Learning".
+    With several processes, gather their embeddings first (model.gather=true). Buffers are those of rank 0, so that its
+    memory would otherwise be the only one.
+
+    The memory, its fill and its counts are buffers. pytorch-metric-learning's CrossBatchMemory keeps the position in
+    the queue and whether the queue is full as plain attributes, which are not in the state dict: a resumed run would
+    forget the memory. It also has no `start` and fills in evaluation.
+
+    Args:
+        loss: A loss with the call of pytorch-metric-learning: loss(embeddings, labels, pairs, reference embeddings,
+            reference labels).
+        size: Number of rows in the memory, at least one batch.
+        dimension: D, the width of the embeddings.
+        start: Number of first training batches that are compared with themselves alone and not remembered, while the
+            embeddings still move fast.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Wang, Zhang, Huang, Scott: Cross-Batch Memory for Embedding Learning. CVPR 2020.
+
+    Example:
+        >>> from pytorch_metric_learning.losses import ContrastiveLoss
+        >>> loss = CrossBatchMemory(ContrastiveLoss(), size=4, dimension=2)
+        >>> _ = loss(torch.eye(2), torch.tensor([0, 1]))
+        >>> loss.memory_labels[: int(loss.stored)]
+        tensor([0, 1])
     """
 
     memory: Tensor
@@ -44,6 +63,15 @@ class CrossBatchMemory(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar. In training mode the batch enters the memory.
+
+        Args:
+            embeddings: Floating point (B, D).
+            labels: int64 (B,).
+
+        Raises:
+            ValueError: If the batch is larger than the memory.
+        """
         if len(embeddings) > self.size:
             raise ValueError(f"loss.size={self.size} is less than a batch of {len(embeddings)}: use a larger memory")
         if not self.training:

@@ -1,4 +1,4 @@
-"""The loss of OrthoHash: cosine similarity with fixed binary targets."""
+"""The loss of OrthoHash: codes are compared by cosine with fixed binary targets."""
 
 from __future__ import annotations
 
@@ -50,13 +50,26 @@ def _bordered_jacobsthal(q: int, corner: float) -> Tensor:
 
 
 def binary_targets(classes: int, bits: int, seed: int = 0) -> Tensor:
-    """Distinct targets float32 (classes, bits) of +1 and -1, drawn by `seed`.
+    """Distinct target codes, float32 (classes, bits) of +1 and -1.
 
-    Rows of a Hadamard matrix, orthogonal to each other, where there is one of that size and
-    classes <= bits; with classes < bits each has as many ones as minus ones. Otherwise random rows of
-    bits // 2 ones.
+    Where classes <= bits and a Hadamard matrix of that size can be built, the targets are rows of the matrix,
+    orthogonal to each other. With classes < bits every such row has as many +1 as -1. Otherwise the targets are random
+    rows with bits // 2 entries of +1.
 
-    Raises ValueError where there are fewer such rows than classes.
+    Args:
+        classes: Number of targets.
+        bits: b, the width of the codes.
+        seed: Seed of the random choice of rows.
+
+    Raises:
+        ValueError: If there are fewer such rows than classes.
+
+    Example:
+        >>> targets = binary_targets(classes=3, bits=4)
+        >>> targets @ targets.T
+        tensor([[4., 0., 0.],
+                [0., 4., 0.],
+                [0., 0., 4.]])
     """
     generator = torch.Generator().manual_seed(seed)
     matrix = _hadamard(bits) if classes <= bits else None
@@ -73,15 +86,32 @@ def binary_targets(classes: int, bits: int, seed: int = 0) -> Tensor:
 
 
 class OrthoHashLoss(nn.Module):
-    """Margin cross-entropy on cosine similarities with fixed targets, a scalar, from codes (B, b) and labels (B,).
+    """Cross-entropy with a margin on the cosines between real-valued codes and fixed targets.
 
-    The logits are scale * (cos(u, t_c) - margin [c = label]) for the targets t of `binary_targets`, which
-    are a buffer. Labels lie in 0..classes-1. scale, margin: the authors' release's.
+    The logit of class c is scale * (cos(u, t_c) - margin [c = label]), where t are the `binary_targets`. The targets
+    are a buffer.
 
-    The paper's network ends in a batch normalisation, by which bits are balanced; it belongs to the network.
+    The network in the paper ends in a batch normalisation, which balances the bits. It belongs to the network, not to
+    this loss.
 
-    Hoe, Ng, Zhang, Chan, Song, Xiang 2021, "One Loss for All: Deep Hashing with a Single Cosine Similarity
-    based Learning Objective".
+    Args:
+        bits: b, the width of the codes.
+        classes: Number of classes.
+        scale: Factor of the cosines, above 0. The default is that of the authors' release.
+        margin: Margin in [0, 2]. The default is that of the authors' release.
+        seed: Seed of the targets.
+
+    Raises:
+        ValueError: If an argument is out of range, or if there are too few targets of that length.
+
+    Source:
+        Hoe, Ng, Zhang, Chan, Song, Xiang: One Loss for All: Deep Hashing with a Single Cosine Similarity based Learning
+        Objective. NeurIPS 2021.
+
+    Example:
+        >>> loss = OrthoHashLoss(bits=4, classes=2)
+        >>> loss(loss.targets, torch.tensor([0, 1]))  # log(1 + exp(-8 * 0.8)): each code equals its target
+        tensor(0.0017)
     """
 
     targets: Tensor
@@ -97,6 +127,15 @@ class OrthoHashLoss(nn.Module):
         self.register_buffer("targets", binary_targets(classes, bits, seed))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            embeddings: Floating point (B, b), real-valued codes.
+            labels: int64 (B,), in 0..classes-1.
+
+        Raises:
+            ValueError: If a label is out of range.
+        """
         check_labels(labels, self.classes)
         targets = F.normalize(self.targets.to(embeddings.dtype))
         cosine = F.normalize(embeddings) @ targets.T

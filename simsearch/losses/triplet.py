@@ -1,4 +1,4 @@
-"""Triplet losses: of mined triplets, and of the hardest ones in a batch."""
+"""Triplet losses: over mined triplets, and over the hardest triplet of each image in a batch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,25 @@ def _check_margin(margin: float) -> None:
 
 
 class TripletLoss(nn.Module):
-    """Mean over triplets of max(0, margin + |q - p|^2 - |q - n|^2) / 2, a scalar, from (3T, D) and labels (3T,).
+    """The mean over triplets of max(0, margin + |q - p|^2 - |q - n|^2) / 2.
 
-    Rows are consecutive triplets q, p, n, q, p, n, ... of one query, one positive and one negative each,
-    as the sampler of mined triplets gives them. The paper's descriptors are L2-normalised.
+    The rows of a batch are consecutive triplets q, p, n, q, p, n, ... of a query, a positive and a negative, as the
+    sampler MinedTriplets orders them. The descriptors of the paper are L2-normalised.
 
-    Raises ValueError for rows whose labels are not of this form.
+    Args:
+        margin: Margin between squared distances, above 0.
 
-    Gordo, Almazán, Revaud, Larlus 2016, "Deep Image Retrieval: Learning global representations for image
-    search".
+    Raises:
+        ValueError: If `margin` is not positive.
+
+    Source:
+        Gordo, Almazán, Revaud, Larlus: Deep Image Retrieval: Learning global representations for image search. ECCV
+        2016.
+
+    Example:
+        >>> rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> TripletLoss(margin=0.1)(rows, torch.tensor([5, 5, 7]))  # (0.1 + 1 - 1) / 2
+        tensor(0.0500)
     """
 
     def __init__(self, margin: float = 0.1) -> None:
@@ -31,6 +41,15 @@ class TripletLoss(nn.Module):
         self.margin = margin
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            embeddings: Floating point (3T, D), T triplets.
+            labels: int64 (3T,).
+
+        Raises:
+            ValueError: If the labels are not those of consecutive triplets.
+        """
         if len(labels) == 0 or len(labels) % 3 or not _are_triplets(labels):
             raise ValueError(
                 f"a batch of {len(labels)} rows is not made of triplets query, positive, negative: use the sampler "
@@ -47,12 +66,24 @@ def _are_triplets(labels: Tensor) -> bool:
 
 
 class BatchHardTripletLoss(nn.Module):
-    """Mean over anchors of max(0, margin + max |a - p| - min |a - n|), a scalar, from (B, D) and labels (B,).
+    """The mean over anchors of max(0, margin + max |a - p| - min |a - n|).
 
-    Each row is an anchor with the farthest row of its class and the nearest row of another; rows that lack
-    either are left out, and a batch without any costs 0. Distances are Euclidean, not squared.
+    Each row is an anchor a. Its positive is the farthest row of its class, its negative the nearest row of another
+    class. Rows that lack either are left out. A batch without anchors costs 0. Distances are Euclidean, not squared.
 
-    Hermans, Beyer, Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification" ("batch hard").
+    Args:
+        margin: Margin between distances, above 0.
+
+    Raises:
+        ValueError: If `margin` is not positive.
+
+    Source:
+        Hermans, Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification. 2017 ("batch hard").
+
+    Example:
+        >>> rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [3.0, 0.0]])
+        >>> BatchHardTripletLoss(margin=2.0)(rows, torch.tensor([0, 0, 1]))  # the mean of 2 + 1 - 3 and 2 + 1 - 2
+        tensor(0.5000)
     """
 
     def __init__(self, margin: float = 0.2) -> None:
@@ -61,6 +92,12 @@ class BatchHardTripletLoss(nn.Module):
         self.margin = margin
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """The loss of a batch, a scalar.
+
+        Args:
+            embeddings: Floating point (B, D).
+            labels: int64 (B,).
+        """
         anchors, positives, negatives = batch_hard(embeddings, labels)
         if len(anchors) == 0:
             return 0.0 * embeddings.sum()
