@@ -1,9 +1,11 @@
-"""Text from strangers (names of files, artists, titles) where people see it: in terminals, reports and spreadsheets."""
+"""Text from strangers (names of files, artists, titles): safe where people see it, and which texts are equal."""
 
 from __future__ import annotations
 
 import re
 import sys
+import unicodedata
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 # What moves a terminal's cursor, gives it orders, turns the order of letters round or breaks a line; and halves of
@@ -13,6 +15,9 @@ _SHORT = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _MARKDOWN = re.compile(r"[\\|`*_\[\]<>&~]")
 _FORMULA = re.compile("[=+\\-@＝＋－＠]")  # a cell that begins so is one to a spreadsheet
 _NUMBER = re.compile(r"[+-]?\d[\d.,]*(?:[eE][+-]?\d+)?%?")
+# Marks of other scripts (dakuten, vowel signs) make other letters.
+_ACCENTS = re.compile("[\u0300-\u036f]+")
+_JOINTS = re.compile(r"[\s_\u2010-\u2014-]+")  # spaces, underscores, hyphens and dashes
 
 
 def printable(text: object) -> str:
@@ -77,3 +82,54 @@ def csv_cell(value: Any) -> Any:
         return value
     text = printable(value)
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def folded(text: str) -> str:
+    """The text without case, accents and compatibility forms: words are found in it however they are written.
+
+    Accents are those of Latin, Greek and Cyrillic letters.
+
+    >>> folded("Paul CÉZANNE")
+    'paul cezanne'
+    """
+    if text.isascii():
+        return text.lower()
+    # Compatibility forms hold capitals, as in the sign for "trade mark".
+    plain = _ACCENTS.sub("", unicodedata.normalize("NFKD", text.casefold())).casefold()
+    return plain if plain.isascii() else unicodedata.normalize("NFC", plain)
+
+
+def spelling_key(text: str) -> str:
+    """What all spellings of a text share: two texts are equal where only case, accents, spaces and hyphens differ.
+
+    Underscores and dashes count as hyphens. Between digits all of these are one space, and a minus before a first digit
+    stays, so that 1-2 is not 12 and -3 is not 3.
+
+    >>> spelling_key("Jean-François  MILLET") == spelling_key("jean francois millet")
+    True
+    >>> [spelling_key(text) for text in ("1850–1874", "-3", "Ukiyo-e 12")]
+    ['1850 1874', '-3', 'ukiyoe12']
+    """
+    plain = folded(text).strip()
+    first, *others = _JOINTS.split(plain)
+    key = "-" if plain[:1] == "-" and plain[1:2].isdecimal() else first
+    for part in others:
+        key += f" {part}" if key[-1:].isdecimal() and part[:1].isdecimal() else part
+    return key or text
+
+
+def spellings(counts: Mapping[str, int]) -> dict[str, str]:
+    """For each text the spelling that stands for all that are equal to it by `spelling_key`.
+
+    That is the most frequent; of equally frequent ones one in mixed case, with more accents, and the first in order.
+
+    counts: how often each text occurs.
+    """
+    groups: dict[str, list[str]] = {}
+    for text in counts:
+        groups.setdefault(spelling_key(text), []).append(text)
+    chosen: dict[str, str] = {}
+    for texts in groups.values():
+        best = min(texts, key=lambda t: (-counts[t], t.isupper() or t.islower(), -sum(ord(c) > 127 for c in t), t))
+        chosen |= dict.fromkeys(texts, best)
+    return chosen

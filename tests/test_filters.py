@@ -16,6 +16,8 @@ TABLE = pa.table(
         "year": ["1870", "1900", "c. 1890", None, "1850.5", "-3", "1900"],
         "rating": pa.array([1, 2, None, 4, 5, 6, 7]),
         "empty": pa.array([None] * 7, pa.string()),
+        "lot": ["12", "1-2", "-3", "3", "2..3", "1_000", "a\nb"],
+        "price": pa.array([float("nan"), 3.5, 3.25, 1e9, 4.0, None, 0.5]),
     }
 )
 
@@ -35,6 +37,16 @@ def rows(text: str) -> list[int]:
         ("artist=*", [0, 1, 2, 4, 6]),
         ("artist!=*", [3, 5]),
         ('artist="*"', [6]),
+        ("artist=PAUL CEZANNE|claude-monet", [0, 1, 2]),
+        ('artist=""', [3, 5]),
+        ('artist!=" "', [0, 1, 2, 4, 6]),
+        ('artist=""|"*"', [3, 5, 6]),
+        ('lot=12|"2..3"', [0, 4]),
+        ("lot=-3", [2]),
+        ('lot="a\nb"', [6]),
+        ("price=3..4", [1, 2, 4]),
+        ("price!=*", [0, 5]),
+        ('price=""|4', [0, 4, 5]),
         ('artist="Who; me? | ""x"""', [4]),
         ("year=1850..1890", [0, 4]),
         ("year=1900..", [1, 6]),
@@ -149,14 +161,22 @@ def test_masks_are_kept_and_not_handed_out():
 
 def test_columns_tell_what_they_hold():
     attributes = Attributes(TABLE)
-    assert attributes.names == ["artist", "year", "rating", "empty"]
+    assert attributes.names == ["artist", "year", "rating", "empty", "lot", "price"]
     assert attributes.column("year").counted()[0] == ("1900", 2)
     assert {name: attributes.column(name).is_numeric for name in attributes.names} == {
         "artist": False,
         "year": False,  # five of six
         "rating": True,
         "empty": False,
+        "lot": False,  # neither "1-2" nor "1_000" is one
+        "price": True,
     }
+    assert attributes.column("artist").counted()[0] == ("Claude Monet", 2), "two spellings"
+    text = Attributes(
+        pa.table({"x": ["1", " -2.5 ", "+3e1", ".5", "7.", "1e400", "nan", "0x1F", "１", "1 2", " ", ""]})
+    )
+    numbers = text.column("x").numbers.tolist()
+    assert [number for number in numbers if number == number] == [1, -2.5, 30, 0.5, 7]
     assert attributes.column("empty").counted() == []
 
 

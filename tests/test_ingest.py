@@ -27,7 +27,7 @@ from simsearch.commands import data_ingest
 from simsearch.data.image_folder import FilesDataModule
 from simsearch.data.ingest import pipeline as module
 from simsearch.data.ingest import pixel_store as pixels
-from simsearch.data.ingest.cleaning import clean, period_of, spellings, year_of
+from simsearch.data.ingest.cleaning import clean, period_of, year_of
 from simsearch.data.ingest.pipeline import Decoding, band, decode_file
 from simsearch.data.ingest.report import EXPLAINED
 from simsearch.data.ingest.source import read_listing
@@ -489,18 +489,6 @@ def test_what_is_no_list_of_images_says_so(two, name, data, message):
 
 
 # ------------------------------------------------------------------------------ attributes
-
-
-def test_spellings_become_the_most_frequent():
-    values = Counter(
-        {"Claude Monet": 3, "claude monet": 5, "CLAUDE  MONET": 1, "Ukiyo-e": 1, "ukiyo e": 1, "José": 1, "Jose": 1}
-        | {"が": 2, "か": 3}
-    )
-    got = spellings(values)
-    assert got["CLAUDE  MONET"] == got["Claude Monet"] == "claude monet"
-    assert got["ukiyo e"] == "Ukiyo-e"  # as frequent, and in mixed case
-    assert got["Jose"] == "José"
-    assert (got["が"], got["か"]) == ("が", "か")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
-"""Text from strangers: nothing of it gives a terminal, a page of Markdown or a spreadsheet orders."""
+"""Text from strangers: nothing of it gives a terminal, a page of Markdown or a spreadsheet orders; equal texts."""
 
 from __future__ import annotations
 
 import csv
+import doctest
 import json
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,9 +18,9 @@ from rich.table import Table
 from rich.text import Text
 from test_serving import encoder, make_catalog, root  # noqa: F401
 
-from simsearch import terminal
+from simsearch import terminal, text
 from simsearch.files import json_line, to_csv, write_csv
-from simsearch.text import cell, csv_cell, lines, markdown, printable
+from simsearch.text import cell, csv_cell, folded, lines, markdown, printable, spelling_key, spellings
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[red]a\r\x9b31m\u202e|`x`<img src=x>\u2028"
 ANY = st.text(st.characters(codec=None, categories=None))
@@ -156,3 +158,79 @@ def test_printing_goes_through_one_door():
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             assert not ("print(" in line and "{error" in line), f"{path}:{number}: use simsearch.text.warn"
             assert "rich.markup" not in line or path.name == "text.py", f"{path}:{number}: use simsearch.text.cell"
+
+
+# ------------------------------------------------------------------------------ equal texts
+
+
+@pytest.mark.parametrize(
+    ("texts", "equal"),
+    [
+        (
+            [
+                "Claude Monet",
+                "CLAUDE  MONET",
+                " claude\nmonet ",
+                "Claude-Monet",
+                "claude_monet",
+                "ｃｌａｕｄｅ　ｍｏｎｅｔ",
+            ],
+            True,
+        ),
+        (["Cézanne", "Ce\u0301zanne", "CEZANNE", "cezanne"], True),
+        (["Straße", "STRASSE", "strasse"], True),
+        (["Ukiyo-e", "ukiyo e", "Ukiyo‐e", "Ukiyo–e", "UKIYOE"], True),
+        (["1850-1874", "1850–1874", "1850 - 1874", "1850 1874"], True),
+        (["№ 5™", "No 5TM"], True),
+        (["1-2", "12", "2", "-12", "1.2", "1/2"], False),
+        (["-3", "3", "+3"], False),
+        (["-", "—", "", "a"], False),
+        (["が", "か", "각", "가", "カ", "ガ"], False),
+        (["कि", "क", "שׁ", "ש"], False),
+        (["Ødegaard", "Odegaard"], False),  # a letter of its own
+    ],
+)
+def test_which_texts_are_equal(texts, equal):
+    keys = [spelling_key(text) for text in texts]
+    assert len(set(keys)) == (1 if equal else len(texts)), keys
+    assert [spelling_key(key) for key in keys] == keys
+
+
+@given(
+    st.lists(
+        st.sampled_from([*"aéÅñßΣς ", "e\u0301", "ﬁ", "Ⅳ", "İ", "ﷺ", "ℌ", "ῼ", "각", "が", "か\u3099"]), max_size=8
+    )
+)
+def test_no_form_of_unicode_and_no_case_makes_another_text(signs):
+    text = "".join(signs)
+    for other in (
+        *(unicodedata.normalize(form, text) for form in ("NFC", "NFD", "NFKC", "NFKD")),
+        text.upper(),
+        text.casefold(),
+    ):
+        assert folded(other) == folded(text)
+        assert spelling_key(other) == spelling_key(text)
+    assert not any("\u0300" <= sign <= "\u036f" or sign.isupper() for sign in folded(text))
+
+
+@given(st.text(max_size=20))
+def test_a_key_is_its_own_key(text):
+    assert spelling_key(spelling_key(text)) == spelling_key(text)
+    assert folded(folded(text)) == folded(text)
+
+
+def test_spellings_become_the_most_frequent():
+    values = Counter(
+        {"Claude Monet": 3, "claude monet": 5, "CLAUDE  MONET": 1, "Ukiyo-e": 1, "ukiyo e": 1, "José": 1, "Jose": 1}
+        | {"が": 2, "か": 3}
+    )
+    got = spellings(values)
+    assert got["CLAUDE  MONET"] == got["Claude Monet"] == "claude monet"
+    assert got["ukiyo e"] == "Ukiyo-e"  # as frequent, and in mixed case
+    assert got["Jose"] == "José"
+    assert (got["が"], got["か"]) == ("が", "か")
+
+
+def test_the_examples_run():
+    found = doctest.testmod(text)
+    assert found.failed == 0 < found.attempted

@@ -2,10 +2,13 @@
 
     artist=Claude Monet|Alfred Sisley; style!=Cubism; year=1850..1900; museum=*
 
-Conditions are joined by `;` and all must hold. `|` separates values of which one must match, letter case and
-spacing aside; `!=` turns a condition round; `low..high` is a range of numbers, either end may be left out; `*` is any
-known value. A name or value with one of `;|="` in it (a name: `!` too), a text like a range or `*`, and spaces at an
-end go in double quotes, a quote within is doubled: `title="Who; ""me""?"`.
+Conditions are joined by `;` and all must hold. `|` separates values of which one must match, however it is spelled
+(case, accents, spaces and hyphens: `simsearch.text.spelling_key`); `!=` turns a condition round; `low..high` is a range
+of numbers, either end may be left out; `*` is any known value and `""` an unknown one. A name or value with one of
+`;|="` in it (a name: `!` too), a text like a range or `*`, and spaces at an end go in double quotes, a quote within is
+doubled: `title="Who; ""me""?"`.
+
+The text is for people. Programs, such as the page, send the fields of `Condition` as data.
 """
 
 from __future__ import annotations
@@ -14,10 +17,10 @@ import difflib
 import math
 import re
 import threading
-import unicodedata
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -25,10 +28,13 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from simsearch.text import spelling_key, spellings
+
 _CACHED = 64  # masks kept, a byte an item each
+_UNKNOWN = -1  # the code of an unknown value
 _NUMERIC_SHARE = 0.9
 _TOKEN = re.compile(r'"(?:[^"]|"")*"|!=|[;|=]|[^;|="!]+|!|"')
-_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _RANGE = re.compile(rf"({_NUMBER})?\s*\.\.\s*({_NUMBER})?")
 
 
@@ -36,8 +42,9 @@ _RANGE = re.compile(rf"({_NUMBER})?\s*\.\.\s*({_NUMBER})?")
 class Condition:
     """One condition: the attribute has one of `values`, or is a number in low .. high, or is known where none is given.
 
-    low, high: inclusive, None for an open end. negate: the items that the condition does not hold for, which are
-    all others, those whose value is unknown among them. str() is the text that `parse_filters` reads.
+    values: an empty one stands for an unknown value. low, high: inclusive, None for an open end. negate: the items
+    that the condition does not hold for, which are all others, those whose value is unknown among them. str() is the
+    text that `parse_filters` reads.
 
     Raises ValueError for a range with values, for ends the wrong way round and for ends that are not finite.
     """
@@ -89,7 +96,7 @@ class Attributes:
     """The attribute columns of a catalog's items, ready for filters; any number of threads may use it.
 
     A column is read once, when it is first asked for, into a code an item; masks of the conditions last used are
-    kept. An empty text is an unknown value.
+    kept. An empty text and NaN are unknown values.
     """
 
     def __init__(self, items: pa.Table) -> None:
@@ -152,58 +159,77 @@ class Attributes:
         return torch.from_numpy(~holds if condition.negate else holds)
 
     def _codes(self, name: str, value: str) -> list[int]:
-        column = self.column(name)
-        if (codes := column.by_key.get(_key(value))) is None:
-            close = difflib.get_close_matches(_key(value), list(column.by_key)[:20_000], 3, cutoff=0.5)
+        if not value.strip():
+            return [_UNKNOWN]
+        column, key = self.column(name), spelling_key(value)
+        if (codes := column.by_key.get(key)) is None:
+            close = difflib.get_close_matches(key, list(column.by_key)[:20_000], 3, cutoff=0.5)
             near = " or ".join(repr(column.values[column.by_key[key][0]]) for key in close)
-            examples = ", ".join(repr(found) for found, _ in column.counted()[:3])
+            frequent = np.argsort(-column.counts, kind="stable")[:3]
+            examples = ", ".join(repr(column.values[code]) for code in frequent)
             hint = f"did you mean {near}?" if near else f"there are {examples}, ..." if examples else "it has no values"
             raise ValueError(f"no item has {name} {value!r}: {hint}")
         return codes
 
 
 class _Column:
-    """One attribute. values: the distinct known texts; codes: int32 (N,), which of them, -1 for unknown.
-
-    by_key: positions in `values` of texts equal but for case and spacing, by their common form.
-    """
+    """One attribute. codes: int32 (N,), which of `values` each item has, -1 for unknown."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
+        if pa.types.is_floating(column.type):
+            column = pc.if_else(pc.is_nan(column), None, column)
         text = column if pa.types.is_string(column.type) else column.cast(pa.string())
         text = pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), None, text)
         encoded = pa.chunked_array(text.dictionary_encode()).unify_dictionaries().combine_chunks()
         if isinstance(encoded, pa.ChunkedArray):  # combine_chunks of older releases
             encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], pa.string()).dictionary_encode()
-        self.values: list[str] = encoded.dictionary.to_pylist()
-        self.codes: np.ndarray = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
-        self.by_key: dict[str, list[int]] = {}
+        self._distinct = encoded.dictionary
+        self.codes: np.ndarray = encoded.indices.fill_null(_UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
+
+    @cached_property
+    def values(self) -> list[str]:
+        """The distinct known values, as text."""
+        return self._distinct.to_pylist()
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """How many items have each of the values, int64 (V,)."""
+        return np.bincount(self.codes[self.codes >= 0], minlength=len(self._distinct))
+
+    @cached_property
+    def by_key(self) -> dict[str, list[int]]:
+        """The places in `values` of all spellings of a text, by their key."""
+        places: dict[str, list[int]] = {}
         for code, value in enumerate(self.values):
-            self.by_key.setdefault(_key(value), []).append(code)
-        self._numbers: np.ndarray | None = None
+            places.setdefault(spelling_key(value), []).append(code)
+        return places
 
-    @property
+    @cached_property
     def of_values(self) -> np.ndarray:
-        """The distinct values as numbers, float64, NaN for other texts."""
-        return np.array([_as_number(value) for value in self.values], dtype=np.float64)
+        """The distinct values as finite numbers, float64 (V,), NaN for other texts."""
+        text = pc.utf8_trim_whitespace(self._distinct)
+        like = pc.match_substring_regex(text, f"^{_NUMBER}$")
+        numbers = pc.if_else(like, text, None).cast(pa.float64()).to_numpy(zero_copy_only=False)
+        return np.where(np.isfinite(numbers), numbers, np.nan)
 
-    @property
+    @cached_property
     def numbers(self) -> np.ndarray:
         """The items' values as numbers, float64 (N,), NaN where there is none."""
-        if self._numbers is None:
-            self._numbers = np.append(self.of_values, np.nan)[self.codes]
-        return self._numbers
+        return np.append(self.of_values, np.nan)[self.codes]
 
     @property
     def is_numeric(self) -> bool:
         """Whether nine in ten known values are numbers."""
-        known = self.codes >= 0
-        return bool(known.any()) and float(np.isfinite(self.numbers[known]).mean()) >= _NUMERIC_SHARE
+        known = int(self.counts.sum())
+        return known > 0 and self.counts[np.isfinite(self.of_values)].sum() >= _NUMERIC_SHARE * known
 
     def counted(self) -> list[tuple[str, int]]:
-        """Each distinct value and how many items have it, the most frequent first."""
-        counts = np.bincount(self.codes[self.codes >= 0], minlength=len(self.values))
-        order = np.argsort(-counts, kind="stable")
-        return [(self.values[code], int(counts[code])) for code in order]
+        """Each distinct value in its usual spelling and how many items have it, the most frequent first."""
+        chosen = spellings(dict(zip(self.values, self.counts.tolist(), strict=True)))
+        counts = Counter[str]()
+        for value, count in zip(self.values, self.counts.tolist(), strict=True):
+            counts[chosen[value]] += count
+        return counts.most_common()
 
 
 def _condition(tokens: list[str]) -> Condition:
@@ -256,16 +282,3 @@ def _quoted(text: str, must: bool) -> str:
 
 def _number(value: float) -> str:
     return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
-
-
-def _as_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        return math.nan
-    return value if math.isfinite(value) else math.nan
-
-
-def _key(text: str) -> str:
-    """The form in which texts that differ in case, spacing or Unicode composition only are equal."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

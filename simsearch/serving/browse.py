@@ -14,11 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from simsearch.search.filters import Attributes, Condition
+from simsearch.text import folded
 
 _WORDS = ("title", "artist", "label", "name")  # columns that a search by words looks into, where there are any
 _TECHNICAL = ("path", "sha1", "sha256", "width", "height")
-_NUMBER = r"^\s*-?\d+(\.\d+)?\s*$"
-_NUMBERS = 0.9  # of a column's values make it one of numbers
 _ORDERS = 16  # that are remembered, for the next pages of a list
 
 
@@ -34,27 +33,27 @@ class Attribute:
 
 
 class Listing:
-    """Pages of a catalog's items; any number of threads may ask. All work on all items is Arrow's or numpy's."""
+    """Pages of a catalog's items; any number of threads may ask. Arrow and numpy do the work on all items."""
 
     def __init__(self, attributes: Attributes) -> None:
         self.items, self.filters = attributes.items.combine_chunks(), attributes
-        self.attributes = [_attribute(n, self.items[n]) for n in self.items.column_names if n not in _TECHNICAL]
+        self.attributes = [self._about(name) for name in self.items.column_names if name not in _TECHNICAL]
         words = [n for n in _WORDS if n in self.items.column_names] or [
             n for n in ("path",) if n in self.items.column_names
         ]
-        self._words = _joined([folded(self.items[name]) for name in words])
+        self._words = pc.binary_join_element_wise(*map(self._plain, words), "\n") if words else None
         self._lock = threading.Lock()
         self._values: dict[str, tuple[list[Any], list[int], pa.Array]] = {}
         self._orders: OrderedDict[tuple[str, tuple[Condition, ...], int | None], np.ndarray] = OrderedDict()
 
     def values(self, attribute: str, prefix: str, limit: int) -> list[dict[str, Any]]:
-        """The values of an attribute with their counts, the most frequent first.
+        """The values of an attribute, each in its usual spelling, with their counts, the most frequent first.
 
         prefix: of any word in a value, case and accents apart. Raises KeyError for an attribute that there isn't.
         """
         values, counts, plain = self._counted(attribute)
         if prefix:
-            start = folded(pa.array([prefix]))[0].as_py()
+            start = folded(prefix)
             inside = pc.or_(pc.starts_with(plain, start), pc.match_substring(plain, f" {start}"))
             chosen = np.flatnonzero(inside.to_numpy(zero_copy_only=False))[:limit].tolist()
         else:
@@ -89,7 +88,7 @@ class Listing:
         chosen = np.ones(len(self.items), dtype=bool)
         if where:
             chosen &= self.filters.select(where).numpy()
-        for word in folded(pa.array([text]))[0].as_py().split():
+        for word in folded(text).split():
             if self._words is None:
                 chosen[:] = False
             else:
@@ -101,50 +100,27 @@ class Listing:
         if attribute not in self._values:
             if attribute not in {a.name for a in self.attributes}:
                 raise KeyError(attribute)
-            counted = pc.value_counts(pc.drop_null(self.items[attribute].combine_chunks()))
-            values, counts = counted.field("values"), counted.field("counts")
-            order = pc.sort_indices(
-                pa.table({"v": values, "c": counts}), sort_keys=[("c", "descending"), ("v", "ascending")]
-            )
-            values = values.take(order)
-            self._values[attribute] = values.to_pylist(), counts.take(order).to_pylist(), folded(values)
+            counted, own = self.filters.column(attribute).counted(), self.items[attribute].type
+            texts = pa.array([value for value, _ in counted], pa.string())
+            values = (texts.cast(own) if pa.types.is_primitive(own) else texts).to_pylist()
+            order = sorted(range(len(values)), key=lambda i: (-counted[i][1], values[i]))
+            plain = pa.array([folded(counted[i][0]) for i in order], pa.string())
+            self._values[attribute] = [values[i] for i in order], [counted[i][1] for i in order], plain
         return self._values[attribute]
 
+    def _plain(self, name: str) -> pa.Array:
+        """The items' values of an attribute as `folded` text, empty where unknown."""
+        column = self.filters.column(name)
+        plain = pa.array([*map(folded, column.values), ""], pa.string())
+        return plain.take(pa.array(np.where(column.codes < 0, len(plain) - 1, column.codes)))
 
-def folded(values: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
-    """Values as lower-case text without accents, empty where unknown."""
-    text = pc.fill_null(pc.cast(values, pa.string()), "")
-    return pc.utf8_lower(pc.replace_substring_regex(pc.utf8_normalize(text, "NFKD"), r"\p{Mn}", ""))
-
-
-def _joined(columns: list[Any]) -> Any:
-    return pc.binary_join_element_wise(*columns, "\n") if columns else None
-
-
-def _attribute(name: str, column: pa.ChunkedArray) -> Attribute:
-    known = pc.drop_null(column)
-    distinct = pc.count_distinct(known).as_py()
-    numbers = _numbers(known)
-    if numbers is None:
-        return Attribute(name, "text", distinct)
-    bounds = pc.min_max(numbers).as_py()
-    return Attribute(name, "number", distinct, bounds["min"], bounds["max"])
-
-
-def _numbers(known: pa.ChunkedArray) -> Any:
-    """The values of a column as finite numbers, None where it is one of text."""
-    if len(known) == 0 or pa.types.is_boolean(known.type):
-        return None
-    if pa.types.is_integer(known.type) or pa.types.is_floating(known.type):
-        values = pc.cast(known, pa.float64())
-        finite = values.filter(pc.is_finite(values))
-        return finite if len(finite) else None
-    if not (pa.types.is_string(known.type) or pa.types.is_large_string(known.type)):
-        return None
-    like = pc.match_substring_regex(known, _NUMBER)
-    if pc.sum(like).as_py() < _NUMBERS * len(known):
-        return None
-    return pc.cast(pc.utf8_trim_whitespace(known.filter(like)), pa.float64())
+    def _about(self, name: str) -> Attribute:
+        column = self.filters.column(name)
+        distinct = len(column.counts)
+        if not column.is_numeric:
+            return Attribute(name, "text", distinct)
+        low, high = float(np.nanmin(column.of_values)), float(np.nanmax(column.of_values))
+        return Attribute(name, "number", distinct, low, high)
 
 
 def whole(value: object) -> int | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from simsearch.data.manifest import Column
+from simsearch.text import spellings
 
 PERIOD_YEARS = 25
 _MISSING = {"nan", "null", "none", "n/a", "<na>", "nat"}
@@ -33,8 +34,8 @@ class Cleaned:
 def clean(columns: dict[str, Column], categorical: Iterable[str]) -> Cleaned:
     """The columns with their texts in NFC and without needless white space, None where there is nothing in them.
 
-    categorical: columns whose values name classes; those that differ in case, accents and spacing alone become the
-    most frequent one. A column `year` becomes the first year that it names; where that loses something the text
+    categorical: columns whose values name classes; of those that are equal by `simsearch.text.spelling_key` the most
+    frequent spelling stays. A column `year` becomes the first year that it names; where that loses something the text
     stays as `year_text`. `period` is added where there is a year.
     """
     names = set(categorical) & set(columns)
@@ -67,30 +68,6 @@ def clean(columns: dict[str, Column], categorical: Iterable[str]) -> Cleaned:
         if "period" not in cleaned:
             cleaned["period"] = tuple(None if year is None else period_of(year) for year in years)
     return Cleaned(cleaned, merges, unparsed, {name: count for name, count in unknown.items() if count})
-
-
-def spellings(counts: Counter[str]) -> dict[str, str]:
-    """For each value the spelling of it that stands for all that differ in case, accents and spacing alone.
-
-    That is the most frequent; of equals one in mixed case, with more accents, and the first in order.
-    """
-    groups: dict[str, list[str]] = {}
-    for value in counts:
-        groups.setdefault(spelling_key(value), []).append(value)
-    chosen: dict[str, str] = {}
-    for values in groups.values():
-        best = min(values, key=lambda v: (-counts[v], v.isupper() or v.islower(), -sum(ord(c) > 127 for c in v), v))
-        chosen |= dict.fromkeys(values, best)
-    return chosen
-
-
-def spelling_key(value: str) -> str:
-    """What is left of a value without case, accents (of letters that have them beside, as in Latin script), spaces,
-    underscores and hyphens."""
-    letters = unicodedata.normalize("NFKD", value.casefold())
-    # U+0300..036F only: marks of other scripts (dakuten, vowel signs) make other letters.
-    key = "".join(c for c in letters if not "\u0300" <= c <= "\u036f" and not c.isspace() and c not in "_-‐‑‒–—")
-    return unicodedata.normalize("NFC", key) or value
 
 
 def year_of(text: str | None) -> int | None:
