@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,22 @@ def test_the_wheel_holds_the_files_that_are_no_python():
     packaged = {path for folder, ends in folders.items() for end in ends for path in folder.glob(end)}
     kept = {path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert {path for path in kept if path.suffix != ".py"} == packaged
+
+
+def test_the_modules_of_the_page_import_without_a_circle():
+    """What the page knows tells those who listen; app.js has them draw, and nothing imports it."""
+    page = PACKAGE / "serving" / "page"
+    imports = re.compile(r"""(?:\bfrom|\bimport)\s*\(?\s*["']\./([^"']+)["']""")
+    graph = {path.name: set(imports.findall(path.read_text())) for path in page.glob("*.js")}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert set(order) == set(graph), "a module is imported that is not there"
+    used = ["app.js"]
+    for name in used:
+        used += graph[name] - set(used)
+    assert set(used) == set(graph), "nothing imports this module"
+    assert not any("app.js" in names for names in graph.values())
+    drawing = {
+        name for name in graph if name not in ("dom.js", "address.js", "api.js", "notes.js", "store.js", "route.js")
+    }
+    for name in ("store.js", "route.js", "notes.js"):
+        assert not graph[name] & drawing, f"{name} holds or tells the state: it must not know who draws"

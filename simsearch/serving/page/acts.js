@@ -1,16 +1,12 @@
 // What can be done with a work or an image: search with it, avoid it, open it, see what matches.
 
-import { writeAddress } from "./address.js";
 import { EXAMPLES, page, sameRef, searching, STEP } from "./store.js";
 import { tell } from "./notes.js";
 import { go } from "./route.js";
-import { find } from "./bar.js";
 import { toggleHeat } from "./explain.js";
-import { drawLarge } from "./view.js";
 
 export function search(ref, { add = false, list = "like" } = {}) {
   page.k = STEP;
-  find.cancel();
   if (list === "unlike") {
     if (!searching()) return tell("First choose a work to search with, then what it should not be like.");
     if (page.state.unlike.some(sameRef(ref))) return;
@@ -36,9 +32,5 @@ export function act(name, id, event) {
   if (name === "more") search({ id }, { add: event.shiftKey });
   else if (name === "unlike") search({ id }, { list: "unlike" });
   else if (name === "heat") toggleHeat(id);
-  else if (name === "open") {
-    history.pushState({ opened: true }, "", writeAddress({ ...page.state, open: id }));
-    page.state = { ...page.state, open: id };
-    drawLarge();
-  }
+  else if (name === "open") go({ open: id });
 }

@@ -5,10 +5,8 @@ export const START = {
   diversity: 0, collapse: true, hubness: false, open: null,
 };
 
-const END = /^(-?\d+(\.\d+)?)?$/;
-
-// Conditions: {attribute, values, negate} or {attribute, low, high}, whose ends are texts and may be "". In the address
-// they are JSON, so that any value can be said.
+// Conditions are JSON, as the API has them: {attribute, values, low, high, negate}, of which all but the attribute may be
+// missing. The server says what is wrong with one.
 function readWhere(text) {
   let given;
   try {
@@ -16,23 +14,10 @@ function readWhere(text) {
   } catch {
     return [];
   }
-  if (!Array.isArray(given)) return [];
-  return given.flatMap(({ attribute, values, negate, low = "", high = "" } = {}) => {
-    if (typeof attribute !== "string") return [];
-    if (Array.isArray(values)) {
-      const texts = values.filter((value) => typeof value === "string");
-      return texts.length ? [{ attribute, values: texts, negate: negate === true }] : [];
-    }
-    const ends = [String(low), String(high)];
-    return ends.every((end) => END.test(end)) && ends.some(Boolean) ? [{ attribute, low: ends[0], high: ends[1] }] : [];
-  });
+  const sound = (c) => typeof c?.attribute === "string" && (c.values === undefined || Array.isArray(c.values));
+  const says = ([, value]) => value !== null && value !== "" && value.length !== 0; // "": an open end in older addresses
+  return Array.isArray(given) ? given.filter(sound).map((c) => Object.fromEntries(Object.entries(c).filter(says))) : [];
 }
-
-const writeWhere = (where) => where.length ? JSON.stringify(where.map(({ negate, ...c }) => (negate ? { ...c, negate } : c))) : "";
-
-// As the API wants them.
-export const filtersOf = (where) =>
-  where.map((c) => (c.values ? c : { attribute: c.attribute, low: c.low === "" ? null : Number(c.low), high: c.high === "" ? null : Number(c.high) }));
 
 // Images are an item's id, or ~ and an upload's name. Ids are any text: what separates and marks is escaped in them.
 const refText = (ref) => ("id" in ref ? ref.id.replace(/[%,]|^~/g, (sign) => encodeURIComponent(sign).replace("~", "%7E")) : `~${ref.upload}`);
@@ -75,7 +60,7 @@ export function writeAddress(state) {
     like: state.like.map(refText).join(","),
     unlike: state.unlike.map(refText).join(","),
     weights: state.weights && Object.entries(state.weights).map(([name, value]) => `${name}:${value}`).join(","),
-    where: writeWhere(state.where),
+    where: state.where.length ? JSON.stringify(state.where) : "",
     text: state.text,
     seed: state.seed === START.seed ? "" : state.seed,
     diversity: state.diversity || "",

@@ -3,14 +3,23 @@
 import { $, h } from "./dom.js";
 import { readCatalogs } from "./api.js";
 import { page, works } from "./store.js";
-import { busy, failed, say } from "./notes.js";
-import { arrive } from "./route.js";
-import { drawSkeletons, extend } from "./results.js";
-import { listenBar } from "./bar.js";
-import { listenTuning } from "./side.js";
+import { busy, say } from "./notes.js";
+import { arrive, failed, onChange } from "./route.js";
+import { drawSkeletons, extend, show } from "./results.js";
+import { drawBar, drawChips, drawFacets, listenBar } from "./bar.js";
+import { drawSide, listenTuning } from "./side.js";
 import { listenFiles } from "./files.js";
-import { listenLarge } from "./view.js";
+import { drawLarge, listenLarge } from "./view.js";
 import { listenKeys, listenWorks } from "./listen.js";
+
+onChange((scroll) => {
+  drawBar();
+  drawChips();
+  drawSide();
+  drawFacets();
+  drawLarge();
+  show(scroll);
+});
 
 async function begin() {
   history.scrollRestoration = "manual";

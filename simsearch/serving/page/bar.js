@@ -2,13 +2,14 @@
 
 import { $, debounce, h, icon, still } from "./dom.js";
 import { START } from "./address.js";
-import { facets, withRange, withValue } from "./filters.js";
+import { facets, inWords } from "./filters.js";
 import { activate, cards, catalog, edition, help, known, MOST, page, searching, STEP } from "./store.js";
-import { go, render } from "./route.js";
+import { changed, go } from "./route.js";
 import { cool } from "./explain.js";
 
 let refreshFacets = () => {};
 let facetsOf = null; // which edition of a catalog they are of, once they were opened
+let facetsWhere = null; // the conditions that they show
 
 export function drawBar() {
   const pick = $("#catalog");
@@ -24,16 +25,16 @@ export function drawBar() {
 }
 
 export function drawChips() {
-  const chip = (text, without) =>
+  const chip = ([text, without]) =>
     h("span", { class: "chip on" }, text, h("button", { type: "button", "aria-label": `Remove the filter ${text}`, onclick: () => go({ where: without }) }, icon("close")));
-  const chips = page.state.where.flatMap((c) =>
-    c.values
-      ? c.values.map((v) => chip(`${c.negate ? "not " : ""}${v}`, withValue(page.state.where, c.attribute, v, "")))
-      : [chip(`${c.attribute} ${c.low || "…"}–${c.high || "…"}`, withRange(page.state.where, c.attribute, "", ""))]);
-  $("#chips").replaceChildren(...chips);
+  $("#chips").replaceChildren(...inWords(page.state.where).map(chip));
 }
 
-export const drawFacets = () => (facetsOf && facetsOf !== edition() ? makeFacets() : refreshFacets());
+export function drawFacets() {
+  if (facetsOf && facetsOf !== edition()) makeFacets();
+  else if (facetsWhere !== page.state.where) refreshFacets();
+  facetsWhere = page.state.where;
+}
 
 export function toggleFilters(open) {
   const drawer = $("#filters");
@@ -52,7 +53,9 @@ function makeFacets() {
   refreshFacets();
 }
 
-export const find = debounce(() => {
+// A search that begins within the moment after typing wins.
+const find = debounce(({ like, unlike }) => {
+  if (like !== page.state.like || unlike !== page.state.unlike) return;
   const text = $("#text").value.trim();
   if (text !== page.state.text) go({ text, like: [], unlike: [], open: null }, { replace: Boolean(page.state.text) && Boolean(text) });
 }, 250);
@@ -74,8 +77,8 @@ export function listenBar() {
   $("#filter-clear").addEventListener("click", () => go({ where: [] }));
   $("#help-open").addEventListener("click", () => help.showModal());
   $("#hover").addEventListener("change", () => { page.pinned = false; cool(); });
-  $("#more-button").addEventListener("click", () => { page.k = Math.min(MOST, page.k + STEP); render(); });
-  $("#text").addEventListener("input", find);
+  $("#more-button").addEventListener("click", () => { page.k = Math.min(MOST, page.k + STEP); changed(); });
+  $("#text").addEventListener("input", () => find(page.state));
   $("#text").addEventListener("keydown", (event) => { if (event.key === "ArrowDown" && cards().length) { event.preventDefault(); activate(cards()[0]); } });
   $("#catalog").addEventListener("change", (event) => {
     const uploads = (list) => list.filter((ref) => "upload" in ref);

@@ -4,7 +4,8 @@ import { $, debounce, h } from "./dom.js";
 import { paths, post, renewing, sent } from "./api.js";
 import { draw } from "./heat.js";
 import { cardOf, catalog, edition, large, page, searching } from "./store.js";
-import { busy, failed, tell } from "./notes.js";
+import { busy, tell } from "./notes.js";
+import { failed } from "./route.js";
 
 const INTENT = 350; // milliseconds of rest on a work before its heat map is asked for
 const heats = new Map();

@@ -3,8 +3,8 @@
 import { $ } from "./dom.js";
 import { addUpload } from "./api.js";
 import { EXAMPLES, page, searching, STEP } from "./store.js";
-import { busy, failed, say, tell } from "./notes.js";
-import { go } from "./route.js";
+import { busy, say, tell } from "./notes.js";
+import { failed, go } from "./route.js";
 import { summary } from "./results.js";
 import { search } from "./acts.js";
 import { closeLarge } from "./view.js";
@@ -36,7 +36,7 @@ async function take(files, to) {
 
 let fileTo = "new";
 
-export function chooseFile(to) {
+function chooseFile(to) {
   fileTo = to;
   $("#file").value = "";
   $("#file").click();
@@ -81,6 +81,8 @@ export function listenFiles() {
     take(files, "new");
   });
   $("#file").addEventListener("change", (event) => take(event.target.files, fileTo));
-  $("#zone").addEventListener("click", () => chooseFile("new"));
-  $("#upload-open").addEventListener("click", () => chooseFile("new"));
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest("[data-file]");
+    if (button) chooseFile(button.dataset.file);
+  });
 }

@@ -16,25 +16,37 @@ export function facetsOf(catalog) {
     .sort((a, b) => place(a) - place(b));
 }
 
-const listed = (where, attribute, negate) => where.find((c) => c.attribute === attribute && c.values && c.negate === negate)?.values ?? [];
-const same = (a, b) => a.toLowerCase() === b.toLowerCase();
+const listed = (where, attribute, negate) => where.find((c) => c.attribute === attribute && c.values && Boolean(c.negate) === negate)?.values ?? [];
+const isRange = (c, attribute) => c.attribute === attribute && !c.values && !c.negate && (c.low ?? c.high) !== undefined;
 
 // `where` with this value of the attribute asked for ("is"), ruled out ("not") or free ("").
 export function withValue(where, attribute, value, wish) {
-  const next = where.map((c) => (c.attribute === attribute && c.values ? { ...c, values: c.values.filter((v) => !same(v, value)) } : c));
+  const next = where.map((c) => (c.attribute === attribute && c.values ? { ...c, values: c.values.filter((v) => v !== value) } : c));
   if (wish) {
     const negate = wish === "not";
-    const group = next.find((c) => c.attribute === attribute && c.values && c.negate === negate);
+    const group = next.find((c) => c.attribute === attribute && c.values && Boolean(c.negate) === negate);
     if (group) group.values.push(value);
-    else next.push({ attribute, values: [value], negate });
+    else next.push({ attribute, values: [value], ...(negate && { negate }) });
   }
   return next.filter((c) => !c.values || c.values.length);
 }
 
+// `where` with this range of the attribute, whose ends may be null.
 export function withRange(where, attribute, low, high) {
-  const next = where.filter((c) => c.attribute !== attribute || c.values);
-  return low === "" && high === "" ? next : [...next, { attribute, low, high }];
+  const next = where.filter((c) => !isRange(c, attribute));
+  if (low === null && high === null) return next;
+  return [...next, { attribute, ...(low !== null && { low }), ...(high !== null && { high }) }];
 }
+
+// What the conditions say in words, each with the conditions that are left without it.
+export const inWords = (where) =>
+  where.flatMap((c) => {
+    const not = c.negate ? "not " : "";
+    if (c.values) return c.values.map((v) => [not + (String(v).trim() || `${c.attribute} unknown`), withValue(where, c.attribute, v, "")]);
+    const range = `${not}${c.attribute} ${c.low ?? "…"}–${c.high ?? "…"}`;
+    const known = `${c.attribute} ${c.negate ? "unknown" : "known"}`;
+    return [[(c.low ?? c.high) === undefined ? known : range, where.filter((other) => other !== c)]];
+  });
 
 function choices(catalog, attribute, where, change) {
   const list = h("ul", { class: "values" });
@@ -53,12 +65,12 @@ function choices(catalog, attribute, where, change) {
     if (mine !== turn) return;
     const now = where();
     const [wanted, barred] = [listed(now, attribute.name, false), listed(now, attribute.name, true)];
-    const known = values.map(({ value, count }) => ({ value: String(value), count })).filter(({ value }) => value.trim());
+    const known = values.map(({ value, count }) => ({ value: String(value), count }));
     // Chosen ones stay in sight, whatever is typed.
-    const rest = [...wanted, ...barred].filter((v) => !known.some(({ value }) => same(value, v))).map((value) => ({ value, count: null }));
+    const rest = [...wanted, ...barred].filter((v) => !known.some(({ value }) => value === v)).map((value) => ({ value, count: null }));
     list.replaceChildren(...[...rest, ...known].map(({ value, count }) => {
-      const is = wanted.some((v) => same(v, value));
-      const not = barred.some((v) => same(v, value));
+      const is = wanted.includes(value);
+      const not = barred.includes(value);
       const press = (wish) => () => change(withValue(where(), attribute.name, value, wish));
       return h("li", { class: is ? "is" : not ? "not" : null },
         h("label", {}, h("input", { type: "checkbox", checked: is, onchange: press(is ? "" : "is") }), h("span", {}, value), count === null ? null : h("small", {}, String(count))),
@@ -72,12 +84,15 @@ function choices(catalog, attribute, where, change) {
 }
 
 function range(attribute, where, change) {
-  const now = where().find((c) => c.attribute === attribute.name && !c.values);
+  const now = where().find((c) => isRange(c, attribute.name));
   const end = (name, label, value) =>
     h("label", {}, h("span", { class: "unseen" }, `${attribute.name} ${label}`),
       h("input", { type: "number", step: "any", "data-end": name, placeholder: String(attribute[name]), value: value ?? "" }));
-  const box = h("div", { class: "range" }, end("low", "from", now?.low), h("span", {}, "to"), end("high", "to", now?.high));
-  const read = (name) => $(`[data-end=${name}]`, box).value.trim();
+  const box = h("div", { class: "range", "data-range": attribute.name }, end("low", "from", now?.low), h("span", {}, "to"), end("high", "to", now?.high));
+  const read = (name) => {
+    const value = $(`[data-end=${name}]`, box).valueAsNumber;
+    return Number.isNaN(value) ? null : value;
+  };
   box.addEventListener("input", debounce(() => change(withRange(where(), attribute.name, read("low"), read("high"))), 400));
   return box;
 }
@@ -100,8 +115,7 @@ export function facets(place, catalog, where, change) {
   return () => {
     fills.forEach((shown) => shown());
     for (const input of place.querySelectorAll("[data-end]")) {
-      const name = input.closest("details").querySelector("summary").textContent;
-      const now = where().find((c) => !c.values && c.attribute.replace(/_/g, " ") === name);
+      const now = where().find((c) => isRange(c, input.closest("[data-range]").dataset.range));
       if (document.activeElement !== input) input.value = now?.[input.dataset.end] ?? "";
     }
   };

@@ -1,9 +1,6 @@
 // What the page says: a line of status, and notes that go by themselves.
 
 import { $, h, icon } from "./dom.js";
-import { Lost } from "./api.js";
-import { page, sameRef } from "./store.js";
-import { exchanged, go } from "./route.js";
 
 export function say(text) {
   $("#status").textContent = text;
@@ -18,13 +15,3 @@ export function tell(message) {
 }
 
 export const busy = (seconds) => say(`The server is busy. Trying again in ${seconds} s.`);
-
-export function failed(error) {
-  if (error.name === "AbortError") return;
-  if (error.status === 409) return exchanged();
-  if (error instanceof Lost) {
-    const keep = (list) => list.filter((ref) => !error.refs.some(sameRef(ref)));
-    go({ like: keep(page.state.like), unlike: keep(page.state.unlike) }, { replace: true });
-  }
-  tell(error.message);
-}

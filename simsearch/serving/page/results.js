@@ -3,22 +3,22 @@
 
 import { $, h, still } from "./dom.js";
 import { paths, post, renewing, request, sent } from "./api.js";
-import { filtersOf } from "./address.js";
 import { resultCard, skeleton, wallCard } from "./works.js";
 import { activate, cardOf, catalog, edition, known, large, MOST, page, partNames, searching, works } from "./store.js";
-import { busy, failed, say } from "./notes.js";
-import { go } from "./route.js";
+import { busy, say } from "./notes.js";
+import { failed, go } from "./route.js";
 import { cool } from "./explain.js";
 import { drawLarge } from "./view.js";
 
 const PAGE = 60; // works of the wall that are fetched together
 const KEPT = 30; // answers kept for the way back
 const answers = new Map();
-let running = null;
+let running = null; // {key, abort, signal} of the request whose answer is to come
 
-function latest() {
+function latest(key) {
   running?.abort();
-  running = new AbortController();
+  const controller = new AbortController();
+  running = { key, signal: controller.signal, abort: () => controller.abort() };
   return running.signal;
 }
 
@@ -43,7 +43,7 @@ async function ask(key, signal) {
   }
   const body = () => ({
     like: page.state.like.map(sent), unlike: page.state.unlike.map(sent), weights: page.state.weights,
-    filters: filtersOf(page.state.where), k: page.k,
+    filters: page.state.where, k: page.k,
     diversity: page.state.diversity, collapse: page.state.collapse, hubness: page.state.hubness,
   });
   const answer = await renewing(() => post(paths.search(page.state.catalog), body(), options), { signal });
@@ -55,7 +55,7 @@ async function ask(key, signal) {
 
 const wallQuery = (offset) => {
   const query = { offset, limit: PAGE };
-  if (page.state.where.length) query.filters = JSON.stringify(filtersOf(page.state.where));
+  if (page.state.where.length) query.filters = JSON.stringify(page.state.where);
   if (page.state.text) query.text = page.state.text;
   else query.seed = page.state.seed;
   return query;
@@ -63,11 +63,12 @@ const wallQuery = (offset) => {
 
 export async function show(scroll) {
   const key = question();
-  if (key === page.shown.key) return;
+  if (key === (running ? running.key : page.shown.key)) return;
   const fresh = !sameQuestion(key, page.shown.key);
   const cached = answers.get(key);
-  const signal = latest();
+  const signal = latest(key);
   if (cached) {
+    running = null;
     remember(key, cached);
     drawAnswer(cached, fresh);
     scrollTo(0, scroll ?? (fresh ? 0 : scrollY));
@@ -94,6 +95,7 @@ export async function show(scroll) {
     failed(error);
   }
   if (signal === running?.signal) {
+    running = null;
     document.body.classList.remove("busy");
     works.removeAttribute("aria-busy");
   }

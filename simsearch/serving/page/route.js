@@ -1,15 +1,20 @@
-// The address says what is shown: every change goes through `go`, which writes it and draws again.
+// The address says what is shown: every change goes through `go`, which writes it and tells those who listen. They draw;
+// nothing here knows them.
 
 import { readAddress, writeAddress } from "./address.js";
-import { readCatalogs } from "./api.js";
-import { known, page } from "./store.js";
-import { busy, failed, tell } from "./notes.js";
-import { show } from "./results.js";
-import { drawBar, drawChips, drawFacets } from "./bar.js";
-import { drawSide } from "./side.js";
-import { drawLarge } from "./view.js";
+import { Lost, readCatalogs } from "./api.js";
+import { known, page, sameRef } from "./store.js";
+import { busy, tell } from "./notes.js";
 
 const scrolls = new Map();
+const listeners = [];
+
+export const onChange = (listener) => listeners.push(listener);
+
+// Tells that `page` is another one. `scroll` is where the page stood when it was so before, null for what is new.
+export function changed(scroll = null) {
+  for (const listener of listeners) listener(scroll);
+}
 
 export function go(changes, { replace = false } = {}) {
   const before = location.hash;
@@ -17,8 +22,8 @@ export function go(changes, { replace = false } = {}) {
   const address = writeAddress(page.state);
   scrolls.set(before, scrollY);
   if (address !== before && replace) history.replaceState(history.state, "", address);
-  else if (address !== before) history.pushState(null, "", address);
-  render();
+  else if (address !== before) history.pushState(changes.open ? { opened: true } : null, "", address);
+  changed();
 }
 
 export function arrive() {
@@ -27,7 +32,7 @@ export function arrive() {
   const parts = page.catalogs.find((c) => c.name === name).parts;
   const fits = asked.weights && Object.keys(asked.weights).every((part) => part in parts);
   page.state = { ...asked, catalog: name, weights: fits ? asked.weights : null };
-  render(scrolls.get(location.hash) ?? 0);
+  changed(scrolls.get(location.hash) ?? 0);
 }
 
 let exchanging = false;
@@ -49,11 +54,12 @@ export async function exchanged() {
   }
 }
 
-export function render(scroll = null) {
-  drawBar();
-  drawChips();
-  drawSide();
-  drawFacets();
-  drawLarge();
-  show(scroll);
+export function failed(error) {
+  if (error.name === "AbortError") return;
+  if (error.status === 409) return exchanged();
+  if (error instanceof Lost) {
+    const keep = (list) => list.filter((ref) => !error.refs.some(sameRef(ref)));
+    go({ like: keep(page.state.like), unlike: keep(page.state.unlike) }, { replace: true });
+  }
+  tell(error.message);
 }

@@ -4,9 +4,8 @@ import { $, debounce, h, icon } from "./dom.js";
 import { paths, upload } from "./api.js";
 import { caption, inWords, picture, shape } from "./works.js";
 import { catalog, edition, page, partNames, sameRef, searching, workOf } from "./store.js";
-import { failed, say } from "./notes.js";
-import { go } from "./route.js";
-import { chooseFile } from "./files.js";
+import { say } from "./notes.js";
+import { failed, go } from "./route.js";
 
 export function refPicture(ref) {
   if ("id" in ref) {
@@ -70,7 +69,7 @@ function drawShelf(place, refs, list) {
     const pressed = list === "like" ? String(i === page.explained) : null;
     return h("li", {}, h("button", { type: "button", class: "tile", "aria-pressed": pressed, "aria-label": list === "like" ? `Show image ${i + 1} large` : `Image ${i + 1} to avoid`, onclick: list === "like" ? choose : null }, refPicture(ref)), remover(ref, list));
   });
-  const add = h("li", {}, h("button", { type: "button", class: "tile add", "data-add": list, title: "Add an image", "aria-label": "Add an image to the search", onclick: () => chooseFile(list) }, icon("plus")));
+  const add = h("li", {}, h("button", { type: "button", class: "tile add", "data-file": list, title: "Add an image", "aria-label": "Add an image to the search" }, icon("plus")));
   place.replaceChildren(...(list === "like" && tiles.length === 1 ? [] : tiles), ...(list === "like" ? [add] : []));
 }
 

@@ -1,5 +1,5 @@
 // What the page knows: where it is, what it shows, what it has seen. Modules change `page` and say so by `go` or
-// `render`.
+// `changed`.
 
 import { $ } from "./dom.js";
 import { paths, renewing, request } from "./api.js";

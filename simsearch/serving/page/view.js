@@ -1,12 +1,10 @@
 // One work at large.
 
 import { $, h, icon } from "./dom.js";
-import { writeAddress } from "./address.js";
 import { withRange, withValue } from "./filters.js";
 import { caption, inWords, picture, scoreBar, shape } from "./works.js";
 import { activate, cardOf, catalog, known, large, page, partNames, searching, workOf } from "./store.js";
-import { failed } from "./notes.js";
-import { go } from "./route.js";
+import { failed, go } from "./route.js";
 import { refPicture } from "./side.js";
 import { act, search } from "./acts.js";
 import { cool } from "./explain.js";
@@ -76,9 +74,9 @@ function attributeList(work) {
   for (const [name, value] of rows.sort((a, b) => order(a) - order(b))) {
     const text = String(value);
     const attribute = filterable.get(name);
-    const number = attribute?.kind === "number" && /^-?\d+(\.\d+)?$/.test(text);
+    const number = attribute?.kind === "number" && text.trim() !== "" && Number.isFinite(Number(text));
     const can = attribute && (number || (attribute.kind === "text" && attribute.distinct < catalog().items));
-    const only = () => go({ where: number ? withRange(page.state.where, name, text, text) : withValue(page.state.where, name, text, "is"), open: null });
+    const only = () => go({ where: number ? withRange(page.state.where, name, Number(text), Number(text)) : withValue(page.state.where, name, text, "is"), open: null });
     const not = () => go({ where: withValue(page.state.where, name, text, "not"), open: null });
     list.append(h("dt", {}, name.replace(/_/g, " ")), h("dd", {},
       can ? h("button", { type: "button", class: "link value", title: "Show only these", onclick: only }, text) : h("span", {}, text),
@@ -94,7 +92,7 @@ export function closeLarge() {
   page.state = { ...page.state, open: null };
   if (large.open) large.close();
   if (history.state?.opened) history.back();
-  else history.replaceState(null, "", writeAddress(page.state));
+  else go({}, { replace: true });
   const card = cardOf(id);
   if (card) activate(card);
 }
@@ -103,9 +101,7 @@ export function step(by) {
   const at = page.shown.works.findIndex((work) => work.id === page.state.open);
   const next = page.shown.works[at + by];
   if (at < 0 || !next) return;
-  page.state = { ...page.state, open: next.id };
-  history.replaceState(history.state, "", writeAddress(page.state));
-  drawLarge();
+  go({ open: next.id }, { replace: true });
 }
 
 export function listenLarge() {
