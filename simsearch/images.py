@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from simsearch.functional.resize import Fit, check_fit, longest_shape, resize, resize_square
@@ -86,17 +86,6 @@ _NOT_OPENED = (
     (0, b"%PDF", "PDF"),
     (0, b"<svg", "SVG"),
 )
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_ON_ITS_SIDE = tuple(_UPRIGHT[tag] for tag in (5, 6, 7, 8))
 # The markers of a JPEG that a length follows, and the end of the image. 0xFF in coded data is followed by 0x00 or by a
 # restart, so that these are found there as a decoder finds them.
 _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
@@ -245,7 +234,7 @@ def header_shape(data: bytes) -> tuple[int, int] | None:
             warnings.filterwarnings("ignore", module=r"PIL\.")
             with _opened(data) as image:
                 width, height = image.size
-                return (width, height) if _turn(image) in _ON_ITS_SIDE else (height, width)
+                return (width, height) if _is_on_its_side(image) else (height, width)
     except Exception:  # what is wrong, read_image says
         return None
 
@@ -292,9 +281,15 @@ def _decode(
             detail = f"more than {allowed} scans of {width} x {height} pixels"
             raise ImageError(path, "too-many-scans", detail)
         image.load()
-        turn = _turn(image)
-        pixels = np.array(_to_rgb(image if turn is None else image.transpose(turn)))
-    return torch.from_numpy(pixels).permute(2, 0, 1), needed[::-1] if turn in _ON_ITS_SIDE else needed
+        on_its_side = _is_on_its_side(image)
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except MemoryError:
+            raise
+        except Exception:  # damaged metadata is no reason to refuse sound pixels
+            pass
+        pixels = np.array(_to_rgb(image))
+    return torch.from_numpy(pixels).permute(2, 0, 1), needed[::-1] if on_its_side else needed
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -357,12 +352,12 @@ def _explain(error: Exception, data: bytes) -> tuple[str, str]:
     return "not-an-image", f"it does not begin as {', '.join(_FORMATS)} do"
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What sets the image upright, by its EXIF orientation."""
+def _is_on_its_side(image: Image.Image) -> bool:
+    """Whether the EXIF orientation is one in which width and height change places."""
     try:
-        return _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # damaged metadata is no reason to refuse sound pixels
-        return None
+        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # damaged metadata
+        return False
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -589,7 +589,7 @@ def named(folder: Path, root: Path, encoder: nn.Module, order: Sequence[int]) ->
     """A catalog of the named items in this order; item i shows image i."""
     index = FaissIndex("Flat")
     index.add(encode(encoder, torch.stack([read_image(root / f"{i}.png", size=64) for i in order])))
-    mediums = ("oil; canvas", "ink | paper", '"oil"', "a=b", "1..2", "*", "!= no", "x")
+    mediums = ("oil; canvas", "ink | paper", '"oil"', "a=b\nc\r\n", "1..2", "*", "!= no", "1900")
     columns = {"id": [NAMES[i] for i in order], "path": [f"{i}.png" for i in order]}
     columns |= {"medium": [mediums[i] for i in order], "year": [str(1900 + i) for i in order]}
     thumbnails = [encode_thumbnail(read_image(root / f"{i}.png"), 48) for i in order]
@@ -679,6 +679,9 @@ class TestNames:
                 assert both({"attribute": "medium", "values": [medium]}) == {NAMES[i]}
                 assert both({"attribute": "medium", "values": [medium], "negate": True}) == set(NAMES) - {NAMES[i]}
             assert both({"attribute": "medium", "values": mediums[:3]}) == set(NAMES[:3])
+            assert both({"attribute": "medium", "values": [""]}) == set()
+            assert both({"attribute": "medium", "values": ["", "INK|PAPER"]}) == {NAMES[1]}
+            assert both({"attribute": "year", "values": ["1903"]}) == {NAMES[3]}
             assert both({"attribute": "year", "low": 1902, "high": None}, {"attribute": "year", "high": 1903.5}) == {
                 *NAMES[2:4]
             }

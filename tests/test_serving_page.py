@@ -540,6 +540,56 @@ def test_values_of_all_kinds_are_filters(opened):
         expect(page.locator(".wall")).to_have_count(len(ODD))
 
 
+def test_conditions_of_all_kinds_are_in_the_address(opened):
+    page = opened("#catalog=art")
+
+    def look(condition: dict) -> None:
+        page.evaluate("hash => { location.hash = hash; }", f"#catalog=art&where={quote(json.dumps([condition]))}")
+
+    for condition, words, total in (
+        ({"attribute": "year", "values": ["1810", "1811"]}, ["1810", "1811"], 2),
+        ({"attribute": "year", "low": 1810, "high": 1812, "negate": True}, ["not year 1810–1812"], 77),
+        ({"attribute": "year", "values": []}, ["year known"], 80),
+        ({"attribute": "year", "values": ["", "1810"], "negate": True}, ["not year unknown", "not 1810"], 79),
+        ({"attribute": "year", "low": "1810", "high": ""}, ["year 1810–…"], 70),  # as older pages wrote it
+    ):
+        look(condition)
+        expect(page.locator("#chips .chip")).to_have_text(words)
+        expect(page.locator("#status")).to_have_text(f"{total} works")
+    for condition, words in (
+        ({"attribute": "year", "negate": True}, "year unknown"),
+        ({"attribute": "year", "values": [" "]}, "year unknown"),
+    ):
+        look(condition)
+        expect(page.locator("#chips .chip")).to_have_text([words])
+        expect(page.locator("#none")).to_contain_text("Nothing passes these filters")
+    look({"attribute": "year", "low": "x"})
+    expect(page.locator(".note")).to_contain_text("filters.0.low: Input should be a valid number")
+    assert all("422" in text for text in opened.complaints), opened.complaints
+    opened.complaints.clear()
+    page.locator("#chips button").click()
+    expect(page.locator("#status")).to_have_text("80 works")
+
+
+def test_words_that_are_typed_do_not_end_a_search_that_begins_meanwhile(opened):
+    page = opened("#catalog=art")
+    expect(page.locator(".wall").first).to_be_visible()
+    answers_to(
+        page,
+        lambda: page.evaluate(
+            """() => {
+            const text = document.querySelector("#text");
+            text.value = "plate 7";
+            text.dispatchEvent(new Event("input", { bubbles: true }));
+            document.querySelector(".wall .frame").click();
+        }"""
+        ),
+    )
+    page.wait_for_timeout(600)
+    assert said(page, "like") is not None
+    assert said(page, "text") is None
+
+
 def test_ids_of_all_kinds_are_in_the_address(opened):
     page = opened("#catalog=odd")
     for i, name in enumerate(ODD):

@@ -111,6 +111,8 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         """Raises HTTPException for a request under a name that is not answered, and for one of another's page."""
+        # Not Starlette's TrustedHostMiddleware: it reads the first Host alone, says neither which name it refuses nor
+        # what to do, and older releases take [::1]:8000 for the name "[".
         given = headers.getlist("host")
         host = given[0] if given else ""
         name = host_name(host)

@@ -139,6 +139,8 @@ def client_address(peer: str, forwarded: Sequence[str], proxies: int) -> str:
     forwarded: all X-Forwarded-For of the request, of which everything further left may be invented. An IPv6 client has
     a whole /64, unless it is one of IPv4 that came to a socket of both.
     """
+    # Not uvicorn's proxy_headers: it knows proxies by their addresses, not by their number. Where those are unknown it
+    # has to trust all, and then believes the leftmost name, which clients invent.
     named = [part.strip() for line in forwarded for part in line.split(",")]
     given = named[-proxies] if 0 < proxies <= len(named) else peer
     if match := _ADDRESS_WITH_PORT.fullmatch(given):
