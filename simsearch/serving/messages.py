@@ -43,7 +43,7 @@ class Example(Message):
 
 
 class Filter(Message):
-    """A condition as data: one of `values`, or a number in low .. high, or without either any known value."""
+    """A condition as data: one of `values` ("" is unknown), or a number in low .. high, or else any known value."""
 
     attribute: Text
     values: list[Text] = Field([], max_length=1000)

@@ -11,7 +11,7 @@ const listeners = [];
 
 export const onChange = (listener) => listeners.push(listener);
 
-// Tells that `page` is another one. `scroll` is where the page stood when it was so before, null for what is new.
+// Tells the listeners that `page` has changed. `scroll` is the position to return to, null for a new place.
 export function changed(scroll = null) {
   for (const listener of listeners) listener(scroll);
 }
