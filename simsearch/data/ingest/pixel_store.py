@@ -149,12 +149,6 @@ def whole_shards(shards: Sequence[Shard], presence: Presence, paths: Sequence[st
     return list(shards)
 
 
-def clear_shards(folder: Path) -> None:
-    """Takes away the tables of all shards; the pixels stay."""
-    for path in [*folder.glob("[0-9]*.safetensors"), *folder.glob(".*.safetensors")]:
-        path.unlink(missing_ok=True)
-
-
 def gathered(shards: Iterable[Shard], name: str) -> Tensor:
     """One column of all shards, (N, ...); those without images have none of the facts."""
     return torch.cat([shard.columns[name] for shard in shards if name in shard.columns])
