@@ -1,4 +1,4 @@
-"""Retrieval metrics as a torchmetrics Metric: collects descriptors over batches and ranks."""
+"""Retrieval metrics as a torchmetrics Metric: descriptors are collected over batches and ranks, then ranked."""
 
 from __future__ import annotations
 
@@ -20,22 +20,47 @@ Part = Literal["query", "gallery"]
 
 
 def mean_name(name: str) -> str:
-    """The name of a per-query metric's mean: AP becomes mAP, also below a folder; others keep theirs."""
+    """The name of the mean of a per-query metric.
+
+    AP becomes mAP, also within a path such as rerank/AP. Other names stay as they are.
+
+    Args:
+        name: Name of the per-query metric.
+
+    Example:
+        >>> mean_name("AP"), mean_name("rerank/AP@10_R"), mean_name("P@10")
+        ('mAP', 'rerank/mAP@10_R', 'P@10')
+    """
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}{'m' if last.startswith('AP') else ''}{last}"
 
 
 class RetrievalMetrics(Metric):
-    """Full-ranking retrieval metrics of the descriptors that were collected, exact under ties.
+    """The retrieval metrics of full rankings of all collected descriptors, exact under ties.
 
-    `update` takes embeddings (B, D) float, their labels and collection rows int64 (B,), optionally
-    their junk groups, and whether they are queries or gallery. Rows that came twice (a padded
-    sampler) count once. With `bits` the signs of the embeddings are compared by Hamming distance.
-    `compute` gives the means over queries with at least one relevant item.
+    `update` collects batches of queries and of gallery items. Rows that came twice, as a sampler with padding gives
+    them, count once. `compute` returns the means over queries with at least one relevant item.
 
-    On several ranks `compute` gives each the metrics of all items, yet descriptors stay where they were
-    collected: it does not sync states but ranks each rank's gallery there (functional.sharded). The
-    explicit `sync`, as torchmetrics has it, still gathers all descriptors on every rank.
+    With several ranks, `compute` returns the metrics of all items on each rank, yet the descriptors stay on the rank
+    that collected them: each rank ranks its own part of the gallery (functional.sharded). The explicit `sync` of
+    torchmetrics still gathers all descriptors on every rank.
+
+    Args:
+        ks: Cutoffs k, 1 or more.
+        bits: Width of binary codes: the signs of the embeddings are then compared by Hamming distance. None compares
+            float embeddings by inner product.
+        exclude_self: Take each query's own collection row out of its ranking.
+
+    Raises:
+        ValueError: If `ks` is empty or holds a value below 1.
+
+    Example:
+        >>> metrics = RetrievalMetrics(ks=(1,))
+        >>> metrics.update("query", torch.ones(1, 1), label=torch.tensor([0]), index=torch.tensor([9]))
+        >>> gallery = torch.tensor([[3.0], [2.0]])
+        >>> metrics.update("gallery", gallery, label=torch.tensor([1, 0]), index=torch.tensor([0, 1]))
+        >>> metrics.compute()["mAP"]
+        tensor(0.5000, dtype=torch.float64)
     """
 
     full_state_update = False
@@ -57,7 +82,18 @@ class RetrievalMetrics(Metric):
                 self.add_state(f"code_{name}", default=default, dist_reduce_fx="sum")
 
     def update(self, part: Part, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None) -> None:
-        """Adds a batch to the queries or to the gallery. Raises ValueError for another part."""
+        """Adds a batch to the queries or to the gallery.
+
+        Args:
+            part: "query" or "gallery".
+            embedding: Floating point (B, D), or real-valued codes (B, bits).
+            label: int64 (B,), -1 where unknown.
+            index: int64 (B,), collection rows.
+            group: int64 (B,), groups of items that are junk to each other, -1 for no group; None for no groups.
+
+        Raises:
+            ValueError: If `part` is another word, or if codes have another width or hold NaN or infinity.
+        """
         if part not in ("query", "gallery"):
             raise ValueError(f"part must be query or gallery, got {part!r}")
         vectors = embedding.detach().float()
@@ -78,13 +114,28 @@ class RetrievalMetrics(Metric):
             getattr(self, f"{part}_{name}").append(value.detach())
 
     def forward(self, part: Part, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None) -> None:
-        """Adds a batch, as `update` does: a batch of one part alone has nothing to rank."""
+        """Adds a batch, as `update` does. It returns nothing, since queries or gallery items alone cannot be ranked.
+
+        Args:
+            part: "query" or "gallery".
+            embedding: Floating point (B, D), or real-valued codes (B, bits).
+            label: int64 (B,), -1 where unknown.
+            index: int64 (B,), collection rows.
+            group: int64 (B,), groups of items that are junk to each other, -1 for no group; None for no groups.
+
+        Raises:
+            ValueError: As `update` does.
+        """
         self.update(part, embedding, label, index, group)
 
     def descriptors(self, part: Part) -> Descriptors:
-        """This rank's queries or gallery by ascending row, each row once, on the CPU.
+        """The queries or the gallery of this rank on the CPU, ordered by collection row, each row once.
 
-        Raises ValueError where nothing was collected, and as Descriptors does.
+        Args:
+            part: "query" or "gallery".
+
+        Raises:
+            ValueError: If nothing was collected, or as Descriptors does.
         """
 
         def column(name: str) -> Tensor:
@@ -102,11 +153,16 @@ class RetrievalMetrics(Metric):
         return Descriptors(vectors.contiguous(), label, index, bits=self.bits, group=group)
 
     def sharded(self, part: Part) -> Sharded:
-        """The queries or the gallery of all ranks, each row on the lowest rank that collected it.
+        """The queries or the gallery of all ranks. A row that several ranks collected stays on the lowest of them.
 
-        Every rank must call; it may have collected nothing. Raises ValueError where all ranks collected
-        nothing, for embeddings of different widths and as Descriptors does; where another rank's items
-        are at fault RuntimeError.
+        Every rank must call. A rank may have collected nothing.
+
+        Args:
+            part: "query" or "gallery".
+
+        Raises:
+            ValueError: If no rank collected anything, if embeddings differ in width, or as Descriptors does.
+            RuntimeError: If the items of another rank are at fault.
         """
         ranks = Ranks.here(self.device)
         vectors = getattr(self, f"{part}_vectors")
@@ -131,9 +187,15 @@ class RetrievalMetrics(Metric):
         return Sharded.spread(own, ranks)
 
     def code_statistics(self, ranks: Ranks = Ranks()) -> dict[str, float]:  # noqa: B008  (frozen)
-        """Health of the gallery's codes (functional.code_statistics), of all `ranks`; empty for float descriptors.
+        """The health of the gallery's codes over all ranks, by name; empty for float descriptors.
 
-        Every one of `ranks` must call. A padded sampler's doubles count twice here.
+        See `CodeMoments.statistics` for the names. All of `ranks` must call. Rows that came twice count twice here.
+
+        Args:
+            ranks: The ranks that collected codes.
+
+        Raises:
+            ValueError: If no codes were collected.
         """
         if self.bits is None:
             return {}
@@ -143,12 +205,15 @@ class RetrievalMetrics(Metric):
         return CodeMoments(int(count), total, products, float(error)).statistics()
 
     def per_query(self) -> dict[str, Tensor]:
-        """Metrics of each query of all ranks: name -> float64 (Q,), queries by ascending row."""
+        """The metrics of each query of all ranks: name -> float64 (Q,), ordered by collection row.
+
+        See `measure_ranking` for the names.
+        """
         query, gallery = self.sharded("query"), self.sharded("gallery")
         return measure_ranking(query, gallery, ks=self.ks, exclude_self=self.exclude_self)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over queries: name -> float64 scalar; NaN where no query has a relevant item."""
+        """The means over queries: name -> float64 scalar. A mean is NaN where no query has a relevant item."""
         values = self.per_query()
         del values["relevant"]
         return {mean_name(name): value.nanmean() for name, value in values.items()}
