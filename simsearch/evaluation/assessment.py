@@ -1,4 +1,4 @@
-"""Descriptors of an art collection measured in many ways: by attribute, graded, as an open set, as a recommender."""
+"""Measures of the descriptors of an art collection: by attribute, with grades, as an open set, as a recommender."""
 
 from __future__ import annotations
 
@@ -34,11 +34,17 @@ SHORTLIST = 100
 
 @dataclass(frozen=True)
 class Measured:
-    """Some metrics of one row under one protocol.
+    """Some metrics under one protocol.
 
-    values: name -> mean. intervals: name -> (low, high), 95% over units of chance, of those that have one.
-    per_query: name -> float64 (Q,), NaN where a query has none. index: collection rows of the queries. unit: what
-    the units are. units: int64 (Q,), that of each query.
+    Attributes:
+        protocol: The name of the task.
+        fingerprint: The fingerprint of the task. Numbers of different fingerprints cannot be compared.
+        values: Name -> mean over queries.
+        index: int64 (Q,), collection rows of the queries.
+        unit: The name of the unit of chance, such as artist.
+        units: int64 (Q,), the unit of each query.
+        intervals: Name -> (low, high), 95% over units of chance, for the metrics that have an interval.
+        per_query: Name -> float64 (Q,), NaN where a query has no value.
     """
 
     protocol: str
@@ -54,14 +60,29 @@ class Measured:
 def part_descriptors(
     vectors: Tensor, bits: int | None, task: RetrievalTask, rows: Tensor, of: Collection
 ) -> Descriptors:
-    """Descriptors of some collection rows under a task, from those of all, float32 (N, D) or real-valued codes."""
+    """The descriptors of some collection rows under a task.
+
+    Args:
+        vectors: float32 (N, D), or real-valued codes (N, bits), of the whole collection.
+        bits: Width of the codes, None for float vectors.
+        task: The task, which says which attributes are labels and junk groups.
+        rows: int64 (n,), collection rows.
+        of: The collection.
+    """
     group = None if task.junk is None else of.column(task.junk)[rows]
     kept = vectors[rows] if bits is None else pack_codes(vectors[rows])
     return Descriptors(kept, of.column(task.attribute)[rows], rows, bits=bits, group=group)
 
 
 def measure_task(vectors: Tensor, bits: int | None, collection: Collection, task: RetrievalTask) -> Measured:
-    """mAP, P@k, R@k and the rest of the full ranking under a task."""
+    """The mAP, P@k, R@k and the other metrics of full rankings under a task.
+
+    Args:
+        vectors: float32 (N, D), or real-valued codes (N, bits), of the whole collection.
+        bits: Width of the codes, None for float vectors.
+        collection: The collection.
+        task: The task.
+    """
     query, gallery = (part_descriptors(vectors, bits, task, rows, collection) for rows in (task.query, task.gallery))
     per_query = measure_ranking(query, gallery, ks=(1, K, 100), exclude_self=task.exclude_self)
     del per_query["relevant"]
@@ -69,7 +90,14 @@ def measure_task(vectors: Tensor, bits: int | None, collection: Collection, task
 
 
 def measure_graded(vectors: Tensor, bits: int | None, collection: Collection, task: RetrievalTask) -> Measured:
-    """NDCG@10 on the task's gallery: same work 3, same artist 2, same style and period 1, else 0."""
+    """The NDCG@10 with grades on the task's gallery: 3 same work, 2 same artist, 1 same style and period, 0 otherwise.
+
+    Args:
+        vectors: float32 (N, D), or real-valued codes (N, bits), of the whole collection.
+        bits: Width of the codes, None for float vectors.
+        collection: The collection.
+        task: The task. Its junk counts as any other item here.
+    """
     columns = torch.stack([_known(collection, name) for name in COLUMNS], dim=1)
     ids = lists(vectors, bits, collection, replace(task, junk=None))
     level = graded_relevance(columns[task.query][:, None], columns[task.gallery][ids.clamp(min=0)]).masked_fill(
@@ -82,10 +110,19 @@ def measure_graded(vectors: Tensor, bits: int | None, collection: Collection, ta
 def measure_open_set(
     vectors: Tensor, bits: int | None, collection: Collection, task: RetrievalTask, outside: Tensor | None = None
 ) -> Measured:
-    """GAP, GAP- and accuracy of the nearest item, as the Met benchmark has them, on the gallery of an instance task.
+    """The GAP, the GAP- and the accuracy of the nearest item, as in the Met benchmark.
 
-    Queries are all gallery images, each without itself: one whose work has no other image has no match and is a
-    distractor, and so are the `outside` descriptors, float (M, D). GAP- leaves the distractors out.
+    They are measured on the gallery of an instance task.
+
+    All gallery images are queries, each without itself. An image is a distractor where its work has no other image.
+    GAP- leaves the distractors out.
+
+    Args:
+        vectors: float32 (N, D), or real-valued codes (N, bits), of the whole collection.
+        bits: Width of the codes, None for float vectors.
+        collection: The collection.
+        task: The task.
+        outside: Floating point (M, D), descriptors of images from elsewhere, which are distractors too, or None.
     """
     label = collection.column(task.attribute)[task.gallery]
     whole = replace(task, query=task.gallery, junk=None)
@@ -120,9 +157,18 @@ def lists(
     diversity: float = 0.0,
     hubness: bool = False,
 ) -> Tensor:
-    """Positions in the task's gallery of each query's 10 recommendations, int64 (Q, 10), junk and itself left out.
+    """The gallery positions of each query's 10 recommendations, int64 (Q, 10), without junk and the query itself.
 
-    diversity: 1 - lambda of MMR on the 100 nearest. hubness: by CSLS.
+    Args:
+        vectors: float32 (N, D), or real-valued codes (N, bits), of the whole collection.
+        bits: Width of the codes, None for float vectors.
+        collection: The collection.
+        task: The task.
+        diversity: 1 - lambda of MMR over the 100 nearest items, in [0, 1]. 0 leaves MMR out.
+        hubness: Correct for hubs by CSLS.
+
+    Returns:
+        Positions in the task's gallery, -1 where a list is shorter.
     """
     query, gallery = (part_descriptors(vectors, bits, task, rows, collection) for rows in (task.query, task.gallery))
     junk = find_junk(query, gallery, exclude_self=task.exclude_self)
@@ -141,9 +187,12 @@ def lists(
 
 
 def most_changed(ours: Tensor, theirs: Tensor, count: int) -> Tensor:
-    """Places of the queries that gain most and lose most, int64 (2 * count or fewer,), from gain to loss.
+    """The positions of the queries that gain most and that lose most, int64 (2 * count or fewer,), from gain to loss.
 
-    ours, theirs: average precision (Q,) of the same queries, NaN where there is none.
+    Args:
+        ours: Floating point (Q,), average precision, NaN where a query has none.
+        theirs: Floating point (Q,), average precision of another system for the same queries.
+        count: Number of queries at each end.
     """
     change = ours - theirs
     known = change.isnan().logical_not().nonzero()[:, 0]
@@ -152,15 +201,27 @@ def most_changed(ours: Tensor, theirs: Tensor, count: int) -> Tensor:
 
 
 def random_lists(collection: Collection, task: RetrievalTask, seed: int = 0) -> Tensor:
-    """10 random gallery positions for each query, int64 (Q, 10), without junk and itself."""
+    """10 random gallery positions for each query, int64 (Q, 10), without junk and the query itself.
+
+    Args:
+        collection: The collection.
+        task: The task.
+        seed: Seed of the random choice.
+    """
     noise = torch.randn(len(collection), 32, generator=torch.Generator().manual_seed(seed))
     return lists(F.normalize(noise, dim=1), None, collection, task)
 
 
 def popular_lists(collection: Collection, task: RetrievalTask, popularity: Tensor) -> Tensor:
-    """The 10 most popular gallery positions that are neither junk to a query nor itself, int64 (Q, 10).
+    """The 10 most popular gallery positions for each query, int64 (Q, 10), without junk and the query itself.
 
-    popularity: (G,), of gallery items; of equal ones the first. An id is -1 where a list is shorter.
+    Args:
+        collection: The collection.
+        task: The task.
+        popularity: (G,), of gallery items. Of equally popular items the first comes first.
+
+    Returns:
+        Positions in the task's gallery, -1 where a list is shorter.
     """
     order = popularity.argsort(descending=True, stable=True)
     nothing = torch.zeros(len(collection), 1)
@@ -178,10 +239,15 @@ def popular_lists(collection: Collection, task: RetrievalTask, popularity: Tenso
 def measure_lists(
     ids: Tensor, space: Tensor, collection: Collection, task: RetrievalTask, popularity: Tensor
 ) -> Measured:
-    """P@10 and coverage, Gini, long tail, diversity, novelty of recommended lists, int64 (Q, 10) gallery positions.
+    """The P@10, coverage, Gini coefficient, long-tail share, diversity and novelty of recommendation lists.
 
-    space: float (N, D), descriptors of the collection in which diversity is measured, the same for all that are
-    compared. popularity: (G,).
+    Args:
+        ids: int64 (Q, 10), gallery positions, -1 for no item.
+        space: Floating point (N, D), descriptors of the collection in which diversity is measured. Use the same for all
+            lists that are compared.
+        collection: The collection.
+        task: The task.
+        popularity: (G,), of gallery items.
     """
     counts = exposure(ids, len(task.gallery))
     label = collection.column(task.attribute)
@@ -197,14 +263,19 @@ def measure_lists(
 
 
 def artist_popularity(collection: Collection, task: RetrievalTask) -> Tensor:
-    """How many gallery images the artist of each gallery image has, int64 (G,); where unknown 1."""
+    """The number of gallery images by the artist of each gallery image, int64 (G,); 1 where the artist is unknown.
+
+    Args:
+        collection: The collection.
+        task: The task.
+    """
     artist = _known(collection, "artist")[task.gallery]
     names, place, counts = artist.unique(return_inverse=True, return_counts=True)
     return torch.where(names[place] < 0, 1, counts[place])
 
 
 def _known(collection: Collection, attribute: str) -> Tensor:
-    """Labels int64 (N,) of an attribute, all unknown (-1) where the collection lacks it."""
+    """The labels int64 (N,) of an attribute, all unknown (-1) where the collection lacks it."""
     if attribute in collection.attributes:
         return collection.column(attribute)
     return torch.full((len(collection),), -1, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What a searcher would get: an index filled, searched, and the full ranking measured."""
+"""The evaluation of descriptors: an index is filled and searched, and full rankings are measured."""
 
 from __future__ import annotations
 
@@ -26,15 +26,20 @@ _RECALL_QUERIES = 1000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One measurement of one task.
+    """The measurement of a task.
 
-    metrics: name -> value, means over queries; names under `index/` are of what the index returned,
-    those under `rerank/` of the full ranking after re-ranking; under `code/` is the health of codes
-    (functional.code_statistics), `code/empty_ball@2` the share of queries with nothing else within distance 2.
-    intervals: name -> (low, high), 95% over units of chance. per_query: name -> float64 (Q,).
-    query, gallery: what was compared; their label and index are of all items, the vectors those of this
-    rank. found: the index's answer without junk, ids are gallery positions. index: the built index, with
-    this rank's part of the gallery. All but vectors and index are equal on all ranks.
+    All values except the vectors and the index are equal on all ranks.
+
+    Attributes:
+        metrics: Name -> mean over queries. Names under `index/` describe the answers of the index, names under
+            `rerank/` the full ranking after re-ranking, names under `code/` the health of codes. `code/empty_ball@2` is
+            the share of queries with no other item within distance 2.
+        intervals: Name -> (low, high), 95% over units of chance.
+        per_query: Name -> float64 (Q,).
+        query: The queries. Their label and index are those of all ranks, the vectors those of this rank.
+        gallery: The gallery, likewise.
+        found: The answers of the index without junk; ids are gallery positions.
+        index: The filled index, with this rank's part of the gallery.
     """
 
     metrics: dict[str, float]
@@ -46,7 +51,7 @@ class Evaluation:
     index: FaissIndex
 
     def whole_index(self) -> FaissIndex | None:
-        """One index of the whole gallery on rank 0, None on the others. Every rank must call."""
+        """An index of the whole gallery on rank 0, None on the other ranks. Every rank must call."""
         return whole_index(self.index, self.gallery)
 
 
@@ -62,31 +67,40 @@ def evaluate(
     rerank: Reranker | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """The full ranking and the index's answers, measured on queries against a gallery.
+    """The metrics of queries against a gallery, over the full ranking and over the answers of an index.
 
-    `index` is filled with the gallery. The full ranking is over what the index stores: for a
-    compressing index (PQ, scalar quantiser) over its decoded vectors, the queries uncompressed. The
-    index's recall is against exact search of the uncompressed gallery, on at most 1,000 queries.
-    With `index_order` codes also get `mAP_index_order`, ties broken by gallery order. A float Flat
-    index's answers are put into the order of the full ranking's scores, since FAISS rounds a score
-    by where its vectors lie.
+    The full ranking is over the vectors that the index stores. For a compressing index (PQ, scalar quantiser) these are
+    the decoded vectors, with uncompressed queries. The recall of the index is against exact search of the uncompressed
+    gallery, on at most 1,000 queries. The answers of a float Flat index are put in the order of the full ranking's
+    scores, since FAISS rounds a score by the position of its vectors.
 
-    units: int64 (Q,), the unit of chance of each query, which the intervals are over; None: each is one.
+    With `rerank` the metrics of the full ranking appear a second time, as `rerank/mAP` and so on, after re-ranking the
+    stored vectors by cosine (codes as vectors of +1 and -1). `rerank/fit_s` is the time in seconds to prepare the
+    gallery. `rerank/seconds_per_query` is the time of the first exact search and the re-ranking; the second search,
+    with an expanded query, is not part of it.
 
-    With `rerank` the metrics of the full ranking come once more, as `rerank/mAP` and so on, after
-    re-ranking what the index stores by cosine (codes as vectors of + and - 1); beside them
-    `rerank/fit_s`, seconds that the gallery took once, and `rerank/seconds_per_query`, of the first
-    exact search and the re-ranking; an expanded query is then searched again, which is not in it.
+    Queries without relevant items have no value. `queries_without_relevant` counts them. `queries_in_own_ranking`
+    counts the queries that stand in their own ranking as a right answer.
 
-    Queries without relevant items have no value; they are counted in `queries_without_relevant`. Queries that stand in
-    their own ranking, as a right answer, are counted in `queries_in_own_ranking`.
+    A gallery on several ranks (Sharded; every rank must call) stays there: each rank ranks and indexes its part. For
+    any number of ranks, the ranks and counts of the full ranking are those of one process, and metrics agree within
+    1e-12. Metrics under `index/` agree as far as ShardedIndex answers like a single index. Build time, queries per
+    second and latency are those of the slowest rank, without the exchange between ranks.
 
-    A gallery on several ranks (Sharded; every rank must call) stays there: each ranks and indexes its part.
-    Ranks and counts of the full ranking are those of one process, and metrics within 1e-12, whatever the
-    number of ranks; those under `index/` as far as ShardedIndex answers as one index does. Build time,
-    queries per second and latency are those of the slowest rank, without the exchange between ranks.
+    Args:
+        query: Q queries.
+        gallery: G gallery items.
+        index: An empty index of the same kind, which is filled with the gallery.
+        ks: Cutoffs k, 1 or more.
+        exclude_self: Take each query's own collection row out of its ranking.
+        index_order: For codes, measure `mAP_index_order` too, with ties broken by gallery order.
+        units: int64 (Q,), the unit of chance of each query, over which intervals are computed. With None each query is
+            a unit.
+        rerank: A way of re-ranking, or None.
+        seed: Seed of the choice of queries for the recall of the index.
 
-    Raises ValueError for an index of the other kind, and for `rerank` with several ranks.
+    Raises:
+        ValueError: If the index is of the other kind, or if `rerank` is given with several ranks.
     """
     query, gallery = Sharded.of(query), Sharded.of(gallery)
     check_kind(index, gallery.bits)
@@ -131,7 +145,7 @@ def evaluate(
 
 
 def _in_own_ranking(query: Sharded, gallery: Sharded) -> int:
-    """How many queries are gallery items too, and not junk to themselves by a group."""
+    """The number of queries that are gallery items too, and that no group makes junk to themselves."""
     own = torch.isin(query.index, gallery.index)
     if query.group is not None and gallery.group is not None:
         own &= query.group < 0
@@ -139,12 +153,29 @@ def _in_own_ranking(query: Sharded, gallery: Sharded) -> int:
 
 
 def check_kind(index: FaissIndex, bits: int | None) -> None:
+    """Checks that an index is of the kind of the descriptors.
+
+    Args:
+        index: The index.
+        bits: Width of the codes, None for float descriptors.
+
+    Raises:
+        ValueError: If one is for codes and the other is not.
+    """
     if index.is_binary != (bits is not None):
         kind = "codes: use index=binary-flat" if bits is not None else "float descriptors: use index=flat"
         raise ValueError(f"index {index.factory!r} does not fit the model's {kind} or another of that kind")
 
 
 def check_rerank(world: int) -> None:
+    """Checks that the gallery can be re-ranked, which needs the whole gallery in one process.
+
+    Args:
+        world: Number of processes.
+
+    Raises:
+        ValueError: If there are several processes.
+    """
     if world > 1:
         raise ValueError(
             f"re-ranking needs the whole gallery in one process, there are {world}: train with rerank=null, then "
@@ -160,7 +191,7 @@ def _measure_reranked(
     ks: Sequence[int],
     exclude_self: bool,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Full-ranking metrics after re-ranking, float64 (Q,), and the times that it took."""
+    """The metrics of full rankings after re-ranking, float64 (Q,), and the times it took."""
     start = time.perf_counter()
     ready = rerank.fit(unit_vectors(index.stored, query.bits))
     fitted = time.perf_counter()
@@ -201,7 +232,7 @@ def _measure_found(
 
 
 def _index_recall(index: ShardedIndex, query: Sharded, ks: Sequence[int], seed: int) -> dict[str, float]:
-    """Share of the exact k nearest that the index returns, junk and self included, by k."""
+    """The share of the exact k nearest items that the index returns, junk and the query itself included, by k."""
     few = torch.from_numpy(np.random.default_rng(seed).permutation(len(query))[:_RECALL_QUERIES])
     gallery, binary = index.gallery, index.index.is_binary
     k = min(max(ks), len(gallery))
@@ -221,10 +252,15 @@ def _index_recall(index: ShardedIndex, query: Sharded, ks: Sequence[int], seed: 
 
 
 def metric_names(ks: Sequence[int], *, codes: bool, rerank: bool = False) -> set[str]:
-    """The names under which RetrievalEvaluation logs a stage, without that stage: found by measuring a few numbers.
+    """The names of the metrics that RetrievalEvaluation logs, without the prefix of a stage.
 
-    codes, rerank: of binary codes, and after re-ranking too. A gallery of fewer items than the last of `ks` gets its
-    recall at their number.
+    The names come from a small measurement. A gallery with fewer items than the last of `ks` gets its recall at the
+    number of its items instead.
+
+    Args:
+        ks: Cutoffs k, 1 or more.
+        codes: Whether descriptors are binary codes.
+        rerank: Whether the ranking is measured after re-ranking too.
     """
     metrics = RetrievalMetrics(ks, 8 if codes else None, exclude_self=True)
     index = torch.arange(max(ks) + 1)

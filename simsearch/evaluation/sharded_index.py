@@ -1,4 +1,4 @@
-"""One gallery in the FAISS indexes of several ranks, searched as if it were one index."""
+"""One gallery in the FAISS indexes of several ranks, searched like a single index."""
 
 from __future__ import annotations
 
@@ -21,15 +21,21 @@ _ROUNDING = 2e-6  # of |q| |x|, beyond what FAISS's float32 inner products err b
 
 
 class ShardedIndex:
-    """Fills `index` with this rank's part of a gallery; `search` asks all ranks' parts. Alone it is one index.
+    """The indexes of all ranks, each filled with its rank's part of a gallery. With one rank it is a single index.
 
-    What is learnt (centroids, codebooks) is learnt on rank 0 from the vectors that one process would take, at
-    most the index's train_size, and shared. Flat and BFlat then answer exactly as one index of the whole
-    gallery. IVF, PQ and scalar quantisers do up to rounding at the borders of lists and codes, and up to FAISS's
-    choice among more than 16 items that tie with the k-th. Several HNSW graphs are another index than one.
+    Centroids and codebooks are trained on rank 0, with the vectors that one process would take (at most the index's
+    train_size), and shared. Flat and BFlat then answer exactly like one index of the whole gallery. IVF, PQ and scalar
+    quantisers do so up to rounding at the borders of lists and codes, and up to FAISS's choice where more than 16 items
+    tie with the k-th. Several HNSW graphs are a different index from a single graph.
 
-    index: empty, or on every rank filled with its part already. gallery: every rank must call, with its part.
-    Raises ValueError as FaissIndex does.
+    Every rank must call each method.
+
+    Args:
+        index: An empty index, or an index that is filled with this rank's part on every rank.
+        gallery: The gallery, with this rank's part.
+
+    Raises:
+        ValueError: As FaissIndex does.
     """
 
     def __init__(self, index: FaissIndex, gallery: Sharded) -> None:
@@ -42,10 +48,15 @@ class ShardedIndex:
     def search(
         self, query: Sharded, k: int, *, chosen: Tensor | None = None, junk: Junk | None = None
     ) -> tuple[SearchResult, float]:
-        """The k best of the whole gallery without junk, and the seconds that the slowest rank took for its part.
+        """The k best items of the whole gallery without junk, and the seconds that the slowest rank took for its part.
 
-        k: at most the gallery's items. chosen: int64 (n,) positions of the queries to search, or all. junk: all
-        queries' junk among this rank's items, which goes with all queries. The answers are equal on all ranks.
+        The answers are equal on all ranks.
+
+        Args:
+            query: All queries.
+            k: Number of items, at most the size of the gallery.
+            chosen: int64 (n,), positions of the queries to search; None for all.
+            junk: The junk of all queries among this rank's items, or None. It needs `chosen` to be None.
         """
         chosen = torch.arange(len(query)) if chosen is None else chosen
         most = int(torch.bincount(junk.rows).max()) if junk is not None and len(junk.rows) else 0
@@ -61,7 +72,13 @@ class ShardedIndex:
         return found, self._slowest(torch.tensor([seconds]))[0]
 
     def seconds_alone(self, query: Sharded, count: int, k: int) -> list[float]:
-        """Seconds that each of the first `count` queries takes alone, on the rank that is slowest for it."""
+        """The seconds of each of the first `count` queries, searched one at a time, on the rank that is slowest for it.
+
+        Args:
+            query: All queries.
+            count: Number of queries.
+            k: Number of items.
+        """
         wanted = query.rows(torch.arange(min(count, len(query))))
         seconds = torch.zeros(len(wanted))
         for i in range(len(wanted)):
@@ -72,27 +89,31 @@ class ShardedIndex:
         return self._slowest(seconds)
 
     def as_ranked(self, query: Sharded) -> tuple[Sharded, Sharded]:
-        """Query and gallery so that inner products rank as the index's own (decoded) scores do."""
+        """The query and the gallery with vectors whose inner products rank as the index's own (decoded) scores do.
+
+        Args:
+            query: All queries.
+        """
         if self.index.is_binary:
             return query, self.gallery
         return query.with_vectors(self._lifted(query.own.vectors)), self._ranked
 
     @cached_property
     def stored(self) -> Tensor:
-        """This rank's vectors as the index holds them: decoded where it compresses."""
+        """This rank's vectors as the index stores them: decoded where the index compresses."""
         own = self.gallery.own.vectors
         compresses = not self.index.is_binary and len(own) and self.index.code_bytes < 4 * own.shape[1]
         return self.index.reconstruct() if compresses else own
 
     @property
     def code_bytes(self) -> float:
-        """Bytes of an item's code."""
+        """The size of an item's code in bytes."""
         own = self.index.code_bytes if len(self.index) else 0
         return float(self.ranks.largest(torch.tensor(own)))
 
     @property
     def bytes_per_item(self) -> float:
-        """Bytes of the filled indexes of all ranks, without what each has before the first item, an item."""
+        """The size of the indexes of all ranks per item in bytes, without what an empty index takes."""
         n = len(self.index)
         bytes_ = n * self.index.bytes_per_item if n else 0.0
         total, items = self.ranks.sum(torch.tensor([bytes_, n], dtype=torch.float64)).tolist()
@@ -148,10 +169,10 @@ class ShardedIndex:
         return ids[:, :k], scores[:, :k], seconds
 
     def _rescored(self, wanted: Tensor, ids: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """An exact search's candidates (B, K) by the full ranking's own scores.
+        """The candidates (B, K) of an exact search, in the order of the full ranking's own scores.
 
-        FAISS rounds an inner product by where in a block its vectors lie: equal items would not tie, and
-        another division among ranks would order near ones otherwise.
+        FAISS rounds an inner product by the position of its vectors in a block. Equal items would not tie, and another
+        division among ranks would order near items differently.
         """
         queries, items = self._lifted(wanted), self._ranked.own.vectors
         norm = queries.norm(dim=1) * items.norm(dim=1).max()
@@ -187,9 +208,13 @@ class ShardedIndex:
 
 
 def whole_index(index: FaissIndex, gallery: Sharded) -> FaissIndex | None:
-    """One index of the whole gallery, in its order, on rank 0; None on the others. Every rank must call.
+    """An index of the whole gallery, in its order, on rank 0; None on the other ranks. Every rank must call.
 
-    index: this rank's, filled with its part. Vectors come to rank 0 a block at a time.
+    Vectors come to rank 0 one block at a time.
+
+    Args:
+        index: The index of this rank, filled with its part.
+        gallery: The gallery.
     """
     if gallery.ranks.world == 1:
         return index
@@ -202,7 +227,7 @@ def whole_index(index: FaissIndex, gallery: Sharded) -> FaissIndex | None:
 
 
 def _without(ids: Tensor, scores: Tensor, rows: Tensor, columns: Tensor, g: int) -> tuple[Tensor, Tensor]:
-    """Ids and scores (B, K) with the pairs (rows, columns) taken out, what is left moved up."""
+    """Ids and scores (B, K) without the pairs (rows, columns); the rest moves up."""
     keys = torch.arange(len(ids))[:, None] * g + ids
     bad = torch.isin(keys, rows * g + columns) & (ids >= 0)
     order = bad.long().argsort(dim=1, stable=True)
