@@ -1,7 +1,7 @@
-"""Unsupervised binary codes for frozen features, as one linear map each.
+"""Unsupervised binary codes for frozen features, as a linear map each.
 
-A binariser is fitted once and leaves `(weight, bias)`, so that a torch module can carry it: the code of
-x is sign(x @ weight.T + bias). Everything is computed in float64.
+A binariser is fitted once and returns `(weight, bias)`, which a torch module can hold. The code of x is sign(x @
+weight.T + bias). All computations are in float64.
 """
 
 from __future__ import annotations
@@ -15,16 +15,27 @@ from simsearch.types import check_vectors
 
 
 class ITQ:
-    """Returns a binariser by Iterative Quantization: PCA to `bits`, then the rotation nearest to the corners.
+    """A binariser by Iterative Quantization (ITQ): PCA to `bits` dimensions, then a rotation towards a cube's corners.
 
-    Gong, Lazebnik, Gordo, Perronnin: Iterative Quantization, TPAMI 2013. As in the paper vectors are centred
-    and nothing else: their lengths weigh in PCA and rotation. The fit takes all vectors, and time with
-    N (D^2 + iterations bits^2): a second for 10,000 vectors and 48 bits.
+    As in the paper, vectors are centred and nothing else: their lengths have a weight in PCA and rotation. The fit uses
+    all vectors. Its time grows with N (D^2 + iterations bits^2): a second for 10,000 vectors and 48 bits.
 
-    bits: length of the code. iterations: alternations of code and rotation; the paper uses 50.
-    seed: of the first rotation.
+    Args:
+        bits: Length of the code, 1 or more.
+        iterations: Number of alternations between codes and rotation, 1 or more. The paper uses 50.
+        seed: Seed of the first rotation.
 
-    Raises ValueError for bits < 1 or iterations < 1.
+    Raises:
+        ValueError: If `bits` or `iterations` is below 1.
+
+    Source:
+        Gong, Lazebnik, Gordo, Perronnin: Iterative Quantization. TPAMI 2013.
+
+    Example:
+        >>> vectors = torch.tensor([[4.0, 3.0], [3.0, -4.0], [-4.0, -3.0], [-3.0, 4.0]])  # a turned square
+        >>> weight, bias = ITQ(bits=2).fit(vectors)
+        >>> len((vectors @ weight.T + bias > 0).unique(dim=0))  # each corner has a code of its own
+        4
     """
 
     def __init__(self, bits: int, iterations: int = 50, seed: int = 0) -> None:
@@ -35,10 +46,14 @@ class ITQ:
         self.seed = seed
 
     def fit(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weight (bits, D) and bias (bits,), float32, fitted to x, float32 (N, D).
+        """The weight (bits, D) and the bias (bits,), float32, fitted to vectors.
 
-        Raises ValueError for another dtype or shape, NaN or infinity, bits > D, N <= bits, and
-        vectors that vary in fewer than `bits` directions.
+        Args:
+            x: float32 (N, D), N > bits.
+
+        Raises:
+            ValueError: If the dtype or shape is wrong, if a value is NaN or infinite, if bits > D or N <= bits, or if
+                the vectors vary in fewer than `bits` directions.
         """
         mean, centred, components = _principal(x, self.bits)
         rotation = itq_rotation(centred @ components.T, self.iterations, self.seed)
@@ -46,10 +61,21 @@ class ITQ:
 
 
 class Sign:
-    """Returns a binariser by the signs of the first `bits` principal components (PCA-sign, "PCAH").
+    """A binariser by the signs of the first `bits` principal components (PCA-sign, "PCAH").
 
-    The plain baseline of the ITQ paper: centred PCA, no rotation, so that strong and weak
-    directions get a bit each. Raises ValueError for bits < 1.
+    It is the plain baseline of the ITQ paper: centred PCA without a rotation, so that strong and weak directions get
+    one bit each.
+
+    Args:
+        bits: Length of the code, 1 or more.
+
+    Raises:
+        ValueError: If `bits` is below 1.
+
+    Example:
+        >>> vectors = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> Sign(bits=1).fit(vectors)[0].abs()  # the direction of largest variance
+        tensor([[1., 0.]])
     """
 
     def __init__(self, bits: int) -> None:
@@ -58,16 +84,22 @@ class Sign:
         self.bits = bits
 
     def fit(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns weight (bits, D), orthonormal rows of falling variance, and bias (bits,), float32.
+        """The weight (bits, D) and the bias (bits,), float32, fitted to vectors.
 
-        Raises ValueError as ITQ.fit does.
+        The rows of the weight are orthonormal, in the order of descending variance.
+
+        Args:
+            x: float32 (N, D), N > bits.
+
+        Raises:
+            ValueError: As `ITQ.fit` does.
         """
         mean, _, components = _principal(x, self.bits)
         return _linear_map(components, mean)
 
 
 def _principal(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (D,), centred vectors (N, D) and the first `bits` principal directions (bits, D), float64 on the CPU."""
+    """The mean (D,), centred vectors (N, D) and the first `bits` principal directions (bits, D), float64 on the CPU."""
     if not isinstance(x, Tensor) or x.ndim != 2 or x.dtype != torch.float32:
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"a binariser is fitted to a float32 tensor (N, D), got {got}")

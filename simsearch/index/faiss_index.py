@@ -34,23 +34,32 @@ _SETTINGS = ("factory", "metric", "nprobe", "ef_search", "train_size", "seed")
 
 
 class FaissIndex:
-    """Returns an empty index that answers `search` with the most similar items, best first.
+    """A FAISS index of float vectors or binary codes, empty at first, that returns the most similar items, best first.
 
-    factory: a FAISS factory string. Float vectors: "Flat", "IVF256,Flat", "PQ16", "IVF256,PQ16",
-    "HNSW32", "SQ8", "OPQ16,PQ16", ... Packed codes begin with B: "BFlat", "BIVF256", "BHNSW32".
-    metric: "ip" (inner product: cosine where vectors are L2-normalised) or "l2" for floats; codes
-    are always compared by Hamming distance ("hamming"; the order of "ip" and "l2" on +-1 is the
-    same). nprobe: lists that an IVF index visits for a query (FAISS: 1). ef_search: candidates that
-    an HNSW graph keeps (FAISS: 16). train_size: at most so many vectors, a random choice, learn
-    centroids and codebooks. seed: of that choice and of k-means.
+    The dimension is that of the first vectors that are added; nothing is allocated before. Items are known by their
+    position in the order of addition. Equal input gives an equal index.
 
-    The dimension is that of the first vectors to arrive; nothing is allocated before. Items are
-    known by their position in the order of addition. Equal input gives an equal index.
+    Vectors are float32 (N, D), codes uint8 (N, bits / 8). Tensors on other devices are copied to the CPU, where FAISS
+    works and where results lie.
 
-    Vectors are float32 (N, D), codes uint8 (N, bits / 8); tensors of other devices are copied to
-    the CPU, where FAISS works and where results lie.
+    Args:
+        factory: A FAISS factory string. For float vectors "Flat", "IVF256,Flat", "PQ16", "IVF256,PQ16", "HNSW32",
+            "SQ8", "OPQ16,PQ16", ... For packed codes it begins with B: "BFlat", "BIVF256", "BHNSW32".
+        metric: "ip" (inner product, the cosine of L2-normalised vectors) or "l2" for float vectors. Codes are always
+            compared by Hamming distance ("hamming"), whose order is that of "ip" and "l2" on entries of +1 and -1.
+        nprobe: Number of lists that an IVF index visits per query (FAISS: 1).
+        ef_search: Number of candidates that an HNSW graph keeps (FAISS: 16).
+        train_size: Largest number of vectors, a random choice, that train centroids and codebooks.
+        seed: Seed of that choice and of k-means.
 
-    Raises ValueError for a factory string that FAISS cannot parse and for values out of range.
+    Raises:
+        ValueError: If FAISS cannot parse the factory string, or if an argument is out of range.
+
+    Example:
+        >>> index = FaissIndex("Flat")
+        >>> index.add(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> index.search(torch.tensor([[0.0, 2.0]]), k=1)
+        SearchResult(ids=tensor([[1]]), scores=tensor([[2.]]))
     """
 
     def __init__(
@@ -106,36 +115,48 @@ class FaissIndex:
 
     @property
     def bits(self) -> int | None:
-        """Bits of the codes, padding included; None before the first codes and for a float index."""
+        """The number of bits of the codes with padding; None before the first codes and for a float index."""
         return int(self._index.d) if self._index is not None and self.is_binary else None
 
     def train(self, vectors: Tensor) -> None:
-        """Learns centroids and codebooks from (a choice of) `vectors`; adds nothing.
+        """Trains centroids and codebooks on the vectors, or on a random choice of them. It adds nothing.
 
-        `add` does it by itself with its first vectors; call this where those do not stand for all.
+        `add` trains with its first vectors. Call this method where these do not represent the others.
 
-        Raises ValueError for bad vectors, for too few of them, where FAISS refuses the factory at
-        this dimension, and for an index that is already trained.
+        Args:
+            vectors: float32 (N, D) or codes uint8 (N, bits / 8).
+
+        Raises:
+            ValueError: If the vectors are wrong or too few, if FAISS refuses the factory at this dimension, or if the
+                index is already trained.
         """
         if self._index is not None:
             raise ValueError("the index is trained already: make a new FaissIndex to train another")
         self._train(self._checked(vectors))
 
     def learns(self, width: int) -> bool:
-        """Whether training learns anything from vectors of `width` columns (Flat and HNSW learn nothing).
+        """Whether training learns anything from vectors. Flat and HNSW learn nothing.
 
-        Raises ValueError where FAISS refuses the factory at this width.
+        Args:
+            width: Number of columns of the vectors.
+
+        Raises:
+            ValueError: If FAISS refuses the factory at this width.
         """
         return not self._allocated(width).is_trained
 
     def sample(self, count: int) -> Tensor:
-        """Positions int64 (n,) of those among `count` vectors that training learns from, in its order."""
+        """The positions int64 (n,) of the vectors that training uses, in its order.
+
+        Args:
+            count: Number of vectors to choose from.
+        """
         if count <= self.train_size:
             return torch.arange(count)
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))[: self.train_size]
 
     def emptied(self) -> FaissIndex:
-        """An index of the same settings that learnt the same and holds nothing."""
+        """An index with the same settings and the same training, without items."""
         other = FaissIndex(**{name: getattr(self, name) for name in _SETTINGS})
         if self._index is not None and not _new_index(self.factory, self.metric, self._index.d).is_trained:
             clone = faiss.clone_binary_index if self.is_binary else faiss.clone_index  # type: ignore[attr-defined]
@@ -145,9 +166,10 @@ class FaissIndex:
         return other
 
     def trained(self) -> Tensor:
-        """What was learnt, bytes uint8 (n,) for `load_trained`; items are left out.
+        """The trained state as bytes, uint8 (n,), for `load_trained`, without items.
 
-        Raises ValueError where nothing was learnt.
+        Raises:
+            ValueError: If there is no trained state.
         """
         index = self.emptied()._index
         if index is None:
@@ -156,14 +178,22 @@ class FaissIndex:
         return torch.from_numpy(write(index))
 
     def load_trained(self, state: Tensor) -> None:
-        """Takes what an index of the same settings learnt, as `trained` gave it."""
+        """Loads the trained state of an index with the same settings.
+
+        Args:
+            state: uint8 (n,), from `trained`.
+        """
         read = faiss.deserialize_index_binary if self.is_binary else faiss.deserialize_index
         self._finish(read(state.numpy()))
 
     def add(self, vectors: Tensor) -> None:
-        """Appends `vectors`, which get the positions len(index), len(index) + 1, ...
+        """Adds vectors at the positions len(index), len(index) + 1, ...
 
-        Raises ValueError for bad vectors, and, when they train the index, as `train` does.
+        Args:
+            vectors: float32 (N, D) or codes uint8 (N, bits / 8).
+
+        Raises:
+            ValueError: If the vectors are wrong. The first vectors train the index, and errors are as in `train`.
         """
         array = self._checked(vectors)
         if self._index is None:
@@ -172,20 +202,29 @@ class FaissIndex:
         self._index.add(array)
 
     def search(self, vectors: Tensor, k: int, among: Tensor | None = None) -> SearchResult:
-        """Returns the k most similar items of each of Q queries: ids and scores (Q, k), best first.
+        """The k most similar items of each of Q queries, best first.
 
-        Scores: inner product, minus squared L2 distance, or minus Hamming distance; those of a
-        compressed index are asymmetric (exact query against decoded item). Where an approximate
-        index found fewer than k: id -1, score -inf. Equal scores come in the order of addition. (Which of
-        the items that tie with the k-th score are in: the first added for l2 and Hamming, FAISS's
-        choice for inner product.)
+        Scores are inner products, minus squared L2 distances, or minus Hamming distances. The scores of a compressed
+        index are asymmetric: an exact query against a decoded item. Equal scores come in the order of addition. Which
+        of the items that tie with the k-th score are returned: the first added for l2 and Hamming, FAISS's choice for
+        the inner product.
 
-        among: bool (N,), the items that may be answered; where they are fewer than k, the places left have id -1.
-        They are selected inside FAISS, not from what it found, and the more selective, the more an IVF index visits
-        and an HNSW graph keeps, so that recall holds up. Few of them, and those of the kinds that cannot select (PQ,
-        RFlat, IVF of codes, ...), are decoded and all compared.
+        A choice `among` the items is made inside FAISS, not among its answers. The fewer items are chosen, the more
+        lists an IVF index visits and the more candidates an HNSW graph keeps, so that recall holds up. Where few items
+        are chosen, or where the kind of index cannot select (PQ, RFlat, IVF of codes, ...), all chosen items are
+        decoded and compared.
 
-        Raises ValueError for bad queries, an empty index, k < 1 and k > len(index), and for another `among`.
+        Args:
+            vectors: float32 (Q, D) or codes uint8 (Q, bits / 8).
+            k: Number of items, 1..N.
+            among: bool (N,), the items that may be returned; None for all.
+
+        Returns:
+            Positions and scores (Q, k). Where an approximate index finds fewer than k items, or where fewer are chosen,
+            the id is -1 and the score -inf.
+
+        Raises:
+            ValueError: If the queries or `among` are wrong, if the index is empty, or if k is out of range.
         """
         array = self._checked(vectors)
         if len(self) == 0:
@@ -208,7 +247,7 @@ class FaissIndex:
         return self._search_rows(vectors, k, among.nonzero()[:, 0])
 
     def _selecting(self, among: Tensor, selected: int) -> Any:
-        """FAISS's search parameters that select; None where all rows are to be compared instead."""
+        """FAISS's search parameters that select items; None where all selected rows are to be compared instead."""
         if selected == 0:
             return None
         api: Any = faiss  # the stubs know nothing of what FAISS's Python layer adds
@@ -225,7 +264,7 @@ class FaissIndex:
         return api.SearchParameters(sel=sel)
 
     def _search_rows(self, vectors: Tensor, k: int, positions: Tensor) -> SearchResult:
-        """The answer among the items at ascending `positions` (n,), by comparing all of them."""
+        """The answer among the items at ascending `positions` (n,), by a comparison with all of them."""
         ids = torch.full((len(vectors), k), -1, dtype=torch.int64)
         scores = torch.full((len(vectors), k), -math.inf)
         for block in positions.split(_BLOCK) if len(positions) else ():
@@ -247,15 +286,19 @@ class FaissIndex:
         return SearchResult(*_ties_in_order(ids, scores))
 
     def reconstruct(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Returns what the index stores of the items start .. stop - 1: float32 (N, D), or codes uint8.
+        """The stored items start..stop-1, float32 (N, D) or codes uint8.
 
-        Decoded for PQ and SQ, the input itself for Flat, IVF-Flat and HNSW-Flat. A query's product
-        with (or distance to) a row is the score that `search` gives it, so that blocks of rows
-        measure the full ranking of a compressed index. Fast-scan PQ ("PQ16x4fs") scores that only
-        roughly; PCA with the inner product, and L2norm, change the query too, so that it does not
-        hold behind them: transform before the index instead.
+        They are decoded for PQ and SQ, and the input itself for Flat, IVF-Flat and HNSW-Flat. The product of a query
+        with a row (or their distance) is the score of `search`, so that blocks of rows can measure the full ranking of
+        a compressed index. There are two exceptions. Fast-scan PQ ("PQ16x4fs") scores only roughly so. PCA with the
+        inner product and L2norm change the query too: transform the vectors before the index instead.
 
-        Raises ValueError for a range outside the index, and where FAISS cannot decode the factory.
+        Args:
+            start: First position.
+            stop: Last position plus one; None for the end.
+
+        Raises:
+            ValueError: If the range lies outside the index, or if FAISS cannot decode the factory.
         """
         stop = len(self) if stop is None else stop
         if not 0 <= start <= stop <= len(self):
@@ -269,12 +312,16 @@ class FaissIndex:
             raise ValueError(f"FAISS cannot decode the items of {self.factory!r}: {_reason(error)}") from None
 
     def rows(self, positions: Tensor) -> Tensor:
-        """Returns what the index stores of the items at `positions`, int64 (n,): float32 (n, D), or codes uint8.
+        """The stored items at some positions, float32 (n, D) or codes uint8, as `reconstruct` returns them.
 
-        As `reconstruct` has it. The first call on an IVF index makes a map of 8 bytes an item, on a binary index a
-        copy of its codes. Any number of threads may call this and `search`.
+        The first call on an IVF index makes a map of 8 bytes per item, on a binary index a copy of its codes. Several
+        threads may call this method and `search` at once.
 
-        Raises ValueError for a position outside the index, and where FAISS cannot decode the factory.
+        Args:
+            positions: int64 (n,).
+
+        Raises:
+            ValueError: If a position lies outside the index, or if FAISS cannot decode the factory.
         """
         if len(positions) == 0:
             return self.reconstruct(0, 0)
@@ -296,18 +343,19 @@ class FaissIndex:
 
     @property
     def keeps_vectors(self) -> bool:
-        """Whether `rows` are the vectors that were added (Flat, HNSW of it, codes), not what a code decodes to."""
+        """Whether `rows` are the added vectors (Flat, HNSW of Flat, codes) and not decoded approximations."""
         return self.is_binary or self.dimension is None or self.code_bytes >= 4 * self.dimension
 
     @property
     def bytes_per_item(self) -> float:
-        """Bytes that one more item adds: code, id and graph links, without what is shared.
+        """The size of an item in bytes: code, id and graph links, without shared data.
 
-        Measured: the serialised size less that of the trained empty index (centroids, codebooks,
-        rotation), over the items. IVF: 8 bytes for an id, and the lists' lengths shared by all.
-        HNSW: 4 bytes a link, and levels and offsets.
+        It is measured: the serialised size minus that of the trained empty index (centroids, codebooks, rotation),
+        divided by the number of items. IVF takes 8 bytes per id and shares the lengths of its lists among all items.
+        HNSW takes 4 bytes per link, and levels and offsets.
 
-        Raises ValueError for an empty index.
+        Raises:
+            ValueError: If the index is empty.
         """
         if len(self) == 0:
             raise ValueError("the index is empty: bytes per item are measured on items")
@@ -316,21 +364,26 @@ class FaissIndex:
 
     @property
     def code_bytes(self) -> int:
-        """Bytes of an item's code alone: 4 D for Flat, 16 for PQ16, bits / 8 for binary codes.
+        """The size of an item's code alone in bytes: 4 D for Flat, 16 for PQ16, bits / 8 for binary codes.
 
-        Raises ValueError before the first vectors.
+        Raises:
+            ValueError: If no vectors were added yet.
         """
         if self._index is None:
             raise ValueError("the size of a code is known once vectors were added")
         return _code_bytes(self._index)
 
     def save(self, path: str | Path) -> None:
-        """Writes index.faiss (as FAISS itself writes it) and index.json (settings) into folder `path`.
+        """Writes the index into a folder: index.faiss, as FAISS itself writes it, and index.json, the settings.
 
-        Both are written aside and moved into place, replacing what was there; index.json holds the
-        other's SHA-256, so that an interruption between the two moves is seen by `load`.
+        Both files are written beside their place and moved there, and replace older files. index.json holds the SHA-256
+        of index.faiss, so that `load` notices an interruption between the two moves.
 
-        Raises ValueError where there is nothing to save.
+        Args:
+            path: The folder.
+
+        Raises:
+            ValueError: If the index was neither trained nor filled.
         """
         if self._index is None:
             raise ValueError("nothing to save: the index was neither trained nor filled")
@@ -345,9 +398,14 @@ class FaissIndex:
 
     @classmethod
     def load(cls, path: str | Path) -> FaissIndex:
-        """Returns the index that `save` wrote into folder `path`.
+        """The index that `save` wrote into a folder.
 
-        Raises FileNotFoundError for a missing file and ValueError for a damaged one, naming it.
+        Args:
+            path: The folder.
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged. The message names the file.
         """
         data, settings = Path(path) / "index.faiss", Path(path) / "index.json"
         for file in (settings, data):
