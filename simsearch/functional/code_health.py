@@ -55,16 +55,13 @@ class CodeMoments:
     def statistics(self) -> dict[str, float]:
         """Five statistics of the codes, by name.
 
-        Returns:
-            A dictionary with these values:
-
-            - `balance`: the mean over bits of 1 - |mean sign|. It is 1 where each bit splits the images in half, and 0
-              where all bits are constant.
-            - `worst_balance`: the smallest balance of a bit.
-            - `correlation`: the mean absolute Pearson correlation over pairs of bits that are not constant, 0 with
-              fewer than two such bits.
-            - `quantisation_error`: the mean squared distance between a real value and its sign.
-            - `dead_bits`: the number of constant bits.
+        - `balance`: the mean over bits of 1 - |mean sign|. It is 1 where each bit splits the images in half, and 0
+          where all bits are constant.
+        - `worst_balance`: the smallest balance of a bit.
+        - `correlation`: the mean absolute Pearson correlation over pairs of bits that are not constant, 0 with fewer
+          than two such bits.
+        - `quantisation_error`: the mean squared distance between a real value and its sign.
+        - `dead_bits`: the number of constant bits.
 
         Raises:
             ValueError: If no codes were added.

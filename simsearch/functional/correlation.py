@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FINE, COARSE = 0.7, 2.0  # pixels of a thumbnail: below lies noise, above lie skies and vignettes that strangers share
+FINE, COARSE = 0.7, 2.0  # pixels of a thumbnail: below lies noise, above lie skies and vignettes of unrelated pictures
 WEAK = 2.0  # grey levels that soften the division by local contrast: what is weaker stays weak
 PLAIN = 0.2  # root mean square of details: less is what encoding leaves on a plain picture
 

@@ -199,8 +199,8 @@ def false_match_curve(match_scores: Tensor, no_match_scores: Tensor) -> tuple[Te
 
     Returns:
         Thresholds; the accepted share of `match_scores` (recall); the accepted share of `no_match_scores` (false-match
-        rate); the share of matches among all that is accepted of these M and N scores (precision), NaN at the last
-        threshold, where nothing is accepted.
+            rate); the share of matches among all that is accepted of these M and N scores (precision), NaN at the last
+            threshold, where nothing is accepted.
 
     Raises:
         ValueError: If the scores are not (M,) and (N,), if one of them is empty, or if they hold NaN.

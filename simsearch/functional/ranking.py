@@ -533,6 +533,15 @@ def measure_ranking(
 ) -> dict[str, Tensor]:
     """The metrics of each query over its full ranking: name -> float64 (Q,).
 
+    - `relevant`: the number of relevant items.
+    - `AP`: average precision over the whole ranking; its mean is mAP.
+    - `AP@k_minRk` and `AP@k_R`: average precision of the first k ranks, divided by min(R, k) or R.
+    - `P@k`: precision.
+    - `R@k`: hit rate.
+    - `NDCG@k`: normalised discounted cumulative gain with binary relevance.
+    - `RP`: R-precision.
+    - `AP_pessimistic` and `AP_optimistic`, for codes only: the relevant items of each tie group last or first.
+
     All values are expectations over the order of ties. Memory beyond the descriptors peaks at about `block_bytes`.
 
     Where query or gallery are spread over ranks, every rank must call. All ranks get the values of all queries that one
@@ -547,16 +556,7 @@ def measure_ranking(
         ahead: Re-ranked shortlists (Q, K) that come before all other items.
 
     Returns:
-        One tensor per name, NaN for a query without relevant items:
-
-        - `relevant`: the number of relevant items.
-        - `AP`: average precision over the whole ranking; its mean is mAP.
-        - `AP@k_minRk` and `AP@k_R`: average precision of the first k ranks, divided by min(R, k) or R.
-        - `P@k`: precision.
-        - `R@k`: hit rate.
-        - `NDCG@k`: normalised discounted cumulative gain with binary relevance.
-        - `RP`: R-precision.
-        - `AP_pessimistic` and `AP_optimistic`, for codes only: the relevant items of each tie group last or first.
+        One tensor per name, NaN for a query without relevant items.
 
     Raises:
         ValueError: If a k is below 1, if there are no queries, or as `rank` does.

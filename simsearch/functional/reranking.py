@@ -542,7 +542,7 @@ def diffuse(
 
     Returns:
         Shortlists (Q, K) in the new order. Scores are f. Items with f = 0 keep their order and rank last, with the
-        score cosine - 2.
+            score cosine - 2.
 
     Source:
         Iscen, Tolias, Avrithis, Furon, Chum: Efficient diffusion on region manifolds. CVPR 2017.

@@ -54,7 +54,7 @@ def measure_revisited(
 
     Returns:
         `<setup>/AP`, the `trapezoid_average_precision`, and `<setup>/P@k`, the `precision_at_cutoff`. Values are NaN
-        where the setup has nothing right for a query; the benchmark leaves such queries out of its means.
+            where the setup has nothing right for a query; the benchmark leaves such queries out of its means.
 
     Raises:
         ValueError: If a shape is wrong, if a vector holds NaN or infinity, if there are no queries or no gallery, if a

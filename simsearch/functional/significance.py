@@ -25,7 +25,7 @@ def mean_interval(values: Tensor, units: Tensor | None = None, *, confidence: fl
 
     A column of shares has all values in [0, 1], as retrieval metrics have. It gets the interval of Clopper and Pearson
     (1934) for m e successes in e = m (1 - m) / s^2 (z / t)^2 trials, as Korn and Graubard (1998) use it for rates of
-    clustered samples. This interval knows that a mean near 1 cannot go further. Where all values are 0 or 1 and each
+    clustered samples. This interval stays within [0, 1], also for a mean near 1. Where all values are 0 or 1 and each
     query is a unit, and where no two units differ, e is the number of units: the exact interval of a binomial rate.
     Other columns get Student's m -+ t s.
 

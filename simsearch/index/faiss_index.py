@@ -221,7 +221,7 @@ class FaissIndex:
 
         Returns:
             Positions and scores (Q, k). Where an approximate index finds fewer than k items, or where fewer are chosen,
-            the id is -1 and the score -inf.
+                the id is -1 and the score -inf.
 
         Raises:
             ValueError: If the queries or `among` are wrong, if the index is empty, or if k is out of range.

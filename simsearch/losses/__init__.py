@@ -1,1 +1,1 @@
-"""One loss a file, called as `forward(embeddings, labels)`, like those of pytorch-metric-learning."""
+"""One loss per file, called as `forward(embeddings, labels)`, like those of pytorch-metric-learning."""
