@@ -659,3 +659,9 @@ def average_precision_in_index_order(
         ranking = _rank_keys(keys, *stored.relevant(query.label[start:stop]), nothing, gallery.ranks)
         values[start:stop] = ties.average_precision(ranking, ties.harmonic_numbers(0))
     return values
+
+
+def mean_name(name: str) -> str:
+    """The name of a per-query metric's mean: AP becomes mAP, also below a folder; others keep theirs."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}{'m' if last.startswith('AP') else ''}{last}"

@@ -19,12 +19,6 @@ from simsearch.types import Descriptors
 Part = Literal["query", "gallery"]
 
 
-def mean_name(name: str) -> str:
-    """The name of a per-query metric's mean: AP becomes mAP, also below a folder; others keep theirs."""
-    folder, slash, last = name.rpartition("/")
-    return f"{folder}{slash}{'m' if last.startswith('AP') else ''}{last}"
-
-
 class RetrievalMetrics(Metric):
     """Full-ranking retrieval metrics of the descriptors that were collected, exact under ties.
 
