@@ -22,6 +22,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
+from simsearch.errors import SimsearchError
 from simsearch.functional.resize import Fit, check_fit, longest_shape, resize, resize_square
 from simsearch.text import printable
 
@@ -98,7 +99,7 @@ _MOST_PROFILE = 2**23
 _GUARD = threading.Lock()
 
 
-class ImageError(ValueError):
+class ImageError(SimsearchError, ValueError):
     """An image that cannot be used. path: its file, None for bytes. reason: a key of REASONS."""
 
     def __init__(self, path: Path | None, reason: str, detail: str = "") -> None:
@@ -173,6 +174,13 @@ def read_image(
     except Exception as error:  # Pillow's decoders raise nearly every built-in exception on damaged files
         raise ImageError(path, *_explain(error, data)) from error
     return pixels.contiguous()
+
+
+def picture_pixels(picture: Image.Image) -> Tensor:
+    """The pixels of a Pillow image as `read_image` gives them: uint8 (3, H, W) sRGB, upright, on white."""
+    turn = _turn(picture)
+    pixels = np.array(_to_rgb(picture if turn is None else picture.transpose(turn)))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def encode_thumbnail(image: Tensor, side: int) -> bytes:

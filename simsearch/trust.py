@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from simsearch.errors import SimsearchError
+
 # What the configs of `simsearch train` name, each where it can be imported from, and nothing that runs what its
 # arguments name. A new class comes here with its yaml. What else a user's config names needs trust=true.
 ALLOWED = frozenset(
@@ -108,10 +110,10 @@ _REFUSED = {
 _HYDRA = ("_args_", "_convert_", "_recursive_")  # how Hydra calls a target; no config of ours says it
 _OWN = ("wandb",)  # where W&B keeps links to its own logs; nothing is read from there
 _SHOWN = 120
-MEND = "trust=true goes on, and may run code: only where you trust whoever made it"
+MEND = "trust=true (in Python trusted=True) goes on, and may run code: only where you trust whoever made it"
 
 
-class Untrusted(ValueError):
+class Untrusted(SimsearchError, ValueError):
     """A folder that would run code, or lead out of itself, and which the user did not call trusted."""
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,12 @@ from PIL import Image
 from rich.console import Console
 
 from simsearch.__main__ import quoted
-from simsearch.commands.recommend import answer_table, describe
+from simsearch.commands.recommend import answer_table
 from simsearch.files import read_json, write_json
 from simsearch.search.catalog import read_catalog
+from simsearch.search.engine import Engine
 from simsearch.search.items import write_items
-from simsearch.search.recommender import Recommender, Request
+from simsearch.search.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +117,10 @@ def test_filtered_table(catalog, tmp_path):
 
 
 def test_a_long_path_is_never_cut(catalog):
-    recommender = Recommender(read_catalog(catalog))
+    recommender = Engine(read_catalog(catalog))
     answer = recommender.recommend(Request(recommender.vectors([0]), k=1, collapse=False))
     path = "images/" + "x" * 150 + "/end.jpg"
-    (item,) = describe(recommender, answer, [0], [])
+    (item,) = [asdict(hit) for hit in recommender.hits(answer, [], [0])]
     item["attributes"] = {**item["attributes"], "path": path}
     out = io.StringIO()
     Console(file=out, width=80).print(answer_table(recommender, ["query"], [], [item], answer))
@@ -134,7 +136,7 @@ def test_calibrated_it_says_no(catalog, outside):
     assert "the same work" in done.stdout
     assert "not-an-image" in done.stderr
     calibration = json.loads((catalog / "calibration.json").read_text())
-    works = Recommender(read_catalog(catalog)).works
+    works = Engine(read_catalog(catalog)).works
     same = calibration["held_out"]["same_work"]["of"]
     units = (len(set(works.tolist())) - same) // 2  # a work counts once, and two works that are each other's nearest
     assert calibration["units"]["same_work"] == units
@@ -162,7 +164,7 @@ def test_a_second_try_describes_nothing_again(catalog, outside, monkeypatch):
     arguments = ["calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.3", "workers=0"]
     first = simsearch(*arguments)
     before = json.loads((catalog / "calibration.json").read_text())
-    monkeypatch.setattr("simsearch.commands.calibrate.encode", None)
+    monkeypatch.setattr("simsearch.search.describe.encode", None)
     again = simsearch(*arguments)
     assert json.loads((catalog / "calibration.json").read_text()) == before
     assert "not-an-image" in first.stderr
