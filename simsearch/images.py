@@ -178,8 +178,9 @@ def read_image(
 
 def picture_pixels(picture: Image.Image) -> Tensor:
     """The pixels of a Pillow image as `read_image` gives them: uint8 (3, H, W) sRGB, upright, on white."""
-    turn = _turn(picture)
-    pixels = np.array(_to_rgb(picture if turn is None else picture.transpose(turn)))
+    picture = picture.copy()
+    _turn_upright(picture)
+    pixels = np.array(_to_rgb(picture))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -290,12 +291,7 @@ def _decode(
             raise ImageError(path, "too-many-scans", detail)
         image.load()
         on_its_side = _is_on_its_side(image)
-        try:
-            ImageOps.exif_transpose(image, in_place=True)
-        except MemoryError:
-            raise
-        except Exception:  # damaged metadata is no reason to refuse sound pixels
-            pass
+        _turn_upright(image)
         pixels = np.array(_to_rgb(image))
     return torch.from_numpy(pixels).permute(2, 0, 1), needed[::-1] if on_its_side else needed
 
@@ -358,6 +354,16 @@ def _explain(error: Exception, data: bytes) -> tuple[str, str]:
         if data.startswith(signature, offset):
             return "unsupported", f"{name}; convert it to one of {', '.join(_FORMATS)}"
     return "not-an-image", f"it does not begin as {', '.join(_FORMATS)} do"
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Turns an image in place as its metadata ask for."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # damaged metadata is no reason to refuse sound pixels
+        pass
 
 
 def _is_on_its_side(image: Image.Image) -> bool:

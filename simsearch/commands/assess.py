@@ -65,9 +65,9 @@ def main(config: DictConfig) -> None:
     for name, run in zip(names, runs, strict=True):
         data = configs.build_data({"data": fitted(given, run.config["data"])}, Everything())
         if collection is None:
-            collection = data.collection  # type: ignore[attr-defined]
+            collection = data.collection
             tasks = split(collection, values["protocols"], whole=values["part"] == "all")
-        elif data.collection.fingerprint != collection.fingerprint:  # type: ignore[attr-defined]
+        elif data.collection.fingerprint != collection.fingerprint:
             raise ValueError(f"{run.folder} has other data than {runs[0].folder}: give data= for all")
         rows.append(describe(name, run, data, values["outside"], values["outside_limit"]))
         gc.collect()  # trainer and model hold each other, and sessions of ONNX Runtime gigabytes
@@ -148,7 +148,8 @@ def describe(name: str, run: saved_run.Run, data: Any, outside: str | None, limi
     start = time.perf_counter()
     vectors = torch.cat(trainer.predict(model, data))  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
-    return Row(name, vectors, model.bits, describe_files(model.encoder, outside, limit), seconds)
+    bits: Any = model.bits
+    return Row(name, vectors, bits, describe_files(model.encoder, outside, limit), seconds)
 
 
 def describe_files(encoder: Encoder, source: str | None, limit: int) -> Tensor | None:
@@ -198,7 +199,7 @@ def compare(rows: list[Row], found: dict[str, list[Measured]]) -> list[dict[str,
             a, b = ours.per_query["mAP"], base.per_query["mAP"]
             units = ours.units
             difference, low, high = paired_interval(a, b, units)
-            facts = {"row": row.name, "baseline": rows[0].name, "protocol": ours.protocol}
+            facts: dict[str, Any] = {"row": row.name, "baseline": rows[0].name, "protocol": ours.protocol}
             facts |= {"fingerprint": ours.fingerprint, "difference": difference, "low": low, "high": high}
             both = ~(a - b).isnan()
             facts |= {"p": paired_permutation(a, b, units), "queries": int(both.sum())}

@@ -132,8 +132,8 @@ def find_baseline(wanted: str, results: Sequence[Result], *, trusted: bool = Fal
     if missing:
         raise ValueError(f"baseline={wanted} is {missing[0].state}: {missing[0].reason}")
     together = [*found, *results]
-    names = short_names([result.place for result in together])
-    together = [replace(result, name=name) for result, name in zip(together, names, strict=True)]
+    short = short_names([result.place for result in together])
+    together = [replace(result, name=name) for result, name in zip(together, short, strict=True)]
     return together[0], together
 
 
@@ -201,7 +201,7 @@ def pictures(
     try:
         first = line.results[0]
         config = first.config if trusted else saved_run.admitted(first.config, first.place)
-        collection = configs.build_data(config).collection  # type: ignore[attr-defined]
+        collection = configs.build_data(config).collection
         judge = Judge.of(collection, line)
     except (*program.MENDABLE, LookupError) as error:
         reason = program.reason(error)
@@ -250,7 +250,7 @@ def neighbours(
     engine = Engine(catalog)
     answers = []
     for row in rows:
-        vector = encode(catalog.encoder, collection.images[row][None])
+        vector = encode(catalog.encoder, collection.images[int(row)][None])
         ids = engine.nearest(vector, k + int(judge.junk(row, items).sum())).ids[0]
         near = items[ids[ids >= 0]]
         answers.append(near[~judge.junk(row, near)][:k].tolist())

@@ -22,12 +22,12 @@ def main(config: DictConfig) -> None:
     values = configs.plain(config)
     merged = run.config | {group: values[group] for group in ("data", "protocol") if values.get(group)}
     data = configs.build_data(merged)
-    collection, split = data.collection, data.split  # type: ignore[attr-defined]
+    collection, split = data.collection, data.split
     model = saved_run.load_model(run)
     descriptors = None
     if model.bits is None:
         trainer = configs.build_trainer({**merged, "callbacks": {}}, run.folder, [])
-        descriptors = torch.cat(trainer.predict(model, data))  # type: ignore[arg-type]
+        descriptors = torch.cat(trainer.predict(model, data))
     else:
         print("the run gives codes: near-duplicates are proposed by perceptual hash alone")
     labels = collection.column(split.test.attribute)

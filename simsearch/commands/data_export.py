@@ -19,7 +19,7 @@ def main(config: DictConfig) -> None:
     if config.part not in parts:
         raise ValueError(f"part must be one of {', '.join(parts)}, got {config.part!r}")
     data = configs.build_data(configs.plain(config))
-    collection, split = data.collection, data.split  # type: ignore[attr-defined]
+    collection, split = data.collection, data.split
     rows = {
         "all": np.arange(len(collection)),
         "train": split.train.numpy(),

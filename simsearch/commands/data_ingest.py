@@ -245,17 +245,17 @@ def contact_sheet(path: Path, files: Files, kept: Kept, images: Ragged) -> None:
     """Writes a PNG: a sample of what was taken, what was refused and can be shown, suspicious ones, works."""
     name = {place: Path(str(file)).name for place, file in zip(kept.places, kept.columns["path"], strict=True)}
     step = max(1, len(kept.places) // (3 * _COLUMNS))
-    rows = _lines([Tile(images[place], name[place]) for place in kept.places[::step][: 3 * _COLUMNS]])  # type: ignore[arg-type]
-    rows += _lines([Tile(images[place], "blank", False) for place in kept.blank[:_COLUMNS]])  # type: ignore[arg-type]
+    rows = _lines([Tile(images[place], name[place]) for place in kept.places[::step][: 3 * _COLUMNS]])
+    rows += _lines([Tile(images[place], "blank", False) for place in kept.blank[:_COLUMNS]])
     for place, twin in list(kept.twins.items())[: _COLUMNS // 2]:
-        rows.append([Tile(images[twin], name[twin]), Tile(images[place], "duplicate", False)])  # type: ignore[arg-type]
+        rows.append([Tile(images[twin], name[twin]), Tile(images[place], "duplicate", False)])
     odd = sorted((p for p in kept.places if files.band[p] >= SUSPICIOUS_BAND), key=lambda p: -float(files.band[p]))
-    rows += _lines([Tile(images[p], f"band {float(files.band[p]):.0%}") for p in odd[: 2 * _COLUMNS]])  # type: ignore[arg-type]
+    rows += _lines([Tile(images[p], f"band {float(files.band[p]):.0%}") for p in odd[: 2 * _COLUMNS]])
     members = defaultdict(list)
     for place, work in zip(kept.places, kept.columns["work"], strict=True):
         members[work].append(place)
     several = sorted((m for m in members.values() if len(m) > 1), key=lambda m: (-len(m), m[0]))
-    rows += [[Tile(images[p], name[p], True) for p in m[:_COLUMNS]] for m in several[:20]]  # type: ignore[arg-type]
+    rows += [[Tile(images[p], name[p], True) for p in m[:_COLUMNS]] for m in several[:20]]
     save_grid(path, rows, title=f"{len(kept.places)} images taken; then refused (red), suspicious; works (green)")
 
 

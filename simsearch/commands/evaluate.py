@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +13,7 @@ from pytorch_lightning.loggers import Logger
 
 from simsearch import configs, program, results, saved_run, terminal, tracking
 from simsearch.data.audit import read_duplicates
+from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import WithoutRows
 from simsearch.files import read_json, write_json
 
@@ -48,7 +49,7 @@ def main(config: DictConfig) -> None:
         tracking.finish_loggers(loggers, status)
     if config.without:
         rows = read_duplicates(Path(config.without)).query.unique()
-        if not torch.isin(rows, data.task("test").query).all():  # type: ignore[attr-defined]
+        if not torch.isin(rows, data.task("test").query).all():
             raise ValueError(f"{config.without} lists rows that are no queries of {merged['protocol']['name']}")
         protocol = WithoutRows(configs.build(merged["protocol"]), rows)
         data = configs.build_data(merged, protocol)
@@ -57,7 +58,7 @@ def main(config: DictConfig) -> None:
 
 def measure(
     model: pl.LightningModule,
-    data: pl.LightningDataModule,
+    data: RetrievalDataModule,
     config: dict[str, Any],
     folder: Path,
     stage: str,
@@ -77,10 +78,12 @@ def measure(
     print(f"results: {folder / 'metrics.json'}")
 
 
-def note_trained_queries(run: saved_run.Run, data: pl.LightningDataModule, folder: Path, stage: str) -> None:
+def note_trained_queries(
+    run: saved_run.Run, data: RetrievalDataModule, folder: Path, stage: Literal["validate", "test"]
+) -> None:
     """Writes into metrics.json how many queries the run was fitted on, which another protocol may bring."""
-    trained = configs.build(run.config["protocol"]).split(data.collection).train  # type: ignore[attr-defined]
-    count = int(torch.isin(data.task(stage).query, trained).sum())  # type: ignore[attr-defined]
+    trained = configs.build(run.config["protocol"]).split(data.collection).train
+    count = int(torch.isin(data.task(stage).query, trained).sum())
     stages = read_json(folder / "metrics.json")
     stages["test" if stage == "test" else "val"]["queries_trained_on"] = count
     write_json(folder / "metrics.json", stages)

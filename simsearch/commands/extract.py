@@ -181,7 +181,9 @@ def check_own(shards: Shards, presence: Presence, rank: int, ranks: int) -> None
         if number not in missing:
             try:
                 shards.check(number)
-                failed = [(str(error.path.relative_to(root)), error.reason) for error in shards.errors(number)]
+                failed = [
+                    (str(e.path.relative_to(root)), e.reason) for e in shards.errors(number) if e.path is not None
+                ]
                 if back := [path for path, reason in failed if presence.is_back(path, reason)]:
                     raise ShardError(f"the shard {shards.path(number)} lacks {len(back)} images, as {back[0]}")
             except ShardError as error:

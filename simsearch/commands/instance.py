@@ -61,10 +61,11 @@ def main(config: DictConfig) -> None:
     images = load_gallery(benchmark, root, size=size, fit=fit, batch_size=batch_size, workers=workers)
     gallery = describe_all(encoder, images, len(benchmark.images), "gallery")
     per_query = measure_revisited(query, gallery, *map(benchmark.listed, GRADES), ks=ks)
+    provenance: Any = model.provenance
     about = {
         "protocol": benchmark.name,
         "fingerprint": mark,
-        "model": {"identity": encoder.identity(), **model.provenance},
+        "model": {"identity": encoder.identity(), **provenance},
         **summary(per_query, landmarks(benchmark)),
     }
     about["metrics"] |= {
@@ -139,7 +140,10 @@ def write_results(
     folder: Path, benchmark: Benchmark, about: Mapping[str, Any], per_query: Mapping[str, Tensor]
 ) -> None:
     """Leaves metrics.json and per_query.parquet in `folder`. Atomic each."""
-    columns = {"query": range(len(benchmark.queries)), "image": [query.image for query in benchmark.queries]}
+    columns: dict[str, Any] = {
+        "query": range(len(benchmark.queries)),
+        "image": [query.image for query in benchmark.queries],
+    }
     columns["unit"] = landmarks(benchmark).numpy()
     columns |= {name: values.numpy() for name, values in per_query.items()}
     meta = {key: about[key] for key in ("protocol", "fingerprint", "unit")} | {"model": json.dumps(about["model"])}

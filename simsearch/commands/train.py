@@ -35,6 +35,7 @@ from simsearch.callbacks.interruption import Interruption
 from simsearch.callbacks.neighbours import NeighbourFigure
 from simsearch.callbacks.precision_recall import PrecisionRecall
 from simsearch.callbacks.training import LastValidation, last_checkpoint
+from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.evaluation.evaluate import Evaluation
 from simsearch.files import Damaged, check_zip, read_json
 from simsearch.images import encode_thumbnail
@@ -81,7 +82,7 @@ def train_run(run: saved_run.Run) -> None:
         loggers = tracking.build_loggers(run)
         status = "failed"
         try:
-            tracking.log_inputs(loggers, run, data.collection)  # type: ignore[attr-defined]
+            tracking.log_inputs(loggers, run, data.collection)
             train(run, data, model, loggers, [interruption])
             status = "success"
         finally:
@@ -90,7 +91,7 @@ def train_run(run: saved_run.Run) -> None:
 
 def train(
     run: saved_run.Run,
-    data: pl.LightningDataModule,
+    data: RetrievalDataModule,
     model: pl.LightningModule,
     loggers: list[pl.loggers.Logger],
     callbacks: Sequence[pl.Callback] = (),
@@ -115,14 +116,15 @@ def train(
         trainer.save_checkpoint(best, weights_only=False)  # what the training ended with is the result
     model.requires_grad_(False)  # what is frozen runs faster
     trainer.test(model, data, ckpt_path=str(check_zip(best)), weights_only=True, verbose=False)
-    result = next(c for c in trainer.callbacks if isinstance(c, RetrievalEvaluation)).results["test"]
+    hooks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    result = next(c for c in hooks if isinstance(c, RetrievalEvaluation)).results["test"]
     index = result.whole_index() if run.config["catalog"]["write"] else None  # with the help of all ranks
     trainer.strategy.barrier()  # metrics.json is written
     if not trainer.is_global_zero:
         return
 
     tracking.log_summary(loggers, run.folder)
-    for callback in trainer.callbacks:
+    for callback in hooks:
         if isinstance(callback, NeighbourFigure):
             tracking.log_neighbours(loggers, callback.examples)
         elif isinstance(callback, PrecisionRecall):
@@ -136,20 +138,21 @@ def train(
 
 def _was_chosen(trainer: pl.Trainer) -> bool:
     """Whether a best checkpoint was compared with others, by a validation or another metric."""
-    validated = any(isinstance(c, LastValidation) and c.validated for c in trainer.callbacks)
-    return validated or any(isinstance(c, ModelCheckpoint) and c.monitor and c.best_k_models for c in trainer.callbacks)
+    keepers = trainer.checkpoint_callbacks
+    validated = any(isinstance(c, LastValidation) and c.validated for c in keepers)
+    return validated or any(isinstance(c, ModelCheckpoint) and c.monitor and c.best_k_models for c in keepers)
 
 
 def save_catalog(
     run: saved_run.Run,
-    data: pl.LightningDataModule,
+    data: RetrievalDataModule,
     model: pl.LightningModule,
     result: Evaluation,
     index: FaissIndex,
 ) -> None:
     """Writes the test gallery, which the evaluation indexed already, as the run's catalog."""
-    task = data.task("test")  # type: ignore[attr-defined]
-    collection = data.collection  # type: ignore[attr-defined]
+    task = data.task("test")
+    collection = data.collection
     rows = result.gallery.index
     columns: dict[str, list] = {"path": [collection.path(row) for row in rows.tolist()]}
     for names, attribute in zip(collection.classes, collection.attributes, strict=True):
@@ -162,7 +165,7 @@ def save_catalog(
         run.folder / "catalog",
         index=index,
         items=item_table(columns, thumbnails),
-        encoder=model.encoder,
+        encoder=model.encoder,  # type: ignore[arg-type]
         config=encoder_config(run.config),
         about={
             "source": {"run": run.folder.name, "data": collection.name, "protocol": task.name},
@@ -181,11 +184,11 @@ def report(folder: Path) -> None:
         example = folder / "figures" / "queries" / "00.png"
         query = example if example.is_file() else "<image or folder>"
         arguments = shlex.join([f"catalog={folder / 'catalog'}", f"image={query}"])
-        print(f"try next:      {program()} search {arguments}")
-    print(f"your images:   {program()} index {shlex.quote(f'run={folder}')} images=<folder> out=<catalog>")
+        print(f"try next:      {typed()} search {arguments}")
+    print(f"your images:   {typed()} index {shlex.quote(f'run={folder}')} images=<folder> out=<catalog>")
 
 
-def program() -> str:
+def typed() -> str:
     """What to type to run simsearch in this shell: its name, or its path where that is not on PATH."""
     return "simsearch" if shutil.which("simsearch") else os.path.relpath(Path(sys.executable).parent / "simsearch")
 

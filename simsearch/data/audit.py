@@ -299,7 +299,7 @@ def contact_sheet(images: Tensor | Ragged, pairs: Duplicates, path: Path, limit:
     for place, (query, other) in enumerate(zip(pairs.query.tolist(), pairs.other.tolist(), strict=True)):
         x, y = place % columns * cell[0] + _SHEET_GAP, place // columns * cell[1] + _SHEET_GAP
         for step, row in enumerate((query, other)):
-            picture = to_image(images[row])  # type: ignore[arg-type]
+            picture = to_image(images[row])
             size = tuple(max(1, round(side * scale)) for side in picture.size)
             shown = picture.resize((size[0], size[1]), Image.Resampling.BICUBIC)
             sheet.paste(shown, (x + step * (width + _SHEET_GAP), y))

@@ -183,7 +183,7 @@ def _turned(squares: Tensor, quarters: Tensor) -> Tensor:
 def _thumbnails(images: Tensor | Ragged, rows: Tensor) -> Tensor:
     """Details float16 (n, 32, 32) of some images."""
     if isinstance(images, Ragged):
-        small = torch.stack([resize(images[int(row)], SIDE, SIDE) for row in rows])  # type: ignore[arg-type]
+        small = torch.stack([resize(images[int(row)], SIDE, SIDE) for row in rows])
     else:
         small = resize(images[rows], SIDE, SIDE)
     grey = (small.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)

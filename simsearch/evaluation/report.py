@@ -27,12 +27,15 @@ from simsearch.types import Descriptors
 class Report:
     """What was measured of some embeddings.
 
-    metrics: Mean of each metric over the queries that have a relevant item: mAP, P@k, R@k, NDCG@k, ...
-    intervals: The 95% interval of each mean over the units.
-    per_query: The values of each query, float64 (Q,), NaN for one without a relevant item, and `relevant`, how many
-        items are.
-    queries, gallery, units: How many there are.
-    without_relevant: Queries that no item is relevant to; they count in no mean.
+    Attributes:
+        metrics: Mean of each metric over the queries that have a relevant item: mAP, P@k, R@k, NDCG@k, ...
+        intervals: The 95% interval of each mean over the units.
+        per_query: The values of each query, float64 (Q,), NaN for one without a relevant item, and `relevant`, how
+            many items are.
+        queries: How many queries there are.
+        gallery: How many items the gallery has.
+        units: How many units of chance the intervals are over.
+        without_relevant: Queries that no item is relevant to; they count in no mean.
     """
 
     metrics: dict[str, float]

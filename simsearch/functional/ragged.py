@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -46,6 +47,12 @@ class Ragged:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    @overload
+    def __getitem__(self, rows: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Tensor | Ragged: ...
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> Tensor | Ragged:
         starts, shapes = self.starts[rows], self.shapes[rows]
