@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
-import torch
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from torch import nn
 
 from simsearch import launch, trust, usage
+from simsearch.saved_run import open_run
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -84,37 +80,6 @@ def build_trainer(
     return trainer
 
 
-def build_encoder(config: Mapping[str, Any], *, trusted: bool = False) -> nn.Module:
-    """The encoder of a catalog's config on random weights, without a cache, for tensors that are loaded next.
-
-    The config may come from a stranger's catalog: raises ValueError where it names anything but the
-    classes and functions of simsearch's own models and binarizers, unless it is `trusted`.
-    """
-    model = _without_weights(config["model"])
-    if not trusted:
-        trust.check_config({"model": model}, "the catalog's config", trust.ENCODERS)
-    return build(model).eval().requires_grad_(False)
-
-
-def encoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's config builds its encoder: the network of a trained family, the whole frozen model."""
-    model = config["model"]
-    return {"model": model.get("network", model)}
-
-
-def _without_weights(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_without_weights(value) for value in node]
-    if not isinstance(node, dict):
-        return node
-    blank = {"weights": "random", "cache": None, "start": None}
-
-    def stays(name: str, value: Any) -> bool:
-        return name not in blank or (name == "weights" and isinstance(value, dict))  # those of parts
-
-    return {name: _without_weights(value) if stays(name, value) else blank[name] for name, value in node.items()}
-
-
 _NOT_A_STRANGERS = ("hydra", "resume", "run", "run_dir", "run_root", "trust")
 
 
@@ -136,18 +101,6 @@ def check_overrides(overrides: Sequence[str], where: str) -> None:
             )
         if more:
             raise trust.Untrusted(f"{where}: {text!r} is more than a value of the config; {trust.MEND}")
-
-
-def device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first accelerator, else the CPU. Raises ValueError where it is none."""
-    if name != "auto":
-        try:
-            torch.zeros(0, device=name)
-            return torch.device(name)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            there = "auto, cpu or cuda" if torch.cuda.is_available() else "auto or cpu on this machine"
-            raise ValueError(f"device={name}: give {there} ({str(error).splitlines()[0]})") from error
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def is_there(name: str) -> bool:
@@ -174,47 +127,24 @@ def trusts(config: Mapping[str, Any]) -> bool:
     return said
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The config in a file as it stands there, to be looked at: neither resolved nor checked.
+# ------------------------------------------------------------------------------------ what conf/ asks for
 
-    Raises ValueError where it is damaged.
+
+def network_of(run: str, *, _root_: DictConfig) -> dict[str, Any]:
+    """The node `model.network` of a run of a trained family, for `${network_of:<run>}`.
+
+    Raises ValueError where it has none, or names what is not ours and the config does not say trust=true.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
-            raise ValueError("it holds an alias, by which a short file may stand for gigabytes")
-        values = OmegaConf.to_container(OmegaConf.create(text))  # a safe loader of plain values
-    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error or type(error).__name__}") from error
-    if not isinstance(values, dict) or not values:
-        raise ValueError(f"{path} is damaged: it holds no config")
-    trust.follow_moves(values)
-    return {str(key): value for key, value in values.items()}
+    model = open_run(Path(run), trusted=trusts(_root_)).config["model"]
+    if "network" not in model:
+        raise ValueError(f"{run} has no trained network, as model=dir has: its model is {model.get('_target_')}")
+    return model["network"]
 
 
-def admitted(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A config of somebody else's that may be built. Raises ValueError for what it may not name.
-
-    Caches lie where this machine has them, and nothing is downloaded: such places are not a stranger's to choose.
-    """
-    trust.check_config(config, where)
-    values = _own_caches(dict(config))
-    if isinstance(data := values.get("data"), dict):
-        ours = {"cache": f"{cache_root()}/images", "download": False}
-        values["data"] = data | {name: value for name, value in ours.items() if data.get(name) is not None}
-    return values
-
-
-def _own_caches(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_own_caches(value) for value in node]
-    if not isinstance(node, dict):
-        return node
-    if node.get("_target_") == "simsearch.cache.ArrayCache":
-        return node | {"root": f"{cache_root()}/features"}
-    return {name: _own_caches(value) for name, value in node.items()}
-
-
-def cache_root() -> str:
-    """Where this machine keeps what is computed once, as the configs have it."""
-    return os.environ.get("SIMSEARCH_CACHE", "~/.cache/simsearch")
+OmegaConf.register_new_resolver("network_of", network_of, replace=True)
+OmegaConf.register_new_resolver(
+    # Tasks of a SLURM step compose in different seconds, and again after a requeue, but must share a folder.
+    "started",
+    lambda now: now if (step := launch.slurm_step()) is None else f"slurm-{step}",
+    replace=True,
+)

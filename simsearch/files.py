@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from simsearch.errors import SimsearchError
 from simsearch.text import csv_cell
 
 CHECKSUM = "checksum"
@@ -164,7 +165,7 @@ def is_alive(pid: int) -> bool:
 # ------------------------------------------------------------------------------------------- checksums
 
 
-class Damaged(ValueError):
+class Damaged(SimsearchError, ValueError):
     """A file whose content is not what was written."""
 
 

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from simsearch.run_directory import read_run
+from simsearch.saved_run import read_run
 from simsearch.trust import ALLOWED
 
 # What of a config decides the numbers; the other groups only fill these in.

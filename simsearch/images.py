@@ -22,6 +22,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
+from simsearch.errors import SimsearchError
 from simsearch.functional.resize import Fit, check_fit, longest_shape, resize, resize_square
 from simsearch.text import printable
 
@@ -98,7 +99,7 @@ _MOST_PROFILE = 2**23
 _GUARD = threading.Lock()
 
 
-class ImageError(ValueError):
+class ImageError(SimsearchError, ValueError):
     """An image that cannot be used. path: its file, None for bytes. reason: a key of REASONS."""
 
     def __init__(self, path: Path | None, reason: str, detail: str = "") -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,39 +23,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from simsearch import __version__, configs, launch, trust
-from simsearch.files import Damaged, check_zip, note_change, read_json, replacing, write_json
+from simsearch import __version__, configs, launch
+from simsearch.files import read_json, replacing, write_json
+from simsearch.saved_run import Run, open_run, read_config
 from simsearch.text import warn
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-
-
-def network_of(run: str, *, _root_: DictConfig) -> dict[str, Any]:
-    """The node `model.network` of a run of a trained family, for `${network_of:<run>}`.
-
-    Raises ValueError where it has none, or names what is not ours and the config does not say trust=true.
-    """
-    model = open_run(Path(run), trusted=configs.trusts(_root_)).config["model"]
-    if "network" not in model:
-        raise ValueError(f"{run} has no trained network, as model=dir has: its model is {model.get('_target_')}")
-    return model["network"]
-
-
-OmegaConf.register_new_resolver("network_of", network_of, replace=True)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run directory and the plain config in it.
-
-    resumed: it goes on from its last checkpoint. trusted: this process composed the config, or the user said so.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    resumed: bool = False
-    trusted: bool = False
 
 
 @contextmanager
@@ -125,7 +98,7 @@ def _with_length(run: Run, config: DictConfig) -> Run:
             f"{scheduler[planned[0]]}): start a new run from it by model.start={run.folder}"
         )
     if launch.rank() == 0:
-        values = configs.read_config(run.folder / "config.yaml")
+        values = read_config(run.folder / "config.yaml")
         values["trainer"].update(lengths)
         _write_config(run.folder, values, read_json(run.folder / "run.json"))
     return replace(run, config={**run.config, "trainer": {**run.config["trainer"], **lengths}})
@@ -247,14 +220,6 @@ def _taken(folder: Path) -> ValueError:
     return ValueError(f"{folder} holds a run already: go on with it by resume=true, or give another run_dir")
 
 
-OmegaConf.register_new_resolver(
-    # Tasks of a SLURM step compose in different seconds, and again after a requeue, but must share a folder.
-    "started",
-    lambda now: now if (step := launch.slurm_step()) is None else f"slurm-{step}",
-    replace=True,
-)
-
-
 def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.LightningModule) -> None:
     """Adds to run.json how long a part of the training took, on what, and how many parameters the encoder has.
 
@@ -268,63 +233,6 @@ def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.L
     encoder: torch.nn.Module = model.encoder  # type: ignore[assignment]
     about["parameters"] = sum(parameter.numel() for parameter in encoder.parameters())
     write_json(folder / "run.json", about)
-
-
-def read_run(folder: Path) -> Run:
-    """A run directory whose config is looked at only, never built. Raises ValueError where it is none."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"{folder} is no run directory: it has no config.yaml. Give one that `simsearch train` made")
-    values = configs.read_config(path)
-    if (folder / "run.json").is_file():
-        note_change(folder, path.name, read_json(folder / "run.json"))
-    return Run(folder, values | {"run_dir": str(folder)})
-
-
-def open_run(folder: Path, *, trusted: bool = False, own: Mapping[str, Any] | None = None) -> Run:
-    """An existing run directory, to build from.
-
-    Somebody else may have made it, so that its config builds what simsearch.trust allows and no link leads out of it,
-    unless it is `trusted`. own: the config that this process composed of its command line; where the folder holds just
-    that, it may build what it likes, as the command line may.
-
-    Raises ValueError where `folder` is no run directory, or not trusted.
-    """
-    run = read_run(folder)
-    if not trusted:
-        trust.check_links(folder)
-    if not trusted and (own is None or not _equal(run.config, own)):
-        return replace(run, config=configs.admitted(run.config, str(folder / "config.yaml")))
-    try:
-        values = OmegaConf.to_container(OmegaConf.create(run.config), resolve=True)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{folder / 'config.yaml'} is damaged: {error}") from error
-    assert isinstance(values, dict)
-    return replace(run, config={str(key): value for key, value in values.items()}, trusted=True)
-
-
-def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two configs are one, wherever it lies and however it was started."""
-    aside = ("run_dir", "resume", "trust")
-    return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) - set(aside))
-
-
-def load_model(run: Run) -> pl.LightningModule:
-    """The model of a finished run with its best checkpoint. Raises ValueError where none fits."""
-    path = run.folder / "checkpoints" / "best.ckpt"
-    if not path.is_file():
-        raise ValueError(f"{run.folder} has no checkpoints/best.ckpt: its training did not finish; resume it")
-    model = configs.build(run.config["model"])
-    try:
-        checkpoint = torch.load(check_zip(path), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, Damaged) as error:
-        raise ValueError(f"{path} is damaged or holds more than tensors: {error}") from error
-    try:
-        model.on_load_checkpoint(checkpoint)
-        model.load_state_dict(checkpoint["state_dict"])
-    except (LookupError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit the model in {run.folder / 'config.yaml'}: {error}") from error
-    return model.eval().requires_grad_(False)
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.table import Table
 
-from simsearch import configs, launch, program, settings, terminal
+from simsearch import configs, launch, program, saved_run, settings, terminal
 from simsearch.files import is_alive, read_json, write_json
 from simsearch.identity import identity
 from simsearch.text import cell, warn
@@ -485,7 +485,7 @@ def _steps(folder: Path) -> str:
         return "-"
     with history.open(newline="") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("step")]
-    most = configs.read_config(config)["trainer"].get("max_steps", -1)
+    most = saved_run.read_config(config)["trainer"].get("max_steps", -1)
     return f"{max(steps, default=0)}" + (f"/{most}" if most > 0 else "")
 
 

@@ -24,7 +24,7 @@ from simsearch.data.collection import Collection
 from simsearch.figures import draw_grid
 from simsearch.files import read_json
 from simsearch.results import HEADLINES
-from simsearch.run_directory import Run, read_run
+from simsearch.saved_run import Run, read_run
 from simsearch.text import warn
 
 _STAGED = "WANDB_DATA_DIR"

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from simsearch.errors import SimsearchError
+
 # What the configs of `simsearch train` name, each where it can be imported from, and nothing that runs what its
 # arguments name. A new class comes here with its yaml. What else a user's config names needs trust=true.
 ALLOWED = frozenset(
@@ -111,7 +113,7 @@ _SHOWN = 120
 MEND = "trust=true goes on, and may run code: only where you trust whoever made it"
 
 
-class Untrusted(ValueError):
+class Untrusted(SimsearchError, ValueError):
     """A folder that would run code, or lead out of itself, and which the user did not call trusted."""
 
 

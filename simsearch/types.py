@@ -7,15 +7,70 @@ product, negative squared distance, negative Hamming distance).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, Literal, Protocol, Self, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Fit = Literal["square", "longest"]  # what of an image is seen: its centre square, or the whole at its longest side
 
 LONGEST = 2.0**48  # inner products and squared distances of such vectors stay below 2^100 in float32
 SHORTEST = 2.0**-48  # and their squares above what float32 rounds to 0
 _CHECKED = 2**14  # rows at a time, in float64
+
+
+class Encoder(Protocol):
+    """What describes images: a torch module, of any family, as a catalog keeps it.
+
+    bits: width of the codes whose real values `embed` gives, None for L2-normalised descriptors. dimension: columns
+    of what `embed` gives. input_size: side in pixels (by `fit`) to which files are best decoded. provenance: plain
+    facts about the weights, for every result; whoever loads the tensors sets it.
+
+    An encoder whose descriptors have several parts has `parts` too, and one that can say which places of an image a
+    similarity comes from `explains` and `heat_map`: ask simsearch.models.parts.parts_of and can_explain.
+    """
+
+    provenance: dict[str, str]
+
+    @property
+    def bits(self) -> int | None: ...
+
+    @property
+    def dimension(self) -> int: ...
+
+    @property
+    def input_size(self) -> int: ...
+
+    @property
+    def fit(self) -> Fit: ...
+
+    def embed(self, image: Tensor) -> Tensor:
+        """Descriptors or real-valued codes (B, dimension) of images (B, 3, H, W), uint8 or float in 0..255."""
+        ...
+
+    def identity(self) -> dict[str, object]:
+        """What decides the descriptors besides the tensors, as plain values."""
+        ...
+
+    # What every torch module has
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def buffers(self) -> Iterator[Tensor]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> Self: ...
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
+
+    def to(self, device: torch.device) -> Self: ...
 
 
 def comparable(vectors: Tensor) -> Tensor:

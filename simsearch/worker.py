@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from simsearch import launch, program, run_directory
+from simsearch import launch, program, saved_run
 from simsearch.commands.train import train_run
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     with launch.as_found():
         try:
             # A new run has no checkpoint to go on from.
-            run = replace(run_directory.open_run(folder, trusted=trusted), resumed=True)
+            run = replace(saved_run.open_run(folder, trusted=trusted), resumed=True)
             pl.seed_everything(run.config["seed"], workers=True, verbose=False)
             train_run(run)
         except Exception as error:

@@ -15,21 +15,22 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "simsearch"
 
-GROUND = {"types", "files", "text"}
+GROUND = {"types", "files", "text", "errors"}
 MAY_IMPORT = {
+    "errors": set(),
     "types": set(),
-    "trust": set(),
-    "files": {"text"},
+    "trust": {"errors"},
+    "files": {"errors", "text"},
     "text": set(),
     "usage": set(),
     "functional": {"types"},
     "figures": GROUND,
-    "images": {"types", "text", "functional"},
+    "images": {"functional", *GROUND},
     "cache": GROUND,
     "metrics": {"functional", "types"},
     "losses": {"functional"},
     "data": {"functional", "images", *GROUND},
-    "models": {"functional", "cache", *GROUND},
+    "models": {"functional", "cache", "trust", *GROUND},
     "index": {"functional", *GROUND},
     "search": {"index", "models", "functional", "images", "cache", "data", "trust", *GROUND},
 }
@@ -40,16 +41,17 @@ MAY_IMPORT["launch"] = {"callbacks", *GROUND}
 MAY_IMPORT["settings"] = {"callbacks", "evaluation", "index", "models", "trust", *GROUND}
 MAY_IMPORT["terminal"] = GROUND
 MAY_IMPORT["results"] = {"terminal", *GROUND}
-MAY_IMPORT["configs"] = {"launch", "callbacks", "data", "trust", "usage", *GROUND}
-MAY_IMPORT["run_directory"] = {"configs", "launch", "settings", "trust", *GROUND}
-MAY_IMPORT["identity"] = {"run_directory", "trust"}
-MAY_IMPORT["program"] = {"run_directory", "configs", "launch", "models", "usage", *GROUND}
-MAY_IMPORT["tracking"] = {"launch", "results", "run_directory", "callbacks", "evaluation", "data", "figures", *GROUND}
-MAY_IMPORT["sweeps"] = {"identity", "launch", "program", "configs", "run_directory", "terminal", "settings", *GROUND}
+MAY_IMPORT["saved_run"] = {"models", "trust", *GROUND}
+MAY_IMPORT["configs"] = {"saved_run", "launch", "callbacks", "data", "trust", "usage", *GROUND}
+MAY_IMPORT["run_directory"] = {"saved_run", "configs", "launch", "settings", *GROUND}
+MAY_IMPORT["identity"] = {"saved_run", "trust"}
+MAY_IMPORT["program"] = {"configs", "launch", "models", "usage", *GROUND}
+MAY_IMPORT["tracking"] = {"launch", "results", "saved_run", "callbacks", "evaluation", "data", "figures", *GROUND}
+MAY_IMPORT["sweeps"] = {"identity", "launch", "program", "configs", "saved_run", "terminal", "settings", *GROUND}
 MAY_IMPORT["comparison"] = {"functional", "metrics", *GROUND}
 MAY_IMPORT["studies"] = set(MAY_IMPORT)
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
-MAY_IMPORT["worker"] = {"launch", "program", "run_directory", "commands"}
+MAY_IMPORT["worker"] = {"launch", "program", "saved_run", "commands"}
 MAY_IMPORT["__main__"] = {"commands", "usage"}
 MAY_IMPORT["__init__"] = set()
 
@@ -58,7 +60,7 @@ ONLY_IN = {
     "timm": {"simsearch/models/backbones.py"},
     "hydra": {f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "sweeps", "studies/runs")},
     "omegaconf": {
-        *(f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "sweeps")),
+        *(f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "saved_run", "sweeps")),
         "simsearch/commands/",
     },
     "wandb": {"simsearch/tracking.py"},

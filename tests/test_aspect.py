@@ -37,7 +37,7 @@ from simsearch.models.hashing import HashNetwork
 from simsearch.models.onnx import OnnxNetwork
 from simsearch.models.pooling import RMAC, GeM
 from simsearch.search.catalog import read_catalog
-from simsearch.search.engine import encode
+from simsearch.search.describe import encode
 from tests.conftest import simsearch
 
 SHAPES = [(60, 80), (80, 60), (64, 64), (20, 400), (400, 20), (1, 90), (90, 1), (60, 80), (33, 35), (61, 80)]

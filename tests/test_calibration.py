@@ -16,7 +16,8 @@ from simsearch.functional.open_set import threshold_at
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.calibration import Threshold, calibrate, halves, image_a_work, leave_work_out
 from simsearch.search.catalog import Catalog
-from simsearch.search.recommender import Recommender, exceeds, sameness, similarity
+from simsearch.search.engine import Engine
+from simsearch.search.verdicts import exceeds, sameness, similarity
 
 D, ARTISTS, NEIGHBOURS = 24, 20, 10
 RATE, CERTAINTY = 0.05, 0.95
@@ -62,7 +63,7 @@ class World:
         index.add(stored)
         # Names by the seed: other halves in each draw.
         table = pa.table({"path": [f"{i}" for i in range(len(of))], "work": [f"{seed}-{w}" for w in of.tolist()]})
-        self.recommender = Recommender(Catalog(Path("c"), index, table, {}))
+        self.recommender = Engine(Catalog(Path("c"), index, table, {}))
 
     def same_work(self, exact: bool = True, rate: float = RATE) -> Threshold:
         """The threshold of the same work, as `simsearch calibrate` comes to it."""

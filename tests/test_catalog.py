@@ -23,16 +23,18 @@ from simsearch.models.backbones import timm_backbone
 from simsearch.models.frozen import FrozenRetriever, Whitening
 from simsearch.models.pooling import RMAC, Average, GeM
 from simsearch.search import catalog as module
-from simsearch.search import engine
+from simsearch.search import describe
 from simsearch.search.catalog import (
     Catalog,
     CatalogError,
     encoder_fingerprint,
     item_table,
+    load_tensors,
     read_catalog,
     write_catalog,
 )
-from simsearch.search.engine import Engine, encode
+from simsearch.search.describe import encode
+from simsearch.search.engine import Engine
 
 N = 40
 
@@ -269,31 +271,31 @@ class TestEncoder:
         for value in blank.state_dict().values():
             value.zero_()
         blank.backbone.provenance = {"sha256": "of random weights"}
-        with pytest.raises(CatalogError, match="do not compare"):
-            catalog.check_encoder(blank)
-        catalog.load_encoder_state(blank)
+        assert encoder_fingerprint(blank) != catalog.about["encoder_fingerprint"]
+        load_tensors(catalog.folder, catalog.about, blank)
         assert torch.equal(blank.embed(images[:4]), model.embed(images[:4]))
         assert blank.backbone.provenance == model.backbone.provenance
 
     def test_another_encoder_is_refused(self, write, model):
         catalog = read_catalog(write())
         other = encoder(GeM(p=4), whitening=Whitening(8))
+        about = catalog.about | {"encoder_fingerprint": encoder_fingerprint(other)}
         with pytest.raises(CatalogError, match=encoder_fingerprint(other)) as error:
-            Engine(catalog, other)
+            load_tensors(catalog.folder, about, encoder(whitening=Whitening(8)))
         assert encoder_fingerprint(model) in str(error.value)
         assert "Search with the catalog's own encoder" in str(error.value)
         with pytest.raises(CatalogError, match="cannot load the encoder"):
-            catalog.load_encoder_state(encoder(whitening=Whitening(9)))
-        catalog.load_encoder_state(other)  # p comes with the tensors: it is the catalog's encoder now
+            load_tensors(catalog.folder, catalog.about, encoder(whitening=Whitening(9)))
+        load_tensors(catalog.folder, catalog.about, other)  # p comes with the tensors: it is the catalog's encoder now
         with pytest.raises(CatalogError, match="do not compare"):
-            catalog.load_encoder_state(encoder(whitening=Whitening(8), scales=(2.0,)))
+            load_tensors(catalog.folder, catalog.about, encoder(whitening=Whitening(8), scales=(2.0,)))
 
     @pytest.mark.parametrize("damage", [Path.unlink, lambda p: p.write_bytes(p.read_bytes()[:1000])])
     def test_damaged_tensors(self, damage, write):
         folder = write()
         damage(folder / "encoder.safetensors")
         with pytest.raises(CatalogError, match="cannot load the encoder of"):
-            read_catalog(folder).load_encoder_state(encoder(whitening=Whitening(8)))
+            load_tensors(folder, read_catalog(folder).about, encoder(whitening=Whitening(8)))
 
 
 def opened(model: FrozenRetriever, images: Tensor, folder: Path) -> Catalog:
@@ -303,19 +305,19 @@ def opened(model: FrozenRetriever, images: Tensor, folder: Path) -> Catalog:
 
 class TestEngine:
     def test_floats_equal_brute_force(self, model, images, tmp_path):
-        engine = Engine(opened(model, images, tmp_path / "c"), model)
+        engine = Engine(opened(model, images, tmp_path / "c"))
         queries = images[[3, 17]].roll(2, dims=3)
-        found = engine.search(queries, 7)
+        found = engine.nearest(encode(model, queries), 7)
         scores = model.embed(queries).double() @ model.embed(images).double().T
         assert torch.equal(found.ids, scores.argsort(descending=True)[:, :7])
         torch.testing.assert_close(found.scores.double(), scores.sort(descending=True).values[:, :7], rtol=0, atol=1e-5)
-        assert engine.search(images[5:6], 1).ids.tolist() == [[5]]
+        assert engine.nearest(encode(model, images[5:6]), 1).ids.tolist() == [[5]]
 
     def test_codes_equal_brute_force(self, images, tmp_path):
         model = encoder(whitening=Whitening(16), binarizer=Given())
-        engine = Engine(opened(model, images, tmp_path / "c"), model)
+        engine = Engine(opened(model, images, tmp_path / "c"))
         assert engine.catalog.about["bytes_per_item"] == 2
-        found = engine.search(images[:5], 6)
+        found = engine.nearest(encode(model, images[:5]), 6)
         signs = (model.embed(images) > 0).numpy()
         assert torch.equal(encode(model, images), pack_codes(model.embed(images)))
         distance = (signs[:5, None] != signs[None]).sum(2)
@@ -325,21 +327,19 @@ class TestEngine:
             assert found.scores[query].tolist() == (-distance[query][order]).tolist()
 
     def test_k(self, model, images, tmp_path):
-        engine = Engine(opened(model, images, tmp_path / "c"), model)
-        assert engine.search(images[:2], 1000).ids.shape == (2, N)
+        engine = Engine(opened(model, images, tmp_path / "c"))
+        assert engine.nearest(encode(model, images[:2]), 1000).ids.shape == (2, N)
         with pytest.raises(ValueError, match="k must be at least 1, got 0"):
-            engine.search(images[:2], 0)
+            engine.nearest(encode(model, images[:2]), 0)
 
-    def test_searches_in_eval_mode_without_gradients(self, model, images, tmp_path):
+    def test_searches_without_gradients(self, model, images, tmp_path):
         catalog = opened(model, images, tmp_path / "c")
-        trained = encoder(whitening=Whitening(8)).train()
-        engine = Engine(catalog, trained)
-        assert not trained.training
-        vectors = encode(trained, images[:2])
+        engine = Engine(catalog)
+        vectors = encode(model, images[:2])
         assert not vectors.requires_grad
         assert not vectors.is_inference()
         assert vectors.dtype == torch.float32
-        assert engine.search(images[:2], 1).ids.tolist() == [[0], [1]]
+        assert engine.nearest(encode(model, images[:2]), 1).ids.tolist() == [[0], [1]]
 
 
 def test_a_network_sees_so_many_images_at_once_that_their_maps_fit(model, images, monkeypatch):
@@ -352,7 +352,7 @@ def test_a_network_sees_so_many_images_at_once_that_their_maps_fit(model, images
 
     whole = encode(model, images)
     monkeypatch.setattr(model, "embed", embed)
-    monkeypatch.setattr(engine, "_PIXELS", 7 * 32 * 32)
+    monkeypatch.setattr(describe, "_PIXELS", 7 * 32 * 32)
     torch.testing.assert_close(encode(model, images), whole, rtol=0, atol=1e-5)
     assert seen == [7] * 5 + [5]
     seen.clear()
@@ -360,4 +360,4 @@ def test_a_network_sees_so_many_images_at_once_that_their_maps_fit(model, images
     assert seen == [2, 2]
     encode(model, F.interpolate(images[:2], (400, 800)))  # one at least
     assert seen == [2, 2, 1, 1]
-    assert engine._PIXELS < 10**7
+    assert describe._PIXELS < 10**7

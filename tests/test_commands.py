@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ from wandb.proto.wandb_internal_pb2 import Record
 from simsearch import __version__, configs
 from simsearch.commands import search
 from simsearch.files import read_json, write_json
+from simsearch.models.encoder import build_encoder
 from simsearch.search.catalog import CatalogError, encoder_fingerprint, read_catalog
-from simsearch.search.engine import Engine
 
 
 def wandb_records(path: Path) -> list[Record]:
@@ -297,12 +298,11 @@ class TestIndexAndSearch:
 
     def test_another_encoder_is_refused(self, small_run):
         catalog = read_catalog(small_run / "catalog")
-        encoder = configs.build_encoder(catalog.about["config"])
+        about = catalog.about | {"encoder_fingerprint": "0" * 16}
         with pytest.raises(CatalogError, match="do not compare"):
-            Engine(catalog, encoder)
-        catalog.load_encoder_state(encoder)
-        assert encoder_fingerprint(encoder) == catalog.about["encoder_fingerprint"]
-        Engine(catalog, encoder)
+            _ = replace(catalog, about=about).encoder
+        assert encoder_fingerprint(catalog.encoder) == catalog.about["encoder_fingerprint"]
+        assert not catalog.encoder.training
 
     def test_mistakes(self, small_run, folder, tmp_path):
         done = simsearch("search", f"catalog={tmp_path}", f"image={folder}/images", expect=1)
@@ -340,7 +340,7 @@ class TestIndexAndSearch:
         about["config"]["model"]["pooling"] = node
         write_json(tmp_path / "c/catalog.json", about)
         with pytest.raises(ValueError, match="the catalog's config"):
-            configs.build_encoder(read_catalog(tmp_path / "c").about["config"])
+            build_encoder(read_catalog(tmp_path / "c").about["config"])
 
     @pytest.mark.parametrize("name", ["photo (1).jpg", "a=b,c.png", "ümlaut é [x].png", "it's.png", "no ending"])
     def test_any_file_name_will_do(self, small_run, tmp_path, name):

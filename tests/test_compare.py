@@ -33,8 +33,9 @@ from simsearch.files import read_json, write_json
 from simsearch.functional.significance import holm, mean_interval, paired_interval, paired_permutation
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
+from simsearch.models.encoder import build_encoder
 from simsearch.search.catalog import item_table, write_catalog
-from simsearch.search.engine import encode
+from simsearch.search.describe import encode
 from tests.conftest import simsearch
 
 Q, N, CLASSES = 60, 100, ("ant", "bee", "<b>cow</b>")
@@ -587,7 +588,7 @@ def test_regressions_show_what_both_runs_kept(tmp_path, toy_data, collection):
 @pytest.mark.parametrize("junk", [None, "pair"])
 def test_regressions_ask_the_catalog_of_a_run_that_kept_nothing(tmp_path, toy_data, collection, junk):
     torch.manual_seed(0)
-    encoder = configs.build_encoder({"model": NETWORK})
+    encoder = build_encoder({"model": NETWORK})
     codes = encode(encoder, collection.images)
     index = FaissIndex("BFlat", metric="hamming")
     index.add(codes)

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import nn
 
-from simsearch import configs, program, run_directory, sweeps
+from simsearch import program, saved_run, sweeps
 from simsearch.cache import ArrayCache
 from simsearch.commands.data_ingest import describe
 from simsearch.comparison.runs import Unreadable, read_run
@@ -42,6 +42,7 @@ from simsearch.models.backbones import load_state
 from simsearch.search.catalog import (
     CatalogError,
     item_table,
+    load_tensors,
     read_catalog,
     write_calibration,
     write_catalog,
@@ -149,7 +150,7 @@ def catalog(folder: Path, mark: str = "", seed: int = 0) -> Path:
 def everything(folder: Path) -> list[Any]:
     """All that can be read of a catalog."""
     opened, encoder = read_catalog(folder), Encoder(99)
-    opened.load_encoder_state(encoder)
+    load_tensors(folder, opened.about, encoder)
     found = opened.index.search(opened.index.reconstruct(0, 20), 5)
     answer = [opened.items.to_pydict(), opened.thumbnails(range(0, N, 100)), found.ids, found.scores]
     return [*answer, opened.about, opened.calibration, encoder.state_dict(), encoder.provenance]
@@ -289,16 +290,16 @@ class Model(nn.Module):
 
 
 def test_checkpoints(tmp_path, flips, monkeypatch):
-    monkeypatch.setattr(configs, "build", lambda _: Model())
+    monkeypatch.setattr("simsearch.models.encoder.build", lambda *_: Model())
     (tmp_path / "checkpoints").mkdir()
     path = tmp_path / "checkpoints" / "best.ckpt"
     torch.manual_seed(0)
     state = {"state_dict": Model().state_dict(), "hyper_parameters": {"lr": 0.5, "names": ["a", "b"]}, "epoch": 3}
     torch.save(state, path)
-    run = run_directory.Run(tmp_path, {"model": {}})
+    run = saved_run.Run(tmp_path, {"model": {}})
 
     def read() -> list[Any]:
-        model = run_directory.load_model(run)
+        model = saved_run.load_model(run)
         return [dict(model.state_dict()), model.loaded, dict(load_state(path))]
 
     damage([path], flips, read)
@@ -343,10 +344,10 @@ def test_a_changed_config_is_noted(tmp_path, small_run, capsys):
     shutil.copy(small_run / "run.json", tmp_path)
     text = (small_run / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text)
-    run_directory.open_run(tmp_path)
+    saved_run.open_run(tmp_path)
     assert not capsys.readouterr().err
     (tmp_path / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
-    assert run_directory.open_run(tmp_path).config["seed"] == 1
+    assert saved_run.open_run(tmp_path).config["seed"] == 1
     assert "config.yaml was changed or damaged since it was written" in capsys.readouterr().err
 
 
@@ -541,7 +542,7 @@ def test_shards_and_their_plan(tmp_path, flips):
 
     def read() -> list[Any]:
         opened, encoder = open_shards(tmp_path / "s"), Encoder(99)
-        opened.load_encoder_state(encoder)
+        load_tensors(tmp_path / "s/plan", opened.about, encoder)
         assert opened.check(0) == 7
         errors = [str(error) for error in opened.errors(0)]
         return [opened.about, opened.vectors(0), opened.catalog_items(0).to_pydict(), errors, encoder.state_dict()]

@@ -26,7 +26,7 @@ from simsearch.models.colour import ColourLayout
 from simsearch.models.exported import ExportedEncoder, write_exported
 from simsearch.models.onnx import OnnxFile, OnnxNetwork, export_network
 from simsearch.search.catalog import item_table, write_catalog
-from simsearch.search.engine import encode
+from simsearch.search.describe import encode
 from simsearch.serving import backend_choice as runtimes
 from simsearch.serving.backend_choice import choose_runtime, seconds
 from simsearch.serving.library import Library, Source
@@ -379,7 +379,6 @@ def test_a_wish_is_kept():
 def test_the_server_says_what_it_chose(catalog, encoder):
     books = Library(
         {"art": Source(catalog)},
-        build=configs.build_encoder,
         device=torch.device("cpu"),
         limits=Limits(),
         runtime="onnx",

@@ -22,7 +22,7 @@ from conftest import simsearch
 from PIL import Image
 from torch import nn
 
-from simsearch import configs, run_directory
+from simsearch import configs, saved_run
 from simsearch.commands import extract as module
 from simsearch.commands.extract import Work, place, rank_main
 from simsearch.data.loading import load_batches, load_chunks
@@ -32,7 +32,8 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.search import catalog
 from simsearch.search import leases as claims
 from simsearch.search.catalog import fill_index, read_catalog, regroup
-from simsearch.search.engine import Engine, encode
+from simsearch.search.describe import encode
+from simsearch.search.engine import Engine
 from simsearch.search.leases import Claims, claimed
 from simsearch.search.shards import ShardError, Shards, open_shards
 
@@ -151,7 +152,7 @@ class TestShards:
     def test_hold_each_image_once_as_the_encoder_sees_it(self, run, folder, whole):
         shards = open_shards(whole)
         assert len(shards) == 11
-        encoder = run_directory.load_model(run_directory.open_run(run)).encoder
+        encoder = saved_run.load_model(saved_run.open_run(run)).encoder
         names = sorted(f"images/{path.name}" for path in (folder / "images").iterdir())
         assert shards.items["path"].to_pylist() == [name.removeprefix("images/") for name in names]
         seen, failed = [], {}
@@ -356,13 +357,11 @@ class TestCatalog:
         skipped = (tmp_path / "of-shards/skipped.csv").read_text()
         assert sorted(skipped.splitlines()) == sorted((tmp_path / "direct/skipped.csv").read_text().splitlines())
         assert {line.split(",")[1] for line in skipped.splitlines()} == {"reason", *BROKEN.values()}
-        encoder = configs.build_encoder(one.about["config"])
-        one.load_encoder_state(encoder)
         stored = one.index.reconstruct()
         assert len(stored.unique(dim=0)) > 10
         torch.testing.assert_close(stored, other.index.reconstruct(), rtol=0, atol=1e-6)
         image = read_image(folder / "images" / one.items["path"][7].as_py(), size=32, fit=fit)
-        found, expected = (Engine(c, encoder).search(image[None], 5) for c in (one, other))
+        found, expected = (Engine(c).nearest(encode(c.encoder, image[None]), 5) for c in (one, other))
         assert (stored[found.ids[0, 0]] == stored[7]).all()
         assert torch.equal(found.ids, expected.ids)
         torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-6)

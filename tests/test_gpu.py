@@ -11,7 +11,7 @@ from conftest import simsearch
 from test_resume import DATA, DIR, DSH, HASHING, RANDOM
 from torch import Tensor, nn
 
-from simsearch import run_directory
+from simsearch import saved_run
 from simsearch.callbacks.training import StepSeed
 from simsearch.files import read_json
 from simsearch.functional.codes import pack_codes, unpack_codes
@@ -156,7 +156,7 @@ def test_each_family_trains_and_its_checkpoint_opens_on_the_cpu(family, precisio
     simsearch("train", *data, *FAMILIES[family], *length, "trainer.accelerator=gpu", f"run_dir={run}")
     assert read_json(run / "run.json")["device"] == torch.cuda.get_device_name()
 
-    model = run_directory.load_model(run_directory.open_run(run))
+    model = saved_run.load_model(saved_run.open_run(run))
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     assert model.embed(images).isfinite().all()

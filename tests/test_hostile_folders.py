@@ -17,9 +17,10 @@ from conftest import SMALL, simsearch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from simsearch import configs, run_directory, trust
+from simsearch import configs, saved_run, trust
 from simsearch import worker as rank
 from simsearch.models.backbones import timm_backbone, torchvision_backbone
+from simsearch.models.encoder import build_encoder
 from simsearch.models.frozen import Whitening
 from simsearch.search.catalog import read_catalog
 from simsearch.studies.rows import read_rows
@@ -179,7 +180,7 @@ def test_nothing_of_a_hostile_config_is_built(place, composed, marker, tmp_path)
         config = json.loads(json.dumps(composed))
         at = put(config, place, payload)
         with pytest.raises(trust.Untrusted, match="trust=true") as error:
-            configs.admitted(config, "config.yaml")
+            saved_run.admitted(config, "config.yaml")
         message = str(error.value)
         assert at in message, (name, message)
         assert "\n" not in message
@@ -187,7 +188,7 @@ def test_nothing_of_a_hostile_config_is_built(place, composed, marker, tmp_path)
         assert not strange or repr(strange[0]) in message, (name, message)
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")  # of the last: to read a file takes its time
     with pytest.raises(trust.Untrusted, match=re.escape(at)):
-        run_directory.open_run(tmp_path)
+        saved_run.open_run(tmp_path)
 
 
 def test_the_payloads_would_do_it(tmp_path):
@@ -208,7 +209,7 @@ def test_the_payloads_would_do_it(tmp_path):
 
 def test_the_config_itself_is_fine(composed, tmp_path):
     OmegaConf.save(OmegaConf.create(composed), tmp_path / "config.yaml")
-    assert run_directory.open_run(tmp_path).config["model"] == composed["model"]
+    assert saved_run.open_run(tmp_path).config["model"] == composed["model"]
 
 
 @pytest.mark.parametrize(
@@ -224,8 +225,8 @@ def test_what_is_allowed_writes_into_the_run_alone(place, value, composed, tmp_p
     put(config, place, value)
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
     with pytest.raises(trust.Untrusted, match=re.escape(place)):
-        run_directory.open_run(tmp_path)
-    assert run_directory.open_run(tmp_path, trusted=True).trusted
+        saved_run.open_run(tmp_path)
+    assert saved_run.open_run(tmp_path, trusted=True).trusted
 
 
 def test_a_stranger_chooses_no_cache_and_no_download(composed, tmp_path, monkeypatch):
@@ -235,12 +236,12 @@ def test_a_stranger_chooses_no_cache_and_no_download(composed, tmp_path, monkeyp
     config["model"]["cache"] = cache
     config["data"] |= {"cache": "/theirs", "download": True, "root": "/data"}
     OmegaConf.save(OmegaConf.create(config), tmp_path / "config.yaml")
-    run = run_directory.open_run(tmp_path)
+    run = saved_run.open_run(tmp_path)
     assert run.config["model"]["cache"] == cache | {"root": "/mine/features"}
     assert {name: run.config["data"][name] for name in ("cache", "download", "root")} == {
         "cache": "/mine/images", "download": False, "root": "/data",
     }  # fmt: skip
-    trusted = run_directory.open_run(tmp_path, trusted=True).config
+    trusted = saved_run.open_run(tmp_path, trusted=True).config
     assert trusted["model"]["cache"] == cache
     assert trusted["data"]["download"]
 
@@ -256,7 +257,7 @@ def test_a_stranger_chooses_no_cache_and_no_download(composed, tmp_path, monkeyp
 def test_yaml_makes_plain_values_only(text, marker, tmp_path):
     (tmp_path / "config.yaml").write_text(text.format(marker=marker))
     with pytest.raises(ValueError, match=r"config\.yaml"):
-        run_directory.open_run(tmp_path)
+        saved_run.open_run(tmp_path)
     (tmp_path / "rows.yaml").write_text(text.format(marker=marker))
     with pytest.raises(ValueError, match=r"rows\.yaml"):
         read_rows([tmp_path / "rows.yaml"])
@@ -265,7 +266,7 @@ def test_yaml_makes_plain_values_only(text, marker, tmp_path):
 def test_as_deep_as_it_likes(tmp_path):
     (tmp_path / "config.yaml").write_text("a: " + "[" * 1000 + "]" * 1000)
     with pytest.raises(ValueError, match="damaged"):
-        run_directory.open_run(tmp_path)
+        saved_run.open_run(tmp_path)
 
 
 def test_a_message_is_one_line_that_a_terminal_prints(tmp_path):
@@ -342,7 +343,7 @@ def test_the_config_of_a_catalog_builds_encoders_alone(small_run):
         node = json.loads(json.dumps(config))
         node["model"]["pooling"] = {"_target_": target}
         with pytest.raises(trust.Untrusted, match=target):
-            configs.build_encoder(node)
+            build_encoder(node)
 
 
 def test_index_of_shards(small_run, marker, tmp_path):
@@ -457,18 +458,18 @@ def test_a_link_out_of_a_run(name, small_run, tmp_path):
         outside.mkdir()
     (run / name).symlink_to(outside)
     with pytest.raises(trust.Untrusted, match=f"{name} is a link .*trust=true"):
-        run_directory.open_run(run)
-    assert run_directory.open_run(run, trusted=True).trusted
+        saved_run.open_run(run)
+    assert saved_run.open_run(run, trusted=True).trusted
 
 
 def test_a_link_out_of_what_the_command_line_says_itself(small_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(small_run, run, symlinks=True)
-    own = configs.read_config(run / "config.yaml")
-    assert run_directory.open_run(run, own=own).trusted
+    own = saved_run.read_config(run / "config.yaml")
+    assert saved_run.open_run(run, own=own).trusted
     (run / "figures" / "out").symlink_to("/tmp")
     with pytest.raises(trust.Untrusted, match="figures/out is a link"):
-        run_directory.open_run(run, own=own)
+        saved_run.open_run(run, own=own)
     assert "figures/out is a link" in simsearch("compare", f"runs={run}", f"out={tmp_path / 'out'}", expect=1).stderr
 
 
@@ -478,11 +479,11 @@ def test_a_link_inside_and_those_of_wandb(small_run, tmp_path):
     (run / "checkpoints/newest.ckpt").symlink_to("best.ckpt")
     (run / "wandb" / "logs").symlink_to("/tmp")
     (tmp_path / "renamed").symlink_to(run)
-    assert run_directory.open_run(tmp_path / "renamed").config["seed"] == 0
+    assert saved_run.open_run(tmp_path / "renamed").config["seed"] == 0
     shutil.rmtree(run / "wandb")
     (run / "wandb").symlink_to("/tmp")
     with pytest.raises(trust.Untrusted, match="wandb is a link"):
-        run_directory.open_run(run)
+        saved_run.open_run(run)
 
 
 @pytest.mark.parametrize("name", ["catalog.json", "items.parquet", "index", "index/index.faiss", "encoder.safetensors"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import simsearch
 
-from simsearch import configs, run_directory, trust
+from simsearch import configs, saved_run, trust
 
 OLD = Path(__file__).parent / "fixtures" / "version-0.1"
 ANSWER = [("images/000008.png", 1.0), ("images/000000.png", 0.9992), ("images/000013.png", 0.9523)]
@@ -50,7 +50,7 @@ def test_its_metrics_are_read(old_run):
 
 def test_what_its_config_names_is_where_it_is_now(old_run):
     assert "simsearch.data.files.FilesDataModule" in (old_run / "config.yaml").read_text()
-    run = run_directory.open_run(old_run)
+    run = saved_run.open_run(old_run)
     assert run.config["data"]["_target_"] == "simsearch.data.image_folder.FilesDataModule"
     assert configs.build(run.config["model"]).dimension == 8
 

@@ -24,6 +24,7 @@ from simsearch.functional.ragged import ragged
 from simsearch.models.backbones import WeightsError, timm_backbone
 from simsearch.models.colour import colour_backbone
 from simsearch.models.dir import RegionNetwork
+from simsearch.models.encoder import build_encoder, encoder_config
 from simsearch.models.frozen import FrozenRetriever, Whitening
 from simsearch.models.parts import PartsRetriever, TrainedPart, can_explain, parts_of
 from simsearch.models.pooling import RMAC, Average, GeM
@@ -259,7 +260,7 @@ def test_a_catalog_builds_it_again(data, tmp_path):
     about = write_encoder(tmp_path, model)
     assert about["backbone"]["weights"] == "random"
     assert about["backbone"]["colour.weights"] == "none"
-    again = configs.build_encoder(configs.encoder_config(config))
+    again = build_encoder(encoder_config(config))
     assert encoder_fingerprint(again) != about["encoder_fingerprint"]
     read_encoder(tmp_path, about, again)
     assert encoder_fingerprint(again) == about["encoder_fingerprint"]

@@ -21,7 +21,7 @@ from conftest import SMALL, simsearch
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from simsearch import configs, launch, run_directory
+from simsearch import configs, launch, run_directory, saved_run
 from simsearch import worker as rank
 from simsearch.callbacks import interruption
 from simsearch.callbacks.interruption import Interruption
@@ -117,7 +117,7 @@ def test_two_ranks_leave_one_run(tmp_path):
     for name, value in found[0]["parameters"].items():
         assert torch.equal(started["state_dict"][name].cpu(), value)
     assert {len(rows) for about in found for rows in about["rows"]} == {8}  # what would not fill a batch is left out
-    split = configs.build_data(run_directory.open_run(run, trusted=True).config).split  # type: ignore[attr-defined]
+    split = configs.build_data(saved_run.open_run(run, trusted=True).config).split  # type: ignore[attr-defined]
     assert {row for about in found for rows in about["rows"] for row in rows} <= set(split.train.tolist())
     assert len(split.train) % 16
 
@@ -490,7 +490,7 @@ class TestSlurmRunDirectory:
     def start(self, slurm, tmp_path, monkeypatch):
         """start_run as the task of a rank."""
 
-        def as_rank(rank: int, **changes: Any) -> run_directory.Run:
+        def as_rank(rank: int, **changes: Any) -> saved_run.Run:
             slurm(SLURM_PROCID=str(rank), **{n: v for n, v in changes.items() if n.startswith("SLURM")})
             values = {**self.VALUES, **{n: v for n, v in changes.items() if not n.startswith("SLURM")}}
             if rank == 0:

@@ -24,8 +24,9 @@ from simsearch.__main__ import quoted
 from simsearch.commands.recommend import answer_table, describe
 from simsearch.files import read_json, write_json
 from simsearch.search.catalog import read_catalog
+from simsearch.search.engine import Engine
 from simsearch.search.items import write_items
-from simsearch.search.recommender import Recommender, Request
+from simsearch.search.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_filtered_table(catalog, tmp_path):
 
 
 def test_a_long_path_is_never_cut(catalog):
-    recommender = Recommender(read_catalog(catalog))
+    recommender = Engine(read_catalog(catalog))
     answer = recommender.recommend(Request(recommender.vectors([0]), k=1, collapse=False))
     path = "images/" + "x" * 150 + "/end.jpg"
     (item,) = describe(recommender, answer, [0], [])
@@ -134,7 +135,7 @@ def test_calibrated_it_says_no(catalog, outside):
     assert "the same work" in done.stdout
     assert "not-an-image" in done.stderr
     calibration = json.loads((catalog / "calibration.json").read_text())
-    works = Recommender(read_catalog(catalog)).works
+    works = Engine(read_catalog(catalog)).works
     same = calibration["held_out"]["same_work"]["of"]
     units = (len(set(works.tolist())) - same) // 2  # a work counts once, and two works that are each other's nearest
     assert calibration["units"]["same_work"] == units
@@ -162,7 +163,7 @@ def test_a_second_try_describes_nothing_again(catalog, outside, monkeypatch):
     arguments = ["calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.3", "workers=0"]
     first = simsearch(*arguments)
     before = json.loads((catalog / "calibration.json").read_text())
-    monkeypatch.setattr("simsearch.commands.calibrate.encode", None)
+    monkeypatch.setattr("simsearch.search.describe.encode", None)
     again = simsearch(*arguments)
     assert json.loads((catalog / "calibration.json").read_text()) == before
     assert "not-an-image" in first.stderr

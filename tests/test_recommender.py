@@ -26,8 +26,10 @@ from simsearch.search.calibration import (
     wilson,
 )
 from simsearch.search.catalog import Catalog, CatalogError, item_table, read_catalog, write_calibration, write_catalog
+from simsearch.search.engine import Engine
 from simsearch.search.filters import parse_filters
-from simsearch.search.recommender import Recommender, Request, sameness, similarity
+from simsearch.search.request import Request
+from simsearch.search.verdicts import sameness, similarity
 from simsearch.types import Part
 
 PARTS = {"content": Part(0, 8, 0.6), "style": Part(8, 12, 0.4)}
@@ -61,18 +63,18 @@ def attributes(n: int) -> pa.Table:
     )
 
 
-def opened(factory: str = "Flat", stored: Tensor | None = None, **more: object) -> Recommender:
+def opened(factory: str = "Flat", stored: Tensor | None = None, **more: object) -> Engine:
     vectors = described(N, seed=2) if stored is None else stored
     wide = {"nprobe": 8} if "IVF" in factory else {"ef_search": N} if "HNSW" in factory else {}
     index = FaissIndex(factory, **wide)
     index.add(vectors)
     parts = {name: vars(part) for name, part in PARTS.items()}
     about = {} if index.is_binary else {"parts": parts}
-    return Recommender(Catalog(Path("c"), index, attributes(len(vectors)), about, **more))
+    return Engine(Catalog(Path("c"), index, attributes(len(vectors)), about, **more))
 
 
 @pytest.fixture(scope="module")
-def recommender() -> Recommender:
+def recommender() -> Engine:
     return opened()
 
 
@@ -139,7 +141,7 @@ class TestScores:
         signs = torch.randn(N, 20, generator=torch.Generator().manual_seed(3))
         recommender = opened("BFlat", pack_codes(signs))
         recommender.catalog.about["parts"] = {"content": {"start": 0, "stop": 20, "weight": 1.0}}
-        recommender = Recommender(recommender.catalog)
+        recommender = Engine(recommender.catalog)
         like = pack_codes(signs[:1].roll(1, dims=1))
         answer = recommender.recommend(Request(like, k=30, collapse=False))
         distance = ((signs > 0) != (signs[:1].roll(1, dims=1) > 0)).sum(1)
@@ -214,7 +216,7 @@ class TestSelection:
         table = recommender.catalog.items
         works = pa.array(["one"] * 150 + [str(i) for i in range(300)])
         table = table.set_column(table.column_names.index("work"), "work", works)
-        recommender = Recommender(Catalog(Path("c"), recommender.catalog.index, table, recommender.catalog.about))
+        recommender = Engine(Catalog(Path("c"), recommender.catalog.index, table, recommender.catalog.about))
         answer = recommender.recommend(Request(stored[:1], k=5))
         scores = stored[150:] @ stored[0]
         assert answer.ids[0] < 150
@@ -224,7 +226,7 @@ class TestSelection:
     def test_too_many_to_drop_are_masked(self, monkeypatch, recommender):
         request = Request(recommender.vectors([9]), k=20, exclude=(9, 100, 200))
         expected = recommender.recommend(request)
-        monkeypatch.setattr("simsearch.search.recommender._DROPPED", 5)
+        monkeypatch.setattr("simsearch.search.engine._DROPPED", 5)
         answer = recommender.recommend(request)
         assert torch.equal(answer.ids, expected.ids)
         assert answer.candidates == expected.candidates == N - 12
@@ -323,7 +325,7 @@ class TestReasons:
         index = FaissIndex("Flat")
         index.add(lone)
         calibration = {"same_work": [0.95], "similar": [0.8], "floor": 0.1, "neighbours": 20}
-        recommender = Recommender(Catalog(Path("c"), index, attributes(N), {}, calibration=calibration))
+        recommender = Engine(Catalog(Path("c"), index, attributes(N), {}, calibration=calibration))
         query = torch.eye(12)[:1]
         answer = recommender.recommend(Request(query, k=5, collapse=False))
         assert answer.scores.tolist() == pytest.approx([0.8] + [0.2] * 4)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from sklearn.metrics import average_precision_score
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsearch import configs
 from simsearch.evaluation.evaluate import evaluate
@@ -38,7 +39,7 @@ from simsearch.functional.reranking import (
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.engine import Engine
 from simsearch.search.rerank import AQE, CSLS, DBA, AlphaQE, Diffusion, KReciprocal
-from simsearch.types import Descriptors, SearchResult
+from simsearch.types import Descriptors, Part, SearchResult
 
 CONF = Path(configs.CONF) / "rerank"
 EVERY = [AQE(3), AlphaQE(4), DBA(4), DBA(3, expand=2), CSLS(5), KReciprocal(6, 3, depth=20), Diffusion(8, 3, depth=20)]
@@ -546,30 +547,17 @@ def test_what_a_compressing_index_stores_is_reranked():
 # ------------------------------------------------------------------------------------------ in the engine
 
 
-class Encoder(nn.Module):
-    """Images (B, 1, 1, D) are their own descriptors, or outputs of codes."""
-
-    def __init__(self, bits: int | None = None) -> None:
-        super().__init__()
-        self.bits = bits
-        self.unused = nn.Parameter(torch.zeros(1))
-
-    def embed(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
-
-
 class Shelf:
     """A catalog of vectors without a folder."""
 
-    def __init__(self, vectors: Tensor, factory: str = "Flat") -> None:
+    def __init__(self, vectors: Tensor, factory: str = "Flat", bits: int = 0) -> None:
         self.index = FaissIndex(factory)
         self.index.add(vectors)
+        self.parts = {"content": Part(0, bits or vectors.shape[1], 1.0)}
+        self.items = pa.table({"path": [f"{i}.png" for i in range(len(vectors))]})
 
     def __len__(self) -> int:
         return len(self.index)
-
-    def check_encoder(self, encoder: nn.Module) -> None:
-        pass
 
 
 def test_scores_of_the_engine_are_cosines():
@@ -577,7 +565,7 @@ def test_scores_of_the_engine_are_cosines():
     raw = FaissIndex("Flat")
     raw.add(gallery)
     assert raw.search(gallery, 1).scores.max() > 1  # by rounding
-    found = Engine(Shelf(gallery), Encoder()).search(gallery[:, None, None], 5)
+    found = Engine(Shelf(gallery)).nearest(gallery, 5)
     assert found.scores.max() == 1
     assert torch.equal(found.ids, raw.search(gallery, 5).ids)
 
@@ -585,22 +573,22 @@ def test_scores_of_the_engine_are_cosines():
 @pytest.mark.parametrize("rerank", EVERY, ids=NAMES)
 def test_engine_finds_what_evaluation_ranks_first(rerank):
     query, gallery = units(6, seed=1), units(50, seed=2)
-    engine = Engine(Shelf(gallery), Encoder(), rerank)
-    found = engine.search(query[:, None, None], 9)
+    engine = Engine(Shelf(gallery), rerank)
+    found = engine.nearest(query, 9)
     wanted, ahead = rerank.fit(gallery).rerank(query, None)
     scores = wanted @ rerank.fit(gallery).vectors.T
     expected = scores.argsort(descending=True)[:, :9] if ahead is None else ahead.ids[:, :9]
     assert torch.equal(found.ids, expected)
-    assert found.ids.tolist() != Engine(Shelf(gallery), Encoder()).search(query[:, None, None], 9).ids.tolist()
+    assert found.ids.tolist() != Engine(Shelf(gallery)).nearest(query, 9).ids.tolist()
     # One query alone is answered as among others.
-    alone = torch.cat([engine.search(one[None, None, None], 9).ids for one in query])
+    alone = torch.cat([engine.nearest(one[None], 9).ids for one in query])
     assert torch.equal(alone, found.ids)
 
 
 def test_engine_reranks_codes():
     outputs = units(50, 12, seed=2)
-    engine = Engine(Shelf(pack_codes(outputs), "BFlat"), Encoder(bits=12), AQE(1))
-    found = engine.search(outputs[:5, None, None], 1)
+    engine = Engine(Shelf(pack_codes(outputs), "BFlat", bits=12), AQE(1))
+    found = engine.nearest(pack_codes(outputs[:5]), 1)
     # The nearest is the item itself or its double: the expansion is the code.
     signs = outputs > 0
     assert torch.equal(signs[found.ids[:, 0]], signs[:5])
@@ -608,19 +596,19 @@ def test_engine_reranks_codes():
 
 def test_engine_asks_no_more_than_a_shortlist_holds():
     gallery = units(50, seed=2)
-    engine = Engine(Shelf(gallery), Encoder(), KReciprocal(5, 2, depth=8))
-    assert engine.search(gallery[:2, None, None], 8).ids.shape == (2, 8)
+    engine = Engine(Shelf(gallery), KReciprocal(5, 2, depth=8))
+    assert engine.nearest(gallery[:2], 8).ids.shape == (2, 8)
     with pytest.raises(ValueError, match=r"k=9 items asked of re-ranked shortlists of 8: raise rerank\.depth"):
-        engine.search(gallery[:2, None, None], 9)
-    small = Engine(Shelf(gallery[:6]), Encoder(), KReciprocal(5, 2, depth=8))
-    assert small.search(gallery[:2, None, None], 100).ids.shape == (2, 6)
+        engine.nearest(gallery[:2], 9)
+    small = Engine(Shelf(gallery[:6]), KReciprocal(5, 2, depth=8))
+    assert small.nearest(gallery[:2], 100).ids.shape == (2, 6)
 
 
 def test_the_gallery_is_made_ready_once(monkeypatch):
     gallery = units(50, seed=2)
-    engine = Engine(Shelf(gallery), Encoder(), DBA(3))
+    engine = Engine(Shelf(gallery), DBA(3))
     monkeypatch.setattr(reranking, "augment_database", lambda *_: pytest.fail("made ready again"))
-    assert engine.search(gallery[:2, None, None], 3).ids.shape == (2, 3)
+    assert engine.nearest(gallery[:2], 3).ids.shape == (2, 3)
 
 
 # ------------------------------------------------------------------------------------- classes and configs

@@ -25,8 +25,9 @@ from simsearch import configs, program, results, run_directory, terminal
 from simsearch.data.datamodule import RenderedDataModule
 from simsearch.data.protocols import ByAttribute
 from simsearch.index.faiss_index import FaissIndex
+from simsearch.models.encoder import build_encoder
 from simsearch.models.frozen import FrozenRetriever
-from simsearch.run_directory import Run, load_model, open_run
+from simsearch.saved_run import Run, load_model, open_run
 
 PROTOCOL = {
     "_target_": "simsearch.data.protocols.ByAttribute", "name": "p", "attribute": "artist", "junk": "work",
@@ -78,7 +79,7 @@ class TestObjects:
     def test_encoder_needs_neither_download_nor_cache(self):
         config = {"model": model_config("pretrained") | {"cache": {"_target_": "nowhere.Nothing"}}}
         before = json.dumps(config)
-        encoder = configs.build_encoder(config)
+        encoder = build_encoder(config)
         assert json.dumps(config) == before
         assert isinstance(encoder, FrozenRetriever)
         assert encoder.cache is None

@@ -39,7 +39,7 @@ from simsearch.files import read_json, write_json
 from simsearch.images import encode_thumbnail, read_image
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import CatalogError, item_table, read_catalog, write_calibration, write_catalog
-from simsearch.search.engine import encode
+from simsearch.search.describe import encode
 from simsearch.search.filters import Attributes, Condition
 from simsearch.search.items import write_items
 from simsearch.serving import service as service_module
@@ -113,7 +113,7 @@ def folder(tmp_path_factory, root, encoder) -> Path:
 
 
 def library(sources: dict[str, Source], limits: Limits = FREE) -> Library:
-    return Library(sources, build=configs.build_encoder, device=torch.device("cpu"), limits=limits)
+    return Library(sources, device=torch.device("cpu"), limits=limits)
 
 
 @contextlib.contextmanager

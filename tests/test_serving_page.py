@@ -25,7 +25,7 @@ from simsearch.data.rendered.collection import render_collection
 from simsearch.images import encode_thumbnail, read_image
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import item_table, write_calibration, write_catalog
-from simsearch.search.engine import encode
+from simsearch.search.describe import encode
 from simsearch.serving.app import create_app
 from simsearch.serving.library import Library, Source
 from simsearch.serving.limits import Limits

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SMALL, simsearch
 
-from simsearch import run_directory
+from simsearch import saved_run
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import ByAttribute, OfficialSplit, UnseenClasses
 from simsearch.data.smoke import CLASSES, GALLERY, LEAST, QUERIES, TRAIN, shrunk
@@ -95,7 +95,7 @@ def test_smoke_runs_in_few_steps_and_says_so(tmp_path):
     assert "its numbers say nothing" in done.stderr
     stages = read_json(tmp_path / "r" / "metrics.json")
     assert stages["test"]["protocol"] == "rendered-artist/smoke"
-    config = run_directory.open_run(tmp_path / "r").config
+    config = saved_run.open_run(tmp_path / "r").config
     assert (config["trainer"]["max_steps"], config["sampler"]["batch_size"]) == (8, 32)
     assert config["logger"]["tags"] == ["smoke"]
     again = simsearch("evaluate", f"run={tmp_path}/r", f"run_dir={tmp_path}/e")

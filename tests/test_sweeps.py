@@ -24,7 +24,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from simsearch import configs, run_directory, settings, sweeps
+from simsearch import configs, saved_run, settings, sweeps
 from simsearch.files import read_json, write_json
 
 TINY = (
@@ -257,7 +257,7 @@ def test_an_objective_is_checked_before_anything_trains(overrides, message):
 
 
 def test_what_will_be_measured_is_what_was(small_run):
-    config = run_directory.open_run(small_run).config
+    config = saved_run.open_run(small_run).config
     stages = read_json(small_run / "metrics.json")
     measured = {f"{stage}/{metric}" for stage, about in stages.items() for metric in about["metrics"]}
     assert measured == settings.measured_names(config)

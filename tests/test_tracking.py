@@ -26,7 +26,7 @@ from simsearch import configs, launch, run_directory, tracking
 from simsearch.callbacks.neighbours import Example
 from simsearch.data.collection import Collection
 from simsearch.figures import Tile
-from simsearch.run_directory import Run, open_run
+from simsearch.saved_run import Run, open_run
 from simsearch.tracking import best_validation, wandb_mode
 
 LOGGER = {
@@ -462,7 +462,7 @@ from pathlib import Path
 
 import test_tracking
 from simsearch import tracking
-from simsearch.run_directory import open_run
+from simsearch.saved_run import open_run
 
 tracking._INIT_S, tracking._FINISH_S, tracking._TELL_S = 3.0, 3.0, 0.5
 for mode in sys.argv[2:]:

@@ -438,9 +438,9 @@ def test_dir_takes_the_pca_of_the_backbone_that_it_starts_from(hashed, tmp_path)
 
     network = RegionNetwork(timm_backbone("test_efficientnet", "random", 64), RMAC(levels=2), 8, power=0.5)
     network.load_state_dict({n.removeprefix("network."): before[n] for n in backbone}, strict=False)
-    from simsearch import configs, run_directory
+    from simsearch import configs, saved_run
 
-    config = run_directory.open_run(run).config
+    config = saved_run.open_run(run).config
     data = configs.build_data(config)
     network.prepare(data.collection.images[data.split.train])
     torch.testing.assert_close(after["network.descriptor.whitening.weight"], network.head.weight.data)

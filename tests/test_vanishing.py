@@ -17,11 +17,11 @@ from conftest import simsearch
 from PIL import Image
 from test_extract import make_run
 
-from simsearch.commands import calibrate, extract, index
 from simsearch.data import image_folder as files_module
 from simsearch.data.image_folder import decode_files
 from simsearch.data.manifest import read_manifest
 from simsearch.data.presence import Presence, Vanished, file_sizes
+from simsearch.search import describe
 from simsearch.search.catalog import CatalogError, read_catalog
 
 COUNT = 24
@@ -53,9 +53,9 @@ def command(name: str, run: Path, images: Path, out: Path, *more: str) -> list[s
     return [name, f"run={run}", f"images={images}", f"out={out}", *given, *more]
 
 
-def lose(module, after: int, how: Callable[[], object], monkeypatch) -> None:
-    """Has `how` happen after so many calls of `encode` in a command's module; files read ahead are still in memory."""
-    real, left = module.encode, after
+def lose(after: int, how: Callable[[], object], monkeypatch) -> None:
+    """Has `how` happen after so many calls of `encode` ; files read ahead are still in memory."""
+    real, left = describe.encode, after
 
     def encode(encoder, batch):
         nonlocal left
@@ -64,7 +64,7 @@ def lose(module, after: int, how: Callable[[], object], monkeypatch) -> None:
             how()
         return real(encoder, batch)
 
-    monkeypatch.setattr(module, "encode", encode)
+    monkeypatch.setattr(describe, "encode", encode)
     # Else a process decodes all of so few images before the first is encoded.
     monkeypatch.setattr("simsearch.data.process_pool._AHEAD", 1)
     monkeypatch.setattr("simsearch.data.process_pool._WINDOW", 1)
@@ -125,7 +125,7 @@ def test_extract_stops_and_goes_on_when_they_are_back(how, run, images, tmp_path
             images.mkdir()
 
     with monkeypatch.context() as patch:
-        lose(extract, 2, vanish, patch)
+        lose(2, vanish, patch)
         failed = simsearch(*command("extract", run, images, out), expect=1)
     assert "images that were there when this began are gone" in failed.stderr
     assert 0 < len(list((out / "shards").iterdir())) < COUNT // 4
@@ -142,7 +142,7 @@ def test_shards_that_call_images_missing_are_done_again(run, images, tmp_path, m
     out, away = tmp_path / "shards", tmp_path / "away"
     monkeypatch.setattr(Presence, "check", lambda *_: None)
     with monkeypatch.context() as patch:
-        lose(extract, 2, lambda: images.rename(away), patch)
+        lose(2, lambda: images.rename(away), patch)
         lost = simsearch(*command("extract", run, images, out))
     assert "missing" in lost.stderr
     refused = simsearch("index", f"shards={out}", f"out={tmp_path / 'c'}", expect=1)
@@ -157,7 +157,7 @@ def test_shards_that_call_images_missing_are_done_again(run, images, tmp_path, m
 def test_index_stops_and_keeps_the_catalog_that_was_there(run, images, tmp_path, monkeypatch):
     out = tmp_path / "catalog"
     simsearch(*command("index", run, images, out))
-    lose(index, 2, lambda: images.rename(tmp_path / "away"), monkeypatch)
+    lose(2, lambda: images.rename(tmp_path / "away"), monkeypatch)
     failed = simsearch(*command("index", run, images, out), expect=1)
     assert "are gone" in failed.stderr
     assert len(read_catalog(out)) == COUNT
@@ -340,7 +340,7 @@ def test_describing_images_from_outside_stops_too(run, images, tmp_path, monkeyp
     say = ["calibrate", f"catalog={out}", f"outside={outside}", "batch_size=2", "workers=0", "device=cpu"]
     say.append(f"cache={tmp_path / 'cache'}")
     with monkeypatch.context() as patch:
-        lose(calibrate, 1, lambda: outside.rename(tmp_path / "away"), patch)
+        lose(1, lambda: outside.rename(tmp_path / "away"), patch)
         assert "are gone" in simsearch(*say, expect=1).stderr
     (tmp_path / "away").rename(outside)
     assert "could not" not in simsearch(*say).stderr

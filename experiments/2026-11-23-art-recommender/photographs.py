@@ -18,13 +18,15 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from simsearch import configs
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.data.rendered.paint import photograph
+from simsearch.models.encoder import device as device_of
 from simsearch.search.calibration import image_a_work, wilson
 from simsearch.search.catalog import read_catalog
-from simsearch.search.engine import encode
-from simsearch.search.recommender import NONE, SAME_WORK, Recommender, Request, best_verdict
+from simsearch.search.describe import encode
+from simsearch.search.engine import Engine
+from simsearch.search.request import Request
+from simsearch.search.verdicts import NONE, SAME_WORK, best_verdict
 
 SIZE = 224
 SHARES = ("first", "same_work", "answered", "first_and_none", "false_same_work")
@@ -41,11 +43,9 @@ def measure(folder: Path, manifest: Manifest, rows: list[int], device: str) -> d
     thresholds = catalog.calibration
     if thresholds is None or thresholds["similar"] is None:
         raise ValueError(f"{folder} has no threshold of similar: simsearch calibrate catalog={folder} outside=<folder>")
-    recommender = Recommender(catalog)
+    recommender = Engine(catalog)
     place = {path: number for number, path in enumerate(catalog.items["path"].to_pylist())}
-    encoder = configs.build_encoder(catalog.about["config"])
-    catalog.load_encoder_state(encoder)
-    encoder.to(configs.device(device))
+    encoder = catalog.encoder.to(device_of(device))
 
     hits = dict.fromkeys(SHARES, 0)
     part = Manifest(manifest.root, tuple(manifest.paths[row] for row in rows))
@@ -61,7 +61,7 @@ def measure(folder: Path, manifest: Manifest, rows: list[int], device: str) -> d
     return {name: (count, len(rows)) for name, count in hits.items()}
 
 
-def counts(recommender: Recommender, vectors: Tensor, own: list[int]) -> dict[str, int]:
+def counts(recommender: Engine, vectors: Tensor, own: list[int]) -> dict[str, int]:
     """The hits of one batch of photographs, each of the work of the item at that position."""
     works = recommender.works
     hits = dict.fromkeys(SHARES, 0)
@@ -88,7 +88,7 @@ def main() -> None:
     manifest = read_manifest(arguments.images)
     first = read_catalog(arguments.catalogs[0])
     row = {path: number for number, path in enumerate(manifest.paths)}
-    taken = image_a_work(Recommender(first), arguments.count, 0)
+    taken = image_a_work(Engine(first), arguments.count, 0)
     rows = sorted(row[path] for path in first.items["path"].take(taken.numpy()).to_pylist())
     with arguments.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

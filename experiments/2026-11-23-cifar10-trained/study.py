@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from simsearch import configs, results, run_directory
+from simsearch import configs, results, saved_run
 from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.files import replacing
 from simsearch.functional.curves import RECALL_LEVELS, precision_recall_curve
@@ -118,7 +118,7 @@ def found(root: Path) -> list[Measurement]:
     return measurements
 
 
-def nearest(config: dict | None, runs: dict[str, run_directory.Run]) -> str:
+def nearest(config: dict | None, runs: dict[str, saved_run.Run]) -> str:
     """Which finished run comes nearest to a config, and in what it differs."""
     if config is None:
         return ": its start row has none"
@@ -235,13 +235,13 @@ def curves(root: Path, names: Sequence[str]) -> None:
     write_csv(CURVES, CURVE_COLUMNS, lines)
 
 
-def described(run: run_directory.Run):
+def described(run: saved_run.Run):
     """The evaluation of a run's checkpoint under MAIN, done anew, and its task."""
     config = dict(run.config)
     with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
         config["protocol"] = compose(("data=cifar10", f"protocol={MAIN}"))["protocol"]
     config["callbacks"] = {"evaluation": config["callbacks"]["evaluation"] | {"rerank": None}}
-    data, model = configs.build_data(config), run_directory.load_model(run)
+    data, model = configs.build_data(config), saved_run.load_model(run)
     with tempfile.TemporaryDirectory() as folder:
         trainer = configs.build_trainer(config, Path(folder), [])
         trainer.test(model, data, verbose=False)

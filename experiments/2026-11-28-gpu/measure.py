@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simsearch import configs, run_directory
+from simsearch import configs, saved_run
 from simsearch.metrics.retrieval import RetrievalMetrics
 from simsearch.models.backbones import lite0_backbone, torchvision_backbone
 
@@ -25,8 +25,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def evaluation(folder: Path, small: bool) -> dict[str, Any]:
     """Codes of the test's queries and gallery by this machine's accelerator and by its CPU, and what they rank."""
-    run = run_directory.open_run(folder, trusted=True)
-    model = run_directory.load_model(run)
+    run = saved_run.open_run(folder, trusted=True)
+    model = saved_run.load_model(run)
     data = configs.build_data(run.config)
     task = data.task("test")  # type: ignore[attr-defined]
     collection = data.collection  # type: ignore[attr-defined]

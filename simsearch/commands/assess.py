@@ -11,20 +11,22 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from simsearch import configs, program, results, run_directory, terminal
+from simsearch import configs, program, results, saved_run, terminal
 from simsearch.data.collection import Collection
-from simsearch.data.manifest import load_images, read_manifest
+from simsearch.data.manifest import read_manifest
 from simsearch.data.protocols import Split
 from simsearch.evaluation import assessment
 from simsearch.evaluation.assessment import Measured
 from simsearch.figures import Tile, save_grid, spared
 from simsearch.files import write_csv
 from simsearch.functional.significance import holm, paired_interval, paired_permutation
+from simsearch.search.describe import as_floats, at_most, batches_of
+from simsearch.search.describe import describe as images_described
 from simsearch.text import cell as shown_cell
 from simsearch.text import warn
-from simsearch.types import RetrievalTask
+from simsearch.types import Encoder, RetrievalTask
 
 SHOWN = (("art-artist", "mAP"), ("art-artist", "P@10"), ("art-style", "mAP"), ("art-style", "P@10"))
 INSTANCE = (("art-work", "R@1"), ("art-work", "GAP"), ("art-work", "GAP_outside"), ("art-artist", "NDCG@10_graded"))
@@ -50,7 +52,7 @@ class Row:
 @program.command("assess")
 def main(config: DictConfig) -> None:
     values = configs.plain(config)
-    runs = [run_directory.open_run(Path(run), trusted=configs.trusts(config)) for run in configs.listed(values["runs"])]
+    runs = [saved_run.open_run(Path(run), trusted=configs.trusts(config)) for run in configs.listed(values["runs"])]
     names = configs.listed(values["names"]) if values["names"] else [run.folder.name for run in runs]
     if len(names) != len(runs) or len(set(names)) != len(names):
         raise ValueError(f"names={names}: give one for each of the {len(runs)} runs, all different")
@@ -97,7 +99,7 @@ def fitted(data: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return data | {name: own[name] for name in ("size", "fit") if name in own and name in data}
 
 
-def check_unknown(data: dict[str, Any], runs: list[run_directory.Run]) -> None:
+def check_unknown(data: dict[str, Any], runs: list[saved_run.Run]) -> None:
     """Raises ValueError where a run was trained on these data, by where they come from."""
     for run in runs:
         own = run.config["data"]
@@ -138,9 +140,9 @@ def split(
     return tasks
 
 
-def describe(name: str, run: run_directory.Run, data: Any, outside: str | None, limit: int) -> Row:
+def describe(name: str, run: saved_run.Run, data: Any, outside: str | None, limit: int) -> Row:
     """The descriptors of the whole collection, in row order, and of images from elsewhere."""
-    model = run_directory.load_model(run)
+    model = saved_run.load_model(run)
     one = run.config["trainer"] | {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     trainer = configs.build_trainer({**run.config, "trainer": one, "callbacks": {}}, run.folder, [])
     start = time.perf_counter()
@@ -149,21 +151,15 @@ def describe(name: str, run: run_directory.Run, data: Any, outside: str | None, 
     return Row(name, vectors, model.bits, describe_files(model.encoder, outside, limit), seconds)
 
 
-def describe_files(encoder: nn.Module, source: str | None, limit: int) -> Tensor | None:
+def describe_files(encoder: Encoder, source: str | None, limit: int) -> Tensor | None:
     """Descriptors of at most `limit` image files of a folder or table; None without one."""
     if source is None:
         return None
-    manifest = read_manifest(Path(source))
-    parts: list[Tensor] = []
-    with torch.inference_mode():
-        for images, _, _ in load_images(manifest, size=encoder.input_size, fit=encoder.fit, batch_size=64):
-            if len(images):
-                parts.append(encoder.embed(images).float())  # type: ignore[operator]
-            if sum(map(len, parts)) >= limit:
-                break
-    if not parts:
+    batches = batches_of(encoder, read_manifest(Path(source)))
+    found = images_described(encoder, at_most(batches, limit))
+    if not len(found):
         raise ValueError(f"no image of outside={source} could be read")
-    return torch.cat(parts)[:limit]
+    return as_floats(found.vectors, encoder.bits)
 
 
 def measure(row: Row, collection: Collection, tasks: dict[str, RetrievalTask]) -> list[Measured]:

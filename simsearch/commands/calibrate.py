@@ -23,6 +23,7 @@ from simsearch.data.presence import Presence
 from simsearch.files import replacing, write_csv
 from simsearch.functional.open_set import least_scores
 from simsearch.images import MAX_BYTES
+from simsearch.models.encoder import device
 from simsearch.search.calibration import (
     Likeness,
     Threshold,
@@ -36,8 +37,9 @@ from simsearch.search.calibration import (
     wilson,
 )
 from simsearch.search.catalog import Catalog, read_catalog, write_calibration
-from simsearch.search.engine import encode
-from simsearch.search.recommender import Recommender
+from simsearch.search.describe import batches_of
+from simsearch.search.describe import describe as images_described
+from simsearch.search.engine import Engine
 
 _BLOCK = 256  # queries that are searched together
 
@@ -46,18 +48,18 @@ _BLOCK = 256  # queries that are searched together
 def main(config: DictConfig) -> None:
     least_scores(config.rate, config.certainty)  # refuses what is no rate or certainty
     catalog = read_catalog(Path(config.catalog), calibrated=False, trusted=configs.trusts(config))
-    recommender = Recommender(catalog)
-    positions = image_a_work(recommender, config.sample, config.seed)
-    first = halves(work_names(recommender, positions))
+    engine = Engine(catalog)
+    positions = image_a_work(engine, config.sample, config.seed)
+    first = halves(work_names(engine, positions))
     outside = read_outside(config) if config.outside else None
-    announce(config, recommender, first, outside)
+    announce(config, engine, first, outside)
     describe = Describer(config, catalog)
     neighbours = neighbours_of(len(catalog))
     vectors = None
     if not catalog.index.keeps_vectors:
         positions, vectors = exact_vectors(config, catalog, positions, describe)
-        first = halves(work_names(recommender, positions))
-    own, match = leave_work_out(recommender, positions, neighbours, vectors)
+        first = halves(work_names(engine, positions))
+    own, match = leave_work_out(engine, positions, neighbours, vectors)
     alone = match.isnan()
     same_work = calibrate(match[~alone], own.sameness, first[~alone], first, config.rate, config.certainty, paired=True)
     thresholds = {"same_work": same_work}
@@ -66,7 +68,7 @@ def main(config: DictConfig) -> None:
         curves["same_work"] = curve(match[~alone & ~first], own.sameness[~first])
     floor = None
     if outside is not None:
-        strange, names = outside_likeness(recommender, outside, neighbours, describe)
+        strange, names = outside_likeness(engine, outside, neighbours, describe)
         of_outside, at_home, away = halves(names), own.similarity, strange.similarity
         floor = max(0.0, float(strange.top.median()))  # what one in two of them gets
         thresholds["similar"] = calibrate(at_home, away, first, of_outside, config.rate, config.certainty, paired=False)
@@ -106,9 +108,9 @@ def main(config: DictConfig) -> None:
         print(f"curves: {folder / 'curve.csv'}, {folder / 'curve.png'}")
 
 
-def announce(config: DictConfig, recommender: Recommender, first: Tensor, outside: Manifest | None) -> None:
+def announce(config: DictConfig, engine: Engine, first: Tensor, outside: Manifest | None) -> None:
     """Says on standard error, before the work, what the calibration will lack and which rates it can promise."""
-    if recommender.work_attribute is None:
+    if engine.work_attribute is None:
         say(
             "the catalog does not say which items are of the same work (a column work or group_id): copies count as "
             "other works and raise the threshold of the same work"
@@ -137,13 +139,13 @@ def chosen(count: int, at_most: int, seed: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:at_most].sort().values
 
 
-def work_names(recommender: Recommender, positions: Tensor) -> list[str]:
+def work_names(engine: Engine, positions: Tensor) -> list[str]:
     """A name for the work of each of these items: its own, or else the item's path."""
-    items = recommender.catalog.items
+    items = engine.catalog.items
     paths = items["path"].take(positions.numpy()).to_pylist()
-    if recommender.work_attribute is None:
+    if engine.work_attribute is None:
         return paths
-    works = items[recommender.work_attribute].cast("string").take(positions.numpy()).to_pylist()
+    works = items[engine.work_attribute].cast("string").take(positions.numpy()).to_pylist()
     return [work or path for work, path in zip(works, paths, strict=True)]
 
 
@@ -184,27 +186,18 @@ class Describer:
         return readable.tolist(), torch.from_numpy(vectors)
 
     def _fill(self, manifest: Manifest, rows: np.ndarray, start: int) -> Iterator[int]:
-        encoder = configs.build_encoder(self.catalog.about["config"], trusted=self.catalog.trusted)
-        self.catalog.load_encoder_state(encoder)
-        encoder.to(configs.device(self.config.device))
+        encoder = self.catalog.encoder.to(device(self.config.device))
         presence = Presence(manifest.root, manifest.paths)
         step = 8 * self.config.batch_size
         with tqdm(total=len(rows), initial=start, unit="img", desc="describe") as bar:
             for begin in range(start, len(rows), step):
                 part = Manifest(manifest.root, manifest.paths[begin : begin + step])
-                batches = load_images(
-                    part,
-                    size=encoder.input_size,  # type: ignore[arg-type]
-                    fit=encoder.fit,  # type: ignore[arg-type]
-                    batch_size=self.config.batch_size,
-                    workers=self.config.workers,
-                )
-                for images, at, errors in batches:
-                    presence.note(errors)
-                    if len(images):
-                        data = encode(encoder, images).contiguous().numpy().view(np.uint8)
-                        rows[begin + at.numpy(), :-1], rows[begin + at.numpy(), -1] = data, 1
-                    bar.update(len(images))
+                batches = batches_of(encoder, part, batch_size=self.config.batch_size, workers=self.config.workers)
+                found = images_described(encoder, batches, presence=presence, advance=bar.update)
+                if len(found):
+                    data = found.vectors.contiguous().numpy().view(np.uint8)
+                    at = begin + found.rows.numpy()
+                    rows[at, :-1], rows[at, -1] = data, 1
                 yield begin + len(part)
 
 
@@ -237,15 +230,15 @@ def exact_vectors(
 
 
 def outside_likeness(
-    recommender: Recommender, manifest: Manifest, neighbours: int, describe: Describer
+    engine: Engine, manifest: Manifest, neighbours: int, describe: Describer
 ) -> tuple[Likeness, list[str]]:
     """How images from outside and the catalog are alike, and their paths."""
     rows, vectors = describe(manifest)
     if not rows:
         raise ValueError(f"no image of {manifest.root} could be read")
     nothing = torch.empty(0)
-    blocks = recommender.as_queries(vectors).split(_BLOCK)
-    tops, backgrounds = zip(*(recommender.stand_out(block, neighbours, nothing) for block in blocks), strict=True)
+    blocks = engine.as_queries(vectors).split(_BLOCK)
+    tops, backgrounds = zip(*(engine.stand_out(block, neighbours, nothing) for block in blocks), strict=True)
     return Likeness(torch.cat(tops), torch.cat(backgrounds)), [manifest.paths[row] for row in rows]
 
 

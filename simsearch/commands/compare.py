@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
 
-from simsearch import configs, program, terminal, tracking
+from simsearch import configs, program, saved_run, terminal, tracking
 from simsearch.comparison.leaderboard import Entry, check_comparable, config_differences, leaderboard
 from simsearch.comparison.page import DETAILED, Case, Comparison, Picture, differences_by_query, page
 from simsearch.comparison.report import columns, csv_text, markdown_table, terminal_table
@@ -24,6 +24,7 @@ from simsearch.identity import run_identity, start_config
 from simsearch.images import encode_thumbnail
 from simsearch.results import HEADLINES
 from simsearch.search.catalog import read_catalog
+from simsearch.search.describe import encode
 from simsearch.search.engine import Engine
 from simsearch.text import cell
 from simsearch.trust import check_links
@@ -199,7 +200,7 @@ def pictures(
         return None, {e.name: "no pictures: what was found after re-ranking is not kept" for e in compared}
     try:
         first = line.results[0]
-        config = first.config if trusted else configs.admitted(first.config, first.place)
+        config = first.config if trusted else saved_run.admitted(first.config, first.place)
         collection = configs.build_data(config).collection  # type: ignore[attr-defined]
         judge = Judge.of(collection, line)
     except (*program.MENDABLE, LookupError) as error:
@@ -241,17 +242,16 @@ def neighbours(
     source = catalog.about.get("source", {})
     if (source.get("data"), source.get("protocol")) != (collection.name, result.protocol):
         raise ValueError(f"the catalog of {result.name} holds {source.get('data')}, {source.get('protocol')}")
-    encoder = configs.build_encoder(catalog.about["config"], trusted=trusted)
-    catalog.load_encoder_state(encoder)
     places = {collection.path(row): row for row in range(len(collection))}
     try:
         items = torch.tensor([places[path] for path in catalog.items["path"].to_pylist()])
     except KeyError as error:
         raise ValueError(f"the catalog of {result.name} holds {error}, which the data have not") from None
-    engine = Engine(catalog, encoder)
+    engine = Engine(catalog)
     answers = []
     for row in rows:
-        ids = engine.search(collection.images[row][None], k + int(judge.junk(row, items).sum())).ids[0]
+        vector = encode(catalog.encoder, collection.images[row][None])
+        ids = engine.nearest(vector, k + int(judge.junk(row, items).sum())).ids[0]
         near = items[ids[ids >= 0]]
         answers.append(near[~judge.junk(row, near)][:k].tolist())
     return answers

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from simsearch import configs, program, run_directory
+from simsearch import configs, program, saved_run
 from simsearch.data.audit import audit, contact_sheet, write_duplicates
 from simsearch.files import write_json
 
@@ -18,12 +18,12 @@ _GOOD = 0.9
 
 @program.command("data_audit")
 def main(config: DictConfig) -> None:
-    run = run_directory.open_run(Path(config.run), trusted=configs.trusts(config))
+    run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
     values = configs.plain(config)
     merged = run.config | {group: values[group] for group in ("data", "protocol") if values.get(group)}
     data = configs.build_data(merged)
     collection, split = data.collection, data.split  # type: ignore[attr-defined]
-    model = run_directory.load_model(run)
+    model = saved_run.load_model(run)
     descriptors = None
     if model.bits is None:
         trainer = configs.build_trainer({**merged, "callbacks": {}}, run.folder, [])

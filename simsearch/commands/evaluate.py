@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
-from simsearch import configs, program, results, run_directory, terminal, tracking
+from simsearch import configs, program, results, saved_run, terminal, tracking
 from simsearch.data.audit import read_duplicates
 from simsearch.data.protocols import WithoutRows
 from simsearch.files import read_json, write_json
@@ -21,7 +21,7 @@ from simsearch.files import read_json, write_json
 def main(config: DictConfig) -> None:
     if config.stage not in ("test", "validate"):
         raise ValueError(f"stage must be test or validate, got {config.stage!r}")
-    run = run_directory.open_run(Path(config.run), trusted=configs.trusts(config))
+    run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
     values = configs.plain(config)
     merged = run.config | {
         group: values[group] for group in ("data", "protocol", "index", "rerank") if values.get(group)
@@ -32,7 +32,7 @@ def main(config: DictConfig) -> None:
     merged["trainer"] |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # whatever the run trained with
     if config.without and config.stage == "validate":
         raise ValueError("without= leaves queries out of the test: it has no meaning with stage=validate")
-    model = run_directory.load_model(run)
+    model = saved_run.load_model(run)
     folder = Path(config.run_dir)
 
     data = configs.build_data(merged)
@@ -77,7 +77,7 @@ def measure(
     print(f"results: {folder / 'metrics.json'}")
 
 
-def note_trained_queries(run: run_directory.Run, data: pl.LightningDataModule, folder: Path, stage: str) -> None:
+def note_trained_queries(run: saved_run.Run, data: pl.LightningDataModule, folder: Path, stage: str) -> None:
     """Writes into metrics.json how many queries the run was fitted on, which another protocol may bring."""
     trained = configs.build(run.config["protocol"]).split(data.collection).train  # type: ignore[attr-defined]
     count = int(torch.isin(data.task(stage).query, trained).sum())  # type: ignore[attr-defined]

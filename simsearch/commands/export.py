@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsearch import __version__, configs, program, terminal
 from simsearch.commands.calibrate import chosen
 from simsearch.commands.index import report_errors
-from simsearch.data.manifest import Manifest, load_images, read_manifest
+from simsearch.data.manifest import Manifest, read_manifest
 from simsearch.files import is_temporary, replacing_folder, restore, write_json
 from simsearch.functional.ragged import ragged, stacks
 from simsearch.functional.resize import resize_to_fit
@@ -23,9 +23,9 @@ from simsearch.images import decode_thumbnail
 from simsearch.models.backbones import Backbone
 from simsearch.models.exported import ABOUT, ExportedEncoder, write_exported
 from simsearch.search.catalog import Catalog, read_catalog
-from simsearch.search.engine import encode
+from simsearch.search.describe import batches_of, encode
 from simsearch.serving.backend_choice import seconds
-from simsearch.types import SearchResult
+from simsearch.types import Encoder, SearchResult
 
 BATCHES = (1, 8)
 
@@ -52,8 +52,7 @@ def main(config: DictConfig) -> None:
         if not config[name] >= least:
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
-    encoder = configs.build_encoder(catalog.about["config"], trusted=catalog.trusted)
-    catalog.load_encoder_state(encoder)
+    encoder = catalog.encoder
     for module in encoder.modules():
         if isinstance(module, Backbone):
             module.runtime = "torch"  # what is compared
@@ -94,7 +93,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         yield temporary
 
 
-def sample_images(config: DictConfig, catalog: Catalog, encoder: nn.Module) -> Iterator[Tensor]:
+def sample_images(config: DictConfig, catalog: Catalog, encoder: Encoder) -> Iterator[Tensor]:
     """Batches uint8 (B, 3, H, W), of one shape each, of some of the images given, else of the catalog's thumbnails.
 
     Raises ValueError where none can be read.
@@ -102,17 +101,14 @@ def sample_images(config: DictConfig, catalog: Catalog, encoder: nn.Module) -> I
     size, fit = encoder.input_size, encoder.fit
     if not config.images:
         positions = chosen(len(catalog), config.sample, config.seed).tolist()
-        pictures = [
-            resize_to_fit(decode_thumbnail(data), size, fit)  # type: ignore[arg-type]
-            for data in catalog.thumbnails(positions)
-        ]
+        pictures = [resize_to_fit(decode_thumbnail(data), size, fit) for data in catalog.thumbnails(positions)]
         yield from (stack for _, stack in stacks(ragged(pictures), config.batch_size))
         return
     manifest = read_manifest(Path(config.images))
     rows = chosen(len(manifest), config.sample, config.seed).tolist()
     manifest = Manifest(manifest.root, tuple(manifest.paths[row] for row in rows))
     errors, count = [], 0
-    for images, _, unreadable in load_images(manifest, size=size, fit=fit, batch_size=config.batch_size):  # type: ignore[arg-type]
+    for images, _, unreadable in batches_of(encoder, manifest, batch_size=config.batch_size):
         errors += unreadable
         count += len(images)
         if len(images):
@@ -122,9 +118,7 @@ def sample_images(config: DictConfig, catalog: Catalog, encoder: nn.Module) -> I
         raise ValueError(f"no image of {config.images} could be read")
 
 
-def compare(
-    catalog: Catalog, encoder: nn.Module, exported: ExportedEncoder, batches: list[Tensor], k: int
-) -> Agreement:
+def compare(catalog: Catalog, encoder: Encoder, exported: ExportedEncoder, batches: list[Tensor], k: int) -> Agreement:
     """How far the files agree with torch on batches of images (B, 3, H, W), and on the neighbours of these."""
     k = min(k, len(catalog))
     expected = torch.cat([encode(encoder, images) for images in batches])

@@ -15,19 +15,20 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
 from tqdm import tqdm
 
-from simsearch import configs, launch, program, run_directory
+from simsearch import configs, launch, program, saved_run
 from simsearch.commands.index import report_errors
 from simsearch.data.loading import ImageBatch, load_chunks
 from simsearch.data.manifest import ImageFiles, Manifest, read_manifest
 from simsearch.data.presence import Presence
-from simsearch.images import MAX_PIXELS, ImageError, encode_thumbnail
-from simsearch.search.engine import encode
+from simsearch.images import MAX_PIXELS, ImageError
+from simsearch.models.encoder import device, encoder_config
+from simsearch.search.describe import describe as images_described
 from simsearch.search.leases import Claims, claimed
 from simsearch.search.shards import ShardError, Shards, begin, open_shards
 from simsearch.text import warn
+from simsearch.types import Encoder
 
 POLL_SECONDS = 0.5
 
@@ -54,12 +55,12 @@ class Work:
 @program.command("extract")
 def main(config: DictConfig) -> None:
     rank, ranks, local = place(config.rank, config.ranks)
-    run = run_directory.open_run(Path(config.run), trusted=configs.trusts(config))
+    run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
     source, out = Path(config.images).resolve(), Path(config.out).resolve()
     manifest = read_manifest(source, Path(config.root) if config.root else None)
     for note in manifest.notes:
         warn(f"note: {source.name}: {note}")
-    encoder = run_directory.load_model(run).encoder
+    encoder = saved_run.load_model(run).encoder
     given = {"run": run.folder.resolve(), "images": source, "root": config.root and Path(config.root).resolve()}
     given |= {"out": out, "chunk": config.chunk, "thumbnail": config.thumbnail}
     given |= {"trust": "true"} if config.trust else {}
@@ -67,7 +68,7 @@ def main(config: DictConfig) -> None:
         out,
         manifest,
         encoder=encoder,
-        config=configs.encoder_config(run.config),
+        config=encoder_config(run.config),
         chunk=config.chunk,
         thumbnail=config.thumbnail,
         trusted=run.trusted,
@@ -106,7 +107,7 @@ def place(rank: int | None, ranks: int | None) -> tuple[int | None, int, int]:
 # -------------------------------------------------------------------------------------------- one rank
 
 
-def describe(shards: Shards, encoder: nn.Module, manifest: Manifest, work: Work, show: Callable[[], None]) -> None:
+def describe(shards: Shards, encoder: Encoder, manifest: Manifest, work: Work, show: Callable[[], None]) -> None:
     """Describes chunks that nobody else does until none is missing, those of ranks that died too."""
     encoder = encoder.to(accelerator(work.device, work.local))
     presence = shards.presence(manifest.root)
@@ -148,30 +149,28 @@ def free_chunks(shards: Shards, claims: Claims, first: int) -> Iterator[int]:
 def describe_chunk(
     shards: Shards,
     number: int,
-    encoder: nn.Module,
+    encoder: Encoder,
     presence: Presence,
     batches: Iterator[ImageBatch],
     advance: Callable[[int], None],
 ) -> None:
     """Writes the shard of one chunk from its batches. Raises Vanished where its images were lost."""
-    vectors, rows, thumbnails, errors = [], [], [], []
-    for images, batch_rows, batch_errors in batches:
-        abandon_with_parent()
-        if len(images):
-            vectors.append(encode(encoder, images))
-            rows.append(batch_rows)
-            thumbnails += [encode_thumbnail(image, shards.about["thumbnail"]) for image in images]
-        presence.note(batch_errors)
-        errors += [ImageError(e.path.relative_to(presence.root), e.reason, e.detail) for e in batch_errors]
-        advance(len(thumbnails) + len(errors))
-    none = torch.empty(0, dtype=torch.int64)
-    shards.write(
-        number,
-        torch.cat(rows) if rows else none,
-        torch.cat(vectors) if vectors else torch.empty(0, 0),
-        thumbnails,
-        errors,
-    )
+    root, done = presence.root, 0
+
+    def while_started() -> Iterator[ImageBatch]:
+        for batch in batches:
+            abandon_with_parent()
+            yield batch
+
+    def count(images: int) -> None:
+        nonlocal done
+        done += images
+        advance(done)
+
+    size = shards.about["thumbnail"]
+    found = images_described(encoder, while_started(), thumbnail=size, presence=presence, advance=count)
+    errors = [ImageError(e.path.relative_to(root), e.reason, e.detail) for e in found.errors]  # type: ignore[attr-defined]
+    shards.write(number, found.rows, found.vectors, found.thumbnails, errors)
 
 
 def check_own(shards: Shards, presence: Presence, rank: int, ranks: int) -> None:
@@ -192,10 +191,10 @@ def check_own(shards: Shards, presence: Presence, rank: int, ranks: int) -> None
 
 def accelerator(name: str, local: int) -> torch.device:
     """The device of that name; where the machine has several accelerators, the one for its process `local`."""
-    device = configs.device(name)
-    if device.type == "cuda" and device.index is None and torch.cuda.device_count() > 1:
+    found = device(name)
+    if found.type == "cuda" and found.index is None and torch.cuda.device_count() > 1:
         return torch.device("cuda", local % torch.cuda.device_count())
-    return device
+    return found
 
 
 def abandon_with_parent() -> None:
@@ -244,10 +243,8 @@ def rank_main(work: Work) -> None:
     try:
         shards = open_shards(work.shards, trusted=work.trusted)
         with stopping(shards, quiet=True):
-            encoder = configs.build_encoder(shards.about["config"], trusted=work.trusted)
-            shards.load_encoder_state(encoder)
             manifest = Manifest(work.root, tuple(shards.items["path"].to_pylist()), max_pixels=work.max_pixels)
-            describe(shards, encoder, manifest, work, show=lambda: None)
+            describe(shards, shards.encoder, manifest, work, show=lambda: None)
     except (ValueError, OSError) as error:
         if os.environ.get("SIMSEARCH_DEBUG") == "1":
             raise

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import torch
 from omegaconf import DictConfig
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from simsearch import configs, program, run_directory, terminal
+from simsearch import configs, program, saved_run, terminal
 from simsearch.data.revisited import (
     Benchmark,
     file_name,
@@ -30,12 +30,13 @@ from simsearch.data.revisited import (
     read_benchmark,
 )
 from simsearch.files import digests, replacing, write_json
-from simsearch.functional.codes import unpack_codes
 from simsearch.functional.revisited import GRADES, SETUPS, measure_revisited
 from simsearch.functional.significance import mean_interval
 from simsearch.images import header_shape, read_file
-from simsearch.search.engine import encode
+from simsearch.models.encoder import device
+from simsearch.search.describe import as_floats, describe
 from simsearch.text import cell
+from simsearch.types import Encoder
 
 _SAMPLE, _CROPPED = 16, 0.02  # images looked at, and the share of one that may be cropped without a word
 
@@ -44,13 +45,14 @@ _SAMPLE, _CROPPED = 16, 0.02  # images looked at, and the share of one that may 
 def main(config: DictConfig) -> None:
     values = configs.plain(config)
     ks = values["ks"]
-    run = run_directory.open_run(Path(config.run), trusted=configs.trusts(config))
+    run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
     run = replace(run, config=seen_otherwise(run.config, values["size"], values["fit"], values["scales"]))
     benchmark = read_benchmark(Path(config.gnd))
     root = Path(config.images)
     mark = fingerprint(benchmark, root)  # finds missing files before hours of work
-    encoder = run_directory.load_model(run).to(configs.device(config.device))
-    size, fit = encoder.input_size, encoder.encoder.fit
+    model = saved_run.load_model(run).to(device(config.device))
+    encoder = model.encoder
+    size, fit = encoder.input_size, encoder.fit
     if fit == "square":
         warn_of_crops(root, benchmark.images[:_SAMPLE])
     batch_size, workers = config.batch_size, config.workers
@@ -62,7 +64,7 @@ def main(config: DictConfig) -> None:
     about = {
         "protocol": benchmark.name,
         "fingerprint": mark,
-        "model": {"identity": encoder.identity(), **encoder.provenance},
+        "model": {"identity": encoder.identity(), **model.provenance},
         **summary(per_query, landmarks(benchmark)),
     }
     about["metrics"] |= {
@@ -106,21 +108,11 @@ def warn_of_crops(root: Path, names: Sequence[str]) -> None:
         )
 
 
-def describe_all(encoder: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], total: int, what: str) -> Tensor:
+def describe_all(encoder: Encoder, batches: Iterator[tuple[Tensor, Tensor]], total: int, what: str) -> Tensor:
     """Descriptors float32 (total, D) of all batches in the order of their positions, with a progress bar."""
-    parts, positions = [], []
     with tqdm(total=total, unit="img", desc=what) as bar:
-        for images, rows in batches:
-            parts.append(describe(encoder, images))
-            positions.append(rows)
-            bar.update(len(images))
-    return torch.cat(parts)[torch.cat(positions).argsort()]
-
-
-def describe(encoder: nn.Module, images: Tensor) -> Tensor:
-    """Descriptors float32 (B, D) of images uint8 (B, 3, H, W) to compare by inner product; codes as -1 and 1."""
-    encoded = encode(encoder, images)
-    return encoded if encoder.bits is None else 2 * unpack_codes(encoded, encoder.bits) - 1
+        found = describe(encoder, ((images, rows, []) for images, rows in batches), advance=bar.update)
+    return as_floats(found.vectors, encoder.bits)
 
 
 def summary(per_query: Mapping[str, Tensor], units: Tensor) -> dict[str, Any]:

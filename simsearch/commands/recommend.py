@@ -5,24 +5,29 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsearch import configs, program, terminal
 from simsearch.data.loading import load_image
 from simsearch.figures import Tile, save_grid
 from simsearch.files import json_line
 from simsearch.images import decode_thumbnail
+from simsearch.models.encoder import device
 from simsearch.search.catalog import Catalog, read_catalog
-from simsearch.search.engine import encode
+from simsearch.search.describe import encode
+from simsearch.search.engine import Engine
 from simsearch.search.filters import parse_filters
-from simsearch.search.recommender import NONE, UNCALIBRATED, Recommendation, Recommender, Request
+from simsearch.search.request import Recommendation, Request
+from simsearch.search.verdicts import NONE, UNCALIBRATED
 from simsearch.text import cell
+from simsearch.types import Encoder
 
 _SHOWN = ("artist", "title", "year", "period", "style", "genre", "museum")  # words of the table
 
@@ -43,10 +48,10 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"format must be table or json, got {config.format!r}")
     values = configs.plain(config)
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
-    recommender = Recommender(catalog)
-    reader = Examples(recommender, configs.device(config.device))
+    engine = Engine(catalog)
+    reader = Examples(engine, device(config.device))
     like = [reader.file(name) for name in configs.listed(values["image"])]
-    like += [reader.item(recommender.position(name)) for name in configs.listed(values["id"], reader.is_item)]
+    like += [reader.item(engine.position(name)) for name in configs.listed(values["id"], reader.is_item)]
     unlike = [reader.any(name) for name in configs.listed(values["unlike"], reader.is_known)]
     if not like:
         raise ValueError("nothing to be like: give image=<file> or id=<id or path of an item>")
@@ -55,21 +60,21 @@ def main(config: DictConfig) -> None:
         like=torch.stack([example.vector for example in like]),
         unlike=torch.stack([example.vector for example in unlike]) if unlike else None,
         k=config.k,
-        weights=given_weights(values["weights"], recommender),
+        weights=given_weights(values["weights"], engine),
         where=parse_filters(config.where),
         diversity=config.diversity,
         collapse=config.collapse,
         hubness=config.hubness,
         exclude=tuple(positions),
     )
-    answer = recommender.recommend(request)
+    answer = engine.recommend(request)
     kept = list(range(len(answer.ids))) if config.force or answer.verdict != NONE else []
-    items = describe(recommender, answer, kept, [e.position for e in like if e.position is not None])
+    items = describe(engine, answer, kept, [e.position for e in like if e.position is not None])
     if config.format == "json":
         query = {"like": [example.name for example in like], "unlike": [example.name for example in unlike]}
         about = {
             "verdict": answer.verdict,
-            "agreeing": recommender.agreeing(len(like)),
+            "agreeing": engine.agreeing(len(like)),
             "candidates": answer.candidates,
         }
         print(json_line({**query, **about, "results": items}))
@@ -81,43 +86,37 @@ def main(config: DictConfig) -> None:
             f"{answer.candidates} items scores {float(answer.scores.max()):.4f}; force=true shows it"
         )
     else:
-        terminal.show(answer_table(recommender, [e.name for e in like], [e.name for e in unlike], items, answer))
+        terminal.show(answer_table(engine, [e.name for e in like], [e.name for e in unlike], items, answer))
     if config.figure:
         save_grid(Path(config.figure), tiles(catalog, like, unlike, items, answer.ids[kept].tolist()), side=128)
         print(f"picture: {config.figure}", file=sys.stderr)
 
 
 class Examples:
-    """Reads examples for a recommender; its encoder is built when the first file is asked for."""
+    """Reads examples for an engine; its encoder is built when the first file is asked for."""
 
-    def __init__(self, recommender: Recommender, device: torch.device) -> None:
-        self.recommender, self.device = recommender, device
-        self._encoder: nn.Module | None = None
+    def __init__(self, engine: Engine, device: torch.device) -> None:
+        self.engine, self.device = engine, device
 
-    @property
-    def encoder(self) -> nn.Module:
-        if self._encoder is None:
-            catalog = self.recommender.catalog
-            encoder = configs.build_encoder(catalog.about["config"], trusted=catalog.trusted)
-            catalog.load_encoder_state(encoder)
-            self._encoder = encoder.to(self.device)
-        return self._encoder
+    @cached_property
+    def encoder(self) -> Encoder:
+        return self.engine.catalog.encoder.to(self.device)
 
     def file(self, name: str) -> Example:
         """The image in a file. Raises ImageError where it cannot be read."""
-        image = load_image(Path(name), size=self.encoder.input_size, fit=self.encoder.fit)  # type: ignore[arg-type]
+        image = load_image(Path(name), size=self.encoder.input_size, fit=self.encoder.fit)
         return Example(name, image, encode(self.encoder, image[None])[0])
 
     def item(self, position: int) -> Example:
         """An item of the catalog."""
-        catalog = self.recommender.catalog
-        (name,) = self.recommender.names.of([position])
+        catalog = self.engine.catalog
+        (name,) = self.engine.names.of([position])
         image = decode_thumbnail(catalog.thumbnails([position])[0])
-        return Example(name, image, self.recommender.vectors([position])[0], position)
+        return Example(name, image, self.engine.vectors([position])[0], position)
 
     def is_item(self, name: str) -> bool:
         """Whether an item of the catalog has that name."""
-        return self.recommender.names.find(name) is not None
+        return self.engine.names.find(name) is not None
 
     def is_known(self, name: str) -> bool:
         """Whether an item of the catalog or a file has that name."""
@@ -125,22 +124,22 @@ class Examples:
 
     def any(self, name: str) -> Example:
         """An item of the catalog by its name, or else a file."""
-        position = self.recommender.names.find(name)
+        position = self.engine.names.find(name)
         return self.file(name) if position is None else self.item(position)
 
 
-def given_weights(weights: Mapping[str, float | None], recommender: Recommender) -> dict[str, float] | None:
+def given_weights(weights: Mapping[str, float | None], engine: Engine) -> dict[str, float] | None:
     """The weights that are given, None where none is."""
     return {name: weight for name, weight in weights.items() if weight is not None} or None
 
 
 def describe(
-    recommender: Recommender, answer: Recommendation, kept: Sequence[int], examples: Sequence[int]
+    engine: Engine, answer: Recommendation, kept: Sequence[int], examples: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Of each item kept: rank, id, score, verdict, parts, what it shares with the examples, and its attributes."""
     ids = answer.ids[list(kept)].tolist()
-    rows = recommender.catalog.items.take(ids).to_pylist() if ids else []
-    shared = recommender.shared(ids, examples)
+    rows = engine.catalog.items.take(ids).to_pylist() if ids else []
+    shared = engine.shared(ids, examples)
     return [
         {
             "rank": i + 1,
@@ -151,12 +150,12 @@ def describe(
             "shared": common,
             "attributes": row,
         }
-        for i, name, row, common in zip(kept, recommender.names.of(ids), rows, shared, strict=True)
+        for i, name, row, common in zip(kept, engine.names.of(ids), rows, shared, strict=True)
     ]
 
 
 def answer_table(
-    recommender: Recommender,
+    engine: Engine,
     like: Sequence[str],
     unlike: Sequence[str],
     items: Sequence[Mapping[str, Any]],
@@ -164,16 +163,16 @@ def answer_table(
 ) -> Table:
     """The items as a table; what most of them share, or share with the examples, is said above it."""
     title = cell(", ".join(like)) + (f"  (not like {cell(', '.join(unlike))})" if unlike else "")
-    consensus = recommender.consensus(answer.ids[[item["rank"] - 1 for item in items]])
+    consensus = engine.consensus(answer.ids[[item["rank"] - 1 for item in items]])
     if consensus:
         title += "\n" + cell("most are of " + ", ".join(f"{name} {value}" for name, value in consensus.items()))
     judged = "" if answer.verdict == UNCALIBRATED else f"{answer.verdict}, "
     title += f"\n{judged}of {answer.candidates} items"
-    if len(like) > 1 and (needed := recommender.agreeing(len(like))):
+    if len(like) > 1 and (needed := engine.agreeing(len(like))):
         said = ", ".join(f'"{verdict}" where {count} agree' for verdict, count in needed.items())
         title += f"\nof the {len(like)} examples: {said}"
     table = Table(title=title, title_justify="left")
-    names = recommender.attributes.names
+    names = engine.attributes.names
     shown = [name for name in _SHOWN if name in names]
     parts = list(answer.parts) if len(answer.parts) > 1 else []
     for name in ("rank", "score", *parts):

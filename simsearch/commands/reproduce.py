@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.table import Table
 
-from simsearch import configs, program, run_directory, terminal
+from simsearch import configs, program, saved_run, terminal
 from simsearch.studies.check import GAP, NOT_RUNNABLE, Outcome, reproduce
 from simsearch.studies.rows import Row, check_names, read_rows, row_files
 from simsearch.studies.runs import find_run, finished_runs
@@ -69,7 +69,7 @@ def outcome_table(outcomes: Iterable[Outcome]) -> Table:
     return table
 
 
-def list_table(book: Mapping[str, Row], runs: Mapping[str, run_directory.Run], *, trusted: bool = False) -> Table:
+def list_table(book: Mapping[str, Row], runs: Mapping[str, saved_run.Run], *, trusted: bool = False) -> Table:
     """Rows with what they are, expect and cost, and which of their seeds have finished runs."""
     table = Table(title="Rows; minutes of one training on two cores")
     table.add_column("row", overflow="fold")

@@ -14,13 +14,15 @@ from rich.table import Table
 from torch import Tensor
 
 from simsearch import configs, program, terminal
-from simsearch.data.manifest import Manifest, load_images, read_manifest
+from simsearch.data.manifest import Manifest, read_manifest
 from simsearch.figures import Tile, save_grid
 from simsearch.files import json_line
 from simsearch.images import decode_thumbnail
+from simsearch.models.encoder import device
 from simsearch.search.catalog import Catalog, read_catalog
-from simsearch.search.engine import Engine, encode
-from simsearch.search.recommender import NONE, UNCALIBRATED, Recommender, best_verdict
+from simsearch.search.describe import batches_of, encode
+from simsearch.search.engine import Engine
+from simsearch.search.verdicts import NONE, UNCALIBRATED, best_verdict
 from simsearch.text import cell, warn
 from simsearch.types import SearchResult
 
@@ -46,12 +48,9 @@ def main(config: DictConfig) -> None:
     if min(config.rows, config.batch_size) < 1:
         raise ValueError(f"rows and batch_size must be at least 1, got {config.rows} and {config.batch_size}")
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
-    encoder = configs.build_encoder(catalog.about["config"], trusted=catalog.trusted)
-    catalog.load_encoder_state(encoder)
-    encoder.to(configs.device(config.device))
+    catalog.encoder.to(device(config.device))
     rerank = configs.build(config.rerank) if config.get("rerank") else None
-    engine = Engine(catalog, encoder, rerank)
-    answers, milliseconds = search(engine, Path(config.image), config.k, config.batch_size)
+    answers, milliseconds = search(Engine(catalog, rerank), Path(config.image), config.k, config.batch_size)
     if config.format == "json":
         for answer in answers:
             print(json_line({"query": answer.query, "verdict": answer.verdict, "results": answer.items}))
@@ -76,18 +75,16 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
     manifest = read_manifest(source) if listed else Manifest(source.parent, (source.name,))
     answers: dict[int, Answer] = {}
     errors = []
-    recommender = Recommender(engine.catalog)
+    encoder = engine.catalog.encoder
     start = time.perf_counter()
-    fit = engine.encoder.fit
-    batches = load_images(manifest, size=engine.encoder.input_size, fit=fit, batch_size=batch_size)
-    for images, rows, unreadable in batches:
+    for images, rows, unreadable in batches_of(encoder, manifest, batch_size=batch_size):
         errors += unreadable
         if len(images):
-            vectors = encode(engine.encoder, images)
+            vectors = encode(encoder, images)
             found = per_query(engine.nearest(vectors, k))
             for image, row, vector, one in zip(images, rows.tolist(), vectors, found, strict=True):
-                verdicts = recommender.verdicts(one[0], vector[None])
-                items, positions = describe(engine.catalog, one, verdicts)
+                verdicts = engine.verdicts(one[0], vector[None])
+                items, positions = rows_of(engine.catalog, one, verdicts)
                 answers[row] = Answer(manifest.paths[row], best_verdict(verdicts), items, positions, image)
     for error in errors:
         warn(f"skipped: {error}")
@@ -102,7 +99,7 @@ def per_query(found: SearchResult) -> list[tuple[Tensor, Tensor]]:
     return [(i[i >= 0], s[i >= 0]) for i, s in zip(found.ids, found.scores, strict=True)]
 
 
-def describe(
+def rows_of(
     catalog: Catalog, found: tuple[Tensor, Tensor], verdicts: list[str]
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Rank, score, verdict and attributes of the items found, and their positions in the catalog."""

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import uvicorn
 from omegaconf import DictConfig
 
 from simsearch import configs, program
+from simsearch.models.encoder import device
 from simsearch.serving.app import create_app
 from simsearch.serving.guard import LOOPBACK, is_loopback
 from simsearch.serving.library import Library, Source
@@ -38,9 +38,8 @@ def main(config: DictConfig) -> None:
     bound = bind(values["host"], values["port"])  # before the catalogs, which take their time
     library = Library(
         sources,
-        build=partial(configs.build_encoder, trusted=trusted),
         trusted=trusted,
-        device=configs.device(values["device"]),
+        device=device(values["device"]),
         limits=limits,
         runtime=values["runtime"],
     )

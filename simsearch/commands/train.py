@@ -18,7 +18,18 @@ from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 from tqdm import tqdm
 
-from simsearch import configs, launch, program, results, run_directory, settings, sweeps, terminal, tracking
+from simsearch import (
+    configs,
+    launch,
+    program,
+    results,
+    run_directory,
+    saved_run,
+    settings,
+    sweeps,
+    terminal,
+    tracking,
+)
 from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.callbacks.interruption import Interruption
 from simsearch.callbacks.neighbours import NeighbourFigure
@@ -28,6 +39,7 @@ from simsearch.evaluation.evaluate import Evaluation
 from simsearch.files import Damaged, check_zip, read_json
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
+from simsearch.models.encoder import encoder_config
 from simsearch.search.catalog import item_table, write_catalog
 
 THUMBNAIL_SIDE = 128
@@ -61,7 +73,7 @@ def main(config: DictConfig) -> Any:
         return values
 
 
-def train_run(run: run_directory.Run) -> None:
+def train_run(run: saved_run.Run) -> None:
     """Trains a run directory as one of its ranks, perhaps the only one."""
     with Interruption(launch.rank()) as interruption:
         data = configs.build_data(run.config)
@@ -77,7 +89,7 @@ def train_run(run: run_directory.Run) -> None:
 
 
 def train(
-    run: run_directory.Run,
+    run: saved_run.Run,
     data: pl.LightningDataModule,
     model: pl.LightningModule,
     loggers: list[pl.loggers.Logger],
@@ -129,7 +141,7 @@ def _was_chosen(trainer: pl.Trainer) -> bool:
 
 
 def save_catalog(
-    run: run_directory.Run,
+    run: saved_run.Run,
     data: pl.LightningDataModule,
     model: pl.LightningModule,
     result: Evaluation,
@@ -151,7 +163,7 @@ def save_catalog(
         index=index,
         items=item_table(columns, thumbnails),
         encoder=model.encoder,
-        config=configs.encoder_config(run.config),
+        config=encoder_config(run.config),
         about={
             "source": {"run": run.folder.name, "data": collection.name, "protocol": task.name},
             "label": task.attribute,

@@ -18,6 +18,7 @@ from PIL import Image
 
 from simsearch.data.collection import Collection
 from simsearch.data.pickles import read_pickle
+from simsearch.errors import SimsearchError
 from simsearch.files import Damaged, read_array, replacing, write_array
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -27,7 +28,7 @@ ARCHIVE = "cifar-10-python.tar.gz"
 _ROW = np.dtype([("image", np.uint8, (3, 32, 32)), ("label", np.uint8), ("is_test", np.bool_)])
 
 
-class DataError(ValueError):
+class DataError(SimsearchError, ValueError):
     """Data that cannot be read; the message names the file and the mend."""
 
 

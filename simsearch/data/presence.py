@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from simsearch.errors import SimsearchError
 from simsearch.images import ImageError
 from simsearch.text import printable
 
@@ -21,7 +22,7 @@ _VANISHING = ("missing", "unreadable")  # the reasons of simsearch.images.REASON
 _STATS = 1000  # files whose sizes one thread asks for in a row
 
 
-class Vanished(ValueError):
+class Vanished(SimsearchError, ValueError):
     """Images were there when the command began and are gone."""
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Fit = Literal["square", "longest"]
+from simsearch.types import Fit
 
 
 def resize_to_fit(image: Tensor, size: int, fit: Fit) -> Tensor:

@@ -23,11 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simsearch.errors import SimsearchError
 from simsearch.files import check_zip
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import Fit, check_fit, resize_to_fit
 from simsearch.models.onnx import OnnxNetwork
 from simsearch.models.style import LayerStatistics, Statistics
+from simsearch.types import Encoder
 
 Tokens = Literal["patch", "cls"]
 Runtime = Literal["auto", "torch", "onnx"]
@@ -36,7 +38,7 @@ Runtime = Literal["auto", "torch", "onnx"]
 _BULK = 32
 
 
-class WeightsError(RuntimeError):
+class WeightsError(SimsearchError, RuntimeError):
     """Weights that cannot be had or do not fit, with the mend."""
 
 
@@ -53,7 +55,8 @@ class Backbone(nn.Module):
     `runtime` "auto" runs bulk work of a frozen network on the CPU through ONNX Runtime, which is several
     times faster there; features agree to about 1e-4 of their norm.
 
-    provenance: plain facts about the weights (source, sha256, library), written into every result.
+    provenance: plain facts about the weights (source, library), written into every result; `sha256` of the tensors
+    joins them when they are first asked for, so that what another's tensors are loaded into is never hashed.
     """
 
     mean: Tensor
@@ -76,7 +79,7 @@ class Backbone(nn.Module):
             raise ValueError(f"backbone.runtime must be auto, torch or onnx, got {runtime!r}")
         check_fit(fit)
         self.network = network.to(memory_format=torch.channels_last)
-        self.name, self.size, self.runtime, self.provenance = name, size, runtime, provenance
+        self.name, self.size, self.runtime, self._provenance = name, size, runtime, provenance
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.fit = fit
@@ -90,6 +93,17 @@ class Backbone(nn.Module):
         self.channels = features.shape[1]
         self.min_side = 1 if fit == "square" else self._least_side(min(2, *features.shape[2:]))
         network.train(training)
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Plain facts about the weights, their `sha256` among them."""
+        if "sha256" not in self._provenance:
+            self._provenance = self._provenance | {"sha256": state_fingerprint(self.network)[:32]}
+        return self._provenance
+
+    @provenance.setter
+    def provenance(self, facts: dict[str, str]) -> None:
+        self._provenance = facts
 
     def _least_side(self, cells: int) -> int:
         """The fewest pixels across whose map is `cells` across. Raises ValueError for a network of squares alone."""
@@ -307,7 +321,7 @@ def _timm_map(model: nn.Module, name: str, size: int, tokens: Tokens) -> nn.Modu
     raise ValueError(f"timm's {name} gives no feature maps: choose another network")
 
 
-def state_fingerprint(module: nn.Module) -> str:
+def state_fingerprint(module: nn.Module | Encoder) -> str:
     """SHA-256 (hex) over the names and values of the module's parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -466,13 +480,8 @@ def _as_timm_loads(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Te
         return state  # which `_misfits` names
 
 
-def _provenance(network: nn.Module, weights: str, library: str, source: str) -> dict[str, str]:
-    return {
-        "weights": weights,
-        "source": source,
-        "library": library,
-        "sha256": state_fingerprint(network)[:32],
-    }
+def _provenance(weights: str, library: str, source: str) -> dict[str, str]:
+    return {"weights": weights, "source": source, "library": library}
 
 
 def torchvision_backbone(
@@ -521,7 +530,7 @@ def torchvision_backbone(
         size=size,
         mean=[255 * m for m in mean],
         std=[255 * s for s in std],
-        provenance=_provenance(network, weights, f"torchvision {torchvision.__version__}", source),
+        provenance=_provenance(weights, f"torchvision {torchvision.__version__}", source),
         runtime=runtime,
         fit=fit,
     )
@@ -585,7 +594,7 @@ def timm_backbone(
         size=size,
         mean=[255 * m for m in config["mean"]],
         std=[255 * s for s in config["std"]],
-        provenance=_provenance(network, weights, f"timm {timm.__version__}", source),
+        provenance=_provenance(weights, f"timm {timm.__version__}", source),
         runtime=runtime,
         fit=fit,
     )
@@ -639,7 +648,7 @@ def lite0_backbone(
         size=size,
         mean=(127.0, 127.0, 127.0),
         std=(128.0, 128.0, 128.0),
-        provenance=_provenance(network, weights, f"timm {timm.__version__}", source),
+        provenance=_provenance(weights, f"timm {timm.__version__}", source),
         runtime=runtime,
         fit=fit,
     )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsearch.models.backbones import Backbone, state_fingerprint
+from simsearch.models.backbones import Backbone
 
 
 class WhitenedPatches(nn.Module):
@@ -92,11 +92,6 @@ def cifar_backbone(width: int = 64, size: int = 32, weights: str = "random") -> 
         size=size,
         mean=(125.3, 123.0, 113.9),
         std=(63.0, 62.1, 66.7),
-        provenance={
-            "weights": weights,
-            "source": weights,
-            "library": "simsearch",
-            "sha256": state_fingerprint(network)[:32],
-        },
+        provenance={"weights": weights, "source": weights, "library": "simsearch"},
         runtime="torch",
     )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from simsearch.functional.colour import colour_shares, hellinger_pyramid, lab
 from simsearch.functional.resize import Fit
-from simsearch.models.backbones import Backbone, state_fingerprint
+from simsearch.models.backbones import Backbone
 
 
 class ColourLayout(nn.Module):
@@ -41,12 +41,7 @@ def colour_backbone(size: int = 64, levels: Sequence[int] = (1, 3), fit: Fit = "
         size=size,
         mean=(0.0, 0.0, 0.0),
         std=(255.0, 255.0, 255.0),
-        provenance={
-            "weights": "none",
-            "source": "CIELAB histograms",
-            "library": f"torch {torch.__version__}",
-            "sha256": state_fingerprint(network)[:32],
-        },
+        provenance={"weights": "none", "source": "CIELAB histograms", "library": f"torch {torch.__version__}"},
         runtime="torch",
         fit=fit,
     )

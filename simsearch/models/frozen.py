@@ -18,7 +18,7 @@ from simsearch.models.backbones import Backbone, OnBackbone
 from simsearch.models.feature_cache import collection_features, one_region
 from simsearch.models.heat_maps import has_regions, region_heat_map
 from simsearch.models.steps import DescribesBatches
-from simsearch.types import Batch, HeatMap
+from simsearch.types import Batch, Encoder, HeatMap
 
 # ---------------------------------------------------------------------------------- the torch module
 
@@ -233,7 +233,7 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         return region_heat_map(self.backbone, self.head, self.sizes, image, vector)
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> Encoder:
         """The module that a catalog keeps."""
         return self
 

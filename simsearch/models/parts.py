@@ -12,22 +12,21 @@ from torch import Tensor, nn
 
 from simsearch.functional.heat_map import regrid
 from simsearch.functional.ragged import by_shape
-from simsearch.functional.resize import Fit
 from simsearch.models.backbones import WeightsError, load_state, state_fingerprint
 from simsearch.models.frozen import FrozenRetriever
 from simsearch.models.steps import DescribesBatches
-from simsearch.types import Batch, HeatMap, Part
+from simsearch.types import Batch, Encoder, Fit, HeatMap, Part
 
 _AT_ONCE = 64  # images, however large an evaluation's batch: shallow maps are large
 
 
-def parts_of(encoder: nn.Module) -> dict[str, Part]:
+def parts_of(encoder: Encoder) -> dict[str, Part]:
     """The parts of an encoder's descriptors by name, in order of their columns; only `content` where it has none."""
     parts = getattr(encoder, "parts", None)
-    return {"content": Part(0, int(encoder.dimension), 1.0)} if parts is None else dict(parts)  # type: ignore[arg-type]
+    return {"content": Part(0, encoder.dimension, 1.0)} if parts is None else dict(parts)
 
 
-def can_explain(encoder: nn.Module) -> bool:
+def can_explain(encoder: Encoder | nn.Module) -> bool:
     """Whether an encoder has `heat_map(image, vector)`: its descriptors are sums over regions, at least in a part."""
     return bool(getattr(encoder, "explains", False))
 
@@ -185,7 +184,7 @@ class PartsRetriever(DescribesBatches):
         return HeatMap(torch.stack([regrid(heat.values, finest) for heat in found]).sum(0), rest)
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> Encoder:
         """The module that a catalog keeps."""
         return self
 

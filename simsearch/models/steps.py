@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from simsearch.types import Batch
+from simsearch.types import Batch, Encoder
 
 try:
     from pytorch_lightning import LightningModule
@@ -17,6 +17,11 @@ class DescribesBatches(LightningModule):
 
     Lightning's where that is installed, which only a Trainer needs (simsearch[train]); else torch's.
     """
+
+    @property
+    def encoder(self) -> Encoder:
+        """The module that a catalog keeps."""
+        raise NotImplementedError
 
     def describe_batch(self, batch: Batch) -> Tensor:
         raise NotImplementedError

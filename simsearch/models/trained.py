@@ -17,37 +17,26 @@ from torch.utils.checkpoint import checkpoint as recompute
 from simsearch.cache import ArrayCache
 from simsearch.functional.gather import gather_rows
 from simsearch.functional.ragged import Ragged, by_shape
-from simsearch.functional.resize import Fit
 from simsearch.models.backbones import load_state
 from simsearch.models.feature_cache import one_region, pooled_features
 from simsearch.models.steps import DescribesBatches
-from simsearch.types import Batch
+from simsearch.types import Batch, Encoder
 
 
-class Network(Protocol):
-    """What a trained family's torch module has besides forward: images (B, 3, H, W) to (B, D).
+class Network(Encoder, Protocol):
+    """A trained family's torch module: an Encoder with a forward, images (B, 3, H, W) to (B, D), that training calls.
 
-    input_size, fit: to which side and how files are best decoded. bits: width of the codes whose real
-    values forward gives, or None for L2-normalised descriptors. head: the last layer, which may learn
-    at another rate. provenance: plain facts about the weights that training starts from.
+    head: the last layer, which may learn at another rate. provenance: of the weights that training starts from.
     """
 
-    bits: int | None
-    dimension: int
-    input_size: int
-    fit: Fit
-    head: nn.Module
-    provenance: dict[str, str]
-
-    def embed(self, image: Tensor) -> Tensor: ...
+    @property
+    def head(self) -> nn.Module: ...
 
     def prepare(self, images: Tensor | Ragged) -> None:
         """Takes from the training images uint8 (N, 3, H, W) what is computed, not learnt (mean image, PCA).
 
         They are Ragged only where `fit` is "longest".
         """
-
-    def identity(self) -> dict[str, object]: ...
 
 
 def parameter_groups(
@@ -166,14 +155,15 @@ class TrainedRetriever(DescribesBatches):
         self.slices, self.gather = slices, gather
         self.bits = network.bits
         self.dimension = network.dimension
+        _ = network.provenance  # its hash is that of the weights before they train
         self._gradients: dict[str, Tensor] = {}  # of an accumulation that a checkpoint cut in two
 
     # What a searcher calls
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> Encoder:
         """The module that a catalog keeps."""
-        return self.network
+        return self.network  # type: ignore[return-value]
 
     @property
     def input_size(self) -> int:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from simsearch.functional.open_set import false_match_curve, least_rate, pairs_once, stand_out, thresholds_at
-from simsearch.search.recommender import Recommender, sameness, similarity
+from simsearch.search.engine import Engine
+from simsearch.search.verdicts import sameness, similarity
 
 _BLOCK = 256  # queries that are searched together
 
@@ -59,18 +60,18 @@ def neighbours_of(count: int) -> int:
     return min(20, max(1, count // 20))
 
 
-def image_a_work(recommender: Recommender, at_most: int, seed: int) -> Tensor:
+def image_a_work(engine: Engine, at_most: int, seed: int) -> Tensor:
     """Rising positions int64 (n,) of one image, by chance, of each of at most so many works, by chance.
 
     Images of one work are no independent queries; such a choice is what a new image of a new work is drawn as.
     """
-    order = np.random.default_rng(seed).permutation(len(recommender.works))
-    _, first = np.unique(recommender.works[order], return_index=True)
+    order = np.random.default_rng(seed).permutation(len(engine.works))
+    _, first = np.unique(engine.works[order], return_index=True)
     return torch.from_numpy(np.sort(order[np.sort(first)[:at_most]]))
 
 
 def leave_work_out(
-    recommender: Recommender, positions: Tensor, neighbours: int, vectors: Tensor | None = None
+    engine: Engine, positions: Tensor, neighbours: int, vectors: Tensor | None = None
 ) -> tuple[Likeness, Tensor]:
     """How items and their catalog without their own work are alike, and what a match with that work exceeds, (Q,).
 
@@ -78,15 +79,13 @@ def leave_work_out(
     A match is an answer led by another item of the same work; -inf where it is led by something else, NaN for a work
     of one item. Works of more than some hundred items make this slow.
     """
-    works = torch.from_numpy(recommender.works)
+    works = torch.from_numpy(engine.works)
     _, work, sizes = works.unique(return_inverse=True, return_counts=True)
     depth = 2 * int(sizes.max()) + neighbours  # so many are left without the own work and the leader's
     tops, backgrounds, matches = [], [], []
     for block in torch.arange(len(positions)).split(_BLOCK):
         at = positions[block]
-        found = recommender.search(
-            recommender.as_queries(recommender.vectors(at) if vectors is None else vectors[block]), depth
-        )
+        found = engine.search(engine.as_queries(engine.vectors(at) if vectors is None else vectors[block]), depth)
         of = work[found.ids.clamp(min=0)]
         own, itself = of == work[at][:, None], found.ids == at[:, None]
         top, background = stand_out(found.scores, of, own, neighbours)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,11 +24,12 @@ import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsearch.cache import cache_key
 from simsearch.data.manifest import Manifest
 from simsearch.data.tables import Rejected
+from simsearch.errors import SimsearchError
 from simsearch.files import (
     checked,
     checksum,
@@ -42,9 +44,10 @@ from simsearch.files import (
 from simsearch.images import ImageError
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import state_fingerprint
+from simsearch.models.encoder import build_encoder
 from simsearch.search.items import THUMBNAIL, ThumbnailGroups, read_items, write_items
 from simsearch.trust import check_links
-from simsearch.types import Part
+from simsearch.types import Encoder, Part
 
 FORMAT = 1
 _ENTRIES = {"catalog.json", "index", "items.parquet", "encoder.safetensors", "skipped.csv"}
@@ -54,7 +57,7 @@ _ADDED = 2**16  # vectors that an index is given together
 Rows = TypeVar("Rows", Tensor, pa.Table)
 
 
-class CatalogError(ValueError):
+class CatalogError(SimsearchError, ValueError):
     """A folder that is no catalog, a damaged one, or an encoder that is not the catalog's."""
 
 
@@ -62,9 +65,9 @@ def _fingerprint(about: Mapping[str, Any]) -> str:
     return checksum(about)[:16]
 
 
-def encoder_fingerprint(encoder: nn.Module) -> str:
+def encoder_fingerprint(encoder: Encoder) -> str:
     """16 hex digits over all that decides an encoder's descriptors: its identity() and its tensors."""
-    return cache_key({"identity": encoder.identity(), "state": state_fingerprint(encoder)})[:16]  # type: ignore[operator]
+    return cache_key({"identity": encoder.identity(), "state": state_fingerprint(encoder)})[:16]
 
 
 @dataclass(frozen=True)
@@ -111,25 +114,16 @@ class Catalog:
             raise CatalogError(f"the catalog {self.folder} is damaged ({error}): make it again") from error
         return [groups[group][place].as_py() for group, place in places]
 
-    def load_encoder_state(self, encoder: nn.Module) -> None:
-        """Loads the catalog's tensors into an encoder built from its config and checks its fingerprint.
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder that filled the catalog, built, loaded and checked when it is first asked for.
 
-        Raises CatalogError where the tensors do not fit or the result is another encoder.
+        Raises CatalogError where it cannot be had or is another one, Untrusted where its config would run code.
         """
-        read_encoder(self.folder, self.about, encoder)
-        self.check_encoder(encoder)
-
-    def check_encoder(self, encoder: nn.Module) -> None:
-        """Raises CatalogError for an encoder other than the one that filled the catalog."""
-        own, other = self.about["encoder_fingerprint"], encoder_fingerprint(encoder)
-        if own != other:
-            raise CatalogError(
-                f"the catalog {self.folder} was filled by encoder {own}, this one is {other}: their "
-                "descriptors do not compare. Search with the catalog's own encoder or make a new catalog"
-            )
+        return read_encoder(self.folder, self.about, trusted=self.trusted)
 
 
-def write_encoder(folder: Path, encoder: nn.Module) -> dict[str, Any]:
+def write_encoder(folder: Path, encoder: Encoder) -> dict[str, Any]:
     """Fingerprint and provenance of an encoder, for an `about`; its tensors go to encoder.safetensors in `folder`.
 
     The digest of that file is for the caller to add.
@@ -138,25 +132,48 @@ def write_encoder(folder: Path, encoder: nn.Module) -> dict[str, Any]:
     (folder / "encoder.safetensors").write_bytes(save(state))  # save_file would keep it from other users
     return {
         "encoder_fingerprint": encoder_fingerprint(encoder),
-        "backbone": dict(encoder.provenance),  # type: ignore[arg-type]
+        "backbone": dict(encoder.provenance),
         **_parts(encoder),
     }
 
 
-def _parts(encoder: nn.Module) -> dict[str, Any]:
+def _parts(encoder: Encoder) -> dict[str, Any]:
     """The entry `parts` of an encoder that has several, or codes, whose bits the index does not tell from padding."""
     if (parts := getattr(encoder, "parts", None)) is None and encoder.bits is not None:
-        parts = {"content": Part(0, int(encoder.bits), 1.0)}  # type: ignore[arg-type]
+        parts = {"content": Part(0, encoder.bits, 1.0)}
     return {} if parts is None else {"parts": {name: asdict(part) for name, part in parts.items()}}
 
 
-def read_encoder(folder: Path, about: Mapping[str, Any], encoder: nn.Module) -> None:
-    """Loads what `write_encoder` left. Raises CatalogError where the tensors do not fit or are damaged."""
+def read_encoder(folder: Path, about: Mapping[str, Any], *, trusted: bool = False) -> Encoder:
+    """The encoder that `write_encoder` left in `folder`, checked to be the one that `about` states.
+
+    Raises CatalogError where it cannot be built or its tensors are damaged or another's, Untrusted where its config
+    names what no encoder is made of and is not `trusted`.
+    """
+    try:
+        encoder = build_encoder(about["config"], trusted=trusted)
+    except (LookupError, TypeError) as error:
+        raise CatalogError(f"{folder} does not say what builds its encoder: {error!r}") from error
+    load_tensors(folder, about, encoder)
+    return encoder
+
+
+def load_tensors(folder: Path, about: Mapping[str, Any], encoder: Encoder) -> None:
+    """Loads the tensors in `folder` into an encoder and checks that it is the one that `about` states.
+
+    Raises CatalogError where they do not fit or are damaged, or the result is another encoder.
+    """
     try:
         encoder.load_state_dict(load_file(checked(folder, "encoder.safetensors", about)))
     except (RuntimeError, SafetensorError, OSError, ValueError) as error:
         raise CatalogError(f"cannot load the encoder of {folder}: {error}") from error
-    encoder.provenance = dict(about["backbone"])  # type: ignore[assignment]
+    encoder.provenance = dict(about["backbone"])
+    own, other = about["encoder_fingerprint"], encoder_fingerprint(encoder)
+    if own != other:
+        raise CatalogError(
+            f"{folder} was filled by encoder {own}, this one is {other}: their descriptors do not compare. "
+            "Search with the catalog's own encoder or make a new catalog"
+        )
 
 
 def fill_index(index: FaissIndex, counts: Sequence[int], read: Callable[[int], Tensor]) -> None:
@@ -214,7 +231,7 @@ def write_catalog(
     *,
     index: FaissIndex,
     items: pa.Table | Iterable[pa.Table],
-    encoder: nn.Module,
+    encoder: Encoder,
     config: Mapping[str, Any],
     about: Mapping[str, Any],
     errors: Sequence[ImageError | Rejected] = (),
@@ -315,7 +332,7 @@ def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
     """Writes calibration.json of the catalog in `folder`, atomically; `read_catalog` reads it.
 
     calibration: catalog, the fingerprint of the catalog that it holds for (another's is refused); same_work and
-    similar, thresholds for 1, 2, ... examples of what `Recommender.verdicts` looks at, similar None where that was not
+    similar, thresholds for 1, 2, ... examples of what `Engine.verdicts` looks at, similar None where that was not
     calibrated; floor, the cosine that a similar item must exceed; neighbours, of how many a background is the mean;
     rate, of false matches that is promised for each, and asked; weights, of the parts; units, by how many independent
     draws.

@@ -1,61 +1,157 @@
-"""The engine: an image in, the similar items of a catalog out."""
+"""The engine: examples and counter-examples in, items of a catalog out, explained, filtered and diverse."""
 
 from __future__ import annotations
 
-from itertools import chain
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
 from numbers import Integral
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from simsearch.functional.codes import pack_codes
-from simsearch.functional.reranking import Reranker, unit_vectors
+from simsearch.functional.codes import pack_codes, unpack_codes
+from simsearch.functional.diversity import mmr
+from simsearch.functional.feedback import contributions, query_weights, reweight, reweight_both, rocchio, unit_parts
+from simsearch.functional.open_set import agreeing, stand_out
+from simsearch.functional.ranking import Junk, inner_products
+from simsearch.functional.reranking import Reranker, nearest, unit_vectors
 from simsearch.search.catalog import Catalog
+from simsearch.search.filters import Attributes
+from simsearch.search.names import Names
+from simsearch.search.request import Recommendation, Request
+from simsearch.search.verdicts import (
+    NONE,
+    SAME_WORK,
+    SIMILAR,
+    UNCALIBRATED,
+    best_verdict,
+    exceeds,
+    sameness,
+    similarity,
+)
 from simsearch.types import SearchResult
 
-# Pixels that a network sees at once. What it holds of them, shallow maps above all, is some hundred times as large:
-# 60 MB an image of 224 x 224 through the three parts of model=art.
-_PIXELS = 32 * 224 * 224
-
-
-def encode(encoder: nn.Module, images: Tensor) -> Tensor:
-    """What an index holds of images uint8 (B, 3, H, W): float32 (B, D), or packed codes (B, bits / 8).
-
-    However large the batch, the network sees few enough at once for their maps to take a limited memory.
-    """
-    device = next(chain(encoder.parameters(), encoder.buffers()), torch.empty(0)).device  # colour has no weights
-    side = int(getattr(encoder, "input_size", 1))  # to which it enlarges smaller ones
-    step = max(1, _PIXELS // max(1, side**2, images.shape[2] * images.shape[3]))
-    with torch.inference_mode():
-        parts = [encoder.embed(part.to(device)).float().cpu() for part in images.split(step)]  # type: ignore[operator]
-        embedding = torch.cat(parts)
-    return pack_codes(embedding) if encoder.bits is not None else embedding.clone()
+WORK_ATTRIBUTES = ("work", "group_id")
+_SHORTLIST = 100
+_HUB_NEIGHBOURS = 10
+_DROPPED = 1000  # so many items that may not be answered are taken out of a longer list, more by a mask
+_BLOCK = 2**14  # stored vectors that are read together
+# What says nothing when two items share it: files, identities, links, and what else an artist brings along.
+_TELLS_NOTHING = re.compile(
+    r"(^|_)(id|path|file|filename|title|work|group|slug|birth|death|url|link|hash|sha1|sha256|md5|phash|width|height"
+    r"|license|licence|source|split|reason)$",
+    re.IGNORECASE,
+)
 
 
 class Engine:
-    """Searches a catalog with the encoder that filled it. Raises CatalogError for another encoder.
+    """Searches a catalog by vectors, items and filters. Any number of threads may use it.
+
+    `recommend` answers requests; its scores are computed from what the index stores, so that with a compressed index
+    too they are the sums of their parts. A catalog of codes has one part, and cosine 1 - 2 d / bits for the Hamming
+    distance d. `nearest` gives what the index itself finds.
 
     With `rerank` all vectors that the index stores are read into memory as float32, and a query is
     compared with each of them: exact whatever the index, at the cost of a full pass.
     """
 
-    def __init__(self, catalog: Catalog, encoder: nn.Module, rerank: Reranker | None = None) -> None:
-        catalog.check_encoder(encoder)
-        self.catalog, self.encoder = catalog, encoder.eval()
-        self._bits: int | None = encoder.bits  # type: ignore[assignment]
+    def __init__(self, catalog: Catalog, rerank: Reranker | None = None) -> None:
+        self.catalog = catalog
+        self.parts = catalog.parts
+        self._bits = next(iter(self.parts.values())).stop if catalog.index.is_binary else None
         self._reranked = rerank and rerank.fit(unit_vectors(catalog.index.reconstruct(), self._bits))
+        self.attributes = Attributes(catalog.items)
+        self.work_attribute = next((n for n in WORK_ATTRIBUTES if n in self.attributes.names), None)
 
-    def search(self, images: Tensor, k: int) -> SearchResult:
-        """The k most similar items, or all where there are fewer, of images uint8 (B, 3, H, W).
+    @cached_property
+    def works(self) -> np.ndarray:
+        """The work of each item, int64 (N,): equal numbers are one work; an item without a known one is its own."""
+        own = np.arange(len(self.catalog), dtype=np.int64)
+        if self.work_attribute is None:
+            return own
+        codes = self.attributes.column(self.work_attribute).codes
+        return np.where(codes >= 0, codes.astype(np.int64), own + len(own))
+
+    @cached_property
+    def largest_work(self) -> int:
+        """How many items the work with most of them has."""
+        return int(np.unique(self.works, return_counts=True)[1].max())
+
+    @cached_property
+    def telling(self) -> list[str]:
+        """The attributes that are worth naming where two items share them: artist, style, period, ..."""
+        names = [n for n in self.attributes.names if not _TELLS_NOTHING.search(n)]
+        counts = {name: len(self.attributes.column(name).values) for name in names}
+        return [name for name in names if 1 < counts[name] <= max(2, len(self.catalog) // 2)]
+
+    @cached_property
+    def names(self) -> Names:
+        """What the items are called."""
+        return Names(self.catalog.items)
+
+    def position(self, name: str | int) -> int:
+        """The position of the item of that id or path, as in `Names.find`. Raises ValueError where there is none."""
+        found = self.names.find(str(name))
+        if found is None:
+            hint = f", or position:{name} for the item at that place" if re.fullmatch(r"[0-9]+", str(name)) else ""
+            raise ValueError(
+                f"no item {str(name)!r} in the catalog {self.catalog.folder}: give an id or path as it has it{hint}"
+            )
+        return found
+
+    def vectors(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """What the index stores of these items, for a request: float32 (M, D), or packed codes uint8."""
+        return self.catalog.index.rows(torch.as_tensor(ids, dtype=torch.int64))
+
+    def as_queries(self, vectors: Tensor) -> Tensor:
+        """Descriptors as the index holds them, as queries float32 (Q, D) of the catalog's weights, each by itself.
+
+        Every part has its length again, which a compressed index does not keep. Codes become + or - 1 / sqrt(bits).
+        Raises ValueError for descriptors of another width.
+        """
+        width = (self.catalog.index.bits or 0) // 8 or self.catalog.index.dimension
+        if vectors.ndim != 2 or vectors.shape[1] != width:
+            raise ValueError(
+                f"descriptors of {vectors.shape[-1]} columns do not compare with the {width} of the catalog "
+                f"{self.catalog.folder}: describe the images with its own encoder"
+            )
+        return unit_parts(self._stored(vectors), self.parts)
+
+    def query(self, request: Request) -> Tensor:
+        """The combined query of a request, float32 (D,): its inner product with a stored descriptor is the score.
+
+        Codes are entries of + or - 1 / sqrt(bits). Raises ValueError for weights that do not fit the catalog.
+        """
+        weights = self._weights(request)
+        like = self.as_queries(request.like)
+        query = rocchio(like, None if request.unlike is None else self.as_queries(request.unlike), self.parts)
+        if self.catalog.index.is_binary:  # where examples are at odds, the first decides
+            return torch.where(query == 0, like[0], query).sign() * like.shape[1] ** -0.5
+        return reweight(query, self.parts, weights)
+
+    def search(self, queries: Tensor, k: int, among: Tensor | None = None) -> SearchResult:
+        """The k items, or all, of largest inner product with queries float32 (Q, D), as `query` gives them.
+
+        among: bool (N,), the items to search. Which items there are is the index's answer, their scores are exact
+        for what it stores.
+        """
+        coded = pack_codes(queries) if self.catalog.index.is_binary else queries
+        found = self.catalog.index.search(coded, min(k, len(self.catalog)), among)
+        step = max(1, _BLOCK // found.ids.shape[1])
+        parts = [self._rescored(*block) for block in zip(queries.split(step), found.ids.split(step), strict=True)]
+        return SearchResult(torch.cat([ids for ids, _ in parts]), torch.cat([scores for _, scores in parts]))
+
+    def nearest(self, vectors: Tensor, k: int) -> SearchResult:
+        """The k most similar items, or all where there are fewer, of descriptors (B, width) as `encode` gives them.
 
         Scores of float descriptors are cosines, of codes minus Hamming distances. After re-ranking they are the
         method's own: inner products of its vectors, or what orders its shortlist. Raises ValueError for k < 1, and for
         more than a shortlist holds.
         """
-        return self.nearest(encode(self.encoder, images), k)
-
-    def nearest(self, vectors: Tensor, k: int) -> SearchResult:
-        """The same of descriptors (B, width), as `encode` gives them."""
         if not isinstance(k, Integral):
             raise ValueError(f"k must be a whole number, got {k}")
         if k < 1:
@@ -67,3 +163,186 @@ class Engine:
             return found
         # Rounding, and lengths that a compressed index does not keep, lead out of what a cosine can be.
         return SearchResult(found.ids, torch.where(found.ids < 0, found.scores, found.scores.clamp(-1, 1)))
+
+    def recommend(self, request: Request) -> Recommendation:
+        """The answer to a request. Re-ranking decides the order of its items, and none of their scores.
+
+        Raises ValueError for weights, filters, descriptors or positions that do not fit the catalog.
+        """
+        weights, query = self._weights(request), self.query(request)
+        taken = self._taken(request)
+        among = self.attributes.select(request.where) if request.where else None
+        if among is None and len(taken) > _DROPPED:
+            among = torch.ones(len(self.catalog), dtype=torch.bool)
+        if among is not None:
+            among[taken] = False
+        candidates = len(self.catalog) - len(taken) if among is None else int(among.sum())
+        ids, scores, rows = self._shortlist(request, query, among, taken, candidates)
+
+        ranked = scores
+        if request.hubness and len(ids):
+            ranked = scores - 0.5 * self._hubness(ids, reweight(rows, self.parts, weights))
+        chosen = mmr(ranked, reweight_both(rows, self.parts, weights), request.k, 1 - request.diversity)
+        of_parts = {name: self._exact(part) for name, part in contributions(query, rows[chosen], self.parts).items()}
+        total, of_parts = _bounded(sum(of_parts.values(), torch.zeros(len(chosen))), of_parts)
+        verdicts = [
+            NONE if verdict == SIMILAR and score < 0 else verdict
+            for verdict, score in zip(self.verdicts(ids[chosen], request.like, taken), total.tolist(), strict=True)
+        ]
+        return Recommendation(ids[chosen], total, of_parts, verdicts, best_verdict(verdicts), candidates)
+
+    def verdicts(self, ids: Tensor, like: Tensor, taken: Tensor | None = None) -> list[str]:
+        """What the catalog's calibration says of items: "same work", "similar", "none" or "uncalibrated".
+
+        ids: positions int64 (K,). like: the examples as `Request` has them. taken: positions int64 of the examples' own
+        items. An item is judged by its cosine to a plain example, beside the example's background in the whole catalog
+        (`stand_out`): what is similar counts for more in a dense one, and its cosine must exceed what images from
+        outside get; the same work must be similar, where that is calibrated, and stand out against the background. Of
+        several examples enough must agree (`agreeing`). All of this is of the catalog's own weights, whatever weights
+        and filters a request has.
+        """
+        calibration = self.catalog.calibration
+        if calibration is None or not len(ids):
+            return [UNCALIBRATED] * len(ids)
+        queries = self.as_queries(like)
+        cosines = self._exact(self._stored(self.vectors(ids)) @ queries.T)
+        _, background = self.stand_out(queries, calibration["neighbours"], torch.empty(0) if taken is None else taken)
+        same = exceeds(sameness(cosines, background), calibration["same_work"])
+        if calibration["similar"] is None:
+            return [SAME_WORK if one else UNCALIBRATED for one in same.tolist()]
+        near = similarity(cosines, background).masked_fill(cosines <= calibration["floor"], -torch.inf)
+        close = exceeds(near, calibration["similar"])
+        kinds = {(True, True): SAME_WORK, (False, True): SIMILAR}
+        return [kinds.get(one, NONE) for one in zip(same.tolist(), close.tolist(), strict=True)]
+
+    def agreeing(self, examples: int) -> dict[str, int]:
+        """Of so many examples, how many an item must be near to for each verdict that the calibration knows."""
+        calibration = self.catalog.calibration or {}
+        known = {SAME_WORK: calibration.get("same_work"), SIMILAR: calibration.get("similar")}
+        return {verdict: agreeing(examples, len(values))[0] for verdict, values in known.items() if values}
+
+    def stand_out(self, queries: Tensor, neighbours: int, taken: Tensor) -> tuple[Tensor, Tensor]:
+        """The best score of queries float32 (Q, D) and their background, (Q,) both, without the items `taken` (T,)."""
+        found = self.search(queries, neighbours + self.largest_work + len(taken))
+        works = torch.from_numpy(self.works)[found.ids.clamp(min=0)]
+        return stand_out(found.scores, works, torch.isin(found.ids, taken), neighbours)
+
+    def shared(self, ids: Sequence[int] | Tensor, with_: Sequence[int]) -> list[dict[str, str]]:
+        """Of each item, the telling attributes and values that it has in common with any of the items `with_`."""
+        found: list[dict[str, str]] = [{} for _ in range(len(ids))]
+        rows, others = np.asarray(ids, dtype=np.int64), np.asarray(with_, dtype=np.int64)
+        for name in self.telling:
+            column = self.attributes.column(name)
+            known = set(column.codes[others].tolist()) - {-1}
+            for place, code in enumerate(column.codes[rows].tolist()):
+                if code in known:
+                    found[place][name] = column.values[code]
+        return found
+
+    def consensus(self, ids: Sequence[int] | Tensor) -> dict[str, str]:
+        """The telling attributes and values that more than half of these items, at least two, have in common."""
+        rows, found = np.asarray(ids, dtype=np.int64), {}
+        for name in self.telling:
+            column = self.attributes.column(name)
+            for code, count in Counter(column.codes[rows].tolist()).most_common(1):
+                if code >= 0 and count > max(1, len(rows) / 2):
+                    found[name] = column.values[code]
+        return found
+
+    def _weights(self, request: Request) -> dict[str, float]:
+        if self.catalog.index.is_binary and set(request.weights or {}) - set(self.parts):
+            raise ValueError(
+                f"the catalog {self.catalog.folder} holds codes, which have no parts to weigh: leave weights out"
+            )
+        return query_weights(self.parts, request.weights)
+
+    def _stored(self, vectors: Tensor) -> Tensor:
+        """What an index stores as float32 (n, D): codes become + or - 1 / sqrt(bits)."""
+        if self._bits is None:
+            return vectors
+        return (2 * unpack_codes(vectors, self._bits) - 1) * self._bits**-0.5
+
+    def _exact(self, products: Tensor) -> Tensor:
+        """Inner products; of codes the multiple of 1 / bits that rounding left them near, so that ties tie."""
+        return products if self._bits is None else (products * self._bits).round() / self._bits
+
+    def _rescored(self, queries: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self._stored(self.vectors(ids.clamp(min=0).flatten())).unflatten(0, ids.shape)
+        products = [inner_products(query[None], own) for query, own in zip(queries, rows, strict=True)]
+        scores = self._exact(torch.cat(products)).masked_fill(ids < 0, -torch.inf)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        return ids.gather(1, order), scores.gather(1, order)
+
+    def _taken(self, request: Request) -> Tensor:
+        """Positions of the items that may not be answered: those of the query, and where works collapse, theirs."""
+        given = np.asarray(request.exclude, dtype=np.int64)
+        if len(given) and (given.min() < 0 or given.max() >= len(self.catalog)):
+            raise ValueError(f"exclude must be positions 0 to {len(self.catalog) - 1}, got {given.tolist()}")
+        if request.collapse and len(given):
+            given = np.flatnonzero(np.isin(self.works, self.works[given]))
+        return torch.from_numpy(np.unique(given))
+
+    def _shortlist(
+        self, request: Request, query: Tensor, among: Tensor | None, taken: Tensor, candidates: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ids (S,), scores (S,) and vectors (S, D) of the best items, one a work where works collapse.
+
+        It is deepened until it has k items or the catalog no more.
+        """
+        depth = min(max(_SHORTLIST, 10 * request.k), candidates)
+        while True:
+            found = self._nearest(query, depth, among, taken)
+            ids, scores = found.ids[0], found.scores[0]
+            if request.collapse:
+                _, first = np.unique(self.works[ids], return_index=True)
+                kept = torch.from_numpy(np.sort(first))
+                if len(kept) < request.k and len(ids) == depth < candidates:
+                    depth = min(4 * depth, candidates)
+                    continue
+                ids, scores = ids[kept], scores[kept]
+            return ids, scores, self._stored(self.vectors(ids))
+
+    def _nearest(self, query: Tensor, depth: int, among: Tensor | None, taken: Tensor) -> SearchResult:
+        """The answer (1, S), S <= depth, to one query among the items that may be answered."""
+        if depth == 0:
+            return SearchResult(torch.empty((1, 0), dtype=torch.int64), torch.empty((1, 0)))
+        if self._reranked is not None:
+            return self._nearest_reranked(query, depth, among, taken)
+        found = self.search(query[None], depth + (len(taken) if among is None else 0), among)
+        kept = found.ids[0] >= 0
+        if among is None:
+            kept &= ~torch.isin(found.ids[0], taken)
+        return SearchResult(found.ids[:, kept][:, :depth], found.scores[:, kept][:, :depth])
+
+    def _nearest_reranked(self, query: Tensor, depth: int, among: Tensor | None, taken: Tensor) -> SearchResult:
+        """As `_nearest`, by the re-ranker, which sees none of the items that may not be answered.
+
+        Scores: the best item's is the best cosine of all of them, and so on: what is weighed against scores later
+        (diversity, hubness) is weighed against cosines, whatever the re-ranker counts in.
+        """
+        assert self._reranked is not None
+        left_out = taken if among is None else (~among).nonzero()[:, 0]
+        junk = Junk(torch.zeros_like(left_out), left_out)
+        wanted, ahead = self._reranked.rerank(F.normalize(query[None], dim=1), junk)
+        found = nearest(wanted, self._reranked.vectors, depth, junk) if ahead is None else ahead
+        ids = found.ids[0, :depth]
+        ids = ids[ids >= 0]
+        scores = self._exact(self._stored(self.vectors(ids)) @ query).sort(descending=True).values
+        return SearchResult(ids[None], scores[None])
+
+    def _hubness(self, ids: Tensor, queries: Tensor) -> Tensor:
+        """The mean score (S,) of items with their nearest others in the catalog; queries (S, D): they themselves."""
+        found = self.search(queries, _HUB_NEIGHBOURS + 1)
+        others = (found.ids != ids[:, None]) & (found.ids >= 0)
+        others &= others.cumsum(1) <= _HUB_NEIGHBOURS
+        return found.scores.masked_fill(~others, 0.0).sum(1) / others.sum(1).clamp(min=1)
+
+
+def _bounded(scores: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores (K,) in [-1, 1], and parts that sum to them.
+
+    No mean of cosines is out of there, but rounding, and lengths that a compressed index does not keep, lead out.
+    """
+    bounded = scores.clamp(-1, 1)
+    scale = torch.where(scores == bounded, 1.0, bounded / scores)
+    return bounded, {name: (part * scale).clamp(-1, 1) for name, part in parts.items()}

@@ -30,33 +30,39 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from simsearch.cache import cache_key
 from simsearch.data.ingest.pixel_store import tensors_sha256
 from simsearch.data.manifest import Manifest
 from simsearch.data.presence import Presence, file_sizes
+from simsearch.errors import SimsearchError
 from simsearch.files import checked, digests, read_json, replacing, write_json
 from simsearch.images import ImageError
 from simsearch.search.catalog import encoder_fingerprint, path_table, read_encoder, with_thumbnails, write_encoder
 from simsearch.trust import check_links
+from simsearch.types import Encoder
 
 FORMAT = 1
 _DECIDING = ("format", "listing", "encoder_fingerprint", "chunk", "thumbnail")
 _ENDING = ".safetensors"
 
 
-class ShardError(ValueError):
+class ShardError(SimsearchError, ValueError):
     """A folder without a plan, a plan made for something else, or a damaged shard."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """An opened folder of shards, finished or not. about: plan.json; items: path and attributes of N images."""
+    """An opened folder of shards, finished or not. about: plan.json; items: path and attributes of N images.
+
+    trusted: the user trusts whoever made it.
+    """
 
     folder: Path
     about: dict[str, Any]
     items: pa.Table
+    trusted: bool = False
 
     def __len__(self) -> int:
         """The number of chunks."""
@@ -90,12 +96,12 @@ class Shards:
         found = _names(self.folder / "shards")
         return [number for number in range(len(self)) if self.path(number).name not in found]
 
-    def load_encoder_state(self, encoder: nn.Module) -> None:
-        """Loads the plan's tensors into an encoder built from its config. Raises what is raised for a catalog's."""
-        read_encoder(self.folder / "plan", self.about, encoder)
-        self.check_encoder(encoder)
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The plan's encoder, built, loaded and checked when it is first asked for. Raises as Catalog.encoder does."""
+        return read_encoder(self.folder / "plan", self.about, trusted=self.trusted)
 
-    def check_encoder(self, encoder: nn.Module) -> None:
+    def check_encoder(self, encoder: Encoder) -> None:
         """Raises ShardError for an encoder other than the plan's."""
         own, other = self.about["encoder_fingerprint"], encoder_fingerprint(encoder)
         if own != other:
@@ -196,7 +202,7 @@ def begin(
     folder: Path,
     manifest: Manifest,
     *,
-    encoder: nn.Module,
+    encoder: Encoder,
     config: Mapping[str, Any],
     chunk: int,
     thumbnail: int,
@@ -274,7 +280,7 @@ def open_shards(folder: Path, *, trusted: bool = False) -> Shards:
         raise ShardError(f"the plan of {folder} is damaged (plan.json lacks {', '.join(missing)}): delete {folder}")
     if about["images"] != len(items):
         raise ShardError(f"the plan of {folder} is damaged: {len(items)} of {about['images']} rows: delete {folder}")
-    return Shards(folder, about, items)
+    return Shards(folder, about, items, trusted)
 
 
 def _change(shards: Shards, items: pa.Table, sizes: np.ndarray) -> str:

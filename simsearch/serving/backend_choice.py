@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simsearch.models.backbones import Backbone, Runtime
+from simsearch.types import Encoder
 
 AGREE = 1e-3  # L2 distance of descriptors of norm 1; of codes relative to theirs
 _SECONDS = 0.5  # of repetitions of one batch
@@ -25,7 +26,7 @@ class Choice:
     reason: str
 
 
-def choose_runtime(encoder: nn.Module, batch_size: int, wanted: Runtime = "auto") -> Choice:
+def choose_runtime(encoder: Encoder, batch_size: int, wanted: Runtime = "auto") -> Choice:
     """Sets every backbone of an encoder to the runtime that serves faster, by one image and by several together.
 
     Networks that ONNX Runtime cannot run stay on torch. So do all on an accelerator, and where the descriptors come
@@ -44,7 +45,7 @@ def choose_runtime(encoder: nn.Module, batch_size: int, wanted: Runtime = "auto"
     batches = [images[:1], images] if len(images) > 1 else [images]
     embed = encoder.embed
     with torch.inference_mode():
-        expected = embed(images)  # type: ignore[operator]
+        expected = embed(images)
         able, refused = [], []
         for network in networks:
             network.runtime = "onnx"
@@ -57,7 +58,7 @@ def choose_runtime(encoder: nn.Module, batch_size: int, wanted: Runtime = "auto"
         if not able or (refused and wanted == "onnx"):
             return _on_torch(networks, wanted, "; ".join(refused))
         try:
-            found = embed(images)  # type: ignore[operator]
+            found = embed(images)
         except Exception as error:  # at another scale
             return _on_torch(networks, wanted, f"it cannot run in ONNX Runtime: {error}")
         if not (apart := float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())) <= AGREE:
@@ -65,7 +66,7 @@ def choose_runtime(encoder: nn.Module, batch_size: int, wanted: Runtime = "auto"
         times: dict[Runtime, list[float]] = {"torch": [], "onnx": []}
         for runtime, taken in times.items():
             _set(able, runtime)
-            taken += [seconds(partial(embed, batch)) for batch in batches]  # type: ignore[arg-type,operator,misc]
+            taken += [seconds(partial(embed, batch)) for batch in batches]
     ratio = torch.tensor(times["torch"]) / torch.tensor(times["onnx"])
     chosen: Runtime = wanted if wanted != "auto" else "onnx" if ratio.prod() > 1 else "torch"
     _set(able, chosen)
@@ -99,9 +100,9 @@ def _set(networks: list[Backbone], runtime: Runtime) -> None:
         network.runtime = runtime
 
 
-def _images(encoder: nn.Module, count: int) -> Tensor:
+def _images(encoder: Encoder, count: int) -> Tensor:
     """Noise that is smooth, as pictures are, uint8 (count, 3, H, W), with the sides of a usual image."""
-    size: int = encoder.input_size  # type: ignore[assignment]
+    size = encoder.input_size
     height = size if encoder.fit == "square" else max(1, 3 * size // 4)
     small = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255
     return nn.functional.interpolate(small, (height, size), mode="bilinear").to(torch.uint8)

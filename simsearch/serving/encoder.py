@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from simsearch.search.engine import encode
+from simsearch.search.describe import encode
 from simsearch.serving.backend_choice import Choice
 from simsearch.serving.limits import Busy
+from simsearch.types import Encoder
 
 
 @dataclass(frozen=True, eq=False)
 class _Job:
     future: Future[Any]
     image: Tensor | None = None
-    call: Callable[[nn.Module], Any] | None = None
+    call: Callable[[Encoder], Any] | None = None
 
 
 class EncoderWorker:
@@ -34,11 +35,10 @@ class EncoderWorker:
     """
 
     def __init__(
-        self, encoder: nn.Module, *, batch_size: int, wait_ms: float, queue_length: int, runtime: Choice | None = None
+        self, encoder: Encoder, *, batch_size: int, wait_ms: float, queue_length: int, runtime: Choice | None = None
     ) -> None:
         self.encoder, self.runtime = encoder.eval(), runtime
-        self.size: int = encoder.input_size  # type: ignore[assignment]
-        self.fit: Any = encoder.fit
+        self.size, self.fit = encoder.input_size, encoder.fit
         self._batch_size, self._wait, self._most = batch_size, wait_ms / 1e3, queue_length
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -67,7 +67,7 @@ class EncoderWorker:
         """The descriptor (D,) of an image uint8 (3, h, w) of the encoder's size and fit. Raises Busy."""
         return self._put(_Job(Future(), image=image))
 
-    def call(self, function: Callable[[nn.Module], Any]) -> Future[Any]:
+    def call(self, function: Callable[[Encoder], Any]) -> Future[Any]:
         """What `function(encoder)` returns; it runs between batches. Raises Busy."""
         return self._put(_Job(Future(), call=function))
 

@@ -8,7 +8,7 @@ import stat
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,16 +17,16 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from torch import nn
 
 from simsearch.files import Damaged
 from simsearch.images import MAX_BYTES, header_shape
 from simsearch.models.backbones import Runtime
 from simsearch.models.parts import can_explain
 from simsearch.search.catalog import Catalog, CatalogError, read_catalog
+from simsearch.search.engine import Engine
 from simsearch.search.items import ThumbnailGroups
 from simsearch.search.names import Names
-from simsearch.search.recommender import Recommender, Request
+from simsearch.search.request import Request
 from simsearch.serving.backend_choice import Choice, choose_runtime
 from simsearch.serving.browse import Listing, whole
 from simsearch.serving.encoder import EncoderWorker
@@ -59,7 +59,7 @@ class Loaded:
 
     name: str
     catalog: Catalog
-    recommender: Recommender
+    engine: Engine
     worker: EncoderWorker
     listing: Listing
     thumbnails: Thumbnails
@@ -78,13 +78,13 @@ class Loaded:
             at = position if name is None else old.find(name)
             if at is not None and at < len(old):
                 (name,) = old.of([at])
-        found = None if name is None else self.recommender.names.find(name)
-        return None if found is None else self.recommender.names.of([found])[0]
+        found = None if name is None else self.engine.names.find(name)
+        return None if found is None else self.engine.names.of([found])[0]
 
     def describe(self, positions: Sequence[int]) -> list[dict[str, Any]]:
         """Id, attributes, width and height of items, as the API gives them."""
         answer = []
-        names = self.recommender.names.of(positions)
+        names = self.engine.names.of(positions)
         for position, name, row in zip(positions, names, self.listing.rows(positions), strict=True):
             width, height = whole(row.get("width")), whole(row.get("height"))
             if not (width and height):  # of the thumbnail: the shape is the same
@@ -144,7 +144,7 @@ class Thumbnails:
 class Library:
     """Catalogs by name. `refresh` exchanges those whose folders changed; whoever holds an old one by `lease` keeps it.
 
-    build: the encoder of a catalog's config, on blank tensors. Encoders are shared by catalogs that one filled.
+    Encoders are shared by catalogs that one filled.
     runtime: what their networks run on (simsearch.serving.backend_choice); None leaves that to their configs.
     Raises ValueError (CatalogError) where a catalog cannot be loaded.
     """
@@ -153,7 +153,6 @@ class Library:
         self,
         sources: Mapping[str, Source],
         *,
-        build: Callable[[Mapping[str, Any]], nn.Module],
         device: torch.device,
         limits: Limits,
         runtime: Runtime | None = None,
@@ -161,7 +160,7 @@ class Library:
     ) -> None:
         self.sources = dict(sources)
         self.problems: dict[str, str] = {}
-        self._build, self._device, self._limits, self._runtime = build, device, limits, runtime
+        self._device, self._limits, self._runtime = device, limits, runtime
         self._trusted = trusted
         self._lock = threading.Lock()
         # Only while a catalog holds them: an encoder that was exchanged is let go.
@@ -208,7 +207,7 @@ class Library:
                 continue
             with self._lock:
                 old = self._loaded[name]
-                loaded = replace(loaded, before=(old.version, old.recommender.names))
+                loaded = replace(loaded, before=(old.version, old.engine.names))
                 self._loaded[name], self._stamps[name] = loaded, stamp
             self.problems.pop(name, None)
             old.worker.release()
@@ -236,16 +235,16 @@ class Library:
 
     def _open(self, name: str, source: Source) -> Loaded:
         catalog = read_catalog(source.folder, trusted=self._trusted)
-        recommender = Recommender(catalog)
-        recommender.position(*recommender.names.of([0]))
-        recommender.recommend(Request(like=recommender.vectors([0]), k=1, exclude=(0,)))  # reads what it reads lazily
-        listing = Listing(recommender.attributes)
+        engine = Engine(catalog)
+        engine.position(*engine.names.of([0]))
+        engine.recommend(Request(like=engine.vectors([0]), k=1, exclude=(0,)))  # reads what it reads lazily
+        listing = Listing(engine.attributes)
         thumbnails, version = Thumbnails(source.folder / "items.parquet", catalog.about), _version(source.folder)
         worker = self._worker(catalog)
         return Loaded(
             name=name,
             catalog=catalog,
-            recommender=recommender,
+            engine=engine,
             worker=worker,
             listing=listing,
             thumbnails=thumbnails,
@@ -263,9 +262,7 @@ class Library:
         known = self._workers.get(fingerprint)
         if known is not None and known.retain():
             return known
-        encoder = self._build(catalog.about["config"])
-        catalog.load_encoder_state(encoder)
-        encoder, limits = encoder.to(self._device), self._limits
+        encoder, limits = catalog.encoder.to(self._device), self._limits
         worker = EncoderWorker(
             encoder,
             batch_size=limits.batch_size,

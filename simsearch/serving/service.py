@@ -22,8 +22,8 @@ from simsearch.images import ImageError, decode_thumbnail
 from simsearch.models.parts import parts_of
 from simsearch.search.filters import Condition, parse_filters
 from simsearch.search.names import POSITION
-from simsearch.search.recommender import Recommendation
-from simsearch.search.recommender import Request as Wish
+from simsearch.search.request import Recommendation
+from simsearch.search.request import Request as Wish
 from simsearch.serving.library import Library, Loaded
 from simsearch.serving.limits import Account, Busy, Limits, Pool, account
 from simsearch.serving.messages import Example, Explained, Filter, Reply, Wanted
@@ -198,7 +198,7 @@ class Service:
         uploads = [one for one in examples if not isinstance(one, int)]
         ids = [one for one in examples if isinstance(one, int)]
         own = iter(await asyncio.gather(*(self.described(upload, loaded) for upload in uploads)))
-        stored = iter(await self.searching.run(lambda: loaded.recommender.vectors(ids)) if ids else ())
+        stored = iter(await self.searching.run(lambda: loaded.engine.vectors(ids)) if ids else ())
         return torch.stack([next(stored) if isinstance(one, int) else next(own) for one in examples])
 
     def examples(self, asked: Sequence[Example], loaded: Loaded) -> list[Upload | int]:
@@ -215,7 +215,7 @@ class Service:
         if example.position is not None:
             return example.position if example.position < len(loaded.catalog) else None
         try:
-            return loaded.recommender.names.find(name_of(example))
+            return loaded.engine.names.find(name_of(example))
         except ValueError as error:  # several items
             raise HTTPException(422, str(error)) from None
 
@@ -252,9 +252,9 @@ class Service:
                 hubness=wanted.hubness,
                 exclude=tuple(one for one in (*like, *unlike) if isinstance(one, int)),
             )
-            found = loaded.recommender.recommend(wish)
+            found = loaded.engine.recommend(wish)
             positions = found.ids.tolist()
-            shared = loaded.recommender.shared(positions, ids)
+            shared = loaded.engine.shared(positions, ids)
             return found, loaded.describe(positions), shared
 
         try:
@@ -311,7 +311,7 @@ class Service:
         parts, stored = parts_of(loaded.worker.encoder), vectors[-1]
         unlike = vectors[likes:-1] if wanted.unlike else None
         try:
-            query = loaded.recommender.query(Wish(like=vectors[:likes], unlike=unlike, weights=wanted.weights))
+            query = loaded.engine.query(Wish(like=vectors[:likes], unlike=unlike, weights=wanted.weights))
             by_item = reweight(stored, parts, query_weights(parts, wanted.weights))
         except ValueError as error:
             raise HTTPException(422, str(error)) from None

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from simsearch import configs, run_directory
+from simsearch import configs, saved_run
 from simsearch.data.cifar10 import DataError
 from simsearch.files import read_json
 from simsearch.identity import run_identity
 from simsearch.models.backbones import WeightsError
-from simsearch.run_directory import Run
+from simsearch.saved_run import Run
 from simsearch.studies.rows import Expected, Row
 from simsearch.studies.runs import (
     compose,
@@ -187,7 +187,7 @@ def obtain(
             print(f"{name}, seed {seed}: {'going on' if begun else 'training'} in {folder}", file=sys.stderr)
             said = ["trust=true"] if trusted else []
             launch("train", [override("run_dir", folder), *(["resume=true"] if begun else overrides), *said])
-    runs[key] = run_directory.open_run(folder, trusted=trusted)
+    runs[key] = saved_run.open_run(folder, trusted=trusted)
     return runs[key]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import hydra
 from hydra.errors import HydraException
 
-from simsearch import configs, run_directory
+from simsearch import configs, saved_run
 from simsearch.files import read_json
 from simsearch.identity import run_identity
 from simsearch.studies.rows import Row
@@ -33,7 +33,7 @@ def compose(overrides: tuple[str, ...], *, command: str = "train", trusted: bool
         values = configs.plain(hydra.compose(command, [*places, *overrides]))
     except HydraException as error:
         raise ValueError(f"{line}: {error}") from error
-    if not trusted and configs.admitted(values, line) != values:
+    if not trusted and saved_run.admitted(values, line) != values:
         raise Untrusted(f"{line}: it downloads, or chooses where caches lie; {MEND}")
     return values
 
@@ -60,13 +60,13 @@ def start_seed(book: Mapping[str, Row], name: str, seed: int) -> int:
     return seed if seed in seeds else seeds[0]
 
 
-def finished_runs(root: Path, *, trusted: bool = False) -> dict[str, run_directory.Run]:
+def finished_runs(root: Path, *, trusted: bool = False) -> dict[str, saved_run.Run]:
     """Identity -> run, of the runs in `root` that were trained and tested, and may be opened."""
-    runs: dict[str, run_directory.Run] = {}
+    runs: dict[str, saved_run.Run] = {}
     for path in sorted(root.glob("*/config.yaml")):
         try:
             if is_finished(path.parent):
-                run = run_directory.open_run(path.parent, trusted=trusted)
+                run = saved_run.open_run(path.parent, trusted=trusted)
                 runs.setdefault(run_identity(run.config), run)
         except (ValueError, LookupError, AttributeError):
             continue  # damaged, or of a time when configs were others: no row's run
@@ -80,8 +80,8 @@ def is_finished(folder: Path) -> bool:
 
 
 def find_run(
-    book: Mapping[str, Row], name: str, seed: int, runs: Mapping[str, run_directory.Run], *, trusted: bool = False
-) -> tuple[run_directory.Run | None, dict[str, Any] | None]:
+    book: Mapping[str, Row], name: str, seed: int, runs: Mapping[str, saved_run.Run], *, trusted: bool = False
+) -> tuple[saved_run.Run | None, dict[str, Any] | None]:
     """The finished run of a row and seed, or None, and the row's config; that is None, too, while its start row has
     no finished run."""
     start = None
