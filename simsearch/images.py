@@ -176,6 +176,13 @@ def read_image(
     return pixels.contiguous()
 
 
+def picture_pixels(picture: Image.Image) -> Tensor:
+    """The pixels of a Pillow image as `read_image` gives them: uint8 (3, H, W) sRGB, upright, on white."""
+    turn = _turn(picture)
+    pixels = np.array(_to_rgb(picture if turn is None else picture.transpose(turn)))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
 def encode_thumbnail(image: Tensor, side: int) -> bytes:
     """A small copy as the bytes of an image file, its longer side at most `side`, aspect kept.
 

@@ -29,9 +29,9 @@ from simsearch.data.protocols import OfficialSplit
 from simsearch.evaluation.evaluate import Evaluation, evaluate
 from simsearch.files import read_json
 from simsearch.functional.codes import pack_codes, unpack_codes
+from simsearch.functional.ranking import mean_name
 from simsearch.functional.significance import mean_interval
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.metrics.retrieval import mean_name
 from simsearch.search.rerank import AQE
 from simsearch.types import Descriptors, RetrievalTask
 

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from conftest import in_ranks
 
 from simsearch.functional.codes import pack_codes
-from simsearch.functional.ranking import measure_ranking
-from simsearch.metrics.retrieval import RetrievalMetrics, mean_name
+from simsearch.functional.ranking import mean_name, measure_ranking
+from simsearch.metrics.retrieval import RetrievalMetrics
 from simsearch.types import Descriptors
 
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

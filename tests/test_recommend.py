@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from simsearch.__main__ import quoted
-from simsearch.commands.recommend import answer_table, describe
+from simsearch.commands.recommend import answer_table
 from simsearch.files import read_json, write_json
 from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import Engine
@@ -119,7 +120,7 @@ def test_a_long_path_is_never_cut(catalog):
     recommender = Engine(read_catalog(catalog))
     answer = recommender.recommend(Request(recommender.vectors([0]), k=1, collapse=False))
     path = "images/" + "x" * 150 + "/end.jpg"
-    (item,) = describe(recommender, answer, [0], [])
+    (item,) = [asdict(hit) for hit in recommender.hits(answer, [], [0])]
     item["attributes"] = {**item["attributes"], "path": path}
     out = io.StringIO()
     Console(file=out, width=80).print(answer_table(recommender, ["query"], [], [item], answer))

@@ -54,7 +54,7 @@ def command(name: str, run: Path, images: Path, out: Path, *more: str) -> list[s
 
 
 def lose(after: int, how: Callable[[], object], monkeypatch) -> None:
-    """Has `how` happen after so many calls of `encode` ; files read ahead are still in memory."""
+    """Has `how` happen after so many calls of `encode`; files read ahead are still in memory."""
     real, left = describe.encode, after
 
     def encode(encoder, batch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def main(config: DictConfig) -> None:
     )
     answer = engine.recommend(request)
     kept = list(range(len(answer.ids))) if config.force or answer.verdict != NONE else []
-    items = describe(engine, answer, kept, [e.position for e in like if e.position is not None])
+    items = [asdict(hit) for hit in engine.hits(answer, [e.position for e in like if e.position is not None], kept)]
     if config.format == "json":
         query = {"like": [example.name for example in like], "unlike": [example.name for example in unlike]}
         about = {
@@ -131,27 +131,6 @@ class Examples:
 def given_weights(weights: Mapping[str, float | None], engine: Engine) -> dict[str, float] | None:
     """The weights that are given, None where none is."""
     return {name: weight for name, weight in weights.items() if weight is not None} or None
-
-
-def describe(
-    engine: Engine, answer: Recommendation, kept: Sequence[int], examples: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Of each item kept: rank, id, score, verdict, parts, what it shares with the examples, and its attributes."""
-    ids = answer.ids[list(kept)].tolist()
-    rows = engine.catalog.items.take(ids).to_pylist() if ids else []
-    shared = engine.shared(ids, examples)
-    return [
-        {
-            "rank": i + 1,
-            "id": name,
-            "score": float(answer.scores[i]),
-            "verdict": answer.verdicts[i],
-            "parts": {name: float(part[i]) for name, part in answer.parts.items()},
-            "shared": common,
-            "attributes": row,
-        }
-        for i, name, row, common in zip(kept, engine.names.of(ids), rows, shared, strict=True)
-    ]
 
 
 def answer_table(

@@ -17,7 +17,7 @@ import yaml
 from torch import Tensor
 
 from simsearch.files import Damaged, checked, note_change, read_json
-from simsearch.metrics.retrieval import mean_name
+from simsearch.functional.ranking import mean_name
 
 # One of these lies in a folder that is or was to become a run's.
 _TRACES = ("config.yaml", "run.json", "metrics.json", "checkpoints", ".hydra")

@@ -14,7 +14,7 @@ from simsearch.functional.codes import pack_codes
 from simsearch.functional.diversity import mmr
 from simsearch.functional.ndcg import COLUMNS, count_levels, graded_relevance, ndcg_graded
 from simsearch.functional.open_set import global_average_precision
-from simsearch.functional.ranking import find_junk, measure_ranking
+from simsearch.functional.ranking import find_junk, mean_name, measure_ranking
 from simsearch.functional.recommendation import (
     coverage,
     exposure,
@@ -25,7 +25,6 @@ from simsearch.functional.recommendation import (
 )
 from simsearch.functional.reranking import csls_gallery, nearest, unit_vectors
 from simsearch.functional.significance import mean_interval
-from simsearch.metrics.retrieval import mean_name
 from simsearch.types import Descriptors, RetrievalTask
 
 K = 10

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from simsearch.evaluation.sharded_index import ShardedIndex, whole_index
 from simsearch.functional.definitions import average_precision_definitions
-from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, measure_ranking
+from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, mean_name, measure_ranking
 from simsearch.functional.reranking import Reranker, unit_vectors
 from simsearch.functional.sharded import Sharded
 from simsearch.functional.significance import mean_interval
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.metrics.retrieval import RetrievalMetrics, mean_name
+from simsearch.metrics.retrieval import RetrievalMetrics
 from simsearch.types import Descriptors, SearchResult
 
 _LATENCY_QUERIES = 200

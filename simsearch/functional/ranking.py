@@ -659,3 +659,19 @@ def average_precision_in_index_order(
         ranking = _rank_keys(keys, *stored.relevant(query.label[start:stop]), nothing, gallery.ranks)
         values[start:stop] = ties.average_precision(ranking, ties.harmonic_numbers(0))
     return values
+
+
+def mean_name(name: str) -> str:
+    """The name of the mean of a per-query metric.
+
+    AP becomes mAP, also within a path such as rerank/AP. Other names stay as they are.
+
+    Args:
+        name: Name of the per-query metric.
+
+    Example:
+        >>> mean_name("AP"), mean_name("rerank/AP@10_R"), mean_name("P@10")
+        ('mAP', 'rerank/mAP@10_R', 'P@10')
+    """
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}{'m' if last.startswith('AP') else ''}{last}"

@@ -19,22 +19,6 @@ from simsearch.types import Descriptors
 Part = Literal["query", "gallery"]
 
 
-def mean_name(name: str) -> str:
-    """The name of the mean of a per-query metric.
-
-    AP becomes mAP, also within a path such as rerank/AP. Other names stay as they are.
-
-    Args:
-        name: Name of the per-query metric.
-
-    Example:
-        >>> mean_name("AP"), mean_name("rerank/AP@10_R"), mean_name("P@10")
-        ('mAP', 'rerank/mAP@10_R', 'P@10')
-    """
-    folder, slash, last = name.rpartition("/")
-    return f"{folder}{slash}{'m' if last.startswith('AP') else ''}{last}"
-
-
 class RetrievalMetrics(Metric):
     """The retrieval metrics of full rankings of all collected descriptors, exact under ties.
 

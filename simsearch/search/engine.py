@@ -18,11 +18,11 @@ from simsearch.functional.diversity import mmr
 from simsearch.functional.feedback import contributions, query_weights, reweight, reweight_both, rocchio, unit_parts
 from simsearch.functional.open_set import agreeing, stand_out
 from simsearch.functional.ranking import Junk, inner_products
-from simsearch.functional.reranking import Reranker, nearest, unit_vectors
+from simsearch.functional.reranking import RerankedGallery, Reranker, nearest, unit_vectors
 from simsearch.search.catalog import Catalog
 from simsearch.search.filters import Attributes
 from simsearch.search.names import Names
-from simsearch.search.request import Recommendation, Request
+from simsearch.search.request import Hit, Recommendation, Request
 from simsearch.search.verdicts import (
     NONE,
     SAME_WORK,
@@ -63,7 +63,9 @@ class Engine:
         self.catalog = catalog
         self.parts = catalog.parts
         self._bits = next(iter(self.parts.values())).stop if catalog.index.is_binary else None
-        self._reranked = rerank and rerank.fit(unit_vectors(catalog.index.reconstruct(), self._bits))
+        self._reranked: RerankedGallery | None = None
+        if rerank is not None:
+            self._reranked = rerank.fit(unit_vectors(catalog.index.reconstruct(), self._bits))
         self.attributes = Attributes(catalog.items)
         self.work_attribute = next((n for n in WORK_ATTRIBUTES if n in self.attributes.names), None)
 
@@ -226,6 +228,27 @@ class Engine:
         found = self.search(queries, neighbours + self.largest_work + len(taken))
         works = torch.from_numpy(self.works)[found.ids.clamp(min=0)]
         return stand_out(found.scores, works, torch.isin(found.ids, taken), neighbours)
+
+    def hits(self, found: Recommendation, examples: Sequence[int], kept: Sequence[int] | None = None) -> list[Hit]:
+        """The items of an answer with their names and attributes, those at the places `kept` or all.
+
+        examples: positions of items that the query named, which `shared` attributes are shared with.
+        """
+        kept = range(len(found.ids)) if kept is None else kept
+        ids = found.ids[list(kept)].tolist()
+        rows = self.catalog.items.take(ids).to_pylist() if ids else []
+        return [
+            Hit(
+                rank=place + 1,
+                id=name,
+                score=float(found.scores[place]),
+                verdict=found.verdicts[place],
+                parts={part: float(values[place]) for part, values in found.parts.items()},
+                shared=common,
+                attributes=row,
+            )
+            for place, name, row, common in zip(kept, self.names.of(ids), rows, self.shared(ids, examples), strict=True)
+        ]
 
     def shared(self, ids: Sequence[int] | Tensor, with_: Sequence[int]) -> list[dict[str, str]]:
         """Of each item, the telling attributes and values that it has in common with any of the items `with_`."""

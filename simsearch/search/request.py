@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 from torch import Tensor
 
@@ -62,3 +63,21 @@ class Recommendation:
     verdicts: list[str]
     verdict: str
     candidates: int
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One item that was found.
+
+    score: the cosine to the query, or the weighted mean of its parts' cosines. verdict: "same work", "similar", "none"
+    or "uncalibrated". parts: what each part of the descriptor adds to the score. shared: attributes that it has in
+    common with items that the query named. attributes: what the catalog knows of it.
+    """
+
+    rank: int
+    id: str
+    score: float
+    verdict: str
+    parts: dict[str, float]
+    shared: dict[str, str]
+    attributes: dict[str, Any]

@@ -1,0 +1,79 @@
+"""Images as a caller has them, files, pictures of Pillow, arrays and tensors, as a network sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from simsearch.data.loading import ImageBatch, Item, batched, load_items
+from simsearch.functional.resize import resize_to_fit
+from simsearch.images import ImageError, picture_pixels, read_image
+from simsearch.types import Encoder, Fit
+
+Given = str | Path | Image.Image | np.ndarray | Tensor
+
+
+def pixels_of(image: Given) -> Tensor:
+    """Returns the pixels of an image in memory, uint8 (3, H, W).
+
+    Args:
+        image: A picture of Pillow, an array uint8 (H, W, 3) or a tensor uint8 (3, H, W).
+
+    Raises:
+        ValueError: For anything else.
+    """
+    if isinstance(image, Image.Image):
+        return picture_pixels(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3:
+        return image.cpu()
+    what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, np.ndarray | Tensor) else type(image).__name__
+    raise ValueError(
+        f"{what} is no image: give a file, a picture of Pillow, an array uint8 (H, W, 3) or a tensor uint8 (3, H, W)"
+    )
+
+
+class GivenImages:
+    """The images that a caller gave, item i as (i, pixels uint8 (3, h, w) or what is wrong with it)."""
+
+    def __init__(self, images: Sequence[Given], *, size: int, fit: Fit) -> None:
+        self.images, self.size, self.fit = images, size, fit
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def path(self, i: int) -> Path:
+        """The file of item i. Only files take long enough that somebody asks."""
+        return Path(str(self.images[i]))
+
+    def __getitem__(self, i: int) -> Item:
+        image = self.images[i]
+        try:
+            if isinstance(image, str | Path):
+                return i, read_image(Path(image).expanduser(), size=self.size, fit=self.fit)
+            return i, resize_to_fit(pixels_of(image), self.size, self.fit)
+        except ImageError as error:
+            return i, ImageError(error.path, error.reason, error.detail)  # without what its traceback keeps alive
+
+    def batches(self, *, batch_size: int, workers: int = 0) -> Iterator[ImageBatch]:
+        """Batches as `load_batches` gives them. Files are decoded by processes that may be ended.
+
+        Raises ValueError for a batch_size below 1 and what is no image.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        rows = range(len(self))
+        on_disk = any(isinstance(image, str | Path) for image in self.images)
+        items = load_items(self, rows, workers=workers) if on_disk else map(self.__getitem__, rows)
+        return batched(iter(items), self, batch_size)
+
+
+def given_images(images: Sequence[Given], encoder: Encoder) -> GivenImages:
+    """The images as the encoder sees them."""
+    return GivenImages(images, size=encoder.input_size, fit=encoder.fit)
