@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from simsearch.functional.code_health import CodeMoments
 from simsearch.functional.codes import pack_codes
-from simsearch.functional.ranking import measure_ranking
+from simsearch.functional.ranking import mean_name, measure_ranking
 from simsearch.functional.sharded import Ranks, Sharded
 from simsearch.types import Descriptors
 
