@@ -110,7 +110,7 @@ _REFUSED = {
 _HYDRA = ("_args_", "_convert_", "_recursive_")  # how Hydra calls a target; no config of ours says it
 _OWN = ("wandb",)  # where W&B keeps links to its own logs; nothing is read from there
 _SHOWN = 120
-MEND = "trust=true goes on, and may run code: only where you trust whoever made it"
+MEND = "trust=true (in Python trusted=True) goes on, and may run code: only where you trust whoever made it"
 
 
 class Untrusted(SimsearchError, ValueError):
