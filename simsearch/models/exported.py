@@ -21,6 +21,7 @@ from simsearch.models.frozen import DescriptorHead, FrozenRetriever, Whitening
 from simsearch.models.onnx import OnnxFile, check_shapes, export_network
 from simsearch.models.parts import PartsRetriever, TrainedPart, parts_of
 from simsearch.models.pooling import RMAC
+from simsearch.types import Encoder
 
 FORMAT = 1
 ABOUT = "encoder.json"
@@ -56,7 +57,7 @@ class Description(nn.Module):
         return self.head(self.network(pixels))
 
 
-def write_exported(folder: Path, encoder: nn.Module) -> dict[str, Any]:
+def write_exported(folder: Path, encoder: Encoder) -> dict[str, Any]:
     """What encoder.json says of the files that are written into `folder`: it, an ONNX file a part and size.
 
     encoder: of descriptors, on the CPU. Regions of R-MAC depend on the shape of the image, so that with fit "longest"
@@ -72,14 +73,14 @@ def write_exported(folder: Path, encoder: nn.Module) -> dict[str, Any]:
         "parts": {},
     }
     for name, part in parts_of(encoder).items():
-        member = encoder.encoders[name] if isinstance(encoder, PartsRetriever) else encoder
+        member = encoder.members[name] if isinstance(encoder, PartsRetriever) else encoder
         about["parts"][name] = {**asdict(part), **_write_part(folder, name, member)}
     about["sha256"] = digests(folder, sorted(path.name for path in folder.iterdir() if path.name != ABOUT))
     write_json(folder / ABOUT, about)
     return about
 
 
-def _write_part(folder: Path, name: str, encoder: nn.Module) -> dict[str, Any]:
+def _write_part(folder: Path, name: str, encoder: Encoder) -> dict[str, Any]:
     if isinstance(encoder, TrainedPart):
         encoder = encoder.network
     if not isinstance(encoder, FrozenRetriever | RegionNetwork) or encoder.bits is not None:

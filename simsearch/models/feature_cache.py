@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from simsearch.cache import ArrayCache
@@ -59,24 +59,39 @@ def collection_features(
     return cache.get(parts, (len(images), *features(images[:1]).shape[1:]), "float16", fill)
 
 
-def pooled_features(network: nn.Module, collection: Any, cache: ArrayCache) -> Tensor:
+class OnMaps(Protocol):
+    """A network that describes what it pools of a backbone's maps.
+
+    pool: maps float32 (B, C, h, w) to regions (B, R, C). describe: regions to descriptors (B, D).
+    """
+
+    backbone: Backbone
+
+    def pool(self, maps: Tensor) -> Tensor: ...
+
+    def describe(self, regions: Tensor) -> Tensor: ...
+
+    def identity(self) -> dict[str, object]: ...
+
+
+def pooled_features(network: OnMaps, collection: Any, cache: ArrayCache) -> Tensor:
     """What `network.pool` makes of the maps of all images, float16 (N, R, C), in memory.
 
-    network: has `backbone` and `pool`, maps float32 (B, C, h, w) to regions (B, R, C). Of images of many shapes
-    (Ragged), whose maps differ too, what is pooled is cached; R must be one for all (`one_region`).
+    Of images of many shapes (Ragged), whose maps differ too, what is pooled is cached; R must be one for all
+    (`one_region`).
     """
-    backbone: Backbone = network.backbone  # type: ignore[assignment]
+    backbone = network.backbone
     if isinstance(collection.images, Ragged):
-        identity = network.identity()  # type: ignore[operator]
+        identity = network.identity()
         about = {"pooled": identity["pooling"], "family": identity["family"]}
-        pool: Callable[[Tensor], Tensor] = network.pool  # type: ignore[assignment]
-        return torch.tensor(collection_features(backbone, collection, backbone.size, cache, pool=pool, about=about))
+        found = collection_features(backbone, collection, backbone.size, cache, pool=network.pool, about=about)
+        return torch.tensor(found)
     maps = collection_features(backbone, collection, backbone.size, cache)
     pooled, step = [], 512
     with torch.no_grad():
         for low in tqdm(range(0, len(maps), step), desc="pool", unit_scale=step, unit="img", leave=False):
             block = torch.tensor(maps[low : low + step]).to(backbone.mean.device).float()
-            pooled.append(network.pool(block).half().cpu())  # type: ignore[operator]
+            pooled.append(network.pool(block).half().cpu())
     return torch.cat(pooled)
 
 

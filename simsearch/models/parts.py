@@ -39,10 +39,9 @@ class TrainedPart(nn.Module):
     neither needs `start` again: None where the tensors come from there.
     """
 
-    network: Any  # a nn.Module that is an Encoder, which no type says
-    start: str | None
+    network: Encoder
 
-    def __init__(self, network: Any, start: str | None) -> None:
+    def __init__(self, network: Encoder, start: str | None) -> None:
         super().__init__()
         if network.bits is not None:
             raise ValueError(
@@ -50,7 +49,7 @@ class TrainedPart(nn.Module):
                 "choose one of model=dir"
             )
         self.network, self.start = network.requires_grad_(False).eval(), start
-        self.dimension: int = network.dimension
+        self.dimension = network.dimension
 
     def load(self) -> None:
         """Loads the tensors of `start`. Raises WeightsError where they are missing or others."""
@@ -85,7 +84,7 @@ class TrainedPart(nn.Module):
 
     def heat_map(self, image: Tensor, vector: Tensor) -> HeatMap:
         """That of the network, where `explains` is True."""
-        return self.network.heat_map(image, vector)
+        return self.network.heat_map(image, vector)  # type: ignore[attr-defined]
 
     @property
     def input_size(self) -> int:
@@ -152,11 +151,16 @@ class PartsRetriever(DescribesBatches):
             start += encoder.dimension
         self.dimension = start
 
+    @property
+    def members(self) -> dict[str, FrozenRetriever | TrainedPart]:
+        """The encoders by the names of the parts."""
+        return dict(self.encoders.items())  # type: ignore[arg-type]
+
     # What a searcher calls
 
     def embed(self, image: Tensor) -> Tensor:
         """L2-normalised descriptors float32 (B, D) of images (B, 3, H, W)."""
-        return self._join({name: encoder.embed(image) for name, encoder in self.encoders.items()})  # type: ignore[operator]
+        return self._join({name: encoder.embed(image) for name, encoder in self.members.items()})
 
     def _join(self, vectors: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([math.sqrt(part.weight) * vectors[name] for name, part in self.parts.items()], dim=1)
@@ -164,7 +168,7 @@ class PartsRetriever(DescribesBatches):
     @property
     def explains(self) -> bool:
         """Whether `heat_map` can say where a similarity comes from, of one part at least."""
-        return any(can_explain(encoder) for encoder in self.encoders.values())
+        return any(can_explain(encoder) for encoder in self.members.values())
 
     def heat_map(self, image: Tensor, vector: Tensor) -> HeatMap:
         """Contributions of the places of an image (3, H, W) to the inner product of its descriptor with `vector` (D,).
@@ -173,13 +177,13 @@ class PartsRetriever(DescribesBatches):
         """
         found, rest = [], 0.0
         for name, part in self.parts.items():
-            encoder = self.encoders[name]
+            encoder = self.members[name]
             own = math.sqrt(part.weight) * vector[part.start : part.stop]
             if can_explain(encoder):
-                found.append(encoder.heat_map(image, own))  # type: ignore[operator]
+                found.append(encoder.heat_map(image, own))
                 rest += found[-1].rest
             else:
-                rest += float(encoder.embed(image[None])[0] @ own)  # type: ignore[operator]
+                rest += float(encoder.embed(image[None])[0] @ own)
         finest = max((heat.values.shape for heat in found), key=lambda shape: shape[0] * shape[1])
         return HeatMap(torch.stack([regrid(heat.values, finest) for heat in found]).sum(0), rest)
 
@@ -191,47 +195,47 @@ class PartsRetriever(DescribesBatches):
     @property
     def input_size(self) -> int:
         """Side in pixels to which files are best decoded: the largest of the parts."""
-        return max(encoder.input_size for encoder in self.encoders.values())  # type: ignore[type-var, return-value]
+        return max(encoder.input_size for encoder in self.members.values())
 
     @property
     def fit(self) -> Fit:
         """What of an image is seen: its centre square, or the whole at its longest side."""
-        return next(iter(self.encoders.values())).fit  # type: ignore[return-value]
+        return next(iter(self.members.values())).fit
 
     @property
     def provenance(self) -> dict[str, str]:
         """Plain facts about the weights, by `<part>.<fact>`; `weights` of all, "random" where any are."""
-        facts: dict[str, Any] = {name: encoder.provenance for name, encoder in self.encoders.items()}
+        facts = {name: encoder.provenance for name, encoder in self.members.items()}
         weights = dict.fromkeys(fact["weights"] for fact in facts.values())
         flat = {f"{name}.{key}": value for name, fact in facts.items() for key, value in fact.items()}
         return {"weights": "random" if "random" in weights else ", ".join(weights), **flat}
 
     @provenance.setter
     def provenance(self, facts: dict[str, str]) -> None:
-        for name, encoder in self.encoders.items():
+        for name, encoder in self.members.items():
             own = {key.removeprefix(f"{name}."): fact for key, fact in facts.items() if key.startswith(f"{name}.")}
-            encoder.provenance = own  # type: ignore[assignment]
+            encoder.provenance = own
 
     def identity(self) -> dict[str, object]:
         """What decides the descriptors besides the tensors, as plain values."""
         return {
             "family": "parts",
             "weights": {name: part.weight for name, part in self.parts.items()},
-            "encoders": {name: encoder.identity() for name, encoder in self.encoders.items()},  # type: ignore[operator]
+            "encoders": {name: encoder.identity() for name, encoder in self.members.items()},
         }
 
     # Fitting and evaluation under a Trainer: each frozen encoder does its own, as if it were alone
 
     def _frozen(self) -> Iterator[FrozenRetriever]:
-        return (encoder for encoder in self.encoders.values() if isinstance(encoder, FrozenRetriever))
+        return (encoder for encoder in self.members.values() if isinstance(encoder, FrozenRetriever))
 
     def setup(self, stage: str) -> None:
-        for encoder in self.encoders.values():
+        for encoder in self.members.values():
             if isinstance(encoder, FrozenRetriever):
                 encoder.trainer = self.trainer
                 encoder.setup(stage)
             elif stage == "fit" and not self.trainer.ckpt_path:  # else the checkpoint has the tensors
-                encoder.load()  # type: ignore[operator]
+                encoder.load()
 
     def teardown(self, stage: str) -> None:
         for encoder in self._frozen():
@@ -254,24 +258,24 @@ class PartsRetriever(DescribesBatches):
 
     def describe_batch(self, batch: Batch) -> Tensor:
         """Descriptors (B, D) of a batch, in its order, of its stored features where there are any."""
-        return self._join({name: encoder.describe_batch(batch) for name, encoder in self.encoders.items()})  # type: ignore[operator]
+        return self._join({name: encoder.describe_batch(batch) for name, encoder in self.members.items()})
 
     # Checkpoints hold what each part's would hold, under its name
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept: dict[str, Tensor] = {}
         checkpoint["encoders"] = {}
-        for name, encoder in self.encoders.items():
+        for name, encoder in self.members.items():
             own = _below(checkpoint["state_dict"], name)
-            encoder.on_save_checkpoint(own)  # type: ignore[operator]
+            encoder.on_save_checkpoint(own)
             kept |= {f"encoders.{name}.{key}": value for key, value in own.pop("state_dict").items()}
             checkpoint["encoders"][name] = own
         checkpoint["state_dict"] = kept
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        for name, encoder in self.encoders.items():
+        for name, encoder in self.members.items():
             own = {**checkpoint["encoders"][name], **_below(checkpoint["state_dict"], name)}
-            encoder.on_load_checkpoint(own)  # type: ignore[operator]
+            encoder.on_load_checkpoint(own)
             checkpoint["state_dict"] |= {f"encoders.{name}.{key}": v for key, v in own["state_dict"].items()}
 
 

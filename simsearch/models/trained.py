@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from simsearch.cache import ArrayCache
 from simsearch.functional.gather import gather_rows
 from simsearch.functional.ragged import Ragged, by_shape
 from simsearch.models.backbones import load_state
-from simsearch.models.feature_cache import one_region, pooled_features
+from simsearch.models.feature_cache import OnMaps, one_region, pooled_features
 from simsearch.models.steps import DescribesBatches
 from simsearch.types import Batch, Encoder
 
@@ -32,6 +32,12 @@ class Network(Encoder, Protocol):
     @property
     def head(self) -> nn.Module: ...
 
+    def __call__(self, image: Tensor) -> Tensor: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+
     def prepare(self, images: Tensor | Ragged) -> None:
         """Takes from the training images uint8 (N, 3, H, W) what is computed, not learnt (mean image, PCA).
 
@@ -40,7 +46,7 @@ class Network(Encoder, Protocol):
 
 
 def parameter_groups(
-    network: nn.Module,
+    network: Network,
     loss: nn.Module,
     *,
     lr: float,
@@ -56,7 +62,7 @@ def parameter_groups(
     normalisation layers, decay.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    head = {id(p) for p in network.head.parameters()} | {id(p) for p in loss.parameters()}  # type: ignore[union-attr]
+    head = {id(p) for p in network.head.parameters()} | {id(p) for p in loss.parameters()}
     for name, parameter in _named(network, loss):
         if not parameter.requires_grad:
             continue
@@ -67,7 +73,7 @@ def parameter_groups(
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
 
-def _named(network: nn.Module, loss: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _named(network: Network, loss: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     yield from network.named_parameters()
     yield from loss.named_parameters()
 
@@ -105,9 +111,11 @@ class TrainedRetriever(DescribesBatches):
     depend on the others in its batch. So batch normalisation must be frozen.
     """
 
+    network: Network
+
     def __init__(
         self,
-        network: nn.Module,
+        network: Network,
         loss: nn.Module,
         optimizer: partial,
         scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
@@ -137,9 +145,10 @@ class TrainedRetriever(DescribesBatches):
                 raise ValueError("model.cache keeps the maps of a backbone, and this network has none: set it to null")
             if getattr(network, "scales", (1.0,)) != (1.0,):
                 raise ValueError("model.cache keeps maps of one size: set it to null, or model.network.scales=[1.0]")
-            if hasattr(network.backbone.network, "prepare"):  # type: ignore[union-attr]
+            backbone = cast(OnMaps, network).backbone
+            if hasattr(backbone.network, "prepare"):
                 raise ValueError("model.cache: this backbone is made from the training images; train it instead")
-            network.backbone.requires_grad_(False)
+            backbone.requires_grad_(False)
             for name, module in network.named_modules():
                 if name.endswith("pooling") and any(p.requires_grad for p in module.parameters()):
                     raise ValueError("model.cache keeps what is pooled: pooling.trainable must be false")
@@ -147,7 +156,8 @@ class TrainedRetriever(DescribesBatches):
             for module in network.modules():
                 if isinstance(module, _BATCHNORM):
                     module.requires_grad_(False)
-        self.cache, self._pooled = cache, None
+        self.cache = cache
+        self._pooled: Tensor | None = None
         self.network, self.loss = network, loss
         self.optimizer, self.scheduler = optimizer, scheduler
         self.head_lr, self.bias_lr, self.bias_decay = head_lr, bias_lr, bias_decay
@@ -158,33 +168,37 @@ class TrainedRetriever(DescribesBatches):
         _ = network.provenance  # its hash is that of the weights before they train
         self._gradients: dict[str, Tensor] = {}  # of an accumulation that a checkpoint cut in two
 
+    @property
+    def _on_maps(self) -> OnMaps:
+        return cast(OnMaps, self.network)  # with `cache`, which refuses others
+
     # What a searcher calls
 
     @property
     def encoder(self) -> Encoder:
         """The module that a catalog keeps."""
-        return self.network  # type: ignore[return-value]
+        return self.network
 
     @property
     def input_size(self) -> int:
         """Side in pixels to which files are best decoded."""
-        return self.network.input_size  # type: ignore[return-value]
+        return self.network.input_size
 
     @property
     def provenance(self) -> dict[str, str]:
         """Plain facts about the weights, for every result."""
-        start = dict(self.network.provenance)  # type: ignore[arg-type]
+        start = dict(self.network.provenance)
         start["start"] = start.pop("weights")
         return {"weights": "trained", **start}
 
     def identity(self) -> dict[str, object]:
         """What decides the embeddings besides the tensors, as plain values."""
-        return self.network.identity()  # type: ignore[operator]
+        return self.network.identity()
 
     def embed(self, image: Tensor) -> Tensor:
         """L2-normalised descriptors (B, D), or real-valued codes (B, bits), float32, of images (B, 3, H, W)."""
         with torch.autocast(self.device.type, enabled=False):
-            return self.network.embed(image).float()  # type: ignore[operator]
+            return self.network.embed(image).float()
 
     # Training
 
@@ -198,7 +212,7 @@ class TrainedRetriever(DescribesBatches):
             if data.augment is not None:
                 raise ValueError("data.augment changes images that model.cache keeps the maps of: set one to null")
             self.network.to(self.trainer.strategy.root_device)
-            self._pooled = pooled_features(self.network.eval(), data.collection, self.cache)  # type: ignore[assignment]
+            self._pooled = pooled_features(cast(OnMaps, self.network.eval()), data.collection, self.cache)
         if stage != "fit" or self.trainer.ckpt_path:
             return  # a resumed run has it all in its checkpoint
         known = {} if self.start is None else self._start_tensors(Path(self.start))
@@ -207,10 +221,10 @@ class TrainedRetriever(DescribesBatches):
         if self._pooled is not None and hasattr(self.network, "prepare_regions"):
             self.network.prepare_regions(self._pooled[data.split.train])
         else:
-            self.network.prepare(data.collection.images[data.split.train])  # type: ignore[operator]
+            self.network.prepare(data.collection.images[data.split.train])
         self.network.load_state_dict(known, strict=False)
         if self.start is not None:
-            self.network.provenance = {**self.network.provenance, "weights": self.start}  # type: ignore[assignment,dict-item]
+            self.network.provenance = {**self.network.provenance, "weights": self.start}
 
     def _check_ragged(self, stage: str) -> None:
         if self.network.fit != "longest":
@@ -218,7 +232,7 @@ class TrainedRetriever(DescribesBatches):
                 "the images are of many shapes (data.fit=longest) and the network sees squares: use "
                 "backbone.fit=longest, or data.fit=square"
             )
-        if self.cache is not None and not one_region(self.network.pool, self.network.backbone):  # type: ignore[arg-type]
+        if self.cache is not None and not one_region(self._on_maps.pool, self._on_maps.backbone):
             raise ValueError(
                 "model.cache keeps as many regions of one image as of another: set it to null, or data.fit=square, or "
                 "choose a pooling with one region"
@@ -262,7 +276,7 @@ class TrainedRetriever(DescribesBatches):
     def train(self, mode: bool = True) -> TrainedRetriever:
         super().train(mode)
         if self.cache is not None:
-            self.network.backbone.eval()  # type: ignore[union-attr]
+            self._on_maps.backbone.eval()
         if self.freeze_batchnorm:
             for module in self.network.modules():
                 if isinstance(module, _BATCHNORM):
@@ -341,7 +355,7 @@ class TrainedRetriever(DescribesBatches):
         """Embeddings (B, D) of a training batch, at one scale and in the trainer's precision."""
         if self._pooled is not None:
             regions = self._pooled[batch["index"].cpu()].to(self.device).float()
-            return self.network.describe(regions)
+            return self._on_maps.describe(regions)
         network = self.network if self.slices is None else partial(recompute, self.network, use_reentrant=False)
         return by_shape(network, batch["image"], self.slices)
 
@@ -353,7 +367,7 @@ class TrainedRetriever(DescribesBatches):
             return self(batch).float()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["provenance"] = dict(self.network.provenance)  # type: ignore[arg-type]
+        checkpoint["provenance"] = dict(self.network.provenance)
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         if progress.current.processed % self.trainer.accumulate_grad_batches and not progress.is_last_batch:  # type: ignore[attr-defined]
             # Ranks hold their own until the step; their mean adds up to the same.
@@ -362,7 +376,7 @@ class TrainedRetriever(DescribesBatches):
             checkpoint["gradients"] = {name: reduce(gradient.clone()) for name, gradient in grown.items()}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        self.network.provenance = dict(checkpoint["provenance"])  # type: ignore[assignment]
+        self.network.provenance = dict(checkpoint["provenance"])
         self._gradients = checkpoint.get("gradients", {})
 
 
