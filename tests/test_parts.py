@@ -28,7 +28,7 @@ from simsearch.models.encoder import build_encoder, encoder_config
 from simsearch.models.frozen import FrozenRetriever, Whitening
 from simsearch.models.parts import PartsRetriever, TrainedPart, can_explain, parts_of
 from simsearch.models.pooling import RMAC, Average, GeM
-from simsearch.search.catalog import encoder_fingerprint, read_encoder, write_encoder
+from simsearch.search.catalog import encoder_fingerprint, load_tensors, write_encoder
 from simsearch.types import Part
 
 N, SIDE = 60, 48
@@ -262,7 +262,7 @@ def test_a_catalog_builds_it_again(data, tmp_path):
     assert about["backbone"]["colour.weights"] == "none"
     again = build_encoder(encoder_config(config))
     assert encoder_fingerprint(again) != about["encoder_fingerprint"]
-    read_encoder(tmp_path, about, again)
+    load_tensors(tmp_path, about, again)
     assert encoder_fingerprint(again) == about["encoder_fingerprint"]
     assert again.provenance == model.provenance
     assert again.parts == model.parts

@@ -39,6 +39,7 @@ class TrainedPart(nn.Module):
     neither needs `start` again: None where the tensors come from there.
     """
 
+    bits = None
     network: Encoder
 
     def __init__(self, network: Encoder, start: str | None) -> None:
@@ -184,8 +185,8 @@ class PartsRetriever(DescribesBatches):
                 rest += found[-1].rest
             else:
                 rest += float(encoder.embed(image[None])[0] @ own)
-        finest = max((heat.values.shape for heat in found), key=lambda shape: shape[0] * shape[1])
-        return HeatMap(torch.stack([regrid(heat.values, finest) for heat in found]).sum(0), rest)
+        height, width = max((heat.values.shape for heat in found), key=lambda shape: shape[0] * shape[1])
+        return HeatMap(torch.stack([regrid(heat.values, (height, width)) for heat in found]).sum(0), rest)
 
     @property
     def encoder(self) -> Encoder:
