@@ -178,9 +178,7 @@ def read_image(
 
 def picture_pixels(picture: Image.Image) -> Tensor:
     """The pixels of a Pillow image as `read_image` gives them: uint8 (3, H, W) sRGB, upright, on white."""
-    turn = _turn(picture)
-    pixels = np.array(_to_rgb(picture if turn is None else picture.transpose(turn)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return _upright_pixels(picture.copy()).contiguous()
 
 
 def encode_thumbnail(image: Tensor, side: int) -> bytes:
@@ -290,14 +288,19 @@ def _decode(
             raise ImageError(path, "too-many-scans", detail)
         image.load()
         on_its_side = _is_on_its_side(image)
-        try:
-            ImageOps.exif_transpose(image, in_place=True)
-        except MemoryError:
-            raise
-        except Exception:  # damaged metadata is no reason to refuse sound pixels
-            pass
-        pixels = np.array(_to_rgb(image))
-    return torch.from_numpy(pixels).permute(2, 0, 1), needed[::-1] if on_its_side else needed
+        pixels = _upright_pixels(image)
+    return pixels, needed[::-1] if on_its_side else needed
+
+
+def _upright_pixels(image: Image.Image) -> Tensor:
+    """The pixels uint8 (3, H, W) sRGB of an image, which is set upright in place."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # damaged metadata is no reason to refuse sound pixels
+        pass
+    return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
 
 
 def _opened(data: bytes) -> Image.Image:
