@@ -46,6 +46,22 @@ run index run=run images=images out=catalog
 first=$(find images -name '*.png' | sort | head -n 1)
 run search catalog=catalog image="$first" k=3
 run recommend catalog=catalog image="$first" k=3
+"$work/venv/bin/python" - "$first" <<'EOF'
+import sys
+
+import torch
+
+import simsearch
+
+answer = simsearch.open_catalog("catalog").search(sys.argv[1], k=3)
+assert answer.hits[0].score > 0.99, answer
+encoder = simsearch.load_encoder("run")
+vectors = encoder.describe([sys.argv[1]])
+assert vectors.shape == (1, 8), vectors.shape
+report = simsearch.evaluate(torch.eye(3), [0, 1, 2], torch.eye(3), [0, 1, 2])
+assert report["mAP"] == 1, report
+assert simsearch.build_catalog(encoder, "images", "again").search(sys.argv[1], k=1).hits[0].score > 0.99
+EOF
 if run reproduce list=true; then
   echo "reproduce found studies where there is no checkout" >&2
   exit 1
