@@ -232,7 +232,7 @@ def test_a_catalog_without_digests_opens(tmp_path):
     assert "checksum" not in (folder / "catalog.json").read_text()
 
 
-def test_a_server_keeps_what_it_has(tmp_path):
+def test_a_server_keeps_what_it_has(tmp_path, monkeypatch):
     """A folder that is exchanged for a damaged one is not served."""
 
     class Described(Encoder):
@@ -240,7 +240,8 @@ def test_a_server_keeps_what_it_has(tmp_path):
             return nn.functional.normalize(image.float().flatten(1)[:, :64] @ self.weight, dim=1)
 
     folder = catalog(tmp_path / "c")
-    library = Library({"c": Source(folder)}, build=lambda _: Described(), device=torch.device("cpu"), limits=Limits())
+    monkeypatch.setattr("simsearch.search.catalog.build_encoder", lambda *_, **__: Described())
+    library = Library({"c": Source(folder)}, device=torch.device("cpu"), limits=Limits())
     try:
         with library.lease("c") as before:
             want = before.describe([3, 1400]), before.thumbnails[1400]

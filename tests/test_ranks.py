@@ -147,7 +147,7 @@ def test_a_rank_reports_what_ended_it(tmp_path, monkeypatch):
     def broken(*_: Any, trusted: bool) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(run_directory, "open_run", broken)
+    monkeypatch.setattr(saved_run, "open_run", broken)
     with pytest.raises(SystemExit):
         rank.main()
     report = json.loads((tmp_path / "0.json").read_text())

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from simsearch.callbacks.evaluation import RetrievalEvaluation
+from simsearch.data import datamodule
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import OwnPart, RetrievalDataModule
 from simsearch.data.protocols import OfficialSplit
@@ -560,7 +561,7 @@ def test_reranking_is_refused_before_anything_runs():
 def test_loaders_deal_out_each_row_once(count, monkeypatch):
     parts = []
     for rank_ in range(4):
-        monkeypatch.setattr(Ranks, "here", classmethod(lambda cls, rank_=rank_: cls(rank_, 4)))
+        monkeypatch.setattr(datamodule, "rank_and_world", lambda rank_=rank_: (rank_, 4))
         sampler = OwnPart(torch.arange(count))
         parts.append(list(sampler))
         assert len(sampler) == len(parts[-1])
@@ -571,6 +572,6 @@ def test_loaders_deal_out_each_row_once(count, monkeypatch):
 def test_fewer_gallery_images_than_ranks(monkeypatch):
     data = Pictures(OfficialSplit("tiny", gallery="test", exclude_self=True, validation=0.03))
     data.setup()
-    monkeypatch.setattr(Ranks, "here", classmethod(lambda cls: cls(0, 21)))
+    monkeypatch.setattr(datamodule, "world_size", lambda: 21)
     with pytest.raises(ValueError, match="tiny has 20 gallery images: use no more processes, not 21"):
         data.test_dataloader()

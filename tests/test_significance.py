@@ -1,6 +1,5 @@
 """Intervals and paired tests against what statistics says of them, SciPy, enumeration and simulation."""
 
-import doctest
 import itertools
 import tracemalloc
 
@@ -11,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from simsearch.functional import significance
 from simsearch.functional.ranking import measure_ranking
 from simsearch.functional.significance import (
     holm,
@@ -123,10 +121,6 @@ def test_intervals_hold_the_mean_lie_in_bounds_and_know_neither_order_nor_names(
     torch.testing.assert_close(mean_interval(values[:, :1], units), bounds[:1], rtol=0, atol=1e-12)
     wider = mean_interval(values, units, confidence=0.99)[known]
     assert ((wider[:, 0] <= bounds[known, 0] + 1e-12) & (wider[:, 1] >= bounds[known, 1] - 1e-12)).all()
-
-
-def test_examples_in_the_docstrings_hold():
-    assert doctest.testmod(significance) == (0, 2)
 
 
 def test_rounding_changes_no_rule():
