@@ -11,16 +11,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("losses", "functional", "metrics", "evaluation", "index")
+ROOMS = ("losses", "functional", "metrics", "evaluation", "index", "callbacks")
 FILES = sorted(path for room in ROOMS for path in (ROOT / "simsearch" / room).glob("*.py") if path.read_text())
 ITEM = re.compile(r"    (\w+): \S")
+# Lightning and torch say what these are given and when they are called.
+HOOK = re.compile(
+    r"on_\w+|setup|teardown|(load_)?state_dict|configure_\w+|(training|validation|test|predict)_step|backward|train"
+    r"|extra_repr"
+)
 
 
 def public(body: list[ast.stmt], prefix: str = "") -> list[tuple[str, ast.ClassDef | ast.FunctionDef]]:
-    """The public functions, classes and methods of a module or class, with their qualified names."""
+    """The public functions, classes and methods of a module or class, without hooks and setters, by qualified name."""
     found = []
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+            if prefix and (HOOK.fullmatch(node.name) or any("setter" in ast.unparse(d) for d in node.decorator_list)):
+                continue
             found.append((prefix + node.name, node))
             if isinstance(node, ast.ClassDef):
                 found += public(node.body, f"{node.name}.")

@@ -1,1 +1,1 @@
-"""Lightning callbacks: evaluation, pictures, the mining pool, what long trainings want."""
+"""Lightning callbacks: evaluation, figures, triplet mining, and what long trainings need."""

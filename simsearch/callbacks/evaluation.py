@@ -28,14 +28,21 @@ _KEPT = 10  # neighbours of a query in per_query.parquet, collection rows, -1 wh
 
 
 class RetrievalEvaluation(pl.Callback):
-    """Evaluates every validation epoch and at test, and logs on every rank.
+    """Measures retrieval in every validation epoch and at test, and logs the metrics on every rank.
 
-    index: the index to fill, fresh each time. ks: the cutoffs. rerank: also measure after re-ranking,
-    at test and when only validating, but not in the epochs of a training, which it would slow.
+    The module's validation and test steps return its embeddings. The DataModule has two loaders, first queries and then
+    gallery, and its `task` returns the RetrievalTask. Rank 0 writes the results to the run directory: metrics.json with
+    one entry a stage, and per_query.parquet for the test.
 
-    The outputs of the module's validation and test steps are its embeddings; two loaders, query and
-    gallery, come in that order; the DataModule tells the RetrievalTask. Results lie in the run
-    directory, written by rank 0: metrics.json by stage, per_query.parquet of the test.
+    Args:
+        index: The index to fill. Each evaluation fills a fresh copy.
+        ks: Cutoffs of the metrics, ranks from 1.
+        seed: Seed of the confidence intervals.
+        rerank: Also measure after this re-ranking, at test and in a validation on its own. The epochs of a training
+            leave it out, since it would slow them down. None for no re-ranking.
+
+    Raises:
+        ValueError: If `ks` is not a list of ranks from 1.
     """
 
     def __init__(
@@ -145,10 +152,17 @@ class RetrievalEvaluation(pl.Callback):
 
 
 def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluation, model: Mapping[str, Any]) -> None:
-    """Adds the stage to folder/metrics.json; for the test also writes per_query.parquet. Atomic.
+    """Adds the results of a stage to folder/metrics.json, and writes per_query.parquet for the test.
 
-    model: plain facts about the model and where its weights are from. A metric without a value is null. `unit` and
-    `units` say over what and how many the intervals are; per_query.parquet has the unit of each query.
+    Both files are written atomically. In metrics.json a metric without a value is null; `unit` says what the confidence
+    intervals resample, and `units` how many of these there are. per_query.parquet has the unit of each query.
+
+    Args:
+        folder: The run directory.
+        stage: Name of the entry, "test" or "val".
+        task: The task that was measured.
+        result: The results of the evaluation.
+        model: Plain facts about the model and the source of its weights.
     """
     units = result.query.index if task.units is None else task.units[result.query.index]
     path = folder / "metrics.json"

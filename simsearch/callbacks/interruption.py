@@ -1,4 +1,4 @@
-"""Ending a run that is told to stop: all ranks after the same batch, and back into SLURM's queue where it warned."""
+"""Stopping a run on a signal: all ranks stop after the same batch, and SLURM requeues the job if it sent a warning."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ _FINISH_S = 20.0  # for loggers that wait for the network, before the job goes b
 
 
 class Interruption(pl.Callback):
-    """Listens to signals while it is entered as a context, and ends the run as one of its callbacks.
+    """Handles signals inside a `with` block, and stops the run as one of its callbacks.
 
-    SIGTERM ends the process with status 143, Ctrl-C (SIGINT) with 130, pressed twice at once. SIGUSR1, listened to in
-    a SLURM job only, is the warning before a time limit that --signal=USR1@90 asks for: rank 0 puts the job back into
-    the queue, and the status is 0. rank: that of this process.
+    SIGTERM ends the process with status 143. SIGINT (Ctrl-C) ends it with status 130; a second Ctrl-C ends it at once.
+    In a SLURM job, SIGUSR1 is the warning before the time limit (--signal=USR1@90): rank 0 requeues the job, and the
+    status is 0.
 
-    In a training the batch in work, or the validation, is finished first, and all ranks stop after the same
-    one, whichever of them was told: a rank alone would leave the others waiting, and a checkpoint from within
-    a batch would not go on exactly. SaveOnSigterm writes it. At other times the process ends at once.
+    During a training, the current batch or validation is finished first. All ranks stop after the same batch, whichever
+    rank received the signal: if one rank stopped alone, the others would wait for it, and a checkpoint from within a
+    batch would not resume exactly. SaveOnSigterm writes the checkpoint. Outside of a training the process ends at once.
+
+    Args:
+        rank: Rank of this process.
     """
 
     def __init__(self, rank: int) -> None:
@@ -102,7 +105,7 @@ class Interruption(pl.Callback):
                 self._latest.start()
 
     def _agree(self, trainer: pl.Trainer) -> bool:
-        """Whether any rank was told to stop; then the trainer knows on all of them."""
+        """Whether any rank received a signal; if so, the trainer of every rank is asked to stop."""
         number = self.received
         if trainer.world_size > 1:
             told = torch.tensor(number, device=trainer.strategy.root_device)
@@ -115,12 +118,16 @@ class Interruption(pl.Callback):
 
 
 def stop_signals() -> tuple[int, ...]:
-    """The signals that end a run here."""
+    """The signals that stop a run here: SIGTERM, and SIGUSR1 in a SLURM job."""
     return (signal.SIGTERM, signal.SIGUSR1) if "SLURM_JOB_ID" in os.environ else (signal.SIGTERM,)
 
 
 def requeue() -> None:
-    """Puts the present SLURM job back into the queue. Raises SystemExit where SLURM refuses."""
+    """Requeues the current SLURM job.
+
+    Raises:
+        SystemExit: If SLURM refuses.
+    """
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
     try:

@@ -1,4 +1,4 @@
-"""The mining pool: describes random training images anew and hands their hardest triplets to the sampler."""
+"""The mining pool: the current network describes random training images, and the sampler gets their triplets."""
 
 from __future__ import annotations
 
@@ -16,20 +16,32 @@ _PROBE = 256
 
 
 class TripletMining(pl.Callback):
-    """Mines the triplets of each epoch of a MinedTriplets sampler from a pool of random training images.
+    """Mines triplets for each epoch of a MinedTriplets sampler from a pool of random training images.
 
-    pool: images described by the present network, shared out over ranks. per_query: triplets kept of
-    each; a batch's triplets are drawn by a query, then one of its own. margin: that of the loss. select:
-    the hardest of each query, for labels that name one object, or semi-hard ones, for classes.
-    seed: with the epoch it decides pool and draw, equally on all ranks.
+    The current network describes the pool, shared out over the ranks. A batch draws a query at random, then one of that
+    query's triplets. The callback logs what it mined: `mining/active`, the fraction of pool images with a triplet
+    within the margin, and `mining/loss`, the mean loss of these triplets. Before it mines again it logs how stale the
+    triplets have become: `mining/staleness`, the mean distance between the old and the current descriptors of 256 pool
+    images, and `mining/age`, the steps since they were mined. A resumed run continues with its triplets.
 
-    Logs what was mined (`mining/active`: share of pool images with a triplet within the margin,
-    `mining/loss`: their triplets' mean loss) and how stale it had become before
-    (`mining/staleness`: mean distance between the old and the present descriptors of 256 pool images;
-    `mining/age`: steps since then). A resumed run goes on with the triplets that it had.
+    Mining raises ValueError if descriptors hold NaN or infinity (the message names step and images), and if no triplet
+    lies within the margin.
 
-    Raises ValueError for descriptors with NaN or infinity, which names step and images, and where no triplet is within
-    the margin. Gordo et al. 2016: a pool of 5,000, 25 a query.
+    Args:
+        pool: Number of images in the pool.
+        per_query: Number of triplets kept for each query.
+        margin: Margin of the loss, above 0.
+        select: "hardest" keeps the hardest triplets of each query and suits labels that name one object. "semihard"
+            keeps semi-hard ones and suits classes.
+        batch_size: Number of images described at once.
+        seed: With the epoch it determines pool and draw, which are equal on all ranks.
+
+    Raises:
+        ValueError: If `pool`, `per_query` or `batch_size` is below 1, or `select` is unknown.
+
+    Source:
+        Gordo, Almazán, Revaud, Larlus: Deep Image Retrieval: Learning global representations for image search. ECCV
+        2016. It uses a pool of 5,000 images and 25 triplets a query.
     """
 
     def __init__(
@@ -119,7 +131,7 @@ class TripletMining(pl.Callback):
             logger.log_metrics(values, step=trainer.global_step)
 
     def _describe(self, trainer: pl.Trainer, module: pl.LightningModule, rows: Tensor) -> Tensor:
-        """Descriptors float32 (N, D) of collection rows on the CPU, each rank having described its share."""
+        """Descriptors of collection rows on the CPU, float32 (N, D). Each rank describes its share."""
         images = trainer.datamodule.collection.images  # type: ignore[attr-defined]
         world, rank = trainer.world_size, trainer.global_rank
         share = -(-len(rows) // world)

@@ -1,4 +1,4 @@
-"""Queries beside their neighbours, as a picture and as rows for a logger's table."""
+"""Queries beside their neighbours, as a figure and as rows for a logger's table."""
 
 from __future__ import annotations
 
@@ -19,17 +19,29 @@ from simsearch.types import RetrievalTask
 
 @dataclass(frozen=True)
 class Example:
-    """One query with its neighbours: tiles (query first) and its average precision."""
+    """One query with its neighbours.
+
+    Attributes:
+        tiles: The images with their captions, the query first.
+        average_precision: Average precision of the query, in [0, 1]; NaN if it has none.
+    """
 
     tiles: list[Tile]
     average_precision: float
 
 
 class NeighbourFigure(pl.Callback):
-    """After the test writes figures/neighbours.png, and a few query images to try a search with.
+    """Draws queries with their neighbours after the test, and saves a few query images to try a search with.
 
-    The queries are spread over the range of average precision, worst to best, so that failures show.
-    queries, k: rows and neighbours a row.
+    The figure is figures/neighbours.png, the images lie in figures/queries. The queries are spread over the range of
+    average precision, from worst to best, so that failures show.
+
+    Args:
+        queries: Number of queries, the rows of the figure.
+        k: Number of neighbours in a row.
+
+    Raises:
+        ValueError: If `queries` or `k` is below 1.
     """
 
     def __init__(self, queries: int = 10, k: int = 10) -> None:
@@ -59,7 +71,15 @@ class NeighbourFigure(pl.Callback):
 
 
 def choose_examples(result: Evaluation, collection: object, task: RetrievalTask, queries: int, k: int) -> list[Example]:
-    """Queries at even steps of average precision, worst first, with their k nearest found."""
+    """Queries at even steps of average precision, worst first, each with its k nearest items.
+
+    Args:
+        result: The results of an evaluation.
+        collection: The Collection that was evaluated.
+        task: The task that was measured.
+        queries: Number of queries, or all if there are fewer.
+        k: Number of neighbours.
+    """
     precision: Tensor = result.per_query["AP"]
     order = torch.argsort(precision.nan_to_num(-1.0))
     steps = np.linspace(0.02, 0.98, min(queries, len(order))) * (len(order) - 1)

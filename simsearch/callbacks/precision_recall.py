@@ -16,9 +16,10 @@ from simsearch.types import RetrievalTask
 
 
 class PrecisionRecall(pl.Callback):
-    """After the test leaves figures/precision-recall.csv and .png: mean precision at 21 levels of recall.
+    """Writes the precision-recall curve after the test: figures/precision-recall.csv and .png.
 
-    Of the full ranking, as mAP is: over what the index stores, not re-ranked. It ranks once more.
+    The curve is the mean precision at 21 levels of recall. Like mAP it is that of the full ranking over the vectors or
+    codes that the index stores, without re-ranking. The callback ranks a second time for it.
     """
 
     def __init__(self) -> None:
@@ -40,7 +41,12 @@ class PrecisionRecall(pl.Callback):
 
 
 def curve(result: Evaluation, *, exclude_self: bool) -> list[tuple[float, float]]:
-    """Recall and mean precision of an evaluation's full ranking. Every rank must call."""
+    """Points (recall, mean precision) of the full ranking of an evaluation. Every rank must call this function.
+
+    Args:
+        result: The results of the evaluation.
+        exclude_self: Whether a query itself is left out of its ranking.
+    """
     ranked = ShardedIndex(result.index, result.gallery).as_ranked(result.query)
     precision = precision_recall_curve(*ranked, exclude_self=exclude_self)
     return list(zip(RECALL_LEVELS, precision.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""What long trainings want: throughput, randomness that resumes, a checkpoint when the scheduler says stop."""
+"""Callbacks for long trainings: throughput, randomness and checkpoints that resume exactly, weight averaging."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ _WORTH_SAYING_S = 180.0
 
 
 class Throughput(pl.Callback):
-    """Logs images a second of all ranks (`train/images_per_s`) and the share of time spent waiting for data.
+    """Logs the images per second of all ranks (`train/images_per_s`) and the fraction of time spent waiting for data.
 
-    After a few batches it says how long the training will take.
-
-    Both are running means over about the last 50 batches; validation does not count.
+    The fraction is `train/data_share`. Both are running means over about the last 50 batches, without validation. After
+    a few batches the callback prints how long the training will take.
     """
 
     def __init__(self) -> None:
@@ -55,7 +54,7 @@ class Throughput(pl.Callback):
         now = time.perf_counter()
         self._seconds = 0.98 * self._seconds + (now - self._ready)
         self._images = 0.98 * self._images + len(batch["index"]) * trainer.world_size
-        # What nobody sees would cost a small network a tenth of its step.
+        # Logging values that are not shown would cost a small network a tenth of its step.
         if trainer._logger_connector.should_update_logs or trainer.is_last_batch:
             pl_module.log_dict(
                 {"train/images_per_s": self._images / self._seconds, "train/data_share": self._waited / self._seconds},
@@ -66,7 +65,7 @@ class Throughput(pl.Callback):
         self._ready = time.perf_counter()
 
     def _forecast(self, trainer: pl.Trainer, now: float) -> None:
-        """Says once how long the training will take, by its first batches, where that is minutes."""
+        """Prints once an estimate of the training time from the first batches, if it is more than a few minutes."""
         self._batches += 1
         if self._batches == 0:
             self._started = now
@@ -87,10 +86,13 @@ class Throughput(pl.Callback):
 
 
 class StepSeed(pl.Callback):
-    """Seeds torch before each training batch from (seed, rank, batches so far).
+    """Seeds torch before each training batch from the seed, the rank and the number of batches so far.
 
-    So augmentation and dropout of a batch depend on nothing that happened before, and a resumed run
-    goes on as the uninterrupted one would have.
+    Augmentation and dropout of a batch then depend on nothing that happened before, and a resumed run continues as the
+    uninterrupted run would have.
+
+    Args:
+        seed: Seed of the run.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -130,7 +132,7 @@ class StepSeed(pl.Callback):
 
 
 class SaveOnSigterm(pl.Callback):
-    """Writes last.ckpt when Interruption ends a training; `resume=true` goes on."""
+    """Writes last.ckpt when Interruption stops a training. The run continues with `resume=true`."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException) and trainer.state.fn == TrainerFn.FITTING:
@@ -138,15 +140,25 @@ class SaveOnSigterm(pl.Callback):
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The checkpoint of a run directory that `resume=true` goes on from."""
+    """The checkpoint that `resume=true` continues from.
+
+    Args:
+        run: The run directory.
+    """
     return run / "checkpoints" / "last.ckpt"
 
 
 class LastCheckpoint(Checkpoint):
-    """Writes last.ckpt at the end of each epoch, and every so many optimizer steps within where that is said.
+    """Writes last.ckpt at the end of each epoch, and also every few optimizer steps if asked to.
 
-    One that falls on an epoch's last batch is left to the epoch's end: validation and schedulers act in between, and a
-    run that went on from there would have missed them.
+    At the last batch of an epoch it waits for the end of the epoch: validation and schedulers act in between, and a run
+    resumed from an earlier checkpoint would miss them.
+
+    Args:
+        every_n_train_steps: Number of optimizer steps between checkpoints within an epoch, None for none.
+
+    Raises:
+        ValueError: If `every_n_train_steps` is below 1.
     """
 
     def __init__(self, every_n_train_steps: int | None = None) -> None:
@@ -171,13 +183,23 @@ class LastCheckpoint(Checkpoint):
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside the one that it replaces, which stays until the new one is on the disk.
+    """Writes checkpoints atomically: the old file stays until the new one is on the disk.
 
-    Lightning writes it to the folder for temporary files, and copies it over the old one where that is on another
+    Lightning writes to the folder for temporary files, and copies the file over the old one if that lies on another
     file system.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes a checkpoint.
+
+        Args:
+            checkpoint: The content.
+            path: The file to write.
+            storage_options: Ignored.
+
+        Raises:
+            OSError: If the file cannot be written. The old checkpoint is then whole.
+        """
         content = io.BytesIO()  # torch.save would say nothing of a full disk
         torch.save(checkpoint, content)
         try:
@@ -190,10 +212,10 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class OwnCheckpoints(pl.Callback):
-    """Forgets those files of a loaded checkpoint's ModelCheckpoints that lie outside of their folder.
+    """Forgets files that a loaded checkpoint's ModelCheckpoint states name outside of this run's checkpoint folders.
 
-    Lightning deletes what a checkpoint calls the best one so far when there is a better one, by an address such as
-    local:///home too, and the checkpoint may be a stranger's.
+    Lightning deletes the file that a checkpoint calls its best one as soon as there is a better one. An address such as
+    local:///home also names such a file, and the checkpoint may come from somebody else.
     """
 
     def on_load_checkpoint(
@@ -216,7 +238,7 @@ class OwnCheckpoints(pl.Callback):
 
 
 class WeightAverage(EMAWeightAveraging):
-    """An exponential moving average of the weights, which validation, checkpoints, test and the catalog see."""
+    """An exponential moving average of the weights, used by validation, checkpoints, test and the catalog."""
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -226,11 +248,11 @@ class WeightAverage(EMAWeightAveraging):
 
 
 class EpochsAfterResume(pl.Callback):
-    """A run that is resumed from the end of an epoch begins the next one, from within an epoch it ends that.
+    """Makes a resumed run begin the next epoch if the checkpoint is from an epoch's end, else finish its epoch.
 
-    With max_steps the trainer (Lightning 2.6) would run the ended epoch once more, without a batch, and count
-    it twice: samplers would leave an epoch out, and check_val_every_n_epoch would meet other epochs. And an epoch that
-    the last step of a training cut off counts as a whole one to it, which matters where the training gets longer.
+    With max_steps, Lightning 2.6 would run the ended epoch once more without a batch, and count it twice: samplers
+    would skip an epoch, and check_val_every_n_epoch would fall on other epochs. Lightning also counts an epoch that the
+    last step of a training cut short as a whole one, which matters if the training is made longer.
     """
 
     def on_load_checkpoint(
@@ -256,11 +278,19 @@ class EpochsAfterResume(pl.Callback):
 
 
 class FrozenBackbone(pl.Callback):
-    """Keeps the network's `backbone` frozen, its statistics too, in the first `epochs` of a training; None: always.
+    """Keeps the network's `backbone` frozen, with its batch statistics, in the first epochs of a training.
 
-    The images go through it, so that they may be augmented before it, which a cache of features (model.cache) rules
-    out. Raises ValueError for a network without a backbone, and for several ranks with a number of epochs: what
-    gathers their gradients is told once what trains.
+    Images still pass through the backbone, so that they may be augmented; a cache of features (model.cache) rules that
+    out.
+
+    At setup it raises ValueError for a network without a backbone, and for several ranks with a number of epochs:
+    DistributedDataParallel is given the trainable parameters once, at the start.
+
+    Args:
+        epochs: Number of epochs in which the backbone is frozen, None for all.
+
+    Raises:
+        ValueError: If `epochs` is below 1.
     """
 
     def __init__(self, epochs: int | None = None) -> None:
@@ -300,13 +330,14 @@ class FrozenBackbone(pl.Callback):
 
 
 class LastValidation(Checkpoint):
-    """Validates what a training ends with, whatever ends it: its steps, epochs or time, or an early stop.
+    """Validates the last weights of a training, whether it ends by steps, epochs, time or an early stop.
 
-    So a run that is shorter than check_val_every_n_epoch has a checkpoint to choose, and the last weights are always
-    among those that are compared. It is a Checkpoint, so that the trainer calls it after what stops a training; it
-    stands before the others, so that what they save at the end was validated.
+    A run shorter than check_val_every_n_epoch then has a checkpoint to choose, and the last weights are always among
+    those compared. The class is a Checkpoint, so that the trainer calls it after whatever stops a training. It must
+    stand before the other checkpoints, so that they save validated weights.
 
-    validated: how many batches the weights had seen when they were validated last; 0 where they never were.
+    Attributes:
+        validated: Number of batches that the weights had seen at their last validation, 0 if there was none.
     """
 
     def __init__(self) -> None:
@@ -353,8 +384,9 @@ class LastValidation(Checkpoint):
 
 
 class DataParallel(DDPStrategy):
-    """Lightning's `ddp`, also for a model without gradients, which it refuses: frozen ones share out the work too."""
+    """Lightning's `ddp`, which also accepts a model without gradients: frozen models share their work over ranks."""
 
     def configure_ddp(self) -> None:
+        """Wraps the model in DistributedDataParallel if any parameter trains."""
         if any(parameter.requires_grad for parameter in self.model.parameters()):  # type: ignore[union-attr]
             super().configure_ddp()
