@@ -24,7 +24,7 @@ from simsearch.metrics.retrieval import RetrievalMetrics
 from simsearch.types import RetrievalTask
 
 _LOG = logging.getLogger(__name__)
-_KEPT = 10  # neighbours of a query in per_query.parquet, collection rows, -1 where fewer were found
+_KEPT = 10  # neighbours of a query in per_query.parquet, as collection rows; -1 if fewer were found
 
 
 class RetrievalEvaluation(pl.Callback):
@@ -37,7 +37,7 @@ class RetrievalEvaluation(pl.Callback):
     Args:
         index: The index to fill. Each evaluation fills a fresh copy.
         ks: Cutoffs of the metrics, ranks from 1.
-        seed: Seed of the confidence intervals.
+        seed: Seed of the choice of queries for the recall of the index.
         rerank: Also measure after this re-ranking, at test and in a validation on its own. The epochs of a training
             leave it out, since it would slow them down. None for no re-ranking.
 

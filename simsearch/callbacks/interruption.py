@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-_FINISH_S = 20.0  # for loggers that wait for the network, before the job goes back into the queue all the same
+_FINISH_S = 20.0  # time for loggers that wait for the network; then the job is requeued in any case
 
 
 class Interruption(pl.Callback):
@@ -55,7 +55,7 @@ class Interruption(pl.Callback):
             raise SystemExit(0) from None
 
     def _hear(self, number: int, _: Any) -> None:
-        again = self.received == number == signal.SIGINT  # who presses Ctrl-C twice means it
+        again = self.received == number == signal.SIGINT  # a second Ctrl-C stops at once
         if again or not self.received:  # SLURM sends SIGTERM when it requeues
             self.received = number
             if again or not self._patient:
@@ -73,7 +73,7 @@ class Interruption(pl.Callback):
     # As a callback
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # Lightning's own handler talks to the other ranks wherever this one happens to be.
+        # Lightning's own handler would call the other ranks at any point of the program.
         trainer._signal_connector._sigterm_notifier_fn = _nothing  # type: ignore[method-assign, assignment]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -83,7 +83,7 @@ class Interruption(pl.Callback):
         self._agree(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Or it would be broken off after its first batch, and the trainer would not run it again.
+        # Otherwise Lightning would end the validation after its first batch, and not run it again.
         trainer._signal_connector.received_sigterm = False
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -99,7 +99,7 @@ class Interruption(pl.Callback):
         self._patient = False
         if isinstance(exception, SIGTERMException):  # the checkpoint is written
             exception.code = 128 + self.received
-            if self.received == signal.SIGUSR1:  # loggers finish first: SLURM ends them when it requeues
+            if self.received == signal.SIGUSR1:  # loggers finish first, since SLURM ends them when it requeues
                 self._latest = threading.Timer(_FINISH_S, self._requeue)
                 self._latest.daemon = True
                 self._latest.start()
@@ -111,7 +111,7 @@ class Interruption(pl.Callback):
             told = torch.tensor(number, device=trainer.strategy.root_device)
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
             number = int(told)
-        if number:  # what this one hears from now on waits for the next batch, as it does on the others
+        if number:  # later signals wait for the next batch, as on the other ranks
             self.received = number
             trainer._signal_connector.received_sigterm = True
         return bool(number)

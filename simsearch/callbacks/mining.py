@@ -61,7 +61,7 @@ class TripletMining(pl.Callback):
         self.pool, self.per_query, self.margin, self.select = pool, per_query, margin, select
         self.batch_size, self.seed = batch_size, seed
         self.step = 0
-        self._probe: tuple[Tensor, Tensor] | None = None  # collection rows and descriptors as they were mined
+        self._probe: tuple[Tensor, Tensor] | None = None  # collection rows, and their descriptors at the time of mining
 
     def state_dict(self) -> dict[str, Any]:
         rows, vectors = self._probe or (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0))
@@ -90,7 +90,7 @@ class TripletMining(pl.Callback):
         self._log_staleness(trainer, pl_module)
         vectors = self._describe(trainer, pl_module, rows)
         bad = rows[~comparable(vectors)]
-        if len(bad):  # on every rank: all have all vectors
+        if len(bad):  # on every rank, since each has all vectors
             raise ValueError(
                 f"{len(bad)} of the {len(rows)} descriptors of the mining pool hold NaN, infinity or numbers near "
                 f"them at step {trainer.global_step} (epoch {trainer.current_epoch}, collection rows "
@@ -103,7 +103,7 @@ class TripletMining(pl.Callback):
             if self.select == "hardest":
                 mined = hardest_triplets(vectors, labels, margin=self.margin, per_query=self.per_query)
             else:
-                own = generator.clone_state()  # that of the draw below must be equal on all ranks
+                own = generator.clone_state()  # the generator of the draw below must be equal on all ranks
                 mined = semihard_triplets(vectors, labels, margin=self.margin, per_query=self.per_query, generator=own)
         triplets, losses = trainer.strategy.broadcast(mined)  # type: ignore[misc]
         if len(triplets) == 0:

@@ -21,7 +21,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from simsearch.files import replacing
 
-_WARM, _TIMED = 2, 4  # batches before and while the length of a training is taken
+_WARM, _TIMED = 2, 4  # batches before the time estimate, and during it
 _WORTH_SAYING_S = 180.0
 
 
@@ -114,7 +114,7 @@ class StepSeed(pl.Callback):
         self._seed(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seed(trainer)  # its loaders drew from the generator, which a run resumed from here would not know
+        self._seed(trainer)  # its loaders drew from the generator, which a run resumed from here would not have done
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seed(trainer)
@@ -125,7 +125,7 @@ class StepSeed(pl.Callback):
         if kind not in ("cpu", "cuda"):
             torch.manual_seed(seed)
             return
-        # torch.manual_seed would write down a stack trace for each kind of device that is not there.
+        # torch.manual_seed would record a stack trace for each kind of device that is missing.
         torch.default_generator.manual_seed(seed)
         if kind == "cuda":
             torch.cuda.manual_seed(seed)
@@ -200,7 +200,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         Raises:
             OSError: If the file cannot be written. The old checkpoint is then whole.
         """
-        content = io.BytesIO()  # torch.save would say nothing of a full disk
+        content = io.BytesIO()  # torch.save would not report a full disk
         torch.save(checkpoint, content)
         try:
             with replacing(Path(path)) as temporary, temporary.open("wb") as file:
@@ -243,7 +243,7 @@ class WeightAverage(EMAWeightAveraging):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:  # at test it would bring back the weights that were averaged
+        if trainer.state.fn == TrainerFn.FITTING:  # at test it would restore the weights before averaging
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
@@ -310,7 +310,7 @@ class FrozenBackbone(pl.Callback):
             )
         if stage == "fit":
             self._parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
-            if self.epochs is None:  # before the optimizer is made, which leaves them out
+            if self.epochs is None:  # before the optimizer is made, so that it leaves them out
                 backbone.requires_grad_(False)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -326,7 +326,7 @@ class FrozenBackbone(pl.Callback):
         if frozen:
             pl_module.network.backbone.eval()  # type: ignore[union-attr]
         elif trainer.current_epoch == self.epochs:
-            pl_module.train()  # as the module has it: its batch normalisation may stay frozen
+            pl_module.train()  # the module's own `train` may keep batch normalisation frozen
 
 
 class LastValidation(Checkpoint):
@@ -366,7 +366,9 @@ class LastValidation(Checkpoint):
             self._validate(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._validate(trainer)  # of a resumed run, which found nothing to train but was killed before it was validated
+        self._validate(
+            trainer
+        )  # a resumed run may have been killed between its last batch and validation
 
     def _validate(self, trainer: pl.Trainer) -> None:
         batches = trainer.fit_loop.epoch_loop
@@ -374,7 +376,7 @@ class LastValidation(Checkpoint):
             return
         connector = trainer._logger_connector
         first = connector._first_loop_iter
-        batches._batches_that_stepped -= 1  # it is logged at the step of the batch before, as other validations are
+        batches._batches_that_stepped -= 1  # logged at the step of the previous batch, as other validations are
         batches.val_loop.restarting = False
         trainer.validating = True
         batches.val_loop.run()

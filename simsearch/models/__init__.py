@@ -1,1 +1,1 @@
-"""Backbones and pooling, one family a file, and what all families that learn share."""
+"""Backbones and pooling, one file for each family, and what all trained families share."""

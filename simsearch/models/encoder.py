@@ -1,4 +1,4 @@
-"""Encoders from plain configs, without Hydra: each `_target_` is called by name, if the table of trust.py has it."""
+"""Builds encoders from plain configs without Hydra. A `_target_` is called only if the table of trust.py allows it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from simsearch.types import Encoder
 
 
 def build(config: Mapping[str, Any], allowed: frozenset[str] | None) -> Any:
-    """Returns the object that a plain config describes, its nested nodes built first.
+    """The object that a plain config describes. Nested nodes are built first.
 
     Args:
-        config: `_target_`, an import path, and arguments by name; with `_partial_: true` a functools.partial.
-        allowed: The targets that may be called; None for any, which is for configs that the user trusts.
+        config: `_target_`, an import path, and arguments by name. With `_partial_: true` the result is a
+            functools.partial.
+        allowed: The targets that may be called. None allows any, for configs that the user trusts.
 
     Raises:
-        Untrusted: Where a node names another target.
-        WeightsError: Where weights cannot be had.
-        ValueError: Whatever else a constructor raises. Either is led by the node's key, such as `whitening`.
+        Untrusted: If a node names another target.
+        WeightsError: If weights are missing or do not fit.
+        ValueError: For any other error of a constructor. This message and that of WeightsError begin with the key of
+            the node, such as `whitening`.
 
     Example:
         >>> build({"_target_": "simsearch.models.pooling.GeM", "p": 4.0}, trust.ENCODERS)
@@ -49,14 +51,14 @@ def _built(node: Any, allowed: frozenset[str] | None, key: str) -> Any:
     try:
         called = _located(str(target))
         return partial(called, *positional, **values) if node.get("_partial_") else called(*positional, **values)
-    except Exception as error:  # a constructor may raise anything about what the config says
+    except Exception as error:  # a constructor may raise any error about its arguments
         kind = WeightsError if isinstance(error, WeightsError) else ValueError
         reason = str(error) or type(error).__name__
         raise kind(f"{key}: {reason}" if key else reason) from error
 
 
 def _located(path: str) -> Any:
-    """What an import path such as `package.module.Class` names. Raises ImportError where there is nothing."""
+    """The object at an import path such as `package.module.Class`. Raises ImportError if there is none."""
     parts = path.split(".")
     for length in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:length])
@@ -73,10 +75,15 @@ def _located(path: str) -> Any:
 
 
 def build_encoder(config: Mapping[str, Any], *, trusted: bool = False) -> Encoder:
-    """Returns the encoder of a catalog's config on blank tensors, without a cache, for tensors that are loaded next.
+    """The encoder of a catalog's config with blank tensors and without a cache. The caller loads the tensors next.
 
-    The config may come from a stranger's catalog: raises Untrusted where it names anything but the classes and
-    functions of simsearch's own models and binarizers, unless it is `trusted`.
+    Args:
+        config: The config of a catalog. It may come from somebody else.
+        trusted: Whether the config may name any target. Otherwise only classes and functions of simsearch's own models
+            and binarizers are allowed.
+
+    Raises:
+        Untrusted: If the config names another target and is not `trusted`.
     """
     model = _without_weights(config["model"])
     trust.follow_moves(model)
@@ -86,7 +93,11 @@ def build_encoder(config: Mapping[str, Any], *, trusted: bool = False) -> Encode
 
 
 def encoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what of a run's config builds its encoder: a trained family's network, the whole frozen model."""
+    """The part of a run's config that builds its encoder: the network of a trained family, else the whole frozen model.
+
+    Args:
+        config: The config of a run.
+    """
     model = config["model"]
     return {"model": model.get("network", model)}
 
@@ -99,13 +110,20 @@ def _without_weights(node: Any) -> Any:
     blank = {"weights": "random", "cache": None, "start": None}
 
     def stays(name: str, value: Any) -> bool:
-        return name not in blank or (name == "weights" and isinstance(value, dict))  # those of parts
+        return name not in blank or (name == "weights" and isinstance(value, dict))  # the weights of parts
 
     return {name: _without_weights(value) if stays(name, value) else blank[name] for name, value in node.items()}
 
 
 def device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first accelerator, else the CPU. Raises ValueError where it is none."""
+    """The torch device of a name.
+
+    Args:
+        name: Such as "cpu" or "cuda". "auto" is the first accelerator, or the CPU if there is none.
+
+    Raises:
+        ValueError: If there is no such device.
+    """
     if name != "auto":
         try:
             torch.zeros(0, device=name)

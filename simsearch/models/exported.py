@@ -1,4 +1,4 @@
-"""An encoder of descriptors as ONNX files and a description of all that is done around them."""
+"""An encoder of descriptors exported as ONNX files, with a description of all steps around them."""
 
 from __future__ import annotations
 
@@ -47,23 +47,38 @@ _STEPS = (
 
 
 class Description(nn.Module):
-    """L2-normalised vectors (B, D) of normalised pixels (B, 3, H, W) at one scale."""
+    """L2-normalised descriptors (B, D) of normalised pixels (B, 3, H, W) at one scale, as one module.
+
+    Args:
+        network: Maps pixels to feature maps (B, C, h, w).
+        head: Maps feature maps to descriptors.
+    """
 
     def __init__(self, network: nn.Module, head: DescriptorHead) -> None:
         super().__init__()
         self.network, self.head = network, head
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """L2-normalised descriptors float32 (B, D).
+
+        Args:
+            pixels: Normalised images float32 (B, 3, H, W).
+        """
         return self.head(self.network(pixels))
 
 
 def write_exported(folder: Path, encoder: Encoder) -> dict[str, Any]:
-    """What encoder.json says of the files that are written into `folder`: it, an ONNX file a part and size.
+    """Writes an ONNX file for each part and size of an encoder, and encoder.json. Returns what encoder.json holds.
 
-    encoder: of descriptors, on the CPU. Regions of R-MAC depend on the shape of the image, so that with fit "longest"
-    the file ends with the maps, and the head's tensors lie beside it.
+    The regions of R-MAC depend on the shape of the image. With fit "longest" the ONNX file therefore ends with the
+    maps, and the head's tensors lie beside it.
 
-    Raises ValueError for an encoder of codes, of another kind, and where a network cannot be exported.
+    Args:
+        folder: An existing folder.
+        encoder: An encoder of descriptors, on the CPU.
+
+    Raises:
+        ValueError: If the encoder gives codes, is of another kind, or has a network that cannot be exported.
     """
     about: dict[str, Any] = {
         "format": FORMAT,
@@ -135,7 +150,14 @@ def _write_head(path: Path, head: DescriptorHead) -> dict[str, Any]:
 
 
 class ExportedEncoder:
-    """Describes images by the files that `write_exported` left in a folder, and nothing else, in ONNX Runtime."""
+    """Describes images in ONNX Runtime, using only the files that `write_exported` left in a folder.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        ValueError: If the files have another format.
+    """
 
     def __init__(self, folder: Path) -> None:
         about = read_json(folder / ABOUT)
@@ -148,7 +170,11 @@ class ExportedEncoder:
         self._tensors = {name: load_file(checked(folder, file, about)) for name, file in heads.items() if file}
 
     def embed(self, image: Tensor) -> Tensor:
-        """L2-normalised descriptors float32 (B, D) of images uint8 (B, 3, H, W)."""
+        """L2-normalised descriptors float32 (B, D).
+
+        Args:
+            image: uint8 (B, 3, H, W).
+        """
         vectors = []
         for name, part in self.parts.items():
             scales = [self._scale(image, name, scale) for scale in part["scales"]]

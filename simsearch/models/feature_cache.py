@@ -25,12 +25,20 @@ def collection_features(
     about: Mapping[str, object] | None = None,
     batch_size: int = 128,
 ) -> np.ndarray:
-    """Maps of all images of a collection, float16 (N, C, h, w), read-only: from the cache, or computed into it.
+    """Maps of all images of a collection, float16 (N, C, h, w), read-only, from the cache or computed into it.
 
-    pool: maps to what is kept in their place, such as regions (N, R, C), which images of many shapes need;
-    about: what that depends on, as plain values, by which the cache knows it.
+    Args:
+        backbone: The frozen backbone.
+        collection: The Collection.
+        size: Image size in pixels.
+        cache: The cache.
+        pool: Maps features to what is kept instead, such as regions (N, R, C). Images of several shapes need it. None
+            keeps the maps.
+        about: Plain values that determine the result of `pool`. They become part of the cache key.
+        batch_size: Number of images described at once.
 
-    Raises ValueError where a feature lies beyond float16.
+    Raises:
+        ValueError: If a feature lies beyond float16.
     """
     images, device = collection.images, backbone.mean.device
     parts = backbone.identity(size) | {"data": collection.content, "precision": "float16"} | dict(about or {})
@@ -60,25 +68,48 @@ def collection_features(
 
 
 class OnMaps(Protocol):
-    """A network that describes what it pools of a backbone's maps.
+    """A network that describes images by vectors pooled from a backbone's maps.
 
-    pool: maps float32 (B, C, h, w) to regions (B, R, C). describe: regions to descriptors (B, D).
+    Attributes:
+        backbone: The backbone.
     """
 
     backbone: Backbone
 
-    def pool(self, maps: Tensor) -> Tensor: ...
+    def pool(self, maps: Tensor) -> Tensor:
+        """Region vectors (B, R, C).
 
-    def describe(self, regions: Tensor) -> Tensor: ...
+        Args:
+            maps: Feature maps float32 (B, C, h, w).
+        """
+        ...
 
-    def identity(self) -> dict[str, object]: ...
+    def describe(self, regions: Tensor) -> Tensor:
+        """Descriptors (B, D).
+
+        Args:
+            regions: Region vectors float32 (B, R, C).
+        """
+        ...
+
+    def identity(self) -> dict[str, object]:
+        """Everything besides the tensors that determines the descriptors, as plain values."""
+        ...
 
 
 def pooled_features(network: OnMaps, collection: Any, cache: ArrayCache) -> Tensor:
-    """What `network.pool` makes of the maps of all images, float16 (N, R, C), in memory.
+    """Region vectors of all images by `network.pool`, float16 (N, R, C), in memory.
 
-    Of images of many shapes (Ragged), whose maps differ too, what is pooled is cached; R must be one for all
-    (`one_region`).
+    For images of several shapes (Ragged), whose maps also differ in shape, the cache keeps the region vectors. Then all
+    images must have the same number of regions (`one_region`).
+
+    Args:
+        network: The network that pools.
+        collection: The Collection.
+        cache: The cache.
+
+    Raises:
+        ValueError: If a feature lies beyond float16.
     """
     backbone = network.backbone
     if isinstance(collection.images, Ragged):
@@ -96,6 +127,11 @@ def pooled_features(network: OnMaps, collection: Any, cache: ArrayCache) -> Tens
 
 
 def one_region(pool: Callable[[Tensor], Tensor], backbone: Backbone) -> bool:
-    """Whether `pool` makes one region vector of a map of any shape."""
+    """Whether `pool` gives one region vector for a map of any shape.
+
+    Args:
+        pool: Maps features (B, C, h, w) to region vectors (B, R, C).
+        backbone: The backbone, for channels and device.
+    """
     with torch.no_grad():
         return pool(torch.rand(1, backbone.channels, 8, 16, device=backbone.mean.device)).shape[1] == 1

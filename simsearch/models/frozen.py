@@ -1,4 +1,4 @@
-"""The frozen family: pretrained features, pooled, whitened, optionally binarised; no gradient."""
+"""The frozen family: pretrained features, pooled, whitened and optionally binarised, without gradients."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ from simsearch.types import Batch, Encoder, HeatMap
 
 
 class Whitening(nn.Module):
-    """Centred, projected and scaled vectors (..., D) of vectors (..., C): PCA-whitening, once fitted.
+    """PCA-whitening: vectors (..., C), centred, projected and scaled to (..., D).
 
-    power 0 rotates only, 1 whitens fully; shrinkage moves the covariance towards its mean
-    eigenvalue (simsearch.functional.whitening). Before `fit`, forward raises RuntimeError.
+    Args:
+        dimension: D, from 1.
+        power: Whitening, in [0, 1]: 0 rotates only, 1 whitens fully.
+        shrinkage: Moves the covariance towards its mean eigenvalue, in [0, 1] (simsearch.functional.whitening).
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     mean: Tensor
@@ -42,7 +47,14 @@ class Whitening(nn.Module):
         self.dimension, self.power, self.shrinkage = dimension, power, shrinkage
 
     def allocate(self, channels: int) -> None:
-        """Makes room for vectors of `channels` entries, so that a checkpoint can be loaded."""
+        """Makes the buffers for vectors of `channels` entries, so that a checkpoint can be loaded.
+
+        Args:
+            channels: C.
+
+        Raises:
+            ValueError: If `dimension` is larger.
+        """
         if self.dimension > channels:
             raise ValueError(
                 f"whitening.dimension is {self.dimension}, the backbone gives {channels} channels: lower it"
@@ -51,47 +63,87 @@ class Whitening(nn.Module):
         self.register_buffer("projection", torch.zeros(self.dimension, channels))
 
     def no_moments(self, channels: int) -> Moments:
-        """What `collect` adds to, of no vectors of `channels` entries."""
+        """Empty moments, for `collect` to add to.
+
+        Args:
+            channels: C.
+        """
         return Moments.zeros(channels)
 
     def collect(self, moments: Moments, vectors: Tensor, label: Tensor) -> None:
-        """Adds training vectors (B, R, C) of images with these labels, int64 (B,)."""
+        """Adds training vectors to the moments, in place.
+
+        Args:
+            moments: From `no_moments`.
+            vectors: Region vectors float32 (B, R, C).
+            label: Labels of the images, int64 (B,). PCA does not use them.
+        """
         moments.add(vectors.flatten(0, 1))
 
     def fit(self, moments: Moments) -> None:
-        """Takes mean and projection from the moments of training vectors."""
+        """Computes mean and projection from the moments of the training vectors.
+
+        Args:
+            moments: What `collect` has gathered.
+        """
         mean, values, vectors = moments.principal()
         matrix = whitening_matrix(values, vectors, self.dimension, power=self.power, shrinkage=self.shrinkage)
         self.mean.copy_(mean)
         self.projection.copy_(matrix)
 
     def forward(self, vectors: Tensor) -> Tensor:
+        """The whitened vectors (..., D).
+
+        Args:
+            vectors: float32 (..., C).
+
+        Raises:
+            RuntimeError: If the whitening is not fitted.
+        """
         if not self.projection.any():
             raise RuntimeError("the whitening is not fitted: run `simsearch train`, or load a trained run")
         return (vectors - self.mean) @ self.projection.T
 
 
 class LearnedWhitening(Whitening):
-    """Centred vectors projected so that those of one label lie close: whitening by what differs within labels.
+    """Whitening by the covariance within labels: projects vectors so that those of one label lie close together.
 
-    Fitted in closed form on the labels that the protocol trains on, such as artists; see
-    simsearch.functional.whitening.discriminative_projection. shrinkage: of the covariance within labels.
+    It is fitted in closed form on the labels that the protocol trains on, such as artists. See
+    simsearch.functional.whitening.discriminative_projection.
+
+    Args:
+        dimension: D, from 1.
+        shrinkage: Shrinkage of the covariance within labels, in [0, 1].
     """
 
     def __init__(self, dimension: int, shrinkage: float = 0.4) -> None:
         super().__init__(dimension, power=1.0, shrinkage=shrinkage)
 
     def no_moments(self, channels: int) -> ClassMoments:
-        """What `collect` adds to, of no vectors of `channels` entries."""
+        """Empty moments by label, for `collect` to add to.
+
+        Args:
+            channels: C.
+        """
         return ClassMoments.zeros(channels)
 
     def collect(self, moments: Moments, vectors: Tensor, label: Tensor) -> None:
-        """Adds training vectors (B, R, C) of images with these labels, int64 (B,); -1 is left out."""
+        """Adds training vectors to the moments, in place.
+
+        Args:
+            moments: From `no_moments`.
+            vectors: Region vectors float32 (B, R, C).
+            label: Labels of the images, int64 (B,). Images with label -1 are left out.
+        """
         assert isinstance(moments, ClassMoments)
         moments.add_labelled(vectors.flatten(0, 1), label.repeat_interleave(vectors.shape[1]))
 
     def fit(self, moments: Moments) -> None:
-        """Takes mean and projection from the moments of training vectors by label."""
+        """Computes mean and projection from the moments by label.
+
+        Args:
+            moments: What `collect` has gathered.
+        """
         assert isinstance(moments, ClassMoments)
         mean, matrix = discriminative_projection(moments, self.dimension, shrinkage=self.shrinkage)
         self.mean.copy_(mean)
@@ -99,20 +151,33 @@ class LearnedWhitening(Whitening):
 
 
 class Binarizer(Protocol):
-    """What turns descriptors into codes of `bits` bits: sign(x @ weight.T + bias)."""
+    """A way to turn descriptors into codes: sign(x @ weight.T + bias).
+
+    Attributes:
+        bits: Width of the codes.
+    """
 
     bits: int
 
     def fit(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """weight (bits, D) and bias (bits,) from training descriptors (N, D)."""
+        """The weight (bits, D) and bias (bits,).
+
+        Args:
+            vectors: Training descriptors float32 (N, D).
+        """
         ...
 
 
 class DescriptorHead(nn.Module):
     """Descriptors (B, D) of feature maps (B, C, h, w): pool, L2, whiten, L2, sum over regions, L2.
 
-    With one region this is L2 - whiten - L2; with several each region is whitened by itself (Tolias
-    et al. 2016), or, where `whiten_regions` is False, their sum is.
+    With one region this is L2, whiten, L2.
+
+    Args:
+        pooling: Maps features (B, C, h, w) to region vectors (B, R, C).
+        whitening: Whitening, a linear layer that learns, or None for none.
+        whiten_regions: Whether each region is whitened by itself (Tolias et al. 2016). Otherwise the sum of the regions
+            is.
     """
 
     whitening: Any  # Whitening, or a layer that learns
@@ -124,21 +189,38 @@ class DescriptorHead(nn.Module):
         self.pooling, self.whitening, self.whiten_regions = pooling, whitening, whiten_regions
 
     def regions(self, features: Tensor) -> Tensor:
-        """L2-normalised vectors (B, R, C) that the whitening is fitted on."""
+        """L2-normalised vectors (B, R, C), which the whitening is fitted on. R is 1 without `whiten_regions`.
+
+        Args:
+            features: Feature maps (B, C, h, w).
+        """
         vectors = F.normalize(self.pooling(features.float()), dim=-1)
         if not self.whiten_regions:
             vectors = F.normalize(vectors.sum(1, keepdim=True), dim=-1)
         return vectors
 
     def unit_regions(self, regions: Tensor) -> Tensor:
-        """What is summed: the region vectors (B, R, C) whitened and L2-normalised again, (B, R, D)."""
+        """Region vectors whitened and L2-normalised again, (B, R, D). A descriptor is their normalised sum.
+
+        Args:
+            regions: L2-normalised region vectors (B, R, C).
+        """
         return regions if self.whitening is None else F.normalize(self.whitening(regions), dim=-1)
 
     def aggregate(self, regions: Tensor) -> Tensor:
-        """L2-normalised descriptors (B, D) of region vectors (B, R, C)."""
+        """L2-normalised descriptors (B, D).
+
+        Args:
+            regions: L2-normalised region vectors (B, R, C).
+        """
         return F.normalize(self.unit_regions(regions).sum(1), dim=-1)
 
     def forward(self, features: Tensor) -> Tensor:
+        """L2-normalised descriptors (B, D).
+
+        Args:
+            features: Feature maps (B, C, h, w).
+        """
         return self.aggregate(self.regions(features))
 
 
@@ -148,14 +230,26 @@ class DescriptorHead(nn.Module):
 class FrozenRetriever(OnBackbone, DescribesBatches):
     """Descriptors of a frozen backbone. `fit` takes one pass over the training split for whitening and codes.
 
-    scales: the image sizes, relative to the backbone's, whose descriptors are summed (multi-scale at
-    test). binarizer: makes `embed` return real-valued codes before sign(), `bits` wide. cache: keeps
-    the backbone's features of a whole collection, float16, so that later runs with another head
-    don't compute them again; as maps where all maps together take at most `maps_limit_gb`, else
-    pooled. sample: at most so many training descriptors fit the binarizer.
+    Images of several shapes (Ragged) are described one shape at a time. The cache keeps their features if each image
+    has one region. It does not with R-MAC, whose regions depend on the shape.
 
-    Images of many shapes (Ragged) are described shape by shape; the cache keeps their features where each
-    has one region (not with R-MAC, whose regions depend on the shape).
+    Args:
+        backbone: The backbone. It is frozen here.
+        pooling: Maps features (B, C, h, w) to region vectors (B, R, C).
+        whitening: The whitening, None for none.
+        whiten_regions: As in DescriptorHead.
+        binarizer: Makes `embed` return real-valued codes, the values before sign(). None for descriptors.
+        scales: Factors of the backbone's image size. The descriptors of all scales are summed.
+        cache: Keeps the backbone's features of a whole collection as float16, so that later runs with another head do
+            not compute them again. None for no cache.
+        maps_limit_gb: The cache keeps maps if all of them together take at most this many GiB, otherwise pooled
+            vectors.
+        extract_batch_size: Number of images described at once to fill the cache.
+        sample: Number of training descriptors that fit the binarizer, at most.
+
+    Raises:
+        ValueError: If `scales` are not positive, the whitening is wider than the backbone or the codes wider than the
+            descriptors.
     """
 
     code_weight: Tensor
@@ -195,17 +289,31 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         self.extract_batch_size, self.sample = extract_batch_size, sample
         self._stored: list[tuple[np.ndarray, bool]] | None = None  # per scale: array, are these maps?
         self._moments: Moments | None = None
-        self._kept: list[list[tuple[Tensor, list[Tensor]]]] = []  # of each batch: places, regions by scale
+        self._kept: list[list[tuple[Tensor, list[Tensor]]]] = []  # for each batch: positions, regions by scale
         self._seen = 0
 
-    # What a searcher calls
+    # Called by searches
 
     def embed(self, image: Tensor) -> Tensor:
-        """L2-normalised descriptors (B, D), or real-valued codes (B, bits), of images (B, 3, H, W)."""
+        """L2-normalised descriptors (B, D), or real-valued codes (B, bits).
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+
+        Raises:
+            RuntimeError: If whitening or binarizer is not fitted.
+        """
         return self.describe([self.head.regions(self.backbone(image, size)) for size in self.sizes])
 
     def describe(self, regions: list[Tensor]) -> Tensor:
-        """Descriptors or real-valued codes of the region vectors (B, R, C) at each scale."""
+        """L2-normalised descriptors (B, D), or real-valued codes (B, bits).
+
+        Args:
+            regions: Region vectors (B, R, C), one tensor for each scale.
+
+        Raises:
+            RuntimeError: If whitening or binarizer is not fitted.
+        """
         # A descriptor is float32 whatever the trainer's precision.
         with torch.autocast(self.backbone.mean.device.type, enabled=False):
             descriptor = self._descriptor(regions)
@@ -216,19 +324,23 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
             return descriptor @ self.code_weight.T + self.code_bias
 
     def _descriptor(self, regions: list[Tensor]) -> Tensor:
-        """L2-normalised descriptors (B, D) of the region vectors (B, R, C) at each scale."""
+        """L2-normalised descriptors (B, D) of region vectors (B, R, C) at each scale."""
         parts = [self.head.aggregate(vectors.to(self.backbone.mean.device)) for vectors in regions]
         return F.normalize(torch.stack(parts).sum(0), dim=-1)
 
     @property
     def explains(self) -> bool:
-        """Whether `heat_map` can say where a similarity comes from."""
+        """Whether `heat_map` can show which places of an image a similarity comes from."""
         return self.binarizer is None and has_regions(self.head)
 
     def heat_map(self, image: Tensor, vector: Tensor) -> HeatMap:
-        """Contributions of the places of an image (3, H, W) to the inner product of its descriptor with `vector`.
+        """Contributions of the places of an image to the inner product of its descriptor with a vector.
 
-        Where `explains` is True.
+        It needs `explains` to be True.
+
+        Args:
+            image: uint8 or float (3, H, W) in 0..255.
+            vector: Descriptor float32 (D,).
         """
         return region_heat_map(self.backbone, self.head, self.sizes, image, vector)
 
@@ -238,7 +350,7 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         return self
 
     def identity(self) -> dict[str, object]:
-        """What decides the descriptors besides the tensors, as plain values."""
+        """Everything besides the tensors that determines the descriptors, as plain values."""
         return {
             "family": "frozen",
             "backbones": [self.backbone.identity(size) for size in self.sizes],
@@ -256,7 +368,7 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         if self.cache is not None and getattr(data, "augment", None) is not None:
             raise ValueError("data.augment changes images that model.cache keeps the features of: set one to null")
         if self.cache is not None and collection is not None and self._stored is None:
-            self.to(self.trainer.strategy.root_device)  # Lightning moves the module after this hook only
+            self.to(self.trainer.strategy.root_device)  # Lightning moves the module only after this hook
             if not isinstance(collection.images, Ragged) or one_region(self.head.regions, self.backbone):
                 self._stored = [self._features(collection, size) for size in self.sizes]
 
@@ -264,7 +376,7 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         self._stored = None
 
     def _features(self, collection: Any, size: int) -> tuple[np.ndarray, bool]:
-        """The collection's features at one size, float16: maps (N, C, h, w), or regions (N, R, C)."""
+        """The collection's float16 features at one size, and whether these are maps (N, C, h, w) or regions (N, R, C)."""
         assert self.cache is not None
         with torch.no_grad():
             probe = self.backbone(collection.images[0][None].to(self.device), size)
@@ -279,9 +391,9 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         return array, maps
 
     def _regions(self, batch: Batch) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """Places in the batch and region vectors (b, R, C) at each scale, by shape of image.
+        """Yields positions in the batch with region vectors (b, R, C) at each scale, one pair for each image shape.
 
-        From the stored features, then all at once, or through the backbone.
+        Stored features come in one piece; otherwise the images go through the backbone.
         """
         if self._stored is None:
             for places, images in stacks(batch["image"]):
@@ -295,7 +407,11 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         yield torch.arange(len(rows)), regions
 
     def describe_batch(self, batch: Batch) -> Tensor:
-        """Descriptors or real-valued codes of a batch, in its order, of its stored features where there are any."""
+        """Descriptors or real-valued codes of a batch, in its order, from the stored features if there are any.
+
+        Args:
+            batch: The batch.
+        """
         return in_order(*zip(*((places, self.describe(parts)) for places, parts in self._regions(batch)), strict=True))
 
     # Fitting and evaluation under a Trainer
@@ -314,7 +430,7 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         self._kept, self._seen = [], 0
 
     def backward(self, loss: Tensor) -> None:
-        """Nothing: there is no gradient."""
+        """Does nothing: there is no gradient."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         with torch.no_grad():
@@ -333,7 +449,7 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         return None if self.trainer.world_size == 1 else torch.zeros((), device=self.device)  # None: for one rank only
 
     def _fit_head(self) -> None:
-        """Fits whitening and binarizer to what all ranks saw, as one process would."""
+        """Fits whitening and binarizer to the data of all ranks, with the result of a single process."""
         if (whitening := self.head.whitening) is not None:
             assert self._moments is not None
             self._moments.reduce(self.device)
@@ -347,11 +463,11 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
             from_first_rank(self.code_bias.copy_(bias))
         self._moments, self._kept = None, []
 
-    # Checkpoints hold what was fitted; the backbone comes again from where its weights came from
+    # Checkpoints hold what was fitted. The backbone's weights are loaded again from their source.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["state_dict"]
-        if self.backbone.provenance["weights"] != "random":  # these are nowhere else
+        if self.backbone.provenance["weights"] != "random":  # random weights exist nowhere else
             checkpoint["state_dict"] = {n: v for n, v in state.items() if not n.startswith("backbone.")}
         checkpoint["backbone"] = dict(self.backbone.provenance)
 

@@ -11,8 +11,14 @@ from simsearch.models.backbones import Backbone, OnBackbone
 class HashNetwork(OnBackbone, nn.Module):
     """Real-valued codes (B, bits) of images (B, 3, H, W): backbone, pooling, linear layer.
 
-    pooling: feature maps to region vectors, whose mean is taken. hidden: width of a layer with ReLU
-    between, or None for none.
+    Args:
+        backbone: The network below.
+        pooling: Maps features (B, C, h, w) to region vectors, which are averaged.
+        bits: Width of the codes, from 1.
+        hidden: Width of a layer with ReLU before the last one, None for no such layer.
+
+    Raises:
+        ValueError: If `bits` or `hidden` is below 1.
     """
 
     def __init__(self, backbone: Backbone, pooling: nn.Module, bits: int, hidden: int | None = None) -> None:
@@ -30,24 +36,41 @@ class HashNetwork(OnBackbone, nn.Module):
         self.head = nn.Linear(hidden or backbone.channels, bits)
 
     def prepare(self, images: Tensor | Ragged) -> None:
-        """Lets the backbone take from the training images uint8 (N, 3, H, W) what it computes."""
+        """Lets the backbone compute statistics of training images, if it needs any.
+
+        Args:
+            images: Training images uint8 (N, 3, H, W), or Ragged.
+        """
         self.backbone.prepare(images)
 
     def pool(self, maps: Tensor) -> Tensor:
-        """Region vectors (B, R, C) of the backbone's maps (B, C, h, w)."""
+        """Region vectors (B, R, C).
+
+        Args:
+            maps: Feature maps of the backbone (B, C, h, w).
+        """
         return self.pooling(maps)
 
     def describe(self, regions: Tensor) -> Tensor:
-        """Real-valued codes (B, bits) of region vectors (B, R, C)."""
+        """Real-valued codes (B, bits).
+
+        Args:
+            regions: Region vectors (B, R, C).
+        """
         return self.head(self.hidden(regions.mean(1)))
 
     def forward(self, image: Tensor) -> Tensor:
+        """Real-valued codes (B, bits).
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+        """
         return self.describe(self.pool(self.backbone(image)))
 
     embed = forward
 
     def identity(self) -> dict[str, object]:
-        """What decides the codes besides the tensors, as plain values."""
+        """Everything besides the tensors that determines the codes, as plain values."""
         return {
             "family": "hashing",
             "backbone": self.backbone.identity(),

@@ -1,4 +1,4 @@
-"""Which places of an image its descriptor's similarity comes from: exact for sums of region vectors."""
+"""Heat maps: which places of an image a similarity comes from. They are exact for sums of region vectors."""
 
 from __future__ import annotations
 
@@ -19,18 +19,32 @@ if TYPE_CHECKING:
 
 
 def has_regions(head: DescriptorHead) -> bool:
-    """Whether a DescriptorHead sums vectors of regions that lie somewhere in the image."""
+    """Whether a DescriptorHead sums vectors of regions that have a place in the image.
+
+    Args:
+        head: The head.
+    """
     return isinstance(head.pooling, RMAC) and bool(head.whiten_regions)
 
 
 def region_heat_map(
     backbone: Backbone, head: DescriptorHead, sizes: Sequence[int], image: Tensor, vector: Tensor
 ) -> HeatMap:
-    """Contributions of places of an image (3, H, W) to the inner product of its descriptor with `vector` (D,).
+    """Contributions of the places of an image to the inner product of its descriptor with a vector.
 
-    head: a DescriptorHead for which has_regions holds. The descriptor is a sum over regions and scales, divided by
-    norms that are taken as they are; what a region adds is spread evenly over its cells, those of all scales added
-    on the finest grid. With fit "square" what lies outside the centre square has 0. rest is 0.
+    The descriptor is a sum over regions and scales, divided by norms, which are taken as constants. The contribution of
+    a region is spread evenly over its cells. All scales are added on the finest grid. With fit "square" the
+    contribution outside the centre square is 0.
+
+    Args:
+        backbone: The backbone.
+        head: A DescriptorHead for which has_regions is True.
+        sizes: Image sizes in pixels, one for each scale.
+        image: uint8 or float (3, H, W) in 0..255.
+        vector: Descriptor float32 (D,).
+
+    Returns:
+        The heat map. Its `rest` is 0.
     """
     pooling = head.pooling
     assert isinstance(pooling, RMAC)
@@ -54,7 +68,7 @@ def region_heat_map(
 
 
 def _middle(side: int, other: int) -> tuple[float, float]:
-    """Where the centre square begins and ends along one side of an image, in 0..1."""
+    """Start and end of the centre square along one side of an image, in 0..1."""
     square = min(side, other)
     start = (side - square) // 2
     return start / side, (start + square) / side

@@ -1,4 +1,4 @@
-"""A frozen network on the CPU through ONNX Runtime."""
+"""Runs a frozen network on the CPU through ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -17,17 +17,23 @@ _OPSET = 17
 
 
 def export_network(network: nn.Module, size: int, min_side: int | None = None) -> bytes:
-    """An ONNX file of `network` for "pixels" float32 (B, 3, size, size) with any B, its output called "features".
+    """A network as an ONNX file, with input "pixels" float32 (B, 3, size, size) for any B, and output "features".
 
-    min_side: for images (B, 3, H, W) of any sides from `min_side` up; see `check_shapes`. Raises RuntimeError with
-    the mend where the exporter cannot.
+    Args:
+        network: The network.
+        size: Side of the images in pixels.
+        min_side: Exports for images (B, 3, H, W) of any sides from `min_side` (see `check_shapes`). None for squares of
+            `size`.
+
+    Raises:
+        RuntimeError: If the exporter fails. The message says what to do.
     """
     buffer = io.BytesIO()
     axes = {0: "batch"} if min_side is None else {0: "batch", 2: "height", 3: "width"}
-    # Sides that differ, so that none is taken for the other.
+    # The sides differ, so that the exporter cannot confuse them.
     example = torch.zeros(2, 3, size, size if min_side is None else size + 32)
     with torch.no_grad():
-        # Beyond the batch only maps have sides that vary with those of the image.
+        # Besides the batch, only maps have sides that depend on the image.
         outputs = axes if network(example).ndim == 4 else {0: "batch"}
     for name, symbolic in _SYMBOLIC.items():
         torch.onnx.register_custom_op_symbolic(name, symbolic, _OPSET)
@@ -53,9 +59,9 @@ def export_network(network: nn.Module, size: int, min_side: int | None = None) -
 
 
 def _adaptive_average(g: Any, features: Any, output_size: Any) -> Any:
-    """Averages over a grid of cells, as two products with matrices made of the sides when the network runs.
+    """Averages over a grid of cells, as products with two matrices that are built from the sides at run time.
 
-    The exporter itself has only grids whose cells are equally large.
+    The exporter itself supports only grids with cells of equal size.
     """
     from torch.onnx.symbolic_helper import _get_const
 
@@ -63,7 +69,7 @@ def _adaptive_average(g: Any, features: Any, output_size: Any) -> Any:
         return g.op("Constant", value_t=torch.as_tensor(value))
 
     def shares(axis: int, cells: int) -> Any:
-        """(cells, side): of each pixel, how much of it goes into the average of each cell."""
+        """A matrix (cells, side): the weight of each pixel in the average of each cell."""
         side = g.op("Gather", g.op("Shape", features), constant(axis), axis_i=0)
         places = g.op("Range", constant(0), side, constant(1))
         first = torch.arange(cells)[:, None]
@@ -80,7 +86,7 @@ def _adaptive_average(g: Any, features: Any, output_size: Any) -> Any:
 
 
 def _angle(g: Any, y: Any, x: Any) -> Any:
-    """atan2, with 0 at (0, 0), where the exporter's own divides by zero: black pixels have no hue."""
+    """atan2, with 0 at (0, 0). The exporter's own divides by zero there, and black pixels have no hue."""
 
     def constant(value: float) -> Any:
         return g.op("Constant", value_t=torch.tensor(value))
@@ -95,9 +101,11 @@ _SYMBOLIC = {"aten::adaptive_avg_pool2d": _adaptive_average, "aten::atan2": _ang
 
 
 class OnnxFile:
-    """Calls an ONNX file, or its bytes, on images float32 (B, 3, H, W) on the CPU, with as many threads as torch has.
+    """Runs an ONNX file on images float32 (B, 3, H, W) on the CPU, with as many threads as torch uses.
 
-    one_shape: whether all images have the same sides.
+    Args:
+        model: The path of the file, or its bytes.
+        one_shape: Whether all images have the same sides.
     """
 
     def __init__(self, model: bytes | Path, one_shape: bool) -> None:
@@ -106,8 +114,8 @@ class OnnxFile:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        options.enable_mem_pattern = one_shape  # else a plan of the memory is kept for each shape
-        # Threads that spin between calls take the processor from the next of several networks, and from torch.
+        options.enable_mem_pattern = one_shape  # otherwise onnxruntime keeps a memory plan for each shape
+        # Threads that spin between calls would take the processor from other networks and from torch.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         source = model if isinstance(model, bytes) else str(model)
         self.session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -118,11 +126,15 @@ class OnnxFile:
 
 
 class OnnxNetwork(OnnxFile):
-    """Calls `network`, exported once for images (B, 3, size, size) with any B, on the CPU.
+    """Exports a network once and runs it on the CPU.
 
-    min_side: export for images (B, 3, H, W) of any sides from `min_side` up (`check_shapes`).
+    Args:
+        network: Maps images float32 (B, 3, H, W) to features.
+        size: Side of the images in pixels.
+        min_side: Exports for images of any sides from `min_side` (see `check_shapes`). None for squares of `size`.
 
-    Raises RuntimeError with the mend where the export fails or its features differ.
+    Raises:
+        RuntimeError: If the export fails or its features differ from those of torch. The message says what to do.
     """
 
     def __init__(self, network: nn.Module, size: int, min_side: int | None = None) -> None:
@@ -132,10 +144,18 @@ class OnnxNetwork(OnnxFile):
 
 
 def check_shapes(exported: Callable[[Tensor], Tensor], network: nn.Module, min_side: int) -> None:
-    """Compares with torch's the features of a network exported for all sides from `min_side` up.
+    """Checks that a network exported for all sides from `min_side` gives the features of torch.
 
-    A network may do its sums on the shape in Python (the padding of some, the windows of Swin), which an export takes
-    over as constants: hence 32 shapes, every remainder of both sides by 32, the usual stride. Raises RuntimeError.
+    A network may compute with the shape in Python (the padding of some, the windows of Swin), which an export turns
+    into constants. Therefore 32 shapes are tried, with every remainder of both sides by 32, the usual stride.
+
+    Args:
+        exported: The exported network, a function of images.
+        network: The network.
+        min_side: The smallest side in pixels.
+
+    Raises:
+        RuntimeError: If features differ by more than 1e-4 of their norm.
     """
     generator = torch.Generator().manual_seed(0)
     for i in range(_STRIDE):
@@ -145,7 +165,7 @@ def check_shapes(exported: Callable[[Tensor], Tensor], network: nn.Module, min_s
         try:
             features = exported(pixels)
             same = features.shape == expected.shape and (features - expected).norm() <= 1e-4 * expected.norm()
-        except Exception:  # onnxruntime has many kinds, for operators that the shape does not fit
+        except Exception:  # onnxruntime raises many kinds of errors if an operator does not fit the shape
             same = False
         if not same:
             raise RuntimeError(

@@ -17,26 +17,39 @@ from simsearch.models.frozen import FrozenRetriever
 from simsearch.models.steps import DescribesBatches
 from simsearch.types import Batch, Encoder, Fit, HeatMap, Part
 
-_AT_ONCE = 64  # images, however large an evaluation's batch: shallow maps are large
+_AT_ONCE = 64  # images at a time in any batch, since shallow maps are large
 
 
 def parts_of(encoder: Encoder) -> dict[str, Part]:
-    """The parts of an encoder's descriptors by name, in order of their columns; only `content` where it has none."""
+    """The parts of an encoder's descriptors by name, in column order. Without parts, all columns are `content`.
+
+    Args:
+        encoder: The encoder.
+    """
     parts = getattr(encoder, "parts", None)
     return {"content": Part(0, encoder.dimension, 1.0)} if parts is None else dict(parts)
 
 
 def can_explain(encoder: Encoder | nn.Module) -> bool:
-    """Whether an encoder has `heat_map(image, vector)`: its descriptors are sums over regions, at least in a part."""
+    """Whether an encoder has `heat_map(image, vector)`: its descriptors, or a part of them, are sums over regions.
+
+    Args:
+        encoder: The encoder.
+    """
     return bool(getattr(encoder, "explains", False))
 
 
 class TrainedPart(nn.Module):
-    """A trained network as it is, for one part of a descriptor. `load` takes its tensors from a run.
+    """A trained network, used unchanged for one part of a descriptor. `load` takes its tensors from a run.
 
-    network: as simsearch.models.trained.Network, with L2-normalised descriptors. start: a run directory or
-    checkpoint that `simsearch train` left. The checkpoint of the whole and a catalog hold the tensors too, so that
-    neither needs `start` again: None where the tensors come from there.
+    The checkpoint of the whole model and a catalog also hold the tensors, so neither needs the run again.
+
+    Args:
+        network: A network as in simsearch.models.trained.Network, with L2-normalised descriptors.
+        start: A run directory or checkpoint of `simsearch train`. None if the tensors are loaded from elsewhere.
+
+    Raises:
+        ValueError: If the network gives codes.
     """
 
     bits = None
@@ -53,7 +66,11 @@ class TrainedPart(nn.Module):
         self.dimension = network.dimension
 
     def load(self) -> None:
-        """Loads the tensors of `start`. Raises WeightsError where they are missing or others."""
+        """Loads the tensors of `start`.
+
+        Raises:
+            WeightsError: If they are missing or do not fit.
+        """
         if self.start is None:
             raise WeightsError("model.encoders: a trained part needs its run: give its start")
         path = Path(self.start)
@@ -67,12 +84,20 @@ class TrainedPart(nn.Module):
         self.provenance = {**self.provenance, "weights": "trained", "start": self.start, "sha256": sha256}
 
     def embed(self, image: Tensor) -> Tensor:
-        """L2-normalised descriptors float32 (B, dimension) of images (B, 3, H, W)."""
+        """L2-normalised descriptors float32 (B, dimension).
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+        """
         with torch.autocast(image.device.type, enabled=False):
             return self.network.embed(image).float()
 
     def describe_batch(self, batch: Batch) -> Tensor:
-        """Descriptors of a batch, in its order."""
+        """Descriptors of a batch, in its order.
+
+        Args:
+            batch: The batch.
+        """
         return by_shape(self.embed, batch["image"], _AT_ONCE)
 
     def train(self, mode: bool = True) -> TrainedPart:
@@ -80,23 +105,31 @@ class TrainedPart(nn.Module):
 
     @property
     def explains(self) -> bool:
-        """Whether `heat_map` can say where a similarity comes from."""
+        """Whether `heat_map` can show which places of an image a similarity comes from."""
         return can_explain(self.network)
 
     def heat_map(self, image: Tensor, vector: Tensor) -> HeatMap:
-        """That of the network, where `explains` is True."""
+        """The heat map of the network. It needs `explains` to be True.
+
+        Args:
+            image: uint8 or float (3, H, W) in 0..255.
+            vector: Descriptor float32 (dimension,).
+        """
         return self.network.heat_map(image, vector)  # type: ignore[attr-defined]
 
     @property
     def input_size(self) -> int:
+        """Size in pixels to which files are best decoded."""
         return self.network.input_size
 
     @property
     def fit(self) -> Fit:
+        """The part of an image that is used: its centre square ("square"), or the whole image ("longest")."""
         return self.network.fit
 
     @property
     def provenance(self) -> dict[str, str]:
+        """Plain facts about the weights."""
         return self.network.provenance
 
     @provenance.setter
@@ -104,6 +137,7 @@ class TrainedPart(nn.Module):
         self.network.provenance = facts
 
     def identity(self) -> dict[str, object]:
+        """Everything besides the tensors that determines the descriptors, as plain values."""
         return self.network.identity()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -114,14 +148,18 @@ class TrainedPart(nn.Module):
 
 
 class PartsRetriever(DescribesBatches):
-    """Descriptors (B, D) that are several encoders' side by side, each times the square root of its weight.
+    """Descriptors (B, D) of several encoders side by side, each times the square root of its weight.
 
-    The inner product of two is the sum of weight * cosine over parts. `fit` takes one pass for what frozen
-    encoders fit (whitenings); trained ones stay as they are. encoders: by the names of the parts. weights: of the
-    same parts, above 0; they are divided by their sum.
+    The inner product of two descriptors is the sum over parts of weight * cosine. `fit` takes one pass to fit the
+    frozen encoders (their whitenings). Trained encoders stay unchanged.
 
-    Raises ValueError for names or weights that do not fit, for encoders of codes, and where some see squares and
-    others whole images.
+    Args:
+        encoders: The encoders, by the names of the parts.
+        weights: Weights of the same parts, above 0. They are divided by their sum.
+
+    Raises:
+        ValueError: If names or weights do not match, an encoder gives codes, or some encoders see squares and others
+            whole images.
     """
 
     bits = None
@@ -154,13 +192,17 @@ class PartsRetriever(DescribesBatches):
 
     @property
     def members(self) -> dict[str, FrozenRetriever | TrainedPart]:
-        """The encoders by the names of the parts."""
+        """The encoders, by the names of the parts."""
         return dict(self.encoders.items())  # type: ignore[arg-type]
 
-    # What a searcher calls
+    # Called by searches
 
     def embed(self, image: Tensor) -> Tensor:
-        """L2-normalised descriptors float32 (B, D) of images (B, 3, H, W)."""
+        """L2-normalised descriptors float32 (B, D).
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+        """
         return self._join({name: encoder.embed(image) for name, encoder in self.members.items()})
 
     def _join(self, vectors: Mapping[str, Tensor]) -> Tensor:
@@ -168,13 +210,17 @@ class PartsRetriever(DescribesBatches):
 
     @property
     def explains(self) -> bool:
-        """Whether `heat_map` can say where a similarity comes from, of one part at least."""
+        """Whether `heat_map` can show, for at least one part, which places of an image a similarity comes from."""
         return any(can_explain(encoder) for encoder in self.members.values())
 
     def heat_map(self, image: Tensor, vector: Tensor) -> HeatMap:
-        """Contributions of the places of an image (3, H, W) to the inner product of its descriptor with `vector` (D,).
+        """Contributions of the places of an image to the inner product of its descriptor with a vector.
 
-        Those of parts without regions are the rest. On the finest grid of those that have them.
+        The grid is the finest of the parts that have a heat map. The other parts add to `rest`.
+
+        Args:
+            image: uint8 or float (3, H, W) in 0..255.
+            vector: Descriptor float32 (D,).
         """
         found, rest = [], 0.0
         for name, part in self.parts.items():
@@ -195,17 +241,17 @@ class PartsRetriever(DescribesBatches):
 
     @property
     def input_size(self) -> int:
-        """Side in pixels to which files are best decoded: the largest of the parts."""
+        """Size in pixels to which files are best decoded: the largest of the parts."""
         return max(encoder.input_size for encoder in self.members.values())
 
     @property
     def fit(self) -> Fit:
-        """What of an image is seen: its centre square, or the whole at its longest side."""
+        """The part of an image that is used: its centre square ("square"), or the whole image ("longest")."""
         return next(iter(self.members.values())).fit
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Plain facts about the weights, by `<part>.<fact>`; `weights` of all, "random" where any are."""
+        """Plain facts about the weights by `<part>.<fact>`, and `weights` of all, "random" if any part's are."""
         facts = {name: encoder.provenance for name, encoder in self.members.items()}
         weights = dict.fromkeys(fact["weights"] for fact in facts.values())
         flat = {f"{name}.{key}": value for name, fact in facts.items() for key, value in fact.items()}
@@ -218,14 +264,14 @@ class PartsRetriever(DescribesBatches):
             encoder.provenance = own
 
     def identity(self) -> dict[str, object]:
-        """What decides the descriptors besides the tensors, as plain values."""
+        """Everything besides the tensors that determines the descriptors, as plain values."""
         return {
             "family": "parts",
             "weights": {name: part.weight for name, part in self.parts.items()},
             "encoders": {name: encoder.identity() for name, encoder in self.members.items()},
         }
 
-    # Fitting and evaluation under a Trainer: each frozen encoder does its own, as if it were alone
+    # Fitting and evaluation under a Trainer: each frozen encoder does its own part, as if it were alone
 
     def _frozen(self) -> Iterator[FrozenRetriever]:
         return (encoder for encoder in self.members.values() if isinstance(encoder, FrozenRetriever))
@@ -235,7 +281,7 @@ class PartsRetriever(DescribesBatches):
             if isinstance(encoder, FrozenRetriever):
                 encoder.trainer = self.trainer
                 encoder.setup(stage)
-            elif stage == "fit" and not self.trainer.ckpt_path:  # else the checkpoint has the tensors
+            elif stage == "fit" and not self.trainer.ckpt_path:  # otherwise the checkpoint has the tensors
                 encoder.load()
 
     def teardown(self, stage: str) -> None:
@@ -250,7 +296,7 @@ class PartsRetriever(DescribesBatches):
             encoder.on_train_epoch_start()
 
     def backward(self, loss: Tensor) -> None:
-        """Nothing: there is no gradient."""
+        """Does nothing: there is no gradient."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         for encoder in self._frozen():
@@ -258,10 +304,14 @@ class PartsRetriever(DescribesBatches):
         return None if self.trainer.world_size == 1 else torch.zeros((), device=self.device)
 
     def describe_batch(self, batch: Batch) -> Tensor:
-        """Descriptors (B, D) of a batch, in its order, of its stored features where there are any."""
+        """Descriptors (B, D) of a batch, in its order, from the stored features if there are any.
+
+        Args:
+            batch: The batch.
+        """
         return self._join({name: encoder.describe_batch(batch) for name, encoder in self.members.items()})
 
-    # Checkpoints hold what each part's would hold, under its name
+    # A checkpoint holds the checkpoint of each part, under its name
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         kept: dict[str, Tensor] = {}
@@ -281,6 +331,6 @@ class PartsRetriever(DescribesBatches):
 
 
 def _below(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
-    """The checkpoint of one part, as yet of its tensors alone."""
+    """The tensors of one part, as a checkpoint of its own."""
     prefix = f"encoders.{name}."
     return {"state_dict": {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}}

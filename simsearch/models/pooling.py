@@ -1,4 +1,4 @@
-"""Pooling modules: feature maps (B, C, H, W) to region vectors (B, R, C); R = 1 where all is one region."""
+"""Pooling modules: feature maps (B, C, H, W) to region vectors (B, R, C). R = 1 if the whole map is one region."""
 
 from __future__ import annotations
 
@@ -9,21 +9,39 @@ from simsearch.functional import pooling
 
 
 class Average(nn.Module):
-    """SPoC: the average over positions, (B, 1, C)."""
+    """SPoC: the average over positions."""
 
     def forward(self, features: Tensor) -> Tensor:
+        """Region vectors (B, 1, C).
+
+        Args:
+            features: Feature maps (B, C, H, W).
+        """
         return pooling.spoc(features)[:, None]
 
 
 class MAC(nn.Module):
-    """The maximum over positions, (B, 1, C)."""
+    """The maximum over positions."""
 
     def forward(self, features: Tensor) -> Tensor:
+        """Region vectors (B, 1, C).
+
+        Args:
+            features: Feature maps (B, C, H, W).
+        """
         return pooling.mac(features)[:, None]
 
 
 class GeM(nn.Module):
-    """The generalised mean over positions, (B, 1, C); `p` is learnt where `trainable`."""
+    """The generalised mean over positions.
+
+    Args:
+        p: Exponent, above 0.
+        trainable: Whether `p` is learnt.
+
+    Raises:
+        ValueError: If `p` is not positive.
+    """
 
     def __init__(self, p: float = 3.0, trainable: bool = False) -> None:
         super().__init__()
@@ -35,11 +53,25 @@ class GeM(nn.Module):
         return f"p={self.p.item():.6g}"
 
     def forward(self, features: Tensor) -> Tensor:
+        """Region vectors (B, 1, C).
+
+        Args:
+            features: Feature maps (B, C, H, W).
+        """
         return pooling.gem(features, self.p)[:, None]
 
 
 class RMAC(nn.Module):
-    """The maxima of the R-MAC regions, (B, R, C), with the whole map as one more where `whole`."""
+    """The maxima of the R-MAC regions.
+
+    Args:
+        levels: Number of region sizes, from 1.
+        overlap: Wanted overlap of neighbouring regions, in [0, 1).
+        whole: Whether the whole map is one more region.
+
+    Raises:
+        ValueError: If `levels` or `overlap` is out of range.
+    """
 
     def __init__(self, levels: int = 3, overlap: float = 0.4, whole: bool = False) -> None:
         super().__init__()
@@ -53,4 +85,9 @@ class RMAC(nn.Module):
         return f"levels={self.levels}, overlap={self.overlap}, whole={self.whole}"
 
     def forward(self, features: Tensor) -> Tensor:
+        """Region vectors (B, R, C).
+
+        Args:
+            features: Feature maps (B, C, H, W).
+        """
         return pooling.rmac(features, self.levels, whole=self.whole, overlap=self.overlap)

@@ -1,4 +1,4 @@
-"""What every family does under a Trainer's evaluation."""
+"""The evaluation steps that all families share."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from simsearch.types import Batch, Encoder
 
 try:
     from pytorch_lightning import LightningModule
-except ModuleNotFoundError:  # a search describes images by the same module without a Trainer
+except ModuleNotFoundError:  # a search uses the same module without a Trainer
     LightningModule = nn.Module  # type: ignore[misc,assignment]
 
 
 class DescribesBatches(LightningModule):
-    """A module whose steps outside of training give `describe_batch`: descriptors or real-valued codes (B, D).
+    """A module whose validation, test and prediction steps return `describe_batch`.
 
-    Lightning's where that is installed, which only a Trainer needs (simsearch[train]); else torch's.
+    It is a LightningModule if Lightning is installed, which only a Trainer needs (simsearch[train]), else a torch
+    module.
     """
 
     @property
@@ -24,6 +25,11 @@ class DescribesBatches(LightningModule):
         raise NotImplementedError
 
     def describe_batch(self, batch: Batch) -> Tensor:
+        """Descriptors or real-valued codes (B, D).
+
+        Args:
+            batch: The batch.
+        """
         raise NotImplementedError
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""How a network's layers respond on the whole image, without where: the statistics that tell style."""
+"""Style: statistics of a network's layers over the whole image, without places."""
 
 from __future__ import annotations
 
@@ -14,15 +14,24 @@ Statistics = Literal["moments", "gram"]
 
 
 class LayerStatistics(nn.Module):
-    """Statistics of a timm network's stages as a map float32 (B, S, 1, 1) of images (B, 3, H, W) of any sides.
+    """Statistics of a timm network's stages, as a map float32 (B, S, 1, 1) of norm 1.
 
-    statistics: "moments", each channel's mean and standard deviation over places (Huang and Belongie 2017), 2 C
-    numbers a stage; "gram", the inner products of all pairs of channels, averaged over places (Gatys, Ecker,
-    Bethge 2016), C (C + 1) / 2 numbers, for shallow stages, which have few channels. Of each stage the signed
-    square roots, L2-normalised, so that none dominates; the whole has norm 1. stages: as timm numbers what
-    `forward_intermediates` gives, 0 the shallowest; one more is the final map.
+    Each stage gives signed square roots of its statistics, L2-normalised, so that no stage dominates.
 
-    Raises ValueError for a network without intermediate maps, an unknown statistic and stages that there aren't.
+    Args:
+        model: A timm network with intermediate maps.
+        statistics: "moments" or "gram". "moments" are the mean and standard deviation of each channel over positions, 2
+            C numbers a stage. "gram" are the inner products of all pairs of channels, averaged over positions, C (C +
+            1) / 2 numbers a stage; it suits shallow stages, which have few channels.
+        stages: Numbers of the stages as in timm's `forward_intermediates`, 0 for the shallowest. The number after the
+            last stage is the final map.
+
+    Raises:
+        ValueError: If the network has no intermediate maps, the statistic is unknown, or there is no such stage.
+
+    Source:
+        Moments: Huang, Belongie: Arbitrary Style Transfer in Real-time with Adaptive Instance Normalization. ICCV 2017.
+        Gram matrices: Gatys, Ecker, Bethge: Image Style Transfer Using Convolutional Neural Networks. CVPR 2016.
     """
 
     def __init__(self, model: nn.Module, statistics: Statistics, stages: Sequence[int]) -> None:
@@ -41,6 +50,11 @@ class LayerStatistics(nn.Module):
         self.model, self.statistics, self.stages = model, statistics, tuple(sorted(stages))
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """The statistics, float32 (B, S, 1, 1).
+
+        Args:
+            pixels: Normalised images float32 (B, 3, H, W) of any sides.
+        """
         inner = [stage for stage in self.stages if stage < self.final]
         last, maps = self.model.forward_intermediates(pixels, indices=inner or [0])  # type: ignore[operator]
         maps = maps[: len(inner)]

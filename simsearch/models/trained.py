@@ -1,4 +1,4 @@
-"""The LightningModule of every family that trains: a network, a loss, parameter groups, an optimizer."""
+"""The LightningModule of all trained families: a network, a loss, parameter groups, an optimizer."""
 
 from __future__ import annotations
 
@@ -24,24 +24,32 @@ from simsearch.types import Batch, Encoder
 
 
 class Network(Encoder, Protocol):
-    """A trained family's torch module: an Encoder with a forward, images (B, 3, H, W) to (B, D), that training calls.
+    """The torch module of a trained family: an Encoder that training can call.
 
-    head: the last layer, which may learn at another rate. provenance: of the weights that training starts from.
+    `forward` maps images (B, 3, H, W) to (B, D). `provenance` has the facts about the weights that training starts
+    from.
     """
 
     @property
-    def head(self) -> nn.Module: ...
+    def head(self) -> nn.Module:
+        """The last layer, which may have another learning rate."""
+        ...
 
     def __call__(self, image: Tensor) -> Tensor: ...
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters, as in torch.nn.Module."""
+        ...
 
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Names and submodules, as in torch.nn.Module."""
+        ...
 
     def prepare(self, images: Tensor | Ragged) -> None:
-        """Takes from the training images uint8 (N, 3, H, W) what is computed, not learnt (mean image, PCA).
+        """Computes from the training images what is not learnt, such as a mean image or a PCA.
 
-        They are Ragged only where `fit` is "longest".
+        Args:
+            images: Training images uint8 (N, 3, H, W). They are Ragged only if `fit` is "longest".
         """
 
 
@@ -55,11 +63,18 @@ def parameter_groups(
     bias_lr: float = 1.0,
     bias_decay: bool = True,
 ) -> list[dict[str, Any]]:
-    """Parameters that train, grouped by learning rate and decay; the loss's own come at the rate of the head.
+    """The trainable parameters, grouped by learning rate and weight decay.
 
-    lr, weight_decay: of the body's weights. head_lr, bias_lr: factors for the last layer and for biases,
-    both for the last layer's bias. bias_decay: whether biases, and the scales and shifts of
-    normalisation layers, decay.
+    The loss's own parameters have the learning rate of the last layer.
+
+    Args:
+        network: The network.
+        loss: The loss.
+        lr: Learning rate of the body's weights.
+        weight_decay: Weight decay.
+        head_lr: Factor of the learning rate for the last layer.
+        bias_lr: Factor of the learning rate for biases. The bias of the last layer has both factors.
+        bias_decay: Whether weight decay also applies to biases and to the scales and shifts of normalisation layers.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     head = {id(p) for p in network.head.parameters()} | {id(p) for p in loss.parameters()}
@@ -83,32 +98,46 @@ class NonFiniteLoss(ValueError):
 
 
 def plateau_monitor(mode: str) -> str:
-    """What a ReduceLROnPlateau of that mode watches: the validation's mAP (max), or the loss (min)."""
+    """The value that a ReduceLROnPlateau scheduler watches.
+
+    Args:
+        mode: "max" for the mAP of the validation, "min" for the training loss.
+    """
     return "val/mAP" if mode == "max" else "train/loss"
 
 
 class TrainedRetriever(DescribesBatches):
-    """Trains `network` by `loss` on whole batches, in whatever precision the trainer has; the loss is float32.
+    """Trains a network by a loss on whole batches, in the trainer's precision. The loss is float32.
 
-    optimizer: a partial with `lr` (and `weight_decay`), called with the parameter groups. scheduler: a
-    partial called with the optimizer, stepped after each optimizer step, a ReduceLROnPlateau after each validation
-    (mode max, by val/mAP) or epoch (mode min, by train/loss); its `max_lr`, where it has one, is that of the body's
-    weights, and `total_steps` below 1 stand for the whole training. head_lr, bias_lr, bias_decay: as
-    parameter_groups has them.
-    start: a run directory or checkpoint whose tensors of equal name and shape training starts from.
-    freeze_batchnorm: batch normalisation stays as it is, statistics and all, which small batches want.
-    slices: where memory is short, the batch goes through the network in slices of so many images,
-    forward without stored activations and backward one after another (the streams of Gordo et al.
-    2016); gradients are those of the whole batch, without dropout and with frozen batch normalisation. cache:
-    trains on a frozen backbone, whose maps of the whole collection are computed once, kept there and
-    pooled in memory; images can't be augmented then, and those of many shapes must have one region each.
-    gather: the loss sees the embeddings of all ranks, and its gradient is that of one large batch.
+    A loss with `attributes`, a list of names, gets labels (B, A) in the order of these names. The sampler's classes are
+    those of the first attribute.
 
-    A loss that has `attributes`, names of several, gets labels (B, A) of those, in this order; the classes of
-    the sampler are the first's.
+    Images of several shapes (Ragged) pass through the network one shape at a time: the embedding of an image does not
+    depend on the others in its batch. Batch normalisation must then be frozen.
 
-    Images of many shapes (Ragged) go through the network shape by shape: the embedding of one does not
-    depend on the others in its batch. So batch normalisation must be frozen.
+    Args:
+        network: The network.
+        loss: A function of embeddings (B, D) and labels, a scalar.
+        optimizer: A partial with `lr` and perhaps `weight_decay`, called with the parameter groups.
+        scheduler: A partial called with the optimizer, None for a constant rate. It steps after each optimizer step; a
+            ReduceLROnPlateau steps after each validation (mode "max", by val/mAP) or each epoch (mode "min", by
+            train/loss). Its `max_lr`, if any, is that of the body's weights. `total_steps` below 1 means the whole
+            training.
+        head_lr: As in parameter_groups.
+        bias_lr: As in parameter_groups.
+        bias_decay: As in parameter_groups.
+        start: A run directory or checkpoint. Training starts from its tensors of equal name and shape. None for none.
+        freeze_batchnorm: Whether batch normalisation stays unchanged with its statistics, which suits small batches.
+        slices: Number of images in a slice of the batch, to save memory. Slices go forward without stored activations
+            and backward one after another (the streams of Gordo et al. 2016). Gradients are those of the whole batch if
+            there is no dropout and batch normalisation is frozen. None for the whole batch at once.
+        cache: Trains on a frozen backbone, whose maps of the whole collection are computed once, kept in this cache and
+            pooled in memory. Images cannot be augmented then, and images of several shapes need pooling with one
+            region. None for no cache.
+        gather: Whether the loss sees the embeddings of all ranks. Its gradient is then that of one large batch.
+
+    Raises:
+        ValueError: If the optimizer is no partial with a learning rate, or the arguments do not go together.
     """
 
     network: Network
@@ -165,14 +194,14 @@ class TrainedRetriever(DescribesBatches):
         self.slices, self.gather = slices, gather
         self.bits = network.bits
         self.dimension = network.dimension
-        _ = network.provenance  # its hash is that of the weights before they train
-        self._gradients: dict[str, Tensor] = {}  # of an accumulation that a checkpoint cut in two
+        _ = network.provenance  # hashes the weights before they train
+        self._gradients: dict[str, Tensor] = {}  # of a gradient accumulation that a checkpoint interrupted
 
     @property
     def _on_maps(self) -> OnMaps:
-        return cast(OnMaps, self.network)  # with `cache`, which refuses others
+        return cast(OnMaps, self.network)  # true with `cache`, which refuses other networks
 
-    # What a searcher calls
+    # Called by searches
 
     @property
     def encoder(self) -> Encoder:
@@ -181,22 +210,26 @@ class TrainedRetriever(DescribesBatches):
 
     @property
     def input_size(self) -> int:
-        """Side in pixels to which files are best decoded."""
+        """Size in pixels to which files are best decoded."""
         return self.network.input_size
 
     @property
     def provenance(self) -> dict[str, str]:
-        """Plain facts about the weights, for every result."""
+        """Plain facts about the weights, written into every result."""
         start = dict(self.network.provenance)
         start["start"] = start.pop("weights")
         return {"weights": "trained", **start}
 
     def identity(self) -> dict[str, object]:
-        """What decides the embeddings besides the tensors, as plain values."""
+        """Everything besides the tensors that determines the embeddings, as plain values."""
         return self.network.identity()
 
     def embed(self, image: Tensor) -> Tensor:
-        """L2-normalised descriptors (B, D), or real-valued codes (B, bits), float32, of images (B, 3, H, W)."""
+        """L2-normalised descriptors (B, D) or real-valued codes (B, bits), float32.
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+        """
         with torch.autocast(self.device.type, enabled=False):
             return self.network.embed(image).float()
 
@@ -214,9 +247,9 @@ class TrainedRetriever(DescribesBatches):
             self.network.to(self.trainer.strategy.root_device)
             self._pooled = pooled_features(cast(OnMaps, self.network.eval()), data.collection, self.cache)
         if stage != "fit" or self.trainer.ckpt_path:
-            return  # a resumed run has it all in its checkpoint
+            return  # the checkpoint of a resumed run has all this
         known = {} if self.start is None else self._start_tensors(Path(self.start))
-        self.network.load_state_dict(known, strict=False)  # what is prepared may depend on it
+        self.network.load_state_dict(known, strict=False)  # `prepare` may depend on these tensors
         self.network.to(self.trainer.strategy.root_device)
         if self._pooled is not None and hasattr(self.network, "prepare_regions"):
             self.network.prepare_regions(self._pooled[data.split.train])
@@ -245,7 +278,7 @@ class TrainedRetriever(DescribesBatches):
             )
 
     def on_fit_start(self) -> None:
-        self.train()  # the trainer takes the mode as it finds it, frozen layers and all
+        self.train()  # the trainer keeps the mode it finds, including frozen layers
 
     def on_train_start(self) -> None:
         for name, parameter in self.named_parameters():
@@ -254,7 +287,7 @@ class TrainedRetriever(DescribesBatches):
         self._gradients = {}
 
     def _start_tensors(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of a run or checkpoint that have a place in the network. Raises ValueError for none."""
+        """The tensors of a run or checkpoint that fit the network. Raises ValueError if none does."""
         file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
         saved = {n.removeprefix("network."): v for n, v in load_state(file).items() if not n.startswith("loss.")}
         own = self.network.state_dict()
@@ -313,15 +346,15 @@ class TrainedRetriever(DescribesBatches):
         return {"optimizer": optimizer, "lr_scheduler": about}
 
     def _fitted(self, scheduler: Callable[..., Any], groups: list[dict[str, Any]]) -> Callable[..., Any]:
-        """A scheduler's partial by the groups' rates and, where it has total_steps, by the length of this training."""
+        """A scheduler with the learning rates of the groups and, if it has total_steps, the length of this training."""
         given = getattr(scheduler, "keywords", {})
-        if "max_lr" in given:  # one number would be that of every group
+        if "max_lr" in given:  # a single number would apply to every group
             peak = given["max_lr"] / self.optimizer.keywords["lr"] if self.optimizer.keywords["lr"] else 0.0
             scheduler = partial(scheduler, max_lr=[peak * group["lr"] for group in groups])
         if "total_steps" not in given:
             return scheduler
         steps = given["total_steps"]
-        if steps < 1:  # a training that is as long as its epochs
+        if steps < 1:  # the length follows from the epochs
             steps = int(self.trainer.estimated_stepping_batches)
         rise = given.get("pct_start", 0.3)
         if steps * rise < 2:  # torch would divide by a rise of no steps
@@ -352,7 +385,11 @@ class TrainedRetriever(DescribesBatches):
         return loss
 
     def forward(self, batch: Batch) -> Tensor:
-        """Embeddings (B, D) of a training batch, at one scale and in the trainer's precision."""
+        """Embeddings (B, D) at one scale, in the trainer's precision.
+
+        Args:
+            batch: A training batch.
+        """
         if self._pooled is not None:
             regions = self._pooled[batch["index"].cpu()].to(self.device).float()
             return self._on_maps.describe(regions)
@@ -360,7 +397,11 @@ class TrainedRetriever(DescribesBatches):
         return by_shape(network, batch["image"], self.slices)
 
     def describe_batch(self, batch: Batch) -> Tensor:
-        """Embeddings float32 (B, D) of a batch, of its stored features where there are any."""
+        """Embeddings float32 (B, D) of a batch, from the stored features if there are any.
+
+        Args:
+            batch: The batch.
+        """
         if self._pooled is None:
             return by_shape(self.embed, batch["image"])
         with torch.autocast(self.device.type, enabled=False):
@@ -370,7 +411,7 @@ class TrainedRetriever(DescribesBatches):
         checkpoint["provenance"] = dict(self.network.provenance)
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         if progress.current.processed % self.trainer.accumulate_grad_batches and not progress.is_last_batch:  # type: ignore[attr-defined]
-            # Ranks hold their own until the step; their mean adds up to the same.
+            # Each rank holds its own gradients until the step. Their mean gives the same sum.
             reduce = partial(self.trainer.strategy.reduce, reduce_op="mean")
             grown = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
             checkpoint["gradients"] = {name: reduce(gradient.clone()) for name, gradient in grown.items()}
