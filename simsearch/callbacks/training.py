@@ -366,9 +366,7 @@ class LastValidation(Checkpoint):
             self._validate(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._validate(
-            trainer
-        )  # a resumed run may have been killed between its last batch and validation
+        self._validate(trainer)  # a resumed run may have been killed between its last batch and validation
 
     def _validate(self, trainer: pl.Trainer) -> None:
         batches = trainer.fit_loop.epoch_loop

@@ -1,16 +1,16 @@
 """The leak audit: near-duplicates of the queries in the gallery and in the training set.
 
-Descriptors and perceptual hashes propose pairs, pixels decide: the details of two thumbnails must correlate, whatever
-the light, a small shift or mirroring. So the same pairs are near-duplicates whatever model proposes them; a better
-model only misses fewer. How many of the pairs are right is estimated from labels (`estimated_precision`).
+Descriptors and perceptual hashes propose pairs, and pixels decide: the details of two thumbnails must correlate, up to
+light, a small shift or mirroring. The decision does not depend on the model that proposes. A better model only misses
+fewer pairs. The fraction of correct pairs is estimated from labels (`estimated_precision`).
 
-On CIFAR-10 (JPEG q75), test against training images, EfficientNet-Lite0 at 32 px: 345 of 10,000 test images in 567
-pairs, none of different classes. Among them are 180 of the 249 pairs of one shot that ciFAIR lists (Barz and Denzler
-2020, "Do we train on test data?").
+On CIFAR-10 (JPEG q75), test against training images, with EfficientNet-Lite0 at 32 pixels: 345 of 10,000 test images in
+567 pairs, none of different classes. Among them are 180 of the 249 pairs of one shot that ciFAIR lists (Barz and
+Denzler 2020, "Do we train on test data?").
 
-Among 1,729 paintings (art-artist, EfficientNet-Lite0 at 224 px) it finds 59 pairs: all 53 other scans that are known,
-and 6 more; of 40 that were judged by eye 37 show one work and 3 are views of one motif by one artist. Larger shifts,
-crops and other scales are missed.
+Among 1,729 paintings (art-artist, EfficientNet-Lite0 at 224 pixels) it finds 59 pairs: all 53 known second scans, and 6
+more. Of 40 pairs judged by eye, 37 show one work and 3 are views of one motif by one artist. The audit misses larger
+shifts, crops and other scales.
 """
 
 from __future__ import annotations
@@ -55,14 +55,19 @@ _SHEET_SIDE, _SHEET_GAP, _SHEET_CAPTION = 96, 4, 16
 
 @dataclass(frozen=True)
 class Duplicates:
-    """N pairs of a query and a near-duplicate of it, most alike first.
+    """N pairs of a query and one of its near-duplicates, most similar first.
 
-    query, other: int64 (N,), collection rows. correlation: float32 (N,), of their details, which decided. similarity:
-    float32 (N,), cosine of the descriptors, NaN without them. hash_distance: int64 (N,), differing bits of 64. part:
-    where `other` stands, "gallery", "train" or "both". by: what proposed the pair, "hash", "descriptor" or "both".
+    Attributes:
+        query: int64 (N,), collection rows.
+        other: int64 (N,), collection rows.
+        correlation: float32 (N,), correlation of their details, which decided.
+        similarity: float32 (N,), cosine of the descriptors, NaN without descriptors.
+        hash_distance: int64 (N,), number of differing bits of 64.
+        part: The part of the data that holds `other`: "gallery", "train" or "both".
+        by: The source of the proposal: "hash", "descriptor" or "both".
 
-    Raises ValueError where shapes or dtypes disagree, for an unknown part or criterion, and for a
-    pair of a row with itself.
+    Raises:
+        ValueError: If shapes or dtypes disagree, a part or source is unknown, or a row is paired with itself.
     """
 
     query: Tensor
@@ -97,7 +102,11 @@ class Duplicates:
         return len(self.query)
 
     def select(self, keep: Tensor) -> Duplicates:
-        """The pairs that `keep` chooses, a bool mask (N,) or int64 positions, in that order."""
+        """The chosen pairs, in the order of `keep`.
+
+        Args:
+            keep: A bool mask (N,), or int64 positions.
+        """
         chosen = torch.arange(len(self))[keep]
         return Duplicates(
             self.query[chosen],
@@ -110,7 +119,14 @@ class Duplicates:
         )
 
     def queries(self, part: Literal["gallery", "train"]) -> Tensor:
-        """Collection rows of the queries with a near-duplicate in that part, int64, sorted, unique."""
+        """Collection rows of the queries with a near-duplicate in a part: int64, sorted, unique.
+
+        Args:
+            part: "gallery" or "train".
+
+        Raises:
+            ValueError: If the part is unknown.
+        """
         if part not in ("gallery", "train"):
             raise ValueError(f"part={part!r} is unknown: use 'gallery' or 'train'")
         stands = torch.tensor([p in (part, "both") for p in self.part], dtype=torch.bool)
@@ -129,17 +145,26 @@ def audit(
     max_distance: int = MAX_DISTANCE,
     progress: bool = False,
 ) -> tuple[Duplicates, float]:
-    """Near-duplicates of the task's queries in its gallery and among the training rows, and their estimated precision.
+    """Near-duplicates of a task's queries in its gallery and the training rows, and the estimated precision.
 
-    images: uint8 (N, 3, H, W) or Ragged, the whole collection. descriptors: L2-normalised float32 (N, D) of the
-    same rows, or None to let hashes alone propose. train_rows: int64, collection rows. labels: int64 (N,), the task's
-    attribute, for the precision (`estimated_precision`). Proposed are the `neighbours` nearest of each query, and what
-    differs from it in at most `max_distance` bits of the hash; pairs of a correlation of at least `min_correlation` are
-    near-duplicates. A row is never paired with itself. Pairs that the task's junk rule takes out of the ranking are
-    listed like others. progress: show bars.
+    Proposals are the `neighbours` nearest items of each query, and all items whose hash differs in at most
+    `max_distance` bits. Pairs with a correlation of at least `min_correlation` are near-duplicates. A row is never
+    paired with itself. Pairs that the task's junk rule excludes from the ranking are listed like others.
 
-    Raises ValueError where images and descriptors differ in number, for rows outside the collection, settings out of
-    range, and what hash_pairs_between raises.
+    Args:
+        images: uint8 (N, 3, H, W) or Ragged, the whole collection.
+        descriptors: L2-normalised float32 (N, D) of the same rows. None proposes by hashes alone.
+        task: The task with queries and gallery.
+        train_rows: int64, collection rows.
+        labels: int64 (N,), the task's attribute, for the precision (`estimated_precision`).
+        min_correlation: Least correlation of near-duplicates, in (0, 1].
+        neighbours: Number of nearest items proposed for each query, from 1.
+        max_distance: Differing bits of the hash, 0 to 64.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: If images and descriptors differ in number, rows lie outside the collection, a setting is out of
+            range, or hashes propose too many pairs (hash_pairs_between).
     """
     check_max_distance(max_distance)
     if not 0 < min_correlation <= 1:
@@ -160,7 +185,7 @@ def audit(
     found = [torch.stack([query[rows], other[columns]], 1)]
     if descriptors is not None:
         _check_descriptors("the collection's", descriptors)
-        # One more than wanted: it may be the query itself.
+        # One more than wanted, since one may be the query itself.
         near = nearest(descriptors[query], descriptors[other], neighbours + 1).ids
         found.append(torch.stack([query.repeat_interleave(near.shape[1]), other[near.flatten()]], 1))
     pairs, which = torch.cat(found).unique(dim=0, return_inverse=True)
@@ -193,15 +218,20 @@ def audit(
 
 
 def estimated_precision(correlation: Tensor, differing: Tensor, min_correlation: float) -> float:
-    """The share of right pairs among those that passed, in [0, 1], estimated by labels; NaN where they cannot tell.
+    """The fraction of correct pairs among those that passed, in [0, 1], estimated from labels. NaN if they cannot tell.
 
-    Two pictures of one thing have one label. So the pairs that passed with different labels are false, and the false
-    ones of equal label are as many again as among those that failed: of F false pairs d F show, with d the share of
-    different labels among the pairs that failed most narrowly, as many as passed (100 at least). Duplicates that are
-    labelled differently count as false, and those that failed lower d: both err to the low side. False pairs that can
-    only have one label, such as views of one motif where the label is the artist, are not seen.
+    Two pictures of one thing have one label, so pairs that passed with different labels are false. But false pairs may
+    also have equal labels. Let d be the fraction of different labels among the pairs that failed most narrowly: as many
+    pairs as passed, at least 100. Of F false pairs, d F then have different labels, which gives F.
 
-    correlation: (P,), of all pairs proposed. differing: bool (P,), whether their labels differ.
+    Two errors make the estimate too low: duplicates with different labels count as false, and duplicates among the
+    failed pairs lower d. False pairs that always share a label are not seen, such as views of one motif if the label is
+    the artist.
+
+    Args:
+        correlation: (P,), of all proposed pairs.
+        differing: bool (P,), whether their labels differ.
+        min_correlation: Least correlation of the pairs that passed.
     """
     passed = correlation >= min_correlation
     count = int(passed.sum())
@@ -213,9 +243,14 @@ def estimated_precision(correlation: Tensor, differing: Tensor, min_correlation:
 
 
 def write_duplicates(path: Path, duplicates: Duplicates, collection: Collection) -> None:
-    """Writes the pairs, one a line, with the names of their labels; a value that is missing is left empty.
+    """Writes the pairs as CSV, one a line, with the names of their labels. Missing values are left empty.
 
-    Several attributes share a label's column, divided by `/`. The file is there whole or not at all.
+    Labels of several attributes share a column, separated by `/`. The file is written atomically.
+
+    Args:
+        path: The file.
+        duplicates: The pairs.
+        collection: The collection, for the names.
     """
     query, other = duplicates.query.tolist(), duplicates.other.tolist()
     columns = (
@@ -233,9 +268,13 @@ def write_duplicates(path: Path, duplicates: Duplicates, collection: Collection)
 
 
 def read_duplicates(path: Path) -> Duplicates:
-    """The Duplicates that write_duplicates wrote; label names are not read.
+    """The Duplicates in a file of write_duplicates. Label names are not read.
 
-    Raises ValueError, naming file and line, where a column is missing or a value cannot be read.
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If a column is missing or a value cannot be read. The message names file and line.
     """
     lines: list[tuple[int, int, float, float, int, str, str]] = []
     with Path(path).open(newline="", encoding="utf-8") as file:
@@ -276,11 +315,19 @@ def read_duplicates(path: Path) -> Duplicates:
 
 
 def contact_sheet(images: Tensor | Ragged, pairs: Duplicates, path: Path, limit: int = 40) -> None:
-    """Writes a PNG of pairs side by side, each with its rows and correlation, for a person to judge.
+    """Writes a PNG of pairs side by side, each with its rows and correlation, to be judged by eye.
 
-    images: uint8 (N, 3, H, W) or Ragged, the whole collection. Of more than `limit` pairs it shows `limit`, evenly
-    spaced from the most alike to the least, so that it shows where true duplicates end. Without pairs it
-    says so.
+    If there are more than `limit` pairs, it shows `limit` of them, evenly spaced from the most to the least similar, so
+    that one sees where true duplicates end. Without pairs the picture says so.
+
+    Args:
+        images: uint8 (N, 3, H, W) or Ragged, the whole collection.
+        pairs: The pairs.
+        path: The PNG file.
+        limit: Number of pairs shown, from 1.
+
+    Raises:
+        ValueError: If `limit` is below 1 or the images have another shape or dtype.
     """
     check_images(images)
     if limit < 1:

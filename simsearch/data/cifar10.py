@@ -29,20 +29,27 @@ _ROW = np.dtype([("image", np.uint8, (3, 32, 32)), ("label", np.uint8), ("is_tes
 
 
 class DataError(SimsearchError, ValueError):
-    """Data that cannot be read; the message names the file and the mend."""
+    """Data that cannot be read. The message names the file and what to do."""
 
 
 def read_cifar10(root: Path, *, download: bool = False, cache: Path | None = None) -> Collection:
-    """Collection of CIFAR-10: the training rows in order, then the test rows, attribute `class`.
+    """CIFAR-10 as a Collection with the attribute `class`: the training rows in order, then the test rows.
 
-    root: a folder with torchvision's `cifar-10-batches-py` or `cifar-10-python.tar.gz`, or with
-    Hugging Face's `train-*.parquet` and `test-*.parquet` (also in its `data` or `plain_text`); the
-    first of these that is there is read. Parquet files may hold a subset; archives must carry the
-    published checksums. download: fetch the archive where none of them is there. cache: a folder for
-    the decoded pixels, keyed by the source files' content; a damaged entry is rebuilt.
+    The first source found is read: torchvision's folder, its archive, then parquet files. Parquet files may hold a
+    subset. Folder and archive must have the published checksums.
 
-    Raises DataError for a missing, damaged or unexpected file. Krizhevsky 2009, "Learning multiple
-    layers of features from tiny images".
+    Args:
+        root: A folder with torchvision's `cifar-10-batches-py` or `cifar-10-python.tar.gz`, or with Hugging Face's
+            `train-*.parquet` and `test-*.parquet` (also in its `data` or `plain_text`).
+        download: Whether to download the archive if none of these exists.
+        cache: A folder for the decoded pixels, keyed by the content of the source files. A damaged entry is rebuilt.
+            None for no cache.
+
+    Raises:
+        DataError: If a file is missing, damaged or unexpected.
+
+    Source:
+        Krizhevsky: Learning multiple layers of features from tiny images. 2009.
     """
     root = Path(root).expanduser()
     files = _source_files(root)
@@ -72,7 +79,7 @@ def read_cifar10(root: Path, *, download: bool = False, cache: Path | None = Non
 
 
 def _source_files(root: Path) -> list[Path]:
-    """Files of the first layout found under root, training files first; empty where there is none."""
+    """Files of the first layout found under root, training files first. Empty if there is none."""
     if (root / BATCHES).is_dir():
         files = [root / BATCHES / name for name in _batch_checksums()]
         for path in files:
@@ -122,7 +129,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _content_key(files: Sequence[Path]) -> str:
-    """32 hex digits over the files' content and what turns it into pixels."""
+    """32 hex digits over the content of the files and the versions that decode it."""
     digest = hashlib.sha256(f"{_ROW} Pillow {PIL.__version__}".encode())
     for path in files:
         digest.update(path.name.encode())
@@ -141,7 +148,7 @@ def _read_batches(files: Sequence[Path]) -> np.ndarray:
         try:
             batch = read_pickle(content)
             images, labels = np.asarray(batch["data"]), np.asarray(batch["labels"], dtype=np.int64)
-        except Exception as error:  # a damaged pickle may raise anything
+        except Exception as error:  # a damaged pickle may raise any error
             raise DataError(f"{path} is no CIFAR-10 batch ({error}): unpack {ARCHIVE} again") from error
         if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
             raise DataError(
@@ -157,7 +164,7 @@ def _read_batches(files: Sequence[Path]) -> np.ndarray:
 
 
 def _batch_contents(files: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[Path, bytes]]:
-    """Path and content of each batch, from the folder or straight out of the archive."""
+    """Path and content of each batch, from the folder or directly from the archive."""
     if files[0].name != ARCHIVE:
         yield from ((path, _read_bytes(path)) for path in files)
         return
@@ -202,7 +209,7 @@ def _read_parquet(files: Sequence[Path]) -> np.ndarray:
 
     tables = [(path, *_read_columns(path)) for path in files]
     parts = []
-    # No threads: of a 32x32 image's time, most is Python holding the lock.
+    # No threads: for 32x32 images, Python holds its lock most of the time.
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("decode CIFAR-10", total=sum(len(labels) for _, _, labels in tables))
         for path, blobs, labels in tables:
@@ -255,17 +262,17 @@ def _decode(blob: bytes | None, path: Path, row: int) -> np.ndarray:
             if image.size != (32, 32):
                 raise ValueError(f"it is {image.width}x{image.height}, expected 32x32")
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except Exception as error:  # decoders raise anything on damaged bytes
+    except Exception as error:  # decoders raise any error on damaged bytes
         raise DataError(f"{path} row {row} holds no readable image ({error}): fetch the file again") from error
 
 
 def _load(path: Path) -> np.ndarray | None:
-    """Rows of a cache entry, or None where there is no sound one."""
+    """Rows of a cache entry, or None if it is missing or damaged."""
     try:
         return read_array(path, _ROW)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (Damaged, OSError):  # whatever the damage, the entry is rebuilt
+    except (Damaged, OSError):  # the entry is rebuilt whatever the damage
         warnings.warn(f"cache entry {path} is damaged and is built again", stacklevel=3)
         return None
 

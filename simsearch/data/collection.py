@@ -1,4 +1,4 @@
-"""A collection of images, in memory or mapped into it, and what is known about each."""
+"""A collection of images, in memory or memory-mapped, with the attributes of each."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from simsearch.functional.ragged import Ragged
 class Collection:
     """N images with their attributes.
 
-    name: what reports call it. images: uint8 (N, 3, H, W) RGB, or Ragged where shapes differ. labels: int64
-    (N, A), one column an attribute, -1 where unknown. attributes: the A column names. classes: for each
-    attribute the names of its values, so that labels[i, a] == c is `classes[a][c]`. is_test: bool (N,), the
-    official test part (all False where there is none). paths: the files that the images were read from, or
-    None. digest: hash of those files, which stands for the pixels in the fingerprint: decoded to another size
-    they are the same data.
+    Attributes:
+        name: Name in reports.
+        images: uint8 (N, 3, H, W) RGB, or Ragged if shapes differ.
+        labels: int64 (N, A), one column for each attribute, -1 if unknown.
+        attributes: Names of the A columns.
+        classes: For each attribute the names of its values: labels[i, a] == c means `classes[a][c]`.
+        is_test: bool (N,), the official test part. All False if there is none.
+        paths: The files of the images, or None.
+        digest: Hash of these files, or None. It replaces the pixels in the fingerprint: files decoded to another size
+            are the same data.
 
-    Raises ValueError where shapes, dtypes or label ranges disagree.
+    Raises:
+        ValueError: If shapes, dtypes or label ranges disagree.
     """
 
     name: str
@@ -59,13 +64,24 @@ class Collection:
         return len(self.images)
 
     def column(self, attribute: str) -> Tensor:
-        """Labels of one attribute, int64 (N,). Raises ValueError for an unknown attribute."""
+        """Labels of one attribute, int64 (N,).
+
+        Args:
+            attribute: Name of the attribute.
+
+        Raises:
+            ValueError: If the collection lacks it.
+        """
         if attribute not in self.attributes:
             raise ValueError(f"no attribute {attribute!r} in {self.name}; it has {', '.join(self.attributes)}")
         return self.labels[:, self.attributes.index(attribute)]
 
     def path(self, row: int) -> str:
-        """What reports call an image: its file, or the collection's name and the row."""
+        """The name of an image in reports: its file, or the collection's name and the row.
+
+        Args:
+            row: Row of the image.
+        """
         return f"{self.name}/{row}" if self.paths is None else self.paths[row]
 
     @cached_property
@@ -81,7 +97,7 @@ class Collection:
 
     @cached_property
     def content(self) -> str:
-        """The fingerprint, and for files what they were decoded to: by this features are cached."""
+        """The key of cached features: the fingerprint and, for files, the shapes they were decoded to."""
         if self.digest is None:
             return self.fingerprint
         return hashlib.sha256(repr((self.fingerprint, self._shape)).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""DataModules for retrieval: one uint8 tensor, a training loader, and query and gallery loaders."""
+"""DataModules for retrieval: one uint8 tensor, a training loader, and loaders of queries and gallery."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from simsearch.types import Batch, RetrievalTask
 
 
 class CollectionRows(Dataset):
-    """Some rows of a collection; a DataLoader fetches a whole batch by one indexing operation.
+    """Some rows of a collection. A DataLoader fetches a whole batch by one indexing operation.
 
-    collection: the images. rows: int64 (N,). attribute: the one that becomes `label`, int64 (B,); of several, in a
-    list, it is (B, A).
+    Args:
+        collection: The collection.
+        rows: int64 (N,).
+        attribute: The attribute that becomes `label`, int64 (B,). A list of attributes gives labels (B, A).
     """
 
     def __init__(self, collection: Collection, rows: Tensor, attribute: str | Sequence[str]) -> None:
@@ -40,25 +42,28 @@ class CollectionRows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, position: int) -> Batch:
-        """One item without the batch dimension."""
+        """One item, without the batch dimension."""
         row = self.rows[position]
         image = self.images[row]
-        assert isinstance(image, Tensor)  # of one row, however many shapes the others have
+        assert isinstance(image, Tensor)  # a single row is never Ragged
         return Batch(image=image, label=self.labels[row], index=row)
 
     def __getitems__(self, positions: list[int]) -> Batch:
-        """The batch of the given positions, which DataLoader asks for where this method exists."""
+        """The batch of the given positions. DataLoader calls this method if it exists."""
         rows = self.rows[positions]
         images = self.images[rows]
-        if isinstance(images, Ragged):  # a view: a worker would send all pixels of the collection
+        if isinstance(images, Ragged):  # it is a view: a worker would send all pixels of the collection
             images = images.packed()
         return Batch(image=images, label=self.labels[rows], index=rows)  # type: ignore[typeddict-item]
 
 
 class OwnPart(DistributedSampler):
-    """This rank's part of a data set's positions, in one piece and without padding; all of them in one process.
+    """This rank's part of a data set: a contiguous range of positions without padding. One process has all positions.
 
-    It is a DistributedSampler so that a Trainer does not deal out a second time.
+    It is a DistributedSampler so that a Trainer does not divide the data a second time.
+
+    Args:
+        dataset: The data set.
     """
 
     def __init__(self, dataset: Sized) -> None:
@@ -78,19 +83,27 @@ class OwnPart(DistributedSampler):
 
 
 class RetrievalDataModule(pl.LightningDataModule):
-    """Loaders of a collection under a protocol; a subclass says in `read` where the collection is from.
+    """Loaders of a collection under a protocol. A subclass defines `read`, which returns the collection.
 
-    protocol: gives the split. sampler: makes the training batches, as positions 0..N-1, from the training
-    labels, int64 (N,); shuffled batches of 128 where None. eval_batch_size: images a batch in evaluation.
-    augment: maps uint8 (B, 3, H, W) to the same, on the device, in training only. num_workers: loader
-    processes.
+    Args:
+        protocol: The protocol, which splits the collection.
+        sampler: Makes the training batches, as positions 0..N-1, from the training labels, int64 (N,). None for
+            shuffled batches of 128.
+        eval_batch_size: Number of images in a batch of evaluation, from 1.
+        augment: Maps images uint8 (B, 3, H, W) to the same type, on the device, in training only. None for no
+            augmentation.
+        num_workers: Number of loader processes.
 
-    targets: attributes that training labels (B, A) hold, set by a model whose loss wants several before the training
-    loader is made; the sampler sees the first. None: the protocol's attribute, (B,), as in evaluation. whole_batches:
-    set by a model that learns by gradient: several processes leave out a batch that is not full.
+    Attributes:
+        targets: Attributes that training labels (B, A) hold. A model whose loss needs several sets them before the
+            training loader is made. The sampler sees the first. None for the protocol's attribute, (B,), as in
+            evaluation.
+        whole_batches: Whether several processes leave out a batch that is not full. A model that learns by gradient
+            sets it.
 
-    Raises ValueError for a batch size below 1 or a negative num_workers, TypeError for a protocol that
-    cannot split.
+    Raises:
+        ValueError: If the batch size is below 1 or `num_workers` is negative.
+        TypeError: If the protocol has no `split`.
     """
 
     def __init__(
@@ -126,17 +139,17 @@ class RetrievalDataModule(pl.LightningDataModule):
         self._split: Split | None = None
 
     def read(self) -> Collection:
-        """The collection; called once in each process."""
+        """The collection. Each process calls this method once."""
         raise NotImplementedError(f"{type(self).__name__} must define read() -> Collection")
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and splits, the first time that it is called."""
+        """Reads and splits the data at the first call."""
         if self._split is None:
             self._collection = self.read()
             self._split = self.protocol.split(self._collection)
 
     def shrink(self) -> None:
-        """Goes on with a few hundred images, as data.smoke chooses them; the data must be read."""
+        """Reduces the data to a few hundred images, as data.smoke chooses them. The data must be read already."""
         self._collection, self._split = shrunk(self.collection, self.split)
 
     @property
@@ -154,7 +167,14 @@ class RetrievalDataModule(pl.LightningDataModule):
         return self._split
 
     def task(self, stage: Literal["validate", "test"]) -> RetrievalTask:
-        """The task that a stage measures. Raises ValueError for another stage, or where nothing is held out."""
+        """The task of a stage.
+
+        Args:
+            stage: "validate" or "test".
+
+        Raises:
+            ValueError: If the stage is unknown, or nothing is held out for validation.
+        """
         if stage not in ("validate", "test"):
             raise ValueError(f"stage={stage!r} measures nothing: use 'validate' or 'test'")
         if stage == "test":
@@ -164,7 +184,11 @@ class RetrievalDataModule(pl.LightningDataModule):
         return self.split.validation
 
     def train_dataloader(self) -> ResumableLoader:
-        """Loader of the training rows in the sampler's order, which goes on where a run was interrupted."""
+        """Loader of the training rows in the sampler's order. After an interruption it continues where it stopped.
+
+        Raises:
+            ValueError: If the protocol leaves no image to train on.
+        """
         if not len(self.split.train):
             raise ValueError(f"protocol {self.split.test.name} leaves no image to train on: it measures all of them")
         attribute = self.targets or self.split.test.attribute
@@ -176,17 +200,19 @@ class RetrievalDataModule(pl.LightningDataModule):
         return ResumableLoader(rows, batches, _whole_batch, self.num_workers)
 
     def val_dataloader(self) -> dict[str, DataLoader]:
-        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the validation task, in its order; or none.
+        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the validation task, in its order.
 
-        Of several ranks each gets its own part, as of the test task.
+        There are none without a validation task. Each rank gets its own part, as of the test task.
         """
         return {} if self.split.validation is None else self._evaluation_loaders("validate")
 
     def test_dataloader(self) -> dict[str, DataLoader]:
-        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the test task, in its order.
+        """Loaders `query` (dataloader_idx 0) and `gallery` (1) of the test task in its order.
 
-        Of several ranks each gets its own part of both: in one piece, no row twice, perhaps none. Raises
-        ValueError where there are fewer gallery images than ranks.
+        Each rank gets a contiguous part of both, perhaps empty. No row comes twice.
+
+        Raises:
+            ValueError: If there are fewer gallery images than ranks.
         """
         return self._evaluation_loaders("test")
 
@@ -204,7 +230,7 @@ class RetrievalDataModule(pl.LightningDataModule):
     def _evaluation_loaders(self, stage: Literal["validate", "test"]) -> dict[str, DataLoader]:
         task = self.task(stage)
         world = world_size()
-        if len(task.gallery) < world:  # a rank with nothing at all would leave the others waiting
+        if len(task.gallery) < world:  # the other ranks would wait for a rank without any data
             raise ValueError(f"{task.name} has {len(task.gallery)} gallery images: use no more processes, not {world}")
         return {
             "query": self._loader(task.query, task.attribute, self.eval_batch_size, shared=True),
@@ -234,8 +260,17 @@ class RetrievalDataModule(pl.LightningDataModule):
 class CIFAR10DataModule(RetrievalDataModule):
     """CIFAR-10 under a protocol.
 
-    root, download, cache: as read_cifar10 has them; the download and the filling of the cache happen in
-    one process of a node. The rest: as RetrievalDataModule has it.
+    One process on each node downloads the data and fills the cache.
+
+    Args:
+        protocol: As in RetrievalDataModule.
+        root: As in read_cifar10.
+        download: As in read_cifar10.
+        cache: As in read_cifar10.
+        sampler: As in RetrievalDataModule.
+        eval_batch_size: As in RetrievalDataModule.
+        augment: As in RetrievalDataModule.
+        num_workers: As in RetrievalDataModule.
     """
 
     def __init__(
@@ -255,20 +290,34 @@ class CIFAR10DataModule(RetrievalDataModule):
         self.cache = None if cache is None else Path(cache)
 
     def prepare_data(self) -> None:
-        """Downloads and fills the cache where either is asked for."""
+        """Downloads the data and fills the cache, if asked to."""
         if self.download or self.cache is not None:
             read_cifar10(self.root, download=self.download, cache=self.cache)
 
     def read(self) -> Collection:
-        """CIFAR-10, from what lies there. Raises DataError."""
+        """CIFAR-10 from the files in `root`.
+
+        Raises:
+            DataError: If they are missing, damaged or unexpected.
+        """
         return read_cifar10(self.root, cache=self.cache)
 
 
 class RenderedDataModule(RetrievalDataModule):
     """The rendered sample under a protocol.
 
-    styles, artists, works, photographs, size, seed: as render_collection has them. The rest: as
-    RetrievalDataModule has it.
+    Args:
+        protocol: As in RetrievalDataModule.
+        styles: As in render_collection.
+        artists: As in render_collection.
+        works: As in render_collection.
+        photographs: As in render_collection.
+        size: As in render_collection.
+        seed: As in render_collection.
+        sampler: As in RetrievalDataModule.
+        eval_batch_size: As in RetrievalDataModule.
+        augment: As in RetrievalDataModule.
+        num_workers: As in RetrievalDataModule.
     """
 
     def __init__(

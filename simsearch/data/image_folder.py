@@ -1,4 +1,4 @@
-"""Image files as a collection to train on: decoded once, by several processes, and mapped into memory since."""
+"""An image folder as a training collection: decoded once in parallel, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -44,17 +44,20 @@ from simsearch.functional.resize import Fit
 from simsearch.images import DECODING, ImageError
 from simsearch.text import printable
 
-# Columns that a search result has of its own.
+# Names of the columns of a search result.
 RESERVED = ("rank", "score", "thumbnail")
-_PER_SHARD = 4096  # what a kill costs
+_PER_SHARD = 4096  # images that an interrupted run decodes again, at most
 
 
 @dataclass(frozen=True)
 class DecodedFiles:
-    """The images of a manifest that could be read.
+    """The readable images of a manifest.
 
-    images: uint8, Ragged with fit "longest", (N, 3, size, size) with fit "square"; mapped from disk. rows: int64
-    (N,), their rows in the manifest, rising. errors: of the other rows. digest: hash of the files' bytes.
+    Attributes:
+        images: uint8, memory-mapped: Ragged with fit "longest", (N, 3, size, size) with fit "square".
+        rows: int64 (N,), their rows in the manifest, ascending.
+        errors: Errors of the other rows.
+        digest: Hash of the files' bytes.
     """
 
     images: Tensor | Ragged
@@ -64,14 +67,22 @@ class DecodedFiles:
 
 
 def decode_files(manifest: Manifest, *, size: int, fit: Fit, cache: Path, workers: int = 0) -> DecodedFiles:
-    """The images of a manifest at one size by `fit`, from `cache`, or decoded into it with a progress bar.
+    """The images of a manifest at one size, from the cache, or decoded into it with a progress bar.
 
-    cache: a folder (made when needed) for an entry by the files' names, lengths and times, which is there whole or
-    not at all; a second process waits for the first one's, and what a killed one has done is not done again.
-    workers: processes that decode beside this one.
+    Cache entries are keyed by the names, lengths and times of the files, and are written atomically. A second process
+    waits for the first. After a kill, decoding continues where it stopped.
 
-    Raises ValueError where no file can be read, and what ImageFiles does; Vanished where the files are lost meanwhile;
-    OSError where the disk is full.
+    Args:
+        manifest: The list of files.
+        size: Image size in pixels.
+        fit: As in ImageFiles.
+        cache: Folder of the cache. It is created if needed.
+        workers: Number of decoding processes beside this one.
+
+    Raises:
+        ValueError: If no file can be read, or ImageFiles refuses an argument.
+        Vanished: If files disappear while they are read.
+        OSError: If the disk is full.
     """
     items = ImageFiles(manifest, size=size, fit=fit)
     entry = cache.expanduser() / f"files-{_key(manifest, size, fit)}"
@@ -86,7 +97,7 @@ def decode_files(manifest: Manifest, *, size: int, fit: Fit, cache: Path, worker
 
 
 def _key(manifest: Manifest, size: int, fit: Fit) -> str:
-    """24 hex digits of what decides the pixels."""
+    """24 hex digits of everything that determines the pixels."""
     digest = hashlib.sha256(json.dumps([DECODING, size, fit, os.path.realpath(manifest.root)]).encode())
     for path in manifest.paths:
         file = manifest.root / path
@@ -100,7 +111,7 @@ def _key(manifest: Manifest, size: int, fit: Fit) -> str:
 
 
 def _decode(items: ImageFiles, entry: Path, presence: Presence, workers: int) -> list[Shard]:
-    """Decodes what neither a killed process nor a damaged entry has left."""
+    """Decodes all files that an interrupted run or a damaged cache entry has not left decoded."""
     partial = entry.with_name(f"{entry.name}.partial")
     if entry.exists():
         print(f"the decoded images in {entry} are not whole: what is not sound is decoded again", file=sys.stderr)
@@ -126,7 +137,7 @@ def _decode(items: ImageFiles, entry: Path, presence: Presence, workers: int) ->
 
 
 def _decoded(manifest: Manifest, fit: Fit, path: Path, shards: Sequence[Shard]) -> DecodedFiles:
-    """What sound shards hold, their pixels mapped from `path`."""
+    """The content of complete shards, with the pixels mapped from `path`."""
     shapes = gathered(shards, "shapes")
     sizes = 3 * shapes.prod(1)
     pixels = map_pixels(path, int(sizes.sum()))
@@ -156,9 +167,15 @@ def _entries(manifest: Manifest, items: Iterable[Item], presence: Presence, bar:
 
 
 def open_ingest(folder: Path, manifest: Manifest, size: int) -> DecodedFiles:
-    """The decoded images of a finished `simsearch data ingest`, Ragged, as large as that made them.
+    """The decoded images of a finished `simsearch data ingest`, as Ragged, at the size of the ingest.
 
-    Raises ValueError where they are smaller than `size`, or where the folder is damaged.
+    Args:
+        folder: Folder of the ingest.
+        manifest: Its manifest.
+        size: Least size in pixels.
+
+    Raises:
+        ValueError: If the images are smaller than `size`, or the folder is damaged.
     """
     about = read_ingest(folder)
     assert about is not None
@@ -189,10 +206,18 @@ def open_ingest(folder: Path, manifest: Manifest, size: int) -> DecodedFiles:
 def files_collection(
     name: str, manifest: Manifest, decoded: DecodedFiles, attributes: Sequence[str] | None = None
 ) -> Collection:
-    """The collection of what could be read, with the manifest's attributes (all where None) as labels.
+    """The collection of the readable images, with attributes of the manifest as labels.
 
-    Classes of an attribute are its values among these images, sorted. Raises ValueError for an attribute that the
-    manifest lacks.
+    The classes of an attribute are its values among these images, sorted.
+
+    Args:
+        name: Name of the collection.
+        manifest: The list of files.
+        decoded: Its readable images.
+        attributes: Names of the attributes, None for all.
+
+    Raises:
+        ValueError: If the manifest lacks an attribute.
     """
     rows = decoded.rows.tolist()
     names = tuple(manifest.attributes) if attributes is None else tuple(attributes)
@@ -219,18 +244,26 @@ def files_collection(
 
 
 class FilesDataModule(RetrievalDataModule):
-    """The images of a folder or a table (.csv, .parquet), as read_manifest has them, under a protocol.
+    """The images of a folder or a table (.csv, .parquet), as read by read_manifest, under a protocol.
 
-    source, root: the folder or table, and what its paths are relative to. size, fit: files are decoded to this
-    size, "longest" the whole image at its longest side, so that batches hold images of many shapes (Ragged),
-    "square" the centre square. attributes: the columns to keep, all where None. cache: a folder for the decoded
-    images. workers: processes that decode, once. The rest: as RetrievalDataModule has it; files that cannot be
-    read are left out and reported.
+    Files that cannot be read are left out and reported.
 
-    source may be the folder of a finished `simsearch data ingest`: with fit "longest" its decoded images are used as
-    they are, of its own size (`size` or more), and nothing is decoded; with "square" the files that it lists are.
-
-    Raises ValueError for a column that a search result has of its own, and what read_manifest does.
+    Args:
+        protocol: As in RetrievalDataModule.
+        source: The folder or table. It may be the folder of a finished `simsearch data ingest`: with fit "longest" its
+            decoded images are used at their own size, `size` or more, and nothing is decoded; with "square" the files
+            that it lists are decoded.
+        size: Image size in pixels.
+        fit: "longest" takes the whole image with its longest side at `size`, so that images have several shapes
+            (Ragged). "square" takes the centre square.
+        cache: Folder for the decoded images.
+        root: Folder that the paths are relative to. None for the default of read_manifest.
+        attributes: Names of the attributes to keep, None for all.
+        workers: Number of processes that decode the files once.
+        sampler: As in RetrievalDataModule.
+        eval_batch_size: As in RetrievalDataModule.
+        augment: As in RetrievalDataModule.
+        num_workers: As in RetrievalDataModule.
     """
 
     def __init__(
@@ -254,11 +287,19 @@ class FilesDataModule(RetrievalDataModule):
         self.attributes, self.workers = attributes, workers
 
     def prepare_data(self) -> None:
-        """Decodes what is not decoded yet."""
+        """Decodes the files that are not decoded yet.
+
+        Raises:
+            ValueError: If a column has the name of a column of search results, or read_manifest refuses the source.
+        """
         self._decoded()
 
     def read(self) -> Collection:
-        """The images that can be read; the others are reported to stderr, and listed beside the cached pixels."""
+        """The readable images. The others are reported on stderr, and listed beside the cached pixels.
+
+        Raises:
+            ValueError: If a column has the name of a column of search results, or read_manifest refuses the source.
+        """
         manifest, decoded = self._decoded()
         report(decoded.errors)
         name = self.source.resolve().name if self.source.is_dir() else self.source.stem
@@ -277,7 +318,11 @@ class FilesDataModule(RetrievalDataModule):
 
 @rank_zero_only
 def report(errors: Sequence[ImageError]) -> None:
-    """Prints to stderr which files were left out, and why."""
+    """Prints to stderr which files were left out, and why.
+
+    Args:
+        errors: Errors of the files.
+    """
     for reason, count in Counter(error.reason for error in errors).most_common():
         some = [printable(error.path) for error in errors if error.reason == reason][:3]
         print(f"left out {count} files, {reason} ({', '.join(some)}{' ...' * (count > 3)})", file=sys.stderr)

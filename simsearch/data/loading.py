@@ -1,4 +1,4 @@
-"""Batches of decoded images of one shape, decoded by processes that may be ended, none lost to those that fail."""
+"""Batches of images, decoded in processes that can be ended. An image that fails costs no other image."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ from simsearch.data.process_pool import MEMORY, SECONDS, Failure, bounded_map
 from simsearch.functional.resize import Fit
 from simsearch.images import ImageError, read_image
 
-Item = tuple[int, Tensor | ValueError]  # a row, and its pixels or what is wrong with it
+Item = tuple[int, Tensor | ValueError]  # a row, and its pixels or its error
 ImageBatch = tuple[Tensor, Tensor, list[ValueError]]  # images of one shape, their rows, errors of other rows
 
-# Images of rare shapes wait for others of their shape in at most so many bytes.
+# Memory for images of rare shapes that wait for others of their shape.
 PENDING_BYTES = 2**28
 
 
 class SizedItems(Protocol):
-    """A map-style dataset of images of one shape (fit "square"), or of many shapes (fit "longest")."""
+    """A map-style dataset of images of one shape (fit "square"), or of several shapes (fit "longest").
+
+    Attributes:
+        size: Image size in pixels.
+        fit: "square" or "longest".
+    """
 
     size: int
     fit: Fit
@@ -35,15 +40,28 @@ class SizedItems(Protocol):
 
     def __getitem__(self, i: int) -> Item: ...
 
-    def path(self, i: int) -> Path: ...
+    def path(self, i: int) -> Path:
+        """The file of an item.
+
+        Args:
+            i: Row of the item.
+        """
+        ...
 
 
 def load_batches(items: SizedItems, *, batch_size: int, workers: int = 0) -> Iterator[ImageBatch]:
     """Batches of images uint8 (B, 3, H, W) of one shape, their rows int64 (B,), and the errors of other rows.
 
-    With fit "square" rows come in order; a batch covers batch_size items and holds fewer images, or none, where
-    items are errors. With fit "longest" `batches_by_shape` makes the batches: rows come out of order, each
-    once, and nothing is padded. workers: as `load_items` has them. Raises ValueError for a batch_size below 1.
+    With fit "square" rows come in order. A batch covers batch_size items, and holds fewer images, or none, if items are
+    errors. With fit "longest" `batches_by_shape` makes the batches: rows come out of order, each once, without padding.
+
+    Args:
+        items: The images.
+        batch_size: Number of items in a batch, from 1.
+        workers: As in `load_items`.
+
+    Raises:
+        ValueError: If `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -51,17 +69,26 @@ def load_batches(items: SizedItems, *, batch_size: int, workers: int = 0) -> Ite
 
 
 def batched(found: Iterator[Item], items: SizedItems, batch_size: int) -> Iterator[ImageBatch]:
-    """Batches of what was found of `items`, as `load_batches` has them."""
+    """Batches of loaded items, as `load_batches` makes them.
+
+    Args:
+        found: Items as `load_items` returns them.
+        items: The dataset they are from.
+        batch_size: Number of items in a batch.
+    """
     if items.fit == "longest":
         return batches_by_shape(found, batch_size)
     return (stack(batch, items.size) for batch in iter(lambda: list(islice(found, batch_size)), []))
 
 
 def load_items(items: SizedItems, rows: Iterable[int], *, workers: int = 0) -> Iterator[Item]:
-    """The items of these rows in order, one by one; an ImageError stands for one that took too long.
+    """The items of these rows, in order. An item that takes too long, or ends its process, becomes an ImageError.
 
-    workers: processes that decode beside this one. One does at least: an image from outside may hold its decoder for
-    minutes or bring it down, and such a process is ended.
+    Args:
+        items: The images.
+        rows: Rows of the items.
+        workers: Number of decoding processes beside this one. There is always at least one: an untrusted image may
+            block its decoder for minutes or crash it, and that process must be ended.
     """
     asked: deque[int] = deque()
 
@@ -81,7 +108,16 @@ def load_items(items: SizedItems, rows: Iterable[int], *, workers: int = 0) -> I
 
 
 def load_image(path: Path, *, size: int, fit: Fit) -> Tensor:
-    """The pixels of one file as `read_image` gives them, decoded by a process that may be ended. Raises ImageError."""
+    """The pixels of one file as `read_image` gives them, decoded in a process that can be ended.
+
+    Args:
+        path: The file.
+        size: Image size in pixels.
+        fit: "square" or "longest".
+
+    Raises:
+        ImageError: If the file cannot be read.
+    """
     one = partial(_read, size=size, fit=fit)
     (found,) = bounded_map(one, [path], workers=1, seconds=SECONDS, memory=MEMORY)
     if isinstance(found, Failure):
@@ -90,7 +126,7 @@ def load_image(path: Path, *, size: int, fit: Fit) -> Tensor:
 
 
 def _decoded(items: SizedItems, row: int) -> np.ndarray | ValueError:
-    """An item as a process sends it: numpy copies pixels, each tensor would keep a file open."""
+    """An item as a process sends it. Pixels are numpy arrays, which are copied; each tensor would keep a file open."""
     _, image = items[row]
     return image.numpy() if isinstance(image, Tensor) else image
 
@@ -102,10 +138,16 @@ def _read(path: Path, size: int, fit: Fit) -> np.ndarray:
 def batches_by_shape(
     items: Iterable[Item], batch_size: int, pending_bytes: int = PENDING_BYTES
 ) -> Iterator[ImageBatch]:
-    """Batches of images that have exactly one shape, each as soon as it has batch_size of them.
+    """Batches of images of exactly one shape. A batch is returned as soon as it has batch_size images.
 
-    When those that wait for others of their shape take more than pending_bytes, the fullest batches go early;
-    at the end follows what is left, shape by shape. An error goes at once, in a batch of its own (0, 3, 0, 0).
+    If the images that wait for others of their shape take more than pending_bytes, the fullest batches are returned
+    early. At the end the remaining images follow, shape by shape. An error is returned at once, in a batch of its own
+    with images (0, 3, 0, 0).
+
+    Args:
+        items: Items as `load_items` returns them.
+        batch_size: Number of images in a full batch.
+        pending_bytes: Memory for the images that wait.
     """
     waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
     pending = 0
@@ -126,7 +168,12 @@ def batches_by_shape(
 
 
 def stack(items: Sequence[Item], size: int = 0) -> ImageBatch:
-    """A batch of items of one shape, that of squares of `size` where all are errors."""
+    """A batch of items of one shape.
+
+    Args:
+        items: The items.
+        size: Side of the empty batch (0, 3, size, size) if all items are errors.
+    """
     images = [image for _, image in items if isinstance(image, Tensor)]
     rows = [row for row, image in items if isinstance(image, Tensor)]
     errors = [error for _, error in items if isinstance(error, ValueError)]
@@ -137,14 +184,23 @@ def stack(items: Sequence[Item], size: int = 0) -> ImageBatch:
 def load_chunks(
     items: SizedItems, chunks: Iterable[range], *, batch_size: int, workers: int = 0
 ) -> Iterator[tuple[range, Iterator[ImageBatch]]]:
-    """Each chunk of rows with its batches, made as `load_batches` makes those of a list of these rows alone.
+    """Each chunk of rows with its batches, made as `load_batches` makes those of these rows alone.
 
-    The processes that decode live through all chunks: `chunks` is asked for its next while the last is still
-    being decoded. A chunk's batches must be taken before the next chunk. Raises ValueError for a batch_size below 1.
+    The decoding processes live through all chunks. `chunks` is asked for the next chunk while the last is still being
+    decoded. The batches of a chunk must be consumed before the next chunk.
+
+    Args:
+        items: The images.
+        chunks: Ranges of rows.
+        batch_size: Number of items in a batch, from 1.
+        workers: As in `load_items`.
+
+    Raises:
+        ValueError: If `batch_size` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    asked: deque[range] = deque()  # the chunk of each row that is on its way; they arrive in order
+    asked: deque[range] = deque()  # the chunk of each row that is being decoded; rows arrive in order
 
     def rows() -> Iterator[int]:
         for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Lists of images on disk, from a folder or a table, and loaders that survive unreadable files."""
+"""Lists of images on disk, from a folder or a table, and loaders that skip and report unreadable files."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from simsearch.images import MAX_PIXELS, ImageError, read_image
 from simsearch.text import printable
 
 _ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-# Opened where Pillow, or a package beside it, has their decoder; else each file is told of by its content.
+# Opened if Pillow or a plugin has their decoder. Otherwise each file is reported by its content.
 _BY_PLUGINS = (".avif", ".avifs", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpf", ".jpx", ".j2c", ".jxl")
 ENDINGS = (*_ENDINGS, *_BY_PLUGINS)
-# Images that are not opened, and are told of by name.
+# Images that are not opened, and are reported by name.
 _RARE = (".psd", ".psb", ".svg", ".eps", ".ai", ".pdf", ".djvu", ".exr", ".hdr", ".tga", ".ico", ".dng", ".cr2")
 _RAW = (".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".xcf", ".ppm", ".pgm", ".pnm", ".jxr", ".webm")
 NOT_OPENED = (*_RARE, *_RAW)
@@ -38,7 +38,7 @@ PATH_PROBLEMS = {
     "path-absolute": "is absolute",
     "path-climbs": "climbs out with '..'",
 }
-# What marks the folder of a finished `simsearch data ingest`, and of one that is not; its cleaned table.
+# Files that mark the folder of a finished and an unfinished `simsearch data ingest`, and its cleaned table.
 INGEST, INGEST_PLAN, INGEST_TABLE = "ingest.json", "plan.json", "manifest.parquet"
 # Names of files and folders that programs leave in folders of images, as patterns.
 EXCLUDE = ("@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "__MACOSX", "lost+found", ".thumbnails")
@@ -57,15 +57,19 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Manifest:
-    """A list of N image files under one folder, and what is known about each.
+    """A list of N image files under one folder, with the attributes of each.
 
-    root: the folder. paths: N relative POSIX paths, unique, none of which leaves the root. attributes: for
-    each name N values, None where unknown. skipped: how many directory entries or rows were left out, by reason.
-    rejected: those of a table by name. notes: what a person should know about how it was read. max_pixels: of an image,
-    as read_image has it.
+    Attributes:
+        root: The folder.
+        paths: N relative POSIX paths, unique, inside the root. Rows in messages count from 1.
+        attributes: For each name N values, None if unknown.
+        skipped: Number of directory entries or rows that were left out, by reason.
+        rejected: The rows of a table that were left out.
+        notes: Remarks for the user on how the source was read.
+        max_pixels: Largest number of pixels of an image, as in read_image.
 
-    Raises ValueError for a path that is absolute, climbs with '..' or comes twice (rows count from 1), and
-    for an attribute of another length.
+    Raises:
+        ValueError: If a path is absolute, climbs with '..' or comes twice, or an attribute has another length.
     """
 
     root: Path
@@ -93,10 +97,17 @@ class Manifest:
 
 
 class ImageFiles(Dataset[Item]):
-    """The images of a manifest, by `fit` at one size; item i is its row and its pixels or error.
+    """The images of a manifest at one size. Item i is (i, pixels) or (i, ImageError).
 
-    Items are (i, uint8 (3, size, size)), with fit "longest" (i, uint8 (3, h, w)), or (i, ImageError). Raises
-    ValueError for a size below 1 or another fit.
+    Pixels are uint8 (3, size, size), or (3, h, w) with fit "longest".
+
+    Args:
+        manifest: The list of files.
+        size: Image size in pixels, from 1.
+        fit: "square" takes the centre square, "longest" the whole image with its longest side at `size`.
+
+    Raises:
+        ValueError: If `size` is below 1 or `fit` is unknown.
     """
 
     def __init__(self, manifest: Manifest, *, size: int, fit: Fit = "square") -> None:
@@ -112,6 +123,11 @@ class ImageFiles(Dataset[Item]):
         return len(self.manifest)
 
     def path(self, i: int) -> Path:
+        """The file of an item.
+
+        Args:
+            i: Row of the item.
+        """
         return self.manifest.root / self.manifest.paths[i]
 
     def __getitem__(self, i: int) -> Item:
@@ -125,30 +141,42 @@ class ImageFiles(Dataset[Item]):
 def load_images(
     manifest: Manifest, *, size: int, fit: Fit = "square", batch_size: int = 64, workers: int = 0
 ) -> Iterator[ImageBatch]:
-    """Batches over a manifest as `load_batches` gives them, the errors ImageErrors.
+    """Batches over a manifest as `load_batches` makes them. Errors are ImageErrors.
 
-    Raises ValueError for a size or batch_size below 1 and another fit.
+    Args:
+        manifest: The list of files.
+        size: Image size in pixels, from 1.
+        fit: As in ImageFiles.
+        batch_size: Number of items in a batch, from 1.
+        workers: As in `load_items`.
+
+    Raises:
+        ValueError: If `size` or `batch_size` is below 1, or `fit` is unknown.
     """
     return load_batches(ImageFiles(manifest, size=size, fit=fit), batch_size=batch_size, workers=workers)
 
 
 def read_manifest(source: Path, root: Path | None = None) -> Manifest:
-    """The images that `source` lists: a folder, one image file, or a table (.csv, .tsv, .txt, .parquet).
+    """The images that a source lists: a folder, one image file, or a table (.csv, .tsv, .txt, .parquet).
 
-    A folder is searched through all its sub-folders for files with an image's ending, sorted by path. When
-    some lie in sub-folders, the first folder below `source` is the attribute "label" (None for files beside
-    them). Hidden names, other endings, names that are not UTF-8, linked folders and links that leave the
-    root are skipped and counted.
+    A folder is searched with all its subfolders for files with the ending of an image, sorted by path. If some of them
+    lie in subfolders, the first folder below `source` is the attribute "label" (None for files beside the subfolders).
+    Hidden names, other endings, names that are not UTF-8, linked folders and links out of the root are skipped and
+    counted.
 
-    The folder of a finished `simsearch data ingest` stands for its cleaned table, with the root that was recorded.
+    The folder of a finished `simsearch data ingest` stands for its cleaned table, with the recorded root.
 
-    A table has a column of paths (PATH_NAMES, in any case); every other column becomes an attribute, as text, None
-    where empty. It is read as `read_table` has it; rows without an image that may be taken are left out and counted.
+    A table has a column of paths (PATH_NAMES, in any case). Every other column becomes an attribute, as text, None if
+    empty. `read_table` describes how it is read. Rows without a usable image are left out and counted.
 
-    root: what paths are relative to; by default the folder, or the folder that holds the file.
+    Args:
+        source: The folder or file.
+        root: Folder that paths are relative to. None for the folder itself, or the folder of the file.
 
-    Raises FileNotFoundError for a missing source or root; ValueError for a folder or table without images,
-    a table without a column of paths or that can't be read, and where no listed file exists.
+    Raises:
+        FileNotFoundError: If the source or the root is missing.
+        ValueError: If there are no images, none of the listed files exists, or a table has no column of paths or cannot
+            be read.
     """
     source = Path(source)
     if not source.exists():
@@ -178,9 +206,13 @@ def read_manifest(source: Path, root: Path | None = None) -> Manifest:
 
 
 def read_ingest(source: Path) -> dict[str, Any] | None:
-    """ingest.json of the folder of a finished `simsearch data ingest`, None for anything else.
+    """ingest.json in the folder of a finished `simsearch data ingest`, None for anything else.
 
-    Raises ValueError where an ingest was begun there and not finished, and where the file is damaged.
+    Args:
+        source: The folder.
+
+    Raises:
+        ValueError: If an ingest was begun there and not finished, or the file is damaged.
     """
     path = source / INGEST
     if not path.is_file():
@@ -195,9 +227,12 @@ def read_ingest(source: Path) -> dict[str, Any] | None:
 
 
 def walk(source: Path, root: Path, exclude: Sequence[str] = EXCLUDE) -> Iterator[tuple[str, str | None]]:
-    """Each file and linked folder below a folder as (path below it, None), or with the reason to leave it out.
+    """Each file and linked folder below a folder: its path below the folder, and the reason to leave it out or None.
 
-    exclude: patterns, as of a shell, of names of files and folders, or of paths below the folder.
+    Args:
+        source: The folder.
+        root: Folder that links must not leave.
+        exclude: Shell patterns of names of files and folders, or of paths below the folder.
     """
 
     def is_excluded(path: str) -> bool:
@@ -257,7 +292,14 @@ def _read_folder(source: Path, root: Path) -> Manifest:
 
 @dataclass(frozen=True)
 class Listed:
-    """N images that a table lists. attributes: by the columns' own names. rejected: rows without one."""
+    """N images that a table lists.
+
+    Attributes:
+        paths: Relative POSIX paths.
+        attributes: Columns by their own names.
+        rejected: Rows without a usable image.
+        notes: Remarks for the user on how the table was read.
+    """
 
     paths: tuple[str, ...]
     attributes: dict[str, Column]
@@ -266,9 +308,14 @@ class Listed:
 
 
 def list_table(source: Path, root: Path) -> Listed:
-    """The images that a table lists, each once: of rows with one path that with most values.
+    """The images that a table lists, each once. Of several rows with one path, the row with most values is kept.
 
-    Raises ValueError for a table without a column of paths, and what `read_table` raises.
+    Args:
+        source: The table.
+        root: Folder that paths are relative to.
+
+    Raises:
+        ValueError: If the table has no column of paths, or `read_table` refuses it.
     """
     table = read_table(source)
     columns = dict(table.columns)
@@ -303,7 +350,7 @@ def list_table(source: Path, root: Path) -> Listed:
 
 
 def _checked_path(value: str | None, root: Path) -> tuple[str, str | None]:
-    """The path of a table's cell, relative and POSIX, and what is wrong with it."""
+    """The relative POSIX path of a table's cell, and what is wrong with it, or None."""
     exact = PurePosixPath(value).as_posix() if value else ""
     if path_problem(exact) is None and _is_utf8(exact) and os.path.lexists(root / exact):
         return exact, None
@@ -313,7 +360,7 @@ def _checked_path(value: str | None, root: Path) -> tuple[str, str | None]:
         return path, "path-absolute"
     problem = path_problem(path)
     if problem is None and not os.path.lexists(root / path):
-        # What other systems write: backslashes, and accents as marks of their own or not.
+        # Other systems write backslashes, and accents as combining marks or not.
         for other in (text.replace("\\", "/"), *(unicodedata.normalize(form, path) for form in ("NFC", "NFD"))):
             other = PurePosixPath(other).as_posix()
             if path_problem(other):
@@ -337,7 +384,11 @@ def _from_table(source: Path, root: Path) -> Manifest:
 
 
 def path_problem(path: str) -> str | None:
-    """Why a table may not list this path, a key of PATH_PROBLEMS; None where it may."""
+    """The reason why a table may not list a path, a key of PATH_PROBLEMS, or None.
+
+    Args:
+        path: The path.
+    """
     if path in ("", "."):
         return "path-empty"
     if "\0" in path:
@@ -358,7 +409,7 @@ def _is_utf8(path: str) -> bool:
 
 
 def _below(source: Path, root: Path) -> str:
-    """`source` relative to `root`, POSIX. Raises ValueError where it lies elsewhere."""
+    """`source` relative to `root`, POSIX. Raises ValueError if it lies outside."""
     try:
         return Path(os.path.abspath(source)).relative_to(os.path.abspath(root)).as_posix()
     except ValueError:
@@ -366,7 +417,11 @@ def _below(source: Path, root: Path) -> str:
 
 
 def link_check(root: Path) -> Callable[[str], bool]:
-    """A predicate on paths relative to `root`: do links take this one out of the root?"""
+    """A predicate on paths relative to `root`: whether links lead the path out of the root.
+
+    Args:
+        root: The folder.
+    """
     real_root = os.path.realpath(root)
 
     def leaves(path: str) -> bool:

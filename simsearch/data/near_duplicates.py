@@ -1,4 +1,4 @@
-"""Near-duplicate images: perceptual hashes propose pairs, the correlation of pixels decides."""
+"""Near-duplicate images: perceptual hashes propose pairs, and the correlation of pixels decides."""
 
 from __future__ import annotations
 
@@ -17,22 +17,26 @@ from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import resize
 
 MIN_CORRELATION = 0.7
-SIDE, SHIFT = 32, 2  # of the thumbnails that are compared, in pixels, and by how many one may be shifted
-CELLS = 2**22  # distances that are held together, 32 MiB of hash words
-BRUTE_FORCE = 50_000  # hashes that are compared each with each; more by bands
+SIDE, SHIFT = 32, 2  # side of the compared thumbnails, and largest shift between them, in pixels
+CELLS = 2**22  # distances in memory at a time, 32 MiB of hash words
+BRUTE_FORCE = 50_000  # up to this number, all pairs of hashes are compared; above it, bands are used
 
 _MAX_PAIRS, _MAX_CANDIDATES = 10_000_000, 50_000_000
-_PAIRS = 1024  # whose pixels are compared at a time
+_PAIRS = 1024  # pairs whose pixels are compared at a time
 
 
 def perceptual_hashes(images: Tensor | Ragged, *, progress: bool = False) -> Tensor:
-    """Perceptual hashes, packed uint8 (N, 8), of images uint8 (N, 3, H, W) or Ragged: imagehash.phash.
+    """Perceptual hashes of images (imagehash.phash), packed uint8 (N, 8).
 
-    A bit says whether one of the lowest 8 x 8 coefficients of the grey image's cosine transform exceeds
-    their median; bits are packed as by simsearch.functional.codes.pack_codes. progress: show a bar on
-    stderr (thousands of images a second).
+    Each bit says whether one of the lowest 8 x 8 coefficients of the grey image's cosine transform exceeds their
+    median. Bits are packed as by simsearch.functional.codes.pack_codes.
 
-    Raises ValueError for another shape or dtype.
+    Args:
+        images: uint8 (N, 3, H, W), or Ragged.
+        progress: Whether to show a progress bar on stderr. The rate is thousands of images per second.
+
+    Raises:
+        ValueError: If the images have another shape or dtype.
     """
     check_images(images)
     shown = tqdm(images, desc="perceptual hashes", unit="image", disable=not progress)
@@ -41,7 +45,13 @@ def perceptual_hashes(images: Tensor | Ragged, *, progress: bool = False) -> Ten
 
 
 def hash_distances(hashes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Hamming distances int64 (P,) of chosen pairs of packed hashes uint8 (N, 8)."""
+    """Hamming distances of chosen pairs, int64 (P,).
+
+    Args:
+        hashes: Packed hashes, uint8 (N, 8).
+        rows: int64 (P,).
+        columns: int64 (P,).
+    """
     words = code_words(hashes)[:, 0]
     return torch.from_numpy(np.bitwise_count(words[rows] ^ words[columns]).astype(np.int64))
 
@@ -49,19 +59,19 @@ def hash_distances(hashes: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def hash_pairs_between(
     query: Tensor, other: Tensor, max_distance: int, *, cells: int = CELLS
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, columns and Hamming distances, int64 (P,) each, of the pairs of at most `max_distance` bits.
+    """Rows, columns and Hamming distances, int64 (P,) each, of the pairs that differ in at most `max_distance` bits.
 
     Args:
         query: Packed hashes, uint8 (Q, 8).
         other: Packed hashes, uint8 (G, 8).
         max_distance: Differing bits, 0 to 64.
-        cells: How many of the Q x G distances are held at a time.
+        cells: Number of the Q x G distances held at a time.
 
     Returns:
         The pairs, ordered by row, then column.
 
     Raises:
-        ValueError: For another shape or dtype, a distance outside 0..64, and more than 10 million pairs.
+        ValueError: If shape or dtype differ, the distance lies outside 0..64, or there are more than 10 million pairs.
     """
     check_max_distance(max_distance)
     query_words, other_words = _words("query", query), _words("other", other)
@@ -69,17 +79,21 @@ def hash_pairs_between(
 
 
 def hash_pairs_within(hashes: Tensor, max_distance: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows i < j and Hamming distances, int64 (P,) each, of the pairs of at most `max_distance` bits, each once.
+    """Rows i < j and Hamming distances, int64 (P,) each, of the pairs that differ in at most `max_distance` bits.
 
-    Beyond BRUTE_FORCE hashes only those are compared that agree in one of max_distance + 1 bands of bits, as each such
-    pair does (Manku et al. 2007, "Detecting near-duplicates for web crawling").
+    Above BRUTE_FORCE hashes, only pairs that agree in one of max_distance + 1 bands of bits are compared. Each wanted
+    pair agrees in one.
 
     Args:
-        hashes: Packed, uint8 (N, 8).
+        hashes: Packed hashes, uint8 (N, 8).
         max_distance: Differing bits, 0 to 64.
 
     Raises:
-        ValueError: For another shape, a distance outside 0..64, and too many pairs: 10 million, by bands 50 million.
+        ValueError: If the shape differs, the distance lies outside 0..64, or there are too many pairs: 10 million, with
+            bands 50 million.
+
+    Source:
+        Manku, Jain, Das Sarma: Detecting near-duplicates for web crawling. WWW 2007.
     """
     if len(hashes) > BRUTE_FORCE:
         return banded_pairs(hashes, max_distance)
@@ -89,7 +103,17 @@ def hash_pairs_within(hashes: Tensor, max_distance: int) -> tuple[Tensor, Tensor
 
 
 def banded_pairs(hashes: Tensor, max_distance: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `hash_pairs_within` gives, by bands. The bits are shuffled first: low coefficients agree more often."""
+    """The result of `hash_pairs_within`, computed with bands.
+
+    The bits are shuffled first, because low coefficients agree more often.
+
+    Args:
+        hashes: Packed hashes, uint8 (N, 8).
+        max_distance: Differing bits, 0 to 64.
+
+    Raises:
+        ValueError: If the shape differs, the distance lies outside 0..64, or there are more than 50 million pairs.
+    """
     check_max_distance(max_distance)
     words = _words("hashes", hashes)
     order = np.random.Generator(np.random.PCG64(0)).permutation(64)
@@ -115,7 +139,7 @@ def banded_pairs(hashes: Tensor, max_distance: int) -> tuple[Tensor, Tensor, Ten
 def _near(
     query: np.ndarray, other: np.ndarray, max_distance: int, cells: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Rows, columns and distances of near words uint64 (Q,) and (G,), by blocks of `cells` pairs or one query."""
+    """Rows, columns and distances of near words uint64 (Q,) and (G,), in blocks of `cells` pairs or one query."""
     step = max(1, cells // max(1, len(other)))
     for start in range(0, len(query), step):
         distance = np.bitwise_count(query[start : start + step, None] ^ other)
@@ -124,7 +148,7 @@ def _near(
 
 
 def _gathered(parts: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All parts as int64. Raises ValueError, before they are all held, where they are more than `most` pairs."""
+    """All parts as int64. Raises ValueError if they have more than `most` pairs, before all of them are in memory."""
     kept, total = [(np.empty(0, np.int64),) * 3], 0
     for part in parts:
         total += len(part[0])
@@ -136,16 +160,19 @@ def _gathered(parts: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], most: 
 
 
 def turned_pairs(hashes: Tensor, turned: Tensor, max_distance: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows i < j and quarter turns 1, 2 or 3, int64 (P,) each: the i-th image so turned is near the j-th by its hash.
+    """Rows i < j and quarter turns 1, 2 or 3, int64 (P,) each: image i, turned, is near image j by its hash.
 
-    hashes: packed uint8 (N, 8). turned: those of the images turned by 1, 2 and 3 quarters, uint8 (N, 3, 8).
+    Args:
+        hashes: Packed hashes, uint8 (N, 8).
+        turned: Packed hashes of the images turned by 1, 2 and 3 quarters, uint8 (N, 3, 8).
+        max_distance: Differing bits, 0 to 64.
     """
     count = len(hashes)
     rows, columns, _ = hash_pairs_within(torch.cat([hashes, *turned.unbind(1)]), max_distance)
     turns, other = columns // count, columns % count
     kept = (rows < count) & (turns > 0) & (rows != other)
     rows, other, turns = rows[kept], other[kept], turns[kept]
-    # The other image was turned. One is near the other turned when that is near it turned back.
+    # The other image was turned. If a is near b turned, then b is near a turned back.
     swapped = rows < other
     turns = torch.where(swapped, (4 - turns) % 4, turns)
     found = torch.stack([torch.minimum(rows, other), torch.maximum(rows, other), turns], 1).unique(dim=0)
@@ -155,10 +182,16 @@ def turned_pairs(hashes: Tensor, turned: Tensor, max_distance: int) -> tuple[Ten
 def pixel_correlations(
     images: Tensor | Ragged, rows: Tensor, columns: Tensor, turns: Tensor | None = None, *, progress: bool = False
 ) -> Tensor:
-    """How much the details of pairs of images correlate at best over small shifts and mirroring, float32 (P,).
+    """The best correlation of the details of pairs of images over small shifts and mirroring, float32 (P,).
 
-    images: uint8 (N, 3, H, W) or Ragged. rows, columns: int64 (P,). Both are drawn to squares of 32 x 32 first. turns:
-    int64 (P,), by how many quarters, against the clock, the first of a pair is turned before.
+    Both images are resized to 32 x 32 pixels first.
+
+    Args:
+        images: uint8 (N, 3, H, W), or Ragged.
+        rows: int64 (P,).
+        columns: int64 (P,).
+        turns: int64 (P,), quarters by which the first image of a pair is turned counter-clockwise before. None for 0.
+        progress: Whether to show a progress bar.
     """
     if len(rows) == 0:
         return torch.empty(0)
@@ -173,7 +206,7 @@ def pixel_correlations(
 
 
 def _turned(squares: Tensor, quarters: Tensor) -> Tensor:
-    """Squares (n, S, S), each turned by so many quarters."""
+    """Squares (n, S, S), each turned by its number of quarters."""
     found = squares.clone()
     for by in range(1, 4):
         found[quarters == by] = squares[quarters == by].rot90(by, (1, 2))
@@ -181,7 +214,7 @@ def _turned(squares: Tensor, quarters: Tensor) -> Tensor:
 
 
 def _thumbnails(images: Tensor | Ragged, rows: Tensor) -> Tensor:
-    """Details float16 (n, 32, 32) of some images."""
+    """Details of chosen images, float16 (n, 32, 32)."""
     if isinstance(images, Ragged):
         small = torch.stack([resize(images[int(row)], SIDE, SIDE) for row in rows])
     else:
@@ -191,11 +224,23 @@ def _thumbnails(images: Tensor | Ragged, rows: Tensor) -> Tensor:
 
 
 def to_image(image: Tensor) -> Image.Image:
-    """The picture of a uint8 (3, H, W) tensor."""
+    """An image as a Pillow image.
+
+    Args:
+        image: uint8 (3, H, W).
+    """
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
 
 
 def check_images(images: Tensor | Ragged) -> None:
+    """Checks that images are uint8 (N, 3, H, W) or Ragged.
+
+    Args:
+        images: The images.
+
+    Raises:
+        ValueError: If they are not.
+    """
     if isinstance(images, Ragged):
         return
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -213,5 +258,13 @@ def _words(name: str, hashes: Tensor) -> np.ndarray:
 
 
 def check_max_distance(max_distance: int) -> None:
+    """Checks a largest Hamming distance of hashes.
+
+    Args:
+        max_distance: Differing bits.
+
+    Raises:
+        ValueError: If it lies outside 0..64.
+    """
     if not 0 <= max_distance <= 64:
         raise ValueError(f"max_distance={max_distance}: a hash has 64 bits, of which 0 to 64 may differ")

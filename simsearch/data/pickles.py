@@ -1,17 +1,17 @@
-"""Pickles read without the pickle machine: plain values and arrays of numbers, of anybody's files.
+"""Reads plain values and number arrays from untrusted pickles without unpickling.
 
-A pickle is a program, and unpickling runs it: it may import and call anything. Here it is only read.
-`pickletools.genops` splits the bytes into instructions (it executes none), and `read_pickle` carries out those that
-build plain data, on a stack of its own. The instruction that loads a global loads its name. The one that calls compares
-that name with the seven that arrays, scalars and bytes need, and does their work itself on checked arguments. The one
-that sets an object's state fills an array or the byte order of a dtype and nothing else. So no text in the file ever
-becomes an object of the interpreter.
+A pickle is a program, and unpickling runs it: it may import and call anything. This module only reads pickles.
+`pickletools.genops` splits the bytes into instructions and executes none. `read_pickle` carries out the instructions
+that build plain data, on a stack of its own. The instruction that loads a global loads only its name. The instruction
+that calls compares that name with the seven names that arrays, scalars and bytes need, and `read_pickle` does their
+work itself on checked arguments. The instruction that sets an object's state fills an array or the byte order of a
+dtype, and nothing else. So no text in the file ever becomes an object of the interpreter.
 
-An Unpickler whose find_class has a list of what it allows is shorter and not as safe. What it hands out can be called
-with any arguments (`numpy.ndarray` of any size) and have its attributes set; extension codes that were looked up before
-skip it; and the memo of `pickle.Unpickler` is as long as its highest position: seven bytes, `]`, a PUT at 2**28 - 1 and
-`.`, took 4.1 GB of memory (Python 3.11). Here copies of bytes are limited by the length of the file, and a memo
-position takes no memory by being high.
+An Unpickler whose find_class has a list of allowed names is shorter but less safe. The file can call the allowed
+objects with any arguments (`numpy.ndarray` of any size) and set their attributes. Extension codes that were looked up
+before bypass the list. The memo of `pickle.Unpickler` is as long as its highest position: seven bytes, `]`, a PUT at
+2**28 - 1 and `.`, took 4.1 GB of memory (Python 3.11). Here the length of the file limits copies of bytes, and a high
+memo position takes no memory.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ _MARK = object()
 def read_pickle(data: bytes) -> Any:
     """The plain value in a pickle of protocol 0 to 5: None, bool, int, float, str, bytes, list, tuple, dict.
 
-    NumPy's integer and floating scalars come as int and float, its arrays of them as arrays. Texts of Python 2 are read
-    as Latin-1. Sets, other classes, persistent ids, extension codes and out-of-band buffers are refused.
+    NumPy's integer and floating scalars become int and float, and arrays of them stay arrays. Strings of Python 2 are
+    read as Latin-1. Sets, other classes, persistent ids, extension codes and out-of-band buffers are refused.
+
+    Args:
+        data: The bytes of the pickle.
 
     Raises:
-        ValueError: For a damaged file and for whatever is refused, naming it.
+        ValueError: If the file is damaged or holds something that is refused. The message names it.
     """
     try:
         return _Reader(len(data)).run(data)
@@ -49,7 +52,7 @@ def read_pickle(data: bytes) -> Any:
 
 @dataclass(frozen=True)
 class _Global:
-    """The name of a class or function in a pickle. Only a name: nothing is imported or called by it."""
+    """The name of a class or function in a pickle. Nothing is imported or called by it."""
 
     module: str
     name: str
@@ -143,7 +146,7 @@ class _Reader:
                 raise ValueError(f"the pickle holds {name} at byte {position}: only plain data is read")
 
     def pop_mark(self) -> list[Any]:
-        """What was pushed since the last mark, which goes too."""
+        """Pops the items above the last mark, and the mark."""
         items = []
         while (item := self.stack.pop()) is not _MARK:
             items.append(item)
@@ -164,7 +167,7 @@ class _Reader:
             target[key] = value
 
     def call(self, function: object, arguments: object) -> Any:
-        """What the constructor of that name would return, made here. Raises ValueError for another."""
+        """The result of a known constructor, made here. Raises ValueError for other names."""
         if not isinstance(function, _Global):
             raise ValueError(f"the pickle calls a {type(function).__name__}: only plain data is read")
         named = (function.module.replace("numpy._core", "numpy.core").replace("__builtin__", "builtins"), function.name)
@@ -201,7 +204,7 @@ class _Reader:
                 raise ValueError(f"the pickle sets the state of a {type(target).__name__}: only plain data is read")
 
     def numbers(self, dtype: _Dtype, shape: object, raw: object, order: Any) -> np.ndarray:
-        """The raw bytes of an array."""
+        """An array from its raw bytes."""
         if isinstance(raw, str):  # Python 2
             raw = raw.encode("latin-1")
         kind = np.dtype(dtype.code).newbyteorder(dtype.order)  # type: ignore[arg-type]

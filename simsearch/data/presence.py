@@ -1,7 +1,7 @@
-"""Images that were there when a command began and are gone while it runs, as when a network folder drops.
+"""Detects images that disappear while a command runs, as when a network folder drops out.
 
-A file that somebody deletes is written down as missing, and the rest goes on. Where its whole folder is gone, or many
-files are, nothing is written down: the command ends, and goes on when they are back.
+A single deleted file is recorded as missing, and the command continues. If its whole folder or many files disappear,
+nothing is recorded: the command ends, and can be continued when they are back.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from simsearch.errors import SimsearchError
 from simsearch.images import ImageError
 from simsearch.text import printable
 
-MOST_GONE = 0.1  # share of the images that may vanish one by one, and of its items that a catalog may lose
-_VANISHING = ("missing", "unreadable")  # the reasons of simsearch.images.REASONS that a lost folder gives
-_STATS = 1000  # files whose sizes one thread asks for in a row
+MOST_GONE = 0.1  # fraction of the images that may disappear one by one, and of its items that a catalog may lose
+_VANISHING = ("missing", "unreadable")  # the reasons of simsearch.images.REASONS that a lost folder causes
+_STATS = 1000  # files whose sizes one thread looks up in a row
 
 
 class Vanished(SimsearchError, ValueError):
-    """Images were there when the command began and are gone."""
+    """Images that existed when the command began have disappeared."""
 
 
 class Presence:
-    """Which of the files `paths` below `root` were there when a command began, and what became of them.
+    """The files that existed when a command began, and how many of them have disappeared.
 
-    sizes: of the files in bytes, -1 where there was none, int64 (N,); by default they are asked for now.
+    Args:
+        root: The folder.
+        paths: N paths below the root.
+        sizes: Sizes of the files in bytes, int64 (N,), -1 if a file does not exist. None looks them up now.
     """
 
     def __init__(self, root: Path, paths: Sequence[str], sizes: np.ndarray | None = None) -> None:
@@ -40,9 +43,14 @@ class Presence:
         self._gone = 0
 
     def check(self, path: str, reason: str) -> None:
-        """Notes why a file could not be used. Raises Vanished where that is because it or its folder was lost.
+        """Records why a file could not be used.
 
-        path: as in `paths`. reason: a key of simsearch.images.REASONS.
+        Args:
+            path: The file, as in `paths`.
+            reason: A key of simsearch.images.REASONS.
+
+        Raises:
+            Vanished: If the folder of the file or too many files have disappeared.
         """
         if not self._was_there(path, reason):
             return
@@ -55,20 +63,32 @@ class Presence:
             )
 
     def note(self, errors: Iterable[ValueError]) -> None:
-        """`check` of each ImageError of a file below the root."""
+        """Calls `check` for each ImageError of a file below the root.
+
+        Args:
+            errors: The errors.
+
+        Raises:
+            Vanished: As `check` does.
+        """
         for error in errors:
             if isinstance(error, ImageError) and error.path is not None:
                 self.check(error.path.relative_to(self.root).as_posix(), error.reason)
 
     def is_back(self, path: str, reason: str) -> bool:
-        """Whether a file that an earlier command could not use for that reason can be read."""
+        """Whether a file that an earlier command could not use can be read now.
+
+        Args:
+            path: The file, as in `paths`.
+            reason: The reason of the earlier command.
+        """
         return self._was_there(path, reason) and _is_readable(self.root / path)
 
     def _was_there(self, path: str, reason: str) -> bool:
         return reason in _VANISHING and path not in self._never
 
     def _lost(self, path: str) -> bool:
-        """Whether the root is another folder than it was, or the file's own one is gone or empty."""
+        """Whether the root is another folder than before, or the file's own folder is gone or empty."""
         if self._identity is None or _identity(self.root) != self._identity:
             return True
         try:
@@ -79,7 +99,12 @@ class Presence:
 
 
 def file_sizes(root: Path, paths: Sequence[str]) -> np.ndarray:
-    """Bytes of each file, int64 (N,), -1 where there is none. By threads: on a network each asks and waits."""
+    """Bytes of each file, int64 (N,), -1 if it does not exist. Threads look them up, since a network folder is slow.
+
+    Args:
+        root: The folder.
+        paths: N paths below the root.
+    """
 
     def sizes(start: int) -> Iterable[int]:
         return [_size(root / path) for path in paths[start : start + _STATS]]
@@ -97,7 +122,7 @@ def _size(path: Path) -> int:
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another that takes its place; None where there is none."""
+    """Device and inode of a folder, which differ for a folder that takes its place. None if there is no folder."""
     try:
         status = folder.stat()
     except OSError:

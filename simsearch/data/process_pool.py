@@ -1,4 +1,4 @@
-"""Work on items from strangers in processes that may be ended: bounds on the time and memory of each item."""
+"""Runs functions on untrusted items in processes that can be ended, with limits of time and memory for each item."""
 
 from __future__ import annotations
 
@@ -25,47 +25,58 @@ import torch
 T = TypeVar("T")
 R = TypeVar("R")
 
-SECONDS, MEMORY = 30.0, 2 * 2**30  # that an image may take in the commands; the worst honest ones take 1.5 GiB
+SECONDS, MEMORY = 30.0, 2 * 2**30  # limits for an image in the commands; the worst valid ones take 1.5 GiB
 
-_AHEAD = 8  # items that a process has at a time: it goes on while their results wait to be taken
-_WINDOW = 256  # items that may be done before one that takes long: their results wait in memory
-_TICK = 0.1  # seconds after which the time that items have taken is looked at: they begin without a word
-_START_SECONDS = 120.0  # until a process is ready
+_AHEAD = 8  # items queued for a process, so that it works on while results wait
+_WINDOW = 256  # items that may be finished before a slow one; their results wait in memory
+_TICK = 0.1  # seconds between checks of the time that items have taken, since processes do not report their start
+_START_SECONDS = 120.0  # time for a process to start
 _IDLE, _STARTING = -1.0, -2.0
 _FORKS = sys.platform == "linux"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An item without a result. reason: "too-slow" or "crashed"."""
+    """An item without a result.
+
+    Attributes:
+        reason: "too-slow" or "crashed".
+        detail: What happened, for a message.
+    """
 
     reason: str
     detail: str
 
 
 class Closed(Exception):
-    """The pool is closed, and the call without a result."""
+    """The pool was closed before the call had a result."""
 
 
 def bounded_map(
     function: Callable[[T], R], items: Iterable[T], *, workers: int, seconds: float, memory: int
 ) -> Iterator[R | Failure]:
-    """function(item) of each item, in order, or a Failure where that took too long or ended its process.
+    """function(item) for each item, in order, or a Failure if that took too long or ended its process.
 
-    workers: processes, each of which works a few items ahead of what is taken. seconds: wall-clock time that an item
-    may take; then its process is killed, and another one goes on with the next item. memory: bytes that a process may
-    have beyond what it starts with; beyond them allocation fails in `function` (where the system has such limits).
+    Args:
+        function: The function.
+        items: The items.
+        workers: Number of processes. Each works a few items ahead of the consumer.
+        seconds: Wall-clock limit for an item. After it the process is killed, and another continues with the next item.
+        memory: Bytes that a process may allocate beyond its memory at the start. Beyond them allocation fails in
+            `function`, on systems that have such limits.
 
-    Raises what `function` raises, and ValueError for workers below 1 and bounds that are not positive.
+    Raises:
+        ValueError: If a number is not positive.
+        Exception: Any exception of `function`.
     """
     for name, value in (("workers", workers), ("seconds", seconds), ("memory", memory)):
         if value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
-    # Forked, since one that was killed is replaced in no time.
+    # Forked, since a killed process is then replaced quickly.
     context: Any = multiprocessing.get_context("fork" if _FORKS else "spawn")
     todo, again = enumerate(items), deque[tuple[int, T]]()
     results: dict[int, R | Failure] = {}
-    given, asked = 0, 0  # results given out, items asked for
+    given, asked = 0, 0  # results returned, items taken from the input
     window = max(_WINDOW, 2 * workers * _AHEAD)
     pool: list[_Worker[T]] = []
 
@@ -79,12 +90,12 @@ def bounded_map(
         return found
 
     def start() -> _Worker[T]:
-        # A fork has our ends of all pipes, and while it keeps them open nobody notices that we are gone.
+        # A fork inherits our ends of all pipes. While it keeps them open, other processes do not notice that we ended.
         return _Worker(context, function, memory, [worker.connection for worker in pool] if _FORKS else None)
 
     try:
         while True:
-            while len(pool) < workers and (item := next_item()):  # no more of them than there is work
+            while len(pool) < workers and (item := next_item()):  # no more processes than there is work
                 pool.append(start())
                 pool[-1].give(item)
             while pool and len(least := min(pool, key=len)) < _AHEAD and (item := next_item()):
@@ -110,10 +121,16 @@ def bounded_map(
 
 
 class BoundedPool:
-    """Processes that call functions for any number of threads, each call within `seconds` and `memory` bytes.
+    """Processes that call functions for any number of threads, each call with limits of time and memory.
 
-    They are forked, when they are needed, of a process that has imported `modules` and done nothing else: this one may
+    Processes are forked on demand from a clean server process that has only imported `modules`, since this process may
     have many threads and much memory.
+
+    Args:
+        workers: Number of processes.
+        seconds: Wall-clock limit for a call.
+        memory: Bytes that a process may allocate beyond its memory at the start.
+        modules: Modules that the server process imports.
     """
 
     def __init__(self, workers: int, *, seconds: float, memory: int, modules: Sequence[str] = ()) -> None:
@@ -121,7 +138,7 @@ class BoundedPool:
         self._context.set_forkserver_preload([__name__, *modules])
         forkserver.ensure_running()
         self._seconds, self._memory = seconds, memory
-        self._free: queue.LifoQueue[_Worker[Any] | None] = queue.LifoQueue()  # None: one to be started
+        self._free: queue.LifoQueue[_Worker[Any] | None] = queue.LifoQueue()  # None: a process that is not started yet
         for _ in range(workers):
             self._free.put(None)
         self._lock = threading.Lock()
@@ -131,10 +148,16 @@ class BoundedPool:
     def call(
         self, function: Callable[..., R], *arguments: Any, spent: Callable[[float], object] | None = None
     ) -> R | Failure:
-        """function(*arguments), or a Failure where that took too long or ended its process.
+        """function(*arguments), or a Failure if that took too long or ended its process.
 
-        The function is one of a module, found by its name. spent: is told the seconds that it took, whatever came of
-        it. Raises what the function raises, and Closed.
+        Args:
+            function: A function of a module, which is found by its name.
+            spent: A function that gets the seconds that the call took, whatever its outcome. None for no such function.
+            arguments: Arguments of the function.
+
+        Raises:
+            Closed: If the pool is closed.
+            Exception: Any exception of the function.
         """
         worker = self._free.get()
         try:
@@ -167,7 +190,7 @@ class BoundedPool:
             return worker
 
     def close(self) -> None:
-        """Kills the processes, in the middle of calls too."""
+        """Kills the processes, even during calls."""
         with self._lock:
             self._closed = True
             for worker in self._all:
@@ -180,18 +203,18 @@ def _apply(call: tuple[Callable[..., Any], tuple[Any, ...]]) -> Any:
 
 
 class _Worker(Generic[T]):
-    """A process and the items that it has. inherited: connections that a fork has and must not keep; None of none."""
+    """A process and its items. `inherited` are connections that a fork has and must close, None without a fork."""
 
     def __init__(
         self, context: Any, function: Callable[[T], Any], memory: int, inherited: Sequence[Connection] | None
     ) -> None:
         self.connection, other = context.Pipe()
         ours = () if inherited is None else (self.connection, *inherited)
-        # The number of the item that is worked on, and since when: what is done may not have arrived here yet.
+        # Number and start time of the current item. Results of earlier items may not have arrived here yet.
         self.begun = context.RawArray("d", (_STARTING, time.monotonic()))
         arguments = (function, other, self.begun, memory, ours)
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()  # which may wait for what it is forked of
+        self.process.start()  # this may wait for the process that it is forked from
         if self.begun[0] == _STARTING:
             self.begun[1] = time.monotonic()
         other.close()
@@ -203,11 +226,11 @@ class _Worker(Generic[T]):
 
     def give(self, item: tuple[int, T]) -> None:
         self.items.append(item)
-        with suppress(OSError):  # it is dead, which `collect` finds
+        with suppress(OSError):  # the process is dead, and `collect` will find that
             self.connection.send(item)
 
     def collect(self, results: dict[int, Any]) -> bool:
-        """Takes the results that are there. False where the process is dead. Raises what the function raised."""
+        """Takes the available results. False if the process is dead. Raises the function's exception."""
         while True:
             try:
                 if not self.connection.poll():
@@ -221,23 +244,23 @@ class _Worker(Generic[T]):
             results[number] = result
 
     def left(self, seconds: float) -> float:
-        """How long the item that is worked on may still take, all of `seconds` where there is none at the moment."""
+        """Seconds that the current item may still take, all of `seconds` if there is no current item."""
         number, since = self.begun
         if number == _IDLE or number != self.begun[0]:
             return seconds
         return since + (_START_SECONDS if number == _STARTING else seconds) - time.monotonic()
 
     def seconds(self) -> float:
-        """What the item that is worked on has taken, else the last one that was done."""
+        """Seconds that the current item has taken so far, or else the last finished one."""
         number, since = self.begun
         return self._seconds if number < 0 else time.monotonic() - since
 
     def blamed(self) -> tuple[int, T]:
-        """The item that is worked on, the first where it is none."""
+        """The current item, or the first one if there is no current item."""
         return next((item for item in self.items if item[0] == self.begun[0]), self.items[0])
 
     def end(self, seconds: float, late: bool) -> Failure:
-        """Kills the process; what became of its item."""
+        """Kills the process, and returns the Failure of its item."""
         self.connection.close()
         self.process.kill()
         self.process.join()
@@ -276,7 +299,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
-    os._exit(1)  # in the middle of an item too
+    os._exit(1)  # even in the middle of an item
 
 
 def _send(connection: Connection, done: queue.SimpleQueue[memoryview]) -> None:
@@ -286,7 +309,7 @@ def _send(connection: Connection, done: queue.SimpleQueue[memoryview]) -> None:
 
 
 def _limit_memory(memory: int) -> None:
-    """Bounds this process's address space to what it is now and `memory` bytes more, where /proc tells what it is."""
+    """Limits the address space of this process to its present size plus `memory` bytes, if /proc shows that size."""
     path = Path("/proc/self/statm")
     if path.is_file():
         now = int(path.read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,12 +1,13 @@
-"""Evaluation protocols: which rows of a collection train, search and are searched, and what counts.
+"""Evaluation protocols: the rows of a collection for training, queries and gallery, and what is relevant.
 
-A draw is a rank under seeded random keys, one key a row, taken as raw output of NumPy's PCG64: that
-stream is the same on every platform and, unlike the methods of numpy.random.Generator, in every
-version of NumPy. ByHash draws by SHA-256 of names instead, for collections that grow. Rows without a
-value of the attribute take no part. Row lists are sorted.
+A draw ranks rows by seeded random keys, one key for each row, taken from the raw output of NumPy's PCG64. This stream
+is the same on every platform and in every version of NumPy, unlike the methods of numpy.random.Generator. ByHash draws
+by SHA-256 of names instead, for collections that grow. Rows without a value of the attribute are left out. Row lists
+are sorted.
 
-A protocol names its unit of chance, which intervals and tests resample: what other data of the kind would bring
-anew. Where a split keeps artists or works apart, it is these; each query is one where test images are independent.
+A protocol names its sampling unit, which confidence intervals and tests resample: the thing that other data of the kind
+would have new examples of. If a split keeps artists or works apart, these are the units. If test images are
+independent, each query is one.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from simsearch.types import RetrievalTask
 
 @dataclass(frozen=True)
 class Split:
-    """Rows to train on, and the two tasks that measure.
+    """Rows to train on, and the tasks of validation and test.
 
-    train: int64 (N,), sorted collection rows. validation: drawn from the training part, for choosing
-    models, or None where all of it trains. test: what is reported.
+    Attributes:
+        train: int64 (N,), sorted collection rows.
+        validation: The task for choosing models, drawn from the training part. None if all of that part trains.
+        test: The task that is reported.
 
-    Raises ValueError where a query of either task is trained on, or validation shares a query with test.
+    Raises:
+        ValueError: If a query of either task is a training row, or validation and test share a query.
     """
 
     train: Tensor
@@ -52,23 +56,42 @@ class Split:
 
 
 class RetrievalProtocol(Protocol):
-    """What a DataModule asks of a protocol."""
+    """The interface of a protocol.
+
+    Attributes:
+        name: Name in reports.
+    """
 
     name: str
 
     def split(self, collection: Collection) -> Split:
-        """Split, the same in every process. Raises ValueError where the collection has none."""
+        """The split of a collection, the same in every process.
+
+        Args:
+            collection: The collection.
+
+        Raises:
+            ValueError: If the protocol does not fit the collection.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class OfficialSplit:
-    """The official training and test parts; every test image is a query.
+    """The official training and test parts. Every test image is a query.
 
-    name: as reports print it. gallery: "train" searches the training images (10k-50k), "test" the test
-    images themselves (the DSH release). exclude_self: take the query's own row out of its ranking, where P@1 and
-    R@k would count it. validation: share of each class's training rows, in (0, 1), that become validation
-    queries; None trains on all. index_order: codes are also measured with ties broken by gallery order.
+    Attributes:
+        name: Name in reports.
+        gallery: "train" searches the training images (10k-50k), "test" the test images themselves (the DSH release).
+        exclude_self: Whether a query's own row is left out of its ranking. Otherwise P@1 and R@k count it.
+        index_order: Whether codes are also measured with ties broken by gallery order.
+        validation: Fraction of each class's training rows, in (0, 1), that become validation queries. None trains on
+            all.
+        attribute: The attribute that makes items relevant.
+        seed: Seed of the draw, from 0.
+
+    Raises:
+        ValueError: If a value is unknown or out of range.
     """
 
     name: str
@@ -87,7 +110,14 @@ class OfficialSplit:
         _check_seed(self.seed)
 
     def split(self, collection: Collection) -> Split:
-        """Split of a collection with a test part. Raises ValueError where it has none."""
+        """The split of a collection with a test part.
+
+        Args:
+            collection: The collection.
+
+        Raises:
+            ValueError: If it has no test part or lacks the attribute.
+        """
         values = _values(collection, self.attribute, self.name)
         train, test = _official_parts(collection, values, self.name)
         kept, validation = _validation(collection, self.name, train, self.attribute, self.validation, self.seed)
@@ -98,12 +128,20 @@ class OfficialSplit:
 
 @dataclass(frozen=True)
 class SampledSplit:
-    """Queries and training rows drawn per class from the whole collection; the rest is searched.
+    """Queries and training rows drawn for each class from the whole collection. The other rows are the gallery.
 
-    name: as reports print it. queries_per_class, train_per_class: rows drawn of each class.
-    train_in_gallery: whether the training rows are searched too (1k-59k) or left out (1k-54k).
-    validation: share of each class's training rows, in (0, 1), that become validation queries; they
-    stay out of, or in, the test gallery with the other training rows. None trains on all.
+    Attributes:
+        name: Name in reports.
+        train_in_gallery: Whether the gallery also holds the training rows (1k-59k) or not (1k-54k).
+        queries_per_class: Queries drawn for each class, from 1.
+        train_per_class: Training rows drawn for each class, from 2.
+        validation: Fraction of each class's training rows, in (0, 1), that become validation queries. In the test
+            gallery they are treated like the other training rows. None trains on all.
+        attribute: The attribute that makes items relevant.
+        seed: Seed of the draw, from 0.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     name: str
@@ -123,7 +161,14 @@ class SampledSplit:
         _check_seed(self.seed)
 
     def split(self, collection: Collection) -> Split:
-        """Split of a collection. Raises ValueError for a class with too few images."""
+        """The split of a collection.
+
+        Args:
+            collection: The collection.
+
+        Raises:
+            ValueError: If a class has too few images, or the attribute is missing.
+        """
         values = _values(collection, self.attribute, self.name)
         rows = np.flatnonzero(values >= 0)
         drawn = self.queries_per_class + self.train_per_class
@@ -146,15 +191,25 @@ class SampledSplit:
 
 @dataclass(frozen=True)
 class UnseenClasses:
-    """Held-out classes search among themselves; training sees the other classes only.
+    """Held-out classes search among themselves. Training sees only the other classes.
 
-    name: the task is called `<name>/<fold>`. folds: disjoint groups of class numbers. fold: the group
-    held out; its test images are the queries, its training images the gallery. Report the mean over
-    folds. validation: share of each remaining class's training rows, in (0, 1), that become queries; None
-    trains on all. The unit of chance is the query: an interval holds for new images of the fold's classes. What
-    other classes would give, only the spread between folds says.
+    The task is named `<name>/<fold>`. Report the mean over folds. The sampling unit is the query: an interval holds for
+    new images of the fold's classes. Only the spread between folds shows how results vary over classes.
 
-    Sablayrolles, Douze, Usunier, Jégou 2016, "How should we evaluate supervised hashing?".
+    Attributes:
+        name: Name in reports.
+        folds: Disjoint groups of class numbers.
+        fold: The group that is held out. Its test images are the queries, its training images the gallery.
+        validation: Fraction of each remaining class's training rows, in (0, 1), that become validation queries. None
+            trains on all.
+        attribute: The attribute that makes items relevant.
+        seed: Seed of the draw, from 0.
+
+    Raises:
+        ValueError: If folds overlap or are empty, or a value is out of range.
+
+    Source:
+        Sablayrolles, Douze, Usunier, Jégou: How should we evaluate supervised hashing? ICASSP 2017 (arXiv 2016).
     """
 
     name: str = "unseen-classes"
@@ -179,7 +234,14 @@ class UnseenClasses:
         _check_seed(self.seed)
 
     def split(self, collection: Collection) -> Split:
-        """Split of a collection with a test part. Raises ValueError for an unknown or empty class."""
+        """The split of a collection with a test part.
+
+        Args:
+            collection: The collection.
+
+        Raises:
+            ValueError: If a held-out class is unknown or lacks images, or the collection does not fit.
+        """
         name = f"{self.name}/{self.fold}"
         values = _values(collection, self.attribute, name)
         known = len(collection.classes[collection.attributes.index(self.attribute)])
@@ -207,12 +269,23 @@ class UnseenClasses:
 class ByAttribute:
     """Groups (works) divided into training, validation and evaluation, for collections without a test part.
 
-    name: as reports print it. attribute: what makes items relevant. junk: an attribute whose sharing
-    takes an item out of the ranking, or None. group: no value of it is in two parts; None: each image is a
-    group of its own. evaluation, validation: shares of the groups, in (0, 1), together below 1;
-    validation=None trains on all that is not evaluated. One item of each group of a part is a query, all
-    items of the part are its gallery, the query's own row excluded. unit: of chance, an attribute or "query";
-    None: the group. Name the artist where works of one artist search each other.
+    One item of each group of a part is a query. All items of the part are its gallery. The query's own row is excluded.
+
+    Attributes:
+        name: Name in reports.
+        attribute: The attribute that makes items relevant.
+        junk: An attribute. Items that share its value with the query are left out of the ranking. None for no such
+            rule.
+        group: An attribute. No value of it is in two parts. None makes each image a group of its own.
+        evaluation: Fraction of the groups, in (0, 1).
+        validation: Fraction of the groups, in (0, 1); with `evaluation` less than 1. None trains on all groups that are
+            not evaluated.
+        seed: Seed of the draw, from 0.
+        unit: The sampling unit, an attribute or "query". None for the group. Name the artist if works of one artist
+            search each other.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     name: str
@@ -229,7 +302,14 @@ class ByAttribute:
         _check_seed(self.seed)
 
     def split(self, collection: Collection) -> Split:
-        """Split of a collection. Raises ValueError for a missing attribute or too few groups."""
+        """The split of a collection.
+
+        Args:
+            collection: The collection.
+
+        Raises:
+            ValueError: If an attribute is missing or there are too few groups.
+        """
         values = _values(collection, self.attribute, self.name)
         groups = np.arange(len(values)) if self.group is None else _values(collection, self.group, self.name)
         if self.junk is not None:
@@ -265,25 +345,40 @@ class ByAttribute:
 
 @dataclass(frozen=True)
 class ByHash:
-    """Names (of artists, of works) divided into training, validation and evaluation by their hash, for
-    collections that grow: images that come later move none that are there, unless they join two names.
+    """Names (of artists, of works) divided into training, validation and evaluation by hash, for growing collections.
 
-    name: as reports print it. attribute: what makes items relevant. part: no value of it (an artist) is in two
-    parts, None where only `work` is to hold. work: no value of it (photographs and near-duplicates of one work)
-    is in two parts either, None where each image is a work of its own. junk: an attribute whose sharing takes
-    an item out of the ranking, or None. evaluation, validation: expected shares of the names, in (0, 1),
-    together below 1; validation=None trains on all that is not evaluated, and evaluation=1 then takes all of a
-    collection that nothing is trained on, to measure runs that know others. All items of a part are its gallery;
-    queries are those of them that have `least` or more relevant items there, without junk and themselves, and of
-    each class at most `most_queries` (None: all), those of the smallest hash. So images of a rare artist are
-    searched, but never search, in whatever part they fall.
+    Adding images never changes the split of existing ones, unless an added image joins two names.
 
-    Images that share a part or a work, also over others, go together, by one name: the first in the alphabet of
-    their parts, or of their works where no part is known, or else the image's path. Which other attribute is
-    relevant and which rows lack it does not matter: protocols for artist and for style with the same part, work,
-    shares and seed have the same artists to train on.
+    Images connected through a shared part or work, also through other images, form one group. Its name is the
+    alphabetically first of its parts, or of its works if no part is known, or else the path of the image. The split
+    does not depend on which other attribute is relevant or which rows lack it: protocols for artist and for style with
+    the same part, work, fractions and seed train on the same artists.
 
-    unit: of chance, an attribute or "query"; None: the names, which are called after `part`, or `work` without one.
+    All items of a part of the data are its gallery. An item is a query if it has at least `least` relevant items there,
+    without junk and itself. So images of a rare artist are in the gallery of whatever part they fall in, but are never
+    queries.
+
+    Attributes:
+        name: Name in reports.
+        attribute: The attribute that makes items relevant.
+        part: An attribute, such as the artist. No value of it is in two parts of the data. None if only `work` is kept
+            together.
+        junk: An attribute. Items that share its value with the query are left out of the ranking. None for no such
+            rule.
+        work: An attribute for photographs and near-duplicates of one work. No value of it is in two parts of the data.
+            None makes each image a work of its own.
+        evaluation: Expected fraction of the names, in (0, 1). 1 with validation=None evaluates a whole collection that
+            nothing is trained on, to measure runs trained on other data.
+        validation: Expected fraction of the names, in (0, 1); with `evaluation` less than 1. None trains on all names
+            that are not evaluated.
+        least: Number of relevant items that a query needs, from 1.
+        most_queries: Number of queries of each class, at most, chosen by smallest hash. None for all.
+        seed: Seed of the hash, from 0.
+        unit: The sampling unit, an attribute or "query". None for the names; the unit is then called after `part`, or
+            `work` without a part.
+
+    Raises:
+        ValueError: If a value is out of range.
     """
 
     name: str
@@ -306,7 +401,14 @@ class ByHash:
                 raise ValueError(f"{field}={value} is too few: use 1 or more")
 
     def split(self, collection: Collection) -> Split:
-        """Split of a collection. Raises ValueError for a missing attribute and a part without a query or row."""
+        """The split of a collection.
+
+        Args:
+            collection: The collection.
+
+        Raises:
+            ValueError: If an attribute is missing, or a part of the data has no query or no row.
+        """
         values = _values(collection, self.attribute, self.name)
         apart = dict.fromkeys(attribute for attribute in (self.part, self.work) if attribute is not None)
         names, named = _names_apart(collection, [*apart], self.name)
@@ -330,7 +432,7 @@ class ByHash:
     def _task(
         self, collection: Collection, name: str, rows: np.ndarray, values: np.ndarray, units: Tensor | None
     ) -> RetrievalTask:
-        """The task in which the rows of one part search themselves."""
+        """The task in which the rows of one part search among themselves."""
         label = values[rows]
         relevant = np.bincount(label, minlength=1)[label] - 1
         if self.junk is not None:
@@ -354,12 +456,17 @@ class ByHash:
 
 
 def drop_rows(task: RetrievalTask, rows: Tensor, suffix: str) -> RetrievalTask:
-    """The same task without some rows, among its queries and its gallery, named `<name><suffix>`.
+    """The same task without some rows among its queries and its gallery, named `<name><suffix>`.
 
-    rows: int64 (N,), collection rows; those that the task lacks are ignored. The fingerprint follows
-    from the task's own and the rows that are left; it stays where nothing was dropped.
+    The fingerprint depends on the task's own and the remaining rows. It is unchanged if nothing was dropped.
 
-    Raises ValueError where no query or no gallery row is left.
+    Args:
+        task: The task.
+        rows: int64 (N,), collection rows. Rows that the task lacks are ignored.
+        suffix: Suffix of the name.
+
+    Raises:
+        ValueError: If no query or no gallery row remains.
     """
     dropped = rows.numpy()
     query, gallery = (t.numpy()[~np.isin(t.numpy(), dropped)] for t in (task.query, task.gallery))
@@ -381,7 +488,10 @@ def drop_rows(task: RetrievalTask, rows: Tensor, suffix: str) -> RetrievalTask:
 class WithoutRows:
     """Another protocol whose test lacks some rows, such as queries with near-duplicates in the gallery.
 
-    protocol: the other. rows: int64 (N,), collection rows to leave out. Training and validation stay.
+    Attributes:
+        protocol: The other protocol. Its training and validation are unchanged.
+        rows: int64 (N,), collection rows to leave out.
+        suffix: Suffix of the name.
     """
 
     protocol: RetrievalProtocol
@@ -390,10 +500,18 @@ class WithoutRows:
 
     @property
     def name(self) -> str:
+        """Name in reports."""
         return self.protocol.name + self.suffix
 
     def split(self, collection: Collection) -> Split:
-        """Split of the other protocol with a smaller test. Raises ValueError where nothing is left."""
+        """The split of the other protocol, with a smaller test.
+
+        Args:
+            collection: The collection.
+
+        Raises:
+            ValueError: If nothing remains, or the other protocol raises it.
+        """
         split = self.protocol.split(collection)
         return replace(split, test=drop_rows(split.test, self.rows, self.suffix))
 
@@ -439,7 +557,7 @@ def _check_share(field: str, value: float) -> None:
 
 
 def _check_shares(evaluation: float, validation: float | None, *, whole: bool = False) -> None:
-    """whole: all may be evaluated, where nothing is trained."""
+    """Checks the fractions. With `whole`, everything may be evaluated, since nothing is trained."""
     if whole and evaluation == 1 and validation is None:
         return
     _check_share("evaluation", evaluation)
@@ -466,7 +584,7 @@ def _values(collection: Collection, attribute: str, protocol: str) -> np.ndarray
 
 
 def _units(collection: Collection, unit: str, protocol: str) -> Tensor | None:
-    """For each row its value of the attribute `unit`, or where unknown a number of its own; None for "query"."""
+    """For each row its value of the attribute `unit`, or a unique number if unknown. None for "query"."""
     if unit == "query":
         return None
     values = _values(collection, unit, protocol)
@@ -491,7 +609,7 @@ def _official_parts(collection: Collection, values: np.ndarray, protocol: str) -
 def _validation(
     collection: Collection, name: str, train: np.ndarray, attribute: str, share: float | None, seed: int
 ) -> tuple[Tensor, RetrievalTask | None]:
-    """Training rows that remain, and the task in which a share of each class searches them (None: no task)."""
+    """The remaining training rows, and the task in which a fraction of each class searches them (None for no task)."""
     if share is None:
         return torch.from_numpy(train), None
     values = collection.column(attribute).numpy()[train]
@@ -511,8 +629,8 @@ def _validation(
 def _rank(items: np.ndarray, group: np.ndarray, seed: int, draw: str) -> np.ndarray:
     """Place of each item in a random order of its group, int64 (N,) from 0.
 
-    items: int64 (N,), each of which owns a random key; group: int64 (N,); draw: what it is for, so that
-    two draws of one seed are independent.
+    `items` int64 (N,) are the rows, each with its own random key; `group` is int64 (N,). `draw` names the purpose, so
+    that two draws of one seed are independent.
     """
     if not len(items):
         return np.empty(0, dtype=np.int64)
@@ -521,7 +639,7 @@ def _rank(items: np.ndarray, group: np.ndarray, seed: int, draw: str) -> np.ndar
 
 
 def _rank_by(key: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Place of each item in its group by rising key, int64 (N,) from 0. key, group: (N,)."""
+    """Place of each item in its group by ascending key, int64 (N,) from 0. key, group: (N,)."""
     order = np.lexsort((key, group))
     starts = np.searchsorted(group[order], group[order])
     rank = np.empty(len(key), dtype=np.int64)
@@ -530,16 +648,16 @@ def _rank_by(key: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def _hashed(names: Sequence[str], seed: int, draw: str) -> np.ndarray:
-    """A place in [0, 1) for each name, float64 (N,), by the name, the seed and what it is for alone."""
+    """A number in [0, 1) for each name, float64 (N,), which depends only on the name, the seed and the draw."""
     digests = b"".join(hashlib.sha256(f"{draw}/{seed}/{name}".encode()).digest()[:8] for name in names)
     return (np.frombuffer(digests, dtype=">u8") >> 11) / 2.0**53
 
 
 def _names_apart(collection: Collection, attributes: Sequence[str], protocol: str) -> tuple[list[str], np.ndarray]:
-    """Names, and for each row the place int64 (N,) of the name that it goes by.
+    """Names of groups, and for each row the position of its name, int64 (N,).
 
-    Rows that share a value of an attribute, directly or over other rows, have one name: their first in the
-    alphabet of the first of the attributes that any of them knows. Rows that know none go by their path.
+    Rows connected through a shared value of an attribute, also through other rows, have one name: the alphabetically
+    first value of the first attribute that any of them knows. Rows that know no attribute have their path as name.
     """
     columns = [_values(collection, attribute, protocol) for attribute in attributes]
     names: list[str] = []
@@ -548,7 +666,7 @@ def _names_apart(collection: Collection, attributes: Sequence[str], protocol: st
     for attribute, column in zip(attributes, columns, strict=True):
         classes = collection.classes[collection.attributes.index(attribute)]
         order = sorted(range(len(classes)), key=classes.__getitem__)
-        place = np.full(len(classes) + 1, none)  # the last is that of -1, unknown
+        place = np.full(len(classes) + 1, none)  # the last entry is for -1, unknown
         place[order] = len(names) + np.arange(len(classes))
         named = np.minimum(named, place[column])
         names += [classes[value] for value in order]

@@ -1,10 +1,13 @@
-"""Benchmarks of the Revisited Oxford / Paris kind: gallery files, cropped queries, easy, hard and junk items.
+"""Benchmarks like Revisited Oxford / Paris: gallery files, cropped queries, and easy, hard and junk items.
 
-Radenović, Iscen, Tolias, Avrithis, Chum: Revisiting Oxford and Paris, CVPR 2018. The product's own format is
-JSON, {"name": ..., "images": [file, ...], "queries": [{"image": file, "bbx": [x1, y1, x2, y2] or null,
-"easy": [...], "hard": [...], "junk": [...]}, ...]}, with positions in `images`. The authors' pickles,
-{"gnd": [{"bbx", "easy", "hard", "junk"}], "imlist": [...], "qimlist": [...]}, are converted to it without
-being unpickled (`simsearch.data.pickles`).
+The format is JSON, {"name": ..., "images": [file, ...], "queries": [{"image": file, "bbx": [x1, y1, x2, y2] or null,
+"easy": [...], "hard": [...], "junk": [...]}, ...]}, with positions in `images`. The authors' pickles, {"gnd": [{"bbx",
+"easy", "hard", "junk"}], "imlist": [...], "qimlist": [...]}, are converted to it without unpickling
+(`simsearch.data.pickles`).
+
+Source:
+    Radenović, Iscen, Tolias, Avrithis, Chum: Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking.
+    CVPR 2018.
 """
 
 from __future__ import annotations
@@ -38,10 +41,17 @@ _RULES = "revisited-1: trapezoid AP, P@k up to the last right item"  # part of t
 
 @dataclass(frozen=True)
 class Query:
-    """One query: the part `bbx` (x1, y1, x2, y2 in pixels, None: all) of an image, and its listed gallery items.
+    """One query: an image or a part of it, and its listed gallery items.
 
-    Raises ValueError for a box without area or with a corner left of or above the image, and for an item that
-    is listed twice.
+    Attributes:
+        image: Relative POSIX path of the image.
+        bbx: The part (x1, y1, x2, y2) of the image in pixels, None for all of it.
+        easy: Gallery positions.
+        hard: Gallery positions.
+        junk: Gallery positions.
+
+    Raises:
+        ValueError: If the box has no area or a corner left of or above the image, or an item is listed twice.
     """
 
     image: str
@@ -68,11 +78,14 @@ class Query:
 class Benchmark:
     """A gallery of G image files and Q queries.
 
-    name: as reports print it. images: relative POSIX paths, unique; a name without an image's ending stands
-    for a .jpg.
+    Attributes:
+        name: Name in reports.
+        images: Relative POSIX paths, unique. A name without an image's ending stands for a .jpg.
+        queries: The queries.
 
-    Raises ValueError where there are no images or queries, for a path that leaves the root or comes twice, a
-    listed item outside 0..G-1, and a query whose own image is in the gallery without being its junk.
+    Raises:
+        ValueError: If there are no images or queries, a path leaves the root or comes twice, a listed item lies outside
+            0..G-1, or a query's own image is in the gallery and not among its junk.
     """
 
     name: str
@@ -100,19 +113,30 @@ class Benchmark:
                 raise ValueError(f"{where} is image {place[path]} of the gallery too: take it out or list it as junk")
 
     def gallery(self, root: Path) -> Manifest:
-        """The gallery's files under `root`."""
+        """The gallery's files.
+
+        Args:
+            root: Folder that the paths are relative to.
+        """
         return Manifest(root, tuple(map(file_name, self.images)))
 
     def listed(self, grade: str) -> list[tuple[int, ...]]:
-        """For each query the gallery positions of that grade (easy, hard or junk)."""
+        """For each query the gallery positions of a grade.
+
+        Args:
+            grade: "easy", "hard" or "junk".
+        """
         return [getattr(query, grade) for query in self.queries]
 
 
 def landmarks(benchmark: Benchmark) -> Tensor:
-    """The landmark that each query shows, int64 (Q,): the number of the first query that shows it.
+    """The landmark of each query, int64 (Q,): the number of the first query that shows it.
 
-    Queries that list a common image as easy or hard, directly or over others, show one landmark; names of files
-    do not always tell (oxford_002985). Landmarks are what chance draws: the queries of one are alike.
+    Queries show one landmark if they list a common image as easy or hard, directly or through other queries. File names
+    do not always tell (oxford_002985). Landmarks are the sampling units, since the queries of one landmark are alike.
+
+    Args:
+        benchmark: The benchmark.
     """
     place = list(range(len(benchmark.queries)))
     shown: dict[int, int] = {}
@@ -125,15 +149,25 @@ def landmarks(benchmark: Benchmark) -> Tensor:
 
 
 def file_name(name: str) -> str:
-    """The relative path of an image that a list may name without its ending .jpg."""
+    """The relative path of an image whose ending .jpg may be left out in a list.
+
+    Args:
+        name: The name in the list.
+    """
     return name if PurePosixPath(name).suffix.lower() in ENDINGS else f"{name}.jpg"
 
 
 def fingerprint(benchmark: Benchmark, root: Path) -> str:
-    """16 hex digits over ground truth, rules and the sizes in bytes of all files under `root`.
+    """16 hex digits over the ground truth, the rules, and the sizes in bytes of all files.
 
-    Sizes stand for the content, so that re-encoded or resized copies are told from the originals without
-    reading them. Raises FileNotFoundError where files are missing, naming the first.
+    Sizes stand for the content: they tell re-encoded or resized copies from the originals without reading the files.
+
+    Args:
+        benchmark: The benchmark.
+        root: Folder that the paths are relative to.
+
+    Raises:
+        FileNotFoundError: If files are missing. The message names the first.
     """
     names = [*benchmark.images, *(query.image for query in benchmark.queries)]
     sizes, missing = [], []
@@ -155,10 +189,16 @@ def fingerprint(benchmark: Benchmark, root: Path) -> str:
 
 
 class QueryCrops(Dataset[Item]):
-    """The queries of a benchmark, cropped to their boxes; item i is i and uint8 (3, H, W), or what is wrong.
+    """The queries of a benchmark, cropped to their boxes. Item i is i with uint8 (3, H, W) or an error.
 
-    Boxes count in pixels of the upright image, corners rounded. One that reaches past the image by more than
-    a pixel is an error: then the file is not the image that the box was drawn on. Crops are resized by `fit`.
+    Boxes are in pixels of the upright image, with rounded corners. A box that exceeds the image by more than a pixel is
+    an error, since the file is then not the image that the box was drawn on.
+
+    Args:
+        benchmark: The benchmark.
+        root: Folder that the paths are relative to.
+        size: Size of the crops in pixels.
+        fit: How crops are resized, "square" or "longest".
     """
 
     def __init__(self, benchmark: Benchmark, root: Path, *, size: int, fit: Fit = "square") -> None:
@@ -168,6 +208,11 @@ class QueryCrops(Dataset[Item]):
         return len(self.benchmark.queries)
 
     def path(self, i: int) -> Path:
+        """The file of a query.
+
+        Args:
+            i: Number of the query.
+        """
         return self.root / file_name(self.benchmark.queries[i].image)
 
     def __getitem__(self, i: int) -> Item:
@@ -199,8 +244,19 @@ def load_queries(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of cropped queries, uint8 (B, 3, H, W) of one shape, and their positions int64 (B,).
 
-    In order with fit "square"; else as `load_batches` gives them. Raises ImageError for a file that cannot
-    be read, ValueError for a box that does not fit its image.
+    With fit "square" they come in order, otherwise in the order of `load_batches`.
+
+    Args:
+        benchmark: The benchmark.
+        root: Folder that the paths are relative to.
+        size: Size of the crops in pixels.
+        fit: How crops are resized, "square" or "longest".
+        batch_size: Number of queries in a batch, from 1.
+        workers: As in `load_items`.
+
+    Raises:
+        ImageError: If a file cannot be read.
+        ValueError: If a box does not fit its image.
     """
     crops = QueryCrops(benchmark, root, size=size, fit=fit)
     return _all_readable(load_batches(crops, batch_size=batch_size, workers=workers))
@@ -209,9 +265,18 @@ def load_queries(
 def load_gallery(
     benchmark: Benchmark, root: Path, *, size: int, fit: Fit = "square", batch_size: int = 64, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the gallery and their positions, as `load_queries` gives those of queries.
+    """Batches of gallery images and their positions, as `load_queries` returns those of queries.
 
-    Raises ImageError for an unreadable file: with images left out, numbers would be those of another benchmark.
+    Args:
+        benchmark: The benchmark.
+        root: Folder that the paths are relative to.
+        size: Image size in pixels.
+        fit: How images are resized, "square" or "longest".
+        batch_size: Number of images in a batch, from 1.
+        workers: As in `load_items`.
+
+    Raises:
+        ImageError: If a file cannot be read. Without it the numbers would be those of another benchmark.
     """
     images = load_images(benchmark.gallery(root), size=size, fit=fit, batch_size=batch_size, workers=workers)
     return _all_readable(images)
@@ -228,7 +293,14 @@ def _all_readable(batches: Iterator[ImageBatch]) -> Iterator[tuple[Tensor, Tenso
 
 
 def read_benchmark(path: Path) -> Benchmark:
-    """The benchmark in a JSON file. Raises ValueError, naming what is wrong where, for any other content."""
+    """The benchmark in a JSON file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: If the content is wrong. The message names what and where.
+    """
     try:
         value = read_json(path)
     except Damaged as error:
@@ -241,14 +313,24 @@ def read_benchmark(path: Path) -> Benchmark:
 
 
 def write_benchmark(path: Path, benchmark: Benchmark) -> None:
-    """Writes the JSON that `read_benchmark` reads."""
+    """Writes the JSON that `read_benchmark` reads.
+
+    Args:
+        path: The file.
+        benchmark: The benchmark.
+    """
     write_json(path, asdict(benchmark))
 
 
 def convert_ground_truth(path: Path, name: str) -> Benchmark:
-    """The benchmark in a gnd_*.pkl of the authors' layout; the file is interpreted by `read_pickle`.
+    """The benchmark in a gnd_*.pkl of the authors' layout. `read_pickle` reads the file without unpickling.
 
-    Raises ValueError for a file that holds anything else or lacks parts.
+    Args:
+        path: The file.
+        name: Name of the benchmark.
+
+    Raises:
+        ValueError: If the file lacks something or holds anything else.
     """
     try:
         value = _record(read_pickle(path.read_bytes()), ("gnd", "imlist", "qimlist"), "the file")
@@ -290,7 +372,7 @@ def _benchmark(value: object) -> Benchmark:
     return Benchmark(_text(fields["name"], "name"), images, tuple(queries))
 
 
-# The types' names only: a stranger's value may be too deep, or too long, to print.
+# Messages name only types: an untrusted value may be too deep, or too long, to print.
 
 
 def _record(value: object, keys: Sequence[str], where: str) -> dict[str, Any]:

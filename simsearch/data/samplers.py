@@ -1,8 +1,8 @@
-"""Samplers of whole batches that go on exactly where a run was interrupted, and the loader that keeps count.
+"""Samplers of whole batches that resume exactly where a run was interrupted, and the loader that keeps count.
 
-A sampler gives lists of positions 0..N-1 of the training rows. What it gives is a function of seed, epoch
-and batch number. With W processes a *global* batch is drawn and each takes its part, in rank order, so
-that all parts together are what one process with W times the batch would have got.
+A sampler yields lists of positions 0..N-1 of the training rows, which depend only on seed, epoch and batch number. With
+W processes a *global* batch is drawn, and each process takes its part, in rank order. All parts together are the batch
+that one process with W times the batch size would draw.
 """
 
 from __future__ import annotations
@@ -23,11 +23,21 @@ from simsearch.functional.collectives import rank_and_world
 
 
 class Batches(Sampler[list[int]]):
-    """Lists of positions, one a batch; iterating gives what is left of the epoch.
+    """Lists of positions, one for each batch. Iterating yields the rest of the epoch.
 
-    epoch, position: which batch comes next. They move by `advance`, which the consumer of a batch calls,
-    because workers fetch ahead of it. whole: whether several processes leave out a batch that is not full; shared out,
-    it is a few rows each, which would count as much as a whole one.
+    Args:
+        labels: Labels of the training rows, int64 (N,).
+        seed: Seed of the batches.
+
+    Attributes:
+        epoch: Epoch of the next batch. `advance` moves it.
+        position: Number of the next batch in the epoch. The consumer of a batch calls `advance`, because workers fetch
+            batches ahead of it.
+        whole: Whether several processes leave out a batch that is not full. Divided over processes, its few rows would
+            count as much as a full batch.
+
+    Raises:
+        ValueError: If there are no labels or they have another shape.
     """
 
     def __init__(self, labels: Tensor, seed: int) -> None:
@@ -38,15 +48,32 @@ class Batches(Sampler[list[int]]):
         self.whole = False
 
     def length(self, world: int) -> int:
-        """Batches of an epoch with `world` processes. Raises ValueError where there is none."""
+        """Number of batches in an epoch.
+
+        Args:
+            world: Number of processes.
+
+        Raises:
+            ValueError: If there is none.
+        """
         raise NotImplementedError
 
     def global_batch(self, number: int, world: int) -> np.ndarray:
-        """Positions of a global batch of the present epoch, in rank order."""
+        """Positions of a global batch of the current epoch, in rank order.
+
+        Args:
+            number: Number of the batch in the epoch.
+            world: Number of processes.
+        """
         raise NotImplementedError
 
     def batches(self, rank: int, world: int) -> Iterator[list[int]]:
-        """What is left of the epoch for one process of `world`."""
+        """The rest of the epoch for one process.
+
+        Args:
+            rank: Rank of the process.
+            world: Number of processes.
+        """
         for number in range(self.position, self.length(world)):
             yield np.array_split(self.global_batch(number, world), world)[rank].tolist()
 
@@ -57,22 +84,26 @@ class Batches(Sampler[list[int]]):
         return self.length(rank_and_world()[1])
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of an epoch; stays where it is in the present one."""
+        """Moves to the start of an epoch. In the current epoch the position is unchanged.
+
+        Args:
+            epoch: The epoch.
+        """
         if epoch != self.epoch:
             self.epoch, self.position = epoch, 0
 
     def advance(self) -> None:
-        """One batch was consumed; after the last one the next epoch begins."""
+        """Moves past one consumed batch. After the last one the next epoch begins."""
         self.position += 1
         if self.position == len(self):
             self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the epoch, equal on all ranks."""
+        """The position in the epoch, equal on all ranks."""
         return {"epoch": self.epoch, "position": self.position, "world": rank_and_world()[1]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved place. Raises ValueError in the middle of an epoch of another number of processes."""
+        """Moves to a saved position. Raises ValueError within an epoch of another number of processes."""
         world = rank_and_world()[1]
         if state["position"] and state["world"] != world:
             raise ValueError(
@@ -86,10 +117,19 @@ class Batches(Sampler[list[int]]):
 
 
 class ShuffledBatches(Batches):
-    """Each training row once an epoch, in random order, `batch_size` a batch and process.
+    """Each training row once per epoch, in random order, with `batch_size` rows for each batch and process.
 
-    labels: int64 (N,). drop_last: leave out the last global batch where it is not full. Otherwise ranks
-    share it as evenly as can be; where fewer rows are left than ranks, or a single one, they join the batch before.
+    Without `drop_last`, ranks share the last global batch as evenly as possible. If it has fewer rows than ranks, or a
+    single row, its rows join the previous batch.
+
+    Args:
+        labels: Labels of the training rows, int64 (N,).
+        batch_size: Rows for each batch and process, from 1.
+        seed: Seed of the order.
+        drop_last: Whether to leave out the last global batch if it is not full.
+
+    Raises:
+        ValueError: If `batch_size` is below 1.
     """
 
     def __init__(self, labels: Tensor, batch_size: int, seed: int = 0, drop_last: bool = False) -> None:
@@ -100,6 +140,14 @@ class ShuffledBatches(Batches):
         self._order: tuple[int, np.ndarray] | None = None
 
     def length(self, world: int) -> int:
+        """Number of batches in an epoch.
+
+        Args:
+            world: Number of processes.
+
+        Raises:
+            ValueError: If the rows do not fill a batch.
+        """
         full, rest = divmod(self.count, self.batch_size * world)
         length = full + (rest >= max(world, 2 if full else 1) and not self._drops(world))
         if length == 0:
@@ -110,6 +158,12 @@ class ShuffledBatches(Batches):
         return length
 
     def global_batch(self, number: int, world: int) -> np.ndarray:
+        """Positions of a global batch of the current epoch, in rank order.
+
+        Args:
+            number: Number of the batch in the epoch.
+            world: Number of processes.
+        """
         if self._order is None or self._order[0] != self.epoch:
             self._order = self.epoch, self._generator().permutation(self.count)
         size = self.batch_size * world
@@ -121,15 +175,23 @@ class ShuffledBatches(Batches):
 
 
 class PKBatches(Batches):
-    """`classes` random classes with `images` random rows each a batch and process, rows of a class together.
+    """Batches of random classes with random rows of each, for each process, with the rows of a class together.
 
-    labels: int64 (N,). A global batch holds world * classes different classes, so that each process mines
-    in classes of its own. A class of fewer rows gives each as often as another, give or take one. An epoch
-    has N // (classes * images * world) batches; rows are drawn anew for each.
+    A global batch holds world * classes different classes, so that each process mines in classes of its own. A class
+    with fewer rows than `images` uses each row equally often, give or take one. An epoch has N // (classes * images *
+    world) batches. Each batch is drawn independently.
 
-    Raises ValueError where there are too few classes or rows, and for negative (unknown) labels.
+    Args:
+        labels: Labels of the training rows, int64 (N,), from 0.
+        classes: Number of classes in a batch, from 2.
+        images: Number of rows of each class, from 2.
+        seed: Seed of the draw.
 
-    Hermans, Beyer, Leibe 2017, "In Defense of the Triplet Loss for Person Re-Identification" (P x K).
+    Raises:
+        ValueError: If a number is below 2, or a label is negative (unknown).
+
+    Source:
+        Hermans, Beyer, Leibe: In Defense of the Triplet Loss for Person Re-Identification. 2017 (P x K).
     """
 
     def __init__(self, labels: Tensor, classes: int, images: int, seed: int = 0) -> None:
@@ -146,6 +208,14 @@ class PKBatches(Batches):
         self._members = np.split(labels.argsort(stable=True).numpy(), counts.cumsum(0)[:-1].numpy())
 
     def length(self, world: int) -> int:
+        """Number of batches in an epoch.
+
+        Args:
+            world: Number of processes.
+
+        Raises:
+            ValueError: If there are too few classes or rows.
+        """
         if self.classes * world > len(self._members):
             raise ValueError(
                 f"classes={self.classes} on {world} processes need {self.classes * world} classes, the training rows "
@@ -160,6 +230,12 @@ class PKBatches(Batches):
         return length
 
     def global_batch(self, number: int, world: int) -> np.ndarray:
+        """Positions of a global batch of the current epoch, in rank order.
+
+        Args:
+            number: Number of the batch in the epoch.
+            world: Number of processes.
+        """
         random = self._generator(number)
         chosen = random.choice(len(self._members), self.classes * world, replace=False)
         return np.concatenate([self._some(random, self._members[c]) for c in chosen])
@@ -171,12 +247,20 @@ class PKBatches(Batches):
 
 
 class MinedTriplets(Batches):
-    """The rows q, p, n, q, p, n, ... of `triplets` mined triplets a batch and process; an epoch is one mining.
+    """Batches of mined triplets, as rows q, p, n, q, p, n, ... An epoch is one mining.
 
-    labels: int64 (N,). batches: of an epoch, for each of which a mining callback describes a new pool and
-    hands over its triplets by `set_triplets`. It asks `needs_triplets` when training starts and when an
-    epoch starts: the trainer leaves out the latter where a run is resumed just after an epoch's last batch.
-    The triplets belong to the state, so that an interrupted epoch goes on with its own.
+    For each epoch a mining callback describes a new pool and passes its triplets to `set_triplets`. It checks
+    `needs_triplets` when training starts and when an epoch starts, because the trainer skips the second if a run is
+    resumed just after an epoch's last batch. The triplets are part of the state, so that an interrupted epoch continues
+    with its own.
+
+    Args:
+        labels: Labels of the training rows, int64 (N,).
+        triplets: Number of triplets for each batch and process, from 1.
+        batches: Number of batches in an epoch, from 1.
+
+    Raises:
+        ValueError: If `triplets` or `batches` is below 1.
     """
 
     def __init__(self, labels: Tensor, triplets: int = 64, batches: int = 64) -> None:
@@ -189,23 +273,32 @@ class MinedTriplets(Batches):
         self._mined_for = -1
 
     def length(self, world: int) -> int:
+        """Number of batches in an epoch.
+
+        Args:
+            world: Number of processes.
+        """
         return self.per_epoch
 
     @property
     def wanted(self) -> int:
-        """Triplets that an epoch of all processes takes."""
+        """Number of triplets that all processes use in an epoch."""
         return self.per_epoch * self.per_batch * rank_and_world()[1]
 
     @property
     def needs_triplets(self) -> bool:
-        """Whether the triplets of the present epoch are still to be set."""
+        """Whether the triplets of the current epoch are not set yet."""
         return self._mined_for != self.epoch
 
     def set_triplets(self, triplets: Tensor) -> None:
-        """Takes the triplets of the present epoch, int64 (`wanted`, 3), positions 0..N-1, equal on all ranks.
+        """Sets the triplets of the current epoch.
 
-        Raises ValueError for another number, for positions out of range and for rows that are not query,
-        positive, negative by their labels.
+        Args:
+            triplets: int64 (`wanted`, 3), positions 0..N-1 of query, positive and negative, equal on all ranks.
+
+        Raises:
+            ValueError: If their number differs, a position is out of range, or labels are not those of query, positive
+                and negative.
         """
         if triplets.shape != (self.wanted, 3):
             raise ValueError(f"an epoch takes triplets of shape ({self.wanted}, 3), got {tuple(triplets.shape)}")
@@ -223,6 +316,15 @@ class MinedTriplets(Batches):
         self._triplets, self._mined_for = triplets, self.epoch
 
     def global_batch(self, number: int, world: int) -> np.ndarray:
+        """Positions of a global batch of the current epoch, in rank order.
+
+        Args:
+            number: Number of the batch in the epoch.
+            world: Number of processes.
+
+        Raises:
+            RuntimeError: If no triplets are set for this epoch.
+        """
         if self.needs_triplets:
             raise RuntimeError(
                 f"no triplets were mined for epoch {self.epoch}: add the mining callback, which calls set_triplets"
@@ -239,11 +341,17 @@ class MinedTriplets(Batches):
 
 
 class ResumableLoader:
-    """Batches of a data set in a sampler's order, counting what was consumed; state_dict() continues exactly.
+    """Batches of a data set in a sampler's order, with a count of the consumed ones. state_dict() resumes exactly.
 
-    Iterating gives what is left of the epoch, len() is that of a whole one. It is no DataLoader, so that the
-    trainer leaves the sampler alone (ours already deal out to ranks) yet saves and restores its state. Workers
-    start with the first batch, after callbacks had their say about the epoch.
+    Iterating yields the rest of the epoch, len() is that of a whole epoch. It is no DataLoader, so that the trainer
+    does not replace the sampler (ours divides work over ranks itself) yet saves and restores its state. Workers start
+    with the first batch, after the callbacks of the epoch's start.
+
+    Args:
+        dataset: The data set.
+        batches: The sampler.
+        collate_fn: Makes a batch of the items, as in DataLoader.
+        num_workers: Number of loader processes.
     """
 
     def __init__(
@@ -259,7 +367,7 @@ class ResumableLoader:
             persistent_workers=num_workers > 0,
             collate_fn=collate_fn,
             worker_init_fn=leave_signals,
-            # A DataLoader draws a number for its workers each time; from the global generator this would
+            # A DataLoader draws a number for its workers each time. With the global generator this would
             # shift all that is random after a resume.
             generator=torch.Generator(),
         )
@@ -273,18 +381,21 @@ class ResumableLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The sampler's place."""
+        """The sampler's state."""
         return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a saved place. Raises ValueError as the sampler does."""
+        """Moves the sampler to a saved state. Raises ValueError as the sampler does."""
         self.sampler.load_state_dict(state)
 
 
 def leave_signals(worker: int) -> None:
-    """Makes a loader's worker deaf to what stops a run, which the process that started it decides about.
+    """Makes a loader's worker ignore the signals that stop a run. The process that started it decides about them.
 
-    Ctrl-C and SIGTERM reach the whole group of processes, and without its workers that one could not end its batch.
+    Ctrl-C and SIGTERM reach the whole process group, and without its workers that process could not finish its batch.
+
+    Args:
+        worker: Number of the worker, which is not used.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -292,7 +403,7 @@ def leave_signals(worker: int) -> None:
 
 @cache
 def end_workers_at_exit() -> None:
-    """Has this process kill its daemons, as such workers are, when it ends: SIGTERM, as usual, would not end them."""
+    """Makes this process kill its daemon processes when it ends, since its workers ignore the usual SIGTERM."""
     atexit.register(_end_workers)
 
 

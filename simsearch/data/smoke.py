@@ -1,4 +1,4 @@
-"""A collection cut down to a few hundred images, on which any experiment can be tried in a minute."""
+"""Smoke runs: a collection reduced to a few hundred images, on which any experiment can be tried in a minute."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from simsearch.data.collection import Collection
 from simsearch.data.protocols import Split
 from simsearch.types import RetrievalTask
 
-CLASSES, TRAIN, GALLERY, QUERIES = 16, 32, 32, 4  # so many classes, and so many rows of each
-LEAST = 320  # rows of a gallery where it has them: product quantisers train on 256
+CLASSES, TRAIN, GALLERY, QUERIES = 16, 32, 32, 4  # number of classes, and number of rows of each
+LEAST = 320  # rows of a gallery, if it has them: product quantisers train on 256
 SUFFIX = "/smoke"
 
 
 def shrunk(collection: Collection, split: Split) -> tuple[Collection, Split]:
     """A few classes of a collection with a few rows each, and its split, whose tasks are named `<name>/smoke`.
 
-    The most frequent classes stay, the same rows in every process. What is measured on them says only
-    that everything runs: fingerprints differ from those of the whole.
+    The most frequent classes are kept, with the same rows in every process. Measurements on them only show that
+    everything runs. Their fingerprints differ from those of the whole collection.
+
+    Args:
+        collection: The whole collection.
+        split: Its split.
     """
     tasks = [task for task in (split.validation, split.test) if task is not None]
     train = _few(split.train, collection.column(split.test.attribute), TRAIN)
@@ -48,7 +52,7 @@ def shrunk(collection: Collection, split: Split) -> tuple[Collection, Split]:
 
 
 def _rows(task: RetrievalTask, collection: Collection, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and gallery that stay; of the gallery first what trains, or is kept as a query, and relevant ones."""
+    """The queries and gallery rows that are kept. The gallery prefers training rows, kept queries and relevant rows."""
     labels = collection.column(task.attribute)
     known = task.query[torch.isin(labels[task.query], labels[task.gallery])]
     query = _few(known if len(known) else task.query, labels, QUERIES)
@@ -62,7 +66,7 @@ def _rows(task: RetrievalTask, collection: Collection, train: Tensor) -> tuple[T
 
 
 def _few(rows: Tensor, labels: Tensor, each: int, first: Tensor | None = None) -> Tensor:
-    """So many rows of each of the most frequent labels, ascending; those in `first` before others."""
+    """`each` rows of each of the most frequent labels, ascending. Rows in `first` are preferred."""
     values = labels[rows].numpy()
     classes, counts = np.unique(values[values >= 0], return_counts=True)
     if not len(classes):
@@ -75,6 +79,6 @@ def _few(rows: Tensor, labels: Tensor, each: int, first: Tensor | None = None) -
 
 
 def _digest(known: str, *parts: Tensor) -> str:
-    """The hash of what the whole has, and of the rows that stay."""
+    """A hash of the whole's hash and the rows that are kept."""
     text = repr((known, [part.tolist() for part in parts]))
     return hashlib.sha256(text.encode()).hexdigest()

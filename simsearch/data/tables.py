@@ -1,4 +1,4 @@
-"""Tables of images (.csv, .tsv, .txt, .parquet) from strangers, read so that a bad row costs that row alone."""
+"""Lenient reader of user-supplied tables of images (.csv, .tsv, .txt, .parquet): bad rows are skipped and reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simsearch.text import printable
 
 Column = tuple[str | None, ...]
 ENDINGS = (".csv", ".tsv", ".txt", ".parquet")
-# Names of the column of paths, in any case, the first that a table has.
+# Names of the column of paths, in any case. The first that a table has is used.
 PATH_NAMES = ("path", "image_path", "file_path", "filepath", "file_name", "filename", "file", "image")
 REASONS = {
     "row-ragged": "its line has another number of values than the header",
@@ -33,13 +33,18 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_RECORD_LINES = 50  # a quoted value that goes on for more is a quote that nobody closed
+_RECORD_LINES = 50  # a quoted value of more lines counts as an unclosed quote
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """Something that was listed and is not taken. reason: a key of REASONS here, in
-    simsearch.data.manifest, simsearch.images or simsearch.data.ingest.pipeline."""
+    """A listed image that is not used.
+
+    Attributes:
+        path: Its path.
+        reason: A key of REASONS here, in simsearch.data.manifest, simsearch.images or simsearch.data.ingest.pipeline.
+        detail: More about the reason.
+    """
 
     path: str
     reason: str
@@ -48,10 +53,13 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a table by name, each a tuple of texts, None where empty.
+    """The columns of a table.
 
-    rejected: rows that could not be read. notes: what a person should know about how it was read. images: the name of
-    the column of images' bytes, as Hugging Face writes them; None without one.
+    Attributes:
+        columns: Texts by column name, None if empty.
+        rejected: Rows that could not be read.
+        notes: Remarks for the user on how the table was read.
+        images: Name of the column that holds the bytes of images, as Hugging Face writes them. None without one.
     """
 
     columns: dict[str, Column]
@@ -61,13 +69,17 @@ class Table:
 
 
 def read_table(source: Path) -> Table:
-    """What a table holds.
+    """The content of a table.
 
-    CSV may be divided by commas, semicolons or tabs, or as its first line `sep=;` says; it is UTF-8, or UTF-16 or
-    UTF-32 with a byte order mark, else it is taken as cp1252. Columns of one name get numbers, those without a name are
-    left out. Of Parquet columns that hold no plain values are left out.
+    CSV values may be separated by commas, semicolons or tabs, or as a first line `sep=;` says. The encoding is UTF-8,
+    or UTF-16 or UTF-32 with a byte order mark, otherwise cp1252. Columns with the same name get numbers, and columns
+    without a name are left out. Parquet columns without plain values are left out.
 
-    Raises ValueError for a file that is no table or cannot be read at all.
+    Args:
+        source: The file.
+
+    Raises:
+        ValueError: If the file is no table or cannot be read at all.
     """
     if not source.is_file():
         raise ValueError(f"{source} is neither a folder nor a regular file")
@@ -77,18 +89,30 @@ def read_table(source: Path) -> Table:
 
 
 def path_name(columns: Iterable[str]) -> str | None:
-    """The name of the column of paths, None without one."""
+    """The name of the column of paths, None without one.
+
+    Args:
+        columns: Names of the columns.
+    """
     plain = {plain_name(name): name for name in reversed(list(columns))}
     return next((plain[name] for name in PATH_NAMES if name in plain), None)
 
 
 def plain_name(name: str) -> str:
-    """A column's name in lower case with underscores."""
+    """A column's name in lower case with underscores.
+
+    Args:
+        name: The name.
+    """
     return re.sub(r"\W+", "_", unicodedata.normalize("NFC", name).strip().lower()).strip("_")
 
 
 def plain_names(columns: dict[str, Column]) -> tuple[dict[str, Column], list[str]]:
-    """The columns by names in lower case with underscores, each once, and what was changed beyond that."""
+    """The columns by unique names in lower case with underscores, and remarks on other changes.
+
+    Args:
+        columns: The columns by their own names.
+    """
     plain: dict[str, Column] = {}
     notes = []
     for given, values in columns.items():
@@ -132,9 +156,9 @@ def _read_csv(source: Path) -> Table:
 
 
 def _records(lines: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    """The number of each record's first line, from 1, and its values, or the line where a quote is not closed.
+    """The line number of each record, from 1, and its values, or the line if it has an unclosed quote.
 
-    After such a line reading goes on with the next, so that a lost quote does not swallow what follows.
+    After such a line, reading continues with the next line, so that a missing quote does not swallow what follows.
     """
     at = 0
     while at < len(lines):
@@ -153,7 +177,7 @@ def _records(lines: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[s
 
 
 def _numbered(header: Sequence[str]) -> list[str]:
-    """Names of columns, each once; what has no name keeps none."""
+    """Unique names of columns. Empty names stay empty."""
     seen: Counter[str] = Counter()
     names = []
     for name in header:
@@ -163,13 +187,17 @@ def _numbered(header: Sequence[str]) -> list[str]:
 
 
 def _shared(values: Iterator[str | None]) -> Column:
-    """The values, equal ones as one object: of millions of rows most repeat."""
+    """The values, with equal ones as one object, since most values repeat in millions of rows."""
     seen: dict[str | None, str | None] = {}
     return tuple(seen.setdefault(value, value) for value in values)
 
 
 def decode_text(data: bytes) -> tuple[str, list[str]]:
-    """The text in the bytes of a table, and what is to be said about its encoding."""
+    """The text in the bytes of a table, and remarks on its encoding.
+
+    Args:
+        data: The bytes.
+    """
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
     if encoding is None:
         try:
@@ -216,7 +244,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _classes(schema: pa.Schema) -> dict[str, list[str]]:
-    """Names of the classes of columns that hold their numbers, as Hugging Face keeps them beside the table."""
+    """Class names of columns that hold class numbers, as Hugging Face keeps them beside the table."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {
@@ -234,7 +262,12 @@ def _named(values: Column, names: list[str]) -> Column:
 
 
 def table_images(source: Path, name: str) -> Iterator[tuple[bytes | None, str | None]]:
-    """The bytes of each row's image, None where it has none, and the path that is said of it."""
+    """The bytes of each row's image, or None, and the path that the table gives for it.
+
+    Args:
+        source: A Parquet file.
+        name: Name of the column of images.
+    """
     with pq.ParquetFile(source) as file:
         for batch in file.iter_batches(batch_size=64, columns=[name]):
             for value in batch.column(0).to_pylist():
@@ -244,12 +277,20 @@ def table_images(source: Path, name: str) -> Iterator[tuple[bytes | None, str | 
 
 
 def as_text(values: pa.ChunkedArray) -> Column:
-    """Plain values of a Parquet column as text, None where there is nothing."""
+    """Plain values of a Parquet column as text, None if empty.
+
+    Args:
+        values: The column.
+    """
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
     return tuple(value or None for value in values.cast(pa.string()).to_pylist())
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Whether a Parquet column holds bytes that are no text."""
+    """Whether a Parquet column holds bytes rather than text.
+
+    Args:
+        kind: Type of the column.
+    """
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)

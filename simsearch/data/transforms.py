@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, on the device that holds them."""
+"""Augmentation of whole batches, on the device of the batch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from simsearch.functional.ragged import Ragged, ragged, stacks
 
 
 def crop_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> Tensor:
-    """Crops of the zero-padded images at their own size, some mirrored, (B, C, H, W) of the same dtype.
+    """Crops of the zero-padded images at their own size, some of them mirrored: (B, C, H, W) of the same dtype.
 
-    images: (B, C, H, W). offsets: int64 (B, 2), the crop's top and left corner in the padded image, each
-    in 0..2 * padding. flips: bool (B,), mirror left and right after cropping. padding: pixels on every
-    side.
+    Args:
+        images: (B, C, H, W).
+        offsets: int64 (B, 2), top and left of each crop in the padded image, in 0..2 * padding.
+        flips: bool (B,), whether to mirror left and right after cropping.
+        padding: Pixels added on every side.
     """
     height, width = images.shape[-2:]
     across = torch.arange(width, device=images.device)
@@ -26,11 +28,18 @@ def crop_flip(images: Tensor, offsets: Tensor, flips: Tensor, padding: int) -> T
 
 
 class RandomCropFlip(nn.Module):
-    """Random crop of the zero-padded image and random mirror, each image its own; from the global seed.
+    """Random crops of the zero-padded images and random mirroring, drawn for each image from the global seed.
 
-    padding: pixels on every side, 0 for no crop. flip: mirror half of the images.
+    Args:
+        padding: Pixels added on every side, 0 for no crop.
+        flip: Whether half of the images are mirrored.
 
-    Raises ValueError for a negative padding. He et al. 2016 (section 4.2) use padding 4 on CIFAR-10.
+    Raises:
+        ValueError: If `padding` is negative.
+
+    Source:
+        He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition. CVPR 2016, section 4.2, with padding 4 on
+        CIFAR-10.
     """
 
     def __init__(self, padding: int, flip: bool) -> None:
@@ -41,7 +50,11 @@ class RandomCropFlip(nn.Module):
         self.flip = flip
 
     def forward(self, images: Tensor | Ragged) -> Tensor | Ragged:
-        """Augmented images, (B, C, H, W) or Ragged as they came, of the same dtype."""
+        """Augmented images, of the same type, shapes and dtype.
+
+        Args:
+            images: (B, C, H, W), or Ragged.
+        """
         device = images.pixels.device if isinstance(images, Ragged) else images.device
         offsets = torch.randint(0, 2 * self.padding + 1, (len(images), 2), device=device)
         flips = torch.rand(len(images), device=device) < (0.5 if self.flip else 0.0)

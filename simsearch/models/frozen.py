@@ -376,7 +376,7 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         self._stored = None
 
     def _features(self, collection: Any, size: int) -> tuple[np.ndarray, bool]:
-        """The collection's float16 features at one size, and whether these are maps (N, C, h, w) or regions (N, R, C)."""
+        """The collection's float16 features at one size, maps (N, C, h, w) or regions (N, R, C); True for maps."""
         assert self.cache is not None
         with torch.no_grad():
             probe = self.backbone(collection.images[0][None].to(self.device), size)

@@ -1,1 +1,1 @@
-"""User-supplied collections made ready: read, cleaned, grouped into works, decoded."""
+"""Ingest of user-supplied collections: read, decode, clean, group into works, report."""

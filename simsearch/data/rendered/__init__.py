@@ -1,1 +1,1 @@
-"""The embedded sample: painted works, and photographs of them."""
+"""The rendered sample: painted works, and photographs of them."""
