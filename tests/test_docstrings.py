@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("losses", "functional", "metrics", "evaluation", "index", "callbacks", "models", "data")
+ROOMS = (
+    "losses",
+    "functional",
+    "metrics",
+    "evaluation",
+    "index",
+    "callbacks",
+    "models",
+    "data",
+    "data/ingest",
+    "data/rendered",
+)
 FILES = sorted(path for room in ROOMS for path in (ROOT / "simsearch" / room).glob("*.py") if path.read_text())
 ITEM = re.compile(r"    (\w+): \S")
 # Lightning and torch say what these are given and when they are called.

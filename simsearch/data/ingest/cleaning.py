@@ -1,4 +1,4 @@
-"""Attributes as strangers write them, made comparable: spellings, years, periods."""
+"""Normalises user-supplied attributes: spellings, years and periods."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ _YEAR = re.compile(r"(?<!\d)(?<!\d[.,])(1\d{3}|20\d{2})(?!\d)")
 
 @dataclass(frozen=True)
 class Cleaned:
-    """Columns made comparable, and what was done.
+    """Normalised columns, and a record of the changes.
 
-    merges: for a column, each spelling that was kept with the others' counts. unparsed: texts without a year, by
-    count. unknown: values that say that nothing is known, by column.
+    Attributes:
+        columns: The columns.
+        merges: For each column the spellings that were kept, each with the replaced spellings and their counts.
+        unparsed: Counts of texts in the column `year` that have no year.
+        unknown: For each column the number of values that mean "unknown".
     """
 
     columns: dict[str, Column]
@@ -32,11 +35,15 @@ class Cleaned:
 
 
 def clean(columns: dict[str, Column], categorical: Iterable[str]) -> Cleaned:
-    """The columns with their texts in NFC and without needless white space, None where there is nothing in them.
+    """The columns in NFC and without needless white space. Empty values become None.
 
-    categorical: columns whose values name classes; of those that are equal by `simsearch.text.spelling_key` the most
-    frequent spelling stays. A column `year` becomes the first year that it names; where that loses something the text
-    stays as `year_text`. `period` is added where there is a year.
+    A column `year` keeps the first year in its text. If that loses something, the text is kept as `year_text`. A column
+    `period` is added for values with a year.
+
+    Args:
+        columns: The columns, by name.
+        categorical: Columns whose values name classes. Of values that are equal by `simsearch.text.spelling_key`, the
+            most frequent spelling is kept.
     """
     names = set(categorical) & set(columns)
     merges, unknown, cleaned = {}, Counter[str](), {}
@@ -71,7 +78,11 @@ def clean(columns: dict[str, Column], categorical: Iterable[str]) -> Cleaned:
 
 
 def year_of(text: str | None) -> int | None:
-    """The first year of a text such as "1885", "c. 1885", "1885-90", "1885.0" or "12.5.1885"; None without one."""
+    """The first year in a text such as "1885", "c. 1885", "1885-90", "1885.0" or "12.5.1885". None without one.
+
+    Args:
+        text: The text, or None.
+    """
     if text is None:
         return None
     if re.fullmatch(r"\d{3}(\.0+)?", text) and int(float(text)):
@@ -81,7 +92,12 @@ def year_of(text: str | None) -> int | None:
 
 
 def period_of(year: int, years: int = PERIOD_YEARS) -> str:
-    """The span of `years` that a year lies in, such as "1875-1899"."""
+    """The span of years that a year lies in, such as "1875-1899".
+
+    Args:
+        year: The year.
+        years: Length of a span.
+    """
     start = year // years * years
     return f"{start}-{start + years - 1}"
 

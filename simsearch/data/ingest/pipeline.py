@@ -1,11 +1,11 @@
-"""A stranger's collection made ready: each file decoded once within bounds, doubles and blanks left out, attributes
-cleaned, images of one work tied together.
+"""Ingest of a user-supplied collection: decodes each file once within limits of time and memory, leaves out duplicate
+and blank images, cleans attributes, and groups the images of one work.
 
-    plan.json          settings and fingerprint of what is decoded; the same command goes on where it was killed
-    unpacked/          files of the images that a table held
-    pixels/            decoded images (pixel_store.py) and index.npy: where each image of the manifest begins
-    manifest.parquet   path, id, attributes, work, sha256, width, height of the images that were taken
-    rejected.csv       the others, and why
+    plan.json          settings and fingerprint of the files; after a kill, the same command continues
+    unpacked/          files of images that were inside a table
+    pixels/            decoded images (pixel_store.py) and index.npy: the start of each image of the manifest
+    manifest.parquet   path, id, attributes, work, sha256, width, height of the accepted images
+    rejected.csv       the other images, and why
     ingest.json        root, settings, digests; written last, so that it marks a finished ingest
 """
 
@@ -41,29 +41,37 @@ from simsearch.data.tables import Column, Rejected
 from simsearch.files import digests, read_json, replacing, write_csv, write_json
 from simsearch.images import MAX_BYTES, MAX_PIXELS, ImageError, header_shape, read_file, read_image
 
-UNPACKED = "unpacked"  # the folder of images that lay in a table
-FORMAT = 2  # what decides pixels and facts
+UNPACKED = "unpacked"  # the folder of images that were inside a table
+FORMAT = 2  # version of the rules for pixels and facts
 GROUPS = ("work", "work_id", "group", "group_id")
 CATEGORICAL = ("artist", "style", "genre", "medium", "museum", "school", "movement", "technique", "license")
 REASONS = {
     "duplicate": "its bytes are those of another file, which is kept",
     "blank": "nearly all of it has one colour",
 }
-# Columns that the manifest has of its own, and those that a search result has.
+# Columns that the manifest adds itself, and columns of a search result.
 _OWN = ("id", "work", "sha256", "width", "height")
 _TAKEN = ("sha256", "width", "height", "rank", "score", "thumbnail")
 _BLANK = 2.0  # standard deviation of grey, of 255
-# Levels by which rows of a band of one colour differ from its first: JPEG is not exact, above all at its end.
+# Levels by which rows of a uniform band may differ from its first. JPEG is not exact, above all at its end.
 _FLAT_MEAN, _FLAT_MOST = 4, 12
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What decides the pixels and which files are refused.
+    """Settings that determine the pixels and which files are refused.
 
-    size: pixels of the longest side, larger images are reduced. min_side: shortest side accepted, in pixels.
-    max_pixels, max_bytes: as read_image has them. seconds, memory: what a file may take; memory in bytes. chunk:
-    images a shard, which is what a kill costs.
+    Attributes:
+        size: Longest side in pixels. Larger images are reduced.
+        min_side: Shortest accepted side, in pixels.
+        max_pixels: As in read_image.
+        max_bytes: As in read_image.
+        seconds: Time limit for a file.
+        memory: Memory limit for a file, in bytes.
+        chunk: Images in a shard, which is what a kill can lose.
+
+    Raises:
+        ValueError: If a value is not positive.
     """
 
     size: int = 256
@@ -84,10 +92,17 @@ class Decoding:
 
 
 def begin(out: Path, listing: Listing, decoding: Decoding, source: Path) -> None:
-    """Writes the plan of an ingest, or finds that this is the one that was begun there.
+    """Writes the plan of an ingest, or checks that the same ingest was begun there.
 
-    Raises FileExistsError where `out` holds something else, ValueError where it was begun with other settings or
-    files.
+    Args:
+        out: Folder of the ingest.
+        listing: The listed files.
+        decoding: The settings.
+        source: The folder or table of the listing.
+
+    Raises:
+        FileExistsError: If `out` holds something else.
+        ValueError: If an ingest was begun there with other settings or files.
     """
     plan = out / INGEST_PLAN
     about = {
@@ -118,7 +133,14 @@ def begin(out: Path, listing: Listing, decoding: Decoding, source: Path) -> None
 
 
 def check_place(out: Path) -> None:
-    """Raises FileExistsError where `out` holds something else than an ingest."""
+    """Checks that a folder is new, or holds an ingest.
+
+    Args:
+        out: The folder.
+
+    Raises:
+        FileExistsError: If it holds something else.
+    """
     if (out / INGEST_PLAN).exists() or not out.exists():
         return
     if strange := sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.name != UNPACKED):
@@ -126,7 +148,7 @@ def check_place(out: Path) -> None:
 
 
 def _fingerprint(listing: Listing, decoding: Decoding) -> str:
-    """32 hex digits of what decides the shards: settings, files by name, length and time."""
+    """32 hex digits of what determines the shards: settings, and names, lengths and times of the files."""
     digest = hashlib.sha256(json.dumps([FORMAT, os.path.realpath(listing.root), asdict(decoding)]).encode())
     for path in listing.paths:
         try:
@@ -139,9 +161,16 @@ def _fingerprint(listing: Listing, decoding: Decoding) -> str:
 
 
 def decode(out: Path, listing: Listing, decoding: Decoding, workers: int) -> list[Shard]:
-    """The shards of all files, those that are missing decoded with a progress bar.
+    """The shards of all files. Missing ones are decoded with a progress bar.
 
-    Raises Vanished where the files are lost meanwhile.
+    Args:
+        out: Folder of the ingest.
+        listing: The listed files.
+        decoding: The settings.
+        workers: Number of decoding processes.
+
+    Raises:
+        Vanished: If files disappear while they are read.
     """
     folder, count = out / "pixels", len(listing.paths)
     folder.mkdir(exist_ok=True)
@@ -184,12 +213,16 @@ def _items(
 
 
 def decode_file(path: str, decoding: Decoding) -> tuple[np.ndarray, dict[str, np.ndarray]] | tuple[str, str]:
-    """Pixels uint8 (3, h, w) and facts of a file, or the reason and detail of its refusal. Runs in a worker.
+    """Pixels and facts of a file, or the reason and detail of its refusal. Runs in a decoding process.
 
-    Facts: sides int64 (2,), height and width in the file; sha256 uint8 (32,); hash uint8 (8,), perceptual; turned uint8
-    (3, 8), the same of the image turned by 1, 2 and 3 quarters against the clock; spread float32 (), standard
-    deviation of grey; band float32 (), share of the height of a band of one colour at the
-    bottom that is wider than one at the top.
+    Args:
+        path: The file.
+        decoding: The settings.
+
+    Returns:
+        Pixels uint8 (3, h, w), and these facts. sides: int64 (2,), height and width in the file. sha256: uint8 (32,).
+        hash: uint8 (8,), perceptual hash. turned: uint8 (3, 8), the hashes of the image turned counter-clockwise by 1,
+        2 and 3 quarters. spread: float32 (), standard deviation of grey. band: float32 (), the result of `band`.
     """
     try:
         data = read_file(Path(path), decoding.max_bytes)
@@ -222,9 +255,12 @@ def decode_file(path: str, decoding: Decoding) -> tuple[np.ndarray, dict[str, np
 
 
 def band(image: Tensor) -> float:
-    """Share of an image's height, uint8 (3, H, W), that a band of one colour at its bottom has beyond one at its top.
+    """Height of the uniform band at the bottom minus the one at the top, as a fraction of the image height, from 0.
 
-    A file that was cut off and filled up has one below; a print on a page has margins on all sides.
+    A positive value suggests a truncated file that was filled up. A print on a page has margins on all sides.
+
+    Args:
+        image: uint8 (3, H, W).
     """
 
     def height(rows: Tensor) -> int:
@@ -242,7 +278,20 @@ def band(image: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Files:
-    """All files that were decoded, N in the order of the listing: what their shards say."""
+    """All decoded files, N in the order of the listing.
+
+    Attributes:
+        rows: int64 (N,), rows of the listing.
+        shapes: int64 (N, 2), height and width of the decoded images.
+        sides: int64 (N, 2), height and width in the files.
+        hashes: uint8 (N, 8), perceptual hashes.
+        turned: uint8 (N, 3, 8), perceptual hashes of the images turned by 1, 2 and 3 quarters.
+        spread: float32 (N,), standard deviation of grey, of 255.
+        band: float32 (N,), as in `band`.
+        sha256: SHA-256 of each file's bytes, in hex.
+        refusals: The files without an image.
+        pixels: Digest of each shard's pixels, None in shards of an older version.
+    """
 
     rows: Tensor
     shapes: Tensor
@@ -260,7 +309,14 @@ class Files:
 
 
 def gather(shards: Sequence[Shard]) -> Files:
-    """The files of all shards. Raises ValueError where there is none."""
+    """The files of all shards.
+
+    Args:
+        shards: The shards.
+
+    Raises:
+        ValueError: If there is none.
+    """
     refusals = tuple(refusal for shard in shards for refusal in shard.refusals)
     if not any(len(shard.columns["rows"]) for shard in shards):
         counts = Counter(refusal.reason for refusal in refusals).most_common()
@@ -283,9 +339,15 @@ def gather(shards: Sequence[Shard]) -> Files:
 
 @dataclass(frozen=True)
 class Kept:
-    """What an ingest takes, N images: their places among the files, and the columns of the manifest in order.
+    """The N images that an ingest accepts.
 
-    twins: for each file that is left out the place of the equal one that is kept. blank: places of blank files.
+    Attributes:
+        places: Their positions among the files.
+        columns: The columns of the manifest, in order.
+        cleaned: The cleaned attributes.
+        twins: For each duplicate that is left out, the position of the equal file that is kept.
+        blank: Positions of blank files.
+        notes: Remarks for the user.
     """
 
     places: tuple[int, ...]
@@ -297,9 +359,13 @@ class Kept:
 
 
 def choose(listing: Listing, files: Files) -> tuple[list[int], dict[int, int], list[int]]:
-    """Places of the files to keep, rising; the twin of each that is a double; places of blank ones.
+    """Positions of the files to keep, ascending; the kept twin of each duplicate; positions of blank files.
 
-    Of equal files the one about which most is known is kept, of equals the first.
+    Of equal files, the one with most known attributes is kept, or else the first.
+
+    Args:
+        listing: The listed files.
+        files: The decoded files.
     """
     rows = files.rows.tolist()
     blank = [place for place, spread in enumerate(files.spread.tolist()) if spread < _BLANK]
@@ -324,9 +390,14 @@ def keep(
     groups: Sequence[str] = GROUPS,
     categorical: Sequence[str] = CATEGORICAL,
 ) -> Kept:
-    """What is taken, with cleaned attributes and the work of each.
+    """The accepted images, with cleaned attributes and the work of each.
 
-    pairs: places of files that show the same work. groups: columns of which a shared value says the same.
+    Args:
+        listing: The listed files.
+        files: The decoded files.
+        pairs: Positions of files that show the same work.
+        groups: Columns in which a shared value means the same work.
+        categorical: As in `clean`.
     """
     rows = files.rows.tolist()
     kept, twins, blank = choose(listing, files)
@@ -362,7 +433,7 @@ def _group(value: str | None) -> str | None:
 
 
 def _ids(given: Column | None, digests: Sequence[str], notes: list[str]) -> list[str]:
-    """An id of its own for each image: the given one, with a number where it is taken, else from the file's bytes."""
+    """A unique id for each image: the given one, with a number if it is used already, or else from the file's bytes."""
     ids, used, doubled = [], set[str](), 0
     for place, digest in enumerate(digests):
         wanted = name = (given[place] if given else None) or digest[:12]
@@ -378,7 +449,13 @@ def _ids(given: Column | None, digests: Sequence[str], notes: list[str]) -> list
 
 
 def rejections(listing: Listing, files: Files, kept: Kept) -> list[Rejected]:
-    """All that is not taken: rows of the listing, then files in its order."""
+    """Everything that is not accepted: rows of the listing, then files in its order.
+
+    Args:
+        listing: The listed files.
+        files: The decoded files.
+        kept: The accepted images.
+    """
     rows, paths = files.rows.tolist(), listing.paths
     found = {refusal.row: Rejected(paths[refusal.row], refusal.reason, refusal.detail) for refusal in files.refusals}
     for place in kept.blank:
@@ -395,9 +472,15 @@ def rejections(listing: Listing, files: Files, kept: Kept) -> list[Rejected]:
 def write_results(
     out: Path, listing: Listing, files: Files, kept: Kept, about: Mapping[str, Any], report: Mapping[str, Any]
 ) -> None:
-    """Writes manifest, rejected.csv, the pixels' index, report.json and, last, ingest.json.
+    """Writes the manifest, rejected.csv, the index of the pixels, report.json and, last, ingest.json.
 
-    about: more plain values for ingest.json.
+    Args:
+        out: Folder of the ingest.
+        listing: The listed files.
+        files: The decoded files.
+        kept: The accepted images.
+        about: More plain values for ingest.json.
+        report: Content of report.json.
     """
     (out / INGEST).unlink(missing_ok=True)
     table = {"width": pa.int32(), "height": pa.int32()}

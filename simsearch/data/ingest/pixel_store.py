@@ -1,11 +1,12 @@
-"""Decoded images as one file of pixels that grows shard by shard, so that a kill costs a shard at most.
+"""Decoded images in one file of pixels that grows shard by shard, so that a kill loses at most one shard.
 
     pixels.bin            the pixels of all images, uint8, in order
-    000017.safetensors    of shard 17: one row an image in each tensor, among them `rows` and `shapes`; why other
-                          rows have none; where its pixels begin and end; digests of both. It is written last, so it
-                          says that the pixels are there
+    000017.safetensors    shard 17: tensors with one row an image, among them `rows` and `shapes`; the reasons why other
+                          rows have no image; start and end of its pixels; digests of both. It is written last, so it
+                          proves that the pixels are there
 
-One file of pixels, since a tensor is one mapped piece of memory: images of all shards make one Ragged.
+There is one file of pixels because a tensor is one mapped piece of memory, and the images of all shards form one
+Ragged.
 """
 
 from __future__ import annotations
@@ -32,13 +33,19 @@ from simsearch.functional.ragged import Ragged
 from simsearch.text import printable
 
 PIXELS = "pixels.bin"
-# Not in every Python's mmap: 3.13 brought it.
+# Python's mmap has it from 3.13.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 @dataclass(frozen=True)
 class Image:
-    """An image of a shard: its row, pixels uint8 (3, h, w), and facts, tensors of one shape for all images."""
+    """An image of a shard.
+
+    Attributes:
+        row: Its row in the listing.
+        pixels: uint8 (3, h, w).
+        facts: Tensors with the same names and shapes for all images.
+    """
 
     row: int
     pixels: Tensor
@@ -47,7 +54,13 @@ class Image:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A row without an image, and why. reason: a key of simsearch.images.REASONS."""
+    """A row without an image.
+
+    Attributes:
+        row: Its row in the listing.
+        reason: A key of simsearch.images.REASONS.
+        detail: More about the reason.
+    """
 
     row: int
     reason: str
@@ -56,9 +69,15 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Shard:
-    """What is known of n images. start, stop: their bytes in pixels.bin; sha256: the digest of these, None of an older
-    version's. columns: `rows` int64 (n,), `shapes` int64 (n, 2) and the facts, (n, ...) each. refusals: of the other
-    rows."""
+    """The n images of a shard, without their pixels.
+
+    Attributes:
+        start: First byte in pixels.bin.
+        stop: Byte after the last in pixels.bin.
+        sha256: Digest of these bytes, None in shards of an older version.
+        columns: `rows` int64 (n,), `shapes` int64 (n, 2) and the facts, (n, ...) each.
+        refusals: The other rows.
+    """
 
     start: int
     stop: int
@@ -68,9 +87,15 @@ class Shard:
 
 
 def write_shard(folder: Path, number: int, start: int, items: Iterable[Image | Refusal]) -> Shard:
-    """Shard `number` of items in order, its pixels written from byte `start` of pixels.bin on, streamed.
+    """Writes a shard, streaming its pixels into pixels.bin, and returns it.
 
-    What lies beyond `start` (left by a kill) is cut off. Items must all have the same facts.
+    Bytes from `start` on, left by a killed process, are cut off first.
+
+    Args:
+        folder: Folder of the shards.
+        number: Number of the shard.
+        start: First byte of its pixels.
+        items: Its images and refusals, in order. All images have the same facts.
     """
     rows, shapes, facts, refusals = [], [], [], []
     digest = hashlib.sha256()
@@ -105,9 +130,13 @@ def write_shard(folder: Path, number: int, start: int, items: Iterable[Image | R
 
 
 def read_shards(folder: Path, count: int) -> list[Shard]:
-    """The first shards of `count` up to the first that is missing or damaged, which is said on standard error.
+    """The shards before the first one that is missing or damaged. A damaged shard is reported on stderr.
 
-    All of them is read, a GB of pixels a second and core.
+    The pixels of all of them are read, at about a GB per second and core.
+
+    Args:
+        folder: Folder of the shards.
+        count: Number of shards.
     """
     path = folder / PIXELS
     length = path.stat().st_size if path.is_file() else 0
@@ -137,9 +166,12 @@ def read_shards(folder: Path, count: int) -> list[Shard]:
 
 
 def whole_shards(shards: Sequence[Shard], presence: Presence, paths: Sequence[str]) -> list[Shard]:
-    """The first of these shards, up to one that refuses a file which an earlier command lost and is there again.
+    """The shards before the first one that refuses a file which was lost earlier and exists again.
 
-    paths: of all rows, as `presence` knows them.
+    Args:
+        shards: The shards.
+        presence: The files that exist.
+        paths: Paths of all rows, as in `presence`.
     """
     for number, shard in enumerate(shards):
         back = [paths[one.row] for one in shard.refusals if presence.is_back(paths[one.row], one.reason)]
@@ -150,20 +182,35 @@ def whole_shards(shards: Sequence[Shard], presence: Presence, paths: Sequence[st
 
 
 def gathered(shards: Iterable[Shard], name: str) -> Tensor:
-    """One column of all shards, (N, ...); those without images have none of the facts."""
+    """One column of all shards, (N, ...). Shards without images have no facts.
+
+    Args:
+        shards: The shards.
+        name: Name of the column.
+    """
     return torch.cat([shard.columns[name] for shard in shards if name in shard.columns])
 
 
 def images_of(folder: Path, shapes: Tensor) -> Ragged:
-    """All images of the shards in a folder, mapped. shapes: int64 (N, 2), all of them in order."""
+    """All images of the shards in a folder, memory-mapped.
+
+    Args:
+        folder: Folder of the shards.
+        shapes: int64 (N, 2), height and width of all images in order.
+    """
     sizes = 3 * shapes.prod(1)
     return Ragged(map_pixels(folder / PIXELS, int(sizes.sum())), sizes.cumsum(0) - sizes, shapes)
 
 
 def map_pixels(path: Path, length: int) -> Tensor:
-    """uint8 (length,), a file's first bytes mapped into memory; what is written to it stays in memory.
+    """The first bytes of a file as uint8 (length,), memory-mapped. Changes stay in memory.
 
-    Raises ValueError for a file that is shorter.
+    Args:
+        path: The file.
+        length: Number of bytes.
+
+    Raises:
+        ValueError: If the file is shorter.
     """
     if path.stat().st_size < length:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, {length:,} are wanted: it was cut off")
@@ -178,7 +225,11 @@ def map_pixels(path: Path, length: int) -> Tensor:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (hex) over names, types, shapes and values."""
+    """SHA-256 over names, types, shapes and values of tensors, in hex.
+
+    Args:
+        tensors: The tensors by name.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

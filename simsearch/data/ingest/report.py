@@ -1,4 +1,4 @@
-"""What an ingest found, as plain values, and as a page for a person."""
+"""The report of an ingest, as plain values and as a Markdown page."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ from simsearch.text import printable
 
 EXPLAINED = {**IMAGE_REASONS, **TABLE_REASONS, **MANIFEST_REASONS, **INGEST_REASONS}
 SUSPICIOUS_BAND = 0.15
-LONG = 6.0  # longest side by shortest
+LONG = 6.0  # longest side divided by shortest
 _EXAMPLES, _TOP, _LISTED = 5, 8, 50
 
 
 def summarise(listing: Listing, files: Files, kept: Kept, same: SameWork, size: int) -> dict[str, Any]:
-    """Counts and examples of all that an ingest took, changed and refused; plain values for JSON.
+    """Counts and examples of everything that an ingest accepted, changed and refused, as plain values for JSON.
 
-    same: what near-duplicates say. size: longest side of the decoded images.
+    Args:
+        listing: The listed files.
+        files: The decoded files.
+        kept: The accepted images.
+        same: The result of the search for near-duplicates.
+        size: Longest side of the decoded images, in pixels.
     """
     rejected = rejections(listing, files, kept)
     by_reason = Counter(one.reason for one in rejected)
@@ -99,7 +104,12 @@ def _spread(values: torch.Tensor) -> list[int]:
 
 
 def suspicious_groups(kept: Kept, same: SameWork) -> list[list[str]]:
-    """The paths of each group that was too large to be believed, the largest group first."""
+    """The paths of each group that is too large to be plausible, the largest group first.
+
+    Args:
+        kept: The accepted images.
+        same: The result of the search for near-duplicates.
+    """
     path = dict(zip(kept.places, kept.columns["path"], strict=True))
     groups = ([str(path[place]) for place in group if place in path] for group in same.suspicious)
     return sorted((group for group in groups if len(group) > 1), key=lambda group: (-len(group), group))
@@ -130,7 +140,12 @@ def _works(kept: Kept, same: SameWork) -> dict[str, Any]:
 
 
 def markdown(report: Mapping[str, Any], title: str) -> str:
-    """The report as a page of Markdown."""
+    """The report as a page of Markdown.
+
+    Args:
+        report: The result of `summarise`.
+        title: Title of the page.
+    """
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         finalize=shown,

@@ -1,4 +1,4 @@
-"""What a stranger's folder or table lists, read so that a bad row costs that row alone."""
+"""Lenient reader for user-supplied folders and tables: bad rows are reported and skipped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _IN_FOLDER = {
     "unreadable folder": "unreadable-folder",
     "unsupported": "unsupported",
 }
-# The folders of WikiArt's collection, whose files are artist_title.jpg.
+# The folders of WikiArt's collection, with files artist_title.jpg.
 _WIKIART = {
     "abstract_expressionism",
     "action_painting",
@@ -62,16 +62,20 @@ _WIKIART = {
 }
 _PICTURES = ((b"\xff\xd8\xff", ".jpg"), (b"\x89PNG", ".png"), (b"RIFF", ".webp"), (b"GIF8", ".gif"), (b"BM", ".bmp"))
 _ENDINGS = (*_PICTURES, (b"II*\0", ".tif"), (b"MM\0*", ".tif"))
-_MOST = 0.8  # share of the files whose folder and name must be as WikiArt's
+_MOST = 0.8  # fraction of the files whose folder and name must look like WikiArt's
 
 
 @dataclass(frozen=True)
 class Listing:
-    """N image files under one folder, each once, and what its source says about each.
+    """N image files under one folder, each once, with the attributes of each.
 
-    attributes: for each name N values, None where unknown. rejected: what else was listed. skipped: how many
-    entries of a folder were left out without a word each, by reason. notes: what a person should know about how the
-    source was read.
+    Attributes:
+        root: The folder.
+        paths: Relative POSIX paths.
+        attributes: For each name N values, None if unknown.
+        rejected: Listed images that are not used, one entry each.
+        skipped: Number of folder entries left out without an entry each, by reason.
+        notes: Remarks for the user on how the source was read.
     """
 
     root: Path
@@ -87,13 +91,20 @@ def read_listing(
 ) -> Listing:
     """The images that a folder or a table (.csv, .tsv, .txt, .parquet) lists.
 
-    Of a folder the first folder below it is the attribute "artist" and the file's name "title"; of one that is laid out
-    as WikiArt's (style/artist_title.jpg) all three are read. A table is read as `list_table` has it; names of columns
-    come out in lower case with underscores. Images that a table holds itself, as those of Hugging Face do, are written
-    into the folder `unpacked` first. exclude: patterns of what is left out of a folder, as `walk` has them.
+    In a folder, the first folder below it is the attribute "artist" and the file's name "title". If it is laid out like
+    WikiArt (style/artist_title.jpg), all three are read. Tables are read by `list_table`; column names become lower
+    case with underscores. Images inside a table, as Hugging Face writes them, are first written into the folder
+    `unpacked`.
 
-    Raises FileNotFoundError for a missing source or root, ValueError for a table without a column of paths or that
-    cannot be read at all, and where nothing is left.
+    Args:
+        source: The folder or table.
+        root: Folder that paths are relative to. None for the folder itself, or the folder of the table.
+        exclude: Patterns of files and folders to leave out, as in `walk`.
+        unpacked: Folder for images inside a table. None does not unpack them.
+
+    Raises:
+        FileNotFoundError: If the source or the root is missing.
+        ValueError: If no image remains, or a table has no column of paths or cannot be read at all.
     """
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a folder, a .csv or a .parquet")
@@ -139,7 +150,7 @@ def _from_folder(source: Path, root: Path, exclude: Sequence[str]) -> Listing:
 
 
 def _by_name(paths: Sequence[PurePosixPath]) -> tuple[dict[str, Column], tuple[str, ...]]:
-    """What folders and names of files say of the images, and what is to be said about that."""
+    """Attributes from the names of folders and files, and remarks on how these were read."""
     titles = tuple(_words(path.stem) for path in paths)
     if not any(len(path.parts) > 1 for path in paths):
         return {"title": titles}, ()
@@ -159,7 +170,7 @@ def _by_name(paths: Sequence[PurePosixPath]) -> tuple[dict[str, Column], tuple[s
 
 
 def _words(name: str) -> str:
-    """A file's or folder's name as words: underscores are spaces, and so are hyphens where nothing else divides."""
+    """The name of a file or folder as words: underscores become spaces, and so do hyphens if nothing else separates."""
     words = name.replace("_", " ")
     return words if " " in words.strip() else words.replace("-", " ")
 
@@ -168,7 +179,7 @@ def _words(name: str) -> str:
 
 
 def _unpacked(source: Path, table: Table, folder: Path) -> Listing:
-    """The images that a table holds, each written into a file of its own, once."""
+    """The images inside a table, each written into a file of its own, once."""
     assert table.images is not None
     paths, titles, rows, rejected = [], [], [], []
     for row, (content, said) in enumerate(table_images(source, table.images)):

@@ -18,15 +18,20 @@ def render_collection(
 ) -> Collection:
     """A collection of styles x artists x works x photographs procedural pictures of size x size pixels.
 
-    styles: the first so many of `render.STYLES`; artists of each style, works of each artist,
-    photographs of each work. Attributes: style, artist, work. Rows come in a random order, because
-    ties in a ranking would favour a collection sorted by class.
+    Its attributes are style, artist and work. Rows come in random order, because ties in a ranking would favour a
+    collection sorted by class. The same arguments give the same bytes (with the same versions of NumPy, PyTorch and
+    Pillow on the same kind of processor). A collection with larger counts holds the images of a smaller one.
 
-    The same arguments give the same bytes (with the same versions of NumPy, PyTorch and Pillow on the
-    same kind of processor); a collection with more of anything holds the images of the smaller one.
+    Args:
+        styles: Number of styles, the first of `STYLES` in paint.py.
+        artists: Number of artists of each style.
+        works: Number of works of each artist.
+        photographs: Number of photographs of each work.
+        size: Side of the images in pixels, 16 to 512.
+        seed: Seed of everything, from 0.
 
-    Raises ValueError for counts below 1, more styles than there are, a size outside 16..512 and a
-    negative seed.
+    Raises:
+        ValueError: If a count is below 1, there are not so many styles, or size or seed is out of range.
     """
     counts = {"styles": styles, "artists": artists, "works": works, "photographs": photographs}
     for name, value in counts.items():

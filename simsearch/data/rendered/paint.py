@@ -1,8 +1,8 @@
-"""Procedural pictures and the photographs of them: pure functions from a seed to pixels.
+"""Procedural pictures, and photographs of them: pure functions from a seed to pixels.
 
-A picture is painted by an artist (a palette and a few traits) in a style (one drawing function), at
-any size, in coordinates from 0 to 1. Every artist, work and photograph has a random stream of its
-own, keyed by (seed, style, artist, work, photograph), so nothing depends on what else is drawn.
+An artist (a palette and a few traits) paints a picture in a style (one drawing function), at any size, in coordinates
+from 0 to 1. Every artist, work and photograph has its own random stream, keyed by (seed, style, artist, work,
+photograph), so that a picture does not depend on which others are drawn.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ _SCHEMES = ((0.05, -0.06, 0.11), (0.05, 0.5, 0.45), (0.33, 0.67, 0.04), (0.42, 0
 
 @dataclass(frozen=True)
 class Artist:
-    """What an artist's works share.
+    """The properties that an artist's works share. Traits lie in 0..1.
 
-    palette: float32 (6, 3) RGB in 0..1; the first colour is the light ground, the last the dark line.
-    The traits lie in 0..1. scale: size of the forms. angle: preferred direction, 1 = half a turn.
-    weight: thickness of lines. order: regular (1) or wild (0). spread: how far colours stray from
-    the palette. grain: coarseness of the canvas.
+    Attributes:
+        palette: float32 (6, 3) RGB in 0..1. The first colour is the light ground, the last the dark line.
+        scale: Size of the forms.
+        angle: Preferred direction, 1 for half a turn.
+        weight: Thickness of lines.
+        order: From wild (0) to regular (1).
+        spread: Distance of colours from the palette.
+        grain: Coarseness of the canvas.
     """
 
     palette: Array
@@ -48,16 +52,28 @@ class Artist:
 
 
 def generator(seed: int, *key: int) -> np.random.Generator:
-    """The random stream of one artist, work or photograph, by its place (style, artist, ...)."""
+    """The random stream of one artist, work or photograph.
+
+    Args:
+        seed: Seed of the collection.
+        key: Its place (style, artist, ...).
+    """
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)))
 
 
 def invent_artist(seed: int, style: int, artist: int) -> Artist:
-    """Artist number `artist` of a style.
+    """An artist of a style.
 
-    Base hue and traits follow a Kronecker sequence from a start of the style's own (Roberts, "The
-    unreasonable effectiveness of quasirandom sequences", 2018): the artists of one style lie apart
-    however many there are, while those of different styles may share a palette.
+    Base hue and traits follow a Kronecker sequence that starts at a point of the style. The artists of one style then
+    lie apart, however many there are, while artists of different styles may share a palette.
+
+    Args:
+        seed: Seed of the collection.
+        style: Position in `STYLES`.
+        artist: Number of the artist, from 0.
+
+    Source:
+        Roberts: The unreasonable effectiveness of quasirandom sequences. 2018.
     """
     d = len(_TRAITS) + 1
     step = _plastic_root(d) ** -np.arange(1.0, d + 1)
@@ -68,9 +84,14 @@ def invent_artist(seed: int, style: int, artist: int) -> Artist:
 
 
 def paint_work(seed: int, style: int, artist: int, work: int, *, size: int) -> NDArray[np.uint8]:
-    """One work, uint8 (3, size, size) RGB: the same composition at any size.
+    """One work, uint8 (3, size, size) RGB. The composition is the same at any size.
 
-    style is a position in `STYLES`; artist and work count from 0, without end.
+    Args:
+        seed: Seed of the collection.
+        style: Position in `STYLES`.
+        artist: Number of the artist, from 0 without limit.
+        work: Number of the work, from 0 without limit.
+        size: Side in pixels.
     """
     rng = generator(seed, style, artist, work)
     hand = _vary(rng, invent_artist(seed, style, artist))
@@ -83,10 +104,15 @@ def paint_work(seed: int, style: int, artist: int, work: int, *, size: int) -> N
 def photograph(works: Tensor, *, keys: Sequence[tuple[int, ...]], seed: int, size: int) -> Tensor:
     """Photographs of works, uint8 (B, 3, size, size).
 
-    works: uint8 (B, 3, S, S), one entry a photograph. keys: for each its place (style, artist, work,
-    photograph). A photograph sees the work or a large part of it (some 70 % of each side at the least),
-    turned by up to 8 degrees and in perspective, under uneven coloured light, at times with a
-    reflection; it has a tone curve, blur and noise, and a third of them went through JPEG.
+    A photograph shows the work or a large part of it (at least about 70% of each side), turned by up to 8 degrees and
+    in perspective, under uneven coloured light, at times with a reflection. It has a tone curve, blur and noise, and a
+    third of the photographs went through JPEG.
+
+    Args:
+        works: uint8 (B, 3, S, S), one entry for each photograph.
+        keys: The place (style, artist, work, photograph) of each photograph.
+        seed: Seed of the collection.
+        size: Side in pixels.
     """
     rngs = [generator(seed, *key) for key in keys]
     shots = [_aim(rng) for rng in rngs]
@@ -120,7 +146,7 @@ def photograph(works: Tensor, *, keys: Sequence[tuple[int, ...]], seed: int, siz
 
 
 def _aim(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Camera and light of one photograph; `strength` makes easy and hard ones."""
+    """Camera and light of one photograph. `strength` makes some photographs easy and others hard."""
     strength = rng.uniform(0.3, 1.0)
     side = 1.0 - 0.3 * rng.random() * strength
     turn = np.deg2rad(rng.uniform(-8.0, 8.0)) * strength
@@ -148,8 +174,8 @@ def _aim(rng: np.random.Generator) -> dict[str, np.ndarray]:
 def _homography_grid(corners: Tensor, size: int) -> Tensor:
     """Sampling grid float32 (B, size, size, 2) that spreads the quadrilaterals (B, 4, 2) over the image.
 
-    The projective map of the unit square in closed form (Heckbert, "Fundamentals of texture mapping",
-    1989, section 2.2.3).
+    It is the projective map of the unit square in closed form (Heckbert, "Fundamentals of texture mapping", 1989,
+    section 2.2.3).
     """
     p0, p1, p2, p3 = corners.unbind(1)
     d1, d2, d3 = p1 - p2, p3 - p2, p0 - p1 + p2 - p3
@@ -208,10 +234,10 @@ def _palette(rng: np.random.Generator, base: float) -> Array:
 
 
 def _vary(rng: np.random.Generator, artist: Artist) -> Artist:
-    """The artist in the mood of one work: traits strayed a little, colours re-weighed and shifted.
+    """The artist as in one work: traits vary a little, colours are weighted differently and shifted.
 
-    The middle colours of the palette are drawn anew with repetition, so that a work uses some of them
-    and in proportions of its own.
+    The middle colours of the palette are redrawn with repetition, so that a work uses some of them, in its own
+    proportions.
     """
     shift = rng.normal(0.0, 0.12, len(_TRAITS)).tolist()
     traits = {name: min(max(getattr(artist, name) + s, 0.0), 1.0) for name, s in zip(_TRAITS, shift, strict=True)}
@@ -258,7 +284,7 @@ def _over(picture: Array, colour: Array, coverage: Array) -> None:
 
 
 def _inside(distance: Array, size: int, softness: float = 0.0) -> Array:
-    """Coverage in 0..1 of what lies at negative signed distance; edges one pixel (or more) wide."""
+    """Coverage in 0..1 of the area at negative signed distance. Edges are one pixel wide, or more."""
     return (0.5 - distance / max(1.0 / size, softness)).clip(0.0, 1.0)
 
 
@@ -270,7 +296,7 @@ def _look_up(colours: Array, index: NDArray[np.intp]) -> Array:
 def _tints(rng: np.random.Generator, hand: Artist, shape: tuple[int, ...], chance: Array | None = None) -> Array:
     """Colours (*shape, 3): palette entries, from the lightest to the middle ones, with jitter.
 
-    chance: (*shape) in 0..1 picks the entry; drawn where None.
+    `chance` (*shape) in 0..1 picks the entry. None draws it.
     """
     share = rng.random(shape) if chance is None else chance
     pick = (share * 5).astype(np.intp).clip(0, 4)
@@ -294,7 +320,7 @@ def _noise(rng: np.random.Generator, size: int, cells: int, octaves: int = 1) ->
 
 
 def _masses(rng: np.random.Generator, hand: Artist, size: int) -> Array:
-    """A soft composition (size, size) in 0..1: noise, in layers where the artist is orderly."""
+    """A soft composition (size, size) in 0..1: noise, in layers if the artist's order is high."""
     _, y = _plane(size)
     field = _noise(rng, size, round(_mix(4, 2, hand.scale)), 2)
     field = field + _mix(0.0, 0.8, hand.order) * (y - 0.5) * (1 if rng.random() < 0.5 else -1)
@@ -307,8 +333,8 @@ def _lattice(
 ) -> tuple[Array, Array, tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """A point in each cell of a lattice with `reach` cells of margin on each side.
 
-    Returns column and row of the points in units of cells, float32 (n, n) with n = cells + 2 reach,
-    and the pixels (rows, columns) at which they (or, in the margin, the nearest pixels) lie.
+    Returns column and row of the points in units of cells, float32 (n, n) with n = cells + 2 reach, and their pixels
+    (rows, columns); for points in the margin these are the nearest pixels.
     """
     n = cells + 2 * reach
     row, column = np.mgrid[:n, :n] - reach + 0.5 + rng.uniform(-jitter, jitter, (2, n, n))
@@ -319,8 +345,8 @@ def _lattice(
 def _neighbours(fields: Array, *, size: int, cells: int, reach: int) -> Iterator[Array]:
     """The fields (F, n, n) of each neighbouring cell up to `reach` away, at each pixel: (F, size, size).
 
-    Offsets come in raster order, so that what is laid over one after the other appears as if painted
-    cell by cell: subtracting the pixel's own cell does not change the order of two cells.
+    Offsets come in raster order. Layers that are painted in this order look as if painted cell by cell, because
+    subtracting the pixel's own cell does not change the order of two cells.
     """
     own = (np.arange(size) * cells // size).astype(np.intp)
     for row in range(2 * reach + 1):
@@ -343,8 +369,8 @@ def _marks(
 ) -> None:
     """Paints one oval mark for each cell of a jittered lattice, in place.
 
-    length, width: half axes in cells. angle (radians) and chance (see `_tints`): fields (size, size)
-    read at the mark. cover: the share of cells that get one.
+    `length` and `width` are half axes in cells. `angle` (radians) and `chance` (see `_tints`) are fields (size, size),
+    read at the mark. `cover` is the fraction of cells that get a mark.
     """
     size = picture.shape[-1]
     reach = 2 if length > 1.0 else 1
