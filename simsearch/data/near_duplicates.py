@@ -190,7 +190,7 @@ def pixel_correlations(
         images: uint8 (N, 3, H, W), or Ragged.
         rows: int64 (P,).
         columns: int64 (P,).
-        turns: int64 (P,), quarters by which the first image of a pair is turned counter-clockwise before. None for 0.
+        turns: int64 (P,), quarters by which the first image of each pair is turned counter-clockwise. None for 0.
         progress: Whether to show a progress bar.
     """
     if len(rows) == 0:

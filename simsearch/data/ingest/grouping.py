@@ -4,9 +4,9 @@ Perceptual hashes and nearest descriptors (EfficientNet-Lite0 with GeM at 192 pi
 correlation of their pixels decides, and cliques of pairs become works. The defaults of `simsearch data ingest` find:
 
 - Among 3,964 paintings of 224 x 224 pixels with 85 known pairs of other scans or versions of one work: all 85, and 13
-more, of which 12 are the same picture by eye. Without pixels, pairs joined in chains: 83 and 10, 2 of them wrong.
+  more, of which 12 are the same picture by eye. Without pixels, pairs joined in chains: 83 and 10, 2 of them wrong.
 - Among 120 drawn pages of text, coins, night skies and line sketches each, of which 15 have a second scan: 15, 15, 13
-and 15 of the scans, and no two different images. Without pixels each of the first three sets became one work.
+  and 15 of the scans, and no two different images. Without pixels each of the first three sets became one work.
 
 So the method finds other scans of one picture, also turned or mirrored. Views of one motif (a series of haystacks) and
 details become works of their own unless a column groups them. So do scans of plain pictures, which have no details to

@@ -213,16 +213,20 @@ def _items(
 
 
 def decode_file(path: str, decoding: Decoding) -> tuple[np.ndarray, dict[str, np.ndarray]] | tuple[str, str]:
-    """Pixels and facts of a file, or the reason and detail of its refusal. Runs in a decoding process.
+    """Pixels uint8 (3, h, w) and facts of a file, or the reason and detail of its refusal. Runs in a decoding process.
+
+    The facts are:
+
+    - sides: int64 (2,), height and width in the file.
+    - sha256: uint8 (32,).
+    - hash: uint8 (8,), perceptual hash.
+    - turned: uint8 (3, 8), hashes of the image turned counter-clockwise by 1, 2 and 3 quarters.
+    - spread: float32 (), standard deviation of grey.
+    - band: float32 (), the result of `band`.
 
     Args:
         path: The file.
         decoding: The settings.
-
-    Returns:
-        Pixels uint8 (3, h, w), and these facts. sides: int64 (2,), height and width in the file. sha256: uint8 (32,).
-        hash: uint8 (8,), perceptual hash. turned: uint8 (3, 8), the hashes of the image turned counter-clockwise by 1,
-        2 and 3 quarters. spread: float32 (), standard deviation of grey. band: float32 (), the result of `band`.
     """
     try:
         data = read_file(Path(path), decoding.max_bytes)

@@ -31,7 +31,7 @@ def render_collection(
         seed: Seed of everything, from 0.
 
     Raises:
-        ValueError: If a count is below 1, there are not so many styles, or size or seed is out of range.
+        ValueError: If a count is below 1, or the number of styles, the size or the seed is out of range.
     """
     counts = {"styles": styles, "artists": artists, "works": works, "photographs": photographs}
     for name, value in counts.items():
