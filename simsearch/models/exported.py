@@ -156,7 +156,7 @@ class ExportedEncoder:
         folder: The folder.
 
     Raises:
-        ValueError: If the files have another format.
+        ValueError: If the files are of another format or damaged.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -417,6 +417,11 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
     # Fitting and evaluation under a Trainer
 
     def train(self, mode: bool = True) -> FrozenRetriever:
+        """Sets the mode of the module. The backbone stays in evaluation mode.
+
+        Args:
+            mode: True for training, False for evaluation.
+        """
         super().train(mode)
         self.backbone.eval()
         return self
@@ -430,7 +435,11 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         self._kept, self._seen = [], 0
 
     def backward(self, loss: Tensor) -> None:
-        """Does nothing: there is no gradient."""
+        """Does nothing, since there is no gradient.
+
+        Args:
+            loss: Ignored.
+        """
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         with torch.no_grad():

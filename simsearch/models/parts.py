@@ -101,6 +101,11 @@ class TrainedPart(nn.Module):
         return by_shape(self.embed, batch["image"], _AT_ONCE)
 
     def train(self, mode: bool = True) -> TrainedPart:
+        """Keeps the module in evaluation mode.
+
+        Args:
+            mode: Ignored.
+        """
         return super().train(False)
 
     @property
@@ -296,7 +301,11 @@ class PartsRetriever(DescribesBatches):
             encoder.on_train_epoch_start()
 
     def backward(self, loss: Tensor) -> None:
-        """Does nothing: there is no gradient."""
+        """Does nothing, since there is no gradient.
+
+        Args:
+            loss: Ignored.
+        """
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         for encoder in self._frozen():

@@ -307,6 +307,11 @@ class TrainedRetriever(DescribesBatches):
         return fits
 
     def train(self, mode: bool = True) -> TrainedRetriever:
+        """Sets the mode of the module. A cached backbone and frozen batch normalisation stay in evaluation mode.
+
+        Args:
+            mode: True for training, False for evaluation.
+        """
         super().train(mode)
         if self.cache is not None:
             self._on_maps.backbone.eval()
