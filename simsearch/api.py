@@ -1,7 +1,7 @@
-"""simsearch from Python: open a catalog and search it, describe images, measure embeddings, make a catalog.
+"""The Python API: open and search a catalog, describe images, evaluate embeddings, build a catalog.
 
-None of it needs Hydra, a command line or a config. Errors that a caller may want to catch are SimsearchErrors; a wrong
-argument is a ValueError.
+The API needs neither Hydra nor a command line nor a config. Errors that a caller may want to catch are subclasses of
+SimsearchError. A wrong argument raises ValueError.
 """
 
 from __future__ import annotations
@@ -53,7 +53,13 @@ _PICTURE = 128  # longest side of a query's picture beside an answer
 
 @dataclass(frozen=True)
 class LoadedEncoder:
-    """An encoder that describes images. encoder: the torch module. config: builds it again. run: its run's name."""
+    """An encoder that is ready to describe images.
+
+    Attributes:
+        encoder: The torch module.
+        config: The plain config that builds the encoder.
+        run: Name of the run that the encoder comes from.
+    """
 
     encoder: Encoder
     config: dict[str, Any]
@@ -61,25 +67,26 @@ class LoadedEncoder:
 
     @property
     def dimension(self) -> int:
-        """Numbers, or bits, of a description."""
+        """Number of values in a descriptor, or number of bits in a code."""
         return self.encoder.dimension
 
     @property
     def bits(self) -> int | None:
-        """Width of the codes; None where descriptions are real vectors."""
+        """Number of bits in a code. None if the encoder returns real-valued descriptors."""
         return self.encoder.bits
 
     def describe(self, images: Given | Sequence[Given], *, batch_size: int = 64, workers: int = 0) -> Tensor:
-        """Returns a row for each image: L2-normalised float32 (N, D), or packed codes uint8 (N, ceil(bits / 8)).
+        """The descriptors of the images: L2-normalised float32 (N, D), or packed codes uint8 (N, ceil(bits / 8)).
 
         Args:
-            images: Files, pictures of Pillow, arrays uint8 (H, W, 3) or tensors uint8 (3, H, W); one or several.
-            batch_size: Images that go through the encoder together.
-            workers: Processes that decode files beside this one.
+            images: One image or several. An image is a file, a Pillow image, an array uint8 (H, W, 3) or a tensor uint8
+                (3, H, W).
+            batch_size: Number of images per forward pass, 1 or more.
+            workers: Number of additional processes that decode files, 0 or more.
 
         Raises:
-            ImageError: For the first file that cannot be read.
-            ValueError: For what is no image.
+            ImageError: If a file cannot be read. The error names the first such file.
+            ValueError: If an item is not an image, or if there is no image.
 
         Example:
             >>> encoder = simsearch.load_encoder("outputs/run")
@@ -103,7 +110,12 @@ class LoadedEncoder:
 
 
 class OpenCatalog:
-    """A catalog that is open for searching. Any number of threads may search it."""
+    """A catalog that is open for searching. Several threads may search it at once.
+
+    Args:
+        catalog: The catalog that `read_catalog` returns.
+        device: Device on which the encoder describes images.
+    """
 
     def __init__(self, catalog: Catalog, device: torch.device) -> None:
         self._catalog, self._device = catalog, device
@@ -112,26 +124,26 @@ class OpenCatalog:
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """The folder of the catalog."""
         return self._catalog.folder
 
     @property
     def items(self) -> pa.Table:
-        """One row an item: path and attributes."""
+        """Path and attributes of the items, one row per item."""
         return self._catalog.items
 
     @property
     def ids(self) -> list[str]:
-        """What the items are called, in the order of `items`."""
+        """The ids of the items, in the order of `items`."""
         return self._engine.names.of(range(len(self)))
 
     @property
     def encoder(self) -> LoadedEncoder:
-        """The encoder that filled it, opened when it is first asked for.
+        """The encoder that filled the catalog. The first access loads it.
 
         Raises:
-            CatalogError: Where it is damaged.
-            Untrusted: Where it would run code, and the catalog was not opened with trusted=True.
+            CatalogError: If the encoder's files are damaged.
+            Untrusted: If the encoder would run code and the catalog was opened without trusted=True.
         """
         catalog = self._catalog
         run = str((catalog.about.get("source") or {}).get("run", catalog.folder.name))
@@ -158,25 +170,31 @@ class OpenCatalog:
         hubness: bool = False,
         rerank: Reranker | None = None,
     ) -> Answer:
-        """Returns the k items that are most like the examples, best first, with a verdict where it is calibrated.
+        """The k items that are most similar to the examples, best first. A calibrated catalog adds a verdict.
 
         Args:
-            like: One example or several, which make one query together: an item's id, a file, a picture of Pillow, an
-                array uint8 (H, W, 3), a tensor uint8 (3, H, W), or a description as `encoder.describe` gives it. A text
-                is a file where there is one of that name, else an item's id or path.
-            unlike: Counter-examples in the same forms.
-            k: Items wanted; there are fewer where no more are left. Items that are examples are left out.
-            where: A filter on attributes, such as "artist!=Claude Monet; year=1850..1900" (simsearch.search.filters).
-            weights: Of the parts of the descriptor, such as {"colour": 0.8}; its own where none is given.
-            diversity: From 0, by score alone, to 1.
-            collapse: Give at most one item of a work, and none of an example's work.
-            hubness: Rank against items that are near to everything.
-            rerank: How to re-rank, such as simsearch.search.rerank.AlphaQE(): it decides the order, not the scores.
+            like: One example or several; together they form one query. An example is an item's id, a file, a Pillow
+                image, an
+                array uint8 (H, W, 3), a tensor uint8 (3, H, W) or a descriptor as `encoder.describe` returns it. A
+                string is
+                read as a file if a file of this name exists, else as an item's id or path.
+            unlike: Counter-examples, in the same forms.
+            k: Number of items, 1 or more. The answer is shorter if fewer items are left. Items that are examples are
+                left out.
+            where: A filter on attributes, such as "artist!=Claude Monet; year=1850..1900" (see
+                simsearch.search.filters).
+            weights: Weights of the descriptor's parts, such as {"colour": 0.8}. None keeps the descriptor's own
+                weights.
+            diversity: Trade-off in [0, 1]: 0 ranks by score alone, 1 by diversity alone.
+            collapse: Return at most one item per work, and no item of an example's work.
+            hubness: Correct the ranking for items that are close to every query (hubs).
+            rerank: The re-ranking method, such as simsearch.search.rerank.AlphaQE(). It changes the order, not the
+                scores.
 
         Raises:
-            ImageError: For a file that cannot be read.
-            CatalogError: Where the catalog is damaged.
-            ValueError: For a filter, a weight or another argument that does not fit the catalog.
+            ImageError: If a file cannot be read.
+            CatalogError: If the catalog is damaged.
+            ValueError: If a filter, a weight or another argument does not fit the catalog.
 
         Example:
             >>> catalog = simsearch.open_catalog("outputs/art-catalog")
@@ -215,7 +233,7 @@ class OpenCatalog:
         return self._reranked[1]
 
     def _example(self, given: Given) -> _Example:
-        """One example. Raises ValueError for what is neither an item, an image nor a description."""
+        """One example. Raises ValueError if `given` is neither an item nor an image nor a descriptor."""
         if isinstance(given, str) and not Path(given).expanduser().is_file():
             if (position := self._engine.names.find(given)) is None:
                 raise ValueError(f"{given!r} is neither a file nor an item of the catalog {self.folder}")
@@ -232,7 +250,7 @@ class OpenCatalog:
         return _Example(name, encode(encoder, images)[0], None, encode_thumbnail(images[0], _PICTURE))
 
     def _description(self, given: Tensor) -> Tensor:
-        """A description as the index holds it."""
+        """A descriptor in the form that the index stores."""
         return given.cpu() if self._catalog.index.is_binary else given.cpu().float()
 
 
@@ -245,16 +263,19 @@ class _Example:
 
 
 def open_catalog(folder: str | Path, *, trusted: bool = False, device: str = "auto") -> OpenCatalog:
-    """Returns the catalog in a folder, open for searching; a run's own catalog where the folder is a run.
+    """The catalog in a folder, open for searching.
 
     Args:
-        folder: What `simsearch index`, `simsearch train` or `build_catalog` left.
-        trusted: Its encoder may run code, and links in it lead elsewhere: only where you trust whoever made it.
-        device: auto, cpu or cuda: where its encoder describes images.
+        folder: Output of `simsearch index`, `simsearch train` or `build_catalog`. For a run directory, the run's own
+            catalog is opened.
+        trusted: Allow the catalog's encoder to run code and its links to lead out of the folder. Set it only if you
+            trust
+            whoever made the catalog.
+        device: Device of the encoder: auto, cpu or cuda.
 
     Raises:
-        CatalogError: Where there is no catalog or it is damaged.
-        Untrusted: Where it leads out of its folder, and it is not `trusted`.
+        CatalogError: If the folder holds no catalog, or a damaged one.
+        Untrusted: If a link leads out of the folder and `trusted` is False.
     """
     folder = Path(folder).expanduser()
     if not (folder / "catalog.json").is_file() and (folder / "catalog" / "catalog.json").is_file():
@@ -263,18 +284,19 @@ def open_catalog(folder: str | Path, *, trusted: bool = False, device: str = "au
 
 
 def load_encoder(run: str | Path, *, trusted: bool = False, device: str = "auto") -> LoadedEncoder:
-    """Returns the encoder of a finished run, with its best checkpoint.
+    """The encoder of a finished run, with the weights of its best checkpoint.
 
     Args:
         run: A run directory of `simsearch train`.
-        trusted: The run's config may build anything, and links in it lead elsewhere: only where you trust whoever made
-            it.
-        device: auto, cpu or cuda.
+        trusted: Allow the run's config to build any object, and links to lead out of the folder. Set it only if you
+            trust
+            whoever made the run.
+        device: Device of the encoder: auto, cpu or cuda.
 
     Raises:
-        RunError: Where there is no finished run or it is damaged.
-        WeightsError: Where the weights of its backbone cannot be had.
-        Untrusted: Where its config names what no run is made of, and it is not `trusted`.
+        RunError: If the folder holds no finished run, or a damaged one.
+        WeightsError: If the weights of the backbone are not available.
+        Untrusted: If the config names an object that a run may not contain, and `trusted` is False.
     """
     opened = saved_run.open_run(Path(run).expanduser(), trusted=trusted)
     encoder = saved_run.load_model(opened).encoder.to(device_of(device))
@@ -293,25 +315,26 @@ def build_catalog(
     workers: int = 2,
     fewer: bool = False,
 ) -> OpenCatalog:
-    """Returns the catalog of a folder's images, after describing them and writing it to `out`.
+    """Describes the images of a folder, writes a catalog of them to `out` and returns it opened.
 
-    What cannot be read is left out, with a warning, and listed in skipped.csv of the catalog. The catalog appears whole
-    or not at all.
+    Images that cannot be read are left out with a warning and listed in the catalog's skipped.csv. The catalog is
+    written
+    atomically: it appears complete or not at all.
 
     Args:
-        encoder: What describes them; the catalog keeps it.
-        images: A folder, or a table (.csv, .parquet) with a column `path` and further ones that become attributes.
-        out: The catalog's folder; a catalog that is there is replaced.
-        root: What a table's paths are relative to; by default its folder.
-        index: A FAISS factory such as "HNSW32", or an empty FaissIndex; exact search by default.
-        thumbnail: Longest side in pixels of what the catalog keeps of each image.
-        batch_size: Images that go through the encoder together.
-        workers: Processes that decode files.
-        fewer: Allow a catalog to take the place of one of far more items.
+        encoder: The encoder that describes the images. A copy is stored in the catalog.
+        images: A folder, or a table (.csv, .parquet) with a column `path`. The other columns become attributes.
+        out: Folder of the catalog. A catalog that is already there is replaced.
+        root: Folder that the table's paths are relative to. None means the table's own folder.
+        index: A FAISS factory string such as "HNSW32", or an empty FaissIndex. None means exact search.
+        thumbnail: Longest side in pixels of the thumbnail that the catalog stores per image.
+        batch_size: Number of images per forward pass, 1 or more.
+        workers: Number of processes that decode files, 0 or more.
+        fewer: Allow the new catalog to replace one that has far more items.
 
     Raises:
-        ValueError: Where no image can be read, or the index does not fit the encoder.
-        FileExistsError: Where `out` holds something else.
+        ValueError: If no image can be read, or if the index does not fit the encoder.
+        FileExistsError: If `out` holds something other than a catalog.
 
     Example:
         >>> catalog = simsearch.build_catalog(simsearch.load_encoder("outputs/run"), "folder", "out")
@@ -340,7 +363,7 @@ def build_catalog(
 
 
 def _several(given: Any) -> list[Any]:
-    """One thing or several as a list; an array with one axis more than an image or a description is several."""
+    """The given images as a list. An array with one axis more than one image or one descriptor holds several."""
     if isinstance(given, np.ndarray | Tensor):
         of_descriptions = given.ndim == 2 and not _is_uint8(given)
         return list(given) if given.ndim == 4 or of_descriptions else [given]

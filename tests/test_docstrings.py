@@ -19,6 +19,7 @@ ROOMS = (
     "index",
     "callbacks",
     "models",
+    "search",
     "data",
     "data/ingest",
     "data/rendered",

@@ -1,1 +1,1 @@
-"""Catalogs, the engine that answers queries, filters, re-ranking and calibration."""
+"""Catalogs, the search engine, filters, re-ranking and calibration."""

@@ -1,4 +1,4 @@
-"""What a search found, as a table, as pictures in a notebook, and for pandas and Arrow."""
+"""The result of a search: as a table, as images in a notebook, and as pandas or Arrow data."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ _SIDE = 112  # of a picture in a notebook
 class Answer(Sequence[Hit]):
     """The items found for one query, best first.
 
-    query: what was searched by, in words; counter-examples begin with "not: ". verdict: the best of the items'.
-    candidates: how many items were searched, after filters. pictures: thumbnails of the query, then of the items.
+    Attributes:
+        query: The examples in words. Counter-examples begin with "not: ".
+        hits: The items, best first.
+        verdict: The best verdict among the items.
+        candidates: Number of items that were searched, after filters.
+        pictures: Thumbnails (image bytes) of the query's examples, then of the items.
     """
 
     query: tuple[str, ...]
@@ -45,16 +49,16 @@ class Answer(Sequence[Hit]):
 
     @property
     def ids(self) -> list[str]:
-        """The items' ids."""
+        """The ids of the items."""
         return [hit.id for hit in self.hits]
 
     @property
     def scores(self) -> list[float]:
-        """The items' scores."""
+        """The scores of the items."""
         return [hit.score for hit in self.hits]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One plain row an item: rank, id, score, verdict, then its attributes."""
+        """One dictionary per item: rank, id, score, verdict, then the attributes."""
         fixed = ("rank", "id", "score", "verdict")
         return [
             {name: getattr(hit, name) for name in fixed} | {n: v for n, v in hit.attributes.items() if n not in fixed}
@@ -66,7 +70,7 @@ class Answer(Sequence[Hit]):
         return pa.Table.from_pylist(self.rows())
 
     def to_pandas(self) -> Any:
-        """The rows as a pandas.DataFrame, where pandas is installed."""
+        """The rows as a pandas.DataFrame. Needs pandas."""
         import pandas
 
         return pandas.DataFrame(self.rows())
@@ -101,7 +105,7 @@ class Answer(Sequence[Hit]):
         return f"{shown(', '.join(self.query))}\n{said}{len(self)} of {self.candidates} items"
 
     def _shown(self) -> list[str]:
-        """The columns that hold something, `path` left out where it is the id."""
+        """The columns that hold a value. `path` is left out if it equals the id."""
         rows = self.rows()
         same = all(row.get("path") == row["id"] for row in rows)
         names = dict.fromkeys(name for row in rows for name in row)
@@ -114,7 +118,7 @@ def _text(value: Any) -> str:
 
 
 def _image(data: bytes) -> str:
-    """An image file's bytes within a page; nothing where they are of no kind that a catalog keeps."""
+    """The bytes of an image file, embedded in HTML. Empty for a format that no catalog stores."""
     kinds = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"RIFF": "webp"}
     kind = next((kind for start, kind in kinds.items() if data.startswith(start)), None)
     if kind is None:
@@ -126,7 +130,7 @@ def _image(data: bytes) -> str:
 
 
 def _plain(table: Table) -> str:
-    """A table of rich's as text, 100 columns wide."""
+    """A rich table as text, 100 columns wide."""
     out = io.StringIO()
     Console(file=out, width=100, color_system=None).print(table)
     return out.getvalue().rstrip("\n")

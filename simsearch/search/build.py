@@ -1,4 +1,4 @@
-"""A catalog of images on disk: described, indexed, written whole."""
+"""Builds a catalog on disk: describes the images, indexes the descriptors and writes the folder atomically."""
 
 from __future__ import annotations
 
@@ -24,9 +24,18 @@ from simsearch.types import Encoder
 
 @dataclass(frozen=True)
 class Filling:
-    """What a catalog is filled with, in parts: vectors(i) gives the counts[i] of part i, `items` their tables.
+    """The content of a new catalog, split into parts.
 
-    rejected: rows of the manifest that were not taken. config: what builds the encoder. source: `run` and `images`.
+    Attributes:
+        encoder: The encoder that describes the images.
+        config: The plain config that builds the encoder.
+        counts: Number of vectors in each part.
+        vectors: Function that returns the counts[i] vectors of part i.
+        items: Tables of the items, in the order of the vectors.
+        errors: Errors of the images that could not be read.
+        rejected: Rows of the manifest that were refused.
+        skipped: Number of images left out, by reason.
+        source: Names of the `run` and of the `images`.
     """
 
     encoder: Encoder
@@ -50,10 +59,20 @@ def filling_of(
     batch_size: int,
     workers: int,
 ) -> Filling:
-    """The images of a manifest, described now, with a progress bar.
+    """Describes the images of a manifest now, with a progress bar, and returns them as a Filling.
 
-    run: the name of the run that the encoder comes from. thumbnail: longest side of what the catalog keeps of each.
-    Raises ValueError where none can be read or a column's name is taken, Vanished where images are lost meanwhile.
+    Args:
+        manifest: The images and their attributes.
+        encoder: The encoder that describes them.
+        config: The plain config that builds the encoder.
+        run: Name of the run that the encoder comes from.
+        thumbnail: Longest side in pixels of each thumbnail.
+        batch_size: Number of images per forward pass, 1 or more.
+        workers: Number of additional processes that decode files, 0 or more.
+
+    Raises:
+        ValueError: If no image can be read, or if a column's name is reserved.
+        Vanished: If images disappear during the work.
     """
     table, presence = path_table(manifest), Presence(manifest.root, manifest.paths)
     batches = batches_of(encoder, manifest, batch_size=batch_size, workers=workers)
@@ -75,7 +94,13 @@ def filling_of(
 
 
 def write_filled(out: Path, index: FaissIndex, filling: Filling) -> None:
-    """Fills an empty index and writes the catalog to `out`. Raises what fill_index and write_catalog raise."""
+    """Fills an empty index and writes the catalog to `out`. Raises what `fill_index` and `write_catalog` raise.
+
+    Args:
+        out: Folder of the catalog.
+        index: An empty index.
+        filling: The content of the catalog.
+    """
     fill_index(index, filling.counts, filling.vectors)
     reasons = dict(Counter(error.reason for error in filling.errors))  # type: ignore[attr-defined]
     write_catalog(
@@ -90,14 +115,31 @@ def write_filled(out: Path, index: FaissIndex, filling: Filling) -> None:
 
 
 def check_kind(index: FaissIndex, encoder: Encoder) -> None:
-    """Raises ValueError for an index of floats with an encoder that gives codes, or the other way."""
+    """Checks that the index and the encoder are both for floats, or both for codes.
+
+    Args:
+        index: The index to fill.
+        encoder: The encoder that describes the images.
+
+    Raises:
+        ValueError: If one is for floats and the other for codes.
+    """
     if index.is_binary != (encoder.bits is not None):
         kind = "codes: index=binary-flat" if encoder.bits else "float descriptors: index=flat"
         raise ValueError(f"index={index.factory} does not fit this run, which gives {kind} or another of that kind")
 
 
 def check_not_fewer(out: Path, count: int, told: bool) -> None:
-    """Raises ValueError where a catalog of `count` items would take the place of one of far more, unless `told`."""
+    """Checks that a new catalog does not replace one that has far more items.
+
+    Args:
+        out: Folder of the catalog.
+        count: Number of items in the new catalog.
+        told: True if the user allows fewer items.
+
+    Raises:
+        ValueError: If it does and `told` is False.
+    """
     try:
         before = int(read_json(out / "catalog.json").get("items", 0))
     except (OSError, ValueError, TypeError):  # there is none, or none that could be missed

@@ -1,4 +1,7 @@
-"""From which score on an answer is a match: scores of queries that have none, and thresholds that hold for new ones."""
+"""Calibration: score thresholds above which an answer is a match.
+
+The thresholds are chosen from the scores of queries that have no match, and hold for new queries.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,18 @@ _BLOCK = 256  # queries that are searched together
 
 @dataclass(frozen=True)
 class Threshold:
-    """Thresholds of one kind of match and what the first does to queries that it was not chosen by.
+    """The thresholds of one kind of match, and the effect of the first threshold on held-out queries.
 
-    values: what 1, 2, ... queries without a match may exceed at `rate` (`thresholds_at`). units: how many independent
-    draws they were chosen by. false, of: false matches among held-out queries without a match, `per_unit` of which
-    count as one draw. found, matches: matches that exceed it among held-out queries with one.
+    Attributes:
+        values: Thresholds that queries without a match exceed at the rates `rate`, `rate` / 2, `rate` / 3, ... (see
+            `thresholds_at`).
+        rate: Promised rate of false matches, in [0, 1].
+        units: Number of independent draws that the thresholds were chosen from.
+        false: Number of false matches among the held-out queries without a match.
+        of: Number of held-out queries without a match.
+        per_unit: Number of these queries that count as one independent draw.
+        found: Number of held-out matches that exceed the first threshold.
+        matches: Number of held-out queries with a match.
     """
 
     values: list[float]
@@ -39,31 +49,45 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Likeness:
-    """How queries and a collection are alike: the best cosine and the background that it stands out against, (Q,)."""
+    """How similar queries are to a collection.
+
+    Attributes:
+        top: (Q,), the best cosine of each query.
+        background: (Q,), the mean cosine to the query's neighbours, which the best cosine is compared with.
+    """
 
     top: Tensor
     background: Tensor
 
     @property
     def sameness(self) -> Tensor:
-        """What the thresholds of "same work" are of, (Q,)."""
+        """(Q,), the values that the thresholds of "same work" apply to."""
         return sameness(self.top, self.background)
 
     @property
     def similarity(self) -> Tensor:
-        """What those of "similar" are of, (Q,)."""
+        """(Q,), the values that the thresholds of "similar" apply to."""
         return similarity(self.top, self.background)
 
 
 def neighbours_of(count: int) -> int:
-    """How many neighbours a background is a mean of in a catalog of `count` items: a twentieth, at most 20."""
+    """The number of neighbours that a background averages over: a twentieth of the items, at most 20.
+
+    Args:
+        count: Number of items in the catalog.
+    """
     return min(20, max(1, count // 20))
 
 
 def image_a_work(engine: Engine, at_most: int, seed: int) -> Tensor:
-    """Rising positions int64 (n,) of one image, by chance, of each of at most so many works, by chance.
+    """One random image of each of at most `at_most` random works: ascending positions, int64 (n,).
 
-    Images of one work are no independent queries; such a choice is what a new image of a new work is drawn as.
+    Images of one work are not independent queries. This choice is distributed as a new image of a new work is.
+
+    Args:
+        engine: The engine of the catalog.
+        at_most: Largest number of works.
+        seed: Seed of the random choice.
     """
     order = np.random.default_rng(seed).permutation(len(engine.works))
     _, first = np.unique(engine.works[order], return_index=True)
@@ -73,15 +97,23 @@ def image_a_work(engine: Engine, at_most: int, seed: int) -> Tensor:
 def leave_work_out(
     engine: Engine, positions: Tensor, neighbours: int, vectors: Tensor | None = None
 ) -> tuple[Likeness, Tensor]:
-    """How items and their catalog without their own work are alike, and what a match with that work exceeds, (Q,).
+    """Compares items with the catalog without their own work.
 
-    positions: int64 (Q,). vectors: their descriptors as queries have them, where the index does not keep them exactly.
-    A match is an answer led by another item of the same work; -inf where it is led by something else, NaN for a work
-    of one item. Works of more than some hundred items make this slow.
+    A match is an answer whose first item is another image of the same work. The scores of matches are -inf if the first
+    item is something else, and NaN for a work with one item. Works of more than about a hundred items make this slow.
+
+    Args:
+        engine: The engine of the catalog.
+        positions: int64 (Q,), positions of the items.
+        neighbours: Number of neighbours that a background averages over.
+        vectors: Descriptors of the items as queries have them. Needed if the index does not store them exactly.
+
+    Returns:
+        The likeness of the items and the rest of the catalog, and the score of the match with the own work, (Q,).
     """
     works = torch.from_numpy(engine.works)
     _, work, sizes = works.unique(return_inverse=True, return_counts=True)
-    depth = 2 * int(sizes.max()) + neighbours  # so many are left without the own work and the leader's
+    depth = 2 * int(sizes.max()) + neighbours  # enough are left without the own work and the leader's
     tops, backgrounds, matches = [], [], []
     for block in torch.arange(len(positions)).split(_BLOCK):
         at = positions[block]
@@ -99,13 +131,24 @@ def leave_work_out(
 
 
 def halves(names: Sequence[str]) -> Tensor:
-    """Which names belong to the calibrating half, bool (n,): by a stable hash, whatever else there is."""
+    """bool (n,), which names belong to the calibrating half. Each name is assigned by a stable hash of its own.
+
+    Args:
+        names: n names.
+    """
     digests = (hashlib.blake2b(name.encode(), digest_size=1).digest()[0] for name in names)
     return torch.tensor([digest < 128 for digest in digests], dtype=torch.bool)
 
 
 def promised(rate: float, scores: int, certainty: float, *, paired: bool) -> tuple[float, int]:
-    """The rate that so many scores of a calibrating half can promise, `rate` or the least, and their units."""
+    """The rate that the scores of a calibrating half can promise, and the number of independent units among them.
+
+    Args:
+        rate: The rate that is asked for. If it is too low for so few scores, the lowest possible rate is returned.
+        scores: Number of scores in the calibrating half.
+        certainty: Probability that the promise holds, in (0, 1).
+        paired: True if the scores are between pairs of the draws (see `pairs_once`).
+    """
     units = scores // 2 if paired else scores
     return max(rate, least_rate(units, certainty)), units
 
@@ -120,12 +163,21 @@ def calibrate(
     *,
     paired: bool,
 ) -> Threshold:
-    """The thresholds of one kind of match at `rate` or the least that can be promised, and what they do to the rest.
+    """The thresholds of one kind of match, and their effect on the held-out half.
 
-    match: (M,), no_match: (N,), scores of independent draws (works, images from outside); of_match, of_no_match: bool,
-    which belong to the calibrating half. paired: the scores are between the draws themselves, see `pairs_once`.
+    The rate is `rate`, or the lowest rate that the calibrating half can promise.
 
-    Raises ValueError where there is no query without a match.
+    Args:
+        match: (M,), scores of independent draws (works or outside images) with a match.
+        no_match: (N,), scores of independent draws without a match.
+        of_match: bool (M,), which of `match` belong to the calibrating half.
+        of_no_match: bool (N,), which of `no_match` belong to the calibrating half.
+        rate: Wanted rate of false matches, in [0, 1].
+        certainty: Probability that the promise holds, in (0, 1).
+        paired: True if the scores are between pairs of the draws (see `pairs_once`).
+
+    Raises:
+        ValueError: If the calibrating half has too few queries without a match.
     """
     known = no_match[of_no_match]
     rate, units = promised(rate, len(known), certainty, paired=paired)
@@ -148,15 +200,26 @@ def calibrate(
 
 
 def curve(match: Tensor, no_match: Tensor) -> np.ndarray:
-    """Rows of threshold, recall, false-match rate and precision, float64 (T, 4), rising in the threshold."""
+    """Threshold, recall, false-match rate and precision as rows, float64 (T, 4), ascending in the threshold.
+
+    Args:
+        match: (M,), scores of queries with a match.
+        no_match: (N,), scores of queries without a match.
+    """
     rows = torch.stack(false_match_curve(match, no_match), dim=1)
     return rows[torch.isfinite(rows).all(1)].numpy()
 
 
 def wilson(count: float, of: float, z: float = 1.959964) -> tuple[float, float]:
-    """The 95% interval of a share by Wilson's score, in [0, 1]; (0, 1) of nothing.
+    """The 95% Wilson score interval of a proportion, within [0, 1]. (0, 1) if `of` is 0.
 
-    Wilson: Probable inference, the law of succession, and statistical inference, JASA 1927.
+    Args:
+        count: Number of successes.
+        of: Number of trials.
+        z: Normal quantile of the interval.
+
+    Source:
+        Wilson: Probable inference, the law of succession, and statistical inference. JASA 1927.
     """
     if of == 0:
         return 0.0, 1.0

@@ -1,13 +1,15 @@
-"""What an experiment leaves: an index, the items in it and the encoder that filled it, in one folder.
+"""A catalog: an index, its items and the encoder that filled it, in one folder.
 
     catalog.json          format, encoder fingerprint and config, provenance, counts, digests of the other files
     index/                the FAISS index
-    items.parquet         one row an item, in index order: path, attributes, thumbnail (image bytes)
+    items.parquet         one row per item, in index order: path, attributes, thumbnail (image bytes)
     encoder.safetensors   all tensors of the encoder
-    calibration.json      scores from which on something is a match, by simsearch calibrate; its curves in calibration/
+    calibration.json      thresholds of `simsearch calibrate`; its curves are in calibration/
 
-No pickles. A catalog is written aside and moved into place whole. Nothing of it is read whose digest differs, so damage
-and files of another catalog are named and never answered with. One of an older version has no digests.
+There are no pickles. A catalog is written beside its place and then moved there as a whole. A file whose digest differs
+from the recorded one is never used, so damage and files of another catalog are reported. Catalogs of older versions
+have
+no digests.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ Rows = TypeVar("Rows", Tensor, pa.Table)
 
 
 class CatalogError(SimsearchError, ValueError):
-    """A folder that is no catalog, a damaged one, or an encoder that is not the catalog's."""
+    """The folder is not a catalog, the catalog is damaged, or the encoder is not the catalog's own."""
 
 
 def _fingerprint(about: Mapping[str, Any]) -> str:
@@ -66,16 +68,25 @@ def _fingerprint(about: Mapping[str, Any]) -> str:
 
 
 def encoder_fingerprint(encoder: Encoder) -> str:
-    """16 hex digits over all that decides an encoder's descriptors: its identity() and its tensors."""
+    """16 hex digits over the encoder's identity() and its tensors, which together determine the descriptors.
+
+    Args:
+        encoder: The encoder.
+    """
     return cache_key({"identity": encoder.identity(), "state": state_fingerprint(encoder)})[:16]
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """An opened catalog. items: one row an item without its thumbnail; about: catalog.json.
+    """An opened catalog.
 
-    calibration: from which scores on something is a match (see `write_calibration`), None before it was calibrated.
-    trusted: the user trusts whoever made it.
+    Attributes:
+        folder: The catalog's folder.
+        index: The FAISS index.
+        items: Path and attributes, one row per item, without thumbnails.
+        about: The content of catalog.json.
+        calibration: The thresholds of a match (see `write_calibration`). None if the catalog is not calibrated.
+        trusted: True if the user trusts whoever made the catalog.
     """
 
     folder: Path
@@ -90,21 +101,25 @@ class Catalog:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over all that is known of the catalog, the digests of its files included."""
+        """16 hex digits over the catalog's description, which includes the digests of its files."""
         return _fingerprint(self.about)
 
     @property
     def parts(self) -> dict[str, Part]:
-        """The parts of a descriptor, in the order of its columns; of a code one, its bits."""
+        """The parts of a descriptor in the order of its columns. A code has one part, its bits."""
         if (stored := self.about.get("parts")) is not None:
             return {name: Part(**part) for name, part in stored.items()}
         width = self.index.bits if self.index.is_binary else self.index.dimension
         return {"content": Part(0, int(width or 0), 1.0)}
 
     def thumbnails(self, positions: Sequence[int]) -> list[bytes]:
-        """Image bytes of the items at these positions; reads only the parts of the file that hold them.
+        """The thumbnails (image bytes) of the items at some positions. Reads only the row groups that contain them.
 
-        Raises CatalogError where they are damaged.
+        Args:
+            positions: Positions of the items.
+
+        Raises:
+            CatalogError: If the file is damaged.
         """
         try:
             with ThumbnailGroups(self.folder / "items.parquet", self.about) as file:
@@ -116,17 +131,23 @@ class Catalog:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The encoder that filled the catalog, built, loaded and checked when it is first asked for.
+        """The encoder that filled the catalog. The first access builds, loads and checks it.
 
-        Raises CatalogError where it cannot be had or is another one, Untrusted where its config would run code.
+        Raises:
+            CatalogError: If the encoder is not available, or is a different one.
+            Untrusted: If the encoder's config would run code and the catalog is not trusted.
         """
         return read_encoder(self.folder, self.about, trusted=self.trusted)
 
 
 def write_encoder(folder: Path, encoder: Encoder) -> dict[str, Any]:
-    """Fingerprint and provenance of an encoder, for an `about`; its tensors go to encoder.safetensors in `folder`.
+    """Writes the tensors of an encoder to encoder.safetensors and returns its fingerprint and provenance.
 
-    The digest of that file is for the caller to add.
+    The digest of the file is not included; the caller adds it.
+
+    Args:
+        folder: Folder to write to.
+        encoder: The encoder.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     (folder / "encoder.safetensors").write_bytes(save(state))  # save_file would keep it from other users
@@ -138,17 +159,23 @@ def write_encoder(folder: Path, encoder: Encoder) -> dict[str, Any]:
 
 
 def _parts(encoder: Encoder) -> dict[str, Any]:
-    """The entry `parts` of an encoder that has several, or codes, whose bits the index does not tell from padding."""
+    """The entry `parts` for an encoder with several parts, or with codes (the index cannot tell bits from padding)."""
     if (parts := getattr(encoder, "parts", None)) is None and encoder.bits is not None:
         parts = {"content": Part(0, encoder.bits, 1.0)}
     return {} if parts is None else {"parts": {name: asdict(part) for name, part in parts.items()}}
 
 
 def read_encoder(folder: Path, about: Mapping[str, Any], *, trusted: bool = False) -> Encoder:
-    """The encoder that `write_encoder` left in `folder`, checked to be the one that `about` states.
+    """The encoder that `write_encoder` wrote to `folder`, checked against `about`.
 
-    Raises CatalogError where it cannot be built or its tensors are damaged or another's, Untrusted where its config
-    names what no encoder is made of and is not `trusted`.
+    Args:
+        folder: Folder of the encoder's tensors.
+        about: The folder's description with config, fingerprint and digests.
+        trusted: Allow the config to build any object.
+
+    Raises:
+        CatalogError: If the encoder cannot be built, or if its tensors are damaged or belong to another encoder.
+        Untrusted: If the config names an object that an encoder may not contain, and `trusted` is False.
     """
     try:
         encoder = build_encoder(about["config"], trusted=trusted)
@@ -159,9 +186,15 @@ def read_encoder(folder: Path, about: Mapping[str, Any], *, trusted: bool = Fals
 
 
 def load_tensors(folder: Path, about: Mapping[str, Any], encoder: Encoder) -> None:
-    """Loads the tensors in `folder` into an encoder and checks that it is the one that `about` states.
+    """Loads the tensors in `folder` into an encoder and checks the result against `about`.
 
-    Raises CatalogError where they do not fit or are damaged, or the result is another encoder.
+    Args:
+        folder: Folder of the encoder's tensors.
+        about: The folder's description with fingerprint and digests.
+        encoder: The encoder to load into.
+
+    Raises:
+        CatalogError: If the tensors are damaged or do not fit, or if the result is a different encoder.
     """
     try:
         encoder.load_state_dict(load_file(checked(folder, "encoder.safetensors", about)))
@@ -177,11 +210,17 @@ def load_tensors(folder: Path, about: Mapping[str, Any], encoder: Encoder) -> No
 
 
 def fill_index(index: FaissIndex, counts: Sequence[int], read: Callable[[int], Tensor]) -> None:
-    """Trains and fills an empty `index` with the vectors of parts 0, 1, ...: `read(i)` gives the counts[i] of part i.
+    """Trains an empty index and adds all vectors to it.
 
-    The result does not depend on how the vectors are cut into parts. Many are read twice: first at most
-    index.train_size of them, a random choice, to train. Beside the index it holds these, then a block of
-    _ADDED and a part.
+    The result does not depend on how the vectors are split into parts. Many vectors are read twice: first a random
+    choice
+    of at most index.train_size vectors for training, then all of them. Besides the index, memory holds the training
+    vectors, and later one block of _ADDED vectors and one part.
+
+    Args:
+        index: An empty index.
+        counts: Number of vectors in each part.
+        read: Function that returns the counts[i] vectors of part i.
     """
     total = sum(counts)
     if total > _ADDED:  # else the index trains by itself
@@ -194,7 +233,7 @@ def fill_index(index: FaissIndex, counts: Sequence[int], read: Callable[[int], T
 
 
 def _take(rows: Tensor, counts: Sequence[int], read: Callable[[int], Tensor]) -> Tensor:
-    """The vectors at these rows of all parts together, in this order."""
+    """The vectors at some rows of the concatenated parts, in the order of `rows`."""
     rows, order = rows.sort()
     ends = torch.tensor(counts).cumsum(0)
     cuts = [0, *torch.searchsorted(rows, ends).tolist()]
@@ -210,7 +249,13 @@ def _take(rows: Tensor, counts: Sequence[int], read: Callable[[int], Tensor]) ->
 
 
 def regroup(parts: Iterable[Rows], size: int, join: Callable[[list[Rows]], Rows]) -> Iterator[Rows]:
-    """The rows of all parts, in order, in groups of `size` and a last one of the rest."""
+    """Yields all rows of the parts, in order, in groups of `size`. The last group may be smaller.
+
+    Args:
+        parts: Tables or tensors with rows.
+        size: Number of rows per group.
+        join: Function that concatenates a list of rows.
+    """
     waiting: list[Rows] = []
     count = 0
     for part in parts:
@@ -236,12 +281,22 @@ def write_catalog(
     about: Mapping[str, Any],
     errors: Sequence[ImageError | Rejected] = (),
 ) -> None:
-    """Writes a catalog of the items in `index`, taking the place of one that may be in `folder`.
+    """Writes a catalog of the items in an index. It replaces a catalog that is already in `folder`.
 
-    items: a row an item, in one table or several. config: the plain config that builds the encoder. about:
-    further plain facts (protocol, skipped files, ...). errors: of files that could not be read, for skipped.csv. A
-    calibration is kept where the catalog is the same as before, and goes where it is another. Raises ValueError where
-    items and index differ in number, FileExistsError where `folder` holds something else.
+    A calibration is kept if the catalog is unchanged, and removed otherwise.
+
+    Args:
+        folder: The catalog's folder.
+        index: The filled index.
+        items: One row per item, in one table or several.
+        encoder: The encoder that filled the index.
+        config: The plain config that builds the encoder.
+        about: Further plain facts for catalog.json (protocol, skipped files, ...).
+        errors: Errors of files that could not be read, for skipped.csv.
+
+    Raises:
+        ValueError: If items and index differ in number.
+        FileExistsError: If `folder` holds something other than a catalog.
     """
     folder = Path(folder).resolve()
     if folder.is_file():
@@ -280,8 +335,14 @@ def write_catalog(
 
 
 def calibrated_for(folder: Path) -> str | None:
-    """The fingerprint of the catalog that the calibration in `folder` holds for; None where there is none, "" where it
-    does not say."""
+    """The fingerprint of the catalog that the calibration in `folder` belongs to.
+
+    Args:
+        folder: The catalog's folder.
+
+    Returns:
+        The fingerprint, None if there is no calibration, or "" if the calibration does not say.
+    """
     try:
         return str(read_json(folder / "calibration.json").get("catalog", ""))
     except (OSError, ValueError):
@@ -289,9 +350,15 @@ def calibrated_for(folder: Path) -> str | None:
 
 
 def read_catalog(folder: Path, *, calibrated: bool = True, trusted: bool = False) -> Catalog:
-    """The catalog in `folder`. Raises CatalogError where there is none or it is damaged.
+    """The catalog in a folder.
 
-    calibrated: with its calibration, where it has one. trusted: links in it may lead elsewhere.
+    Args:
+        folder: The catalog's folder.
+        calibrated: Also read the calibration, if there is one.
+        trusted: Allow links to lead out of the folder.
+
+    Raises:
+        CatalogError: If the folder holds no catalog, or a damaged one.
     """
     folder = Path(folder)
     restore(folder)
@@ -324,18 +391,27 @@ def read_catalog(folder: Path, *, calibrated: bool = True, trusted: bool = False
 
 
 def _index_digest(folder: Path) -> dict[str, str]:
-    """That of index.faiss as index.json states it, so that large ones are read once; the other settings may change."""
+    """The digest of index.faiss, read from index.json so that a large index is read once. Other settings may change."""
     return {"index/index.faiss": read_json(folder / "index" / "index.json")["sha256"]}
 
 
 def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
-    """Writes calibration.json of the catalog in `folder`, atomically; `read_catalog` reads it.
+    """Writes the catalog's calibration.json atomically. `read_catalog` reads it.
 
-    calibration: catalog, the fingerprint of the catalog that it holds for (another's is refused); same_work and
-    similar, thresholds for 1, 2, ... examples of what `Engine.verdicts` looks at, similar None where that was not
-    calibrated; floor, the cosine that a similar item must exceed; neighbours, of how many a background is the mean;
-    rate, of false matches that is promised for each, and asked; weights, of the parts; units, by how many independent
-    draws.
+    The calibration has these entries:
+
+    - `catalog`: fingerprint of the catalog that the calibration belongs to; another catalog refuses it.
+    - `same_work`, `similar`: thresholds, as `thresholds_at` returns them (see `Engine.verdicts`). `similar` is None if
+      it was not calibrated.
+    - `floor`: the cosine that a similar item must exceed.
+    - `neighbours`: number of neighbours that a background averages over.
+    - `rate`: the promised rate of false matches of each kind. `asked`: the requested rate.
+    - `weights`: weights of the descriptor's parts.
+    - `units`: number of independent draws behind the thresholds.
+
+    Args:
+        folder: The catalog's folder.
+        calibration: The entries above.
     """
     write_json(folder / "calibration.json", calibration)
 
@@ -363,17 +439,34 @@ def _read_calibration(catalog: Catalog) -> dict[str, Any] | None:
 
 
 def item_table(columns: Mapping[str, Sequence[Any]], thumbnails: Sequence[bytes]) -> pa.Table:
-    """A catalog's items: the given columns and a thumbnail each."""
+    """The items of a catalog as a table: the given columns and the thumbnails.
+
+    Args:
+        columns: The values of each column.
+        thumbnails: Image bytes, one per item.
+    """
     return with_thumbnails(pa.table({n: pa.array(v) for n, v in columns.items()}), thumbnails)
 
 
 def path_table(manifest: Manifest) -> pa.Table:
-    """Path and attributes of a manifest's images, as text. Raises ValueError for columns that a result has too."""
+    """Path and attributes of a manifest's images, as text.
+
+    Args:
+        manifest: The images and their attributes.
+
+    Raises:
+        ValueError: If a column has a name that search results use themselves.
+    """
     if reserved := sorted({"rank", "score", "verdict", THUMBNAIL} & set(manifest.attributes)):
         raise ValueError(f"the images have the columns {', '.join(reserved)}, which a result has too: rename them")
     return pa.table({n: pa.array(v, pa.string()) for n, v in {"path": manifest.paths, **manifest.attributes}.items()})
 
 
 def with_thumbnails(table: pa.Table, thumbnails: Sequence[bytes]) -> pa.Table:
-    """A catalog's items: `table` and a thumbnail each."""
+    """A table with the thumbnails as an additional column.
+
+    Args:
+        table: Path and attributes of the items.
+        thumbnails: Image bytes, one per item.
+    """
     return table.append_column(THUMBNAIL, pa.array(thumbnails, pa.binary()))

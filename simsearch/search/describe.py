@@ -1,4 +1,4 @@
-"""Images through an encoder: what an index holds of them, and what could not be read."""
+"""Runs images through an encoder: descriptors for an index, and a list of the images that could not be read."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ _PIXELS = 32 * 224 * 224
 
 
 def encode(encoder: Encoder, images: Tensor) -> Tensor:
-    """What an index holds of images uint8 (B, 3, H, W): float32 (B, D), or packed codes (B, bits / 8).
+    """The descriptors of images in the form that an index stores: float32 (B, D), or packed codes (B, ceil(bits / 8)).
 
-    However large the batch, the network sees few enough at once for their maps to take a limited memory.
+    A large batch is split, so that the activations of the network fit a limited memory.
+
+    Args:
+        encoder: The encoder.
+        images: uint8 (B, 3, H, W).
     """
     device = next(chain(encoder.parameters(), encoder.buffers()), torch.empty(0)).device  # colour has no weights
     side = encoder.input_size  # to which it enlarges smaller ones
@@ -37,10 +41,13 @@ def encode(encoder: Encoder, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Described:
-    """What became of n images that could be read and of those that could not.
+    """The descriptors of the n images that could be read, and the errors of the others.
 
-    vectors: (n, width) as `encode` gives them. rows: int64 (n,), rising, which of all images they are. thumbnails: n,
-    or none where none were asked for. errors: of the others.
+    Attributes:
+        vectors: (n, width), as `encode` returns them.
+        rows: int64 (n,), ascending, the row of each image among all images.
+        thumbnails: Image bytes, n of them, or none if thumbnails were not requested.
+        errors: Errors of the images that could not be read.
     """
 
     vectors: Tensor
@@ -53,7 +60,14 @@ class Described:
 
 
 def batches_of(encoder: Encoder, manifest: Manifest, *, batch_size: int = 64, workers: int = 0) -> Iterator[ImageBatch]:
-    """Batches of a manifest's images, decoded as the encoder sees them; see `load_images`."""
+    """Batches of a manifest's images, decoded at the encoder's size and fit (see `load_images`).
+
+    Args:
+        encoder: The encoder that will describe the images.
+        manifest: The images.
+        batch_size: Number of images per batch, 1 or more.
+        workers: Number of additional processes that decode files, 0 or more.
+    """
     return load_images(manifest, size=encoder.input_size, fit=encoder.fit, batch_size=batch_size, workers=workers)
 
 
@@ -65,17 +79,19 @@ def describe(
     presence: Presence | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> Described:
-    """Returns what an encoder gives for all images of some batches, in the order of their rows.
+    """The descriptors of all images of some batches, in the order of their rows.
 
     Args:
-        encoder: What describes.
-        batches: As `batches_of` and `load_chunks` give them: images uint8 (B, 3, H, W), their rows, errors of others.
-        thumbnail: Longest side of a thumbnail of each image; None for none.
-        presence: What was there when the work began; it ends the work where images vanish meanwhile.
-        advance: Is told after each batch how many images it took, readable or not: a progress bar's `update`.
+        encoder: The encoder.
+        batches: Batches of `batches_of` or `load_chunks`: images uint8 (B, 3, H, W), their rows, and the errors of
+            images that could not be read.
+        thumbnail: Longest side in pixels of each thumbnail. None makes no thumbnails.
+        presence: The files that existed at the start. The work stops if they disappear.
+        advance: Called after each batch with the number of images in it, readable or not, such as the `update` of a
+            progress bar.
 
     Raises:
-        Vanished: As `presence` does.
+        Vanished: If files disappear during the work (see `presence`).
     """
     vectors: list[Tensor] = []
     rows: list[Tensor] = []
@@ -100,7 +116,12 @@ def describe(
 
 
 def at_most(batches: Iterable[ImageBatch], limit: int) -> Iterator[ImageBatch]:
-    """The first `limit` images of some batches, and the errors that came before the last of them."""
+    """The first `limit` images of some batches, with the errors that precede the last of these images.
+
+    Args:
+        batches: Batches of images.
+        limit: Largest number of images.
+    """
     left = limit
     for images, rows, errors in batches:
         yield images[:left], rows[:left], errors
@@ -110,5 +131,10 @@ def at_most(batches: Iterable[ImageBatch], limit: int) -> Iterator[ImageBatch]:
 
 
 def as_floats(vectors: Tensor, bits: int | None) -> Tensor:
-    """What `encode` gives as float32 (n, D) to compare by inner product: codes as -1 and 1."""
+    """Descriptors as float32 (n, D), for inner products. The bits of codes become -1 and 1.
+
+    Args:
+        vectors: (n, width), as `encode` returns them.
+        bits: Number of bits in a code. None for real-valued descriptors.
+    """
     return vectors if bits is None else 2 * unpack_codes(vectors, bits) - 1

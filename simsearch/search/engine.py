@@ -1,4 +1,4 @@
-"""The engine: examples and counter-examples in, items of a catalog out, explained, filtered and diverse."""
+"""The search engine: ranks the items of a catalog for examples, counter-examples and filters."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from simsearch.types import SearchResult
 WORK_ATTRIBUTES = ("work", "group_id")
 _SHORTLIST = 100
 _HUB_NEIGHBOURS = 10
-_DROPPED = 1000  # so many items that may not be answered are taken out of a longer list, more by a mask
+_DROPPED = 1000  # up to this many excluded items are removed from a longer list; more are excluded by a mask
 _BLOCK = 2**14  # stored vectors that are read together
-# What says nothing when two items share it: files, identities, links, and what else an artist brings along.
+# Sharing these attributes says nothing: files, identities, links, and facts that follow from the artist.
 _TELLS_NOTHING = re.compile(
     r"(^|_)(id|path|file|filename|title|work|group|slug|birth|death|url|link|hash|sha1|sha256|md5|phash|width|height"
     r"|license|licence|source|split|reason)$",
@@ -49,14 +49,21 @@ _TELLS_NOTHING = re.compile(
 
 
 class Engine:
-    """Searches a catalog by vectors, items and filters. Any number of threads may use it.
+    """Searches a catalog by vectors, items and filters. Several threads may use it at once.
 
-    `recommend` answers requests; its scores are computed from what the index stores, so that with a compressed index
-    too they are the sums of their parts. A catalog of codes has one part, and cosine 1 - 2 d / bits for the Hamming
-    distance d. `nearest` gives what the index itself finds.
+    `recommend` answers requests. Its scores are computed from the vectors that the index stores; with a compressed
+    index,
+    too, a score is the sum of its parts. A catalog of codes has one part, whose cosine is 1 - 2 d / bits for the
+    Hamming
+    distance d. `nearest` returns what the index itself finds.
 
-    With `rerank` all vectors that the index stores are read into memory as float32, and a query is
-    compared with each of them: exact whatever the index, at the cost of a full pass.
+    With `rerank`, all stored vectors are read into memory as float32 and each query is compared with all of them. This
+    is
+    exact for every kind of index, at the cost of a full pass.
+
+    Args:
+        catalog: The catalog to search.
+        rerank: The re-ranking method, or None.
     """
 
     def __init__(self, catalog: Catalog, rerank: Reranker | None = None) -> None:
@@ -71,7 +78,10 @@ class Engine:
 
     @cached_property
     def works(self) -> np.ndarray:
-        """The work of each item, int64 (N,): equal numbers are one work; an item without a known one is its own."""
+        """int64 (N,), the work of each item.
+
+        Equal numbers mean the same work. An item of unknown work has a number of its own.
+        """
         own = np.arange(len(self.catalog), dtype=np.int64)
         if self.work_attribute is None:
             return own
@@ -80,23 +90,30 @@ class Engine:
 
     @cached_property
     def largest_work(self) -> int:
-        """How many items the work with most of them has."""
+        """The number of items in the largest work."""
         return int(np.unique(self.works, return_counts=True)[1].max())
 
     @cached_property
     def telling(self) -> list[str]:
-        """The attributes that are worth naming where two items share them: artist, style, period, ..."""
+        """The attributes that are worth naming if two items share them: artist, style, period, ..."""
         names = [n for n in self.attributes.names if not _TELLS_NOTHING.search(n)]
         counts = {name: len(self.attributes.column(name).values) for name in names}
         return [name for name in names if 1 < counts[name] <= max(2, len(self.catalog) // 2)]
 
     @cached_property
     def names(self) -> Names:
-        """What the items are called."""
+        """The names of the items."""
         return Names(self.catalog.items)
 
     def position(self, name: str | int) -> int:
-        """The position of the item of that id or path, as in `Names.find`. Raises ValueError where there is none."""
+        """The position of an item by id or path, as in `Names.find`.
+
+        Args:
+            name: The item's id or path.
+
+        Raises:
+            ValueError: If the catalog has no such item.
+        """
         found = self.names.find(str(name))
         if found is None:
             hint = f", or position:{name} for the item at that place" if re.fullmatch(r"[0-9]+", str(name)) else ""
@@ -106,14 +123,24 @@ class Engine:
         return found
 
     def vectors(self, ids: Sequence[int] | Tensor) -> Tensor:
-        """What the index stores of these items, for a request: float32 (M, D), or packed codes uint8."""
+        """The stored vectors of some items, ready for a request: float32 (M, D), or packed codes uint8.
+
+        Args:
+            ids: Positions of the items.
+        """
         return self.catalog.index.rows(torch.as_tensor(ids, dtype=torch.int64))
 
     def as_queries(self, vectors: Tensor) -> Tensor:
-        """Descriptors as the index holds them, as queries float32 (Q, D) of the catalog's weights, each by itself.
+        """Turns descriptors into one query each, float32 (Q, D), with the catalog's weights.
 
-        Every part has its length again, which a compressed index does not keep. Codes become + or - 1 / sqrt(bits).
-        Raises ValueError for descriptors of another width.
+        Each part is rescaled to its proper length, which a compressed index does not preserve. The bits of codes become
+        ± 1 / sqrt(bits).
+
+        Args:
+            vectors: Q descriptors as the index stores them.
+
+        Raises:
+            ValueError: If the descriptors have another width than the catalog's.
         """
         width = (self.catalog.index.bits or 0) // 8 or self.catalog.index.dimension
         if vectors.ndim != 2 or vectors.shape[1] != width:
@@ -124,9 +151,15 @@ class Engine:
         return unit_parts(self._stored(vectors), self.parts)
 
     def query(self, request: Request) -> Tensor:
-        """The combined query of a request, float32 (D,): its inner product with a stored descriptor is the score.
+        """The combined query of a request, float32 (D,). Its inner product with a stored descriptor is the score.
 
-        Codes are entries of + or - 1 / sqrt(bits). Raises ValueError for weights that do not fit the catalog.
+        The entries of codes are ± 1 / sqrt(bits).
+
+        Args:
+            request: The request.
+
+        Raises:
+            ValueError: If the weights do not fit the catalog.
         """
         weights = self._weights(request)
         like = self.as_queries(request.like)
@@ -136,10 +169,14 @@ class Engine:
         return reweight(query, self.parts, weights)
 
     def search(self, queries: Tensor, k: int, among: Tensor | None = None) -> SearchResult:
-        """The k items, or all, of largest inner product with queries float32 (Q, D), as `query` gives them.
+        """The k items with the largest inner products.
 
-        among: bool (N,), the items to search. Which items there are is the index's answer, their scores are exact
-        for what it stores.
+        The index decides which items are found. The scores are exact for the stored vectors.
+
+        Args:
+            queries: float32 (Q, D), as `query` returns them.
+            k: Number of items. If there are fewer, all are returned.
+            among: bool (N,), the items to search. None searches all.
         """
         coded = pack_codes(queries) if self.catalog.index.is_binary else queries
         found = self.catalog.index.search(coded, min(k, len(self.catalog)), among)
@@ -148,11 +185,18 @@ class Engine:
         return SearchResult(torch.cat([ids for ids, _ in parts]), torch.cat([scores for _, scores in parts]))
 
     def nearest(self, vectors: Tensor, k: int) -> SearchResult:
-        """The k most similar items, or all where there are fewer, of descriptors (B, width) as `encode` gives them.
+        """The k most similar items for each descriptor.
 
-        Scores of float descriptors are cosines, of codes minus Hamming distances. After re-ranking they are the
-        method's own: inner products of its vectors, or what orders its shortlist. Raises ValueError for k < 1, and for
-        more than a shortlist holds.
+        Scores of float descriptors are cosines; scores of codes are negative Hamming distances. With re-ranking, scores
+        are
+        the method's own: inner products of its vectors, or the values that order its shortlist.
+
+        Args:
+            vectors: (B, width), descriptors as `encode` returns them.
+            k: Number of items, 1 or more. If there are fewer, all are returned.
+
+        Raises:
+            ValueError: If `k` is below 1, or larger than the re-ranking shortlist.
         """
         if not isinstance(k, Integral):
             raise ValueError(f"k must be a whole number, got {k}")
@@ -167,9 +211,13 @@ class Engine:
         return SearchResult(found.ids, torch.where(found.ids < 0, found.scores, found.scores.clamp(-1, 1)))
 
     def recommend(self, request: Request) -> Recommendation:
-        """The answer to a request. Re-ranking decides the order of its items, and none of their scores.
+        """The answer to a request. Re-ranking changes the order of the items, not their scores.
 
-        Raises ValueError for weights, filters, descriptors or positions that do not fit the catalog.
+        Args:
+            request: The request.
+
+        Raises:
+            ValueError: If weights, filters, descriptors or positions do not fit the catalog.
         """
         weights, query = self._weights(request), self.query(request)
         taken = self._taken(request)
@@ -194,14 +242,28 @@ class Engine:
         return Recommendation(ids[chosen], total, of_parts, verdicts, best_verdict(verdicts), candidates)
 
     def verdicts(self, ids: Tensor, like: Tensor, taken: Tensor | None = None) -> list[str]:
-        """What the catalog's calibration says of items: "same work", "similar", "none" or "uncalibrated".
+        """The verdict on each item by the catalog's calibration.
 
-        ids: positions int64 (K,). like: the examples as `Request` has them. taken: positions int64 of the examples' own
-        items. An item is judged by its cosine to a plain example, beside the example's background in the whole catalog
-        (`stand_out`): what is similar counts for more in a dense one, and its cosine must exceed what images from
-        outside get; the same work must be similar, where that is calibrated, and stand out against the background. Of
-        several examples enough must agree (`agreeing`). All of this is of the catalog's own weights, whatever weights
-        and filters a request has.
+        The verdicts are:
+
+        - "same work": the item is similar (if that is calibrated), and its cosine stands out against the example's
+          background.
+        - "similar": the cosine exceeds the threshold for the example's background and the scores of unrelated images.
+        - "none": neither.
+        - "uncalibrated": the catalog has no calibration, or "similar" is not calibrated and the item is not the same
+          work.
+
+        An item is judged by its cosine to each example alone, compared with that example's background in the whole
+        catalog
+        (`stand_out`): in a dense neighbourhood a similar item counts for more. If there are several examples, enough of
+        them
+        must agree (`agreeing`). Verdicts always use the catalog's own weights, whatever weights and filters a request
+        has.
+
+        Args:
+            ids: int64 (K,), positions of the items.
+            like: The examples, as in `Request`.
+            taken: int64, positions of items that are examples themselves.
         """
         calibration = self.catalog.calibration
         if calibration is None or not len(ids):
@@ -218,21 +280,34 @@ class Engine:
         return [kinds.get(one, NONE) for one in zip(same.tolist(), close.tolist(), strict=True)]
 
     def agreeing(self, examples: int) -> dict[str, int]:
-        """Of so many examples, how many an item must be near to for each verdict that the calibration knows."""
+        """For each calibrated verdict, the number of examples that an item must be close to.
+
+        Args:
+            examples: Number of examples in the query.
+        """
         calibration = self.catalog.calibration or {}
         known = {SAME_WORK: calibration.get("same_work"), SIMILAR: calibration.get("similar")}
         return {verdict: agreeing(examples, len(values))[0] for verdict, values in known.items() if values}
 
     def stand_out(self, queries: Tensor, neighbours: int, taken: Tensor) -> tuple[Tensor, Tensor]:
-        """The best score of queries float32 (Q, D) and their background, (Q,) both, without the items `taken` (T,)."""
+        """The best score of each query and its background, (Q,) each.
+
+        Args:
+            queries: float32 (Q, D).
+            neighbours: Number of neighbours that a background averages over.
+            taken: int64 (T,), positions of items to leave out.
+        """
         found = self.search(queries, neighbours + self.largest_work + len(taken))
         works = torch.from_numpy(self.works)[found.ids.clamp(min=0)]
         return stand_out(found.scores, works, torch.isin(found.ids, taken), neighbours)
 
     def hits(self, found: Recommendation, examples: Sequence[int], kept: Sequence[int] | None = None) -> list[Hit]:
-        """The items of an answer with their names and attributes, those at the places `kept` or all.
+        """The items of an answer with their names and attributes.
 
-        examples: positions of items that the query named, which `shared` attributes are shared with.
+        Args:
+            found: The answer.
+            examples: Positions of the items that the query named. `shared` compares the attributes with theirs.
+            kept: Places in the answer to return. None returns all.
         """
         kept = range(len(found.ids)) if kept is None else kept
         ids = found.ids[list(kept)].tolist()
@@ -251,7 +326,12 @@ class Engine:
         ]
 
     def shared(self, ids: Sequence[int] | Tensor, with_: Sequence[int]) -> list[dict[str, str]]:
-        """Of each item, the telling attributes and values that it has in common with any of the items `with_`."""
+        """For each item, the telling attributes and values that it has in common with any of the items in `with_`.
+
+        Args:
+            ids: Positions of the items.
+            with_: Positions of the items to compare with.
+        """
         found: list[dict[str, str]] = [{} for _ in range(len(ids))]
         rows, others = np.asarray(ids, dtype=np.int64), np.asarray(with_, dtype=np.int64)
         for name in self.telling:
@@ -263,7 +343,11 @@ class Engine:
         return found
 
     def consensus(self, ids: Sequence[int] | Tensor) -> dict[str, str]:
-        """The telling attributes and values that more than half of these items, at least two, have in common."""
+        """The telling attributes and values that more than half of the items, and at least two, have in common.
+
+        Args:
+            ids: Positions of the items.
+        """
         rows, found = np.asarray(ids, dtype=np.int64), {}
         for name in self.telling:
             column = self.attributes.column(name)
@@ -280,13 +364,16 @@ class Engine:
         return query_weights(self.parts, request.weights)
 
     def _stored(self, vectors: Tensor) -> Tensor:
-        """What an index stores as float32 (n, D): codes become + or - 1 / sqrt(bits)."""
+        """Stored vectors as float32 (n, D). The bits of codes become ± 1 / sqrt(bits)."""
         if self._bits is None:
             return vectors
         return (2 * unpack_codes(vectors, self._bits) - 1) * self._bits**-0.5
 
     def _exact(self, products: Tensor) -> Tensor:
-        """Inner products; of codes the multiple of 1 / bits that rounding left them near, so that ties tie."""
+        """Inner products.
+
+        Those of codes are rounded to multiples of 1 / bits, so that equal distances get equal scores.
+        """
         return products if self._bits is None else (products * self._bits).round() / self._bits
 
     def _rescored(self, queries: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,7 +384,10 @@ class Engine:
         return ids.gather(1, order), scores.gather(1, order)
 
     def _taken(self, request: Request) -> Tensor:
-        """Positions of the items that may not be answered: those of the query, and where works collapse, theirs."""
+        """Positions of the items that must not be returned.
+
+        These are the query's own items and, if works collapse, their works.
+        """
         given = np.asarray(request.exclude, dtype=np.int64)
         if len(given) and (given.min() < 0 or given.max() >= len(self.catalog)):
             raise ValueError(f"exclude must be positions 0 to {len(self.catalog) - 1}, got {given.tolist()}")
@@ -308,9 +398,9 @@ class Engine:
     def _shortlist(
         self, request: Request, query: Tensor, among: Tensor | None, taken: Tensor, candidates: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """ids (S,), scores (S,) and vectors (S, D) of the best items, one a work where works collapse.
+        """ids (S,), scores (S,) and vectors (S, D) of the best items, one per work if works collapse.
 
-        It is deepened until it has k items or the catalog no more.
+        The search goes deeper until there are k items or the catalog is exhausted.
         """
         depth = min(max(_SHORTLIST, 10 * request.k), candidates)
         while True:
@@ -326,7 +416,7 @@ class Engine:
             return ids, scores, self._stored(self.vectors(ids))
 
     def _nearest(self, query: Tensor, depth: int, among: Tensor | None, taken: Tensor) -> SearchResult:
-        """The answer (1, S), S <= depth, to one query among the items that may be answered."""
+        """The best S <= depth items for one query among the permitted items, as a result of shape (1, S)."""
         if depth == 0:
             return SearchResult(torch.empty((1, 0), dtype=torch.int64), torch.empty((1, 0)))
         if self._reranked is not None:
@@ -338,10 +428,11 @@ class Engine:
         return SearchResult(found.ids[:, kept][:, :depth], found.scores[:, kept][:, :depth])
 
     def _nearest_reranked(self, query: Tensor, depth: int, among: Tensor | None, taken: Tensor) -> SearchResult:
-        """As `_nearest`, by the re-ranker, which sees none of the items that may not be answered.
+        """The result of `_nearest` in the order of the re-ranker, which sees only the permitted items.
 
-        Scores: the best item's is the best cosine of all of them, and so on: what is weighed against scores later
-        (diversity, hubness) is weighed against cosines, whatever the re-ranker counts in.
+        The first item gets the best cosine of all items, the second item the second best, and so on. Later steps
+        (diversity,
+        hubness) compare with cosines, whatever scale the re-ranker's own scores have.
         """
         assert self._reranked is not None
         left_out = taken if among is None else (~among).nonzero()[:, 0]
@@ -354,7 +445,7 @@ class Engine:
         return SearchResult(ids[None], scores[None])
 
     def _hubness(self, ids: Tensor, queries: Tensor) -> Tensor:
-        """The mean score (S,) of items with their nearest others in the catalog; queries (S, D): they themselves."""
+        """The mean score (S,) of each item with its nearest other items. `queries` (S, D) are the items as queries."""
         found = self.search(queries, _HUB_NEIGHBOURS + 1)
         others = (found.ids != ids[:, None]) & (found.ids >= 0)
         others &= others.cumsum(1) <= _HUB_NEIGHBOURS
@@ -362,9 +453,10 @@ class Engine:
 
 
 def _bounded(scores: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Scores (K,) in [-1, 1], and parts that sum to them.
+    """Scores (K,) clipped to [-1, 1], and parts that sum to them.
 
-    No mean of cosines is out of there, but rounding, and lengths that a compressed index does not keep, lead out.
+    A mean of cosines lies in this range, but rounding, and lengths that a compressed index does not preserve, can leave
+    it.
     """
     bounded = scores.clamp(-1, 1)
     scale = torch.where(scores == bounded, 1.0, bounded / scores)

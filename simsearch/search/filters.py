@@ -1,14 +1,14 @@
-"""Conditions on the attributes of a catalog's items, from text to a mask.
+"""Filters on the attributes of a catalog's items, from text to a mask.
 
     artist=Claude Monet|Alfred Sisley; style!=Cubism; year=1850..1900; museum=*
 
-Conditions are joined by `;` and all must hold. `|` separates values of which one must match, however it is spelled
-(case, accents, spaces and hyphens: `simsearch.text.spelling_key`); `!=` turns a condition round; `low..high` is a range
-of numbers, either end may be left out; `*` is any known value and `""` an unknown one. A name or value with one of
-`;|="` in it (a name: `!` too), a text like a range or `*`, and spaces at an end go in double quotes, a quote within is
-doubled: `title="Who; ""me""?"`.
+Conditions are joined by `;`, and all must hold. `|` separates alternative values. Values match regardless of case,
+accents, spaces and hyphens (`simsearch.text.spelling_key`). `!=` negates a condition. `low..high` is a range of
+numbers; either end may be left out. `*` is any known value and `""` an unknown value. Double quotes are needed around a
+name or value that contains one of `;|="` (for a name also `!`), looks like a range or `*`, or has spaces at an end.
+A quote inside quotes is doubled: `title="Who; ""me""?"`.
 
-The text is for people. Programs, such as the page, send the fields of `Condition` as data.
+The text form is for people. Programs, such as the web page, send the fields of `Condition` as data.
 """
 
 from __future__ import annotations
@@ -40,13 +40,20 @@ _RANGE = re.compile(rf"({_NUMBER})?\s*\.\.\s*({_NUMBER})?")
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition: the attribute has one of `values`, or is a number in low .. high, or is known where none is given.
+    """One condition: the attribute has one of `values`, or lies in low..high; without both it is any known value.
 
-    values: an empty one stands for an unknown value. low, high: inclusive, None for an open end. negate: the items
-    that the condition does not hold for, which are all others, those whose value is unknown among them. str() is the
-    text that `parse_filters` reads.
+    str() returns the text that `parse_filters` reads.
 
-    Raises ValueError for a range with values, for ends the wrong way round and for ends that are not finite.
+    Attributes:
+        attribute: Name of the attribute.
+        values: Alternative values. An empty string stands for an unknown value.
+        low: Smallest number, inclusive. None leaves the range open.
+        high: Largest number, inclusive. None leaves the range open.
+        negate: Select all items that do not meet the condition. This includes items whose value is unknown.
+
+    Raises:
+        ValueError: If values are given together with a range, or if the range is empty or has an end that is not
+            finite.
     """
 
     attribute: str
@@ -74,9 +81,13 @@ class Condition:
 
 
 def parse_filters(text: str | None) -> tuple[Condition, ...]:
-    """The conditions that a text in the grammar of this module states; none for an empty text.
+    """The conditions in a text. The grammar is in the docstring of the module.
 
-    Raises ValueError for what is not in the grammar, naming the condition.
+    Args:
+        text: The text. None and an empty text contain no condition.
+
+    Raises:
+        ValueError: If the text does not follow the grammar. The error names the condition.
     """
     conditions, tokens = [], _TOKEN.findall(text or "")
     while tokens:
@@ -88,15 +99,27 @@ def parse_filters(text: str | None) -> tuple[Condition, ...]:
 
 
 def select(items: pa.Table, conditions: Sequence[Condition]) -> Tensor:
-    """Which rows of `items` meet all conditions, bool (N,). Raises ValueError as `Attributes.select` does."""
+    """bool (N,), which rows of `items` meet all conditions.
+
+    Args:
+        items: A table with one row per item.
+        conditions: The conditions.
+
+    Raises:
+        ValueError: As `Attributes.select` does.
+    """
     return Attributes(items).select(conditions)
 
 
 class Attributes:
-    """The attribute columns of a catalog's items, ready for filters; any number of threads may use it.
+    """The attribute columns of a catalog's items, prepared for filters. Several threads may use it at once.
 
-    A column is read once, when it is first asked for, into a code an item; masks of the conditions last used are
-    kept. An empty text and NaN are unknown values.
+    The first access to a column converts it to one integer code per item. The masks of recent conditions are kept.
+    Empty
+    text and NaN are unknown values.
+
+    Args:
+        items: A table with one row per item.
     """
 
     def __init__(self, items: pa.Table) -> None:
@@ -107,11 +130,18 @@ class Attributes:
 
     @property
     def names(self) -> list[str]:
-        """The attributes' names, in the order of the table."""
+        """The names of the attributes, in the order of the table."""
         return list(self.items.column_names)
 
     def column(self, name: str) -> _Column:
-        """The attribute of that name. Raises ValueError where there is none, naming those that exist."""
+        """The attribute with the given name.
+
+        Args:
+            name: Name of the attribute.
+
+        Raises:
+            ValueError: If there is no such attribute. The error lists the existing ones.
+        """
         if name not in self.names:
             close = difflib.get_close_matches(name, self.names, 1)
             hint = f"did you mean {close[0]}? " if close else ""
@@ -122,7 +152,14 @@ class Attributes:
             return self._columns[name]
 
     def mask(self, condition: Condition) -> Tensor:
-        """Which items meet a condition, bool (N,), not to be written to. Raises ValueError as `select` does."""
+        """bool (N,), which items meet a condition. The mask is shared and must not be modified.
+
+        Args:
+            condition: The condition.
+
+        Raises:
+            ValueError: As `select` does.
+        """
         with self._lock:
             if condition not in self._masks:
                 self._masks[condition] = self._mask(condition)
@@ -132,10 +169,15 @@ class Attributes:
             return self._masks[condition]
 
     def select(self, conditions: Sequence[Condition]) -> Tensor:
-        """Which items meet all conditions, bool (N,).
+        """bool (N,), which items meet all conditions.
 
-        Raises ValueError for an unknown attribute, an unknown value, naming close ones, and a range over an attribute
-        without numbers.
+        Args:
+            conditions: The conditions.
+
+        Raises:
+            ValueError: If an attribute or a value is unknown (the error suggests similar values), or if a range is
+                given for
+                an attribute without numbers.
         """
         mask = torch.ones(len(self.items), dtype=torch.bool)
         for condition in conditions:
@@ -173,7 +215,7 @@ class Attributes:
 
 
 class _Column:
-    """One attribute. codes: int32 (N,), which of `values` each item has, -1 for unknown."""
+    """One attribute. codes: int32 (N,), the index of each item's value in `values`, -1 if unknown."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         if pa.types.is_floating(column.type):
@@ -193,12 +235,12 @@ class _Column:
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """How many items have each of the values, int64 (V,)."""
+        """int64 (V,), the number of items with each value."""
         return np.bincount(self.codes[self.codes >= 0], minlength=len(self._distinct))
 
     @cached_property
     def by_key(self) -> dict[str, list[int]]:
-        """The places in `values` of all spellings of a text, by their key."""
+        """For each spelling key, the places in `values` of all its spellings."""
         places: dict[str, list[int]] = {}
         for code, value in enumerate(self.values):
             places.setdefault(spelling_key(value), []).append(code)
@@ -206,7 +248,7 @@ class _Column:
 
     @cached_property
     def of_values(self) -> np.ndarray:
-        """The distinct values as finite numbers, float64 (V,), NaN for other texts."""
+        """float64 (V,), the distinct values as finite numbers. NaN if a value is not a number."""
         text = pc.utf8_trim_whitespace(self._distinct)
         like = pc.match_substring_regex(text, f"^{_NUMBER}$")
         numbers = pc.if_else(like, text, None).cast(pa.float64()).to_numpy(zero_copy_only=False)
@@ -214,17 +256,17 @@ class _Column:
 
     @cached_property
     def numbers(self) -> np.ndarray:
-        """The items' values as numbers, float64 (N,), NaN where there is none."""
+        """float64 (N,), the items' values as numbers. NaN if there is none."""
         return np.append(self.of_values, np.nan)[self.codes]
 
     @property
     def is_numeric(self) -> bool:
-        """Whether nine in ten known values are numbers."""
+        """Whether at least 90% of the known values are numbers."""
         known = int(self.counts.sum())
         return known > 0 and self.counts[np.isfinite(self.of_values)].sum() >= _NUMERIC_SHARE * known
 
     def counted(self) -> list[tuple[str, int]]:
-        """Each distinct value in its usual spelling and how many items have it, the most frequent first."""
+        """Each distinct value in its usual spelling with its number of items, most frequent first."""
         chosen = spellings(dict(zip(self.values, self.counts.tolist(), strict=True)))
         counts = Counter[str]()
         for value, count in zip(self.values, self.counts.tolist(), strict=True):
@@ -263,7 +305,7 @@ def _condition(tokens: list[str]) -> Condition:
 
 
 def _text(tokens: list[str], condition: str) -> tuple[str, bool]:
-    """What a name or value says, and whether it was quoted."""
+    """The content of a name or value, and whether it was quoted."""
     if "=" in tokens or "!=" in tokens:
         raise ValueError(f"the filter {condition!r} has two =: put a value that holds one in double quotes")
     if not any(token[0] == '"' for token in tokens):

@@ -1,4 +1,4 @@
-"""Images as a caller has them, files, pictures of Pillow, arrays and tensors, as a network sees them."""
+"""Converts the images of a caller (files, Pillow images, arrays, tensors) to the form that a network expects."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Given = str | Path | Image.Image | np.ndarray | Tensor
 
 
 def pixels_of(image: Given) -> Tensor:
-    """Returns the pixels of an image in memory, uint8 (3, H, W).
+    """The pixels of an image in memory, uint8 (3, H, W).
 
     Args:
-        image: A picture of Pillow, an array uint8 (H, W, 3) or a tensor uint8 (3, H, W).
+        image: A Pillow image, an array uint8 (H, W, 3) or a tensor uint8 (3, H, W).
 
     Raises:
-        ValueError: For anything else.
+        ValueError: If `image` is anything else.
     """
     if isinstance(image, Image.Image):
         return picture_pixels(image)
@@ -40,7 +40,13 @@ def pixels_of(image: Given) -> Tensor:
 
 
 class GivenImages:
-    """The images that a caller gave, item i as (i, pixels uint8 (3, h, w) or what is wrong with it)."""
+    """The images of a caller. Item i is i with the pixels uint8 (3, h, w), or i with the error.
+
+    Args:
+        images: Files, Pillow images, arrays uint8 (H, W, 3) or tensors uint8 (3, H, W).
+        size: Side in pixels that images are scaled to.
+        fit: How images are fitted to `size`.
+    """
 
     def __init__(self, images: Sequence[Given], *, size: int, fit: Fit) -> None:
         self.images, self.size, self.fit = images, size, fit
@@ -49,7 +55,11 @@ class GivenImages:
         return len(self.images)
 
     def path(self, i: int) -> Path:
-        """The file of item i. Only files take long enough that somebody asks."""
+        """The path of item i. Progress messages ask for it; only files take long enough for one.
+
+        Args:
+            i: Position of the item.
+        """
         return Path(str(self.images[i]))
 
     def __getitem__(self, i: int) -> Item:
@@ -62,9 +72,14 @@ class GivenImages:
             return i, ImageError(error.path, error.reason, error.detail)  # without what its traceback keeps alive
 
     def batches(self, *, batch_size: int, workers: int = 0) -> Iterator[ImageBatch]:
-        """Batches as `load_batches` gives them. Files are decoded by processes that may be ended.
+        """Batches, as `load_batches` returns them. Files are decoded in worker processes that can be terminated.
 
-        Raises ValueError for a batch_size below 1 and what is no image.
+        Args:
+            batch_size: Number of images per batch, 1 or more.
+            workers: Number of additional processes, 0 or more.
+
+        Raises:
+            ValueError: If `batch_size` is below 1, or if an item is not an image.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -75,5 +90,10 @@ class GivenImages:
 
 
 def given_images(images: Sequence[Given], encoder: Encoder) -> GivenImages:
-    """The images as the encoder sees them."""
+    """The images at the size and fit of the encoder.
+
+    Args:
+        images: Files, Pillow images, arrays uint8 (H, W, 3) or tensors uint8 (3, H, W).
+        encoder: The encoder that will describe them.
+    """
     return GivenImages(images, size=encoder.input_size, fit=encoder.fit)

@@ -1,7 +1,7 @@
-"""items.parquet of a catalog: attributes, read whole when it is opened, and thumbnails, read group by group.
+"""The items.parquet of a catalog. Attributes are read when it is opened, thumbnails one row group at a time.
 
-catalog.json has digests of both: of the thumbnails of each group of rows, and of all other bytes. Parquet's own
-checksums are of pages alone, not of their headers or the footer.
+catalog.json holds digests of the thumbnails of each row group and of all other bytes. Parquet's own checksums cover
+pages only, not their headers or the footer.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ THUMBNAIL = "thumbnail"
 
 
 def write_items(path: Path, groups: Iterable[pa.Table]) -> dict[str, Any]:
-    """What catalog.json says of the items: `items`, how many there are, and `items_sha256`, digests of the file.
+    """Writes the items and returns the entries for catalog.json.
 
-    groups: one table a group of rows, the thumbnails last.
+    Args:
+        path: The file to write.
+        groups: One table per row group. The thumbnails are the last column.
+
+    Returns:
+        `items`, the number of items, and `items_sha256`, the digests of the file.
     """
     count, writer = 0, None
     try:
@@ -42,7 +47,7 @@ def write_items(path: Path, groups: Iterable[pa.Table]) -> dict[str, Any]:
 
 
 def _span(group: pq.RowGroupMetaData) -> tuple[int, int]:
-    """Where the bytes of a group's last column begin and end."""
+    """The first and the past-the-end byte of a row group's last column."""
     column = group.column(group.num_columns - 1)
     starts = (column.dictionary_page_offset, column.data_page_offset)
     start = min(start for start in starts if start)  # 4 at least; 0 or None where there is no dictionary
@@ -55,9 +60,14 @@ def _sha256_outside(path: Path, spans: Iterable[tuple[int, int]]) -> str:
 
 
 def read_items(path: Path, about: Mapping[str, Any]) -> pa.Table:
-    """The items without their thumbnails. about: catalog.json; an older one has no digests.
+    """The items without their thumbnails.
 
-    Raises Damaged where the file is not what was written.
+    Args:
+        path: The file.
+        about: The content of catalog.json. Older versions have no digests.
+
+    Raises:
+        Damaged: If the file differs from what was written.
     """
     if (known := about.get("items_sha256")) is not None:
         spans = [(group["start"], group["stop"]) for group in known["thumbnails"]]
@@ -68,9 +78,14 @@ def read_items(path: Path, about: Mapping[str, Any]) -> pa.Table:
 
 
 class ThumbnailGroups:
-    """The thumbnails of checked items by groups of rows. Use it as a context, or `close` it.
+    """The thumbnails of items, one row group at a time. Use it as a context manager, or call `close`.
 
-    The file stays open: another may take its place, and this one still answers. sizes: bytes of each group.
+    The file stays open, so the object keeps working after another file has taken its place. `sizes` holds the number of
+    bytes of each row group.
+
+    Args:
+        path: The items.parquet.
+        about: The content of catalog.json.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
@@ -89,15 +104,27 @@ class ThumbnailGroups:
         self.close()
 
     def close(self) -> None:
+        """Closes the file."""
         self._source.close()
 
     def place(self, position: int) -> tuple[int, int]:
-        """The group of the item at a position, and its place in it."""
+        """The row group of an item, and the item's place in it.
+
+        Args:
+            position: Position of the item.
+        """
         group = bisect_right(self._starts, position) - 1
         return group, position - self._starts[group]
 
     def group(self, number: int) -> pa.ChunkedArray:
-        """The thumbnails of a group. Raises Damaged where they are not what was written."""
+        """The thumbnails of a row group.
+
+        Args:
+            number: Number of the row group.
+
+        Raises:
+            Damaged: If the bytes differ from what was written.
+        """
         if self._known is not None:
             known = self._known[number]
             self._source.seek(known["start"])

@@ -1,4 +1,4 @@
-"""Who works on what, told by files, for processes on machines that share nothing but a folder."""
+"""File-based leases on work items, for processes that share only a folder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ STALE_SECONDS = 90.0  # more than network file systems keep a file's times for
 
 
 class Claims:
-    """Claims on numbered pieces of work; within `with`, those that are held are renewed every BEAT_SECONDS.
+    """Claims on numbered pieces of work. Inside `with`, held claims are renewed every BEAT_SECONDS.
 
-    A claim spares double work and is no lock: a process that was suspended may lose its own to another. So a
-    piece must come out the same whoever does it, and be put in its place whole. A claim is dead when its
-    process on this machine is, or when it was not renewed for STALE_SECONDS of this process's own clock.
+    A claim avoids duplicate work. It is not a lock: a process that was suspended may lose its claim to another one.
+    Therefore a piece must give the same result whoever computes it, and must be written atomically. A claim has expired
+    if
+    its process on this machine is gone, or if it was not renewed for STALE_SECONDS by this process's own clock.
+
+    Args:
+        folder: The shared folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +50,11 @@ class Claims:
             self.release(number)
 
     def take(self, number: int) -> bool:
-        """Whether `number` is now this process's: nobody had claimed it, or nobody who is still alive."""
+        """Claims a piece of work. True if this process holds it now: it was free, or its claim had expired.
+
+        Args:
+            number: Number of the piece.
+        """
         path = self.folder / str(number)
         try:
             with path.open("x") as file:
@@ -60,12 +68,21 @@ class Claims:
         return True
 
     def advance(self, number: int, done: int) -> None:
-        """Says with the next renewal that `done` items of a held piece are done."""
+        """Reports progress on a held piece. The next renewal writes it.
+
+        Args:
+            number: Number of the piece.
+            done: Number of items of the piece that are done.
+        """
         with self._lock:
             self._held[number] = done
 
     def release(self, number: int) -> None:
-        """Gives a held piece back."""
+        """Releases a held piece.
+
+        Args:
+            number: Number of the piece.
+        """
         with self._lock:
             (self.folder / str(number)).unlink(missing_ok=True)
             self._held.pop(number, None)  # last: a signal in between leaves it to the end of `with`
@@ -94,7 +111,11 @@ class Claims:
 
 
 def claimed(folder: Path) -> dict[int, int]:
-    """The numbers that are claimed in `folder`, and how many items of each are said to be done."""
+    """The claimed numbers, with the number of items reported as done for each.
+
+    Args:
+        folder: The shared folder.
+    """
     found = {}
     for path in folder.glob("*"):
         try:

@@ -1,4 +1,4 @@
-"""What the items of a catalog are called: by names that stay theirs when the catalog is made again."""
+"""The names of a catalog's items. A name stays valid if the catalog is rebuilt."""
 
 from __future__ import annotations
 
@@ -15,11 +15,16 @@ _POSITION = re.compile(rf"{POSITION}(\d{{1,18}})", re.ASCII)
 
 
 class Names:
-    """The names of a catalog's items, and the items of names; any number of threads may use it.
+    """Maps the items of a catalog to names and back. Several threads may use it at once.
 
-    An item's name is its `id` where the catalog has such a column with another text for each item, else its `path`.
-    Names are texts and compared exactly: 7, 007 and 0007 are three. Where a catalog is made anew, names stay and
-    positions move, so a position is taken only where it is asked for, as `position:12`.
+    An item's name is its `id` if the catalog has a column `id` with a distinct value for each item, else its `path`.
+    Names
+    are strings and compared exactly: 7, 007 and 0007 differ. If a catalog is rebuilt, names stay and positions change,
+    so
+    a position must be requested explicitly, as `position:12`.
+
+    Args:
+        items: A table with one row per item.
     """
 
     def __init__(self, items: pa.Table) -> None:
@@ -34,15 +39,23 @@ class Names:
         return next((column for column in self._columns if column.names_each), None)
 
     def of(self, positions: Sequence[int]) -> list[str]:
-        """The names of the items at these positions. Each leads `find` back to its item."""
+        """The names of the items at some positions. `find` maps each name back to its item.
+
+        Args:
+            positions: Positions of the items.
+        """
         if self._naming is None:
             return [f"{POSITION}{position}" for position in positions]
         return [self._naming.values[position].as_py() for position in positions]
 
     def find(self, name: str) -> int | None:
-        """The position of the item of that id or path, or at that `position:`; None where there is none.
+        """The position of an item. None if there is no such item.
 
-        Raises ValueError where several items have that id.
+        Args:
+            name: The item's id or path, or `position:<number>`.
+
+        Raises:
+            ValueError: If several items have this id.
         """
         for column in sorted(self._columns, key=lambda column: column is not self._naming):
             found = column.find(name)
@@ -55,7 +68,7 @@ class Names:
 
 
 class _Sorted:
-    """A column of texts that are found by bisection."""
+    """A column of strings with lookup by binary search."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         text = column.cast(pa.large_string())  # in one piece, however long it is
@@ -63,17 +76,17 @@ class _Sorted:
 
     @cached_property
     def order(self) -> pa.Array:
-        """Positions of the known texts, sorted by these."""
+        """Positions of the known strings, sorted by the strings."""
         return pc.sort_indices(self.values)[: len(self.values) - self.values.null_count]
 
     @cached_property
     def names_each(self) -> bool:
-        """Whether each item has a text here, and another one."""
+        """Whether each item has a string, and all are distinct."""
         known = pc.all(pc.fill_null(pc.not_equal(self.values, ""), False), min_count=0).as_py()
         return bool(known) and pc.count_distinct(self.values).as_py() == len(self.values)
 
     def find(self, text: str) -> list[int]:
-        """Positions of all items with this text."""
+        """Positions of all items with this string."""
 
         def nth(n: int) -> str:
             return self.values[self.order[n].as_py()].as_py()

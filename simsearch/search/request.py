@@ -1,4 +1,4 @@
-"""What is asked of a catalog, and what it answers."""
+"""Requests to a catalog, and its answers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from simsearch.search.filters import Condition
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a catalog.
+    """One request to a catalog.
 
-    like, unlike: descriptors as the catalog's index holds them (`describe.encode`, or `Engine.vectors` of its
-    items): float32 (M, D) and (U, D), or packed codes uint8. k: items wanted. weights: of the descriptor's parts, its
-    own where None or not named. where: conditions that all hold. diversity: from 0 (by score alone) to 1.
-    collapse: at most one item of a work, and none of the works of `exclude`. hubness: rank by the score less half an
-    item's mean similarity to its nearest (CSLS), against items that are near to everything. exclude: positions of
-    the query's own items.
+    Attributes:
+        like: Examples, in the form that the index stores (`describe.encode`, or `Engine.vectors` for items): float32
+            (M, D), or packed codes uint8.
+        unlike: Counter-examples (U, D), in the same form.
+        k: Number of items, 1 or more.
+        weights: Weights of the descriptor's parts. A part that is not named keeps its own weight.
+        where: Conditions that must all hold.
+        diversity: Trade-off in [0, 1]: 0 ranks by score alone.
+        collapse: Return at most one item per work, and none of the works of `exclude`.
+        hubness: Subtract half of an item's mean similarity to its nearest neighbours from its score (CSLS), which
+            demotes items that are close to every query.
+        exclude: Positions of the query's own items.
 
-    Raises ValueError for k < 1, diversity outside [0, 1] and no example.
+    Raises:
+        ValueError: If `k` is below 1, `diversity` lies outside [0, 1], or there is no example.
     """
 
     like: Tensor
@@ -49,12 +56,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What a catalog answers, best first; K is less than k where there is no more.
+    """The answer of a catalog, best first. K is below the requested k if no more items are left.
 
-    ids: positions int64 (K,). scores: float32 (K,), inner products with the combined query: the weighted mean of the
-    parts' cosines. parts: what each part adds to the score, (K,) each. verdicts: of each item, see
-    `Engine.verdicts`; an item whose score is negative is not "similar". verdict: the best of them, "none" where
-    there is no item. candidates: how many items were searched, those that may be answered.
+    Attributes:
+        ids: int64 (K,), positions.
+        scores: float32 (K,), inner products with the combined query: weighted means of the cosines of the parts.
+        parts: For each part, its contribution to the scores, (K,).
+        verdicts: The verdict on each item (see `Engine.verdicts`). An item with a negative score is never "similar".
+        verdict: The best of the verdicts. "none" if there is no item.
+        candidates: Number of items that were searched, after filters and exclusions.
     """
 
     ids: Tensor
@@ -67,11 +77,16 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Hit:
-    """One item that was found.
+    """One item of an answer.
 
-    score: the cosine to the query, or the weighted mean of its parts' cosines. verdict: "same work", "similar", "none"
-    or "uncalibrated". parts: what each part of the descriptor adds to the score. shared: attributes that it has in
-    common with items that the query named. attributes: what the catalog knows of it.
+    Attributes:
+        rank: Rank in the answer, from 1.
+        id: The item's id, else its path.
+        score: Cosine to the query, or the weighted mean of the cosines of the parts.
+        verdict: "same work", "similar", "none" or "uncalibrated".
+        parts: The contribution of each part of the descriptor to the score.
+        shared: Attributes that the item has in common with items that the query named.
+        attributes: All attributes of the item.
     """
 
     rank: int

@@ -1,4 +1,4 @@
-"""Ways of re-ranking with their parameters, for evaluation and search; the mathematics is functional.reranking's."""
+"""Re-ranking methods with their parameters, for evaluation and search. The mathematics is in functional.reranking."""
 
 from __future__ import annotations
 
@@ -12,13 +12,26 @@ from simsearch.types import SearchResult
 
 
 class AQE:
-    """Average query expansion with the k nearest. Raises ValueError for k < 1."""
+    """Average query expansion with the k nearest items.
+
+    Args:
+        k: Number of neighbours, 1 or more.
+
+    Raises:
+        ValueError: If `k` is below 1.
+    """
 
     def __init__(self, k: int = 10) -> None:
         _check_counts(("k", k))
         self.k = k
 
     def fit(self, gallery: Tensor) -> RerankedGallery:
+        """The gallery, ready to re-rank.
+
+        Args:
+            gallery: float32 (G, D), L2-normalised.
+        """
+
         def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, None]:
             found = nearest(query, gallery, self.k, junk)
             return reranking.average_query_expansion(query, gallery, found), None
@@ -27,7 +40,15 @@ class AQE:
 
 
 class AlphaQE:
-    """alpha query expansion with the k nearest. Raises ValueError for k < 1 or alpha < 0."""
+    """Alpha query expansion with the k nearest items.
+
+    Args:
+        k: Number of neighbours, 1 or more.
+        alpha: Exponent of the similarities that weigh the neighbours, 0 or more. 0 is average query expansion.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
 
     def __init__(self, k: int = 50, alpha: float = 3.0) -> None:
         _check_counts(("k", k))
@@ -36,6 +57,12 @@ class AlphaQE:
         self.k, self.alpha = k, alpha
 
     def fit(self, gallery: Tensor) -> RerankedGallery:
+        """The gallery, ready to re-rank.
+
+        Args:
+            gallery: float32 (G, D), L2-normalised.
+        """
+
         def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, None]:
             found = nearest(query, gallery, self.k, junk)
             return reranking.alpha_query_expansion(query, gallery, found, self.alpha), None
@@ -44,10 +71,17 @@ class AlphaQE:
 
 
 class DBA:
-    """Database augmentation with k items, itself included, then average query expansion with `expand` (0: none).
+    """Database augmentation with k items, followed by average query expansion.
 
-    A gallery item may be mixed with an item that is junk to some query: only a query's own expansion
-    leaves its junk out. Raises ValueError for k < 2 (it would change nothing) or expand < 0.
+    A gallery item may be mixed with an item that is junk to some query. Only the query's own expansion leaves its junk
+    out.
+
+    Args:
+        k: Number of items that are averaged, the item itself included, 2 or more.
+        expand: Number of neighbours for query expansion. 0 skips it.
+
+    Raises:
+        ValueError: If `k` is below 2, which would change nothing, or if `expand` is negative.
     """
 
     def __init__(self, k: int = 20, expand: int = 0) -> None:
@@ -58,6 +92,11 @@ class DBA:
         self.k, self.expand = k, expand
 
     def fit(self, gallery: Tensor) -> RerankedGallery:
+        """The augmented gallery, ready to re-rank.
+
+        Args:
+            gallery: float32 (G, D), L2-normalised.
+        """
         augmented = reranking.augment_database(gallery, self.k)
 
         def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, None]:
@@ -70,13 +109,26 @@ class DBA:
 
 
 class CSLS:
-    """Hubness correction by the mean similarity to the k nearest. Raises ValueError for k < 1."""
+    """Hubness correction by the mean similarity to the k nearest items.
+
+    Args:
+        k: Number of neighbours, 1 or more.
+
+    Raises:
+        ValueError: If `k` is below 1.
+    """
 
     def __init__(self, k: int = 10) -> None:
         _check_counts(("k", k))
         self.k = k
 
     def fit(self, gallery: Tensor) -> RerankedGallery:
+        """The gallery, ready to re-rank.
+
+        Args:
+            gallery: float32 (G, D), L2-normalised.
+        """
+
         def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, None]:
             return F.pad(query, (0, 1), value=1.0), None
 
@@ -84,9 +136,16 @@ class CSLS:
 
 
 class KReciprocal:
-    """k-reciprocal re-ranking of the `depth` nearest.
+    """k-reciprocal re-ranking of a shortlist.
 
-    Raises ValueError for counts below 1, k2 > k1, depth < k1 and lambda_ outside [0, 1].
+    Args:
+        k1: Number of neighbours for reciprocity, 1 or more.
+        k2: Number of neighbours for local expansion, in 1..k1.
+        lambda_: Weight of the original cosine, in [0, 1]. 1 uses the cosine alone.
+        depth: Length of the shortlist, `k1` or more.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(self, k1: int = 20, k2: int = 6, lambda_: float = 0.3, depth: int = 200) -> None:
@@ -100,6 +159,11 @@ class KReciprocal:
         self.k1, self.k2, self.lambda_, self.depth = k1, k2, lambda_, depth
 
     def fit(self, gallery: Tensor) -> RerankedGallery:
+        """The gallery, ready to re-rank.
+
+        Args:
+            gallery: float32 (G, D), L2-normalised.
+        """
         encoded = reranking.neighbourhoods(gallery, self.k1, self.k2)
 
         def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, SearchResult]:
@@ -109,10 +173,19 @@ class KReciprocal:
 
 
 class Diffusion:
-    """Diffusion over the `depth` nearest, started at the `seeds` nearest, on the graph of k mutual neighbours.
+    """Diffusion over a shortlist, on the graph of mutual k-nearest neighbours.
 
-    Raises ValueError for counts below 1, seeds > depth, gamma < 0, and alpha not above 0 or so near to 1 that
-    float32 scores would be off by more than a hundredth.
+    Args:
+        k: Number of neighbours in the graph, 1 or more.
+        seeds: Number of nearest items from which diffusion starts, in 1..depth.
+        gamma: Exponent of the similarities, 0 or more. 0 gives all neighbours the same weight.
+        alpha: Spread of the diffusion, above 0 and at most 0.99999. Closer to 1, float32 scores would be wrong by more
+            than a hundredth.
+        iterations: Number of solver iterations, 1 or more.
+        depth: Length of the shortlist, `seeds` or more.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -135,6 +208,11 @@ class Diffusion:
         self.alpha, self.iterations, self.depth = alpha, iterations, depth
 
     def fit(self, gallery: Tensor) -> RerankedGallery:
+        """The gallery and its neighbour graph, ready to re-rank.
+
+        Args:
+            gallery: float32 (G, D), L2-normalised.
+        """
         graph = reranking.affinity_graph(gallery, self.k, self.gamma)
 
         def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, SearchResult]:

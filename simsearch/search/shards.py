@@ -1,14 +1,14 @@
-"""Descriptors of many images as shards in a folder, which any number of processes write and an index is built from.
+"""Shards: descriptors of many images in a folder. Any number of processes write them; an index is built from them.
 
     plan/plan.json             format, chunk, fingerprints of the images and the encoder, the encoder's config
-    plan/items.parquet         one row an image: path, attributes
-    plan/sizes.npy             bytes of each file, -1 where there was none
+    plan/items.parquet         one row per image: path, attributes
+    plan/sizes.npy             bytes of each file, -1 if it did not exist
     plan/encoder.safetensors   all tensors of the encoder
     shards/000017.safetensors  vectors, thumbnails and failures of chunk 17: rows 17 * chunk .. 18 * chunk - 1
-    claims/17                  who works on chunk 17
+    claims/17                  the process that works on chunk 17
 
-No pickles. The plan appears whole and never changes; a shard appears whole, and which process writes it, or how
-many do, changes nothing in it.
+There are no pickles. The plan is written atomically and never changes. A shard is written atomically, and its content
+does not depend on which process writes it or how many processes there are.
 """
 
 from __future__ import annotations
@@ -49,14 +49,18 @@ _ENDING = ".safetensors"
 
 
 class ShardError(SimsearchError, ValueError):
-    """A folder without a plan, a plan made for something else, or a damaged shard."""
+    """The folder has no plan, the plan was made for something else, or a shard is damaged."""
 
 
 @dataclass(frozen=True)
 class Shards:
-    """An opened folder of shards, finished or not. about: plan.json; items: path and attributes of N images.
+    """An opened folder of shards, finished or not.
 
-    trusted: the user trusts whoever made it.
+    Attributes:
+        folder: The folder.
+        about: The content of plan.json.
+        items: Path and attributes of N images.
+        trusted: True if the user trusts whoever made the folder.
     """
 
     folder: Path
@@ -70,25 +74,37 @@ class Shards:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits over all that decides what is in the shards."""
+        """16 hex digits over everything that determines the content of the shards."""
         return cache_key({name: self.about[name] for name in _DECIDING})[:16]
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Bytes of each file when the shards were begun, int64 (N,), -1 where there was none."""
+        """int64 (N,), the size in bytes of each file when the shards were begun. -1 if the file did not exist."""
         return np.load(checked(self.folder / "plan", "sizes.npy", self.about), allow_pickle=False)
 
     def presence(self, root: Path) -> Presence:
-        """What was there of the images below `root` when the shards were begun."""
+        """The image files below `root` that existed when the shards were begun.
+
+        Args:
+            root: Folder of the images.
+        """
         return Presence(root, self.items["path"].to_pylist(), self.sizes)
 
     def rows(self, number: int) -> range:
-        """The rows of `items` that chunk `number` covers."""
+        """The rows of `items` that a chunk covers.
+
+        Args:
+            number: Number of the chunk.
+        """
         start = number * self.about["chunk"]
         return range(start, min(start + self.about["chunk"], len(self.items)))
 
     def path(self, number: int) -> Path:
-        """The file of chunk `number`, there or not."""
+        """The file of a chunk. It may not exist yet.
+
+        Args:
+            number: Number of the chunk.
+        """
         return self.folder / "shards" / f"{number:06d}{_ENDING}"
 
     def missing(self) -> list[int]:
@@ -98,11 +114,18 @@ class Shards:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The plan's encoder, built, loaded and checked when it is first asked for. Raises as Catalog.encoder does."""
+        """The encoder of the plan. The first access builds, loads and checks it. Raises as Catalog.encoder does."""
         return read_encoder(self.folder / "plan", self.about, trusted=self.trusted)
 
     def check_encoder(self, encoder: Encoder) -> None:
-        """Raises ShardError for an encoder other than the plan's."""
+        """Checks that an encoder is the one of the plan.
+
+        Args:
+            encoder: The encoder.
+
+        Raises:
+            ShardError: If it is another one.
+        """
         own, other = self.about["encoder_fingerprint"], encoder_fingerprint(encoder)
         if own != other:
             raise ShardError(
@@ -113,11 +136,17 @@ class Shards:
     def write(
         self, number: int, rows: Tensor, vectors: Tensor, thumbnails: Sequence[bytes], errors: Sequence[ImageError]
     ) -> None:
-        """Puts the shard of a chunk in its place, whole.
+        """Writes the shard of a chunk atomically.
 
-        rows: int64 (n,) in any order, of the images that could be read; vectors: (n, D) as an index takes them,
-        and n thumbnails, in the same order; errors: of the others, their paths as in `items`. Raises ValueError
-        where images of the chunk are missing or double, and where the encoder gave NaN.
+        Args:
+            number: Number of the chunk.
+            rows: int64 (n,), rows of the images that could be read, in any order.
+            vectors: (n, D), in the form that an index takes, in the order of `rows`.
+            thumbnails: Image bytes, n of them, in the order of `rows`.
+            errors: Errors of the other images, with their paths as in `items`.
+
+        Raises:
+            ValueError: If an image of the chunk is missing or occurs twice, or if the encoder returned NaN or infinity.
         """
         span = self.rows(number)
         row_of = dict(zip(self.items["path"][span.start : span.stop].to_pylist(), span, strict=True))
@@ -148,16 +177,21 @@ class Shards:
                 raise
 
     def clear(self) -> None:
-        """Takes away what killed processes left in the midst of writing. For finished shards only."""
+        """Removes temporary files that killed processes left behind. For finished shards only."""
         for path in [*(self.folder / "claims").glob("*"), *(self.folder / "shards").glob(".*")]:
             path.unlink(missing_ok=True)
         for path in self.folder.glob(".plan.*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def check(self, number: int) -> int:
-        """How many vectors the shard of a chunk has, after reading all of it.
+        """Reads the whole shard of a chunk and returns its number of vectors.
 
-        Raises ShardError where it is missing, damaged, of another plan, or not of each image of the chunk once.
+        Args:
+            number: Number of the chunk.
+
+        Raises:
+            ShardError: If the shard is missing, damaged or of another plan, or does not hold each image of the chunk
+                once.
         """
         path = self.path(number)
         try:
@@ -174,18 +208,30 @@ class Shards:
         return len(tensors["rows"])
 
     def vectors(self, number: int) -> Tensor:
-        """The vectors of a checked shard, (n, D), in the order of its rows."""
+        """The vectors of a checked shard, (n, D), in the order of its rows.
+
+        Args:
+            number: Number of the chunk.
+        """
         return self._read(number, "vectors")[0]
 
     def catalog_items(self, number: int) -> pa.Table:
-        """Path, attributes and thumbnail of the images that a checked shard has vectors of."""
+        """Path, attributes and thumbnail of the images that a checked shard has vectors of.
+
+        Args:
+            number: Number of the chunk.
+        """
         rows, ends, data = self._read(number, "rows", "ends", "thumbnails")
         content, cuts = data.numpy().tobytes(), [0, *ends.tolist()]
         thumbnails = [content[start:stop] for start, stop in pairwise(cuts)]
         return with_thumbnails(self.items.take(rows.numpy()), thumbnails)
 
     def errors(self, number: int) -> list[ImageError]:
-        """What could not be read in the chunk of a checked shard; paths below the images' folder."""
+        """The errors of the images that could not be read. Their paths are relative to the folder of images.
+
+        Args:
+            number: Number of the chunk, whose shard has been checked.
+        """
         root, paths = Path(self.about["source"]["images"]), self.items["path"]
         failed = json.loads(self._read(number, "errors")[0].numpy().tobytes())
         return [ImageError(root / paths[row].as_py(), reason, detail) for row, reason, detail in failed]
@@ -210,14 +256,25 @@ def begin(
     command: str,
     trusted: bool = False,
 ) -> Shards:
-    """The shards of a manifest's images in `folder`, their plan made where there is none.
+    """Opens the shards of a manifest's images, and creates their plan if there is none.
 
-    config: the plain config that builds the encoder. source: `run`, the run's name, and `images`, the folder
-    that paths are relative to. command: what goes on with the extraction. Any number of processes may call
-    this at once: one plan is made.
+    Any number of processes may call this at once; only one plan is made.
 
-    Raises ValueError for a chunk or thumbnail below 1, FileExistsError where `folder` holds something else, and
-    ShardError where it was begun with other images, another encoder, chunk or thumbnail.
+    Args:
+        folder: Folder of the shards.
+        manifest: The images and their attributes.
+        encoder: The encoder that describes the images.
+        config: The plain config that builds the encoder.
+        chunk: Number of images per shard, 1 or more.
+        thumbnail: Longest side in pixels of each thumbnail, 1 or more.
+        source: `run`, the name of the run, and `images`, the folder that paths are relative to.
+        command: The command that continues the extraction.
+        trusted: True if the user trusts whoever made the folder.
+
+    Raises:
+        ValueError: If `chunk` or `thumbnail` is below 1.
+        FileExistsError: If `folder` holds something else.
+        ShardError: If the folder was begun with other images, another encoder, chunk or thumbnail.
     """
     for name, value in (("chunk", chunk), ("thumbnail", thumbnail)):
         if value < 1:
@@ -260,9 +317,14 @@ def begin(
 
 
 def open_shards(folder: Path, *, trusted: bool = False) -> Shards:
-    """The shards in `folder`. Raises ShardError where there is no plan or it is damaged.
+    """The shards in a folder.
 
-    trusted: links in it may lead elsewhere.
+    Args:
+        folder: Folder of the shards.
+        trusted: Allow links to lead out of the folder.
+
+    Raises:
+        ShardError: If there is no plan, or if it is damaged.
     """
     if not trusted and folder.is_dir():
         check_links(folder)
@@ -297,7 +359,7 @@ def _change(shards: Shards, items: pa.Table, sizes: np.ndarray) -> str:
 
 
 def _names(folder: Path) -> set[str]:
-    """What is in a folder, nothing where there is none."""
+    """The names in a folder. Empty if the folder does not exist."""
     try:
         return set(os.listdir(folder))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What the scores of an answer say: the same work, similar, or nothing; the words and the rules of a calibration."""
+"""The meaning of scores: same work, similar or none. Words and rules of the calibration."""
 
 from __future__ import annotations
 
@@ -15,21 +15,40 @@ _BACKGROUND = 0.5
 
 
 def sameness(cosines: Tensor, background: Tensor) -> Tensor:
-    """What the thresholds of "same work" are of: cosines (..., Q) less a part of the queries' background (Q,)."""
+    """The values that the thresholds of "same work" apply to: cosines minus a fraction of the background.
+
+    Args:
+        cosines: (..., Q), cosines to the queries.
+        background: (Q,), background of the queries.
+    """
     return cosines - _BACKGROUND * background.clamp(min=-1)
 
 
 def similarity(cosines: Tensor, background: Tensor) -> Tensor:
-    """What the thresholds of "similar" are of: cosines (..., Q) and a part of the queries' background (Q,)."""
+    """The values that the thresholds of "similar" apply to: cosines plus a fraction of the background.
+
+    Args:
+        cosines: (..., Q), cosines to the queries.
+        background: (Q,), background of the queries.
+    """
     return cosines + _BACKGROUND * background.clamp(min=-1)
 
 
 def exceeds(values: Tensor, thresholds: Sequence[float]) -> Tensor:
-    """Which items, bool (K,), enough of the examples are near to; values (K, M), thresholds as `thresholds_at` has."""
+    """bool (K,), which items are close to enough of the examples.
+
+    Args:
+        values: (K, M), a value for each item and example.
+        thresholds: Thresholds, as `thresholds_at` returns them.
+    """
     needed, of = agreeing(values.shape[1], len(thresholds))
     return values.topk(needed, dim=1).values[:, -1] > thresholds[of - 1]
 
 
 def best_verdict(verdicts: Sequence[str]) -> str:
-    """The verdict of an answer: the best of its items', "none" where it has none."""
+    """The verdict of an answer: the best verdict among its items. "none" if there are no items.
+
+    Args:
+        verdicts: The verdicts on the items.
+    """
     return min(verdicts, key=(SAME_WORK, SIMILAR, UNCALIBRATED, NONE).index, default=NONE)
