@@ -174,10 +174,8 @@ class OpenCatalog:
 
         Args:
             like: One example or several; together they form one query. An example is an item's id, a file, a Pillow
-                image, an
-                array uint8 (H, W, 3), a tensor uint8 (3, H, W) or a descriptor as `encoder.describe` returns it. A
-                string is
-                read as a file if a file of this name exists, else as an item's id or path.
+                image, an array uint8 (H, W, 3), a tensor uint8 (3, H, W) or a descriptor as `encoder.describe` returns
+                it. A string is read as a file if a file of this name exists, else as an item's id or path.
             unlike: Counter-examples, in the same forms.
             k: Number of items, 1 or more. The answer is shorter if fewer items are left. Items that are examples are
                 left out.
@@ -269,8 +267,7 @@ def open_catalog(folder: str | Path, *, trusted: bool = False, device: str = "au
         folder: Output of `simsearch index`, `simsearch train` or `build_catalog`. For a run directory, the run's own
             catalog is opened.
         trusted: Allow the catalog's encoder to run code and its links to lead out of the folder. Set it only if you
-            trust
-            whoever made the catalog.
+            trust whoever made the catalog.
         device: Device of the encoder: auto, cpu or cuda.
 
     Raises:
@@ -289,8 +286,7 @@ def load_encoder(run: str | Path, *, trusted: bool = False, device: str = "auto"
     Args:
         run: A run directory of `simsearch train`.
         trusted: Allow the run's config to build any object, and links to lead out of the folder. Set it only if you
-            trust
-            whoever made the run.
+            trust whoever made the run.
         device: Device of the encoder: auto, cpu or cuda.
 
     Raises:
@@ -318,8 +314,7 @@ def build_catalog(
     """Describes the images of a folder, writes a catalog of them to `out` and returns it opened.
 
     Images that cannot be read are left out with a warning and listed in the catalog's skipped.csv. The catalog is
-    written
-    atomically: it appears complete or not at all.
+    written atomically: it appears complete or not at all.
 
     Args:
         encoder: The encoder that describes the images. A copy is stored in the catalog.

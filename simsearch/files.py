@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and whose damage is seen: each has a SHA-256 beside it or in it."""
+"""Atomic files with integrity checks: each has a SHA-256 inside or beside it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ from simsearch.errors import SimsearchError
 from simsearch.text import csv_cell
 
 CHECKSUM = "checksum"
-_PIECE = 2**20  # bytes that are read together
+_PIECE = 2**20  # bytes per read
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` when the block ends well.
+    """Yields a temporary path beside `path`. If the block succeeds, the file there replaces `path`.
 
-    What killed processes left of earlier tries is taken away first.
+    Leftovers of killed processes are removed first.
+
+    Args:
+        path: The file to write.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(path)
@@ -48,10 +51,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` to fill; it takes the place of `folder` when the block ends well.
+    """Yields a new folder beside `folder`. If the block succeeds, it replaces `folder`.
 
-    What killed processes left of earlier tries is taken away first. A kill between the two moves leaves the old one
-    aside: `restore` brings it back.
+    Leftovers of killed processes are removed first. If the process is killed between the two moves, the old folder
+    remains under another name, and `restore` brings it back.
+
+    Args:
+        folder: The folder to write.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     restore(folder)
@@ -71,7 +77,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def restore(folder: Path) -> None:
-    """Puts a folder back that a process which was killed in `replacing_folder` had moved aside, where there is none."""
+    """Restores a folder that a process killed in `replacing_folder` had moved aside. Does nothing if `folder` exists.
+
+    Args:
+        folder: The folder.
+    """
     if not folder.exists():
         for path, old in _leftovers(folder):
             if old and path.is_dir():
@@ -81,7 +91,11 @@ def restore(folder: Path) -> None:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Takes away what killed processes left beside `path` in the midst of writing it."""
+    """Removes temporary files beside `path` that killed processes left behind.
+
+    Args:
+        path: The file or folder that they were writing.
+    """
     for leftover, _ in _leftovers(path):
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -90,23 +104,27 @@ def clear_leftovers(path: Path) -> None:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether `replacing` gives such names, in this version or an earlier one."""
+    """Whether a name has the form of a temporary name of `replacing`, in this version or an earlier one.
+
+    Args:
+        name: Name of a file or folder.
+    """
     return any(pattern.fullmatch(name) for pattern in (_TEMPORARY, _EARLIER_FILE))
 
 
-# Of this machine, process and count; then whether it is what was there before; then what it takes the place of.
+# Machine, process and count; then whether it is the previous content; then the name that it replaces.
 _TEMPORARY = re.compile(r"\.([0-9a-f]{8})-(\d+)-(\d+)(-old)?\.(.+)", re.DOTALL)
 _EARLIER_FILE = re.compile(r"\.[0-9a-f]{8}\.(.+)", re.DOTALL)
 _EARLIER_FOLDER = re.compile(r"\.(.+)\.(\d+)(\.old)?", re.DOTALL)
 _OLD = "-old"
-_FORGOTTEN_SECONDS = 86_400.0  # after which a temporary name of who knows which process is a left-over
+_FORGOTTEN_SECONDS = 86_400.0  # a temporary file of an unknown process is a leftover after this time
 _COUNT = itertools.count()
 _writing: set[str] = set()
 
 
 @contextmanager
 def _temporary(path: Path, kind: str = "") -> Iterator[Path]:
-    """A name beside `path` that nobody else has, while it is being written to."""
+    """Yields a unique path beside `path` for the duration of a write."""
     name = f".{_machine()}-{os.getpid()}-{next(_COUNT)}{kind}.{path.name}"
     _writing.add(name)
     try:
@@ -116,7 +134,7 @@ def _temporary(path: Path, kind: str = "") -> Iterator[Path]:
 
 
 def _leftovers(path: Path) -> list[tuple[Path, bool]]:
-    """What killed processes left beside `path` for it, and whether that is what was there before."""
+    """Paths that killed processes left beside `path`, and for each whether it is the previous content of `path`."""
     found = []
     try:
         names = [entry.name for entry in os.scandir(path.parent) if entry.name[0] == "." and path.name in entry.name]
@@ -142,7 +160,7 @@ def _leftovers(path: Path) -> list[tuple[Path, bool]]:
 def _is_forgotten(path: Path) -> bool:
     try:
         return time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS
-    except OSError:  # finished in this moment
+    except OSError:  # the file was just finished
         return False
 
 
@@ -152,7 +170,11 @@ def _machine() -> str:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine has that number."""
+    """Whether a process with this id runs on this machine.
+
+    Args:
+        pid: Process id.
+    """
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -166,11 +188,16 @@ def is_alive(pid: int) -> bool:
 
 
 class Damaged(SimsearchError, ValueError):
-    """A file whose content is not what was written."""
+    """The content of a file is not what was written."""
 
 
 def sha256(path: Path, *spans: tuple[int, int]) -> str:
-    """The SHA-256 (hex) of a file, or of its bytes start..stop-1 of these spans, one after another."""
+    """The SHA-256 (hex) of a file or of parts of it.
+
+    Args:
+        path: The file.
+        spans: Byte ranges start..stop-1, hashed one after another. Without any, the whole file is hashed.
+    """
     with path.open("rb") as file:
         if not spans:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -184,14 +211,26 @@ def sha256(path: Path, *spans: tuple[int, int]) -> str:
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """The SHA-256 of files in a folder, by name, for an entry `sha256` of the JSON that describes the folder."""
+    """The SHA-256 of each file, by name. The result is the entry `sha256` in the JSON that describes the folder.
+
+    Args:
+        folder: The folder.
+        names: Names of files in it.
+    """
     return {name: sha256(folder / name) for name in names}
 
 
 def checked(folder: Path, name: str, about: Mapping[str, Any]) -> Path:
-    """The path of a file in a folder, after comparing it with about["sha256"]; with nothing where that lacks it.
+    """The path of a file in a folder, after a comparison with its recorded digest.
 
-    Raises Damaged where it is another file than was written, FileNotFoundError where it is missing.
+    Args:
+        folder: The folder.
+        name: Name of the file.
+        about: The description of the folder. Without an entry `sha256` for the file, nothing is compared.
+
+    Raises:
+        Damaged: If the file differs from what was written.
+        FileNotFoundError: If the file is missing.
     """
     path, expected = folder / name, about.get("sha256", {}).get(name)
     if expected is not None and sha256(path) != expected:
@@ -200,7 +239,13 @@ def checked(folder: Path, name: str, about: Mapping[str, Any]) -> Path:
 
 
 def note_change(folder: Path, name: str, about: Mapping[str, Any]) -> None:
-    """Says on standard error where a file in a folder that a user may change is not the one in about["sha256"]."""
+    """Prints a note on standard error if a file that users may change differs from its recorded digest.
+
+    Args:
+        folder: The folder.
+        name: Name of the file.
+        about: The description of the folder, with an entry `sha256`.
+    """
     try:
         checked(folder, name, about)
     except Damaged:
@@ -208,32 +253,58 @@ def note_change(folder: Path, name: str, about: Mapping[str, Any]) -> None:
 
 
 def checksum(value: Mapping[str, Any]) -> str:
-    """The SHA-256 (hex) of plain values, whatever the order of keys."""
+    """The SHA-256 (hex) of plain values. The order of keys does not matter.
+
+    Args:
+        value: The values.
+    """
     return hashlib.sha256(json.dumps(json.loads(json.dumps(value)), sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes `value` as JSON with a checksum of it, atomically."""
+    """Writes `value` and its checksum as JSON, atomically.
+
+    Args:
+        path: The file to write.
+        value: Plain values.
+    """
     with replacing(path) as temporary:
         temporary.write_text(to_json(value))
 
 
 def to_json(value: Mapping[str, Any]) -> str:
-    """The text that `write_json` writes."""
+    """The text that `write_json` writes.
+
+    Args:
+        value: Plain values.
+    """
     value = {name: entry for name, entry in value.items() if name != CHECKSUM}
     return json.dumps({**value, CHECKSUM: checksum(value)}, indent=2) + "\n"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote. A file without a checksum, by hand or of an older version, is taken as it is.
+    """The values that `write_json` wrote. A file without a checksum (handmade, or of an older version) is accepted.
 
-    Raises Damaged where it is anything else, OSError where it can't be read.
+    Args:
+        path: The file.
+
+    Raises:
+        Damaged: If the file holds anything else.
+        OSError: If the file cannot be read.
     """
     return from_json(path.read_bytes(), path)
 
 
 def from_json(text: str | bytes, path: Path) -> dict[str, Any]:
-    """What `to_json` made the text of, as `read_json` has it; path: where it lies."""
+    """The values that `to_json` turned into text. Checks as `read_json` does.
+
+    Args:
+        text: The text.
+        path: The file that it comes from, for messages.
+
+    Raises:
+        Damaged: If the text is anything else.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -255,14 +326,28 @@ def from_json(text: str | bytes, path: Path) -> dict[str, Any]:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes an .npy file, followed by the SHA-256 of its values, atomically."""
+    """Writes an .npy file, followed by the SHA-256 of its values, atomically.
+
+    Args:
+        path: The file to write.
+        array: The array.
+    """
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, array, allow_pickle=False)
         file.write(hashlib.sha256(np.ascontiguousarray(array).data).digest())
 
 
 def read_array(path: Path, dtype: np.dtype) -> np.ndarray:
-    """What `write_array` wrote, of this type. Raises Damaged for anything else, OSError where it can't be read."""
+    """The array that `write_array` wrote.
+
+    Args:
+        path: The file.
+        dtype: The expected dtype.
+
+    Raises:
+        Damaged: If the file holds anything else.
+        OSError: If the file cannot be read.
+    """
     with path.open("rb") as file:
         try:
             array = np.load(file, allow_pickle=False)
@@ -275,11 +360,16 @@ def read_array(path: Path, dtype: np.dtype) -> np.ndarray:
 
 
 def check_zip(path: Path) -> Path:
-    """The path, after comparing the entries of a zip file, as torch.save writes them, with their CRC-32.
+    """Compares the entries of a zip file, as torch.save writes them, with their CRC-32. Returns the path.
 
-    torch.load does not look at them. A file that does not begin as a zip file does is left alone.
+    torch.load does not do this. A file that does not start like a zip file is not checked.
 
-    Raises Damaged where an entry is not what was written, OSError where the file can't be read.
+    Args:
+        path: The file.
+
+    Raises:
+        Damaged: If an entry differs from what was written.
+        OSError: If the file cannot be read.
     """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
@@ -300,16 +390,21 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[Any]], 
     Args:
         path: The file to write.
         header: The names of the columns.
-        rows: One cell a column.
-        exact: Write the text as it is, for a table that a program reads back. By default a text that a spreadsheet
-            would take for a formula is made harmless (`simsearch.text.csv_cell`).
+        rows: The rows, one cell per column.
+        exact: Write the text unchanged, for a table that a program reads back. By default, text that a spreadsheet
+            would interpret as a formula is made harmless (`simsearch.text.csv_cell`).
     """
     with replacing(Path(path)) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         _write_rows(file, header, rows, exact=exact)
 
 
 def to_csv(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
-    """The text that `write_csv` writes."""
+    """The text that `write_csv` writes.
+
+    Args:
+        header: The names of the columns.
+        rows: The rows, one cell per column.
+    """
     file = io.StringIO()
     _write_rows(file, header, rows, exact=False)
     return file.getvalue()
@@ -321,7 +416,12 @@ def _write_rows(file: TextIO, header: Sequence[str], rows: Iterable[Iterable[Any
 
 
 def json_line(value: Any) -> str:
-    """`value` as JSON in one line, without what JSON has no word for: NaN and infinity become null, a date its text."""
+    """`value` as JSON on one line. Values that JSON cannot express are replaced: NaN and infinity by null, a date by
+    its text.
+
+    Args:
+        value: The value.
+    """
     return json.dumps(_plain(value), allow_nan=False, default=str)
 
 

@@ -1,8 +1,8 @@
-"""The vocabulary that every room shares.
+"""The vocabulary that all modules share.
 
-Shapes: B batch, D dimension, Q queries, G gallery, K neighbours, N items, A attributes, b bits,
-C channels, H height, W width. Scores are similarities: the larger, the more similar (inner
-product, negative squared distance, negative Hamming distance).
+Shapes: B batch, D dimension, Q queries, G gallery, K neighbours, N items, A attributes, b bits, C channels, H height, W
+width. Scores are similarities: larger means more similar (inner product, negative squared distance, negative Hamming
+distance).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, Self, TypedDict
 import torch
 from torch import Tensor, nn
 
-Fit = Literal["square", "longest"]  # what of an image is seen: its centre square, or the whole at its longest side
+Fit = Literal["square", "longest"]  # the centre square, or the whole image scaled by its longest side
 
 LONGEST = 2.0**48  # inner products and squared distances of such vectors stay below 2^100 in float32
 SHORTEST = 2.0**-48  # and their squares above what float32 rounds to 0
@@ -22,36 +22,48 @@ _CHECKED = 2**14  # rows at a time, in float64
 
 
 class Encoder(Protocol):
-    """What describes images: a torch module, of any family, as a catalog keeps it.
+    """A torch module of any family that describes images, as a catalog stores it.
 
-    bits: width of the codes whose real values `embed` gives, None for L2-normalised descriptors. dimension: columns
-    of what `embed` gives. input_size: side in pixels (by `fit`) to which files are best decoded. provenance: plain
-    facts about the weights, for every result; whoever loads the tensors sets it.
+    An encoder whose descriptors have several parts also has `parts`. An encoder that can attribute a similarity to
+    regions of an image also has `explains` and `heat_map`. Use simsearch.models.parts.parts_of and can_explain to find
+    out.
 
-    An encoder whose descriptors have several parts has `parts` too, and one that can say which places of an image a
-    similarity comes from `explains` and `heat_map`: ask simsearch.models.parts.parts_of and can_explain.
+    Attributes:
+        provenance: Plain facts about the weights, which accompany every result. Whoever loads the tensors sets them.
     """
 
     provenance: dict[str, str]
 
     @property
-    def bits(self) -> int | None: ...
+    def bits(self) -> int | None:
+        """Number of bits of the codes whose real values `embed` returns. None for L2-normalised descriptors."""
+        ...
 
     @property
-    def dimension(self) -> int: ...
+    def dimension(self) -> int:
+        """Number of columns that `embed` returns."""
+        ...
 
     @property
-    def input_size(self) -> int: ...
+    def input_size(self) -> int:
+        """Side in pixels, by `fit`, at which files are best decoded."""
+        ...
 
     @property
-    def fit(self) -> Fit: ...
+    def fit(self) -> Fit:
+        """The part of an image that the encoder sees."""
+        ...
 
     def embed(self, image: Tensor) -> Tensor:
-        """Descriptors or real-valued codes (B, dimension) of images (B, 3, H, W), uint8 or float in 0..255."""
+        """Descriptors or real-valued codes, (B, dimension).
+
+        Args:
+            image: (B, 3, H, W), uint8, or float in 0..255.
+        """
         ...
 
     def identity(self) -> dict[str, object]:
-        """What decides the descriptors besides the tensors, as plain values."""
+        """Plain values that, together with the tensors, determine the descriptors."""
         ...
 
     # What every torch module has
@@ -74,17 +86,28 @@ class Encoder(Protocol):
 
 
 def comparable(vectors: Tensor) -> Tensor:
-    """Which vectors (N, D) float32 can compare, bool (N,): of norm 0, or within 2^-48 to 2^48 (4e-15 to 3e14).
+    """bool (N,), which vectors float32 can compare: those with a norm of 0, or of 2^-48 to 2^48 (4e-15 to 3e14).
 
-    The squares of others overflow or vanish: scores become infinite, equal or 0 without a word. NaN and infinity
-    compare with nothing.
+    The squares of other vectors overflow or vanish, and scores silently become infinite, equal or 0. Vectors with NaN
+    or infinity cannot be compared.
+
+    Args:
+        vectors: float32 (N, D).
     """
     norm = _norms(vectors)
     return (norm == 0) | ((norm >= SHORTEST) & (norm <= LONGEST))
 
 
 def check_vectors(name: str, vectors: Tensor) -> None:
-    """Raises ValueError for vectors (N, D) that are not all `comparable`, naming the first rows that are not."""
+    """Checks that all vectors are `comparable`.
+
+    Args:
+        name: Name of the vectors, for the message.
+        vectors: float32 (N, D).
+
+    Raises:
+        ValueError: If some are not. The error names the first such rows.
+    """
     bad = (~comparable(vectors)).nonzero()[:5, 0]
     if len(bad) == 0:
         return
@@ -103,10 +126,12 @@ def _norms(vectors: Tensor) -> Tensor:
 
 
 class Batch(TypedDict):
-    """What every loader yields.
+    """A batch of a loader.
 
-    image: uint8 or float (B, C, H, W). label: int64 (B,) or (B, A). index: int64 (B,), the item's
-    row in the whole collection, by which doubles and self matches are found.
+    Attributes:
+        image: uint8 or float (B, C, H, W).
+        label: int64 (B,) or (B, A).
+        index: int64 (B,), the item's row in the whole collection. It identifies duplicates and self matches.
     """
 
     image: Tensor
@@ -116,13 +141,17 @@ class Batch(TypedDict):
 
 @dataclass(frozen=True)
 class Descriptors:
-    """Vectors of N images with the labels and the collection rows that they belong to.
+    """Vectors of N images with their labels and their rows in the collection.
 
-    vectors: float32 (N, D), or uint8 (N, ceil(bits / 8)) packed codes when `bits` is given, unused bits 0.
-    label: int64 (N,), -1 where unknown. index: int64 (N,), unique collection rows. group: int64
-    (N,) or None; items of one group are junk to each other (-1: no group).
+    Attributes:
+        vectors: float32 (N, D), or packed codes uint8 (N, ceil(bits / 8)) if `bits` is given. Unused bits are 0.
+        label: int64 (N,), -1 where unknown.
+        index: int64 (N,), unique rows of the collection.
+        bits: Number of bits of a code, or None.
+        group: int64 (N,) or None. Items of one group are junk to each other; -1 means no group.
 
-    Raises ValueError for a wrong shape or dtype, for vectors that `check_vectors` refuses, and for doubled rows.
+    Raises:
+        ValueError: If a shape or dtype is wrong, if `check_vectors` refuses the vectors, or if a row occurs twice.
     """
 
     vectors: Tensor
@@ -164,10 +193,12 @@ class Descriptors:
 class SearchResult:
     """The K best items of an index for each of Q queries, best first.
 
-    ids: int64 (Q, K), positions in the order of addition, -1 where an approximate index found
-    fewer than K. scores: float32 (Q, K), -inf beside an id of -1.
+    Attributes:
+        ids: int64 (Q, K), positions in the order of addition. -1 where an approximate index found fewer than K items.
+        scores: float32 (Q, K), -inf where the id is -1.
 
-    Raises ValueError where the two disagree or a row is not sorted best first.
+    Raises:
+        ValueError: If ids and scores disagree, or if a row is not sorted best first.
     """
 
     ids: Tensor
@@ -188,17 +219,22 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """Which rows of a collection search which, and what counts.
+    """The queries and the gallery of a retrieval task, and the definition of relevance.
 
-    name: as reports print it (`10k-50k`, `10k-50k/val`). query, gallery: int64 rows of the
-    collection, (Q,) and (G,). attribute: items that share its value are relevant to each other.
-    junk: an attribute whose sharing takes an item out of the ranking, neither right nor wrong
-    (same work when artists are sought), or None. exclude_self: take the query's own row out.
-    fingerprint: 16 hex digits over data, rows and rules. Numbers of different fingerprints do not
-    compare. index_order: codes are also measured with ties broken by gallery order, as the DSH release does.
-    unit: what is a draw by chance, as reports print it: `query`, or an attribute (artist, work) whose images are
-    none of each other. units: int64 (N,), equal for the rows of the whole collection that are of one unit, or None
-    where each row is one. No value depends on the unit, nor does the fingerprint: intervals and tests do.
+    Attributes:
+        name: Name in reports (`10k-50k`, `10k-50k/val`).
+        query: int64 (Q,), rows of the collection.
+        gallery: int64 (G,), rows of the collection.
+        attribute: Items with the same value of this attribute are relevant to each other.
+        junk: Items that share this attribute with the query are removed from its ranking, neither right nor wrong (such
+            as the same work when artists are sought). None removes no item.
+        exclude_self: Remove the query's own row from its ranking.
+        fingerprint: 16 hex digits over data, rows and rules. Results with different fingerprints cannot be compared.
+        index_order: Also evaluate codes with ties broken by gallery order, as the DSH release does.
+        unit: The sampling unit in reports: `query`, or an attribute (artist, work) whose values are the independent
+            draws.
+        units: int64 (N,), equal for rows of the whole collection that belong to one unit. None if each row is a unit.
+            The unit affects intervals and tests, but neither a value nor the fingerprint.
     """
 
     name: str
@@ -214,16 +250,19 @@ class RetrievalTask:
 
     @property
     def query_units(self) -> Tensor:
-        """The unit of each query, int64 (Q,)."""
+        """int64 (Q,), the unit of each query."""
         return self.query if self.units is None else self.units[self.query]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Columns start..stop of a descriptor that describe one side of an image, such as its style.
+    """Columns start..stop-1 of a descriptor that describe one aspect of an image, such as its style.
 
-    weight: the square of the norm that they have, so that the inner product of two descriptors is the sum of
-    weight * cosine over parts; the weights of all parts sum to 1.
+    Attributes:
+        start: First column.
+        stop: Past-the-end column.
+        weight: Squared norm of the columns. The inner product of two descriptors is the sum of weight * cosine over the
+            parts, and the weights of all parts sum to 1.
     """
 
     start: int
@@ -233,10 +272,13 @@ class Part:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """What each place of an image adds to the inner product of its descriptor with another vector.
+    """The contribution of each region of an image to the inner product of its descriptor with another vector.
 
-    values: float32 (h, w), a grid of equal cells over the whole image. rest: what comes from no place.
-    values.sum() + rest is the inner product.
+    The inner product is values.sum() + rest.
+
+    Attributes:
+        values: float32 (h, w), a grid of equal cells over the whole image.
+        rest: The contribution that belongs to no region.
     """
 
     values: Tensor

@@ -20,6 +20,7 @@ ROOMS = (
     "callbacks",
     "models",
     "search",
+    "serving",
     "data",
     "data/ingest",
     "data/rendered",

@@ -8,8 +8,7 @@
 
 There are no pickles. A catalog is written beside its place and then moved there as a whole. A file whose digest differs
 from the recorded one is never used, so damage and files of another catalog are reported. Catalogs of older versions
-have
-no digests.
+have no digests.
 """
 
 from __future__ import annotations
@@ -213,9 +212,8 @@ def fill_index(index: FaissIndex, counts: Sequence[int], read: Callable[[int], T
     """Trains an empty index and adds all vectors to it.
 
     The result does not depend on how the vectors are split into parts. Many vectors are read twice: first a random
-    choice
-    of at most index.train_size vectors for training, then all of them. Besides the index, memory holds the training
-    vectors, and later one block of _ADDED vectors and one part.
+    choice of at most index.train_size vectors for training, then all of them. Besides the index, memory holds the
+    training vectors, and later one block of _ADDED vectors and one part.
 
     Args:
         index: An empty index.

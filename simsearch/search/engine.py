@@ -52,14 +52,11 @@ class Engine:
     """Searches a catalog by vectors, items and filters. Several threads may use it at once.
 
     `recommend` answers requests. Its scores are computed from the vectors that the index stores; with a compressed
-    index,
-    too, a score is the sum of its parts. A catalog of codes has one part, whose cosine is 1 - 2 d / bits for the
-    Hamming
-    distance d. `nearest` returns what the index itself finds.
+    index, too, a score is the sum of its parts. A catalog of codes has one part, whose cosine is 1 - 2 d / bits for the
+    Hamming distance d. `nearest` returns what the index itself finds.
 
     With `rerank`, all stored vectors are read into memory as float32 and each query is compared with all of them. This
-    is
-    exact for every kind of index, at the cost of a full pass.
+    is exact for every kind of index, at the cost of a full pass.
 
     Args:
         catalog: The catalog to search.
@@ -188,8 +185,7 @@ class Engine:
         """The k most similar items for each descriptor.
 
         Scores of float descriptors are cosines; scores of codes are negative Hamming distances. With re-ranking, scores
-        are
-        the method's own: inner products of its vectors, or the values that order its shortlist.
+        are the method's own: inner products of its vectors, or the values that order its shortlist.
 
         Args:
             vectors: (B, width), descriptors as `encode` returns them.
@@ -254,11 +250,9 @@ class Engine:
           work.
 
         An item is judged by its cosine to each example alone, compared with that example's background in the whole
-        catalog
-        (`stand_out`): in a dense neighbourhood a similar item counts for more. If there are several examples, enough of
-        them
-        must agree (`agreeing`). Verdicts always use the catalog's own weights, whatever weights and filters a request
-        has.
+        catalog (`stand_out`): in a dense neighbourhood a similar item counts for more. If there are several examples,
+        enough of them must agree (`agreeing`). Verdicts always use the catalog's own weights, whatever weights and
+        filters a request has.
 
         Args:
             ids: int64 (K,), positions of the items.
@@ -431,8 +425,7 @@ class Engine:
         """The result of `_nearest` in the order of the re-ranker, which sees only the permitted items.
 
         The first item gets the best cosine of all items, the second item the second best, and so on. Later steps
-        (diversity,
-        hubness) compare with cosines, whatever scale the re-ranker's own scores have.
+        (diversity, hubness) compare with cosines, whatever scale the re-ranker's own scores have.
         """
         assert self._reranked is not None
         left_out = taken if among is None else (~among).nonzero()[:, 0]

@@ -5,8 +5,8 @@
 Conditions are joined by `;`, and all must hold. `|` separates alternative values. Values match regardless of case,
 accents, spaces and hyphens (`simsearch.text.spelling_key`). `!=` negates a condition. `low..high` is a range of
 numbers; either end may be left out. `*` is any known value and `""` an unknown value. Double quotes are needed around a
-name or value that contains one of `;|="` (for a name also `!`), looks like a range or `*`, or has spaces at an end.
-A quote inside quotes is doubled: `title="Who; ""me""?"`.
+name or value that contains one of `;|="` (for a name also `!`), looks like a range or `*`, or has spaces at an end. A
+quote inside quotes is doubled: `title="Who; ""me""?"`.
 
 The text form is for people. Programs, such as the web page, send the fields of `Condition` as data.
 """
@@ -115,8 +115,7 @@ class Attributes:
     """The attribute columns of a catalog's items, prepared for filters. Several threads may use it at once.
 
     The first access to a column converts it to one integer code per item. The masks of recent conditions are kept.
-    Empty
-    text and NaN are unknown values.
+    Empty text and NaN are unknown values.
 
     Args:
         items: A table with one row per item.
@@ -176,8 +175,7 @@ class Attributes:
 
         Raises:
             ValueError: If an attribute or a value is unknown (the error suggests similar values), or if a range is
-                given for
-                an attribute without numbers.
+                given for an attribute without numbers.
         """
         mask = torch.ones(len(self.items), dtype=torch.bool)
         for condition in conditions:

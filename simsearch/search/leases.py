@@ -20,8 +20,7 @@ class Claims:
 
     A claim avoids duplicate work. It is not a lock: a process that was suspended may lose its claim to another one.
     Therefore a piece must give the same result whoever computes it, and must be written atomically. A claim has expired
-    if
-    its process on this machine is gone, or if it was not renewed for STALE_SECONDS by this process's own clock.
+    if its process on this machine is gone, or if it was not renewed for STALE_SECONDS by this process's own clock.
 
     Args:
         folder: The shared folder.

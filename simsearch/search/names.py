@@ -18,10 +18,8 @@ class Names:
     """Maps the items of a catalog to names and back. Several threads may use it at once.
 
     An item's name is its `id` if the catalog has a column `id` with a distinct value for each item, else its `path`.
-    Names
-    are strings and compared exactly: 7, 007 and 0007 differ. If a catalog is rebuilt, names stay and positions change,
-    so
-    a position must be requested explicitly, as `position:12`.
+    Names are strings and compared exactly: 7, 007 and 0007 differ. If a catalog is rebuilt, names stay and positions
+    change, so a position must be requested explicitly, as `position:12`.
 
     Args:
         items: A table with one row per item.

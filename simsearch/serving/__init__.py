@@ -1,1 +1,1 @@
-"""The HTTP API, the encoder's worker, and the page."""
+"""The HTTP API, the encoder's worker thread, and the web page."""

@@ -1,4 +1,4 @@
-"""The HTTP API and the page: routes from requests to catalogs and back."""
+"""The HTTP API and the web page: routes from requests to catalogs and back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,11 @@ _PROBLEMS = {
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The answers with these statuses for the API's description, all of one form."""
+    """The error responses with these statuses for the API's description. All have the same form.
+
+    Args:
+        statuses: HTTP statuses.
+    """
     return {status: {"model": Problem, "description": _PROBLEMS[status]} for status in statuses}
 
 
@@ -55,7 +59,7 @@ _UPLOADED = _SENT | problems(415)
 
 
 async def leased(request: Request, c: str) -> AsyncIterator[Loaded]:
-    """The catalog that an address names, held until the answer is sent."""
+    """The catalog that an address names. It is held until the response is sent."""
     library: Library = request.app.state.service.library
     with library.lease(c) as loaded:
         if loaded is None:
@@ -68,7 +72,15 @@ def asked_item(
     id: Annotated[Name | None, Query(description="the item's id, else its path")] = None,
     position: Annotated[int | None, Query(ge=0, description="where it lies in this version of the catalog")] = None,
 ) -> Example:
-    """The item that an address names."""
+    """The item that an address names.
+
+    Args:
+        id: The item's id, else its path.
+        position: Its position in this version of the catalog.
+
+    Raises:
+        HTTPException: 422 unless exactly one of the two is given.
+    """
     if (id is None) == (position is None):
         raise HTTPException(422, "give the item by id=, its id or path, or by position=")
     return Example(id=id, position=position)
@@ -78,7 +90,14 @@ _FILTERS = TypeAdapter(Filters)
 
 
 def read_filters(text: str) -> list[Filter]:
-    """Conditions as JSON. Raises RequestValidationError where they are not."""
+    """Conditions in the form of JSON.
+
+    Args:
+        text: The JSON.
+
+    Raises:
+        RequestValidationError: If the text does not hold conditions.
+    """
     try:
         return _FILTERS.validate_json(text)
     except ValidationError as error:
@@ -92,7 +111,13 @@ Version = Annotated[str, Query(max_length=64, description="of the catalog that t
 
 
 def cached(request: Request, etag: str, cache: str) -> Response | None:
-    """304 where the client has this version already."""
+    """A response 304 if the client already has this version, else None.
+
+    Args:
+        request: The request.
+        etag: The version.
+        cache: The value of Cache-Control.
+    """
     known = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     if etag in known or "*" in known:
         return Response(status_code=304, headers={"etag": etag, "cache-control": cache})
@@ -100,6 +125,11 @@ def cached(request: Request, etag: str, cache: str) -> Response | None:
 
 
 def media_type(data: bytes) -> str:
+    """The media type of an image file's bytes.
+
+    Args:
+        data: The bytes.
+    """
     return "image/png" if data.startswith(b"\x89PNG") else "image/webp" if data[8:12] == b"WEBP" else "image/jpeg"
 
 
@@ -111,7 +141,15 @@ def create_app(
     origins: Sequence[str] = (),
     proxies: int = 0,
 ) -> FastAPI:
-    """The application that serves a library. hosts, origins, proxies: as `Guard` has them."""
+    """The application that serves a library.
+
+    Args:
+        library: The catalogs.
+        limits: The limits of the server.
+        hosts: As in `Guard`.
+        origins: As in `Guard`.
+        proxies: As in `Guard`.
+    """
     service = Service(library, limits)
 
     @contextlib.asynccontextmanager
@@ -140,7 +178,7 @@ def create_app(
 
     @app.get("/api/health", tags=["server"])
     async def health() -> Reply:
-        """Whether the server is well, and what it has loaded."""
+        """The state of the server, and what it has loaded."""
         catalogs = {
             loaded.name: {"items": len(loaded.catalog), "loaded": loaded.since, "version": loaded.version}
             | ({"error": library.problems[loaded.name]} if loaded.name in library.problems else {})
@@ -162,7 +200,7 @@ def create_app(
         limit: Annotated[int, Query(ge=1, le=1000)] = 50,
         v: Version = "",
     ) -> Response:
-        """The values of an attribute and how many items have each, the most frequent first."""
+        """The values of an attribute with their number of items, most frequent first."""
         check_version(loaded, v)
         etag = f'"{loaded.version}"'
         if known := cached(request, etag, "no-cache"):
@@ -186,7 +224,7 @@ def create_app(
         seed: Annotated[int | None, Query(ge=0, lt=2**63)] = None,
         v: Version = "",
     ) -> Response:
-        """A page of the items with all words of `text` in title or artist that pass `where` and `filters`."""
+        """A page of the items whose title or artist has all words of `text` and that pass `where` and `filters`."""
         check_version(loaded, v)
         etag = f'"{loaded.version}"'
         if known := cached(request, etag, "no-cache"):
@@ -213,7 +251,7 @@ def create_app(
 
     @app.get("/api/catalogs/{c}/thumbnail", tags=["items"], responses=_ASKED | _CURRENT, response_class=Response)
     async def thumbnail(request: Request, loaded: Catalog, item: Item, v: Version = "") -> Response:
-        """A small image of an item. With v=<version of the catalog> clients may keep it for good."""
+        """A small image of an item. With v=<version of the catalog> clients may cache it permanently."""
         if item.position is not None:  # a name is the same item's in any version
             check_version(loaded, v, [item])
         at, etag = service.item(item, loaded), f'"{loaded.version}"'
@@ -225,7 +263,7 @@ def create_app(
 
     @app.get("/api/catalogs/{c}/image", tags=["items"], responses=_ASKED | _CURRENT, response_class=Response)
     async def image(request: Request, loaded: Catalog, item: Item, v: Version = "") -> Response:
-        """An item's image at up to 1600 pixels where the image root is known, else its thumbnail."""
+        """An item's image at up to 1600 pixels if the image root is known, else its thumbnail."""
         if item.position is not None:  # a name is the same item's in any version
             check_version(loaded, v, [item])
         at, etag = service.item(item, loaded), f'"{loaded.version}"'
@@ -244,7 +282,7 @@ def create_app(
 
     @app.post("/api/uploads", tags=["search"], status_code=201, openapi_extra=_FORM, responses=_UPLOADED)
     async def upload(request: Request) -> Reply:
-        """Keeps an image for searches, for a while."""
+        """Keeps an image for later searches, for a limited time."""
         data = await service.received(request)
         loaded = await service.opened(data, library.catalogs[0])
         token = service.uploads.add(loaded)
@@ -262,7 +300,7 @@ def create_app(
 
     @app.post("/api/catalogs/{c}/search", tags=["search"], responses=_SENT)
     async def search(loaded: Catalog, wanted: Search, v: Version = "") -> Reply:
-        """Items like the examples in `like` and unlike those in `unlike`."""
+        """Items similar to the examples in `like` and dissimilar to those in `unlike`."""
         check_version(loaded, v, [*wanted.like, *wanted.unlike])
         examples = service.examples([*wanted.like, *wanted.unlike], loaded)
         like, unlike = examples[: len(wanted.like)], examples[len(wanted.like) :]
@@ -270,13 +308,13 @@ def create_app(
 
     @app.post("/api/catalogs/{c}/search/image", tags=["search"], openapi_extra=_FORM, responses=_UPLOADED)
     async def search_image(request: Request, loaded: Catalog, wanted: Annotated[Wanted, Query()]) -> Reply:
-        """Items like an image, in one request."""
+        """Items similar to an image, in one request."""
         data = await service.received(request)
         return await service.search(loaded, wanted, [await service.opened(data, loaded)])
 
     @app.post("/api/catalogs/{c}/heatmap", tags=["search"], responses=_SENT)
     async def heatmap(loaded: Catalog, wanted: Explained, v: Version = "") -> Reply:
-        """What each place of an item adds to its score in a search, and each place of an example to theirs."""
+        """What each region of an item contributes to its score in a search, and each region of one example likewise."""
         check_version(loaded, v, [*wanted.like, *wanted.unlike, Example(id=wanted.id)])
         if not loaded.explains:
             raise HTTPException(422, f"the descriptors of {loaded.name} have no regions that add up to a score")

@@ -1,4 +1,4 @@
-"""Whether a catalog's networks run on torch or in ONNX Runtime here: whichever is faster, once it gives the same."""
+"""Chooses the runtime of a catalog's networks: ONNX Runtime if it is faster than torch and gives the same results."""
 
 from __future__ import annotations
 
@@ -15,22 +15,35 @@ from simsearch.types import Encoder
 
 AGREE = 1e-3  # L2 distance of descriptors of norm 1; of codes relative to theirs
 _SECONDS = 0.5  # of repetitions of one batch
-_TOGETHER = 8  # at most so many are timed together: the start of a server should take seconds
+_TOGETHER = 8  # largest batch that is timed: the server should start within seconds
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How an encoder's networks run, and why, in words that a user reads at the start of the server."""
+    """The runtime of an encoder's networks.
+
+    Attributes:
+        runtime: torch or onnx.
+        reason: Why it was chosen, in words that are shown when the server starts.
+    """
 
     runtime: Runtime
     reason: str
 
 
 def choose_runtime(encoder: Encoder, batch_size: int, wanted: Runtime = "auto") -> Choice:
-    """Sets every backbone of an encoder to the runtime that serves faster, by one image and by several together.
+    """Sets all backbones of an encoder to the faster runtime, for single images and for batches.
 
-    Networks that ONNX Runtime cannot run stay on torch. So do all on an accelerator, and where the descriptors come
-    out otherwise; with wanted="onnx" these raise ValueError.
+    Networks that ONNX Runtime cannot run stay on torch. All networks stay on torch on an accelerator, and if the
+    descriptors differ.
+
+    Args:
+        encoder: The encoder. Its backbones are modified.
+        batch_size: Number of images in a batch.
+        wanted: auto, torch or onnx.
+
+    Raises:
+        ValueError: If `wanted` is "onnx" and a network must stay on torch, or if `wanted` is none of the three.
     """
     if wanted not in ("auto", "torch", "onnx"):
         raise ValueError(f"runtime must be auto, torch or onnx, got {wanted!r}")
@@ -78,7 +91,12 @@ def choose_runtime(encoder: Encoder, batch_size: int, wanted: Runtime = "auto") 
 
 
 def seconds(run: Callable[[], object], budget: float = _SECONDS) -> float:
-    """How long `run` takes: the median of up to 20 times in about `budget` seconds, the first left out of several."""
+    """The median duration in seconds of up to 20 calls. If there are several calls, the first is left out.
+
+    Args:
+        run: The function to time.
+        budget: Approximate total time in seconds.
+    """
     taken: list[float] = []
     while not taken or (sum(taken) < budget and len(taken) < 20):
         start = time.perf_counter()
@@ -101,7 +119,7 @@ def _set(networks: list[Backbone], runtime: Runtime) -> None:
 
 
 def _images(encoder: Encoder, count: int) -> Tensor:
-    """Noise that is smooth, as pictures are, uint8 (count, 3, H, W), with the sides of a usual image."""
+    """Smooth noise, similar to pictures, uint8 (count, 3, H, W), with the sides of a typical image."""
     size = encoder.input_size
     height = size if encoder.fit == "square" else max(1, 3 * size // 4)
     small = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 255

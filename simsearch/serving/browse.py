@@ -1,4 +1,4 @@
-"""The items of a catalog to browse: filtered, searched by words, in an order, counted by value."""
+"""Browses the items of a catalog: filters, word search, orders, and counts by value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ _ORDERS = 16  # that are remembered, for the next pages of a list
 
 @dataclass(frozen=True)
 class Attribute:
-    """What is known of an attribute: kind "text" or "number", distinct values, and the range of a number."""
+    """Facts about an attribute.
+
+    Attributes:
+        name: Name of the attribute.
+        kind: "text" or "number".
+        distinct: Number of distinct values.
+        low: Smallest number. None for text.
+        high: Largest number. None for text.
+    """
 
     name: str
     kind: str
@@ -33,7 +41,13 @@ class Attribute:
 
 
 class Listing:
-    """Pages of a catalog's items; any number of threads may ask. Arrow and numpy do the work on all items."""
+    """Pages of a catalog's items. Several threads may use it at once.
+
+    Arrow and numpy do the work that spans all items.
+
+    Args:
+        attributes: The attribute columns of the items.
+    """
 
     def __init__(self, attributes: Attributes) -> None:
         self.items, self.filters = attributes.items.combine_chunks(), attributes
@@ -47,9 +61,15 @@ class Listing:
         self._orders: OrderedDict[tuple[str, tuple[Condition, ...], int | None], np.ndarray] = OrderedDict()
 
     def values(self, attribute: str, prefix: str, limit: int) -> list[dict[str, Any]]:
-        """The values of an attribute, each in its usual spelling, with their counts, the most frequent first.
+        """The values of an attribute in their usual spelling with their counts, most frequent first.
 
-        prefix: of any word in a value, case and accents apart. Raises KeyError for an attribute that there isn't.
+        Args:
+            attribute: Name of the attribute.
+            prefix: Start of any word in a value. Case and accents do not matter.
+            limit: Largest number of values.
+
+        Raises:
+            KeyError: If there is no such attribute.
         """
         values, counts, plain = self._counted(attribute)
         if prefix:
@@ -63,10 +83,17 @@ class Listing:
     def page(
         self, *, text: str, where: tuple[Condition, ...], seed: int | None, offset: int, limit: int
     ) -> tuple[int, list[int]]:
-        """How many items there are with all words of `text` that meet the conditions, and the positions of one page.
+        """The number of matching items, and the positions of those on one page.
 
-        seed: of a random order, the same for the same seed; None for the catalog's own. Raises ValueError for
-        conditions that have no meaning here.
+        Args:
+            text: Words that must all occur in the item.
+            where: Conditions that must all hold.
+            seed: Seed of a random order; the same seed gives the same order. None keeps the catalog's order.
+            offset: Number of matching items before the page.
+            limit: Largest number of items on the page.
+
+        Raises:
+            ValueError: If a condition does not fit the catalog.
         """
         key = (text, where, seed)
         with self._lock:
@@ -80,7 +107,11 @@ class Listing:
         return len(order), order[offset : offset + limit].tolist()
 
     def rows(self, positions: Sequence[int]) -> list[dict[str, Any]]:
-        """The attributes of items; unknown ones are left out."""
+        """The attributes of items. Unknown values are left out.
+
+        Args:
+            positions: Positions of the items.
+        """
         taken = self.items.take(pa.array(positions, pa.int64())).to_pylist()
         return [{name: value for name, value in row.items() if value is not None} for row in taken]
 
@@ -109,7 +140,7 @@ class Listing:
         return self._values[attribute]
 
     def _plain(self, name: str) -> pa.Array:
-        """The items' values of an attribute as `folded` text, empty where unknown."""
+        """The items' values of an attribute as `folded` text, empty if unknown."""
         column = self.filters.column(name)
         plain = pa.array([*map(folded, column.values), ""], pa.string())
         return plain.take(pa.array(np.where(column.codes < 0, len(plain) - 1, column.codes)))
@@ -124,7 +155,11 @@ class Listing:
 
 
 def whole(value: object) -> int | None:
-    """A positive whole number that a cell holds as number or text, else None."""
+    """The positive integer that a cell holds as a number or as text, else None.
+
+    Args:
+        value: The cell.
+    """
     try:
         number = float(str(value))
     except ValueError:

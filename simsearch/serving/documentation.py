@@ -1,4 +1,4 @@
-"""The API on a page that needs nothing but itself."""
+"""The documentation of the API as one self-contained page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ POLICY = (
 
 
 def documentation(openapi: dict[str, Any]) -> str:
-    """A page (HTML) of all routes with their parameters and bodies. openapi: the schema of the API."""
+    """An HTML page of all routes with their parameters and bodies.
+
+    Args:
+        openapi: The schema of the API.
+    """
     groups: dict[str, list[str]] = {}
     for path, methods in openapi["paths"].items():
         for method, route in methods.items():

@@ -1,4 +1,4 @@
-"""An encoder in a thread of its own, which describes images that come at the same time together."""
+"""An encoder in its own thread, which batches images of concurrent requests."""
 
 from __future__ import annotations
 
@@ -27,11 +27,17 @@ class _Job:
 
 
 class EncoderWorker:
-    """Describes images for several catalogs and requests, each of which holds it by `retain` until its `release`.
+    """Describes images for several catalogs and requests. Each user holds it between `retain` and `release`.
 
-    The first image waits up to wait_ms for others; images of one shape, up to batch_size, go through the encoder
-    together. An image that fails does so alone. The thread ends when nobody holds the worker any more. runtime: how
-    the encoder's networks run, where that was chosen.
+    The first image waits up to `wait_ms` for others. Images of one shape, up to `batch_size`, go through the encoder
+    together. If an image fails, only its own request fails. The thread ends once nobody holds the worker.
+
+    Args:
+        encoder: The encoder.
+        batch_size: Largest number of images per forward pass.
+        wait_ms: How long the first image waits for others, in milliseconds.
+        queue_length: Largest number of waiting jobs.
+        runtime: The chosen runtime of the encoder's networks, or None.
     """
 
     def __init__(
@@ -48,31 +54,46 @@ class EncoderWorker:
 
     @property
     def pending(self) -> int:
-        """Jobs that wait."""
+        """The number of waiting jobs."""
         return self._jobs.qsize()
 
     def retain(self) -> bool:
-        """Whether the worker can still be held, and now is."""
+        """Holds the worker. False if it has already ended."""
         with self._lock:
             self._users += self._users > 0
             return self._users > 0
 
     def release(self) -> None:
+        """Releases the worker."""
         with self._lock:
             self._users -= 1
             if self._users == 0:
                 self._jobs.put(None)
 
     def describe(self, image: Tensor) -> Future[Tensor]:
-        """The descriptor (D,) of an image uint8 (3, h, w) of the encoder's size and fit. Raises Busy."""
+        """The descriptor (D,) of an image, as a future.
+
+        Args:
+            image: uint8 (3, h, w), at the encoder's size and fit.
+
+        Raises:
+            Busy: If the queue is full.
+        """
         return self._put(_Job(Future(), image=image))
 
     def call(self, function: Callable[[Encoder], Any]) -> Future[Any]:
-        """What `function(encoder)` returns; it runs between batches. Raises Busy."""
+        """The result of `function(encoder)`, as a future. The function runs between batches.
+
+        Args:
+            function: A function of the encoder.
+
+        Raises:
+            Busy: If the queue is full.
+        """
         return self._put(_Job(Future(), call=function))
 
     def warm_up(self) -> None:
-        """Describes a grey image, so that the first request does not pay for what is set up lazily."""
+        """Describes a grey image, so that the first request does not pay for lazy initialisation."""
         height = self.size if self.fit == "square" else max(1, 3 * self.size // 4)
         self.describe(torch.full((3, height, self.size), 128, dtype=torch.uint8)).result()
 
@@ -100,7 +121,7 @@ class EncoderWorker:
                 self._describe(jobs)
 
     def _collect(self, first: _Job) -> tuple[list[_Job], bool]:
-        """The batch that begins with `first`, and whether it is the last one."""
+        """The batch that starts with `first`, and whether it is the last one."""
         batch, deadline = [first], time.monotonic() + self._wait
         while len(batch) < self._batch_size:
             try:
@@ -115,7 +136,7 @@ class EncoderWorker:
     def _describe(self, jobs: list[_Job]) -> None:
         try:
             vectors = encode(self.encoder, torch.stack([job.image for job in jobs if job.image is not None]))
-        except Exception as error:  # whatever it is belongs to one of these requests, not to the worker
+        except Exception as error:  # it belongs to one of these requests, not to the worker
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
             else:

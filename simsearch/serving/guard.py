@@ -1,4 +1,4 @@
-"""What stands before the application: who may ask, how much, how long; headers of every answer; the log."""
+"""Middleware in front of the application: access, limits, timeouts, response headers and the log."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FORM_BYTES = 2**14  # what a form adds to its file
 _DRAINED = 4  # times the limit is read at most
 _DRAIN_SECONDS = 2.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_GONE = 499  # what logs call a client that went before its answer
+_GONE = 499  # the status in logs for a client that left before its answer
 # A name or an address, and perhaps a port: nothing else may stand in Host (RFC 3986, section 3.2).
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._~-]+))(?::\d{0,5})?", re.IGNORECASE | re.ASCII)
 _HEADERS = {
@@ -37,16 +37,24 @@ _HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server bound to this host is reached from its own machine only."""
+    """Whether a server bound to this host is reachable from its own machine only.
+
+    Args:
+        host: Host name or address.
+    """
     return host in LOOPBACK
 
 
 class Guard:
-    """Middleware that refuses what `limits` do not allow, and pages of other origins. HEAD is GET without a body.
+    """Middleware that rejects requests beyond `limits` and pages of other origins. HEAD is GET without a body.
 
-    hosts: names in Host that are answered, None for all; a server of the own machine must check them, or any page
-    could reach it under a name of its own. origins: of pages elsewhere that may ask, such as https://art.example.
-    proxies: how many trusted ones stand before the server and add to X-Forwarded-For.
+    Args:
+        app: The application.
+        limits: The limits of the server.
+        hosts: Accepted names in the Host header. None accepts all. A server on the user's own machine must check them;
+            otherwise any web page could reach it under a name of its own (DNS rebinding).
+        origins: Origins of foreign pages that may send requests, such as https://art.example.
+        proxies: Number of trusted proxies in front of the server that append to X-Forwarded-For.
     """
 
     def __init__(
@@ -110,7 +118,7 @@ class Guard:
             log.info("%s %s %s %d %.0f ms", client, scope["method"], _target(scope), status, spent)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
-        """Raises HTTPException for a request under a name that is not answered, and for one of another's page."""
+        """Raises HTTPException if the host name is not accepted, or if a page of a foreign origin sends the request."""
         # Not Starlette's TrustedHostMiddleware: it reads the first Host alone, says neither which name it refuses nor
         # what to do, and older releases take [::1]:8000 for the name "[".
         given = headers.getlist("host")
@@ -144,9 +152,9 @@ class Guard:
 
 
 class _Body:
-    """A request's body, of which no more than `most` bytes are handed on, all within `seconds`.
+    """A request body. At most `most` bytes are passed on, all within `seconds`.
 
-    Raises HTTPException 413 and 408. complete: nothing of it is left to come.
+    Raises HTTPException 413 and 408. `complete` is True once the body has been read to its end.
     """
 
     def __init__(self, receive: Receive, headers: Headers, most: int, seconds: float, what: str) -> None:
@@ -165,7 +173,7 @@ class _Body:
         return message
 
     async def drain(self, most: int) -> None:
-        """Throws away what comes soon, up to so many bytes: browsers show no answer to a request that breaks off."""
+        """Discards up to `most` bytes that arrive soon. Browsers show no response if the connection breaks off."""
         self._deadline = min(self._deadline, time.monotonic() + _DRAIN_SECONDS)
         with contextlib.suppress(HTTPException):
             while not self.complete and self._count <= most:
@@ -183,9 +191,13 @@ class _Body:
 
 
 def cost(method: str, path: str) -> float:
-    """Tokens that a request takes: few for what a page shows by the dozen, none for what costs nothing.
+    """The number of tokens that a request costs: few for what a page loads by the dozen, 0 for what costs nothing.
 
-    What images take to decode comes on top (`Account.charge`).
+    The decoding time of images is charged in addition (`Account.charge`).
+
+    Args:
+        method: HTTP method.
+        path: Path of the request.
     """
     if not path.startswith("/api/") or path == "/api/health":
         return 0.0
@@ -196,13 +208,17 @@ def cost(method: str, path: str) -> float:
 
 
 def host_name(host: str) -> str | None:
-    """The name or address in a Host header, in lower case, without its port; None where it is not of that form."""
+    """The lower-case name or address in a Host header, without its port. None if the header is malformed.
+
+    Args:
+        host: The header's value.
+    """
     found = _HOST.fullmatch(host)
     return (found[1] or found[2]).lower() if found else None
 
 
 def _target(scope: Scope) -> str:
-    """The path as it was sent: percent-encoded, so that nothing in it breaks a line of the log."""
+    """The path as it was sent. It is percent-encoded, so that it cannot break a line of the log."""
     raw = scope.get("raw_path") or scope["path"].encode()
     return ascii(raw[:200].decode("latin-1"))[1:-1]
 

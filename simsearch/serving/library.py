@@ -1,4 +1,4 @@
-"""The catalogs that are served, exchanged for new ones when their folders change."""
+"""The catalogs that are served. A catalog is reloaded when its folder changes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ Stamp = tuple[tuple[int, int, int] | None, ...]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a catalog lies, and the images that it was made of where they may be shown."""
+    """The location of a catalog and of its images.
+
+    Attributes:
+        folder: The catalog's folder.
+        root: Folder of the original images, if they may be shown.
+    """
 
     folder: Path
     root: Path | None = None
@@ -51,10 +56,22 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A catalog as it was when it was loaded, with all that answers requests for it.
+    """A catalog as it was when it was loaded, with everything that answers requests for it.
 
-    version: 16 hex digits, others when anything in the catalog changed. parts: the weights of its descriptor's parts.
-    before: version and names of the catalog that it took the place of.
+    Attributes:
+        name: Name of the catalog.
+        catalog: The catalog.
+        engine: Its search engine.
+        worker: The worker of its encoder.
+        listing: Its items, to browse.
+        thumbnails: Its thumbnails.
+        root: Folder of the original images, or None.
+        version: 16 hex digits, which change whenever the catalog changes.
+        since: When it was loaded.
+        parts: Weights of the descriptor's parts.
+        explains: True if the encoder can compute heat maps.
+        runtime: The chosen runtime of the networks, or None.
+        before: Version and names of the catalog that it replaced, or None.
     """
 
     name: str
@@ -72,7 +89,13 @@ class Loaded:
     before: tuple[str, Names] | None = None
 
     def now(self, name: str | None, position: int | None, version: str) -> str | None:
-        """The name that an item has here that had this name, or position, in that version; None where it is gone."""
+        """The present name of an item that had this name, or this position, in an earlier version. None if it is gone.
+
+        Args:
+            name: The name, or None.
+            position: The position, or None.
+            version: The earlier version.
+        """
         if self.before is not None and self.before[0] == version:
             old = self.before[1]
             at = position if name is None else old.find(name)
@@ -82,7 +105,11 @@ class Loaded:
         return None if found is None else self.engine.names.of([found])[0]
 
     def describe(self, positions: Sequence[int]) -> list[dict[str, Any]]:
-        """Id, attributes, width and height of items, as the API gives them."""
+        """Id, attributes, width and height of items, as the API returns them.
+
+        Args:
+            positions: Positions of the items.
+        """
         answer = []
         names = self.engine.names.of(positions)
         for position, name, row in zip(positions, names, self.listing.rows(positions), strict=True):
@@ -94,17 +121,28 @@ class Loaded:
         return answer
 
     def original(self, position: int) -> bytes | None:
-        """The bytes of an item's image file; None where there is no root, or no such regular file in it."""
+        """The bytes of an item's image file. None if there is no root, or no such regular file in it.
+
+        Args:
+            position: Position of the item.
+        """
         path = self.catalog.items["path"][position].as_py() if "path" in self.catalog.items.column_names else None
         return read_inside(self.root, str(path)) if self.root is not None and path else None
 
 
 class Thumbnails:
-    """The thumbnails in an items.parquet, by position; held in memory where all take at most `held_bytes`.
+    """The thumbnails in an items.parquet, by position.
 
-    about: catalog.json, which knows their digests. Raises Damaged where they are not what was written.
+    They are held in memory if they take at most `held_bytes` altogether. The file stays open, so the object keeps
+    working after another catalog has taken its place.
 
-    The file stays open: another catalog may take its place, and the old one still answers.
+    Args:
+        path: The items.parquet.
+        about: The content of catalog.json, with the digests.
+        held_bytes: Largest total size in bytes to hold in memory.
+
+    Raises:
+        Damaged: If the thumbnails differ from what was written.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any], held_bytes: int = _HELD_BYTES) -> None:
@@ -125,7 +163,11 @@ class Thumbnails:
             return self._group(group)[place].as_py()
 
     def shape(self, position: int) -> tuple[int, int]:
-        """Width and height of a thumbnail, 1 x 1 of one that is no image."""
+        """Width and height of a thumbnail in pixels. (1, 1) if it is not an image.
+
+        Args:
+            position: Position of the item.
+        """
         if position not in self._shapes:
             height, width = header_shape(self[position]) or (1, 1)
             self._shapes[position] = width, height
@@ -142,11 +184,19 @@ class Thumbnails:
 
 
 class Library:
-    """Catalogs by name. `refresh` exchanges those whose folders changed; whoever holds an old one by `lease` keeps it.
+    """Catalogs by name. Catalogs that were filled by the same encoder share it.
 
-    Encoders are shared by catalogs that one filled.
-    runtime: what their networks run on (simsearch.serving.backend_choice); None leaves that to their configs.
-    Raises ValueError (CatalogError) where a catalog cannot be loaded.
+    `refresh` reloads catalogs whose folders changed. Whoever holds an old one by `lease` keeps it.
+
+    Args:
+        sources: Folder and image root of each catalog, by name.
+        device: Device of the encoders.
+        limits: The limits of the server.
+        runtime: Runtime of the networks (simsearch.serving.backend_choice). None leaves it to the catalogs' configs.
+        trusted: True if the user trusts whoever made the catalogs.
+
+    Raises:
+        ValueError: If a catalog cannot be loaded (CatalogError).
     """
 
     def __init__(
@@ -163,7 +213,7 @@ class Library:
         self._device, self._limits, self._runtime = device, limits, runtime
         self._trusted = trusted
         self._lock = threading.Lock()
-        # Only while a catalog holds them: an encoder that was exchanged is let go.
+        # Weak references: once no catalog uses an encoder, it is freed.
         self._workers: weakref.WeakValueDictionary[str, EncoderWorker] = weakref.WeakValueDictionary()
         self._loaded: dict[str, Loaded] = {}
         self._stamps: dict[str, Stamp] = {}
@@ -172,17 +222,21 @@ class Library:
 
     @property
     def catalogs(self) -> list[Loaded]:
-        """The catalogs as they are now."""
+        """The current catalogs."""
         return list(self._loaded.values())
 
     @property
     def pending(self) -> int:
-        """Jobs that wait for an encoder."""
+        """The number of jobs that wait for an encoder."""
         return sum(worker.pending for worker in {loaded.worker for loaded in self.catalogs})
 
     @contextmanager
     def lease(self, name: str) -> Iterator[Loaded | None]:
-        """The catalog of this name, None where there is none; its encoder works for as long as it is held."""
+        """Yields the catalog of this name, or None if there is none. Its encoder keeps running inside the block.
+
+        Args:
+            name: Name of the catalog.
+        """
         with self._lock:
             loaded = self._loaded.get(name)
             if loaded is not None:
@@ -194,7 +248,10 @@ class Library:
                 loaded.worker.release()
 
     def refresh(self) -> list[str]:
-        """Names of catalogs that were exchanged. One that cannot be read stays as it was, with its problem noted."""
+        """Reloads changed catalogs and returns their names.
+
+        A catalog that cannot be read stays as it was, and `problems` says why.
+        """
         changed = []
         for name, source in self.sources.items():
             stamp = _stamp(source.folder)
@@ -215,6 +272,7 @@ class Library:
         return changed
 
     def close(self) -> None:
+        """Releases all catalogs and their encoders."""
         for loaded in self.catalogs:
             loaded.worker.release()
 
@@ -237,7 +295,7 @@ class Library:
         catalog = read_catalog(source.folder, trusted=self._trusted)
         engine = Engine(catalog)
         engine.position(*engine.names.of([0]))
-        engine.recommend(Request(like=engine.vectors([0]), k=1, exclude=(0,)))  # reads what it reads lazily
+        engine.recommend(Request(like=engine.vectors([0]), k=1, exclude=(0,)))  # loads what is loaded lazily
         listing = Listing(engine.attributes)
         thumbnails, version = Thumbnails(source.folder / "items.parquet", catalog.about), _version(source.folder)
         worker = self._worker(catalog)
@@ -257,7 +315,7 @@ class Library:
         )
 
     def _worker(self, catalog: Catalog) -> EncoderWorker:
-        """The worker of the catalog's encoder, held once more."""
+        """The worker of the catalog's encoder, retained once more."""
         fingerprint = catalog.about["encoder_fingerprint"]
         known = self._workers.get(fingerprint)
         if known is not None and known.retain():
@@ -280,7 +338,14 @@ class Library:
 
 
 def read_inside(root: Path, path: str, most: int = MAX_BYTES) -> bytes | None:
-    """The bytes of a regular file below `root`, links resolved; None for anything else and for what leaves the root."""
+    """The bytes of a regular file below `root`, after links are resolved. None for anything else, and for paths
+    outside.
+
+    Args:
+        root: The folder.
+        path: Path relative to `root`.
+        most: Largest size in bytes.
+    """
     try:
         base = root.resolve(strict=True)
         found = (base / path).resolve(strict=True)
@@ -296,7 +361,7 @@ def read_inside(root: Path, path: str, most: int = MAX_BYTES) -> bytes | None:
 
 
 def _stamp(folder: Path) -> Stamp:
-    """What changes when the catalog in the folder does."""
+    """A value that changes whenever the catalog in the folder changes."""
     found: list[tuple[int, int, int] | None] = []
     for name in _FILES:
         try:

@@ -1,4 +1,4 @@
-"""How much a client, and all clients together, may ask of the server."""
+"""Limits on the requests of one client and of all clients together."""
 
 from __future__ import annotations
 
@@ -25,16 +25,28 @@ _ADDRESS_WITH_PORT = re.compile(r"\[(.+)\](?::\d+)?|([\d.]+):\d+")
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server accepts. Raises ValueError for a limit below what makes sense.
+    """The limits of the server.
 
-    max_upload_bytes: of one image file. max_pixels: of one image, by its header. upload_seconds: to receive a
-    request in full. uploads, uploads_bytes: images that are kept for later searches, the longest unused go first;
-    uploads_kept_seconds: since their last use. rate: requests a second of one client in the long run, None for any
-    number; burst: how many it may send at once. A client pays too for what its images take to decode: a second costs as
-    much as `rate` requests. queue: images that wait for an encoder, and as many for each pool of threads; what comes
-    then is told to come back. batch_size, batch_wait_ms: most images that an encoder describes at once, and how long
-    the first waits for others. threads: processes that decode, and as many threads that search. decode_seconds: that an
-    image may take, then its process is ended. connections: open at a time.
+    Attributes:
+        max_upload_bytes: Largest size of one image file, in bytes.
+        max_pixels: Largest number of pixels of one image, by its header.
+        upload_seconds: Time to receive a whole request, in seconds.
+        uploads: Largest number of images that are kept for later searches. The least recently used go first.
+        uploads_bytes: Largest total size of these images, in bytes.
+        uploads_kept_seconds: How long an upload is kept after its last use, in seconds.
+        rate: Requests per second of one client in the long run. None sets no limit. Decoding is charged too: one second
+            of it costs as much as `rate` requests.
+        burst: Number of requests that a client may send at once.
+        queue: Number of images that may wait for an encoder, and of calls that may wait for each thread pool. Further
+            requests are asked to come back later.
+        batch_size: Largest number of images per forward pass.
+        batch_wait_ms: How long the first image of a batch waits for others, in milliseconds.
+        threads: Number of processes that decode images, and number of threads that search.
+        decode_seconds: Time to decode one image, in seconds. Then its process is terminated.
+        connections: Largest number of open connections.
+
+    Raises:
+        ValueError: If a limit is below its smallest useful value.
     """
 
     max_upload_bytes: int = 20_000_000
@@ -64,19 +76,30 @@ class Limits:
 
 
 class Busy(Exception):
-    """A queue is full: the client should come back in a moment."""
+    """A queue is full. The client should retry in a moment."""
 
 
 class TokenBuckets:
-    """Allows each client `burst` requests at once, and `rate` a second in the long run. For any number of threads."""
+    """Allows each client `burst` requests at once, and `rate` per second in the long run. Thread-safe.
+
+    Args:
+        rate: Tokens per second.
+        burst: Capacity of a client's bucket, in tokens.
+        clock: Function that returns the time in seconds.
+    """
 
     def __init__(self, rate: float, burst: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.rate, self._burst, self._clock = rate, float(burst), clock
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and when there were so many
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and the time of that balance
         self._lock = threading.Lock()
 
     def take(self, client: str, cost: float) -> float:
-        """0 where the client may go on, else in how many seconds it may."""
+        """Takes tokens. 0 if the client may proceed, else the number of seconds until it may.
+
+        Args:
+            client: Name of the client.
+            cost: Number of tokens.
+        """
         with self._lock:
             tokens = self._tokens(client)
             wait = max(0.0, (cost - tokens) / self.rate)
@@ -84,7 +107,12 @@ class TokenBuckets:
         return wait
 
     def charge(self, client: str, cost: float) -> None:
-        """Takes tokens for what has been done already, into debt where there are none."""
+        """Takes tokens for work that has been done already. The balance may become negative.
+
+        Args:
+            client: Name of the client.
+            cost: Number of tokens.
+        """
         with self._lock:
             self._put(client, self._tokens(client) - cost)
 
@@ -101,21 +129,39 @@ class TokenBuckets:
 
 
 class Account:
-    """What one request takes of its client's bucket; nothing where `buckets` is None."""
+    """Charges one request to its client's bucket.
+
+    Args:
+        buckets: The buckets. None charges nothing.
+        client: Name of the client.
+        price: Price of the request, in tokens.
+    """
 
     def __init__(self, buckets: TokenBuckets | None, client: str, price: float) -> None:
         self._buckets, self._client, self._price = buckets, client, price
 
     def pay(self) -> None:
-        """Takes the price of the request. Raises HTTPException 429 where the client has to wait."""
+        """Charges the price of the request.
+
+        Raises:
+            HTTPException: 429 if the client has to wait.
+        """
         self._take(self._price)
 
     def check(self) -> None:
-        """Raises HTTPException 429 where the client is in debt by what its other requests have taken since."""
+        """Checks that the client's other requests have not put it into debt meanwhile.
+
+        Raises:
+            HTTPException: 429 if they have.
+        """
         self._take(0.0)
 
     def charge(self, seconds: float) -> None:
-        """Takes what `seconds` of decoding cost beyond the price of the request: the requests of that time."""
+        """Charges decoding time beyond the price of the request, at `rate` requests per second.
+
+        Args:
+            seconds: Decoding time.
+        """
         if self._buckets is not None:
             cost = seconds * self._buckets.rate
             paid = min(cost, self._price)
@@ -134,10 +180,15 @@ account: ContextVar[Account] = ContextVar("account")
 
 
 def client_address(peer: str, forwarded: Sequence[str], proxies: int) -> str:
-    """Whom a request is counted for: the peer, or behind `proxies` trusted ones whom the first of them named.
+    """The client that a request is charged to: the peer or, behind trusted proxies, the address that the first of them
+    named.
 
-    forwarded: all X-Forwarded-For of the request, of which everything further left may be invented. An IPv6 client has
-    a whole /64, unless it is one of IPv4 that came to a socket of both.
+    An IPv6 client stands for its whole /64, unless its address is an IPv4 address on a dual-stack socket.
+
+    Args:
+        peer: Address of the peer.
+        forwarded: All X-Forwarded-For headers of the request. Entries further left may be forged.
+        proxies: Number of trusted proxies.
     """
     # Not uvicorn's proxy_headers: it knows proxies by their addresses, not by their number. Where those are unknown it
     # has to trust all, and then believes the leftmost name, which clients invent.
@@ -157,7 +208,13 @@ def client_address(peer: str, forwarded: Sequence[str], proxies: int) -> str:
 
 
 class Pool:
-    """Threads for what would hold up the event loop; at most `queue` calls wait for one."""
+    """Threads for calls that would block the event loop.
+
+    Args:
+        name: Name of the threads.
+        threads: Number of threads.
+        queue: Largest number of waiting calls.
+    """
 
     def __init__(self, name: str, threads: int, queue: int) -> None:
         self._threads, self._most = ThreadPoolExecutor(threads, thread_name_prefix=name), threads + queue
@@ -166,10 +223,18 @@ class Pool:
 
     @property
     def pending(self) -> int:
+        """The number of waiting calls."""
         return self._pending
 
     async def run(self, call: Callable[[], Answer]) -> Answer:
-        """What `call` returns. Raises Busy where too many wait already, and what the call raises."""
+        """The result of a call. Raises what the call raises.
+
+        Args:
+            call: The function to run.
+
+        Raises:
+            Busy: If too many calls wait already.
+        """
         with self._lock:
             if self._pending >= self._most:
                 raise Busy
@@ -183,4 +248,5 @@ class Pool:
             self._pending -= 1
 
     def close(self) -> None:
+        """Ends the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What requests and answers look like."""
+"""The messages of the API: requests and responses."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ Text = Annotated[str, Field(max_length=MOST_LETTERS)]
 
 
 class Message(BaseModel):
+    """A message whose fields are all known. Unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid")
 
 
 class Example(Message):
-    """An item of the catalog by `id` (else its path) or, where that is meant, `position`, or an `upload`."""
+    """An item of the catalog by `id` (else its path), an item by `position`, or an `upload`."""
 
     id: Name | None = None
     position: int | None = Field(default=None, ge=0)
@@ -43,7 +45,7 @@ class Example(Message):
 
 
 class Filter(Message):
-    """A condition as data: one of `values` ("" is unknown), or a number in low .. high, or else any known value."""
+    """A condition as data: one of `values` ("" is unknown), or a number in low..high; without both, any known value."""
 
     attribute: Text
     values: list[Text] = Field([], max_length=1000)
@@ -60,7 +62,7 @@ Filters = Annotated[list[Filter], Field(max_length=MOST_FILTERS)]
 
 
 class Wanted(Message):
-    """What a search may say beside its examples."""
+    """The settings of a search, besides its examples."""
 
     weights: dict[str, float] | None = None
     where: str = Field("", max_length=2000, description="artist=Claude Monet|Alfred Sisley; year=1850..1900")
@@ -71,7 +73,10 @@ class Wanted(Message):
 
 
 class Search(Wanted):
-    """Items like these examples and unlike those. Of several examples enough must be near to an item for a verdict."""
+    """Items similar to `like` and dissimilar to `unlike`.
+
+    For a verdict, an item must be close to enough of the examples.
+    """
 
     like: list[Example] = Field(min_length=1, max_length=MOST_EXAMPLES)
     unlike: list[Example] = Field([], max_length=MOST_EXAMPLES)
@@ -79,7 +84,7 @@ class Search(Wanted):
 
 
 class Explained(Message):
-    """Where the item `id` is like what a search asks for, and the example `shown` of those in `like` like the item."""
+    """Why a search finds the item `id`: regions of the item, and regions of the example `shown` in `like`."""
 
     like: list[Example] = Field(min_length=1, max_length=MOST_EXAMPLES)
     unlike: list[Example] = Field([], max_length=MOST_EXAMPLES)
@@ -89,10 +94,11 @@ class Explained(Message):
 
 
 class Problem(BaseModel):
-    """What every refusal and failure says.
+    """The body of every error response.
 
-    reason: of an image that cannot be used, in a word. missing: the examples that there are not. version: the one that
-    the catalog has now. items: the ids now of those that a request of another version names, null for what is gone.
+    reason: one word, if an image cannot be used. missing: the examples that do not exist. version: the current version
+    of the catalog. items: for a request made for another version, the current ids of the items that it names, null for
+    items that are gone.
     """
 
     error: str
@@ -103,7 +109,12 @@ class Problem(BaseModel):
 
 
 class Reply(JSONResponse):
-    """JSON without what JSON has no word for."""
+    """A JSON response without values that JSON cannot express."""
 
     def render(self, content: Any) -> bytes:
+        """The body of the response.
+
+        Args:
+            content: Plain values.
+        """
         return json_line(content).encode()

@@ -1,4 +1,4 @@
-"""What the routes share: uploads, threads, and how an image or an item becomes an answer."""
+"""State and steps that the routes share: uploads, threads, and the way from an image or item to an answer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ GONE = "this upload has expired or never was: send the image again"
 
 
 class Refusal(HTTPException):
-    """A refusal that tells more than its message. about: further fields of `Problem`."""
+    """An error response with further fields.
+
+    Args:
+        status: HTTP status.
+        detail: The message.
+        about: Further fields of `Problem`.
+    """
 
     def __init__(self, status: int, detail: str, about: Mapping[str, Any]) -> None:
         super().__init__(status, detail)
@@ -47,7 +53,15 @@ class Refusal(HTTPException):
 
 
 def conditions(where: str, filters: Sequence[Filter]) -> tuple[Condition, ...]:
-    """The conditions that a text and data state. Raises HTTPException 422 for what has no meaning."""
+    """The conditions in a text and in data.
+
+    Args:
+        where: Conditions as text.
+        filters: Conditions as data.
+
+    Raises:
+        HTTPException: 422 if a condition is invalid.
+    """
     try:
         return (*parse_filters(where), *(one.condition() for one in filters))
     except ValueError as error:
@@ -55,12 +69,25 @@ def conditions(where: str, filters: Sequence[Filter]) -> tuple[Condition, ...]:
 
 
 def name_of(example: Example) -> str:
-    """What an example calls an item of the catalog."""
+    """The id or `position:` of an example that is an item of the catalog.
+
+    Args:
+        example: The example.
+    """
     return f"{POSITION}{example.position}" if example.id is None else example.id
 
 
 def check_version(loaded: Loaded, version: str, asked: Sequence[Example] = ()) -> None:
-    """Raises a Refusal (409) where a request was made for another version than is there, with where its items are."""
+    """Checks that a request was made for the current version of a catalog.
+
+    Args:
+        loaded: The catalog.
+        version: The version that the request names.
+        asked: The examples of the request.
+
+    Raises:
+        Refusal: 409 if it was made for another version. The response says where its items are now.
+    """
     if version and version != loaded.version:
         try:
             items = {name_of(one): loaded.now(one.id, one.position, version) for one in asked if one.upload is None}
@@ -75,7 +102,12 @@ class _Form(MultiPartParser):
 
 
 class Service:
-    """What the routes share."""
+    """State that the routes share.
+
+    Args:
+        library: The catalogs.
+        limits: The limits of the server.
+    """
 
     def __init__(self, library: Library, limits: Limits) -> None:
         self.library, self.limits = library, limits
@@ -91,6 +123,7 @@ class Service:
 
     @property
     def pending(self) -> int:
+        """The number of jobs and calls that wait."""
         pools = (self.decoding, self.searching, self.reading)
         return self.library.pending + sum(pool.pending for pool in pools)
 
@@ -100,7 +133,7 @@ class Service:
         return round(time.monotonic() - self._started, 1)
 
     async def watch(self) -> None:
-        """Exchanges catalogs whose folders change, for as long as the server runs."""
+        """Reloads catalogs whose folders change, until the server ends."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
@@ -114,17 +147,26 @@ class Service:
                 log.exception("looking for new catalogs failed")
 
     def stop_decoding(self) -> None:
-        """Ends all decoding at once; its requests are told that the server ends."""
+        """Stops all decoding at once. Its requests get the response that the server is ending."""
         self._decoders.close()
 
     def close(self) -> None:
+        """Ends threads and processes, and closes the library."""
         self.stop_decoding()
         for pool in (self.decoding, self.searching, self.reading):
             pool.close()
         self.library.close()
 
     async def received(self, request: Request) -> bytes:
-        """The file that a request's form holds in the field `file`."""
+        """The file in the field `file` of a request's form.
+
+        Args:
+            request: The request.
+
+        Raises:
+            HTTPException: If the form has no such file, cannot be read, or is too large.
+            Busy: If too many requests are waiting.
+        """
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise HTTPException(415, "send the image as multipart/form-data in the field file")
         if self._receiving >= self.limits.queue:
@@ -146,9 +188,17 @@ class Service:
         return data
 
     async def decode(self, function: Callable[..., T], *arguments: Any) -> T:
-        """function(*arguments) in a process that is ended where it takes too long; the client pays for the time.
+        """The result of function(*arguments) in a process that is terminated after a time limit. The client pays for
+        the time.
 
-        Raises ImageError, Busy, and HTTPException 429 for a client whose other images have taken too long meanwhile.
+        Args:
+            function: The function.
+            arguments: Its arguments.
+
+        Raises:
+            ImageError: If the image cannot be used.
+            Busy: If too many calls are waiting.
+            HTTPException: 429 if the client's other images have taken too long meanwhile.
         """
         payer = account.get(Account(None, "", 0.0))
 
@@ -165,13 +215,23 @@ class Service:
         return found
 
     async def opened(self, data: bytes, loaded: Loaded) -> Upload:
-        """An upload, decoded as the catalog's encoder sees it."""
+        """An upload, decoded at the size and fit of the catalog's encoder.
+
+        Args:
+            data: Bytes of an image file.
+            loaded: The catalog.
+        """
         size, fit = loaded.worker.size, loaded.worker.fit
         pixels, (width, height) = await self.decode(decoded, data, size, fit, self.limits.max_pixels)
         return Upload(data, width, height, pixels={(size, fit): torch.from_numpy(pixels)})
 
     async def pixels(self, upload: Upload, loaded: Loaded) -> Tensor:
-        """The pixels of an upload as the catalog's encoder sees them."""
+        """The pixels of an upload at the size and fit of the catalog's encoder.
+
+        Args:
+            upload: The upload.
+            loaded: The catalog.
+        """
         size, fit = loaded.worker.size, loaded.worker.fit
         if (size, fit) not in upload.pixels:
             pixels, _ = await self.decode(decoded, upload.data, size, fit, self.limits.max_pixels)
@@ -179,11 +239,23 @@ class Service:
         return upload.pixels[size, fit]
 
     async def shown(self, data: bytes) -> bytes:
-        """An image file as pages show it, at up to 1600 pixels. Raises ImageError."""
+        """An image file as pages show it, at up to 1600 pixels.
+
+        Args:
+            data: Bytes of an image file.
+
+        Raises:
+            ImageError: If the image cannot be used.
+        """
         return await self.decode(viewable, data, VIEW_SIDE, self.limits.max_pixels)
 
     async def described(self, upload: Upload, loaded: Loaded) -> Tensor:
-        """The descriptor (D,) of an upload by the catalog's encoder."""
+        """The descriptor (D,) of an upload by the catalog's encoder.
+
+        Args:
+            upload: The upload.
+            loaded: The catalog.
+        """
         fingerprint = loaded.catalog.about["encoder_fingerprint"]
         if fingerprint not in upload.descriptors:
             pixels = await self.pixels(upload, loaded)
@@ -194,7 +266,12 @@ class Service:
         return upload.descriptors[fingerprint]
 
     async def vectors(self, examples: Sequence[Upload | int], loaded: Loaded) -> Tensor:
-        """The descriptors (M, D) of uploads and items, in order."""
+        """The descriptors (M, D) of uploads and items, in order.
+
+        Args:
+            examples: Uploads, and positions of items.
+            loaded: The catalog.
+        """
         uploads = [one for one in examples if not isinstance(one, int)]
         ids = [one for one in examples if isinstance(one, int)]
         own = iter(await asyncio.gather(*(self.described(upload, loaded) for upload in uploads)))
@@ -202,7 +279,15 @@ class Service:
         return torch.stack([next(stored) if isinstance(one, int) else next(own) for one in examples])
 
     def examples(self, asked: Sequence[Example], loaded: Loaded) -> list[Upload | int]:
-        """The uploads, and positions of items, that a message names. Raises a Refusal (404) that names the missing."""
+        """The uploads and the positions of items that a message names.
+
+        Args:
+            asked: The examples of the message.
+            loaded: The catalog.
+
+        Raises:
+            Refusal: 404 if some do not exist. The response names them.
+        """
         found = [self._example(one, loaded) for one in asked]
         if missing := [one for one, there in zip(asked, found, strict=True) if there is None]:
             problem = GONE if missing[0].upload is not None else f"no item {name_of(missing[0])!r} in {loaded.name}"
@@ -220,7 +305,12 @@ class Service:
             raise HTTPException(422, str(error)) from None
 
     def item(self, example: Example, loaded: Loaded) -> int:
-        """The position of the item that a message names. Raises as `examples` does."""
+        """The position of the item that a message names. Raises as `examples` does.
+
+        Args:
+            example: The example.
+            loaded: The catalog.
+        """
         (found,) = self.examples([example], loaded)
         assert isinstance(found, int)
         return found
@@ -233,7 +323,18 @@ class Service:
         unlike: Sequence[Upload | int] = (),
         filters: Sequence[Filter] = (),
     ) -> Reply:
-        """The answer to a search by uploads and items of the catalog."""
+        """The answer to a search by uploads and items of the catalog.
+
+        Args:
+            loaded: The catalog.
+            wanted: The settings of the search.
+            like: Examples: uploads, and positions of items.
+            unlike: Counter-examples, in the same form.
+            filters: Conditions as data.
+
+        Raises:
+            HTTPException: 422 if a setting does not fit the catalog.
+        """
         where = conditions(wanted.where, filters)
         encoding = time.perf_counter()
         examples = await self.vectors([*like, *unlike], loaded)
@@ -286,7 +387,13 @@ class Service:
         )
 
     async def stored_pixels(self, item: int, loaded: Loaded) -> Tensor:
-        """An item's pixels as the encoder sees them: of its file where the root is known, else of its thumbnail."""
+        """An item's pixels at the size and fit of the encoder. They come from its file if the root is known, else its
+        thumbnail.
+
+        Args:
+            item: Position of the item.
+            loaded: The catalog.
+        """
         size, fit = loaded.worker.size, loaded.worker.fit
         data = await self.reading.run(lambda: loaded.original(item))
         if data is not None:
@@ -295,9 +402,16 @@ class Service:
         return await self.reading.run(lambda: resize_to_fit(decode_thumbnail(loaded.thumbnails[item]), size, fit))
 
     async def explain(self, loaded: Loaded, wanted: Explained) -> Reply:
-        """What each place of an item adds to its score in a search, and each place of one of the examples to theirs.
+        """The contribution of each region of an item to its score in a search, and that of each region of one example.
 
-        The score is the one that `search` gives the item: of all examples and counter-examples together.
+        The score is the one that `search` gives the item, for all examples and counter-examples together.
+
+        Args:
+            loaded: The catalog.
+            wanted: The request.
+
+        Raises:
+            HTTPException: 422 if `shown` is not a place in `like`, or if a setting does not fit the catalog.
         """
         if wanted.shown >= len(wanted.like):
             raise HTTPException(422, f"shown: there are {len(wanted.like)} images in like, the first is 0")

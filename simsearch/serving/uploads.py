@@ -1,4 +1,4 @@
-"""Images that clients sent, kept in memory for a while under tokens that cannot be guessed."""
+"""Images that clients sent, kept in memory for a limited time under tokens that cannot be guessed."""
 
 from __future__ import annotations
 
@@ -18,18 +18,41 @@ STATUS = {"too-large-file": 413, "not-an-image": 415, "unsupported": 415, "empty
 
 
 def status_of(error: ImageError) -> int:
-    """The HTTP status for an image that cannot be used."""
+    """The HTTP status for an image that cannot be used.
+
+    Args:
+        error: The error.
+    """
     return STATUS.get(error.reason, 422)
 
 
 def viewable(data: bytes, side: int, max_pixels: int) -> bytes:
-    """A JPEG (a tiny one PNG) of an image file, scaled to at most `side` pixels. Raises ImageError."""
+    """An image file scaled to at most `side` pixels, as JPEG (PNG if it is tiny).
+
+    Args:
+        data: Bytes of an image file.
+        side: Longest side in pixels.
+        max_pixels: Largest number of pixels, by the header.
+
+    Raises:
+        ImageError: If the image cannot be used.
+    """
     longest = min(side, max(header_shape(data) or (side,)))
     return encode_thumbnail(read_image(data, size=longest, fit="longest", max_pixels=max_pixels), side)
 
 
 def decoded(data: bytes, size: int, fit: Fit, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """An image's pixels as an encoder sees them, uint8 (3, h, w), and its own width and height. Raises ImageError."""
+    """An image's pixels at an encoder's size and fit, uint8 (3, h, w), and its own width and height.
+
+    Args:
+        data: Bytes of an image file.
+        size: Side in pixels.
+        fit: How the image is fitted to `size`.
+        max_pixels: Largest number of pixels, by the header.
+
+    Raises:
+        ImageError: If the image cannot be used.
+    """
     pixels = read_image(data, size=size, fit=fit, max_pixels=max_pixels)
     height, width = header_shape(data) or pixels.shape[1:]
     return pixels.numpy(), (width, height)
@@ -37,9 +60,14 @@ def decoded(data: bytes, size: int, fit: Fit, max_pixels: int) -> tuple[np.ndarr
 
 @dataclass(eq=False)
 class Upload:
-    """An image file from a client: its bytes, its pixels as encoders see them and its descriptors, as they come.
+    """An image file of a client. Pixels and descriptors are added when they are computed.
 
-    pixels: by (size, fit). descriptors: by encoder fingerprint, so that a new encoder makes its own.
+    Attributes:
+        data: Bytes of the file.
+        width: Width of the image in pixels.
+        height: Height of the image in pixels.
+        pixels: Pixels at the size and fit of encoders, by (size, fit).
+        descriptors: Descriptors by encoder fingerprint, so that a new encoder computes its own.
     """
 
     data: bytes
@@ -50,11 +78,19 @@ class Upload:
 
     @property
     def nbytes(self) -> int:
+        """The size of the upload in memory, in bytes."""
         return len(self.data) + sum(p.nbytes for p in (*self.pixels.values(), *self.descriptors.values()))
 
 
 class Uploads:
-    """At most `count` uploads of `nbytes` together, each until `seconds` after its last use. For one thread."""
+    """Uploads by token, with limits on number, size and age. Not thread-safe.
+
+    Args:
+        count: Largest number of uploads.
+        nbytes: Largest total size in bytes.
+        seconds: How long an upload is kept after its last use, in seconds.
+        clock: Function that returns the time in seconds.
+    """
 
     def __init__(self, count: int, nbytes: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._count, self._bytes, self.seconds, self._clock = count, nbytes, seconds, clock
@@ -64,14 +100,22 @@ class Uploads:
         return len(self._kept)
 
     def add(self, upload: Upload) -> str:
-        """A token for the upload; others may have to go."""
+        """Adds an upload and returns its token. Older uploads may be dropped.
+
+        Args:
+            upload: The upload.
+        """
         token = secrets.token_urlsafe(16)
         self._kept[token] = upload, self._clock()
         self.sweep()
         return token
 
     def get(self, token: str) -> Upload | None:
-        """The upload, None where there is none or it has gone."""
+        """The upload of a token. None if there is none, or if it has been dropped.
+
+        Args:
+            token: The token.
+        """
         self.sweep()
         if token not in self._kept:
             return None
@@ -80,7 +124,7 @@ class Uploads:
         return upload
 
     def sweep(self) -> None:
-        """Drops what has expired and what is too much."""
+        """Drops uploads that have expired or exceed the limits."""
         oldest = self._clock() - self.seconds
         total = sum(upload.nbytes for upload, _ in self._kept.values())
         while self._kept:

@@ -94,8 +94,8 @@ def reproduce(
 ) -> Outcome:
     """Trains and measures a row, its start rows first, and compares the mean over seeds with what is expected.
 
-    Rows and runs may be somebody else's: raises ValueError, before anything runs, for a row that names what a
-    folder's config may not name, unless they are `trusted`.
+    Rows and runs may be somebody else's: raises ValueError, before anything runs, for a row that names what a folder's
+    config may not name, unless they are `trusted`.
     """
     row = book[name]
     if not seeds or not all(type(seed) is int for seed in seeds):
@@ -257,8 +257,8 @@ def evaluation_folder(run: Run, measurement: str) -> Path:
 def launch(command: str, arguments: Sequence[str]) -> None:
     """Runs a command of simsearch as a program of its own; its output goes to standard error.
 
-    SIGTERM is passed on, so that a training leaves its checkpoint, and then ends this process too. Raises
-    Failed for a bad exit status.
+    SIGTERM is passed on, so that a training leaves its checkpoint, and then ends this process too. Raises Failed for a
+    bad exit status.
     """
     line = shlex.join(["simsearch", command, *arguments])
     print(f"$ {line}", file=sys.stderr, flush=True)

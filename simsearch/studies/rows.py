@@ -35,11 +35,11 @@ class Expected:
 class Row:
     """One row of a study: what trains, what it starts from, what is measured and expected.
 
-    name: family-variant-size. what: one line for a reader. train: overrides of `simsearch train`. start:
-    the row whose run `model.start` names, or None. seeds: those that the study ran. minutes: of one
-    training on two cores. expect: measurement -> metric -> Expected, or None where nothing is known yet. A
-    measurement is a protocol's name as reports print it, perhaps with overrides of `simsearch evaluate`:
-    `10k-50k rerank=aqe`. fingerprints: protocol -> fingerprint of the data that the values belong to.
+    name: family-variant-size. what: one line for a reader. train: overrides of `simsearch train`. start: the row whose
+    run `model.start` names, or None. seeds: those that the study ran. minutes: of one training on two cores. expect:
+    measurement -> metric -> Expected, or None where nothing is known yet. A measurement is a protocol's name as reports
+    print it, perhaps with overrides of `simsearch evaluate`: `10k-50k rerank=aqe`. fingerprints: protocol ->
+    fingerprint of the data that the values belong to.
     """
 
     name: str

@@ -82,8 +82,9 @@ def is_finished(folder: Path) -> bool:
 def find_run(
     book: Mapping[str, Row], name: str, seed: int, runs: Mapping[str, saved_run.Run], *, trusted: bool = False
 ) -> tuple[saved_run.Run | None, dict[str, Any] | None]:
-    """The finished run of a row and seed, or None, and the row's config; that is None, too, while its start row has
-    no finished run."""
+    """The finished run of a row and seed, or None, and the row's config; that is None, too, while its start row has no
+    finished run.
+    """
     start = None
     if book[name].start is not None:
         begun, _ = find_run(book, book[name].start, start_seed(book, name, seed), runs, trusted=trusted)  # type: ignore[arg-type]
