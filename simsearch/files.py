@@ -416,8 +416,9 @@ def _write_rows(file: TextIO, header: Sequence[str], rows: Iterable[Iterable[Any
 
 
 def json_line(value: Any) -> str:
-    """`value` as JSON on one line. Values that JSON cannot express are replaced: NaN and infinity by null, a date by
-    its text.
+    """`value` as JSON on one line.
+
+    Values that JSON cannot express are replaced: NaN and infinity by null, a date by its text.
 
     Args:
         value: The value.

@@ -1,1 +1,1 @@
-"""One module a command of the `simsearch` program."""
+"""The commands of the `simsearch` program, one module each."""

@@ -1,4 +1,4 @@
-"""simsearch art: from a folder of paintings to a recommender in the browser, each step a command that is printed."""
+"""simsearch art: from a folder of paintings to a recommender in the browser. Each step is a command that is printed."""
 
 from __future__ import annotations
 
@@ -30,6 +30,14 @@ LEAST_TRAINED = 10
 
 @program.command("art")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch art`.
+
+    Args:
+        config: The config of conf/art.yaml.
+
+    Raises:
+        ValueError: If a value is invalid or a path does not exist.
+    """
     if config.serve not in (True, False, None):
         raise ValueError(f"serve must be true, false or null, got {config.serve!r}")
     images = None if config.images is None else Path(config.images)
@@ -45,7 +53,17 @@ def main(config: DictConfig) -> None:
 
 
 def make(images: Path | None, outside: Path | None, out: Path, size: int) -> None:
-    """Leaves collection, run, catalog and a picture of recommendations in `out`."""
+    """Writes the collection, the run, the catalog and a picture of recommendations to `out`.
+
+    Args:
+        images: Folder or table of images. None means the rendered sample.
+        outside: Folder or table of images that are not in the collection, for calibration, or None.
+        out: Output folder. Steps that are already finished there are skipped.
+        size: Side in pixels at which the network sees images.
+
+    Raises:
+        ValueError: If `out` belongs to other images, or if a step fails.
+    """
     out.mkdir(parents=True, exist_ok=True)
     if images is None:
         images, outside = out / "paintings.csv", out / "others.csv"
@@ -63,7 +81,7 @@ def make(images: Path | None, outside: Path | None, out: Path, size: int) -> Non
     if done:
         print(f"there already: {run}")
     else:
-        shutil.rmtree(run, ignore_errors=True)  # one that was cut off; what it has extracted is in the cache
+        shutil.rmtree(run, ignore_errors=True)  # an interrupted run; its descriptors are in the cache
         arguments = ["data=art", f"data.source={collection}", "model=art", f"backbone.size={size}"]
         arguments += [*describe_split(collection), "catalog.write=false", "logger.mode=disabled", f"run_dir={run}"]
         step("learn what tells artworks apart", "train", *arguments)
@@ -90,7 +108,15 @@ def make(images: Path | None, outside: Path | None, out: Path, size: int) -> Non
 
 
 def step(what: str, *command: str) -> None:
-    """Runs a command of simsearch, printed before, its time after. Raises ValueError where it fails."""
+    """Prints and runs a simsearch command, then prints its duration.
+
+    Args:
+        what: What the step does.
+        command: The command and its arguments.
+
+    Raises:
+        ValueError: If the command fails.
+    """
     print(f"\n--- {what}\n$ {shlex.join(['simsearch', *command])}", flush=True)
     start = time.perf_counter()
     if status := subprocess.run([sys.executable, "-m", "simsearch", *command]).returncode:
@@ -99,7 +125,13 @@ def step(what: str, *command: str) -> None:
 
 
 def divide(manifest: Path, inside: Path, outside: Path) -> None:
-    """Two tables of one: without the last styles, and with them alone."""
+    """Splits a table into two: one without the last styles, one with only these.
+
+    Args:
+        manifest: The table.
+        inside: Table to write, without the last styles.
+        outside: Table to write, with the last styles.
+    """
     with manifest.open(newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
@@ -113,10 +145,16 @@ def divide(manifest: Path, inside: Path, outside: Path) -> None:
 
 
 def describe_split(folder: Path) -> list[str]:
-    """Arguments of train by which this collection can be divided and measured, said aloud.
+    """The arguments of `simsearch train` by which this collection can be split and measured. The choice is printed.
 
-    The first that fits: artists apart (the default); an artist, a style, a genre or a period on both sides; or
-    without any of them a run that is not measured, for which most images train.
+    The first that fits is taken: disjoint artists (the default); an artist, a style, a genre or a period on both sides;
+    or, without any of these, a run that is not measured and trains on most images.
+
+    Args:
+        folder: Folder of the collection.
+
+    Raises:
+        ValueError: If there are too few works.
     """
     manifest = read_manifest(folder)
     collection = files_collection(folder.name, manifest, open_ingest(folder, manifest, 1))
@@ -145,7 +183,13 @@ def describe_split(folder: Path) -> list[str]:
 
 
 def trains(collection: Collection, attribute: str, part: str | None) -> int:
-    """Images to train on where relevance is by an attribute; 0 where that can't be measured or leaves too few."""
+    """The number of training images if an attribute defines relevance. 0 if it cannot be measured or leaves too few.
+
+    Args:
+        collection: The collection.
+        attribute: The attribute.
+        part: The attribute that is split, or None.
+    """
     try:
         split = ByHash(name="", attribute=attribute, part=part, junk="work").split(collection)
     except ValueError:
@@ -157,7 +201,13 @@ def trains(collection: Collection, attribute: str, part: str | None) -> int:
 
 
 def serve(out: Path, port: int, *, now: bool) -> None:
-    """Serves the catalog until Ctrl-C; says how to, where not now."""
+    """Serves the catalog until Ctrl-C, or prints how to.
+
+    Args:
+        out: Output folder of `make`.
+        port: Port of the server.
+        now: Serve now.
+    """
     root = read_json(out / "collection" / "ingest.json")["root"]
     command = ["serve", f"catalog={out / 'catalog'}", f"root={root}", f"port={port}"]
     if now:

@@ -1,4 +1,4 @@
-"""simsearch assess: runs measured on an art collection in many ways at once, beside a baseline."""
+"""simsearch assess: measures runs on an art collection with many metrics at once, compared with a baseline."""
 
 from __future__ import annotations
 
@@ -36,7 +36,15 @@ AS_LISTS = ("P@10", "coverage", "gini", "long_tail", "diversity", "novelty")
 
 @dataclass(frozen=True)
 class Row:
-    """One run: its name, what describes, descriptors float32 (N, D) or real-valued codes of all images, and cost."""
+    """One run.
+
+    Attributes:
+        name: Name of the run.
+        vectors: Descriptors float32 (N, D), or real-valued codes, of all images.
+        bits: Number of bits of a code, or None.
+        outside: Descriptors of images from elsewhere, or None.
+        seconds: Duration of describing, in seconds.
+    """
 
     name: str
     vectors: Tensor
@@ -46,11 +54,20 @@ class Row:
 
     @property
     def bytes_per_item(self) -> int:
+        """The size of a descriptor in bytes."""
         return 4 * self.vectors.shape[1] if self.bits is None else -(-self.bits // 8)
 
 
 @program.command("assess")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch assess`.
+
+    Args:
+        config: The config of conf/assess.yaml.
+
+    Raises:
+        ValueError: If a value is invalid or the runs do not fit together.
+    """
     values = configs.plain(config)
     runs = [saved_run.open_run(Path(run), trusted=configs.trusts(config)) for run in configs.listed(values["runs"])]
     names = configs.listed(values["names"]) if values["names"] else [run.folder.name for run in runs]
@@ -95,12 +112,25 @@ def main(config: DictConfig) -> None:
 
 
 def fitted(data: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The data of the first run, decoded to the size and fit that another run sees."""
+    """The data config of the first run, with the image size and fit of another run.
+
+    Args:
+        data: The data config of the first run.
+        own: The data config of the other run.
+    """
     return data | {name: own[name] for name in ("size", "fit") if name in own and name in data}
 
 
 def check_unknown(data: dict[str, Any], runs: list[saved_run.Run]) -> None:
-    """Raises ValueError where a run was trained on these data, by where they come from."""
+    """Checks that no run was trained on these data, judged by the data's source.
+
+    Args:
+        data: The data config.
+        runs: The runs.
+
+    Raises:
+        ValueError: If a run was.
+    """
     for run in runs:
         own = run.config["data"]
         if all(own.get(name) == data.get(name) for name in ("_target_", "source", "root")):
@@ -112,11 +142,20 @@ def check_unknown(data: dict[str, Any], runs: list[saved_run.Run]) -> None:
 
 @dataclass(frozen=True)
 class Everything:
-    """All of a collection, to be described: nothing of it trains."""
+    """A protocol for a whole collection that is only described. Nothing is used for training.
+
+    Attributes:
+        name: Name of the protocol.
+    """
 
     name: str = "everything"
 
     def split(self, collection: Collection) -> Split:
+        """The split of a collection, without a training part.
+
+        Args:
+            collection: The collection.
+        """
         rows, attribute = torch.arange(len(collection)), collection.attributes[0]
         return Split(rows[:0], None, RetrievalTask(self.name, rows, rows, attribute, None, True, ""))
 
@@ -124,9 +163,15 @@ class Everything:
 def split(
     collection: Collection, protocols: dict[str, dict[str, Any]], *, whole: bool = False
 ) -> dict[str, RetrievalTask]:
-    """The test tasks that the collection has the attributes for; the others are named on stderr.
+    """The test tasks for which the collection has the attributes. Other tasks are listed on standard error.
 
-    whole: of all images, not of those that the protocols hold out.
+    Args:
+        collection: The collection.
+        protocols: The protocols' configs, by name.
+        whole: Use all images, not only those that the protocols hold out.
+
+    Raises:
+        ValueError: If no protocol fits the collection.
     """
     tasks = {}
     for name, node in protocols.items():
@@ -141,7 +186,15 @@ def split(
 
 
 def describe(name: str, run: saved_run.Run, data: Any, outside: str | None, limit: int) -> Row:
-    """The descriptors of the whole collection, in row order, and of images from elsewhere."""
+    """Describes a whole collection in row order, and images from elsewhere.
+
+    Args:
+        name: Name of the run.
+        run: The run.
+        data: The DataModule of the collection.
+        outside: Folder or table of images from elsewhere, or None.
+        limit: Largest number of images from elsewhere.
+    """
     model = saved_run.load_model(run)
     one = run.config["trainer"] | {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     trainer = configs.build_trainer({**run.config, "trainer": one, "callbacks": {}}, run.folder, [])
@@ -153,7 +206,16 @@ def describe(name: str, run: saved_run.Run, data: Any, outside: str | None, limi
 
 
 def describe_files(encoder: Encoder, source: str | None, limit: int) -> Tensor | None:
-    """Descriptors of at most `limit` image files of a folder or table; None without one."""
+    """The descriptors of at most `limit` image files. None if there is no source.
+
+    Args:
+        encoder: The encoder.
+        source: A folder or table, or None.
+        limit: Largest number of images.
+
+    Raises:
+        ValueError: If no image can be read.
+    """
     if source is None:
         return None
     batches = batches_of(encoder, read_manifest(Path(source)))
@@ -164,7 +226,13 @@ def describe_files(encoder: Encoder, source: str | None, limit: int) -> Tensor |
 
 
 def measure(row: Row, collection: Collection, tasks: dict[str, RetrievalTask]) -> list[Measured]:
-    """All that is measured of a run but its recommendations."""
+    """All measurements of a run, except its recommendations.
+
+    Args:
+        row: The run.
+        collection: The collection.
+        tasks: The test tasks by name.
+    """
     found = [assessment.measure_task(row.vectors, row.bits, collection, task) for task in tasks.values()]
     if "artist" in tasks:
         found.append(assessment.measure_graded(row.vectors, row.bits, collection, tasks["artist"]))
@@ -174,7 +242,15 @@ def measure(row: Row, collection: Collection, tasks: dict[str, RetrievalTask]) -
 
 
 def recommend(rows: list[Row], collection: Collection, task: RetrievalTask) -> dict[str, Measured]:
-    """Lists of ten by each run, diverse and hub-corrected ones by the last, and by chance and popularity."""
+    """Measures lists of ten recommendations, by recommender.
+
+    The recommenders are each run, the last run with diversity or hubness correction, and random and popular choices.
+
+    Args:
+        rows: The runs.
+        collection: The collection.
+        task: The task whose queries are used.
+    """
     popularity = assessment.artist_popularity(collection, task)
     space = rows[0].vectors
     made = {row.name: assessment.lists(row.vectors, row.bits, collection, task) for row in rows}
@@ -190,7 +266,12 @@ def recommend(rows: list[Row], collection: Collection, task: RetrievalTask) -> d
 
 
 def compare(rows: list[Row], found: dict[str, list[Measured]]) -> list[dict[str, Any]]:
-    """Paired differences in AP to the first run, by protocol; p by sign flips of units, adjusted over all (Holm)."""
+    """Paired AP differences to the first run, by protocol. p-values are from sign flips of units, adjusted by Holm.
+
+    Args:
+        rows: The runs.
+        found: The measurements of each run, by its name.
+    """
     lines = []
     for row in rows[1:]:
         for ours, base in zip(found[row.name], found[rows[0].name], strict=True):
@@ -215,7 +296,17 @@ def write_galleries(
     collection: Collection,
     tasks: dict[str, RetrievalTask],
 ) -> list[Path]:
-    """Writes gallery-<protocol>.png: the queries that gain and lose most from the first row to the last, by each."""
+    """Writes gallery-<protocol>.png, with the results of each run for some queries, and returns the files.
+
+    The queries are those that gain and lose most from the first run to the last.
+
+    Args:
+        out: Folder to write to.
+        rows: The runs.
+        found: The measurements of each run, by its name.
+        collection: The collection.
+        tasks: The test tasks by name.
+    """
     if len(rows) < 2:
         return []
     ends, paths = (rows[0], rows[-1]), []
@@ -239,7 +330,15 @@ def write_galleries(
 
 
 def answer(collection: Collection, task: RetrievalTask, place: int, ids: Tensor, caption: str) -> list[Tile]:
-    """A query of a task and its recommendations, int64 (K,) gallery positions, as a row of a picture."""
+    """A query of a task and its recommendations as one row of a picture.
+
+    Args:
+        collection: The collection.
+        task: The task.
+        place: Position of the query in the task.
+        ids: int64 (K,), gallery positions of the recommendations.
+        caption: Text below the query.
+    """
     labels = collection.column(task.attribute)
     names = collection.classes[collection.attributes.index(task.attribute)]
     query = int(task.query[place])
@@ -254,7 +353,15 @@ def answer(collection: Collection, task: RetrievalTask, place: int, ids: Tensor,
 def write_results(
     path: Path, rows: list[Row], found: dict[str, list[Measured]], recommended: dict[str, Measured], seed: int
 ) -> None:
-    """One measured value a line, in the columns of a study's results.csv."""
+    """Writes one measured value per line, in the columns of a study's results.csv.
+
+    Args:
+        path: The file to write.
+        rows: The runs.
+        found: The measurements of each run, by its name.
+        recommended: The measurements of the recommendations.
+        seed: The seed.
+    """
     lines: list[list[Any]] = []
 
     def add(name: str, measured: Measured, prefix: str, size: int | str, seconds: float | str) -> None:
@@ -273,7 +380,13 @@ def write_results(
 
 
 def values_table(title: str, columns: tuple[tuple[str, str], ...], found: dict[str, list[Measured]]) -> Table:
-    """Some metrics of each run with their intervals."""
+    """A table of some metrics of each run, with their intervals.
+
+    Args:
+        title: Title of the table.
+        columns: Pairs of metric and column title.
+        found: The measurements of each run, by its name.
+    """
     table = Table(title=f"{title} (95% intervals by unit of chance)", title_justify="left")
     table.add_column("run", overflow="fold")
     counted = {m.protocol: f"{m.unit}: {len(m.units.unique())}" for ms in found.values() for m in ms if m.intervals}
@@ -289,7 +402,12 @@ def values_table(title: str, columns: tuple[tuple[str, str], ...], found: dict[s
 
 
 def cell(measured: Measured, metric: str) -> str:
-    """A value and, below it, its interval."""
+    """A value, with its interval below it.
+
+    Args:
+        measured: The measurement.
+        metric: Name of the metric.
+    """
     text = f"{measured.values[metric]:.4f}"
     if metric in measured.intervals:
         low, high = measured.intervals[metric]
@@ -298,7 +416,11 @@ def cell(measured: Measured, metric: str) -> str:
 
 
 def lists_table(recommended: dict[str, Measured]) -> Table:
-    """Ten recommendations a query: how right, how much of the collection, how diverse and how new."""
+    """A table on lists of ten recommendations: accuracy, coverage of the collection, diversity and novelty.
+
+    Args:
+        recommended: The measurements by recommender.
+    """
     table = Table(title="As a recommender: ten works a query, by artist", title_justify="left")
     table.add_column("lists", overflow="fold")
     for metric in AS_LISTS:

@@ -1,4 +1,4 @@
-"""simsearch calibrate: thresholds by which a catalog says no, and what they do to queries that did not choose them."""
+"""simsearch calibrate: thresholds with which a catalog can reject a query, validated on other queries."""
 
 from __future__ import annotations
 
@@ -46,7 +46,12 @@ _BLOCK = 256  # queries that are searched together
 
 @program.command("calibrate")
 def main(config: DictConfig) -> None:
-    least_scores(config.rate, config.certainty)  # refuses what is no rate or certainty
+    """Runs the command `simsearch calibrate`.
+
+    Args:
+        config: The config of conf/calibrate.yaml.
+    """
+    least_scores(config.rate, config.certainty)  # checks rate and certainty
     catalog = read_catalog(Path(config.catalog), calibrated=False, trusted=configs.trusts(config))
     engine = Engine(catalog)
     positions = image_a_work(engine, config.sample, config.seed)
@@ -70,7 +75,7 @@ def main(config: DictConfig) -> None:
     if outside is not None:
         strange, names = outside_likeness(engine, outside, neighbours, describe)
         of_outside, at_home, away = halves(names), own.similarity, strange.similarity
-        floor = max(0.0, float(strange.top.median()))  # what one in two of them gets
+        floor = max(0.0, float(strange.top.median()))  # half of them exceed it
         thresholds["similar"] = calibrate(at_home, away, first, of_outside, config.rate, config.certainty, paired=False)
         curves["similar"] = curve(at_home[~first], away[~of_outside])
         copies = (strange.sameness > same_work.values[0]).nonzero()[:, 0].tolist()
@@ -109,7 +114,14 @@ def main(config: DictConfig) -> None:
 
 
 def announce(config: DictConfig, engine: Engine, first: Tensor, outside: Manifest | None) -> None:
-    """Says on standard error, before the work, what the calibration will lack and which rates it can promise."""
+    """Prints on standard error, before the work starts, what the calibration will lack and which rates it can promise.
+
+    Args:
+        config: The command's config.
+        engine: The engine of the catalog.
+        first: bool (n,), which works belong to the calibrating half.
+        outside: Unrelated images, or None.
+    """
     if engine.work_attribute is None:
         say(
             "the catalog does not say which items are of the same work (a column work or group_id): copies count as "
@@ -131,16 +143,32 @@ def announce(config: DictConfig, engine: Engine, first: Tensor, outside: Manifes
 
 
 def say(what: str) -> None:
+    """Prints a line on standard error.
+
+    Args:
+        what: The text.
+    """
     print(f"note: {what}", file=sys.stderr, flush=True)
 
 
 def chosen(count: int, at_most: int, seed: int) -> Tensor:
-    """Rising positions int64 (n,) of at most so many of `count` things, by chance."""
+    """A random subset of at most `at_most` positions from range(count), ascending, int64 (n,).
+
+    Args:
+        count: Number of positions.
+        at_most: Largest size of the subset.
+        seed: Seed of the random choice.
+    """
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:at_most].sort().values
 
 
 def work_names(engine: Engine, positions: Tensor) -> list[str]:
-    """A name for the work of each of these items: its own, or else the item's path."""
+    """A name for the work of each item: the work's own name, else the item's path.
+
+    Args:
+        engine: The engine of the catalog.
+        positions: Positions of the items.
+    """
     items = engine.catalog.items
     paths = items["path"].take(positions.numpy()).to_pylist()
     if engine.work_attribute is None:
@@ -150,7 +178,11 @@ def work_names(engine: Engine, positions: Tensor) -> list[str]:
 
 
 def read_outside(config: DictConfig) -> Manifest:
-    """The images from outside that are taken, by chance, each content once."""
+    """A random choice of the unrelated images, without duplicates by content.
+
+    Args:
+        config: The command's config.
+    """
     manifest = read_manifest(Path(config.outside))
     once: dict[str, str] = {}
     for row in chosen(len(manifest), config.sample, config.seed).tolist():
@@ -159,13 +191,18 @@ def read_outside(config: DictConfig) -> Manifest:
 
 
 class Describer:
-    """Describes files with a catalog's encoder, built when it is needed; a second try goes on after the first."""
+    """Describes files with a catalog's encoder, which is built when it is needed. An interrupted run can be continued.
+
+    Args:
+        config: The command's config.
+        catalog: The catalog.
+    """
 
     def __init__(self, config: DictConfig, catalog: Catalog) -> None:
         self.config, self.catalog = config, catalog
 
     def __call__(self, manifest: Manifest) -> tuple[list[int], Tensor]:
-        """Rising rows of the files that can be read, and their descriptors as the index has queries, (n, width)."""
+        """Rows of the files that can be read, ascending, and their descriptors (n, width) in the form of queries."""
         digests = [content_digest(manifest.root / path) for path in manifest.paths]
         catalog, index = self.catalog, self.catalog.index
         kind, width = ("uint8", (index.bits or 0) // 8) if index.is_binary else ("float32", int(index.dimension or 0))
@@ -179,7 +216,7 @@ class Describer:
         )
         readable = np.flatnonzero(stored[:, size])
         missing = [manifest.paths[row] for row in np.flatnonzero(stored[:, size] == 0)]
-        if missing:  # again, for what is wrong with them
+        if missing:  # again, for the errors of these files
             part = Manifest(manifest.root, tuple(missing))
             report_errors([error for *_, errors in load_images(part, size=32) for error in errors], {})
         vectors = np.ascontiguousarray(stored[readable, :size]).view(kind)
@@ -203,7 +240,11 @@ class Describer:
 
 @functools.cache
 def content_digest(path: Path) -> str:
-    """32 hex digits of an image file's content; the path of what is no file or too large for an image."""
+    """32 hex digits of an image file's content. The path if it is not a file or too large for an image.
+
+    Args:
+        path: The file.
+    """
     try:
         if path.is_file() and path.stat().st_size <= MAX_BYTES:
             with path.open("rb") as file:
@@ -216,7 +257,17 @@ def content_digest(path: Path) -> str:
 def exact_vectors(
     config: DictConfig, catalog: Catalog, positions: Tensor, describe: Describer
 ) -> tuple[Tensor, Tensor]:
-    """Positions of items whose files can be read, and their descriptors as a query has them, not as stored."""
+    """Positions of the items whose files can be read, and their descriptors in the form of queries, not as stored.
+
+    Args:
+        config: The command's config.
+        catalog: The catalog.
+        positions: int64 (n,), positions of the items.
+        describe: Describes files.
+
+    Raises:
+        ValueError: If the index stores vectors only approximately and no images are given, or if no item is among them.
+    """
     if not config.images:
         raise ValueError(
             f"the index {catalog.index.factory} keeps vectors only roughly, which queries are not: give images=<what "
@@ -232,7 +283,17 @@ def exact_vectors(
 def outside_likeness(
     engine: Engine, manifest: Manifest, neighbours: int, describe: Describer
 ) -> tuple[Likeness, list[str]]:
-    """How images from outside and the catalog are alike, and their paths."""
+    """The likeness of unrelated images and the catalog, and the paths of these images.
+
+    Args:
+        engine: The engine of the catalog.
+        manifest: The unrelated images.
+        neighbours: Number of neighbours that a background averages over.
+        describe: Describes files.
+
+    Raises:
+        ValueError: If no image can be read.
+    """
     rows, vectors = describe(manifest)
     if not rows:
         raise ValueError(f"no image of {manifest.root} could be read")
@@ -243,13 +304,24 @@ def outside_likeness(
 
 
 def write_curves(path: Path, curves: Mapping[str, np.ndarray]) -> None:
-    """Writes the held-out curves as CSV."""
+    """Writes the held-out curves as CSV.
+
+    Args:
+        path: The file to write.
+        curves: Rows as of `simsearch.search.calibration.curve`, by kind of match.
+    """
     rows = ((name, *(f"{value:.6f}" for value in row)) for name, curve in curves.items() for row in curve.tolist())
     write_csv(path, ["kind", "threshold", "recall", "false_match_rate", "precision"], rows)
 
 
 def plot_curves(path: Path, curves: Mapping[str, np.ndarray], thresholds: Mapping[str, Threshold]) -> None:
-    """Writes a PNG: recall and precision of the held-out queries against their rate of false matches."""
+    """Writes a PNG of recall and precision of the held-out queries against their false-match rate.
+
+    Args:
+        path: The file to write.
+        curves: Rows as of `simsearch.search.calibration.curve`, by kind of match.
+        thresholds: The thresholds by kind of match.
+    """
     from matplotlib.figure import Figure  # half a second that --help need not wait
 
     figure = Figure(figsize=(5.5 * max(1, len(curves)), 4), layout="constrained")
@@ -270,7 +342,11 @@ def plot_curves(path: Path, curves: Mapping[str, np.ndarray], thresholds: Mappin
 
 
 def results(thresholds: Mapping[str, Threshold]) -> Table:
-    """Thresholds and what they do to the held-out half."""
+    """A table of the thresholds and their effect on the held-out half.
+
+    Args:
+        thresholds: The thresholds by kind of match.
+    """
     table = Table(title="False matches at most at the rate: thresholds, and what they do to the held-out half (95%)")
     for name in ("match", "rate", "threshold", "calibrated on", "false matches", "found", "examples"):
         table.add_column(name, justify="left" if name == "match" else "right")
@@ -288,7 +364,7 @@ def results(thresholds: Mapping[str, Threshold]) -> Table:
 
 
 def _share(count: int, of: int, per_unit: int = 1) -> str:
-    """A share with its interval; so many of the counted make one independent draw."""
+    """A proportion with its interval. `per_unit` of the counted things form one independent draw."""
     if of == 0:
         return "-"
     low, high = wilson(count / per_unit, of / per_unit)

@@ -1,4 +1,4 @@
-"""simsearch compare: runs side by side, with paired tests against a baseline."""
+"""simsearch compare: compares runs, with paired tests against a baseline."""
 
 from __future__ import annotations
 
@@ -30,12 +30,17 @@ from simsearch.text import cell
 from simsearch.trust import check_links
 
 THUMBNAIL_SIDE = 96
-# Of a config: where a run lies and who watches, which decides no number.
+# Parts of a config that affect no number: locations and reports.
 PLACES = ("run_dir", "run_root", "resume", "logger", "catalog", "data.root", "data.cache", "data.download")
 
 
 @program.command("compare")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch compare`.
+
+    Args:
+        config: The config of conf/compare.yaml.
+    """
     values = configs.plain(config)
     trusted = configs.trusts(config)
     results, missing = read(configs.listed(values["runs"]), trusted=trusted)
@@ -78,7 +83,12 @@ def main(config: DictConfig) -> None:
 
 
 def show(comparison: Comparison, baseline: Result) -> None:
-    """Prints the leaderboard, and the runs that are not in it."""
+    """Prints the leaderboard and the runs that are not in it.
+
+    Args:
+        comparison: The comparison.
+        baseline: The result of the baseline.
+    """
     terminal.show(terminal_table(comparison.entries, comparison.columns, terminal.console().width))
     tested = sum(entry.paired is not None for entry in comparison.entries)
     terminal.show(f"baseline {cell(baseline.name)}; {tested} paired tests, p adjusted by Holm; the page says more")
@@ -92,7 +102,15 @@ def show(comparison: Comparison, baseline: Result) -> None:
 
 
 def read(names: Sequence[str], *, trusted: bool = False) -> tuple[list[Result], list[Missing]]:
-    """Results of all runs that the names lead to, and the runs without one. Raises ValueError for none with one."""
+    """The results of all runs that the names lead to, and the runs without a result.
+
+    Args:
+        names: Folders, globs, and addresses in W&B.
+        trusted: True if the user trusts whoever made the runs.
+
+    Raises:
+        ValueError: If no run has a result.
+    """
     remote = [name.removeprefix("wandb:") for name in names if name.startswith("wandb:")]
     results, missing = read_all(folders([name for name in names if not name.startswith("wandb:")], trusted=trusted))
     if remote:
@@ -107,7 +125,15 @@ def read(names: Sequence[str], *, trusted: bool = False) -> tuple[list[Result], 
 
 
 def folders(names: Sequence[str], *, trusted: bool = False) -> list[Path]:
-    """The folders that the names lead to. Raises ValueError where a link leads out of one that is not trusted."""
+    """The folders that the names lead to.
+
+    Args:
+        names: Folders and globs.
+        trusted: True if the user trusts whoever made the folders.
+
+    Raises:
+        ValueError: If a link leads out of a folder that is not trusted.
+    """
     found = expand(names)
     for folder in () if trusted else found:
         check_links(folder)
@@ -115,9 +141,15 @@ def folders(names: Sequence[str], *, trusted: bool = False) -> list[Path]:
 
 
 def find_baseline(wanted: str, results: Sequence[Result], *, trusted: bool = False) -> tuple[Result, list[Result]]:
-    """The result that `wanted` names, by name or folder, and all results with it, which may be a run beside them.
+    """The result of the baseline, and all results including it. The baseline may be a run that is not among `results`.
 
-    Raises ValueError where it leads to no run or to a run without a result.
+    Args:
+        wanted: Name or folder of the baseline.
+        results: The results.
+        trusted: True if the user trusts whoever made the runs.
+
+    Raises:
+        ValueError: If `wanted` leads to no run, or to a run without a result.
     """
     folder = Path(wanted).expanduser()
     for result in results:
@@ -142,7 +174,11 @@ def _known(results: Sequence[Result], name: str) -> bool:
 
 
 def configuration(result: Result) -> str:
-    """What runs share that differ in the seed only: all of the config that decides numbers, and the measurement."""
+    """The part of the config that determines numbers, and the measurement. Runs that share it differ only in the seed.
+
+    Args:
+        result: The result.
+    """
     measured = "" if result.run is None else Path(result.place).relative_to(result.run)
     try:
         return f"{run_identity(result.config, without=['seed'])} {measured}"
@@ -151,9 +187,13 @@ def configuration(result: Result) -> str:
 
 
 def without_repeats(results: Sequence[Result], baseline: Result) -> list[Result]:
-    """The results without those that repeat another's configuration and seeds, which says so on the terminal.
+    """The results without repetitions of the same configuration and seeds. What is left out is printed.
 
-    A configuration that was run twice with one seed is one draw, not two. The baseline stays, else the first.
+    A configuration that was run twice with one seed is one draw, not two. The baseline is kept, else the first run.
+
+    Args:
+        results: The results.
+        baseline: The result of the baseline.
     """
     kept: dict[tuple[Any, ...], Result] = {}
     for result in sorted(results, key=lambda result: result is not baseline):
@@ -164,7 +204,11 @@ def without_repeats(results: Sequence[Result], baseline: Result) -> list[Result]
 
 
 def seeds(config: Mapping[str, Any]) -> str:
-    """The seeds of a config, also those of the run that the training starts from, as one text."""
+    """The seeds of a config and of the run that its training starts from, as one text.
+
+    Args:
+        config: The plain config.
+    """
     found = [str(value) for key, value in _leaves(config) if key == "seed"]
     if (begun := start_config(config)) is not None:
         found.append(seeds(begun))
@@ -188,9 +232,16 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 def pictures(
     entries: Sequence[Entry], metric: str, count: int, k: int, *, trusted: bool = False
 ) -> tuple[Sequence[str] | None, dict[str, Sequence[Case] | str]]:
-    """Names of the labels, and of each entry the worst regressions with images, or why there are none.
+    """The names of the labels, and for each entry its worst regressions with images, or why there are none.
 
-    Neighbours are those that the runs kept, else what their catalogs answer now; images come from the data.
+    Neighbours are those that the runs stored, else those that their catalogs find now. Images come from the data.
+
+    Args:
+        entries: The entries.
+        metric: The metric that ranks.
+        count: Number of regressions per entry.
+        k: Number of neighbours per query.
+        trusted: True if the user trusts whoever made the runs.
     """
     line = next(entry for entry in entries if entry.is_baseline)
     compared = [entry for entry in entries if entry.paired is not None][:DETAILED]
@@ -220,7 +271,13 @@ def pictures(
 
 
 def worst_queries(entry: Entry, line: Entry, count: int) -> list[int]:
-    """Collection rows of the queries whose value falls most against the baseline, the greatest fall first."""
+    """Collection rows of the queries whose value falls most against the baseline, largest fall first.
+
+    Args:
+        entry: The entry.
+        line: The baseline's entry.
+        count: Number of queries.
+    """
     change = differences_by_query(entry, line).nan_to_num(0.0)
     order = change.argsort(stable=True)[:count]
     return line.queries.index[order[change[order] < 0]].tolist()  # type: ignore[union-attr]
@@ -229,9 +286,20 @@ def worst_queries(entry: Entry, line: Entry, count: int) -> list[int]:
 def neighbours(
     result: Result, collection: Collection, judge: Judge, rows: list[int], k: int, *, trusted: bool = False
 ) -> list[list[int]]:
-    """Collection rows of the first k neighbours of the queries `rows`: those that the run kept, else its catalog's.
+    """Collection rows of the first k neighbours of some queries.
 
-    Raises ValueError where it has neither.
+    They were stored by the run, or its catalog finds them.
+
+    Args:
+        result: The result of the run.
+        collection: The collection.
+        judge: Relevance in the collection.
+        rows: Collection rows of the queries.
+        k: Number of neighbours per query.
+        trusted: True if the user trusts whoever made the run.
+
+    Raises:
+        ValueError: If the run has neither.
     """
     if (kept := result.found(rows)) is not None:
         return [line[:k] for line in kept]
@@ -259,10 +327,14 @@ def neighbours(
 
 @dataclass(frozen=True)
 class Judge:
-    """What is relevant to what in a collection, and how it looks.
+    """Relevance in a collection, and its images.
 
-    label, group: int64 (N,), items of one label are relevant to each other, those of one group junk. names: of the
-    labels. exclude_self: a query is junk to itself.
+    Attributes:
+        collection: The collection.
+        label: int64 (N,). Items of one label are relevant to each other.
+        group: int64 (N,) or None. Items of one group are junk to each other.
+        names: Names of the labels.
+        exclude_self: True if a query is junk to itself.
     """
 
     collection: Collection
@@ -273,7 +345,15 @@ class Judge:
 
     @classmethod
     def of(cls, collection: Collection, line: Entry) -> Judge:
-        """The judge of the baseline's test. Raises ValueError where the collection has other labels than the test."""
+        """The judge of the baseline's test.
+
+        Args:
+            collection: The collection.
+            line: The baseline's entry.
+
+        Raises:
+            ValueError: If the collection has other labels than the test.
+        """
         about = read_json(Path(line.results[0].place) / "metrics.json")["test"]
         label = collection.column(about["attribute"])
         queries = line.queries
@@ -285,21 +365,39 @@ class Judge:
         return cls(collection, label, group, names, about["exclude_self"])
 
     def junk(self, row: int, others: Tensor) -> Tensor:
-        """Which of the collection rows `others` (M,) a ranking of query `row` leaves out, bool (M,)."""
+        """bool (M,), which rows the ranking of a query leaves out.
+
+        Args:
+            row: Collection row of the query.
+            others: int64 (M,), collection rows.
+        """
         itself = (others == row) & self.exclude_self
         if self.group is None or self.group[row] < 0:
             return itself
         return itself | (self.group[others] == self.group[row])
 
     def picture(self, row: int, query: int | None = None) -> Picture:
-        """A row's thumbnail with its label's name, judged for `query` where given."""
+        """The thumbnail of a row with the name of its label.
+
+        Args:
+            row: Collection row.
+            query: Collection row of the query that it is judged for, or None.
+        """
         label = int(self.label[row])
         right = None if query is None else label == int(self.label[query]) >= 0
         data = encode_thumbnail(self.collection.images[row], THUMBNAIL_SIDE)
         return Picture(data, self.names[label] if label >= 0 else "unknown", right)
 
     def case(self, row: int, line: Entry, entry: Entry, before: Sequence[int], after: Sequence[int]) -> Case:
-        """The query `row` with what the baseline found (collection rows) and what the entry found."""
+        """A query with what the baseline and the entry found.
+
+        Args:
+            row: Collection row of the query.
+            line: The baseline's entry.
+            entry: The entry.
+            before: Collection rows that the baseline found.
+            after: Collection rows that the entry found.
+        """
         values = []
         for queries in (line.queries, entry.queries):
             assert queries is not None

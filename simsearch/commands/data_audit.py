@@ -1,4 +1,4 @@
-"""simsearch data audit: near-duplicates of the queries in the gallery or the training set."""
+"""simsearch data audit: finds near-duplicates of the queries in the gallery or the training set."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ _GOOD = 0.9
 
 @program.command("data_audit")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch data audit`.
+
+    Args:
+        config: The config of conf/data_audit.yaml.
+    """
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
     values = configs.plain(config)
     merged = run.config | {group: values[group] for group in ("data", "protocol") if values.get(group)}

@@ -1,4 +1,4 @@
-"""simsearch data convert: the ground truth of Revisited Oxford / Paris (gnd_*.pkl) as JSON."""
+"""simsearch data convert: converts the ground truth of Revisited Oxford / Paris (gnd_*.pkl) to JSON."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from simsearch.functional.revisited import GRADES
 
 @program.command("data_convert")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch data convert`.
+
+    Args:
+        config: The config of conf/data_convert.yaml.
+
+    Raises:
+        ValueError: If the source would be overwritten.
+    """
     source = Path(config.gnd)
     name = config.name or source.stem.removeprefix("gnd_")
     out = Path(config.out) if config.out else source.with_suffix(".json")

@@ -1,4 +1,4 @@
-"""simsearch data export: images of a collection as PNG files with a manifest."""
+"""simsearch data export: writes images of a collection as PNG files with a manifest."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ from simsearch.files import replacing, write_csv
 
 @program.command("data_export")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch data export`.
+
+    Args:
+        config: The config of conf/data_export.yaml.
+
+    Raises:
+        ValueError: If the collection has no such part.
+    """
     parts = ("all", "train", "query", "gallery")
     if config.part not in parts:
         raise ValueError(f"part must be one of {', '.join(parts)}, got {config.part!r}")

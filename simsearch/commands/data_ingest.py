@@ -1,4 +1,4 @@
-"""simsearch data ingest: a collection of images from anywhere, checked, cleaned and decoded, with a report."""
+"""simsearch data ingest: makes a collection from any images. They are checked, cleaned and decoded, with a report."""
 
 from __future__ import annotations
 
@@ -61,6 +61,14 @@ _COLUMNS = 12  # of the contact sheet
 
 @program.command("data_ingest")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch data ingest`.
+
+    Args:
+        config: The config of conf/data_ingest.yaml.
+
+    Raises:
+        ValueError: If `out` lies among the images, or if another process ingests into it.
+    """
     values = configs.plain(config)
     source, out = Path(values["images"]).resolve(), Path(values["out"]).resolve()
     if source.is_dir() and out.is_relative_to(source):
@@ -77,7 +85,14 @@ def main(config: DictConfig) -> None:
 
 
 def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module | None) -> None:
-    """Decodes what is not decoded yet, finds the works and writes all results."""
+    """Decodes the images that are not decoded yet, groups them into works and writes all results.
+
+    Args:
+        values: The plain config.
+        source: Folder or table of images.
+        out: Output folder.
+        backbone: The network that finds near-duplicates, or None.
+    """
     decoding = Decoding(
         size=values["size"],
         min_side=values["min_side"],
@@ -116,7 +131,11 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
 
 
 def fitting_protocol(kept: Kept) -> list[str]:
-    """What a training says beside the data: nothing where artists can be kept apart, as by default, else what fits."""
+    """The overrides that a training needs besides the data. Empty if artists can be kept apart, as by default.
+
+    Args:
+        kept: The images of the collection.
+    """
     count = len(kept.places)
     columns = {name: kept.columns.get(name, (None,) * count) for name in ("artist", "work")}
     known = DecodedFiles(torch.empty(count, 3, 1, 1, dtype=torch.uint8), torch.arange(count), [], "")
@@ -130,7 +149,12 @@ def fitting_protocol(kept: Kept) -> list[str]:
 
 
 def write_suspicious(path: Path, groups: Sequence[Sequence[str]]) -> None:
-    """Writes the images of each suspicious group as CSV, a line an image; no file where there is none."""
+    """Writes the images of each suspicious group as CSV, one line per image. Writes no file if there are no groups.
+
+    Args:
+        path: The file to write.
+        groups: Paths of each group.
+    """
     if not groups:
         path.unlink(missing_ok=True)
         return
@@ -144,10 +168,21 @@ def write_suspicious(path: Path, groups: Sequence[Sequence[str]]) -> None:
 def same_work(
     out: Path, files: Files, images: Ragged, backbone: nn.Module | None, near: dict[str, Any], chunk: int
 ) -> SameWork:
-    """Which files show one work.
+    """Groups the files that show the same work.
 
-    Hashes and descriptors propose pairs, pixels decide, at a correlation that unlike images of this collection do not
-    reach; and a group needs the agreement of its pairs.
+    Hashes and descriptors propose pairs. A pair is confirmed by its pixels: their correlation must exceed that of
+    unrelated images of this collection. A group also needs the agreement of its pairs.
+
+    Args:
+        out: Output folder.
+        files: The files.
+        images: Their pixels.
+        backbone: The network that proposes pairs, or None.
+        near: The config of the search for near-duplicates.
+        chunk: Number of images per piece of descriptors.
+
+    Raises:
+        ValueError: If there are too many images to compare each with each.
     """
     proposed = by_hash(files, near["hash"])
     neighbours = None
@@ -183,8 +218,13 @@ def same_work(
 
 
 def by_hash(files: Files, bits: int) -> dict[str, Tensor]:
-    """Pairs by perceptual hash, int64 (P, 3): places and quarter turns of the first; of at most so many bits, and fewer
-    where images are so much alike that hashes tell nothing."""
+    """Pairs by perceptual hash, by method: int64 (P, 3) with two places and the quarter turns of the first image.
+
+    Args:
+        files: The files.
+        bits: Largest distance in bits. It is halved until there are not too many pairs, if images of the collection are
+            so similar that hashes hardly separate them.
+    """
     while True:
         try:
             rows, columns, _ = hash_pairs_within(files.hashes, bits)
@@ -198,7 +238,12 @@ def by_hash(files: Files, bits: int) -> dict[str, Tensor]:
 
 
 def background(images: Ragged, neighbours: SearchResult | None) -> Tensor:
-    """Correlations of pairs that are near each other and not of one work: how alike the collection is in itself."""
+    """Correlations of neighbouring pairs that do not show the same work: how similar the collection is to itself.
+
+    Args:
+        images: The pixels.
+        neighbours: The nearest neighbours of each image, or None.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(len(images), (_BACKGROUND,), generator=generator)
     if neighbours is not None and neighbours.ids.shape[1] > _OF_ONE_WORK:
@@ -212,9 +257,16 @@ def background(images: Ragged, neighbours: SearchResult | None) -> Tensor:
 
 
 def describe(folder: Path, images: Ragged, backbone: nn.Module, size: int, chunk: int) -> Tensor:
-    """Descriptors float32 (N, C), L2-normalised, of whole images drawn to squares of `size`; GeM, p = 3.
+    """L2-normalised descriptors float32 (N, C) of whole images, with GeM pooling, p = 3.
 
-    They are kept in pieces of `chunk` images, each described in batches of its own: a kill changes nothing.
+    They are stored in pieces of `chunk` images, each described in its own batches, so an interruption changes no value.
+
+    Args:
+        folder: Folder of the pieces.
+        images: The pixels.
+        backbone: The network.
+        size: Side in pixels of the square that images are resized to.
+        chunk: Number of images per piece.
     """
     folder = folder / cache_key({"backbone": backbone.identity(size), "images": len(images), "chunk": chunk})[:16]  # type: ignore[operator]
     parts = []
@@ -242,7 +294,14 @@ def describe(folder: Path, images: Ragged, backbone: nn.Module, size: int, chunk
 
 
 def contact_sheet(path: Path, files: Files, kept: Kept, images: Ragged) -> None:
-    """Writes a PNG: a sample of what was taken, what was refused and can be shown, suspicious ones, works."""
+    """Writes a PNG with samples of accepted images, refused images that can be shown, suspicious images, and works.
+
+    Args:
+        path: The file to write.
+        files: The files.
+        kept: The accepted images.
+        images: The pixels.
+    """
     name = {place: Path(str(file)).name for place, file in zip(kept.places, kept.columns["path"], strict=True)}
     step = max(1, len(kept.places) // (3 * _COLUMNS))
     rows = _lines([Tile(images[place], name[place]) for place in kept.places[::step][: 3 * _COLUMNS]])

@@ -1,4 +1,4 @@
-"""simsearch evaluate: a run's checkpoint measured again, by its own or another protocol or index."""
+"""simsearch evaluate: measures a run's checkpoint again, with its own or another protocol or index."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ from simsearch.files import read_json, write_json
 
 @program.command("evaluate")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch evaluate`.
+
+    Args:
+        config: The config of conf/evaluate.yaml.
+
+    Raises:
+        ValueError: If a value is invalid.
+    """
     if config.stage not in ("test", "validate"):
         raise ValueError(f"stage must be test or validate, got {config.stage!r}")
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
@@ -66,9 +74,16 @@ def measure(
     *,
     by_index: bool = False,
 ) -> None:
-    """Measures one stage, leaves metrics.json (and per_query.parquet) in `folder`, prints the table.
+    """Measures one stage, writes metrics.json (and per_query.parquet) and prints the table.
 
-    by_index: the table says too what the lists hold that the index gives.
+    Args:
+        model: The model.
+        data: Its data.
+        config: The plain config.
+        folder: Folder to write to.
+        stage: validate or test.
+        loggers: The loggers.
+        by_index: Also show the metrics of the lists that the index returns.
     """
     trainer = configs.build_trainer(config, folder, loggers)
     run_stage = trainer.test if stage == "test" else trainer.validate
@@ -81,7 +96,14 @@ def measure(
 def note_trained_queries(
     run: saved_run.Run, data: RetrievalDataModule, folder: Path, stage: Literal["validate", "test"]
 ) -> None:
-    """Writes into metrics.json how many queries the run was fitted on, which another protocol may bring."""
+    """Records in metrics.json how many queries the run was trained on. Another protocol may include such queries.
+
+    Args:
+        run: The run.
+        data: The data of the evaluation.
+        folder: Folder of metrics.json.
+        stage: validate or test.
+    """
     trained = configs.build(run.config["protocol"]).split(data.collection).train
     count = int(torch.isin(data.task(stage).query, trained).sum())
     stages = read_json(folder / "metrics.json")

@@ -1,4 +1,4 @@
-"""simsearch export: a catalog's encoder as ONNX files, checked to find the same neighbours."""
+"""simsearch export: exports a catalog's encoder as ONNX files, and checks that they find the same neighbours."""
 
 from __future__ import annotations
 
@@ -32,10 +32,15 @@ BATCHES = (1, 8)
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the exported files agree with torch on so many images, of which `k` neighbours each were found.
+    """How well the exported files agree with torch.
 
-    descriptor: largest L2 distance of two descriptors, which bounds that of scores. same_set, same_order: shares of
-    images with the same neighbours. border: largest distance from the k-th score of an item that only one has found.
+    Attributes:
+        images: Number of images compared.
+        k: Number of neighbours compared per image.
+        descriptor: Largest L2 distance between two descriptors of one image. It bounds the difference in scores.
+        same_set: Share of images with the same neighbours, in [0, 1].
+        same_order: Share of images with the same neighbours in the same order, in [0, 1].
+        border: Among items that only one of the two found, the largest gap between an item's score and the k-th score.
     """
 
     images: int
@@ -48,6 +53,14 @@ class Agreement:
 
 @program.command("export")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch export`.
+
+    Args:
+        config: The config of conf/export.yaml.
+
+    Raises:
+        ValueError: If a value is invalid.
+    """
     for name, least in (("k", 1), ("sample", 1), ("batch_size", 1), ("tolerance", 0)):
         if not config[name] >= least:
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
@@ -78,9 +91,13 @@ def main(config: DictConfig) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `out` when the block ends well; else `out` stays as it was.
+    """Yields a folder to write to. If the block succeeds, it replaces `out`; otherwise `out` stays as it was.
 
-    Raises FileExistsError where `out` holds anything but an earlier export.
+    Args:
+        out: The output folder.
+
+    Raises:
+        FileExistsError: If `out` holds anything but an earlier export.
     """
     out = out.resolve()
     restore(out)
@@ -94,9 +111,15 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def sample_images(config: DictConfig, catalog: Catalog, encoder: Encoder) -> Iterator[Tensor]:
-    """Batches uint8 (B, 3, H, W), of one shape each, of some of the images given, else of the catalog's thumbnails.
+    """Batches uint8 (B, 3, H, W), each of one shape, of some given images, else of the catalog's thumbnails.
 
-    Raises ValueError where none can be read.
+    Args:
+        config: The command's config.
+        catalog: The catalog.
+        encoder: Its encoder.
+
+    Raises:
+        ValueError: If no image can be read.
     """
     size, fit = encoder.input_size, encoder.fit
     if not config.images:
@@ -119,7 +142,15 @@ def sample_images(config: DictConfig, catalog: Catalog, encoder: Encoder) -> Ite
 
 
 def compare(catalog: Catalog, encoder: Encoder, exported: ExportedEncoder, batches: list[Tensor], k: int) -> Agreement:
-    """How far the files agree with torch on batches of images (B, 3, H, W), and on the neighbours of these."""
+    """How well the files agree with torch, on descriptors and on the neighbours of the images.
+
+    Args:
+        catalog: The catalog.
+        encoder: Its encoder.
+        exported: The exported files.
+        batches: Batches of images (B, 3, H, W).
+        k: Number of neighbours.
+    """
     k = min(k, len(catalog))
     expected = torch.cat([encode(encoder, images) for images in batches])
     found = torch.cat([exported.embed(images) for images in batches])
@@ -137,14 +168,29 @@ def compare(catalog: Catalog, encoder: Encoder, exported: ExportedEncoder, batch
 
 
 def border(one: SearchResult, other: SearchResult) -> float:
-    """The largest distance from the last score, in `one`, of an item that `other` has not; 0 without any."""
+    """Among items only `one` found: the largest gap between an item's score and the k-th score.
+
+    0 if both found the same.
+
+    Args:
+        one: A search result.
+        other: Another search result for the same queries.
+    """
     missing = (one.ids[:, :, None] != other.ids[:, None, :]).all(2) & (one.ids >= 0)
     apart = (one.scores - one.scores[:, -1:]).abs()
     return float(apart[missing].max()) if missing.any() else 0.0
 
 
 def check(agreement: Agreement, tolerance: float) -> None:
-    """Raises ValueError where the files do not agree with torch within the tolerance."""
+    """Checks that the files agree with torch.
+
+    Args:
+        agreement: The agreement.
+        tolerance: Largest accepted difference.
+
+    Raises:
+        ValueError: If they do not agree within the tolerance.
+    """
     if not agreement.descriptor <= tolerance:  # nan too
         raise ValueError(
             f"the exported files give other descriptors than torch: they differ by up to {agreement.descriptor:.3g}, "
@@ -160,14 +206,25 @@ def check(agreement: Agreement, tolerance: float) -> None:
 
 
 def speed(describe: Callable[[Tensor], Tensor], image: Tensor, batch: int) -> float:
-    """Images a second in batches of so many."""
+    """The number of images per second.
+
+    Args:
+        describe: The function to time.
+        image: (1, 3, H, W), one image.
+        batch: Number of images per batch.
+    """
     images = image.expand(batch, -1, -1, -1).contiguous()
     with torch.inference_mode():
         return batch / seconds(lambda: describe(images), 2.0)
 
 
 def results(agreement: Agreement, speeds: dict[int, list[float]]) -> Table:
-    """What was checked, and how fast both are."""
+    """A table of what was checked, and of the speed of both.
+
+    Args:
+        agreement: The agreement.
+        speeds: Images per second by batch size, of torch and of the files.
+    """
     table = Table(title=f"The exported files against torch, on {agreement.images} images", show_header=False)
     table.add_column("figure")
     table.add_column("value", justify="right")

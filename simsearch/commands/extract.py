@@ -1,4 +1,4 @@
-"""simsearch extract: descriptors of many images, by any number of processes, as shards to build an index from."""
+"""simsearch extract: describes many images with any number of processes, as shards to build an index from."""
 
 from __future__ import annotations
 
@@ -35,9 +35,19 @@ POLL_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Work:
-    """What a rank is told, in plain values.
+    """The task of one rank, in plain values.
 
-    local: its number on its machine, which chooses its accelerator. trusted: the run is.
+    Attributes:
+        shards: Folder of the shards.
+        root: Folder of the images.
+        rank: Number of this rank.
+        ranks: Number of ranks.
+        local: Number of this process on its machine. It chooses the accelerator.
+        batch_size: Number of images per forward pass.
+        workers: Number of processes that decode files.
+        device: Device of the encoder.
+        trusted: True if the user trusts whoever made the run.
+        max_pixels: Largest number of pixels of one image.
     """
 
     shards: Path
@@ -54,6 +64,11 @@ class Work:
 
 @program.command("extract")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch extract`.
+
+    Args:
+        config: The config of conf/extract.yaml.
+    """
     rank, ranks, local = place(config.rank, config.ranks)
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
     source, out = Path(config.images).resolve(), Path(config.out).resolve()
@@ -89,9 +104,16 @@ def main(config: DictConfig) -> None:
 
 
 def place(rank: int | None, ranks: int | None) -> tuple[int | None, int, int]:
-    """This process's rank (None: it is to start `ranks` processes), the number of ranks, its number on its machine.
+    """This process's rank, the number of ranks, and the process's number on its machine.
 
-    Raises ValueError where rank and ranks do not fit.
+    A rank of None means that this process must start `ranks` processes.
+
+    Args:
+        rank: The given rank, or None.
+        ranks: The given number of ranks, or None.
+
+    Raises:
+        ValueError: If rank and ranks do not fit together.
     """
     if rank is not None:
         if ranks is None or not 0 <= rank < ranks:
@@ -108,7 +130,15 @@ def place(rank: int | None, ranks: int | None) -> tuple[int | None, int, int]:
 
 
 def describe(shards: Shards, encoder: Encoder, manifest: Manifest, work: Work, show: Callable[[], None]) -> None:
-    """Describes chunks that nobody else does until none is missing, those of ranks that died too."""
+    """Describes chunks that no other process works on, until none is missing. This includes chunks of ranks that died.
+
+    Args:
+        shards: The shards.
+        encoder: The encoder.
+        manifest: The images.
+        work: The task of this rank.
+        show: Updates the progress bar.
+    """
     encoder = encoder.to(accelerator(work.device, work.local))
     presence = shards.presence(manifest.root)
     check_own(shards, presence, work.rank, work.ranks)
@@ -136,7 +166,13 @@ def describe(shards: Shards, encoder: Encoder, manifest: Manifest, work: Work, s
 
 
 def free_chunks(shards: Shards, claims: Claims, first: int) -> Iterator[int]:
-    """The missing chunks that can be claimed, each claimed when it is asked for; from `first` on, then the others."""
+    """Yields missing chunks, each claimed just before. Starts at `first` and continues with the earlier ones.
+
+    Args:
+        shards: The shards.
+        claims: The claims of this process.
+        first: Number of the first chunk.
+    """
     missing = shards.missing()
     for number in [n for n in missing if n >= first] + [n for n in missing if n < first]:
         if not shards.path(number).exists() and claims.take(number):
@@ -154,7 +190,19 @@ def describe_chunk(
     batches: Iterator[ImageBatch],
     advance: Callable[[int], None],
 ) -> None:
-    """Writes the shard of one chunk from its batches. Raises Vanished where its images were lost."""
+    """Describes one chunk and writes its shard.
+
+    Args:
+        shards: The shards.
+        number: Number of the chunk.
+        encoder: The encoder.
+        presence: The files that existed at the start.
+        batches: Batches of the chunk's images.
+        advance: Called with the number of images done.
+
+    Raises:
+        Vanished: If images of the chunk have disappeared.
+    """
     root, done = presence.root, 0
 
     def while_started() -> Iterator[ImageBatch]:
@@ -174,8 +222,17 @@ def describe_chunk(
 
 
 def check_own(shards: Shards, presence: Presence, rank: int, ranks: int) -> None:
-    """Reads this rank's part of the finished shards and deletes what is to be done again: damaged ones, and those
-    that call images missing which were there when the shards were begun and are."""
+    """Reads this rank's part of the finished shards and deletes those that must be made again.
+
+    These are damaged shards, and shards that call images missing which existed when the shards were begun and exist
+    now.
+
+    Args:
+        shards: The shards.
+        presence: The files that existed at the start.
+        rank: Number of this rank.
+        ranks: Number of ranks.
+    """
     missing, root = set(shards.missing()), Path(shards.about["source"]["images"])
     for number in range(rank, len(shards), ranks):
         if number not in missing:
@@ -192,7 +249,12 @@ def check_own(shards: Shards, presence: Presence, rank: int, ranks: int) -> None
 
 
 def accelerator(name: str, local: int) -> torch.device:
-    """The device of that name; where the machine has several accelerators, the one for its process `local`."""
+    """The device of the given name. If the machine has several accelerators, the one for process `local`.
+
+    Args:
+        name: Name of the device.
+        local: Number of this process on its machine.
+    """
     found = device(name)
     if found.type == "cuda" and found.index is None and torch.cuda.device_count() > 1:
         return torch.device("cuda", local % torch.cuda.device_count())
@@ -200,7 +262,7 @@ def accelerator(name: str, local: int) -> torch.device:
 
 
 def abandon_with_parent() -> None:
-    """Ends a process that `run_ranks` started when the one that started it is gone."""
+    """Ends a process of `run_ranks` once its parent is gone."""
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
         raise SystemExit(1)
@@ -210,7 +272,15 @@ def abandon_with_parent() -> None:
 
 
 def run_ranks(shards: Shards, work: Work) -> None:
-    """Starts `work.ranks` processes and waits for them. Raises ValueError where they leave chunks undone."""
+    """Starts `work.ranks` processes and waits for them.
+
+    Args:
+        shards: The shards.
+        work: The task, which all ranks share but for their numbers.
+
+    Raises:
+        ValueError: If chunks remain undone.
+    """
     context = multiprocessing.get_context("spawn")
     arguments = ("shards", "root", "batch_size", "workers", "device", "trusted", "max_pixels")
     values = {name: getattr(work, name) for name in arguments}
@@ -239,7 +309,11 @@ def run_ranks(shards: Shards, work: Work) -> None:
 
 
 def rank_main(work: Work) -> None:
-    """What a process of `run_ranks` does: no Hydra, the encoder from the plan."""
+    """The main function of a process of `run_ranks`. It does not use Hydra; the encoder comes from the plan.
+
+    Args:
+        work: The task of the rank.
+    """
     program.quiet_libraries()
     torch.set_num_threads(max(1, torch.get_num_threads() // work.ranks))
     try:
@@ -259,7 +333,12 @@ def rank_main(work: Work) -> None:
 
 @contextmanager
 def stopping(shards: Shards, quiet: bool = False) -> Iterator[None]:
-    """SIGTERM and SIGINT drop the chunk that is being described, give it back and end the process."""
+    """Inside the block, SIGTERM and SIGINT drop the current chunk, release its claim and end the process.
+
+    Args:
+        shards: The shards.
+        quiet: Print nothing.
+    """
 
     def stop(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)  # once is enough: what follows is clearing up
@@ -280,7 +359,12 @@ def stopping(shards: Shards, quiet: bool = False) -> Iterator[None]:
 
 @contextmanager
 def progress(shards: Shards, shown: bool) -> Iterator[Callable[[], None]]:
-    """A bar over what all ranks have done, brought up to date by calling what this gives."""
+    """Yields a function that updates a progress bar over the work of all ranks.
+
+    Args:
+        shards: The shards.
+        shown: Show the bar.
+    """
     last = 0.0
 
     def show() -> None:
@@ -297,7 +381,11 @@ def progress(shards: Shards, shown: bool) -> Iterator[Callable[[], None]]:
 
 
 def images_done(shards: Shards) -> int:
-    """Images in finished shards and those that ranks have said to be done of others."""
+    """The number of images in finished shards, plus those that ranks report as done in other chunks.
+
+    Args:
+        shards: The shards.
+    """
     missing = shards.missing()
     done = len(shards.items) - sum(len(shards.rows(number)) for number in missing)
     claims = claimed(shards.folder / "claims")
@@ -305,7 +393,11 @@ def images_done(shards: Shards) -> int:
 
 
 def report(shards: Shards) -> None:
-    """Prints what was described and what was not."""
+    """Prints what was described and what was not.
+
+    Args:
+        shards: The shards.
+    """
     errors = [error for number in range(len(shards)) for error in shards.errors(number)]
     print(f"{len(shards.items) - len(errors)} images in {len(shards)} shards in {shards.folder}")
     report_errors(errors, shards.about["skipped"])

@@ -1,4 +1,4 @@
-"""simsearch index: a catalog of a folder or manifest of images, described by a run's encoder, or of shards."""
+"""simsearch index: builds a catalog from images, described by the encoder of a run, or from shards."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ from simsearch.text import printable, warn
 
 @program.command("index")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch index`.
+
+    Args:
+        config: The config of conf/index.yaml.
+    """
     index = configs.build(configs.plain(config)["index"])
     filling, out = from_shards(config, index) if config.shards else from_images(config, index)
     check_not_fewer(out, sum(filling.counts), config.fewer)
@@ -39,7 +44,19 @@ def main(config: DictConfig) -> None:
 
 
 def place(config: DictConfig, usual: Path, count: int) -> Path:
-    """The catalog's folder, before the work: says and refuses what a catalog of at most `count` items would cost."""
+    """The catalog's folder.
+
+    Checks, before the work starts, that a catalog of at most `count` items may replace the one in the folder, and warns
+    if a calibration would be lost.
+
+    Args:
+        config: The command's config.
+        usual: The default folder.
+        count: Largest number of items.
+
+    Raises:
+        ValueError: If the new catalog would have far fewer items, and the config does not allow it.
+    """
     out = Path(config.out) if config.out else usual
     check_not_fewer(out, count, config.fewer)
     if calibrated_for(out) is not None:
@@ -48,7 +65,15 @@ def place(config: DictConfig, usual: Path, count: int) -> Path:
 
 
 def from_images(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
-    """The images of a folder or manifest, described now, and where their catalog goes."""
+    """Describes the images of a folder or manifest now. Returns them and the catalog's folder.
+
+    Args:
+        config: The command's config.
+        index: The empty index.
+
+    Raises:
+        ValueError: If run or images are missing.
+    """
     if not config.run or not config.images:
         raise ValueError("give run=<run> and images=<folder or manifest>, or shards=<out of simsearch extract>")
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
@@ -74,7 +99,15 @@ def from_images(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
 
 
 def from_shards(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
-    """What `simsearch extract` left, read piece by piece when it is needed, and where its catalog goes."""
+    """The output of `simsearch extract`, read piece by piece when needed, and the catalog's folder.
+
+    Args:
+        config: The command's config.
+        index: The empty index.
+
+    Raises:
+        ValueError: If the arguments contradict each other, or if shards are missing, damaged or without images.
+    """
     if config.run or config.images:
         raise ValueError("shards= know their run and images: leave run= and images= out")
     trusted = configs.trusts(config)
@@ -118,14 +151,27 @@ def from_shards(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
 
 
 def report(out: Path, count: int, code_bytes: int, errors: Sequence[Any], skipped: dict[str, int]) -> None:
-    """Prints what was indexed and what was not; the catalog lists unreadable files in skipped.csv."""
+    """Prints what was indexed and what was not. The catalog lists unreadable files in skipped.csv.
+
+    Args:
+        out: The catalog's folder.
+        count: Number of items.
+        code_bytes: Size of a stored descriptor in bytes.
+        errors: Errors of files that could not be read.
+        skipped: Number of files left out, by reason.
+    """
     print(f"{count} images, {code_bytes} bytes each, in the catalog {out}")
     report_errors(errors, skipped)
     print(f"try next: simsearch search {shlex.quote(f'catalog={out}')} image=<image or folder>")
 
 
 def report_errors(errors: Sequence[Any], skipped: dict[str, int]) -> None:
-    """Says on standard error how many files were left out, by reason."""
+    """Prints on standard error how many files were left out, by reason.
+
+    Args:
+        errors: Errors of files that could not be read.
+        skipped: Number of files left out, by reason.
+    """
     for reason, n in Counter(error.reason for error in errors).most_common():
         example = next(error.path for error in errors if error.reason == reason)
         warn(f"skipped {n} files, {reason} (first {printable(example)})")

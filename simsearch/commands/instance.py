@@ -1,4 +1,4 @@
-"""simsearch instance: a run's encoder measured on a benchmark with easy, hard and junk items."""
+"""simsearch instance: measures a run's encoder on a benchmark with easy, hard and junk items."""
 
 from __future__ import annotations
 
@@ -38,11 +38,19 @@ from simsearch.search.describe import as_floats, describe
 from simsearch.text import cell
 from simsearch.types import Encoder
 
-_SAMPLE, _CROPPED = 16, 0.02  # images looked at, and the share of one that may be cropped without a word
+_SAMPLE, _CROPPED = (
+    16,
+    0.02,
+)  # number of images checked, and the share that may be cropped without a warning
 
 
 @program.command("instance")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch instance`.
+
+    Args:
+        config: The config of conf/instance.yaml.
+    """
     values = configs.plain(config)
     ks = values["ks"]
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
@@ -82,9 +90,18 @@ def main(config: DictConfig) -> None:
 def seen_otherwise(
     run: Mapping[str, Any], size: int | None, fit: str | None, scales: list[float] | None
 ) -> dict[str, Any]:
-    """The config of a run whose encoder sees images otherwise, where these are not None; the run's own is left alone.
+    """The config of a run whose encoder sees images at another size, fit or scales.
 
-    Raises ValueError for a network that has no such setting.
+    The run's own config is not modified.
+
+    Args:
+        run: The run's plain config.
+        size: Side in pixels, or None to keep it.
+        fit: How images are fitted to the size, or None to keep it.
+        scales: Scales of the images, or None to keep them.
+
+    Raises:
+        ValueError: If the network has no such setting.
     """
     config = copy.deepcopy(dict(run))
     network = config["model"].get("network", config["model"])
@@ -98,7 +115,12 @@ def seen_otherwise(
 
 
 def warn_of_crops(root: Path, names: Sequence[str]) -> None:
-    """Says to stderr how much of the images a network that sees their centre squares leaves out, if anything."""
+    """Prints on standard error how much of the images a network leaves out that sees their centre squares, if anything.
+
+    Args:
+        root: Folder of the images.
+        names: Names of the images.
+    """
     shapes = [shape for name in names if (shape := header_shape(read_file(root / file_name(name))))]
     lost = [1 - min(shape) / max(shape) for shape in shapes]
     if max(lost, default=0) > _CROPPED:
@@ -110,16 +132,25 @@ def warn_of_crops(root: Path, names: Sequence[str]) -> None:
 
 
 def describe_all(encoder: Encoder, batches: Iterator[tuple[Tensor, Tensor]], total: int, what: str) -> Tensor:
-    """Descriptors float32 (total, D) of all batches in the order of their positions, with a progress bar."""
+    """The descriptors float32 (total, D) of all batches in the order of their positions, with a progress bar.
+
+    Args:
+        encoder: The encoder.
+        batches: Pairs of positions and images.
+        total: Number of images.
+        what: Text of the progress bar.
+    """
     with tqdm(total=total, unit="img", desc=what) as bar:
         found = describe(encoder, ((images, rows, []) for images, rows in batches), advance=bar.update)
     return as_floats(found.vectors, encoder.bits)
 
 
 def summary(per_query: Mapping[str, Tensor], units: Tensor) -> dict[str, Any]:
-    """`metrics`, means over the queries that have a value, None where none has, and their 95% `intervals`.
+    """`metrics`, the means over queries with a value (None if there are none), and `intervals`, their 95% intervals.
 
-    units: int64 (Q,), the landmark of each query, which the intervals are over.
+    Args:
+        per_query: Values of each metric, (Q,).
+        units: int64 (Q,), the landmark of each query. It is the sampling unit of the intervals.
     """
     bounds = mean_interval(torch.stack(list(per_query.values()), dim=1), units).tolist()
     metrics: dict[str, float | None] = {}
@@ -139,7 +170,14 @@ def summary(per_query: Mapping[str, Tensor], units: Tensor) -> dict[str, Any]:
 def write_results(
     folder: Path, benchmark: Benchmark, about: Mapping[str, Any], per_query: Mapping[str, Tensor]
 ) -> None:
-    """Leaves metrics.json and per_query.parquet in `folder`. Atomic each."""
+    """Writes metrics.json and per_query.parquet, each atomically.
+
+    Args:
+        folder: Folder to write to.
+        benchmark: The benchmark.
+        about: The content of metrics.json.
+        per_query: Values of each metric, (Q,).
+    """
     columns: dict[str, Any] = {
         "query": range(len(benchmark.queries)),
         "image": [query.image for query in benchmark.queries],
@@ -154,7 +192,12 @@ def write_results(
 
 
 def results_table(about: Mapping[str, Any], ks: list[int]) -> Table:
-    """The setups as rows: means and 95% intervals, and over how many queries."""
+    """A table with the setups as rows: means, 95% intervals and number of queries.
+
+    Args:
+        about: The content of metrics.json.
+        ks: The ranks k of the metrics at k.
+    """
     metrics, intervals = about["metrics"], about["intervals"]
     over = f"95% intervals by {about['unit']}: {about['units']}"
     table = Table(title=f"{cell(about['protocol'])} {about['fingerprint']} ({over})")

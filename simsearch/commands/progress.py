@@ -1,4 +1,4 @@
-"""simsearch progress: how a sweep stands, live."""
+"""simsearch progress: shows the live state of a sweep."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from simsearch import program, sweeps, terminal
 
 @program.command("progress")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch progress`.
+
+    Args:
+        config: The config of conf/progress.yaml.
+
+    Raises:
+        ValueError: If `watch` is negative.
+    """
     folder = Path(config.folder)
     if not config.watch:
         terminal.show(sweeps.progress_table(folder))

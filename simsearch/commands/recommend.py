@@ -1,4 +1,7 @@
-"""simsearch recommend: artworks like these and not like those, with reasons, as a table, a JSON line and a picture."""
+"""simsearch recommend: artworks similar to some examples and unlike others, with reasons.
+
+The output is a table, or a JSON line, and a picture.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,19 @@ from simsearch.search.verdicts import NONE, UNCALIBRATED
 from simsearch.text import cell
 from simsearch.types import Encoder
 
-_SHOWN = ("artist", "title", "year", "period", "style", "genre", "museum")  # words of the table
+_SHOWN = ("artist", "title", "year", "period", "style", "genre", "museum")  # columns of the table
 
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to be like or unlike: an item of the catalog at `position`, or a file; its picture and descriptor."""
+    """One example or counter-example: an item of the catalog, or a file.
+
+    Attributes:
+        name: Its name.
+        image: Its pixels.
+        vector: Its descriptor.
+        position: Position of the item, or None for a file.
+    """
 
     name: str
     image: Tensor
@@ -44,6 +54,14 @@ class Example:
 
 @program.command("recommend")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch recommend`.
+
+    Args:
+        config: The config of conf/recommend.yaml.
+
+    Raises:
+        ValueError: If a value is invalid or there is no example.
+    """
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
     values = configs.plain(config)
@@ -93,43 +111,77 @@ def main(config: DictConfig) -> None:
 
 
 class Examples:
-    """Reads examples for an engine; its encoder is built when the first file is asked for."""
+    """Reads examples for an engine. The encoder is built when the first file is read.
+
+    Args:
+        engine: The engine of the catalog.
+        device: Device of the encoder.
+    """
 
     def __init__(self, engine: Engine, device: torch.device) -> None:
         self.engine, self.device = engine, device
 
     @cached_property
     def encoder(self) -> Encoder:
+        """The encoder of the catalog."""
         return self.engine.catalog.encoder.to(self.device)
 
     def file(self, name: str) -> Example:
-        """The image in a file. Raises ImageError where it cannot be read."""
+        """The image in a file.
+
+        Args:
+            name: The file.
+
+        Raises:
+            ImageError: If it cannot be read.
+        """
         image = load_image(Path(name), size=self.encoder.input_size, fit=self.encoder.fit)
         return Example(name, image, encode(self.encoder, image[None])[0])
 
     def item(self, position: int) -> Example:
-        """An item of the catalog."""
+        """An item of the catalog.
+
+        Args:
+            position: Position of the item.
+        """
         catalog = self.engine.catalog
         (name,) = self.engine.names.of([position])
         image = decode_thumbnail(catalog.thumbnails([position])[0])
         return Example(name, image, self.engine.vectors([position])[0], position)
 
     def is_item(self, name: str) -> bool:
-        """Whether an item of the catalog has that name."""
+        """Whether an item of the catalog has that name.
+
+        Args:
+            name: The name.
+        """
         return self.engine.names.find(name) is not None
 
     def is_known(self, name: str) -> bool:
-        """Whether an item of the catalog or a file has that name."""
+        """Whether an item of the catalog or a file has that name.
+
+        Args:
+            name: The name.
+        """
         return self.is_item(name) or configs.is_there(name)
 
     def any(self, name: str) -> Example:
-        """An item of the catalog by its name, or else a file."""
+        """An item of the catalog by its name, or else a file.
+
+        Args:
+            name: The name.
+        """
         position = self.engine.names.find(name)
         return self.file(name) if position is None else self.item(position)
 
 
 def given_weights(weights: Mapping[str, float | None], engine: Engine) -> dict[str, float] | None:
-    """The weights that are given, None where none is."""
+    """The weights that are set. None if there are none.
+
+    Args:
+        weights: Weights of the parts; None for a part that is not set.
+        engine: The engine of the catalog.
+    """
     return {name: weight for name, weight in weights.items() if weight is not None} or None
 
 
@@ -140,7 +192,15 @@ def answer_table(
     items: Sequence[Mapping[str, Any]],
     answer: Recommendation,
 ) -> Table:
-    """The items as a table; what most of them share, or share with the examples, is said above it."""
+    """A table of the items. Above it stands what most of them share with each other or with the examples.
+
+    Args:
+        engine: The engine of the catalog.
+        like: Names of the examples.
+        unlike: Names of the counter-examples.
+        items: The items found.
+        answer: The answer of the engine.
+    """
     title = cell(", ".join(like)) + (f"  (not like {cell(', '.join(unlike))})" if unlike else "")
     consensus = engine.consensus(answer.ids[[item["rank"] - 1 for item in items]])
     if consensus:
@@ -178,7 +238,15 @@ def tiles(
     items: Sequence[Mapping[str, Any]],
     positions: Sequence[int],
 ) -> list[list[Tile]]:
-    """Rows of a picture: the first example and the items, then a row for each further example and counter-example."""
+    """Rows of a picture: the first example with the items, then a row per further example and counter-example.
+
+    Args:
+        catalog: The catalog.
+        like: The examples.
+        unlike: The counter-examples.
+        items: The items found.
+        positions: Their positions.
+    """
     found = []
     for item, data in zip(items, catalog.thumbnails(positions), strict=True):
         about = [item["attributes"].get(name) for name in ("artist", "title", "year")]

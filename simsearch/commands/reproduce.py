@@ -1,4 +1,4 @@
-"""simsearch reproduce: a study's rows trained and measured anew, beside the values that the study states."""
+"""simsearch reproduce: trains and measures the rows of a study again and compares the values with the stated ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,14 @@ from simsearch.studies.runs import find_run, finished_runs
 
 @program.command("reproduce")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch reproduce`.
+
+    Args:
+        config: The config of conf/reproduce.yaml.
+
+    Raises:
+        SystemExit: With the status of `exit_status`.
+    """
     values = configs.plain(config)
     book = read_rows(row_files(values["rows"]))
     root = Path(values["run_root"]).expanduser().resolve()
@@ -38,13 +46,21 @@ def main(config: DictConfig) -> None:
 
 
 def exit_status(outcomes: Iterable[Outcome]) -> int:
-    """0 where all are reproduced, 1 where there is a gap, else 2."""
+    """0 if all rows are reproduced, 1 if a value differs, else 2.
+
+    Args:
+        outcomes: The outcomes.
+    """
     verdicts = {outcome.verdict for outcome in outcomes}
     return 1 if GAP in verdicts else 2 if NOT_RUNNABLE in verdicts else 0
 
 
 def outcome_table(outcomes: Iterable[Outcome]) -> Table:
-    """Rows with value, expected value, difference and verdict of each measurement."""
+    """A table of value, expected value, difference and verdict of each measurement.
+
+    Args:
+        outcomes: The outcomes.
+    """
     table = Table(title="Rows measured anew, beside what their study states")
     table.add_column("row", overflow="fold")
     table.add_column("measured", overflow="fold")
@@ -70,7 +86,13 @@ def outcome_table(outcomes: Iterable[Outcome]) -> Table:
 
 
 def list_table(book: Mapping[str, Row], runs: Mapping[str, saved_run.Run], *, trusted: bool = False) -> Table:
-    """Rows with what they are, expect and cost, and which of their seeds have finished runs."""
+    """A table of the rows: description, expected values, cost, and which seeds have finished runs.
+
+    Args:
+        book: All rows by name.
+        runs: Finished runs by identity.
+        trusted: True if the user trusts whoever made the rows.
+    """
     table = Table(title="Rows; minutes of one training on two cores")
     table.add_column("row", overflow="fold")
     table.add_column("what", overflow="fold")

@@ -1,4 +1,4 @@
-"""simsearch search: images in, similar items of a catalog out, as a table, JSON lines and a picture."""
+"""simsearch search: finds similar items of a catalog for images. The output is a table or JSON lines, and a picture."""
 
 from __future__ import annotations
 
@@ -29,9 +29,14 @@ from simsearch.types import SearchResult
 
 @dataclass(frozen=True)
 class Answer:
-    """What was found for one query image: items best first, each with rank, score, verdict and its attributes.
+    """The answer for one query image.
 
-    verdict: the best of the items', as `simsearch recommend` gives it.
+    Attributes:
+        query: Name of the query.
+        verdict: The best verdict among the items, as `simsearch recommend` gives it.
+        items: The items, best first, each with rank, score, verdict and attributes.
+        positions: Positions of the items.
+        image: Pixels of the query.
     """
 
     query: str
@@ -43,6 +48,14 @@ class Answer:
 
 @program.command("search")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch search`.
+
+    Args:
+        config: The config of conf/search.yaml.
+
+    Raises:
+        ValueError: If a value is invalid.
+    """
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
     if min(config.rows, config.batch_size) < 1:
@@ -66,9 +79,18 @@ def main(config: DictConfig) -> None:
 
 
 def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[Answer], float]:
-    """Answers for the readable images of `source`, a file or folder, and milliseconds a query.
+    """The answers for all readable images, and the milliseconds per query.
 
-    Unreadable ones are named on standard error. Raises ValueError where none can be read.
+    Unreadable images are listed on standard error.
+
+    Args:
+        engine: The engine of the catalog.
+        source: A file or folder.
+        k: Number of items per query.
+        batch_size: Number of images per forward pass.
+
+    Raises:
+        ValueError: If no image can be read.
     """
     # Any single file is taken for an image, whatever its name; its content decides.
     listed = source.is_dir() or source.suffix.lower() in (".csv", ".parquet") or not source.exists()
@@ -95,14 +117,24 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
 
 
 def per_query(found: SearchResult) -> list[tuple[Tensor, Tensor]]:
-    """ids (K,) and scores (K,) of each query, what an approximate index did not find left out."""
+    """ids (K,) and scores (K,) of each query, without the places that an approximate index left empty.
+
+    Args:
+        found: The search result.
+    """
     return [(i[i >= 0], s[i >= 0]) for i, s in zip(found.ids, found.scores, strict=True)]
 
 
 def rows_of(
     catalog: Catalog, found: tuple[Tensor, Tensor], verdicts: list[str]
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Rank, score, verdict and attributes of the items found, and their positions in the catalog."""
+    """Rank, score, verdict and attributes of the items of one query, and their positions in the catalog.
+
+    Args:
+        catalog: The catalog.
+        found: ids (K,) and scores (K,).
+        verdicts: The verdicts on the items.
+    """
     ids, scores = found[0].tolist(), found[1].tolist()
     rows = catalog.items.take(torch.tensor(ids).numpy()).to_pylist()
     numbered = enumerate(zip(scores, verdicts, rows, strict=True), start=1)
@@ -110,10 +142,14 @@ def rows_of(
 
 
 def answer_table(answer: Answer, width: int = 120) -> Table:
-    """An answer as a table, one row an item; verdicts where the catalog is calibrated.
+    """An answer as a table, one row per item. A calibrated catalog adds verdicts.
 
-    Columns without a value are left out, then, where a terminal `width` columns wide has no room, those whose values
-    are all the same, and the last.
+    Columns without a value are left out. If the terminal is too narrow, columns whose values are all equal are left out
+    next, then the last columns.
+
+    Args:
+        answer: The answer.
+        width: Width of the terminal in columns.
     """
     judged = answer.verdict != UNCALIBRATED
     said = ("no similar work" if answer.verdict == NONE else answer.verdict) if judged else ""
@@ -146,7 +182,12 @@ def _table_width(names: list[str], texts: dict[str, list[str]]) -> int:
 
 
 def answer_tiles(catalog: Catalog, answer: Answer) -> list[Tile]:
-    """The query and its items' thumbnails as a row of a picture, their verdicts said where there are any."""
+    """The query and the thumbnails of its items as a row of a picture, with verdicts if there are any.
+
+    Args:
+        catalog: The catalog.
+        answer: The answer.
+    """
     tiles = [Tile(answer.image, Path(answer.query).name)]
     for item, data in zip(answer.items, catalog.thumbnails(answer.positions), strict=True):
         name = item.get(catalog.about.get("label", "label")) or Path(item["path"]).name

@@ -1,4 +1,4 @@
-"""simsearch serve: an HTTP API and a web page on one or more catalogs."""
+"""simsearch serve: serves one or more catalogs by an HTTP API and a web page."""
 
 from __future__ import annotations
 
@@ -24,11 +24,16 @@ from simsearch.serving.service import Service
 from simsearch.text import lines
 
 SHUTDOWN_SECONDS = 30
-DECODING_SECONDS = 2.0  # that images have left when the server is told to end
+DECODING_SECONDS = 2.0  # time that images have left at shutdown
 
 
 @program.command("serve")
 def main(config: DictConfig) -> None:
+    """Runs the command `simsearch serve`.
+
+    Args:
+        config: The config of conf/serve.yaml.
+    """
     values = configs.plain(config)
     trusted = configs.trusts(config)
     sources = find_sources(values["catalog"], values["root"])
@@ -69,27 +74,48 @@ def main(config: DictConfig) -> None:
 
 
 class Server(uvicorn.Server):
-    """Says where it is once it answers; does not wait for images that take long when it is to end."""
+    """A server that prints its address once it is ready. At shutdown it does not wait for slow images.
+
+    Args:
+        config: The config of uvicorn.
+        service: The service.
+        greeting: Text to print at the start.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service, greeting: str) -> None:
         super().__init__(config)
         self._service, self._greeting = service, greeting
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts the server and prints the greeting.
+
+        Args:
+            sockets: Sockets to listen on.
+        """
         await super().startup(sockets)
         if self.started:
             print(self._greeting, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stops decoding and shuts the server down.
+
+        Args:
+            sockets: Sockets that it listens on.
+        """
         asyncio.get_running_loop().call_later(DECODING_SECONDS, self._service.stop_decoding)
         await super().shutdown(sockets)
 
 
 def find_sources(catalog: str | Sequence[str] | Mapping[str, str], root: Any) -> dict[str, Source]:
-    """Catalogs by name. catalog: a folder, several, or {name: folder}; root: one for all, {name: root}, or None.
+    """The catalogs by name.
 
-    Raises ValueError for names that an address cannot hold or that come twice, and for roots that do not exist or
-    that no catalog has.
+    Args:
+        catalog: A folder, several folders, or {name: folder}.
+        root: The image root of all catalogs, {name: root}, or None.
+
+    Raises:
+        ValueError: If a name cannot be part of an address or occurs twice, or if a root does not exist or belongs to no
+            catalog.
     """
     if isinstance(catalog, Mapping):
         named = [(str(name), Path(folder)) for name, folder in catalog.items()]
@@ -116,7 +142,15 @@ def find_sources(catalog: str | Sequence[str] | Mapping[str, str], root: Any) ->
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address. Raises ValueError where that cannot be."""
+    """A socket bound to the address.
+
+    Args:
+        host: Host name or address.
+        port: Port; 0 for any free one.
+
+    Raises:
+        ValueError: If the address cannot be bound.
+    """
     if not 0 <= port <= 65_535:
         raise ValueError(f"port must lie in 0..65535 (0: any free one), got {port}")
     try:
@@ -131,7 +165,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def start_log() -> None:
-    """One line a request on standard error, and what goes wrong."""
+    """Logs one line per request, and errors, on standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Harmless("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     for name, level in (("simsearch.serving", logging.INFO), ("uvicorn", logging.WARNING)):
@@ -141,14 +175,20 @@ def start_log() -> None:
 
 
 class _Harmless(logging.Formatter):
-    """Writes control characters, of a catalog's files say, as escapes."""
+    """Escapes control characters, such as those in names of a catalog's files."""
 
     def format(self, record: logging.LogRecord) -> str:
         return lines(super().format(record))
 
 
 def greeting(library: Library, host: str, port: int) -> str:
-    """What a user wants to know when the server is up."""
+    """The text that is printed when the server is ready.
+
+    Args:
+        library: The catalogs.
+        host: Host that the server is bound to.
+        port: Port of the server.
+    """
     shown = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     lines = [f"simsearch serves at http://{shown}:{port}/ (API: http://{shown}:{port}/docs)"]
     for loaded in library.catalogs:

@@ -1,4 +1,4 @@
-"""simsearch train: fit, measure, leave a run directory with a catalog."""
+"""simsearch train: trains and measures a model, and writes a run directory with a catalog."""
 
 from __future__ import annotations
 
@@ -49,6 +49,17 @@ _LOG = logging.getLogger(__name__)
 
 @program.command("train")
 def main(config: DictConfig) -> Any:
+    """Runs the command `simsearch train`.
+
+    Args:
+        config: The config of conf/train.yaml.
+
+    Returns:
+        The values that a sweeper optimises.
+
+    Raises:
+        ValueError: If the command was started by torchrun.
+    """
     _LOG.info("simsearch train %s", shlex.join(sys.argv[1:]))
     if launch.is_rank() and not launch.is_slurm_rank():
         raise ValueError("simsearch train starts its ranks itself: leave torchrun out, give trainer.devices=2 or auto")
@@ -75,7 +86,11 @@ def main(config: DictConfig) -> Any:
 
 
 def train_run(run: saved_run.Run) -> None:
-    """Trains a run directory as one of its ranks, perhaps the only one."""
+    """Trains a run directory as one of its ranks, or as the only one.
+
+    Args:
+        run: The run.
+    """
     with Interruption(launch.rank()) as interruption:
         data = configs.build_data(run.config)
         model = configs.build(run.config["model"])
@@ -96,7 +111,18 @@ def train(
     loggers: list[pl.loggers.Logger],
     callbacks: Sequence[pl.Callback] = (),
 ) -> None:
-    """Fits the model of `run`, tests its best checkpoint; rank 0 writes figures and catalog, prints the table."""
+    """Fits the model of a run and tests its best checkpoint. Rank 0 writes figures and catalog and prints the table.
+
+    Args:
+        run: The run.
+        data: Its data.
+        model: Its model.
+        loggers: Its loggers.
+        callbacks: Further callbacks of the Trainer.
+
+    Raises:
+        Damaged: If the last checkpoint of a resumed run is damaged.
+    """
     trainer = configs.build_trainer(run.config, run.folder, loggers, callbacks)
     if trainer.is_global_zero:
         _LOG.info("%s %s", "goes on with" if run.resumed else "begins", run.folder)
@@ -113,8 +139,8 @@ def train(
         if trainer.is_global_zero:
             run_directory.note_training(run.folder, time.perf_counter() - start, trainer, model)
     if trainer.strategy.broadcast(not best.is_file() or not _was_chosen(trainer)):
-        trainer.save_checkpoint(best, weights_only=False)  # what the training ended with is the result
-    model.requires_grad_(False)  # what is frozen runs faster
+        trainer.save_checkpoint(best, weights_only=False)  # the last weights are the result
+    model.requires_grad_(False)  # frozen models run faster
     trainer.test(model, data, ckpt_path=str(check_zip(best)), weights_only=True, verbose=False)
     hooks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     result = next(c for c in hooks if isinstance(c, RetrievalEvaluation)).results["test"]
@@ -137,7 +163,7 @@ def train(
 
 
 def _was_chosen(trainer: pl.Trainer) -> bool:
-    """Whether a best checkpoint was compared with others, by a validation or another metric."""
+    """Whether the best checkpoint was chosen among others, by a validation or another metric."""
     keepers = trainer.checkpoint_callbacks
     validated = any(isinstance(c, LastValidation) and c.validated for c in keepers)
     return validated or any(isinstance(c, ModelCheckpoint) and c.monitor and c.best_k_models for c in keepers)
@@ -150,7 +176,15 @@ def save_catalog(
     result: Evaluation,
     index: FaissIndex,
 ) -> None:
-    """Writes the test gallery, which the evaluation indexed already, as the run's catalog."""
+    """Writes the test gallery, which the evaluation has already indexed, as the run's catalog.
+
+    Args:
+        run: The run.
+        data: Its data.
+        model: Its model.
+        result: The evaluation.
+        index: The filled index.
+    """
     task = data.task("test")
     collection = data.collection
     rows = result.gallery.index
@@ -175,7 +209,11 @@ def save_catalog(
 
 
 def report(folder: Path) -> None:
-    """Prints the results of a run and what to do next."""
+    """Prints the results of a run and what to do next.
+
+    Args:
+        folder: The run directory.
+    """
     terminal.show(results.results_table(read_json(folder / "metrics.json")))
     print(f"run directory: {folder}")
     if (picture := folder / "figures" / "neighbours.png").is_file():
@@ -189,7 +227,7 @@ def report(folder: Path) -> None:
 
 
 def typed() -> str:
-    """What to type to run simsearch in this shell: its name, or its path where that is not on PATH."""
+    """What to type to run simsearch in this shell: its name, or its path if it is not on PATH."""
     return "simsearch" if shutil.which("simsearch") else os.path.relpath(Path(sys.executable).parent / "simsearch")
 
 

@@ -1,1 +1,1 @@
-"""Runs read back, tested in pairs, shown as a table and a page."""
+"""Reads runs back, tests them in pairs and shows them as a table and a page."""

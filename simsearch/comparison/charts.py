@@ -1,7 +1,8 @@
 """Figures of the comparison page as SVG, in the page's own colours (classes of page.css).
 
-Not matplotlib's: its SVG of the same scatter plot is 26 kB instead of 4, of a histogram 13 instead of 5, has fixed
-colours where the page is light or dark, ids that clash within one page, and no names when the mouse rests on a mark.
+Matplotlib is not used. Its SVG of the same scatter plot takes 26 kB instead of 4 (histogram: 13 instead of 5). Its
+colours are fixed although the page may be light or dark, its ids clash within one page, and its marks show no names on
+hover.
 """
 
 from __future__ import annotations
@@ -22,7 +23,17 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 26, 42
 
 @dataclass(frozen=True)
 class Point:
-    """A mark of a scatter plot: the number beside it, the name on hovering, its place and the interval in y."""
+    """A mark of a scatter plot.
+
+    Attributes:
+        number: The number beside the mark.
+        name: The name on hover.
+        x: Position in x.
+        y: Position in y.
+        low: Lower end of the interval in y.
+        high: Upper end of the interval in y.
+        is_baseline: True for the baseline.
+    """
 
     number: int
     name: str
@@ -36,10 +47,17 @@ class Point:
 def scatter(
     points: Sequence[Point], x_label: str, y_label: str, x_text: Callable[[float], str], x_ticks: Sequence[float]
 ) -> Markup:
-    """Quality against a cost on a logarithmic axis; a dashed line joins the points that none beats in both.
+    """A scatter plot of quality against a cost on a logarithmic axis. A dashed line joins the Pareto front.
 
-    x_text: how a cost is written. x_ticks: round costs, ascending, of which some are marked. Raises ValueError
-    where a cost is not above 0.
+    Args:
+        points: The marks. x is the cost, y the quality.
+        x_label: Label of the cost axis.
+        y_label: Label of the quality axis.
+        x_text: Function that formats a cost.
+        x_ticks: Round costs in ascending order. Some of them are marked.
+
+    Raises:
+        ValueError: If a cost is not above 0.
     """
     if not points or min(p.x for p in points) <= 0:
         raise ValueError("a logarithmic axis needs points with costs above 0")
@@ -86,7 +104,7 @@ def scatter(
 def _free_place(
     x: float, y: float, width: float, boxes: Sequence[tuple[float, float, float, float]]
 ) -> tuple[float, float]:
-    """The nearest place for a label where nothing lies yet; boxes are centres and half sizes."""
+    """The nearest free place for a label. `boxes` are centres and half sizes of what is already drawn."""
     for distance in (12, 20, 28, 36, 44):
         for dx, dy in ((1, 0), (-1, 0), (0.8, -0.8), (-0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)):
             place = (x + dx * distance, y + dy * distance)
@@ -96,7 +114,7 @@ def _free_place(
 
 
 def _front(points: Sequence[Point]) -> list[Point]:
-    """Points that no other beats in quality at the same cost or less, by cost."""
+    """The Pareto front, by cost: points that no other point beats in quality at the same or a lower cost."""
     best: list[Point] = []
     for p in sorted(points, key=lambda p: (p.x, -p.y)):
         if not best or p.y > best[-1].y:
@@ -105,10 +123,16 @@ def _front(points: Sequence[Point]) -> list[Point]:
 
 
 def histogram(differences: Tensor, name: str, widest: float, bins: int = 40) -> Markup:
-    """How many queries a run ranks better and worse than the baseline, by the difference; equal ones are left out.
+    """A histogram of the differences between a run and the baseline, per query. Equal queries are left out.
 
-    differences: float64 (Q,), within -widest..widest; NaN is left out. Heights go with the square root of the
-    counts, so that the few great differences show beside the many small ones.
+    Bar heights are proportional to the square root of the counts, so that a few large differences remain visible beside
+    many small ones.
+
+    Args:
+        differences: float64 (Q,), within -widest..widest. NaN is left out.
+        name: Name of the metric.
+        widest: End of the axis.
+        bins: Number of bins.
     """
     values = differences[differences.isfinite() & (differences != 0)]
     counts = torch.histc(values.float(), bins, -widest, widest).tolist()
@@ -134,7 +158,7 @@ def _macro(name: str) -> Callable[..., Markup]:
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:
-    """Round numbers that cover low..high, four to eight of them."""
+    """Four to eight round numbers that cover low..high."""
     span = max(high - low, 1e-3)
     size = 10 ** math.floor(math.log10(span))
     step = next(size * f for f in (0.1, 0.2, 0.25, 0.5, 1, 2) if span / (size * f) <= 6)

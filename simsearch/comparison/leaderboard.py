@@ -1,4 +1,4 @@
-"""Runs side by side: seeds together, values with intervals, and paired tests against a baseline."""
+"""Compares runs: groups seeds, computes values with intervals, and runs paired tests against a baseline."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Value:
-    """A metric's mean over seeds, its 95% interval over units of chance, and the standard deviation between seeds."""
+    """The value of a metric for an entry.
+
+    Attributes:
+        mean: Mean over seeds.
+        interval: 95% interval over sampling units, or None.
+        deviation: Standard deviation between seeds, or None.
+    """
 
     mean: float
     interval: tuple[float, float] | None
@@ -33,11 +39,19 @@ class Value:
 
 @dataclass(frozen=True)
 class Paired:
-    """A paired comparison with the baseline, entry - baseline, over the queries of both.
+    """A paired comparison, entry minus baseline, over the queries that both have.
 
-    difference with its 95% interval low..high; p of the sign-flip test, p_holm adjusted over all comparisons of the
-    leaderboard; detectable: the difference that would be found with 80% chance. All by the units of chance of the
-    queries that both have.
+    All values are computed over the sampling units of these queries.
+
+    Attributes:
+        difference: Mean difference.
+        low: Lower end of its 95% interval.
+        high: Upper end of its 95% interval.
+        p: p-value of the sign-flip test.
+        p_holm: p-value adjusted over all comparisons of the leaderboard (Holm).
+        detectable: Difference that would be detected with 80% power.
+        queries: Number of queries.
+        units: Number of sampling units.
     """
 
     difference: float
@@ -52,10 +66,15 @@ class Paired:
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the leaderboard: one configuration, whose runs differ in the seed only.
+    """A line of the leaderboard: one configuration, whose runs differ only in the seed.
 
-    values: metric -> Value. queries: each query's mean over the seeds, of the metric that ranks; None where some
-    run has none. paired: against the baseline, or None for the baseline itself and where queries differ.
+    Attributes:
+        name: Name of the entry.
+        results: Results of the runs.
+        values: The value of each metric.
+        queries: Each query's mean over the seeds, for the metric that ranks. None if a run has no per-query values.
+        paired: Comparison with the baseline. None for the baseline itself, and if the queries differ.
+        is_baseline: True for the baseline.
     """
 
     name: str
@@ -67,35 +86,49 @@ class Entry:
 
     @property
     def protocol(self) -> str:
+        """The protocol of the runs."""
         return self.results[0].protocol
 
     @property
     def fingerprint(self) -> str:
+        """The fingerprint of the task."""
         return self.results[0].fingerprint
 
     @property
     def unit(self) -> str:
-        """The unit of chance of intervals and tests."""
+        """The sampling unit of intervals and tests."""
         return self.results[0].unit or "query"
 
     @property
     def units(self) -> int | None:
-        """How many of them the queries are of; None where the run did not say."""
+        """The number of sampling units among the queries. None if the run did not record it."""
         return self.results[0].units
 
     @property
     def seeds(self) -> list[Any]:
+        """The seeds of the runs."""
         return [result.config.get("seed") for result in self.results]
 
     def cost(self, name: str) -> float | None:
-        """The mean over seeds of `bytes_per_item`, `index/latency_ms_p50`, `train_seconds` or `parameters`."""
+        """The mean over seeds of a cost. None if no run recorded it.
+
+        Args:
+            name: `bytes_per_item`, `index/latency_ms_p50`, `train_seconds` or `parameters`.
+        """
         known = [r.facts.get(name, r.metrics.get(name)) for r in self.results]
         given = [float(value) for value in known if value is not None]
         return statistics.fmean(given) if len(given) == len(known) else None
 
 
 def check_comparable(results: Sequence[Result]) -> None:
-    """Raises ValueError where the results are of more than one protocol, fingerprint or unit of chance."""
+    """Checks that all results share the protocol, the fingerprint and the sampling unit.
+
+    Args:
+        results: The results.
+
+    Raises:
+        ValueError: If they do not.
+    """
     kinds: dict[tuple[str, str, str], list[str]] = {}
     for result in results:
         kinds.setdefault((result.protocol, result.fingerprint, result.unit or "query"), []).append(result.name)
@@ -122,15 +155,21 @@ def leaderboard(
     also: Sequence[str],
     seed: int = 0,
 ) -> list[Entry]:
-    """Entries, best mean of `metric` first.
+    """The entries, best mean of `metric` first.
 
-    configuration: what runs of one entry share, beside fingerprint and unit. baseline: a run of the entry that all
-    others are tested against. also: further metrics to list, where a run has them.
+    Tests compare each query's mean over seeds. They tell these trained networks apart, but say nothing about further
+    trainings; only the deviation between seeds does.
 
-    Tests compare each query's mean over seeds: they tell these trained networks apart, and say nothing about
-    other trainings, which only the deviation between seeds does.
+    Args:
+        results: The results, all comparable.
+        configuration: Function that returns what the runs of one entry share, besides fingerprint and sampling unit.
+        baseline: A run of the entry that the others are tested against.
+        metric: The metric that ranks.
+        also: Further metrics to list, if a run has them.
+        seed: Seed of intervals and tests.
 
-    Raises ValueError where a result lacks the metric.
+    Raises:
+        ValueError: If a result lacks the metric.
     """
     for result in results:
         if result.metrics.get(metric) is None:
@@ -190,12 +229,12 @@ def _pairs(entry: Entry, line: Entry) -> bool:
 
 
 def _same(ours: Queries, theirs: Queries) -> bool:
-    """Whether they are of the same queries and units."""
+    """Whether two sets of queries have the same queries and units."""
     return torch.equal(ours.index, theirs.index) and torch.equal(ours.units, theirs.units)
 
 
 def _tests(entries: Sequence[Entry], line: Entry, seed: int) -> list[Paired]:
-    """Paired comparisons of the entries with the baseline's entry, one family for Holm's correction."""
+    """Paired comparisons of the entries with the baseline's entry. They form one family for Holm's correction."""
     rows = []
     for entry in entries:
         assert entry.queries is not None
@@ -218,10 +257,16 @@ def _tests(entries: Sequence[Entry], line: Entry, seed: int) -> list[Paired]:
 
 
 def config_differences(entries: Sequence[Entry], without: Sequence[str]) -> dict[str, list[str]]:
-    """Dotted keys whose values differ between entries -> one text an entry, "-" where it lacks the key.
+    """The dotted config keys whose values differ between entries.
 
-    Seeds are left out and so are keys in `without` with all below them, and copies that interpolation made: a key
-    that ends in another one that differs in the same way (model.optimizer.lr beside optimizer.lr).
+    Each has one text per entry, "-" if the key is missing.
+
+    Seeds are left out. So are copies by interpolation: keys that end in another key with the same differences
+    (model.optimizer.lr beside optimizer.lr).
+
+    Args:
+        entries: The entries.
+        without: Keys to leave out, with all keys below them.
     """
     flat = [_flat(entry.results[0].config) for entry in entries]
     keys = sorted(set().union(*flat), key=lambda key: (key.count("."), key))

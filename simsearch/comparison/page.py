@@ -1,4 +1,4 @@
-"""The comparison as one HTML page that needs nothing but itself."""
+"""The comparison as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,13 @@ _AXES = (
 
 @dataclass(frozen=True)
 class Picture:
-    """A thumbnail: bytes of a PNG or JPEG, a caption, and right (True), wrong (False) or unjudged (None)."""
+    """A thumbnail.
+
+    Attributes:
+        data: Bytes of a PNG or JPEG.
+        caption: Text below the image.
+        right: True if right, False if wrong, None if not judged.
+    """
 
     data: bytes
     caption: str
@@ -42,7 +48,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class Case:
-    """A query that a run ranks worse than the baseline: its values by both and what both found first."""
+    """A query that a run ranks worse than the baseline.
+
+    Attributes:
+        query: The query.
+        before: Its value for the baseline.
+        after: Its value for the run.
+        found_before: The first results of the baseline.
+        found_after: The first results of the run.
+    """
 
     query: Picture
     before: float
@@ -53,11 +67,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the page shows.
+    """The content of the page.
 
-    entries: best first. columns: of the leaderboard. metric: the one that ranks. classes: names of the labels, or
-    None where unknown. cases: entry name -> worst regressions, or why there are no pictures of them. differences:
-    config key -> one text an entry. forced: the entries are of several protocols.
+    Attributes:
+        entries: The entries, best first.
+        columns: Columns of the leaderboard.
+        metric: The metric that ranks.
+        missing: Runs without a result.
+        classes: Names of the labels. None if unknown.
+        cases: For each entry name the worst regressions, or the reason why there are no pictures.
+        differences: For each config key one text per entry.
+        forced: True if the entries have several protocols.
     """
 
     entries: Sequence[Entry]
@@ -71,7 +91,11 @@ class Comparison:
 
 
 def page(comparison: Comparison) -> str:
-    """The page as text: page.html.j2 with what there is to show."""
+    """The page as text, rendered from page.html.j2.
+
+    Args:
+        comparison: The content.
+    """
     c = comparison
     # One line each, so that what the policy's hash covers is what stands between the tags.
     style, script = (Markup((HERE / name).read_text(encoding="utf-8").strip()) for name in ("page.css", "page.js"))
@@ -122,7 +146,7 @@ def _judgement(entry: Entry) -> str | None:
 
 
 def _scatters(c: Comparison) -> list[Markup]:
-    """Quality against each cost that is known and differs."""
+    """Scatter plots of quality against each cost that is known and differs."""
     figures = []
     for name, label, text, ticks in _AXES:
         points = []
@@ -137,7 +161,12 @@ def _scatters(c: Comparison) -> list[Markup]:
 
 
 def differences_by_query(entry: Entry, line: Entry) -> Tensor:
-    """Each query's value minus the baseline's, float64 (Q,)."""
+    """Each query's value minus the baseline's, float64 (Q,).
+
+    Args:
+        entry: The entry.
+        line: The baseline's entry.
+    """
     assert entry.queries is not None
     assert line.queries is not None
     return entry.queries.value - line.queries.value
@@ -157,7 +186,11 @@ def _histograms(c: Comparison) -> list[dict[str, Any]]:
 
 
 def class_means(entry: Entry) -> dict[int, float]:
-    """Mean value of the queries of each known label that has a query with a value."""
+    """The mean value of the queries of each known label. Labels without a value are left out.
+
+    Args:
+        entry: The entry.
+    """
     assert entry.queries is not None
     label, value = entry.queries.label, entry.queries.value
     kept = value.isfinite() & (label >= 0)
@@ -167,7 +200,10 @@ def class_means(entry: Entry) -> dict[int, float]:
 
 
 def _classes(c: Comparison) -> dict[str, Any] | None:
-    """Means by class of the baseline and the compared, of the classes that differ most; None with fewer than two."""
+    """Class means of the baseline and the compared entries, for the classes that differ most.
+
+    None with fewer than two.
+    """
     line = _baseline(c)
     if line.queries is None:
         return None
@@ -195,7 +231,7 @@ def _class_name(c: Comparison, label: int) -> str:
 
 
 def _regressions(c: Comparison) -> str | list[tuple[int, Entry, Sequence[Case] | str]]:
-    """Of each compared entry its rank and its cases, or why it has none; one text where that is so for all."""
+    """For each compared entry its rank and its cases, or why it has none. A single text if that applies to all."""
     reasons = [cases for cases in c.cases.values() if isinstance(cases, str)]
     if reasons and len(reasons) == len(c.cases) and len(set(reasons)) == 1 and _compared(c):
         return reasons[0]
@@ -216,7 +252,7 @@ def _regressions(c: Comparison) -> str | list[tuple[int, Entry, Sequence[Case] |
 
 
 def _differences(c: Comparison) -> dict[str, Any] | None:
-    """The config keys that differ, as lines where there are more of them than entries; None where there is none."""
+    """The config keys that differ, as lines if there are more keys than entries. None if there are none."""
     if not c.differences:
         return None
     labels = [f"{rank}. {entry.name}" for rank, entry in enumerate(c.entries, start=1)]

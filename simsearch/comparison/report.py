@@ -19,7 +19,13 @@ COSTS = ("bytes_per_item", "index/latency_ms_p50", "train_seconds", "parameters"
 
 @dataclass(frozen=True)
 class Cell:
-    """What a table shows: a text, what stands small below it, and the value to sort by (None: last)."""
+    """A cell of a table.
+
+    Attributes:
+        text: The text.
+        detail: Small text below it.
+        sort: Value to sort by. None sorts last.
+    """
 
     text: str
     detail: str = ""
@@ -28,7 +34,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, what it holds in a sentence, its cell of an entry, and whether small values are good."""
+    """A column of a table.
+
+    Attributes:
+        title: Title of the column.
+        about: One sentence that describes the content.
+        cell: Function that returns an entry's cell.
+        ascending: True if small values are good.
+    """
 
     title: str
     about: str
@@ -40,7 +53,12 @@ NOTHING = Cell("-")
 
 
 def columns(entries: Sequence[Entry], metrics: Sequence[str]) -> list[Column]:
-    """The columns that have something to show: metrics, the comparison with the baseline, costs."""
+    """The columns with content: metrics, the comparison with the baseline, costs.
+
+    Args:
+        entries: The entries.
+        metrics: The metrics to show.
+    """
     made = [Column(name, f"{name}, with its 95% interval by unit of chance", _metric(name)) for name in metrics]
     made += [
         Column("difference", f"{metrics[0]} minus the baseline's, paired by query, with its 95% interval", _difference),
@@ -66,7 +84,11 @@ def _metric(name: str) -> Callable[[Entry], Cell]:
 
 
 def spread(value: Value) -> str:
-    """A value's interval over units of chance, and its deviation between seeds."""
+    """A value's interval over sampling units, and its deviation between seeds, as text.
+
+    Args:
+        value: The value.
+    """
     between = "" if value.deviation is None else f"± {value.deviation:.4f} seeds"
     over = "" if value.interval is None else f"{value.interval[0]:.4f}-{value.interval[1]:.4f}"
     return "\n".join(part for part in (over, between) if part)
@@ -91,7 +113,11 @@ def _p(entry: Entry) -> Cell:
 
 
 def p_text(p: float) -> str:
-    """A p-value as reports print it."""
+    """A p-value as text.
+
+    Args:
+        p: The p-value.
+    """
     return f"{p:.3f}" if p >= 0.001 else "< .001"
 
 
@@ -119,7 +145,11 @@ def _short(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that fits."""
+    """A duration in the unit that fits.
+
+    Args:
+        seconds: The duration.
+    """
     if seconds < 60:
         return f"{seconds:.2g} s"
     return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.3g} h"
@@ -137,9 +167,14 @@ _FIRST = ("difference", "p Holm", "protocol", "bytes", "ms/query", "training", "
 
 
 def terminal_table(entries: Sequence[Entry], shown: Sequence[Column], width: int = 120) -> Table:
-    """The leaderboard for a terminal `width` columns wide, which has no room for metrics but the one that ranks.
+    """The leaderboard for a terminal. The only metric in it is the one that ranks.
 
-    The runs' names stay readable: of the other columns those are left out, and named, that have no room.
+    The names of the runs stay readable. Other columns without room are left out and listed.
+
+    Args:
+        entries: The entries.
+        shown: The columns.
+        width: Width of the terminal in columns.
     """
     kept = [shown[0], *(column for column in shown if column.title not in entries[0].values)]
     frame = len(str(len(entries))) + 4
@@ -171,26 +206,44 @@ def terminal_table(entries: Sequence[Entry], shown: Sequence[Column], width: int
 
 
 def stated(entries: Sequence[Entry]) -> str:
-    """The protocols, fingerprints and units of chance of the entries, and whose queries stand in their own rankings."""
+    """The protocols, fingerprints and sampling units of the entries, and which queries stand in their own rankings.
+
+    Args:
+        entries: The entries.
+    """
     kinds = {f"protocol {e.protocol}, fingerprint {e.fingerprint}, by {over(e)}" for e in entries}
     return "; ".join([*sorted(kinds), *self_notes(entries)])
 
 
 def over(entry: Entry) -> str:
-    """The unit of chance that an entry's intervals and tests go by, and how many there are."""
+    """The sampling unit of an entry's intervals and tests, and the number of units.
+
+    Args:
+        entry: The entry.
+    """
     if entry.results[0].unit is None:
         return "query (measured before units of chance were named)"
     return f"{entry.unit} ({entry.units})"
 
 
 def self_notes(entries: Sequence[Entry]) -> list[str]:
-    """A note for each protocol whose queries stand in their own rankings."""
+    """A note for each protocol whose queries stand in their own rankings.
+
+    Args:
+        entries: The entries.
+    """
     names = {entry.protocol for entry in entries if entry.results[0].metrics.get("queries_in_own_ranking")}
     return [f"{name}: each query is in its own ranking: P@1 and R@k count it" for name in sorted(names)]
 
 
 def markdown_table(entries: Sequence[Entry], shown: Sequence[Column], missing: Sequence[Missing]) -> str:
-    """The leaderboard, and below it the runs without a result, as Markdown."""
+    """The leaderboard as Markdown, followed by the runs without a result.
+
+    Args:
+        entries: The entries.
+        shown: The columns.
+        missing: Runs without a result.
+    """
     lines = [
         _line(["#", "run", *(column.title for column in shown)]),
         _line(["--:", "---", *("---" if column.title == "protocol" else "--:" for column in shown)]),
@@ -210,7 +263,13 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def csv_text(entries: Sequence[Entry], metrics: Sequence[str], missing: Sequence[Missing]) -> str:
-    """The leaderboard with full precision, one line an entry and one a run without a result."""
+    """The leaderboard as CSV at full precision: one line per entry, and one per run without a result.
+
+    Args:
+        entries: The entries.
+        metrics: The metrics to write.
+        missing: Runs without a result.
+    """
     values = [f"{name}{end}" for name in metrics for end in ("", "_low", "_high", "_seed_deviation")]
     paired = ("difference", "difference_low", "difference_high", "p", "p_holm", "detectable", "queries", "paired_units")
     head = ["rank", "run", "state", "runs", "seeds", "baseline", *values, *paired]

@@ -1,4 +1,4 @@
-"""What runs left: their results, and why some have none."""
+"""Reads runs: their results, or why there are none."""
 
 from __future__ import annotations
 
@@ -25,17 +25,25 @@ _DEPTH = 3  # outputs/sweeps/<date>/<job>
 
 
 class Unreadable(ValueError):
-    """Why a folder gives no result."""
+    """The reason why a folder has no result."""
 
 
 @dataclass(frozen=True)
 class Result:
     """The finished test of one run.
 
-    name: how reports call it. place: its folder, or its address in W&B. config: the run's plain config. metrics,
-    intervals: as in metrics.json. facts: of run.json; `train_seconds`, `device` and `parameters` where recorded.
-    run: the run directory; place lies in its evaluations/ where the test was measured again. None for W&B. unit,
-    units: of chance, over what and how many the intervals are; None where they are of a time before, by query.
+    Attributes:
+        name: Name in reports.
+        place: The run's folder, or its address in W&B.
+        config: The run's plain config.
+        protocol: Name of the protocol.
+        fingerprint: Fingerprint of the task.
+        metrics: As in metrics.json.
+        intervals: As in metrics.json.
+        facts: Content of run.json, with `train_seconds`, `device` and `parameters` if recorded.
+        run: The run directory. `place` lies in its evaluations/ if the test was repeated. None for W&B.
+        unit: Sampling unit of the intervals. None for older results, whose intervals are over queries.
+        units: Number of sampling units, or None.
     """
 
     name: str
@@ -58,11 +66,19 @@ class Result:
         return {mean_name(name): name for name in pq.read_schema(Path(self.place) / "per_query.parquet").names}
 
     def has_queries(self, metric: str) -> bool:
-        """Whether values of this metric are known for each query."""
+        """Whether per-query values of a metric are known.
+
+        Args:
+            metric: Name of the metric.
+        """
         return metric in self._columns
 
     def per_query(self, metric: str) -> Queries:
-        """The values of a metric for each query."""
+        """The values of a metric for each query.
+
+        Args:
+            metric: Name of the metric.
+        """
         path = Path(self.place) / "per_query.parquet"
         unit = "index" if self.unit is None else "unit"
         table = pq.read_table(path, columns=["index", "label", self._columns[metric], unit])
@@ -71,7 +87,11 @@ class Result:
         return Queries(index[order], label[order], value[order].double(), units[order])
 
     def found(self, rows: Sequence[int]) -> list[list[int]] | None:
-        """Collection rows of the first neighbours of the queries `rows`, or None where the run did not keep them."""
+        """Collection rows of the first neighbours of some queries. None if the run did not store them.
+
+        Args:
+            rows: Collection rows of the queries.
+        """
         if "found" not in self._columns:
             return None
         table = pq.read_table(Path(self.place) / "per_query.parquet", columns=["index", "found"])
@@ -82,8 +102,14 @@ class Result:
 
 @dataclass(frozen=True)
 class Queries:
-    """Values of Q queries: index int64 (Q,), collection rows, ascending; label int64 (Q,); value float64 (Q,); units
-    int64 (Q,), equal for those of one unit of chance."""
+    """Values of Q queries.
+
+    Attributes:
+        index: int64 (Q,), collection rows, ascending.
+        label: int64 (Q,).
+        value: float64 (Q,).
+        units: int64 (Q,), equal for queries of one sampling unit.
+    """
 
     index: Tensor
     label: Tensor
@@ -93,7 +119,13 @@ class Queries:
 
 @dataclass(frozen=True)
 class Missing:
-    """A run without a result: unfinished (or ended before its test), or damaged; `reason` says more."""
+    """A run without a result.
+
+    Attributes:
+        name: Name of the run.
+        state: "unfinished" (also if it ended before its test) or "damaged".
+        reason: Details.
+    """
 
     name: str
     state: Literal["unfinished", "damaged"]
@@ -101,10 +133,15 @@ class Missing:
 
 
 def expand(given: Iterable[str]) -> list[Path]:
-    """The folders that paths, globs and sweep directories name, in order, once each.
+    """The folders that paths, globs and sweep directories name, in order and without duplicates.
 
-    A folder without traces of a run stands for the runs in it, at most three levels down. Raises ValueError for a
-    name that leads to no run.
+    A folder that is not a run stands for the runs in it, at most three levels down.
+
+    Args:
+        given: Paths and globs.
+
+    Raises:
+        ValueError: If a name leads to no run.
     """
     folders: dict[Path, None] = {}
     for text in given:
@@ -122,7 +159,7 @@ def expand(given: Iterable[str]) -> list[Path]:
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
-    """Sort key by which 2 comes before 10."""
+    """A sort key that puts 2 before 10."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
 
 
@@ -136,7 +173,11 @@ def _runs_in(folder: Path, depth: int) -> list[Path]:
 
 
 def read_all(folders: Iterable[Path]) -> tuple[list[Result], list[Missing]]:
-    """Results of the finished runs in the folders, by short names, and the others with their reasons."""
+    """The results of the finished runs in some folders under short names, and the other runs with their reasons.
+
+    Args:
+        folders: Run directories.
+    """
     folders = list(folders)
     names = short_names([str(folder) for folder in folders])
     results, missing = [], []
@@ -154,7 +195,11 @@ def read_all(folders: Iterable[Path]) -> tuple[list[Result], list[Missing]]:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of paths, of each as many as make it unique."""
+    """The shortest unique endings of paths, in whole parts.
+
+    Args:
+        paths: The paths.
+    """
     parts = [path.rstrip("/").split("/") for path in paths]
     names = []
     for own in parts:
@@ -166,9 +211,13 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def read_run(folder: Path) -> Result | str:
-    """The result of a run directory or of a folder in its evaluations/; a str says why there is none yet.
+    """The result of a run directory, or of a folder in its evaluations/. A str says why there is none yet.
 
-    Raises Unreadable for a damaged one.
+    Args:
+        folder: The folder.
+
+    Raises:
+        Unreadable: If it is damaged.
     """
     # A measurement lies in <run>/evaluations/<name>, perhaps one level down.
     above = next((f.parent for f in folder.parents[:2] if f.name == "evaluations"), folder)
@@ -207,7 +256,7 @@ def read_run(folder: Path) -> Result | str:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    """What a JSON or YAML file holds. Raises Unreadable where that is no mapping."""
+    """The content of a JSON or YAML file. Raises Unreadable if it is not a mapping."""
     try:
         value = read_json(path) if path.suffix == ".json" else yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -221,10 +270,16 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def read_wandb(api: Any, address: str) -> tuple[list[Result], list[Missing]]:
-    """Results of the runs at `entity/project` or `entity/project/name`, name a group or a sweep's id.
+    """The results of the runs at an address in Weights & Biases.
 
-    api: a wandb.Api. Only configs and summaries are there: intervals of the headline metrics, no per-query values.
-    Raises ValueError for another form of address, and where no run is found.
+    W&B holds only configs and summaries: intervals of the headline metrics, and no per-query values.
+
+    Args:
+        api: A wandb.Api.
+        address: `entity/project` or `entity/project/name`, where name is a group or the id of a sweep.
+
+    Raises:
+        ValueError: If the address has another form, or if there is no run.
     """
     parts = address.strip("/").split("/")
     if not 2 <= len(parts) <= 3 or not all(parts):

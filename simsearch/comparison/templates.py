@@ -1,4 +1,4 @@
-"""The templates of this folder, in which every text is escaped: names of runs and classes may be anybody's."""
+"""The templates of this folder. All text is escaped, since names of runs and classes are untrusted."""
 
 from __future__ import annotations
 

@@ -338,8 +338,9 @@ class Library:
 
 
 def read_inside(root: Path, path: str, most: int = MAX_BYTES) -> bytes | None:
-    """The bytes of a regular file below `root`, after links are resolved. None for anything else, and for paths
-    outside.
+    """The bytes of a regular file below `root`, after links are resolved.
+
+    None for anything else, and for paths outside.
 
     Args:
         root: The folder.

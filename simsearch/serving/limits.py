@@ -180,8 +180,9 @@ account: ContextVar[Account] = ContextVar("account")
 
 
 def client_address(peer: str, forwarded: Sequence[str], proxies: int) -> str:
-    """The client that a request is charged to: the peer or, behind trusted proxies, the address that the first of them
-    named.
+    """The client that a request is charged to.
+
+    This is the peer or, behind trusted proxies, the address that the first of them named.
 
     An IPv6 client stands for its whole /64, unless its address is an IPv4 address on a dual-stack socket.
 

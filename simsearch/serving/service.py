@@ -188,8 +188,7 @@ class Service:
         return data
 
     async def decode(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The result of function(*arguments) in a process that is terminated after a time limit. The client pays for
-        the time.
+        """The result of function(*arguments) in a process with a time limit. The client pays for the time.
 
         Args:
             function: The function.
@@ -387,8 +386,9 @@ class Service:
         )
 
     async def stored_pixels(self, item: int, loaded: Loaded) -> Tensor:
-        """An item's pixels at the size and fit of the encoder. They come from its file if the root is known, else its
-        thumbnail.
+        """An item's pixels at the size and fit of the encoder.
+
+        They come from its file if the root is known, else its thumbnail.
 
         Args:
             item: Position of the item.

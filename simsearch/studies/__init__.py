@@ -1,1 +1,1 @@
-"""Rows of a study trained and checked again."""
+"""Trains the rows of a study and checks their values."""

@@ -1,4 +1,4 @@
-"""A study's rows trained and measured anew, where no finished run is there, and compared with what is expected."""
+"""Reproduces the rows of a study: trains and measures what is missing, and compares the values with expectations."""
 
 from __future__ import annotations
 
@@ -39,16 +39,23 @@ REPRODUCED, GAP, NOT_RUNNABLE = "reproduced", "gap", "not runnable here"
 
 
 class NotRunnable(Exception):
-    """What a row needs and this machine lacks."""
+    """Something that a row needs is missing on this machine."""
 
 
 class Failed(Exception):
-    """A training or evaluation that ended badly."""
+    """A training or an evaluation failed."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric of one measurement: its value for each seed, and what was expected of their mean."""
+    """One metric of one measurement.
+
+    Attributes:
+        measurement: Name of the measurement.
+        metric: Name of the metric.
+        values: The value for each seed.
+        expected: The expected mean, or None.
+    """
 
     measurement: str
     metric: str
@@ -57,15 +64,17 @@ class Measured:
 
     @property
     def mean(self) -> float:
+        """The mean over seeds."""
         return statistics.fmean(self.values)
 
     @property
     def difference(self) -> float | None:
-        """Mean minus expected value, or None where nothing is expected yet."""
+        """Mean minus expected value. None if no value is expected yet."""
         return None if self.expected is None else self.mean - self.expected.value
 
     @property
     def verdict(self) -> str:
+        """The verdict on this value."""
         if self.expected is None or self.difference is None or math.isnan(self.difference):
             return GAP
         # A difference of just the tolerance passes, whatever rounding did to it.
@@ -74,7 +83,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a row; reason says what is missing, failed or was left undone."""
+    """The outcome of a row.
+
+    Attributes:
+        row: Name of the row.
+        verdict: The verdict.
+        measured: The measured values.
+        reason: What is missing, failed or was skipped.
+    """
 
     row: str
     verdict: str
@@ -92,10 +108,20 @@ def reproduce(
     reuse: bool,
     trusted: bool = False,
 ) -> Outcome:
-    """Trains and measures a row, its start rows first, and compares the mean over seeds with what is expected.
+    """Trains and measures a row, after its start rows, and compares the means over seeds with the expected values.
 
-    Rows and runs may be somebody else's: raises ValueError, before anything runs, for a row that names what a folder's
-    config may not name, unless they are `trusted`.
+    Args:
+        book: All rows by name.
+        name: Name of the row.
+        seeds: The seeds to run.
+        root: Folder of the runs.
+        budget: Largest acceptable cost in minutes on two cores, or None.
+        reuse: Use finished runs in `root`.
+        trusted: True if the user trusts whoever made the rows and runs.
+
+    Raises:
+        ValueError: If a row names an object that a config from a folder may not name and `trusted` is False. This is
+            checked before anything runs.
     """
     row = book[name]
     if not seeds or not all(type(seed) is int for seed in seeds):
@@ -130,7 +156,15 @@ def cost(
     *,
     trusted: bool = False,
 ) -> float:
-    """Minutes on two cores of the trainings that a row still needs, its start rows' included."""
+    """The minutes on two cores of the trainings that a row still needs, its start rows included.
+
+    Args:
+        book: All rows by name.
+        name: Name of the row.
+        seeds: The seeds to run.
+        runs: Finished runs by identity.
+        trusted: True if the user trusts whoever made the rows.
+    """
     wanted: dict[tuple[str, int], float] = {}
 
     def visit(name: str, seed: int) -> None:
@@ -162,9 +196,19 @@ def obtain(
     *,
     trusted: bool = False,
 ) -> Run:
-    """The finished run of a row and seed; trains what is missing and adds it to `runs`.
+    """The finished run of a row and seed. Trains what is missing and adds it to `runs`.
 
-    Raises NotRunnable where data, weights or an accelerator are missing, Failed where a training fails.
+    Args:
+        book: All rows by name.
+        name: Name of the row.
+        seed: The seed.
+        root: Folder of the runs.
+        runs: Finished runs by identity. It is modified.
+        trusted: True if the user trusts whoever made the rows and runs.
+
+    Raises:
+        NotRunnable: If data, weights or an accelerator are missing.
+        Failed: If a training fails.
     """
     row = book[name]
     start = None
@@ -192,7 +236,15 @@ def obtain(
 
 
 def check_runnable(row: Row, config: Mapping[str, Any]) -> None:
-    """Raises NotRunnable where data, weights or an accelerator are missing, before hours are spent."""
+    """Checks, before hours are spent, that data, weights and accelerator are there.
+
+    Args:
+        row: The row.
+        config: Its plain config.
+
+    Raises:
+        NotRunnable: If something is missing.
+    """
     if config["trainer"]["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise NotRunnable(f"an accelerator is missing (trainer.accelerator={config['trainer']['accelerator']})")
     try:
@@ -211,7 +263,16 @@ def check_runnable(row: Row, config: Mapping[str, Any]) -> None:
 
 
 def check_fingerprint(row: Row, protocol: str, found: str) -> None:
-    """Raises NotRunnable where the row's values belong to other data or rules than those at hand."""
+    """Checks that the row's expected values belong to the data and rules at hand.
+
+    Args:
+        row: The row.
+        protocol: Name of the protocol.
+        found: Fingerprint at hand.
+
+    Raises:
+        NotRunnable: If they do not.
+    """
     wanted = row.fingerprints.get(protocol)
     if wanted is not None and found != wanted:
         raise NotRunnable(
@@ -221,9 +282,17 @@ def check_fingerprint(row: Row, protocol: str, found: str) -> None:
 
 
 def measure(run: Run, row: Row, measurement: str, *, trusted: bool = False) -> dict[str, Any]:
-    """What metrics.json says of a measurement of a run: of its own test, or of an evaluation, done if need be.
+    """The entry in metrics.json for a measurement of a run: its own test, or an evaluation that is run if needed.
 
-    Raises NotRunnable and Failed as `obtain` does.
+    Args:
+        run: The run.
+        row: Its row.
+        measurement: Name of the measurement.
+        trusted: True if the user trusts whoever made the run.
+
+    Raises:
+        NotRunnable: As `obtain` does.
+        Failed: As `obtain` does.
     """
     own = read_json(run.folder / "metrics.json")["test"]
     protocol, *extra = shlex.split(measurement)
@@ -245,20 +314,35 @@ def measure(run: Run, row: Row, measurement: str, *, trusted: bool = False) -> d
 
 
 def measured_by(measurement: str) -> tuple[str, ...]:
-    """The overrides of `simsearch evaluate` in the name of a measurement: all but the protocol that it begins with."""
+    """The overrides of `simsearch evaluate` in the name of a measurement. The name starts with the protocol.
+
+    Args:
+        measurement: Name of the measurement.
+    """
     return tuple(shlex.split(measurement)[1:])
 
 
 def evaluation_folder(run: Run, measurement: str) -> Path:
-    """Where a measurement of a run other than its own test lies."""
+    """The folder of a measurement other than the run's own test.
+
+    Args:
+        run: The run.
+        measurement: Name of the measurement.
+    """
     return run.folder / "evaluations" / re.sub(r"[^\w.=+-]+", "_", measurement)
 
 
 def launch(command: str, arguments: Sequence[str]) -> None:
-    """Runs a command of simsearch as a program of its own; its output goes to standard error.
+    """Runs a simsearch command as a separate process. Its output goes to standard error.
 
-    SIGTERM is passed on, so that a training leaves its checkpoint, and then ends this process too. Raises Failed for a
-    bad exit status.
+    SIGTERM is forwarded, so that a training writes its checkpoint. Then this process ends too.
+
+    Args:
+        command: Name of the command.
+        arguments: Its arguments.
+
+    Raises:
+        Failed: If the exit status is not 0.
     """
     line = shlex.join(["simsearch", command, *arguments])
     print(f"$ {line}", file=sys.stderr, flush=True)

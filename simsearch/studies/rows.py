@@ -1,4 +1,4 @@
-"""The rows of a study, as its rows.yaml states them: what trains, what is measured, what is expected."""
+"""The rows of a study from its rows.yaml: what to train, what to measure, and which values to expect."""
 
 from __future__ import annotations
 
@@ -16,14 +16,26 @@ from simsearch import configs
 
 @dataclass(frozen=True)
 class Expected:
-    """A stated value and how far from it a new measurement may lie, both in units of the metric."""
+    """An expected value and its tolerance, both in units of the metric.
+
+    Attributes:
+        value: The value.
+        tolerance: Largest accepted distance of a new measurement.
+    """
 
     value: float
     tolerance: float
 
     @classmethod
     def of(cls, text: str) -> Expected:
-        """`0.61 ± 0.01` (or `0.61 +- 0.01`) as a value. Raises ValueError for other text."""
+        """Parses `0.61 ± 0.01` (or `0.61 +- 0.01`).
+
+        Args:
+            text: The text.
+
+        Raises:
+            ValueError: If the text has another form.
+        """
         number = r"(-?\d*\.?\d+(?:[eE][-+]?\d+)?)"
         match = re.fullmatch(rf"{number}\s*(?:±|\+-)\s*{number}", str(text).strip())
         if not match or float(match[2]) < 0:
@@ -33,13 +45,18 @@ class Expected:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a study: what trains, what it starts from, what is measured and expected.
+    """One row of a study.
 
-    name: family-variant-size. what: one line for a reader. train: overrides of `simsearch train`. start: the row whose
-    run `model.start` names, or None. seeds: those that the study ran. minutes: of one training on two cores. expect:
-    measurement -> metric -> Expected, or None where nothing is known yet. A measurement is a protocol's name as reports
-    print it, perhaps with overrides of `simsearch evaluate`: `10k-50k rerank=aqe`. fingerprints: protocol ->
-    fingerprint of the data that the values belong to.
+    Attributes:
+        name: family-variant-size.
+        what: One line for readers.
+        train: Overrides of `simsearch train`.
+        start: The row whose run `model.start` names, or None.
+        seeds: The seeds that the study ran.
+        minutes: Duration of one training on two cores.
+        expect: measurement -> metric -> Expected, or None if not known yet. A measurement is a protocol's name as in
+            reports, optionally with overrides of `simsearch evaluate`: `10k-50k rerank=aqe`.
+        fingerprints: protocol -> fingerprint of the data that the values belong to.
     """
 
     name: str
@@ -53,7 +70,16 @@ class Row:
 
     @classmethod
     def of(cls, name: str, fields: Mapping[str, Any], fingerprints: Mapping[str, str]) -> Row:
-        """The row that a file's mapping describes. Raises ValueError naming the row and the key."""
+        """The row that a mapping of a file describes.
+
+        Args:
+            name: Name of the row.
+            fields: The mapping.
+            fingerprints: protocol -> fingerprint.
+
+        Raises:
+            ValueError: If a key is missing or unknown. The error names the row and the key.
+        """
         required, optional = {"what", "train", "minutes", "expect"}, {"start", "seeds"}
         if missing := sorted(required - set(fields)):
             raise ValueError(f"row {name} lacks {', '.join(missing)}")
@@ -77,9 +103,13 @@ class Row:
 
 
 def row_files(given: str | None) -> list[Path]:
-    """The files that hold rows: the one given, or those in a folder of studies; experiments/ of this checkout for None.
+    """The files that hold rows.
 
-    Raises ValueError where there is none.
+    Args:
+        given: A file, or a folder of studies. None means experiments/ of this checkout.
+
+    Raises:
+        ValueError: If there is none.
     """
     folder = Path(configs.CONF).parent / "experiments" if given is None else Path(given).expanduser()
     if given is None and not folder.is_dir():
@@ -96,7 +126,14 @@ def row_files(given: str | None) -> list[Path]:
 
 
 def read_rows(files: Iterable[Path]) -> dict[str, Row]:
-    """All rows by name, in the files' order. Raises ValueError for a damaged file and what does not fit together."""
+    """All rows by name, in the order of the files.
+
+    Args:
+        files: The files.
+
+    Raises:
+        ValueError: If a file is damaged, or if rows do not fit together.
+    """
     book: dict[str, Row] = {}
     for path in files:
         try:
@@ -120,7 +157,15 @@ def read_rows(files: Iterable[Path]) -> dict[str, Row]:
 
 
 def check_names(names: Iterable[str | None], book: Mapping[str, Row]) -> None:
-    """Raises ValueError for a name that is no row's."""
+    """Checks that all names are names of rows.
+
+    Args:
+        names: The names.
+        book: All rows by name.
+
+    Raises:
+        ValueError: If a name is not.
+    """
     for name in names:
         if name not in book:
             wrong = "which row? row=<name>" if name is None else f"there is no row {name!r}"

@@ -1,4 +1,4 @@
-"""The finished runs of a study's rows: known by what of their configs decides numbers, not by name or place."""
+"""The finished runs of a study's rows. A run is identified by the part of its config that determines the numbers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ from simsearch.trust import MEND, Untrusted
 
 @cache
 def compose(overrides: tuple[str, ...], *, command: str = "train", trusted: bool = False) -> dict[str, Any]:
-    """The plain config of `simsearch train`, or `evaluate`, with these overrides, shared by all callers.
+    """The plain config of `simsearch train` or `evaluate` with some overrides. Callers share it and must not modify it.
 
-    They are a study's, perhaps somebody else's: raises ValueError where they do not compose, and, unless they are
-    `trusted`, where they are more than values, name what a folder's config may not name, or choose where caches lie.
+    Args:
+        overrides: The overrides of a study, which may come from somebody else.
+        command: Name of the command.
+        trusted: True if the user trusts whoever made the study.
+
+    Raises:
+        ValueError: If the overrides do not compose. Unless `trusted`, also if they are more than values, name an object
+            that a config from a folder may not name, or choose the location of caches.
     """
     line = f"`simsearch {command} {' '.join(overrides)}`"
     if not trusted:
@@ -39,14 +45,26 @@ def compose(overrides: tuple[str, ...], *, command: str = "train", trusted: bool
 
 
 def train_overrides(book: Mapping[str, Row], name: str, seed: int, start: Path | None) -> tuple[str, ...]:
-    """What `simsearch train` is given for a row and a seed, whose start row's run lies in `start`."""
+    """The arguments of `simsearch train` for a row and a seed.
+
+    Args:
+        book: All rows by name.
+        name: Name of the row.
+        seed: The seed.
+        start: Folder of the start row's run, or None.
+    """
     row = book[name]
     begin = [] if row.start is None else [override("model.start", start)]
     return (*row.train, f"seed={seed}", *begin, "catalog.write=false")
 
 
 def override(key: str, value: object) -> str:
-    """An override whose value Hydra takes as it is, whatever characters it has."""
+    """An override whose value Hydra accepts unchanged, whatever characters it has.
+
+    Args:
+        key: The key.
+        value: The value.
+    """
     text = str(value)
     if re.fullmatch(r"[\w./@+-]+", text):
         return f"{key}={text}"
@@ -55,13 +73,24 @@ def override(key: str, value: object) -> str:
 
 
 def start_seed(book: Mapping[str, Row], name: str, seed: int) -> int:
-    """The seed of the run that a row's training starts from: the same, or the start row's first."""
+    """The seed of the run that a row's training starts from: the same seed, or the start row's first.
+
+    Args:
+        book: All rows by name.
+        name: Name of the row.
+        seed: The seed.
+    """
     seeds = book[book[name].start].seeds  # type: ignore[index]
     return seed if seed in seeds else seeds[0]
 
 
 def finished_runs(root: Path, *, trusted: bool = False) -> dict[str, saved_run.Run]:
-    """Identity -> run, of the runs in `root` that were trained and tested, and may be opened."""
+    """The runs in a folder that were trained and tested and may be opened, by identity.
+
+    Args:
+        root: The folder.
+        trusted: True if the user trusts whoever made the runs.
+    """
     runs: dict[str, saved_run.Run] = {}
     for path in sorted(root.glob("*/config.yaml")):
         try:
@@ -74,7 +103,11 @@ def finished_runs(root: Path, *, trusted: bool = False) -> dict[str, saved_run.R
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run directory has its checkpoint and its test results."""
+    """Whether a run directory has its checkpoint and its test results.
+
+    Args:
+        folder: The run directory.
+    """
     path, checkpoint = folder / "metrics.json", folder / "checkpoints" / "best.ckpt"
     return checkpoint.is_file() and path.is_file() and "test" in read_json(path)
 
@@ -82,8 +115,17 @@ def is_finished(folder: Path) -> bool:
 def find_run(
     book: Mapping[str, Row], name: str, seed: int, runs: Mapping[str, saved_run.Run], *, trusted: bool = False
 ) -> tuple[saved_run.Run | None, dict[str, Any] | None]:
-    """The finished run of a row and seed, or None, and the row's config; that is None, too, while its start row has no
-    finished run.
+    """The finished run of a row and seed, and the row's config.
+
+    Args:
+        book: All rows by name.
+        name: Name of the row.
+        seed: The seed.
+        runs: Finished runs by identity.
+        trusted: True if the user trusts whoever made the rows.
+
+    Returns:
+        The run, or None if it is not finished; and the config, or None while the start row has no finished run.
     """
     start = None
     if book[name].start is not None:
