@@ -1,11 +1,11 @@
 """simsearch: similar-image search, from an experiment to an engine.
 
-The Python API, imported when it is first used:
+The Python API. Each name is imported on first use:
 
-    open_catalog(folder)                 a catalog to search by images, ids, filters and counter-examples
-    load_encoder(run)                    a trained encoder, which describes images
-    evaluate(vectors, labels, ...)       anybody's embeddings, measured
-    build_catalog(encoder, images, out)  a catalog of a folder of images
+    open_catalog(folder)                 opens a catalog to search by images, ids, filters and counter-examples
+    load_encoder(run)                    loads a trained encoder, which describes images
+    evaluate(vectors, labels, ...)       evaluates any embeddings
+    build_catalog(encoder, images, out)  builds a catalog of a folder of images
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The `simsearch` program: finds the command and hands over to it."""
+"""The `simsearch` program: finds the command and runs it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TEXTS = {
     *("baseline", "catalog", "folder", "figure", "gnd", "id", "image", "images", "names", "out", "outside", "root"),
     *("row", "run", "run_dir", "run_root", "runs", "shards", "unlike", "where", "without"),
 }
-TEXTS_OF = {"reproduce": {"rows"}}  # what is a number elsewhere
+TEXTS_OF = {"reproduce": {"rows"}}  # a number for other commands
 _IN_GROUPS = re.compile(r"(.*\.)?backbone\.weights|.+\.(factory|root|source)|model\.(.+\.)?start")
 SEVERAL = {"catalog", "id", "image", "names", "root", "runs", "unlike"}  # a list of texts too, or a mapping to them
 _QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1|\\).)*\1""", re.DOTALL)
@@ -57,7 +57,7 @@ A traceback instead of a one-line error: SIMSEARCH_DEBUG=1."""
 
 
 def main() -> None:
-    """Runs the command that the arguments name. Exits with 2 for an unknown one."""
+    """Runs the command that the arguments name. Exits with status 2 if there is no such command."""
     arguments = sys.argv[1:]
     if arguments[:1] == ["-sc"] or arguments[:1] == ["--shell-completion"]:
         complete(arguments)
@@ -91,9 +91,12 @@ def main() -> None:
 
 
 def quoted(argument: str, command: str = "", *, swept: bool = False) -> str:
-    """The argument with text in quotes, so that Hydra's grammar takes any file name and any id, `~` expanded.
+    """The argument with its text in quotes, so that Hydra's grammar accepts any file name and id. `~` is expanded.
 
-    swept: commas separate the values of a sweep.
+    Args:
+        argument: An argument of the command line.
+        command: Name of the command.
+        swept: Commas separate the values of a sweep.
     """
     key, equals, value = argument.partition("=")
     name = key.lstrip("+")
@@ -117,7 +120,7 @@ def _literal(value: str) -> str:
 
 
 def _own_catalog(argument: str) -> str:
-    """`catalog=<run>` as the catalog that the run made."""
+    """`catalog=<run>`, with the run replaced by the catalog in it."""
     key, _, value = argument.partition("=")
     inner = os.path.join(os.path.expanduser(value), "catalog")
     taken = key == "catalog" and value and not os.path.isfile(os.path.join(os.path.dirname(inner), "catalog.json"))
@@ -125,7 +128,7 @@ def _own_catalog(argument: str) -> str:
 
 
 def _no_command(arguments: list[str]) -> int:
-    """Says that the first words are no command, and which is meant; the exit status."""
+    """Prints that the first words are no command, and suggests one. Returns the exit status."""
     below = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
     if below:  # `simsearch data`
         typed = " ".join(arguments[:2])
@@ -143,7 +146,11 @@ def _no_command(arguments: list[str]) -> int:
 
 
 def run(name: str) -> None:
-    """Imports and runs one command; importing only it keeps `--help` fast."""
+    """Imports and runs one command. Other commands are not imported, which keeps `--help` fast.
+
+    Args:
+        name: Name of the command.
+    """
     try:
         command = importlib.import_module(f"simsearch.commands.{name.replace(' ', '_')}")
     except ModuleNotFoundError as error:
@@ -155,7 +162,11 @@ def run(name: str) -> None:
 
 
 def complete(arguments: list[str]) -> None:
-    """What a shell asks for: a script to install, or what may stand where the cursor is in COMP_LINE."""
+    """Answers a shell's request: a script to install, or the possible words at the cursor in COMP_LINE.
+
+    Args:
+        arguments: The arguments of the program. The last one says what the shell asks for.
+    """
     action, _, shell = arguments[-1].partition("=")
     if action == "query":
         print("\n".join(usage.completions(list(COMMANDS), os.environ.get("COMP_LINE", ""))))
@@ -167,7 +178,7 @@ def complete(arguments: list[str]) -> None:
 
 
 def program() -> None:
-    """`main`, which ends quietly where who reads its output has enough of it (`| head`)."""
+    """Runs `main`. Exits quietly if the reader of the output closes it early (`| head`)."""
     try:
         main()
         sys.stdout.flush()

@@ -25,17 +25,24 @@ Fill = Callable[[np.ndarray, int], Iterator[int]]
 
 
 def cache_key(parts: Mapping[str, object]) -> str:
-    """32 hex digits of a SHA-256 over `parts` as sorted JSON."""
+    """32 hex digits of a SHA-256 over the parts as sorted JSON.
+
+    Args:
+        parts: Plain values.
+    """
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class ArrayCache:
-    """Arrays by the content of what they were computed from, under `root` (made when needed).
+    """Arrays that are stored under a hash of everything they were computed from.
 
-    An entry is a folder `<key>/` with array.npy and meta.json, which has the digests of its blocks of rows. While it is
-    being computed it is `<key>.partial/` and one job holds its lock; others wait and then read the result. A job that
-    was killed leaves its rows behind, and the next one goes on after them. All rows are compared with their digests
-    when an entry is opened (a GB a second and core): a damaged one is computed again.
+    An entry is a folder `<key>/` with array.npy and meta.json, which holds the digests of its blocks of rows. While it
+    is being computed, it is named `<key>.partial/`. One job holds its lock; other jobs wait and then read the result.
+    If a job is killed, its rows remain, and the next job continues after them. When an entry is opened, all rows are
+    compared with their digests (at 1 GB per second and core); a damaged entry is computed again.
+
+    Args:
+        root: Folder of the cache. It is created when needed.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -45,12 +52,17 @@ class ArrayCache:
         return (self.root / cache_key(parts) / "meta.json").is_file()
 
     def get(self, parts: Mapping[str, object], shape: tuple[int, ...], dtype: str, fill: Fill) -> np.ndarray:
-        """The entry of `parts`, a read-only memory map of `shape` and `dtype`.
+        """The entry of `parts`, as a read-only memory map.
 
-        On a miss `fill(array, start)` writes the rows from `start` on, yielding after each block
-        how many rows are done. `parts` must name everything that the rows depend on.
+        Args:
+            parts: Plain values that name everything the rows depend on.
+            shape: Shape of the array.
+            dtype: dtype of the array.
+            fill: Called as fill(array, start) if there is no finished entry. It writes the rows from `start` on, and
+                yields the number of finished rows after each block.
 
-        Raises OSError where the disk cannot hold the entry.
+        Raises:
+            OSError: If the disk cannot hold the entry.
         """
         entry = self.root / cache_key(parts)
         if (found := self._open(entry, shape, dtype)) is not None:
@@ -83,7 +95,7 @@ class ArrayCache:
 
     @staticmethod
     def _open(entry: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray | None:
-        """The array of a finished entry, None where there is none or its array is damaged."""
+        """The array of a finished entry. None if there is none, or if the array is damaged."""
         if not (entry / "meta.json").is_file():
             return None
         try:
@@ -147,7 +159,7 @@ class ArrayCache:
 
 @contextmanager
 def _told_of_full_disks(root: Path) -> Iterator[None]:
-    """Says which disk is full and what to do where one is."""
+    """Inside the block, an error about a full disk says which disk it is and what to do."""
     try:
         yield
     except OSError as error:
@@ -160,9 +172,9 @@ def _told_of_full_disks(root: Path) -> Iterator[None]:
 
 
 def _reserve(path: Path) -> None:
-    """Has the disk hold all of a file that is mapped: else a full one ends the process when a page is written to.
+    """Reserves disk space for a whole memory-mapped file. Otherwise a full disk would kill the process at a page write.
 
-    Raises OSError where the disk is full. Where a system cannot reserve, nothing is done.
+    Raises OSError if the disk is full. Does nothing if the system cannot reserve space.
     """
     if not hasattr(os, "posix_fallocate"):
         return
@@ -175,7 +187,7 @@ def _reserve(path: Path) -> None:
 
 
 def _sound_rows(array: np.ndarray, blocks: Sequence[tuple[int, str]]) -> int:
-    """How many of the first rows are what was written, by blocks: where each ends, and its digest."""
+    """The number of leading rows that are undamaged. `blocks` holds the end and the digest of each block."""
     starts = [0, *(stop for stop, _ in blocks)]
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda start, block: _sha256(array[start : block[0]]), starts, blocks)

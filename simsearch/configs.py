@@ -25,7 +25,11 @@ CONF = str(usage.CONF)
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
-    """The config as resolved plain values, Hydra's own part left out."""
+    """The config as resolved plain values, without Hydra's own part.
+
+    Args:
+        config: The composed config.
+    """
     values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     trust.follow_moves(values)
@@ -33,12 +37,21 @@ def plain(config: DictConfig) -> dict[str, Any]:
 
 
 def build(config: Mapping[str, Any]) -> Any:
-    """The object that a plain config with `_target_` describes."""
+    """The object that a plain config with `_target_` describes.
+
+    Args:
+        config: The plain config.
+    """
     return hydra.utils.instantiate(OmegaConf.create(dict(config)), _convert_="all")
 
 
 def build_data(config: Mapping[str, Any], protocol: Any = None) -> RetrievalDataModule:
-    """The DataModule of `config["data"]` with its data read, under `protocol` or that of the config."""
+    """The DataModule of a config, with its data read.
+
+    Args:
+        config: The plain config; its entry `data` is built.
+        protocol: The protocol. None takes the config's own.
+    """
     data = prepare_data(config, protocol)
     data.setup()
     if config.get("smoke"):
@@ -47,7 +60,12 @@ def build_data(config: Mapping[str, Any], protocol: Any = None) -> RetrievalData
 
 
 def prepare_data(config: Mapping[str, Any], protocol: Any = None) -> RetrievalDataModule:
-    """The DataModule, its data downloaded where the config asks for it, but not read."""
+    """The DataModule of a config. Its data are downloaded if the config asks for it, but not read.
+
+    Args:
+        config: The plain config; its entry `data` is built.
+        protocol: The protocol. None takes the config's own.
+    """
     node = OmegaConf.create(dict(config["data"]))
     # Not as an argument of instantiate, which would turn the protocol's dataclass into a config.
     partial = hydra.utils.instantiate(node, _convert_="all", _partial_=True)
@@ -59,7 +77,14 @@ def prepare_data(config: Mapping[str, Any], protocol: Any = None) -> RetrievalDa
 def build_trainer(
     config: Mapping[str, Any], folder: Path, loggers: list[Logger], more: Sequence[pl.Callback] = ()
 ) -> pl.Trainer:
-    """The Trainer with its callbacks, then those in `more`, writing into `folder`."""
+    """The Trainer with its callbacks.
+
+    Args:
+        config: The plain config.
+        folder: Folder that the Trainer writes to.
+        loggers: The loggers.
+        more: Further callbacks, after those of the config.
+    """
     from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar  # which a search goes without
 
     from simsearch.callbacks.training import OwnCheckpoints, WholeCheckpoints
@@ -84,10 +109,17 @@ _NOT_A_STRANGERS = ("hydra", "resume", "run", "run_dir", "run_root", "trust")
 
 
 def check_overrides(overrides: Sequence[str], where: str) -> None:
-    """Raises ValueError for overrides of somebody else's that are more than values of a config.
+    """Checks that overrides from an untrusted source only set values of a config.
 
-    Those are options of the program, what tells Hydra where to look and what to start, where results go and what is
-    trusted, and interpolations. where: names the overrides in the message.
+    Not allowed are options of the program, settings that tell Hydra where to look and what to start, output locations,
+    trust, and interpolations.
+
+    Args:
+        overrides: The overrides.
+        where: Where they come from, for the message.
+
+    Raises:
+        ValueError: If an override is malformed or does more than set a value (Untrusted).
     """
     for text in overrides:
         more = text.startswith("-") or "${" in text
@@ -104,14 +136,21 @@ def check_overrides(overrides: Sequence[str], where: str) -> None:
 
 
 def is_there(name: str) -> bool:
-    """Whether a file or folder has that name."""
+    """Whether a file or folder of this name exists.
+
+    Args:
+        name: The path.
+    """
     return Path(name).expanduser().exists()
 
 
 def listed(value: Any, known: Callable[[str], bool] = is_there) -> list[str]:
-    """The texts that a config's value stands for: none, one, a list of them, or several with commas between.
+    """The texts in a config value: none, one, a list, or several separated by commas.
 
-    A text with commas is one where it is `known`, by default as the name of a file or folder.
+    Args:
+        value: The value.
+        known: Function that says whether a text with commas is a single name. By default, it is if it names a file or
+            folder.
     """
     if value is None or isinstance(value, list):
         return [str(one) for one in value or ()]
@@ -120,7 +159,14 @@ def listed(value: Any, known: Callable[[str], bool] = is_there) -> list[str]:
 
 
 def trusts(config: Mapping[str, Any]) -> bool:
-    """Whether a command's config says that the folders which it names are trusted. Raises ValueError for no boolean."""
+    """Whether a command's config says that the folders it names are trusted.
+
+    Args:
+        config: The composed config.
+
+    Raises:
+        ValueError: If `trust` is not a boolean.
+    """
     said = config.get("trust", False)
     if not isinstance(said, bool):
         raise ValueError(f"trust must be true or false, got {said!r}")
@@ -131,9 +177,14 @@ def trusts(config: Mapping[str, Any]) -> bool:
 
 
 def network_of(run: str, *, _root_: DictConfig) -> dict[str, Any]:
-    """The node `model.network` of a run of a trained family, for `${network_of:<run>}`.
+    """The node `model.network` of a trained run, for `${network_of:<run>}`.
 
-    Raises ValueError where it has none, or names what is not ours and the config does not say trust=true.
+    Args:
+        run: The run directory.
+        _root_: The config that asks; Hydra passes it.
+
+    Raises:
+        ValueError: If the run has no such node, or if the node names foreign objects and the config lacks trust=true.
     """
     model = open_run(Path(run), trusted=trusts(_root_)).config["model"]
     if "network" not in model:

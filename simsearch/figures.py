@@ -1,4 +1,4 @@
-"""Pictures that people look at: queries beside their neighbours, right and wrong ones framed; curves."""
+"""Figures: queries beside their neighbours, with right and wrong results framed, and curves."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from simsearch.text import one_line, warn
 
 # DejaVu Sans has accents and other scripts, which Pillow's own font lacks.
 _FONT = str(Path(str(find_spec("matplotlib").origin)).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")  # type: ignore[union-attr]
-_NO_GLYPH = "▯"  # what stands for signs that no font on this machine has
+_NO_GLYPH = "▯"  # stands for characters that no font of this machine has
 
 RIGHT, WRONG, NEUTRAL = (46, 139, 87), (200, 55, 55), (150, 150, 150)
 
 
 @contextmanager
 def spared() -> Iterator[None]:
-    """A context in which pictures are drawn that nobody asked for: what fails there is told and costs nothing else."""
+    """Inside the block, errors are reported but not raised.
+
+    For figures that a command draws in addition to its work.
+    """
     try:
         yield
     except Exception as error:
@@ -36,7 +39,13 @@ def spared() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tile:
-    """One image of a grid: uint8 (3, H, W), a caption, and right (True), wrong (False) or unjudged (None)."""
+    """One image of a grid.
+
+    Attributes:
+        image: uint8 (3, H, W).
+        caption: Text below the image.
+        right: True if right, False if wrong, None if not judged.
+    """
 
     image: Tensor
     caption: str
@@ -44,17 +53,29 @@ class Tile:
 
 
 def save_grid(path: Path, rows: Sequence[Sequence[Tile]], *, title: str = "", side: int = 96) -> None:
-    """Writes the picture of `draw_grid` as a PNG."""
+    """Writes the picture of `draw_grid` as a PNG.
+
+    Args:
+        path: The file to write.
+        rows: Rows of tiles.
+        title: Title of the picture.
+        side: Width of a tile in pixels.
+    """
     picture = draw_grid(rows, title=title, side=side)
     with replacing(path) as temporary:
         picture.save(temporary, "PNG")
 
 
 def draw_grid(rows: Sequence[Sequence[Tile]], *, title: str = "", side: int = 96) -> Image.Image:
-    """A picture of rows of tiles, each row a query followed by its neighbours, best first.
+    """A picture of rows of tiles. Each row is a query followed by its neighbours, best first.
 
-    Tiles are `side` pixels wide, aspect kept; green frames are right, red wrong, grey unjudged. Title and captions may
-    be any text, of strangers too; of each one line is written, as far as there is room. Without rows it has a title.
+    Tiles keep their aspect ratio. Frames are green if right, red if wrong and grey if not judged. Title and captions
+    may be any untrusted text; each is cut to one line that fits. Without rows, the picture shows the title only.
+
+    Args:
+        rows: Rows of tiles.
+        title: Title of the picture.
+        side: Width of a tile in pixels.
     """
     gap, frame, text = 6, 4, 15
     cell, head = side + 2 * frame + gap, 30 if title else 0
@@ -84,7 +105,13 @@ def draw_grid(rows: Sequence[Sequence[Tile]], *, title: str = "", side: int = 96
 
 
 def save_curve(path: Path, points: Sequence[tuple[float, float]], *, title: str) -> None:
-    """Writes a PNG of precision against recall; points: (recall, precision), both in [0, 1], by recall."""
+    """Writes a precision-recall curve as a PNG.
+
+    Args:
+        path: The file to write.
+        points: Pairs (recall, precision), both in [0, 1], ascending in recall.
+        title: Title of the figure.
+    """
     from matplotlib.figure import Figure  # half a second that searching need not wait
 
     figure = Figure(figsize=(5, 4), layout="constrained")
@@ -98,7 +125,7 @@ def save_curve(path: Path, points: Sequence[tuple[float, float]], *, title: str)
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, width: int) -> None:
-    """Writes text on one line of at most `width` pixels, each sign in a font that has it."""
+    """Writes text on one line of at most `width` pixels. Each character is drawn in a font that contains it."""
     left, base = place[0], place[1] + _font(_FONT, size).getmetrics()[0]
     for path, part in _runs(_clip(one_line(text), size, width)):
         font = _font(path, size)
@@ -107,8 +134,8 @@ def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: i
 
 
 def _clip(text: str, size: int, width: int) -> str:
-    """As much of the text as fits, with an ellipsis where that is not all of it."""
-    head = text[: max(0, width)]  # a sign takes a pixel at least, but for accents, and strangers' texts may have no end
+    """The start of the text that fits, with an ellipsis if it was cut."""
+    head = text[: max(0, width)]  # a character is a pixel wide or more, except accents; untrusted text may be very long
     if head == text and _length(text, size) <= width:
         return text
     fits = bisect_right(range(1, len(head) + 1), float(width), key=lambda n: float(_length(head[:n] + "…", size)))
@@ -120,7 +147,10 @@ def _length(text: str, size: int) -> float:
 
 
 def _runs(text: str) -> list[tuple[str, str]]:
-    """The text in parts, each with the file of a font that has its signs; those that none has are one _NO_GLYPH."""
+    """The text in runs, each with the file of a font that contains it.
+
+    Characters without a font become one _NO_GLYPH.
+    """
     known = ((path, "".join(signs)) if path else (_FONT, _NO_GLYPH) for path, signs in groupby(text, _font_of))
     return [(path, "".join(part for _, part in parts)) for path, parts in groupby(known, itemgetter(0))]
 
@@ -132,7 +162,7 @@ def _font(path: str, size: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _font_of(sign: str) -> str | None:
-    """The file of a font that has a sign: the usual one, else one of this machine; None where there is none."""
+    """The file of a font with this character: the default font, else one of this machine, else None."""
     return next((path for path, signs in _fonts() if ord(sign) in signs), None)
 
 
@@ -150,7 +180,7 @@ def _system_fonts() -> list[str]:
 
 @cache
 def _signs(path: str) -> frozenset[int]:
-    """The signs that a font file has, none where it cannot be used: of bitmaps only, damaged, ..."""
+    """The characters of a font file. Empty if the file cannot be used (damaged, bitmaps only, ...)."""
     from matplotlib.ft2font import FT2Font
 
     try:

@@ -1,7 +1,8 @@
-"""Which runs are the same: by their configs, as plain values.
+"""Identifies runs by their configs, as plain values.
 
-A trial of a sweep is its whole config (`identity`). A run of a study is what of its config decides its numbers,
-wherever it lies (`run_identity`), and runs that are compared over seeds are that without the seeds.
+A trial of a sweep is identified by its whole config (`identity`). A run of a study is identified by the part of its
+config that determines its numbers, wherever it is stored (`run_identity`). Runs that are compared over seeds are
+identified by the same part without the seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from simsearch.saved_run import read_run
 from simsearch.trust import ALLOWED
 
-# What of a config decides the numbers; the other groups only fill these in.
+# The parts of a config that determine the numbers; the other groups only fill these in.
 _DECIDING = ("seed", "data", "protocol", "model", "trainer", "callbacks")
 _IDLE = {
     "data": ("root", "cache", "download", "num_workers"),
@@ -37,30 +38,37 @@ _CHOOSES = ("monitor", "mode")  # of a ModelCheckpoint: which checkpoint is test
 
 
 def identity(values: object) -> str:
-    """64 hex digits (SHA-256) over plain values, whatever the order of keys."""
+    """64 hex digits (SHA-256) over plain values. The order of keys does not matter.
+
+    Args:
+        values: Plain values.
+    """
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def run_identity(config: Mapping[str, Any], *, without: Collection[str] = ()) -> str:
-    """16 hex digits over what decides a run's numbers.
+    """16 hex digits over the part of a config that determines a run's numbers.
 
     Args:
         config: The run's plain config.
-        without: Keys that are left out wherever they stand, also in the config of the run that training starts from,
-            such as "seed" where runs may differ in it.
+        without: Keys to leave out at every level, also in the config of the run that training starts from, such as
+            "seed" if runs may differ in it.
 
     Raises:
-        KeyError: Where the config lacks what decides numbers.
+        KeyError: If the config lacks an entry that determines numbers.
     """
     return identity(deciding(config, without=without))[:16]
 
 
 def deciding(config: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
-    """What of a run's config decides its numbers; for the arguments see `run_identity`.
+    """The part of a config that determines a run's numbers.
 
-    Left out are places, reports, and values that are the constructor's own defaults, so that a config from
-    before an option came still equals one with the option at its default. A run that training starts
-    from counts by its own config.
+    Locations, reports and values equal to the constructor's defaults are left out. Thus a config from before an option
+    was added equals one with the option at its default. A run that training starts from counts by its own config.
+
+    Args:
+        config: The run's plain config.
+        without: As in `run_identity`.
     """
     kept: dict[str, Any] = {}
     for group in _DECIDING:
@@ -79,7 +87,11 @@ def deciding(config: Mapping[str, Any], *, without: Collection[str] = ()) -> dic
 
 
 def start_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config of the run whose checkpoint or folder a training starts from; None where there is no such run."""
+    """The config of the run whose checkpoint or folder a training starts from. None if there is no such run.
+
+    Args:
+        config: The plain config of the training.
+    """
     model = config.get("model")
     start = model.get("start") if isinstance(model, Mapping) else None
     if start is None:
@@ -89,7 +101,7 @@ def start_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _reduced(node: Any, without: Collection[str]) -> Any:
-    """Values without those that are their constructor's defaults, the keys in `without` and where a cache lies."""
+    """The values without constructor defaults, without the keys in `without` and without cache locations."""
     if isinstance(node, Mapping):
         target = node.get("_target_")
         defaults = _defaults(target) if isinstance(target, str) else {}
@@ -104,9 +116,9 @@ def _reduced(node: Any, without: Collection[str]) -> Any:
 
 
 def _defaults(target: str) -> dict[str, Any]:
-    """The default values of a function's or constructor's arguments; tuples as the lists of a config.
+    """The default arguments of a function or constructor. Tuples become lists, as in a config.
 
-    Of those of ours alone: the config may be a stranger's, and to import a module is to run it.
+    Only our own targets are looked at: the config may be untrusted, and importing a module runs its code.
     """
     if target not in ALLOWED:
         return {}

@@ -1,8 +1,8 @@
-"""Safe decoding of image files from strangers, the one resize, and thumbnails.
+"""Safe decoding of untrusted image files, the one resize function, and thumbnails.
 
-Whatever a file holds, `read_image` gives pixels or an `ImageError` with a named reason: it does not warn, and decodes
-no more pixels and passes over them no more often than it was allowed to. How long a decoder takes for what is left
-nobody can promise: what comes from outside is decoded in processes that may be ended (simsearch.data.process_pool).
+For any file, `read_image` returns pixels or raises an `ImageError` with a named reason. It never warns, and it limits
+the number of pixels and of decoding passes. The decoding time of the rest cannot be bounded, so images from outside are
+decoded in processes that can be terminated (simsearch.data.process_pool).
 """
 
 from __future__ import annotations
@@ -93,14 +93,20 @@ _MARKER = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 _END, _RESTARTS = b"\xff\xd9", b"\xff\xdd"
 _NOISE = bytes(random.Random(0).choices(range(255), k=512))  # bits of other pixels, no marker among them
-# By Pillow's modes, what their profiles are of; and the largest profile that is looked at. Those of printers have 2 MB.
+# The colour space of a profile by Pillow's mode; and the largest profile that is read. Those of printers have 2 MB.
 _COLOURS = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}
 _MOST_PROFILE = 2**23
 _GUARD = threading.Lock()
 
 
 class ImageError(SimsearchError, ValueError):
-    """An image that cannot be used. path: its file, None for bytes. reason: a key of REASONS."""
+    """An image cannot be used.
+
+    Args:
+        path: The file. None for an image given as bytes.
+        reason: A key of REASONS.
+        detail: Details. By default the text of the reason.
+    """
 
     def __init__(self, path: Path | None, reason: str, detail: str = "") -> None:
         if reason not in REASONS:
@@ -126,24 +132,34 @@ def read_image(
 ) -> Tensor:
     """The pixels of an image file, uint8 (3, H, W) sRGB, upright.
 
-    JPEG (and MPO), PNG, WEBP, GIF, BMP and TIFF, told by content; AVIF and JPEG 2000 where Pillow has them, HEIC and
-    JPEG XL where pillow-heif and pillow-jxl-plugin are installed. Of an animation or a stack the first
-    frame. EXIF orientation is applied; transparency is laid on white; 16-bit values keep their upper 8
-    bits; 32-bit grey, which has no fixed white, is stretched from its own minimum to its maximum. Colours are
-    converted from the file's profile (ICC) to sRGB; one that is damaged or of another kind of colour is ignored. A JPEG
-    that lacks its last marker alone is whole.
+    The format is detected from the content: JPEG (and MPO), PNG, WEBP, GIF, BMP and TIFF; AVIF and JPEG 2000 if Pillow
+    supports them; HEIC and JPEG XL if pillow-heif and pillow-jxl-plugin are installed. Of an animation or a stack, the
+    first frame is read. A JPEG that only lacks its end marker counts as complete.
 
-    size: give (3, size, size) instead: the centre square, by `resize_square`; or with fit "longest" the whole
-    image at a longest side of `size`, (3, h, w) as `longest_shape` has it. A JPEG of at least 4 times the
-    needed pixels a side is then decoded at 1/2, 1/4 or 1/8 scale, to no less than twice. That is many times
-    faster, leaves pixels about one level off on average and less than half a pixel aside, and lets a JPEG
-    of more than max_pixels through: up to Pillow's own guard of 2 * PIL.Image.MAX_IMAGE_PIXELS, 179 million,
-    and no progressive one, which is held in full while it is decoded.
-    max_pixels: most pixels to decode, checked in the header, before decoding; at the default the worst file
-    takes about 1.5 GiB for a moment. The scans of a JPEG pass over 20 times as many at most, and are 100 at most.
-    max_bytes: largest file. min_side: shortest side accepted, in pixels.
+    The EXIF orientation is applied. Transparent pixels are composited on white. 16-bit values keep their upper 8 bits.
+    32-bit grey has no fixed white; it is stretched from its own minimum to its maximum. Colours are converted from the
+    file's ICC profile to sRGB; a profile that is damaged or belongs to another colour model is ignored.
 
-    Raises ImageError for everything that is wrong with the file, ValueError for a wrong argument.
+    With `size`, a JPEG whose sides have at least 4 times the needed pixels is decoded at 1/2, 1/4 or 1/8 scale, but to
+    no less than twice the needed size. This is many times faster. Pixels differ by about one level on average, and
+    shift by less than half a pixel. It also admits JPEGs above `max_pixels`, up to Pillow's own limit of 2 *
+    PIL.Image.MAX_IMAGE_PIXELS, 179 million, unless they are progressive, since these are held in full while they are
+    decoded.
+
+    Args:
+        source: The file, or its bytes.
+        size: Returns the image at this side in pixels instead: with fit "square" the centre square (3, size, size) by
+            `resize_square`; with fit "longest" the whole image, (3, h, w) as in `longest_shape`.
+        fit: "square" or "longest".
+        max_pixels: Largest number of pixels to decode. It is checked in the header, before decoding. At the default,
+            the worst file needs about 1.5 GiB for a moment. The scans of a JPEG may pass over at most 20 times as many
+            pixels, and there may be at most 100 scans.
+        max_bytes: Largest file size in bytes.
+        min_side: Shortest accepted side in pixels.
+
+    Raises:
+        ImageError: If the file cannot be used.
+        ValueError: If an argument is out of range.
     """
     limits = {"size": size, "max_pixels": max_pixels, "max_bytes": max_bytes, "min_side": min_side}
     for name, value in limits.items():
@@ -177,7 +193,11 @@ def read_image(
 
 
 def picture_pixels(picture: Image.Image) -> Tensor:
-    """The pixels of a Pillow image as `read_image` gives them: uint8 (3, H, W) sRGB, upright, on white."""
+    """The pixels of a Pillow image as `read_image` returns them: uint8 (3, H, W) sRGB, upright, on white.
+
+    Args:
+        picture: The Pillow image.
+    """
     picture = picture.copy()
     _turn_upright(picture)
     pixels = np.array(_to_rgb(picture))
@@ -185,12 +205,18 @@ def picture_pixels(picture: Image.Image) -> Tensor:
 
 
 def encode_thumbnail(image: Tensor, side: int) -> bytes:
-    """A small copy as the bytes of an image file, its longer side at most `side`, aspect kept.
+    """A small copy of an image as the bytes of an image file.
 
-    image: uint8 (3, H, W). Smaller images are not enlarged. PNG, so lossless, when the thumbnail's longer
-    side is at most 64 pixels, else JPEG of quality 90.
+    The aspect ratio is kept, and smaller images are not enlarged.
 
-    Raises ValueError for another dtype or shape, and for a side below 1.
+    The format is PNG, hence lossless, if the thumbnail's longer side is at most 64 pixels, else JPEG of quality 90.
+
+    Args:
+        image: uint8 (3, H, W).
+        side: Longest side in pixels, 1 or more.
+
+    Raises:
+        ValueError: If the image has another dtype or shape, or if `side` is below 1.
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"image must be uint8 (3, H, W) with H, W >= 1, got {image.dtype} {tuple(image.shape)}")
@@ -209,9 +235,13 @@ def encode_thumbnail(image: Tensor, side: int) -> bytes:
 
 
 def decode_thumbnail(data: bytes) -> Tensor:
-    """The pixels of a thumbnail, uint8 (3, H, W), which may be a stranger's.
+    """The pixels of a thumbnail, uint8 (3, H, W). The bytes may be untrusted.
 
-    Raises ImageError where the bytes are damaged or no thumbnail: of another format, or larger than 16 million pixels.
+    Args:
+        data: Bytes of an image file.
+
+    Raises:
+        ImageError: If the bytes are damaged or no thumbnail: in another format, or larger than 16 million pixels.
     """
     if not data.startswith((b"\xff\xd8\xff", b"\x89PNG")) and data[8:12] != b"WEBP":
         raise ImageError(None, "not-an-image", "a thumbnail is JPEG, PNG or WEBP")
@@ -219,10 +249,14 @@ def decode_thumbnail(data: bytes) -> Tensor:
 
 
 def count_scans(data: bytes, most: int = MAX_SCANS) -> int:
-    """The scans of a JPEG, counted no further than most + 1, each a pass of its decoder over all pixels.
+    """The number of scans of a JPEG. Each scan is a pass of the decoder over all pixels.
 
-    Thumbnails within metadata and what follows the end of the image do not count. The time is that of one search
-    through the bytes: a decoder takes minutes for a few hundred kilobytes of scans that hold nothing.
+    Thumbnails inside metadata, and data after the end of the image, do not count. The function searches the bytes once.
+    A decoder would take minutes for a few hundred kilobytes of empty scans.
+
+    Args:
+        data: Bytes of the file.
+        most: The count stops at most + 1.
     """
     if (count := data.count(b"\xff\xda")) < 2:
         return count
@@ -237,19 +271,31 @@ def count_scans(data: bytes, most: int = MAX_SCANS) -> int:
 
 
 def header_shape(data: bytes) -> tuple[int, int] | None:
-    """Height and width of the image in a file's bytes, upright, by its header; None where there is none to be had."""
+    """Height and width of the upright image, by the header. None if it cannot be determined.
+
+    Args:
+        data: Bytes of an image file.
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
             with _opened(data) as image:
                 width, height = image.size
                 return (width, height) if _is_on_its_side(image) else (height, width)
-    except Exception:  # what is wrong, read_image says
+    except Exception:  # read_image says what is wrong
         return None
 
 
 def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes of a regular file, b"" for an empty one. Raises ImageError for what read_image would not read."""
+    """The bytes of a regular file. b"" for an empty file.
+
+    Args:
+        path: The file.
+        max_bytes: Largest file size in bytes.
+
+    Raises:
+        ImageError: If `read_image` would not read the file.
+    """
     try:
         status = path.stat()
         regular, length = stat.S_ISREG(status.st_mode), status.st_size
@@ -269,7 +315,7 @@ def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 def _decode(
     data: bytes, *, path: Path | None, size: int | None, fit: Fit, max_pixels: int, min_side: int
 ) -> tuple[Tensor, tuple[int, int]]:
-    """The pixels, perhaps at a smaller scale, and the upright height and width that they are needed in."""
+    """The pixels, perhaps at a reduced scale, and the height and width that the upright image must have."""
     with _opened(data) as image:
         width, height = image.size
         if min(width, height) < min_side:
@@ -297,9 +343,9 @@ def _decode(
 
 
 def _opened(data: bytes) -> Image.Image:
-    """The image in a file's bytes, not decoded yet, however large its header says that it is: its caller looks.
+    """The image in a file's bytes, not yet decoded. The caller must check its size.
 
-    Pillow's own guard, one limit for all of a process, refuses what has more than 179 million pixels.
+    Pillow's own guard, one limit for the whole process, refuses images of more than 179 million pixels.
     """
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -313,10 +359,10 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _with_end(data: bytes) -> bytes | None:
-    """A JPEG that lacks its last marker alone, with it; None where it lacks pixels too.
+    """A JPEG that only lacks its end marker, with the marker. None if it lacks pixels too.
 
-    What comes between the last pixel and the marker changes no pixel. So two files are decoded that end in other bits:
-    they are equal where no pixel is missing.
+    Data between the last pixel and the marker change no pixel. Therefore two versions with different endings are
+    decoded; they are equal if no pixel is missing.
     """
     if not data.startswith(b"\xff\xd8\xff") or _RESTARTS in data:  # between restarts other bits are passed over
         return None
@@ -336,7 +382,7 @@ def _with_end(data: bytes) -> bytes | None:
 
 
 def _explain(error: Exception, data: bytes) -> tuple[str, str]:
-    """Reason and detail of what Pillow raised on a file."""
+    """Reason and detail for an exception that Pillow raised on a file."""
     detail = str(error) or type(error).__name__
     if isinstance(error, Image.DecompressionBombError):
         return "too-many-pixels", detail
@@ -357,7 +403,7 @@ def _explain(error: Exception, data: bytes) -> tuple[str, str]:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """Turns an image in place as its metadata ask for."""
+    """Turns an image in place according to its metadata."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
@@ -367,7 +413,7 @@ def _turn_upright(image: Image.Image) -> None:
 
 
 def _is_on_its_side(image: Image.Image) -> bool:
-    """Whether the EXIF orientation is one in which width and height change places."""
+    """Whether the EXIF orientation swaps width and height."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except Exception:  # damaged metadata
@@ -386,7 +432,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _converted(image: Image.Image, profile: bytes) -> Image.Image | None:
-    """The image in sRGB by its profile; None where that is sRGB, damaged, or of another kind of colour."""
+    """The image in sRGB by its profile. None if the profile is sRGB, damaged, or of another colour model."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() != _COLOURS[image.mode]:

@@ -1,4 +1,4 @@
-"""Several ranks: who this process is among them, and starting those of one node from a run directory."""
+"""Distributed ranks: finds out this process's rank, and starts the ranks of one node from a run directory."""
 
 from __future__ import annotations
 
@@ -28,18 +28,29 @@ _LEFT_BEHIND = (
 
 
 class RankError(RuntimeError):
-    """A rank failed. The message is one line; details: its traceback, or what it last wrote, where that helps."""
+    """A rank failed.
+
+    Args:
+        message: One line.
+        details: The rank's traceback, or its last output, if that helps.
+    """
 
     def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)
         self.details = details
 
 
-# ---------------------------------------------------------------------------------- who this process is
+# ----------------------------------------------------------------------------- the rank of this process
 
 
 class Place(NamedTuple):
-    """A process among `ranks` that work together: its rank, and its number on its own machine (`local`)."""
+    """The place of a process among the ranks.
+
+    Attributes:
+        rank: Rank of the process.
+        ranks: Number of ranks.
+        local: Number of the process on its own machine.
+    """
 
     rank: int
     ranks: int
@@ -47,9 +58,9 @@ class Place(NamedTuple):
 
 
 def place() -> Place:
-    """Where torchrun, `run_ranks` or srun put this process; the only rank where none of them started it.
+    """The place that torchrun, `run_ranks` or srun gave this process. Rank 0 of 1 if none of them started it.
 
-    It is known before the ranks can talk: what they share later, `simsearch.functional.collectives` tells.
+    This works before the ranks can communicate. Later, use `simsearch.functional.collectives`.
     """
     if dist.is_torchelastic_launched():
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -61,12 +72,12 @@ def place() -> Place:
 
 
 def rank() -> int:
-    """This process's rank; 0 where there is one only."""
+    """This process's rank. 0 if there is only one process."""
     return place().rank
 
 
 def is_rank() -> bool:
-    """Whether this process is one of several, however they were started."""
+    """Whether this process is one of several ranks, however they were started."""
     return dist.is_torchelastic_launched() or is_slurm_rank()
 
 
@@ -76,9 +87,9 @@ def is_slurm_rank() -> bool:
 
 
 def slurm_step() -> str | None:
-    """`job.step` where srun started this process, the same again after a requeue; None elsewhere.
+    """`job.step` if srun started this process, else None. It stays the same after a requeue.
 
-    In a shell that srun gave (its job is called so) each command is one of its own.
+    Also None in an interactive shell of srun (job name bash or interactive), where each command is a run of its own.
     """
     if "SLURM_STEP_ID" not in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return None
@@ -86,10 +97,15 @@ def slurm_step() -> str | None:
 
 
 def settle_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """A trainer's settings with the number of devices, and of nodes, that `devices=auto` means here.
+    """A trainer's settings with `devices=auto` replaced by the number of devices and nodes of this machine.
 
-    That is what SLURM gave to this step, else all GPUs of this machine, else one process on the CPU. Raises
-    ValueError where a number of devices is not what there is.
+    These are the resources that SLURM gave to this step, else all GPUs of this machine, else one process on the CPU.
+
+    Args:
+        trainer: The trainer's plain config.
+
+    Raises:
+        ValueError: If a given number of devices does not match the machine or the SLURM step.
     """
     devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
     automatic = devices in ("auto", -1, "-1")
@@ -114,7 +130,11 @@ def settle_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_devices(devices: int | str | Sequence[int]) -> int:
-    """How many processes a trainer's settled `devices` stand for: a number, or a list of GPUs."""
+    """The number of processes for a trainer's settled `devices`.
+
+    Args:
+        devices: A number, or a list of GPUs.
+    """
     if isinstance(devices, str):
         return len([part for part in devices.split(",") if part.strip()]) if "," in devices else int(devices)
     return devices if isinstance(devices, int) else len(devices)
@@ -124,17 +144,23 @@ def count_devices(devices: int | str | Sequence[int]) -> int:
 
 
 def run_ranks(folder: Path, ranks: int, *, trusted: bool = False) -> None:
-    """Trains the run directory `folder` with that many ranks on this node, and waits for them.
+    """Trains a run directory with several ranks on this node, and waits for them.
 
-    trusted: the ranks need not check what its config names, since this process composed it or was told so.
+    Rank 0 shares the output of this process; the output of other ranks is not shown. Signals are forwarded to the
+    ranks. The ranks also end if this process ends.
 
-    Rank 0 writes where this process writes; what the others write is kept from the terminal. Signals are
-    passed on to the ranks, which also end when this process is no more.
+    The ranks get the environment that torchrun provides. torchrun itself is not used: it would end at SLURM's warning
+    signal, and kill ranks that take longer than 30 s for a last checkpoint.
 
-    Raises RankError with the error of the rank that failed first, SystemExit where a signal ended them.
+    Args:
+        folder: The run directory.
+        ranks: Number of ranks.
+        trusted: The ranks need not check the names in the config, because this process composed it or the user trusts
+            it.
 
-    The ranks get the environment that torchrun gives. Not torchrun itself: it would die of SLURM's warning
-    signal, and kill ranks that take longer than 30 s over a last checkpoint.
+    Raises:
+        RankError: With the error of the rank that failed first.
+        SystemExit: If a signal ended the ranks.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the port is ours from here on
     environment = os.environ | {
@@ -157,9 +183,10 @@ def run_ranks(folder: Path, ranks: int, *, trusted: bool = False) -> None:
 
 
 class _Ranks:
-    """Processes of one node that begin and end together, within a context.
+    """Processes of one node that start and end together, as a context manager.
 
-    reports: a folder in which a rank leaves `<rank>.json` about its error.
+    Args:
+        reports: A folder in which a rank writes its error as `<rank>.json`.
     """
 
     def __init__(self, reports: Path) -> None:
@@ -187,7 +214,7 @@ class _Ranks:
             signal.signal(number, handler)
 
     def _pass_on(self, number: int, _: Any) -> None:
-        again = self.received == number == signal.SIGINT  # who presses Ctrl-C twice means it
+        again = self.received == number == signal.SIGINT  # Ctrl-C twice ends at once
         self.received = number
         for process in self.processes:
             process.send_signal(signal.SIGKILL if again else number)
@@ -210,7 +237,7 @@ class _Ranks:
             self.processes[-1].send_signal(self.received)
 
     def wait(self) -> None:
-        """Until all have ended; those that outlive a failed one for long are killed."""
+        """Waits until all ranks have ended. Ranks that long outlive a failed one are killed."""
         deadline = None
         while None in (codes := [process.poll() for process in self.processes]):
             if deadline is None and any(codes):
@@ -226,7 +253,7 @@ class _Ranks:
                 process.kill()
 
     def judge(self) -> None:
-        """Raises what the ranks' end means; nothing where all did their work."""
+        """Raises the error that follows from the ranks' exit statuses, if any."""
         codes = [process.returncode for process in self.processes]
         if self.received == signal.SIGUSR1 and codes[0] == 0:
             raise SystemExit(0)  # the job is queued again
@@ -234,7 +261,7 @@ class _Ranks:
             raise SystemExit(128 + self.received) if self.received else self._first_error(codes)
 
     def _first_error(self, codes: Sequence[int]) -> RankError:
-        """The error that the others' errors come from."""
+        """The error that caused the others."""
         told = {number: read_json(path) for number in range(len(codes)) if (path := self._path(number))}
         died = [n for n, code in enumerate(codes) if code < 0 and n not in told and n not in self.killed]
         if told and all(codes[n] == -signal.SIGABRT for n in died):  # so libraries end when they lose another rank
@@ -254,12 +281,18 @@ class _Ranks:
 
 
 def report_error(reports: Path, message: str, details: str) -> None:
-    """Leaves for the parent what ended this rank: one line, and details or an empty string."""
+    """Reports to the parent what ended this rank.
+
+    Args:
+        reports: Folder of the reports.
+        message: One line.
+        details: Details, or an empty string.
+    """
     write_json(reports / f"{rank()}.json", {"time": time.time(), "message": message, "details": details})
 
 
 def end_with_parent() -> None:
-    """Tells this process to stop (SIGTERM) once its parent, which holds its standard input, is no more."""
+    """Stops this process (SIGTERM) once its parent, which holds its standard input, is gone."""
 
     def wait() -> None:
         os.read(0, 1)  # sys.stdin would hold a lock when the interpreter ends
@@ -270,7 +303,7 @@ def end_with_parent() -> None:
 
 @contextmanager
 def as_found() -> Iterator[None]:
-    """Leaves the environment as it is found, and no process group."""
+    """Restores the environment at the end of the block, and removes the process group."""
     found = {name: os.environ.get(name) for name in _LEFT_BEHIND}
     try:
         yield

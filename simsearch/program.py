@@ -1,4 +1,4 @@
-"""How a command starts and ends: Hydra composes its config, and an error that a user can mend is one line."""
+"""Starts and ends a command: Hydra composes its config, and a user's error is reported in one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from simsearch.models.backbones import WeightsError
 from simsearch.text import warn
 
 try:
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException  # what it calls a user's mistake
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException  # its error for a user's mistake
 except ModuleNotFoundError:  # it comes with simsearch[train]
 
     class MisconfigurationException(Exception):  # type: ignore[no-redef]
@@ -36,15 +36,18 @@ except ModuleNotFoundError:  # it comes with simsearch[train]
 MENDABLE = (
     *(ValueError, OSError, WeightsError, InstantiationException, OmegaConfBaseException),
     MisconfigurationException,
-    ModuleNotFoundError,  # what is not installed
+    ModuleNotFoundError,  # something is not installed
 )
 
 
 def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """A decorator that makes `task(config)` a Hydra command composed from conf/<name>.yaml.
+    """A decorator that turns `task(config)` into a Hydra command composed from conf/<name>.yaml.
 
-    What a user can mend (MENDABLE: a wrong value, a missing file) ends in one line, not in a traceback;
-    SIMSEARCH_DEBUG=1 shows the traceback. What the task returns is what a sweeper optimises.
+    An error that a user can fix (MENDABLE: a wrong value, a missing file) is reported in one line without a traceback;
+    SIMSEARCH_DEBUG=1 shows the traceback. A sweeper optimises the value that the task returns.
+
+    Args:
+        name: Name of the config.
     """
 
     title = name.replace("_", " ")
@@ -78,7 +81,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
         @wraps(task)
         def main() -> None:
             given = os.environ.get("HYDRA_FULL_ERROR")
-            os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here, where they get one line and a mend
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here, where they are reported in one line
             try:
                 sys.argv[1:] = [without_null(argument) for argument in sys.argv[1:]]
                 program()
@@ -103,16 +106,26 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
 
 
 def remove_unused(folder: Path) -> None:
-    """Removes the folder that Hydra made for a command, where nothing but our own notes, log and lock are in it."""
+    """Removes the folder that Hydra made for a command if it only holds our notes, log and lock.
+
+    Args:
+        folder: The folder.
+    """
     there = {path.name for path in folder.iterdir()} if folder.is_dir() and folder.resolve() != Path.cwd() else set()
     if there and there <= {".hydra", ".training", "train.log"}:
         shutil.rmtree(folder)
 
 
 def without_null(argument: str) -> str:
-    """An override `group=null`, which Hydra does not take, as `group=none` where the group has that option.
+    """Replaces an override `group=null`, which Hydra rejects, by `group=none` if the group has this option.
 
-    Raises ValueError with the group's options where it has not. Other arguments stay as they are.
+    Other arguments are returned unchanged.
+
+    Args:
+        argument: An argument of the command line.
+
+    Raises:
+        ValueError: If the group has no such option. The error lists its options.
     """
     group, _, value = argument.partition("=")
     folder = Path(configs.CONF) / group
@@ -125,12 +138,17 @@ def without_null(argument: str) -> str:
 
 
 def reason(error: BaseException, command: str = "") -> str:
-    """The message of an error, without Hydra's wrapping where there is one. command: whose keys it may be about."""
+    """The message of an error, without Hydra's wrapping.
+
+    Args:
+        error: The error.
+        command: Name of the command whose keys the error may be about.
+    """
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         cause = error.__cause__
         key = str(error).rpartition("full_key: ")[2].strip()
         return f"{key}: {reason(cause, command)}" if key and key != str(error) else reason(cause, command)
-    if isinstance(error, InterpolationResolutionError):  # what a resolver of ours raised comes in three lines
+    if isinstance(error, InterpolationResolutionError):  # an error of our resolvers comes in three lines
         return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
     if isinstance(error, MisconfigurationException):
         return str(error).strip().split("\n")[0]
@@ -157,7 +175,7 @@ def reason(error: BaseException, command: str = "") -> str:
 
 
 def quiet_libraries() -> None:
-    """Silences messages that say nothing to a user of this program."""
+    """Silences messages of libraries that are useless to a user of this program."""
     for text in (
         ".*does not have many workers.*",
         ".*`configure_optimizers` returned `None`.*",

@@ -22,10 +22,13 @@ RESULT_COLUMNS = (
 def results_table(
     stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "test"), parts: tuple[str, ...] = ("rerank",)
 ) -> Table:
-    """The headline numbers of metrics.json as a table: value and 95% interval, bytes, latency.
+    """The headline numbers of metrics.json as a table: values, 95% intervals, bytes and latency.
 
-    parts: of what else there are rows, where it was measured: "rerank", after re-ranking; "index", of the lists that
-    the index gives.
+    Args:
+        stages: Content of metrics.json.
+        only: Stages to show.
+        parts: Further rows to show if they were measured: "rerank" for results after re-ranking, "index" for the lists
+            that the index returns.
     """
     table = Table(title="Retrieval results (95% intervals by unit of chance)")
     table.add_column("protocol", no_wrap=True)
@@ -68,7 +71,17 @@ def _headlines(about: Mapping[str, Any], prefix: str, dash: str) -> list[str]:
 def result_lines(
     about: Mapping[str, Any], names: Sequence[str], *, row: str, data: str, seconds: float, seed: int, command: str
 ) -> list[list[Any]]:
-    """Lines of a study's results.csv (RESULT_COLUMNS) for one stage of a metrics.json, one a metric that it has."""
+    """Lines of a study's results.csv (RESULT_COLUMNS) for one stage, one line per metric that the stage has.
+
+    Args:
+        about: One stage of metrics.json.
+        names: Names of the metrics.
+        row: Name of the study's row.
+        data: Name of the data.
+        seconds: Duration of the training.
+        seed: Seed of the training.
+        command: The command that made the result.
+    """
     metrics, intervals = about["metrics"], about["intervals"]
     head = [row, data, about["protocol"], about["fingerprint"]]
     over = unit(about)
@@ -78,5 +91,9 @@ def result_lines(
 
 
 def unit(about: Mapping[str, Any]) -> tuple[str, int]:
-    """The unit of chance of one stage of a metrics.json and how many there are; before it was named, the queries."""
+    """The sampling unit of one stage and the number of units. Older results do not name it; their unit is the query.
+
+    Args:
+        about: One stage of metrics.json.
+    """
     return (about["unit"], about["units"]) if "unit" in about else ("query", int(about["metrics"]["queries"]))

@@ -1,4 +1,4 @@
-"""Run directories: made, claimed by one process, opened again."""
+"""Run directories: creates, locks and reopens them."""
 
 from __future__ import annotations
 
@@ -34,13 +34,17 @@ if TYPE_CHECKING:
 
 @contextmanager
 def start_run(config: DictConfig) -> Iterator[Run]:
-    """A new run directory (Hydra's) with config.yaml; with resume=true the one in `run_dir`, with its config.
+    """Yields a new run directory (Hydra's) with config.yaml; with resume=true the existing one in `run_dir`.
 
-    It is this process's while the context lasts. Under srun rank 0 makes it and the others wait for it; a step that
-    SLURM queued again goes on in its own.
+    A resumed run keeps its own config. The directory is locked for this process inside the block. Under srun, rank 0
+    creates the directory and the other ranks wait for it. A step that SLURM requeued continues in its own directory.
 
-    Raises ValueError where there is no run to resume, where the folder of a new run holds one already that has
-    something to lose, and where another process has it in work.
+    Args:
+        config: The composed config.
+
+    Raises:
+        ValueError: If there is no run to resume, if the folder of a new run holds a run with something to lose, or if
+            another process is working on it.
     """
     if config.get("smoke"):
         make_few(config)
@@ -56,7 +60,7 @@ def start_run(config: DictConfig) -> Iterator[Run]:
             run = _claim(folder, values) if launch.rank() == 0 else _await(folder, values)
         if run.resumed and launch.rank() == 0:
             print(f"resuming {run.folder} with its own config", file=sys.stderr)
-        import pytorch_lightning as pl  # only what trains has it
+        import pytorch_lightning as pl  # installed only with the extra train
 
         pl.seed_everything(run.config["seed"], workers=True, verbose=False)
         yield run
@@ -69,10 +73,10 @@ _LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time")
 
 
 def _with_length(run: Run, config: DictConfig) -> Run:
-    """The resumed run with the length that the command line gives, which its config.yaml has from now on.
+    """The resumed run with the length from the command line, which is also written to its config.yaml.
 
-    What else is given otherwise than its own config has it is told, and ignored. Raises ValueError where the learning
-    rate was planned for another length.
+    Other differences from its own config are reported and ignored. Raises ValueError if the learning rate was scheduled
+    for another length.
     """
     composed = _composed(config) or OmegaConf.to_container(config)
     own, new = DictConfig(run.config), DictConfig(composed)
@@ -110,7 +114,7 @@ def _selected(config: DictConfig, name: str) -> Any:
 
 
 def _write_config(folder: Path, values: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    """Writes config.yaml, last, and its digest into run.json, beside what is known about the run."""
+    """Writes config.yaml, as the last file, and records its digest in run.json beside the other facts on the run."""
     text = OmegaConf.to_yaml(OmegaConf.create(dict(values)))
     digest = hashlib.sha256(text.encode()).hexdigest()
     write_json(folder / "run.json", {**about, "sha256": {**about.get("sha256", {}), "config.yaml": digest}})
@@ -120,9 +124,9 @@ def _write_config(folder: Path, values: Mapping[str, Any], about: Mapping[str, A
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training this run, until the context or this process ends, however it does.
+    """Locks a run until the block or this process ends, whatever ends it.
 
-    Raises ValueError where another one has it in work.
+    Raises ValueError if another process is working on it.
     """
     lock = FileLock(folder / ".training")
     try:
@@ -136,7 +140,11 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def make_few(config: DictConfig) -> None:
-    """Cuts the steps and sizes of a training's config down to those of smoke=true, before anything refers to them."""
+    """Reduces steps and sizes of a training's config to those of smoke=true, before anything refers to them.
+
+    Args:
+        config: The composed config, which is modified.
+    """
     from simsearch import settings  # and with it the callbacks, Lightning's
 
     for key, most in settings.FEW.items():
@@ -148,15 +156,15 @@ def make_few(config: DictConfig) -> None:
 
 
 def _settled(config: DictConfig) -> dict[str, Any]:
-    """The plain config of a training on this machine, as its folder will hold it."""
+    """The plain config of a training on this machine, as its folder stores it."""
     values = configs.plain(config)
-    values.pop("trust", None)  # what the user says here and now, of other folders
+    values.pop("trust", None)  # the user says it for this command, about other folders
     values["trainer"] = launch.settle_devices(values["trainer"])
     return values
 
 
 def _composed(config: DictConfig) -> dict[str, Any] | None:
-    """The config that a command line with resume=true stands for; None where it only names the folder."""
+    """The config that a command line with resume=true stands for. None if it only names the folder."""
     try:
         return _settled(config)
     except (OmegaConfBaseException, ValueError, LookupError):
@@ -164,9 +172,9 @@ def _composed(config: DictConfig) -> dict[str, Any] | None:
 
 
 def _claim(folder: Path, values: dict[str, Any]) -> Run:
-    """The run of a folder that no other one has, or that this SLURM step had before it was queued again.
+    """Creates a run in an empty folder, or reopens the one this SLURM step created before it was requeued.
 
-    config.yaml is written last: where a kill left a folder without it, nothing has begun.
+    config.yaml is written last: if a kill left a folder without it, nothing has begun.
     """
     if (folder / "config.yaml").is_file():
         if _is_ours(folder):
@@ -182,18 +190,18 @@ def _claim(folder: Path, values: dict[str, Any]) -> Run:
 
 
 def _holds_work(folder: Path) -> bool:
-    """Whether a run directory has a checkpoint or results: what a start that failed, or a kill before them, lacks."""
+    """Whether a run directory has a checkpoint or results. A start that failed or was killed early leaves neither."""
     return (folder / "metrics.json").is_file() or any(folder.glob("checkpoints/[!.]*.ckpt"))
 
 
 def _new_id() -> str:
-    """An id for W&B: the one that its agent gave, where a sweep of W&B's started this process."""
+    """An id for W&B. If W&B's sweep agent started this process, its id."""
     given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
     return given or uuid.uuid4().hex[:8]
 
 
 def _await(folder: Path, values: Mapping[str, Any], seconds: float = 600.0) -> Run:
-    """The run that rank 0 of this SLURM step makes, or had made before the step was queued again."""
+    """The run that rank 0 of this SLURM step creates, or created before the step was requeued."""
     deadline = time.monotonic() + seconds
     while not (_is_ours(folder) and (folder / "config.yaml").is_file()):
         if _is_ours(folder) is False and _holds_work(folder):
@@ -208,7 +216,7 @@ def _await(folder: Path, values: Mapping[str, Any], seconds: float = 600.0) -> R
 
 
 def _is_ours(folder: Path) -> bool | None:
-    """Whether this SLURM step made the run directory; None where nobody did yet."""
+    """Whether this SLURM step created the run directory. None if it does not exist yet."""
     try:
         step = read_json(folder / "run.json").get("slurm_step")
     except (OSError, ValueError):  # not there, or being written
@@ -221,9 +229,15 @@ def _taken(folder: Path) -> ValueError:
 
 
 def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.LightningModule) -> None:
-    """Adds to run.json how long a part of the training took, on what, and how many parameters the encoder has.
+    """Records in run.json the duration of a part of the training, its device, and the encoder's number of parameters.
 
-    The parts of a resumed run add up; one that was killed without a chance to end is missing.
+    The parts of a resumed run are added up. A part that was killed without a chance to end is missing.
+
+    Args:
+        folder: The run directory.
+        seconds: Duration of the part.
+        trainer: The Trainer.
+        model: The model.
     """
     about = read_json(folder / "run.json")
     cuda = trainer.strategy.root_device.type == "cuda"
@@ -236,14 +250,14 @@ def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.L
 
 
 def versions() -> dict[str, str]:
-    """Versions of what numbers may depend on; `commit` is simsearch's own, where it is known."""
+    """Versions of everything that numbers may depend on. `commit` is simsearch's own, if known."""
     names = ("torch", "torchvision", "timm", "faiss-cpu", "pytorch-lightning", "numpy", "onnxruntime")
     own = {"simsearch": __version__} | ({"commit": known} if (known := commit()) else {})
     return own | {"python": sys.version.split()[0], **{name: metadata.version(name) for name in names}}
 
 
 def commit() -> str | None:
-    """The git commit of simsearch's source, `-dirty` where files were changed since; None where it is unknown."""
+    """The git commit of simsearch's source, with `-dirty` if files were changed since. None if unknown."""
     root = Path(configs.CONF).parent
     try:
         if (root / ".git").exists():

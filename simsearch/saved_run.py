@@ -1,4 +1,4 @@
-"""Runs that a training left, opened again without Hydra; somebody else may have made them."""
+"""Opens runs of earlier trainings without Hydra. They may come from an untrusted source."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ from simsearch.models.steps import DescribesBatches
 
 
 class RunError(SimsearchError, ValueError):
-    """A folder that is no run, a run that did not finish, or a damaged one."""
+    """The folder is not a run, the run did not finish, or it is damaged."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory and the plain config in it.
+    """A run directory and its plain config.
 
-    resumed: it goes on from its last checkpoint. trusted: this process composed the config, or the user said so.
+    Attributes:
+        folder: The run directory.
+        config: The plain config.
+        resumed: True if the run continues from its last checkpoint.
+        trusted: True if this process composed the config, or if the user trusts it.
     """
 
     folder: Path
@@ -39,9 +43,13 @@ class Run:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config in a file as it stands there, to be looked at: neither resolved nor checked.
+    """The config in a file for inspection. It is neither resolved nor checked.
 
-    Raises RunError where it is damaged.
+    Args:
+        path: The file.
+
+    Raises:
+        RunError: If it is damaged.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -57,9 +65,17 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def admitted(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A config of somebody else's that may be built. Raises Untrusted for what it may not name.
+    """An untrusted config that may be built.
 
-    Caches lie where this machine has them, and nothing is downloaded: such places are not a stranger's to choose.
+    Caches are placed where this machine keeps them, and nothing is downloaded: an untrusted config may not choose such
+    places.
+
+    Args:
+        config: The plain config.
+        where: Where it comes from, for the message.
+
+    Raises:
+        Untrusted: If it names something that it may not name.
     """
     trust.check_config(config, where)
     values = _own_caches(dict(config))
@@ -80,12 +96,19 @@ def _own_caches(node: Any) -> Any:
 
 
 def cache_root() -> str:
-    """Where this machine keeps what is computed once, as the configs have it."""
+    """The folder of this machine's caches, as the configs define it."""
     return os.environ.get("SIMSEARCH_CACHE", "~/.cache/simsearch")
 
 
 def read_run(folder: Path) -> Run:
-    """A run directory whose config is looked at only, never built. Raises RunError where it is none."""
+    """A run directory whose config is only inspected, never built.
+
+    Args:
+        folder: The run directory.
+
+    Raises:
+        RunError: If it is not one.
+    """
     path = folder / "config.yaml"
     if not path.is_file():
         raise RunError(f"{folder} is no run directory: it has no config.yaml. Give one that `simsearch train` made")
@@ -96,13 +119,20 @@ def read_run(folder: Path) -> Run:
 
 
 def open_run(folder: Path, *, trusted: bool = False, own: Mapping[str, Any] | None = None) -> Run:
-    """An existing run directory, to build from.
+    """An existing run directory, to build objects from.
 
-    Somebody else may have made it, so that its config builds what simsearch.trust allows and no link leads out of it,
-    unless it is `trusted`. own: the config that this process composed of its command line; where the folder holds just
-    that, it may build what it likes, as the command line may.
+    The run may come from an untrusted source. Unless it is `trusted`, its config may only name what simsearch.trust
+    allows, and no link may lead out of the folder.
 
-    Raises RunError where `folder` is no run directory, Untrusted where it is not trusted and would have to be.
+    Args:
+        folder: The run directory.
+        trusted: True if the user trusts whoever made the run.
+        own: A config that this process composed from its command line. If the folder holds exactly this config, it may
+            name anything, as the command line may.
+
+    Raises:
+        RunError: If `folder` is not a run directory.
+        Untrusted: If the run would need to be trusted and is not.
     """
     run = read_run(folder)
     if not trusted:
@@ -118,13 +148,20 @@ def open_run(folder: Path, *, trusted: bool = False, own: Mapping[str, Any] | No
 
 
 def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two configs are one, wherever it lies and however it was started."""
+    """Whether two configs are equal, apart from their location and how they were started."""
     aside = ("run_dir", "resume", "trust")
     return all(one.get(name) == other.get(name) for name in (one.keys() | other.keys()) - set(aside))
 
 
 def load_model(run: Run) -> DescribesBatches:
-    """The model of a finished run with its best checkpoint. Raises RunError where none fits."""
+    """The model of a finished run with its best checkpoint.
+
+    Args:
+        run: The run.
+
+    Raises:
+        RunError: If there is no checkpoint, or if it is damaged or does not fit.
+    """
     path = run.folder / "checkpoints" / "best.ckpt"
     if not path.is_file():
         raise RunError(f"{run.folder} has no checkpoints/best.ckpt: its training did not finish; resume it")

@@ -1,4 +1,4 @@
-"""What a training's config must be for it to start: refused in one line, before a folder is made."""
+"""Checks a training's config. A bad one is refused in one line, before a folder is made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simsearch.evaluation.evaluate import metric_names
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.trained import plateau_monitor
 
-# What smoke=true leaves of a training at most, where its config has the key.
+# Upper bounds under smoke=true, for keys that the config has.
 FEW = {
     "trainer.max_steps": 8,
     "trainer.check_val_every_n_epoch": 1,
@@ -29,7 +29,7 @@ FEW = {
     "callbacks.mining.pool": 256,
 }
 _SMOKE = "smoke=true runs any experiment on few images and few steps"
-# Settings of the Trainer that a measurement of whole tasks does not go with: the value that does, and what to do.
+# Settings of the Trainer that prevent an evaluation of whole tasks: the value that works, and what to do.
 _WHOLE: dict[str, tuple[Any, str]] = {
     "fast_dev_run": (False, _SMOKE),
     "overfit_batches": (0, f"trainer.limit_train_batches=1 trains on one batch of each epoch, and {_SMOKE}"),
@@ -47,9 +47,13 @@ _INSTEAD = {
 
 
 def check_training(config: Mapping[str, Any]) -> None:
-    """Raises ValueError where a plain config of `simsearch train` asks for what a training of ours cannot do.
+    """Checks that a config of `simsearch train` asks only for what our training supports.
 
-    The message names the key, the rule and what to do instead.
+    Args:
+        config: The plain config.
+
+    Raises:
+        ValueError: If it does not. The message names the key, the rule and what to do instead.
     """
     seed = config["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
@@ -83,9 +87,15 @@ def check_training(config: Mapping[str, Any]) -> None:
 
 
 def check_values(config: Mapping[str, Any]) -> None:
-    """Raises ValueError where a text stands for a number, or a part for a whole, in what a class of ours is built of.
+    """Checks the types in a config against the constructors of our classes, such as text in place of a number.
 
-    The constructor's signature says what it wants. Others than those of trust.ALLOWED are not looked at.
+    Targets outside trust.ALLOWED are not looked at.
+
+    Args:
+        config: The plain config.
+
+    Raises:
+        ValueError: If a value has a type that the constructor's signature does not accept.
     """
     for key, node in trust.built(config):
         if node["_target_"] not in trust.ALLOWED:
@@ -129,7 +139,12 @@ def _check_monitors(config: Mapping[str, Any]) -> None:
 
 
 def mend_name(name: str, known: Iterable[str]) -> str:
-    """What to write instead of a metric's name that is not among the known ones, as the end of a message."""
+    """The end of a message about an unknown metric: what to write instead.
+
+    Args:
+        name: The unknown name.
+        known: The known names.
+    """
     known = sorted(known)
     if name.startswith("val/") and not any(text.startswith("val/") for text in known):
         return ": nothing is held out, give protocol.validation=0.1"
@@ -138,9 +153,12 @@ def mend_name(name: str, known: Iterable[str]) -> str:
 
 
 def measured_names(config: Mapping[str, Any]) -> set[str]:
-    """What the stages of a training measure, as `val/mAP`; empty where a class of somebody else may measure more.
+    """The names of all metrics that the stages will measure, such as `val/mAP`.
 
-    config: its plain `callbacks`, `index`, `model` and `protocol`.
+    Empty if a foreign class may measure more.
+
+    Args:
+        config: The plain config; `callbacks`, `index`, `model` and `protocol` are used.
     """
     parts = {name: config[name] for name in ("callbacks", "index", "model", "protocol")}
     if not all(target in trust.ALLOWED for _, target in trust.targets(parts)):

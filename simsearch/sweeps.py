@@ -1,4 +1,4 @@
-"""Sweeps that can be killed: a trial is known by what it computes, and a finished one is not computed again."""
+"""Resumable sweeps. A trial is identified by a hash of its resolved config, so finished trials are skipped."""
 
 from __future__ import annotations
 
@@ -35,11 +35,18 @@ from simsearch.files import is_alive, read_json, write_json
 from simsearch.identity import identity
 from simsearch.text import cell, warn
 
-# What a trial's numbers do not depend on.
+# Parts of a config that do not affect a trial's numbers.
 _ASIDE = ("hydra", "run_dir", "run_root", "resume", "trust", "logger", "objective")
 _ENDED = ("finished", "failed")
 _CUT_OFF = "simsearch: cut off"
-_COSTS = ("bytes_per_item", "_s", "seconds_per_query", "_ms_p50", "_ms_p95", "_ms_p99")  # ends of what is better small
+_COSTS = (
+    "bytes_per_item",
+    "_s",
+    "seconds_per_query",
+    "_ms_p50",
+    "_ms_p95",
+    "_ms_p99",
+)  # endings of metrics that should be small
 _READABLE, _LONGEST = 60, 150  # characters of a trial's folder that say what it is: usually, and with all swept keys
 
 
@@ -47,10 +54,13 @@ _READABLE, _LONGEST = 60, 150  # characters of a trial's folder that say what it
 
 
 def trial_name(*, _root_: DictConfig) -> str:
-    """The folder of a trial: its overrides as far as they fit, swept ones first, and a hash of its resolved config.
+    """The folder name of a trial: as many of its overrides as fit, swept ones first, and a hash of its resolved config.
 
-    A trial that has a folder in the sweep keeps it, however its overrides were written. Registered as the resolver
-    `trial`, for hydra.sweep.subdir.
+    A trial that already has a folder in the sweep keeps it, however its overrides were written. Registered as the
+    resolver `trial`, for hydra.sweep.subdir.
+
+    Args:
+        _root_: The composed config; Hydra passes it.
     """
     values = {name: _root_._get_node(name) for name in _root_ if name not in _ASIDE}
     config = OmegaConf.create({**values, "run_dir": "", "run_root": ""}, flags={"allow_objects": True})
@@ -66,7 +76,7 @@ def trial_name(*, _root_: DictConfig) -> str:
 
 
 def _readable(overrides: Sequence[str], swept: Iterable[str]) -> str:
-    """What a trial is, of characters that neither a shell nor Hydra's grammar reads its own way."""
+    """A description of a trial, without characters that are special to a shell or to Hydra's grammar."""
     name = ""
     for override in sorted(overrides, key=lambda override: override.partition("=")[0] not in swept):
         key, _, value = override.partition("=")
@@ -85,7 +95,7 @@ OmegaConf.register_new_resolver("trial", trial_name, replace=True)
 
 @cache
 def code_version() -> str:
-    """A hash of simsearch's own source as this process found it."""
+    """A hash of simsearch's own source at the start of this process."""
     digest = hashlib.sha256()
     root = Path(__file__).parent
     for path in sorted(root.rglob("*.py")):
@@ -95,10 +105,15 @@ def code_version() -> str:
 
 @dataclass
 class Trial:
-    """One job of a sweep, which lives in `folder`.
+    """One job of a sweep.
 
-    values: its objectives, where it was finished before. finished: there is nothing to do; elsewhere: another process
-    is at it.
+    Attributes:
+        folder: Its folder.
+        overrides: Its overrides.
+        values: Its objectives, if it was finished before.
+        finished: True if there is nothing left to do.
+        elsewhere: True if another process is working on it.
+        _started: Time of the start, in seconds.
     """
 
     folder: Path
@@ -109,7 +124,12 @@ class Trial:
     _started: float = field(default_factory=time.time)
 
     def write(self, state: str, error: str = "") -> None:
-        """Notes how it stands in folder/trial.json: running, finished, failed or interrupted. Atomic."""
+        """Records the state in folder/trial.json, atomically.
+
+        Args:
+            state: running, finished, failed or interrupted.
+            error: The error message, if it failed.
+        """
         if launch.rank() != 0:
             return
         about = {
@@ -128,11 +148,14 @@ class Trial:
 
 @contextmanager
 def trial(config: DictConfig) -> Iterator[Trial | None]:
-    """The present job of a sweep, noted as it begins and ends; None where there is no sweep.
+    """Yields the current job of a sweep, and records its start and end. None outside a sweep.
 
-    A finished one comes with `finished`. One that was cut off has `config.resume` set, to go on with its run. One
-    that another process of the sweep has in work comes with `elsewhere`, or is waited for where a sweeper needs its
+    A finished trial has `finished` set. For an interrupted trial, `config.resume` is set, so that it continues its run.
+    A trial that another process of the sweep works on has `elsewhere` set, or is waited for if the sweeper needs its
     values.
+
+    Args:
+        config: The composed config.
     """
     hydra = HydraConfig.get()
     if hydra.mode is not RunMode.MULTIRUN:
@@ -172,7 +195,15 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
 
 
 def check_same_data(folder: Path, config: DictConfig) -> None:
-    """Raises ValueError where the data or protocol of a finished trial are not what they were."""
+    """Checks that the data and protocol of a finished trial have not changed.
+
+    Args:
+        folder: The trial's folder.
+        config: The composed config.
+
+    Raises:
+        ValueError: If they have.
+    """
     stored = read_json(folder / "metrics.json")["test"]["fingerprint"]
     values = configs.plain(config)
     now = _fingerprint(
@@ -191,7 +222,14 @@ def _fingerprint(config: str) -> str:
 
 
 def check_objective(config: DictConfig) -> None:
-    """Raises ValueError where `objective` names what this training will not measure."""
+    """Checks that this training will measure the `objective`.
+
+    Args:
+        config: The composed config.
+
+    Raises:
+        ValueError: If it will not.
+    """
     names = _names(config.objective)
     if not names:
         return
@@ -205,10 +243,19 @@ def check_objective(config: DictConfig) -> None:
 
 
 def directions(names: Sequence[str], given_direction: Any, *, given: bool) -> Any:
-    """What a sweeper does with each objective: what is said, or what the objective wants where one of two was not.
+    """What a sweeper does with each objective. A missing direction follows from the objective.
 
-    given: the user said it. Without that, one word for all is the sweeper's default, which would minimise a
-    precision. Returns a word for one objective, a list for several. Raises ValueError for another number.
+    Args:
+        names: Names of the objectives.
+        given_direction: The sweeper's direction.
+        given: True if the user set the direction. Otherwise a single word is the sweeper's default, which would
+            minimise a precision.
+
+    Returns:
+        A word for one objective, a list for several.
+
+    Raises:
+        ValueError: If the number of directions differs from the number of objectives.
     """
     several = OmegaConf.is_list(given_direction) or isinstance(given_direction, list)
     said = [getattr(one, "name", one) for one in (given_direction if several else [given_direction] * len(names))]
@@ -223,18 +270,27 @@ def directions(names: Sequence[str], given_direction: Any, *, given: bool) -> An
 
 
 def is_cost(name: str) -> bool:
-    """Whether a metric is better when it is smaller: bytes, seconds and milliseconds are.
+    """Whether smaller values of a metric are better: bytes, seconds and milliseconds.
 
-    >>> is_cost("val/bytes_per_item"), is_cost("test/index/queries_per_s"), is_cost("val/mAP")
-    (True, False, False)
+    Args:
+        name: Name of the metric.
+
+    Example:
+        >>> is_cost("val/bytes_per_item"), is_cost("test/index/queries_per_s"), is_cost("val/mAP")
+        (True, False, False)
     """
     return name.endswith(_COSTS) and not name.endswith("per_s")
 
 
 def objectives(folder: Path, names: str | Sequence[str] | None) -> Any:
-    """The values of a finished run that a sweeper optimises, such as `val/mAP`: a float, or a list for several.
+    """The values of a finished run that a sweeper optimises: a float for one name, a list for several, None for none.
 
-    None for no names. Raises ValueError for one that was not measured, or has no value.
+    Args:
+        folder: The run directory.
+        names: Names of metrics, such as `val/mAP`, or None.
+
+    Raises:
+        ValueError: If a metric was not measured or has no value.
     """
     if names is None:
         return None
@@ -257,16 +313,22 @@ def _names(objective: Any) -> list[str]:
 
 
 class Sweep(Callback):
-    """Hydra's callback around a sweep: lets it go on where it was killed, tells how it stands and what failed.
+    """A Hydra callback for sweeps. It continues interrupted sweeps and reports their state and failures.
 
-    For a grid the trials themselves know whether they are finished. A study that Optuna keeps in a storage gets
-    only the trials that it still lacks, those first that were cut off.
+    In a grid, each trial finds out by itself whether it is finished. An Optuna study with a storage gets only the
+    trials that it still lacks; interrupted trials come first.
     """
 
     def __init__(self) -> None:
         self._since = time.time()
 
     def on_run_start(self, config: DictConfig, config_name: str | None = None) -> None:  # type: ignore[override]
+        """Checks that the folder of a single run can be written to.
+
+        Args:
+            config: The composed config.
+            config_name: Name of the config.
+        """
         HydraConfig.instance().set_config(config)
         try:  # Hydra would end in a traceback where it cannot make the folder
             folder = Path(config.hydra.run.dir)
@@ -278,6 +340,12 @@ class Sweep(Callback):
             raise SystemExit(1) from None
 
     def on_multirun_start(self, config: DictConfig, config_name: str | None = None) -> None:  # type: ignore[override]
+        """Prepares the sweep, or ends the process with an error.
+
+        Args:
+            config: The composed config.
+            config_name: Name of the config.
+        """
         try:
             self._start(config)
         except program.MENDABLE as error:  # Hydra would make a warning of it and go on
@@ -310,6 +378,12 @@ class Sweep(Callback):
                     sweeper.sampler.seed += before  # or it would propose the same again
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn) -> None:  # type: ignore[override]
+        """Reports the end of a job.
+
+        Args:
+            config: The composed config.
+            job_return: The result of the job.
+        """
         if config.hydra.mode is not RunMode.MULTIRUN:
             return
         print(f"sweep: {summary(Path(config.hydra.sweep.dir), self._since)}", file=sys.stderr)
@@ -319,6 +393,12 @@ class Sweep(Callback):
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
     def on_multirun_end(self, config: DictConfig, config_name: str | None = None) -> None:  # type: ignore[override]
+        """Reports the state of the sweep at its end. Ends the process with status 1 if a trial failed.
+
+        Args:
+            config: The composed config.
+            config_name: Name of the config.
+        """
         folder = Path(config.hydra.sweep.dir)
         write_json(folder / "sweep.json", {**_read_sweep(folder), "ended": True})
         terminal.show(progress_table(folder))
@@ -336,10 +416,14 @@ class Sweep(Callback):
 def swept_values(
     params: Mapping[str, Any] | None, overrides: Sequence[str], loader: ConfigLoader | None = None
 ) -> dict[str, list[str]]:
-    """The keys that `params` and the command line's overrides sweep, with their values; none for an interval.
+    """The keys that a sweep varies, with their values. An interval has no values.
 
-    The product of their numbers is the number of jobs that Hydra's basic sweeper makes. loader: finds the options of
-    a group, which glob(*) chooses among.
+    The product of their numbers is the number of jobs of Hydra's basic sweeper.
+
+    Args:
+        params: The sweeper's `params`, or None.
+        overrides: Overrides of the command line.
+        loader: Finds the options of a group, which glob(*) chooses among.
     """
     arguments = {name: f"{name}={value}" for name, value in (params or {}).items()}
     arguments |= {text.partition("=")[0]: text for text in overrides}
@@ -352,9 +436,16 @@ def swept_values(
 
 
 def continue_study(storage: str, name: str, wanted: int) -> tuple[int, int]:
-    """Trials that an Optuna study still lacks of `wanted`, and how many it has; cut-off ones are queued again.
+    """The number of trials that an Optuna study still lacks, and the number it has.
 
-    A cut-off trial is one that is running in the storage: nobody else may work on the study meanwhile.
+    Interrupted trials are queued again.
+
+    A trial counts as interrupted if the storage says that it is running. Thus no other process may work on the study.
+
+    Args:
+        storage: Address of the storage.
+        name: Name of the study.
+        wanted: Wanted number of trials.
     """
     import optuna
 
@@ -381,7 +472,11 @@ def continue_study(storage: str, name: str, wanted: int) -> tuple[int, int]:
 
 
 def read_trials(folder: Path) -> list[dict[str, Any]]:
-    """What trial.json says of each trial of a sweep, with its `folder`, by the time that it began."""
+    """The content of trial.json of each trial of a sweep, with its `folder`, ordered by start time.
+
+    Args:
+        folder: Folder of the sweep.
+    """
     trials = []
     for path in folder.glob("*/trial.json"):
         about = read_json(path)
@@ -393,7 +488,12 @@ def read_trials(folder: Path) -> list[dict[str, Any]]:
 
 
 def summary(folder: Path, since: float | None = None) -> str:
-    """One line on a sweep: trials by state, the best first objective, and the time left by those since `since`."""
+    """A status line: number of trials by state, best value of the first objective, and the estimated time left.
+
+    Args:
+        folder: Folder of the sweep.
+        since: The estimate uses trials that finished after this time, in seconds. None makes no estimate.
+    """
     trials, sweep = read_trials(folder), _read_sweep(folder)
     states = [about["state"] for about in trials]
     planned = max(sweep["planned"], len(trials))  # the folder may hold those of earlier plans
@@ -412,7 +512,11 @@ def summary(folder: Path, since: float | None = None) -> str:
 
 
 def progress_table(folder: Path) -> Table:
-    """A sweep's trials as a table: state, how far, time, objectives; the best first objective is marked."""
+    """The trials of a sweep as a table: state, progress, time and objectives. The best first objective is marked.
+
+    Args:
+        folder: Folder of the sweep.
+    """
     trials = read_trials(folder)
     best = _best(trials, _read_sweep(folder))
     varying = _varying([about["overrides"] for about in trials])
@@ -439,9 +543,12 @@ def progress_table(folder: Path) -> Table:
 
 
 def is_open(folder: Path) -> bool:
-    """Whether a sweep has trials in work, or its process goes on to others.
+    """Whether a sweep has running trials, or its process will start further ones.
 
-    Not by their number: a point that comes twice is one trial.
+    The number of trials does not tell: a point that occurs twice is one trial.
+
+    Args:
+        folder: Folder of the sweep.
     """
     trials, about = read_trials(folder), _read_sweep(folder)
     if any(trial["state"] == "running" for trial in trials):
@@ -473,13 +580,13 @@ def _best(trials: Sequence[dict[str, Any]], sweep: Mapping[str, Any]) -> dict[st
 
 
 def _varying(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Of each trial's overrides those that not all trials have."""
+    """For each trial, the overrides that not all trials share."""
     common = set(overrides[0]).intersection(*overrides) if len(overrides) > 1 else set()
     return [[text for text in some if text not in common] for some in overrides]
 
 
 def _steps(folder: Path) -> str:
-    """The last logged step of a run, of how many."""
+    """The last logged step of a run, and the number of steps."""
     history, config = folder / "metrics.csv", folder / "config.yaml"
     if not history.is_file() or not config.is_file():
         return "-"

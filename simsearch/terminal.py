@@ -1,4 +1,4 @@
-"""What commands print: tables and text that give the terminal no orders."""
+"""The output of commands: tables and text that cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from simsearch.text import lines
 
 
 def console() -> Console:
-    """The terminal, as wide as it is or COLUMNS says; 120 columns where it is none."""
+    """The terminal at its own width or that of COLUMNS. 120 columns if the output is not a terminal."""
     told = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
     return Console() if told else Console(width=120)
 
 
 def show(*what: Any) -> None:
-    """Prints to the terminal, tables included; whatever their text holds gives the terminal no orders."""
+    """Prints text and tables to the terminal. Control characters in them are escaped.
+
+    Args:
+        what: Text, tables and other objects of rich.
+    """
     terminal = console()
     terminal.push_render_hook(_Harmless())
     for item in what:
@@ -28,7 +32,7 @@ def show(*what: Any) -> None:
 
 
 class _Harmless(RenderHook):
-    """Writes control characters in what is shown as escapes."""
+    """Escapes control characters in the output."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [_Shown(renderable) for renderable in renderables]

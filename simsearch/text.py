@@ -1,4 +1,4 @@
-"""Text from strangers (names of files, artists, titles): safe where people see it, and which texts are equal."""
+"""Untrusted text (names of files, artists, titles): safe output, and comparison of spellings."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ _JOINTS = re.compile(r"[\s_\u2010-\u2014-]+")  # spaces, underscores, hyphens an
 
 
 def printable(text: object) -> str:
-    r"""The text on one line, with control characters and what else cannot be seen as escapes.
+    r"""The text on one line. Control characters and other invisible characters are escaped.
 
-    >>> printable("Monet\x1b[2J.jpg")
-    'Monet\\x1b[2J.jpg'
+    Args:
+        text: The text.
+
+    Example:
+        >>> printable("Monet\x1b[2J.jpg")
+        'Monet\\x1b[2J.jpg'
     """
     return _UNSEEN.sub(_escaped, str(text))
 
@@ -35,48 +39,79 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def one_line(text: object) -> str:
-    r"""`printable` text in which each space and line break, or several, is one space.
+    r"""`printable` text in which every run of spaces and line breaks is one space.
 
-    >>> one_line("Water\n  lilies ")
-    'Water lilies'
+    Args:
+        text: The text.
+
+    Example:
+        >>> one_line("Water\n  lilies ")
+        'Water lilies'
     """
     return printable(" ".join(str(text).split()))
 
 
 def lines(text: object) -> str:
-    """`printable` line by line."""
+    """`printable` text, line by line.
+
+    Args:
+        text: The text.
+    """
     return "\n".join(map(printable, str(text).split("\n")))
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Prints lines that hold text from strangers, to standard output by default."""
+    """Prints lines that contain untrusted text.
+
+    Args:
+        text: The text.
+        file: The file to print to. None means standard output.
+    """
     print(lines(text), file=file or sys.stdout)
 
 
 def warn(text: object) -> None:
-    """`say` to standard error."""
+    """Prints lines that contain untrusted text on standard error.
+
+    Args:
+        text: The text.
+    """
     say(text, sys.stderr)
 
 
 def cell(value: object) -> str:
-    """Text for a table of rich's, in which neither it nor the terminal finds orders."""
+    """Text for a rich table, without markup and control characters.
+
+    Args:
+        value: The value.
+    """
     from rich.markup import escape
 
     return escape(printable(value))
 
 
 def markdown(text: object) -> str:
-    """Text on one line that Markdown shows as it is."""
+    """Text on one line, escaped so that Markdown shows it literally.
+
+    Args:
+        text: The text.
+    """
     return _MARKDOWN.sub(r"\\\g<0>", one_line(text))
 
 
 def csv_cell(value: Any) -> Any:
-    """A cell of a table that people open in a spreadsheet; what would be a formula there begins with an apostrophe.
+    """A cell of a CSV table that people open in a spreadsheet.
 
-    Only for tables that nobody reads back: the apostrophe stays in the text.
+    Text that would be a formula gets an apostrophe in front.
 
-    >>> [csv_cell(value) for value in ("=HYPERLINK(1)", "-1.5", -1.5, "Monet")]
-    ["'=HYPERLINK(1)", '-1.5', -1.5, 'Monet']
+    Use it only for tables that no program reads back: the apostrophe stays in the text.
+
+    Args:
+        value: The value.
+
+    Example:
+        >>> [csv_cell(value) for value in ("=HYPERLINK(1)", "-1.5", -1.5, "Monet")]
+        ["'=HYPERLINK(1)", '-1.5', -1.5, 'Monet']
     """
     if not isinstance(value, str):
         return value
@@ -85,12 +120,16 @@ def csv_cell(value: Any) -> Any:
 
 
 def folded(text: str) -> str:
-    """The text without case, accents and compatibility forms: words are found in it however they are written.
+    """The text without case, accents and compatibility forms, for word search.
 
-    Accents are those of Latin, Greek and Cyrillic letters.
+    Accents of Latin, Greek and Cyrillic letters are removed.
 
-    >>> folded("Paul CÉZANNE")
-    'paul cezanne'
+    Args:
+        text: The text.
+
+    Example:
+        >>> folded("Paul CÉZANNE")
+        'paul cezanne'
     """
     if text.isascii():
         return text.lower()
@@ -100,15 +139,19 @@ def folded(text: str) -> str:
 
 
 def spelling_key(text: str) -> str:
-    """What all spellings of a text share: two texts are equal where only case, accents, spaces and hyphens differ.
+    """A key that all spellings of a text share. Spellings differ only in case, accents, spaces and hyphens.
 
-    Underscores and dashes count as hyphens. Between digits all of these are one space, and a minus before a first digit
-    stays, so that 1-2 is not 12 and -3 is not 3.
+    Underscores and dashes count as hyphens. Between digits, all of these count as one space, and a minus before a
+    leading digit is kept. Thus 1-2 is not 12, and -3 is not 3.
 
-    >>> spelling_key("Jean-François  MILLET") == spelling_key("jean francois millet")
-    True
-    >>> [spelling_key(text) for text in ("1850–1874", "-3", "Ukiyo-e 12")]
-    ['1850 1874', '-3', 'ukiyoe12']
+    Args:
+        text: The text.
+
+    Example:
+        >>> spelling_key("Jean-François  MILLET") == spelling_key("jean francois millet")
+        True
+        >>> [spelling_key(text) for text in ("1850–1874", "-3", "Ukiyo-e 12")]
+        ['1850 1874', '-3', 'ukiyoe12']
     """
     plain = folded(text).strip()
     first, *others = _JOINTS.split(plain)
@@ -119,11 +162,13 @@ def spelling_key(text: str) -> str:
 
 
 def spellings(counts: Mapping[str, int]) -> dict[str, str]:
-    """For each text the spelling that stands for all that are equal to it by `spelling_key`.
+    """For each text, the spelling that represents all texts with the same `spelling_key`.
 
-    That is the most frequent; of equally frequent ones one in mixed case, with more accents, and the first in order.
+    This is the most frequent spelling. Among equally frequent ones, mixed case comes first, then more accents, then the
+    order of the text.
 
-    counts: how often each text occurs.
+    Args:
+        counts: How often each text occurs.
     """
     groups: dict[str, list[str]] = {}
     for text in counts:

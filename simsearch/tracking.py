@@ -1,4 +1,4 @@
-"""Where runs are logged: a CSV file in the run directory, and Weights & Biases, where they stand side by side."""
+"""Logging of runs: a CSV file in the run directory, and Weights & Biases to compare runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from simsearch.text import warn
 
 _STAGED = "WANDB_DATA_DIR"
 _INIT_S = 30.0  # for W&B's server to answer at the beginning
-_FINISH_S, _UPLOAD_S = 60.0, 1800.0  # for it to take what is left at the end, without and with checkpoint or catalog
+_FINISH_S, _UPLOAD_S = 60.0, 1800.0  # time limits for the last upload, without and with checkpoint or catalog
 _TELL_S = 5.0
 _TRAINING = ("train_seconds", "device", "parameters")  # of run.json, as run_directory.note_training has them
 
@@ -38,7 +38,14 @@ _TRAINING = ("train_seconds", "device", "parameters")  # of run.json, as run_dir
 
 
 def wandb_mode(mode: str) -> str:
-    """ "auto" becomes "online" where a key is known, else "offline"; other modes stay. Never asks."""
+    """The mode of W&B. "auto" becomes "online" if a key is known, else "offline". Never prompts for a key.
+
+    Args:
+        mode: auto, online, offline or disabled.
+
+    Raises:
+        ValueError: If the mode is none of these.
+    """
     if mode not in ("auto", "online", "offline", "disabled"):
         raise ValueError(f"logger.mode must be auto, online, offline or disabled, got {mode!r}")
     if mode != "auto":
@@ -56,7 +63,7 @@ def wandb_mode(mode: str) -> str:
 
 @contextmanager
 def wandb_api() -> Iterator[Any]:
-    """The API of Weights & Biases; where it cannot be reached, ValueError, inside of the block too. Never asks."""
+    """Yields wandb.Api. Raises ValueError on connection errors, also inside the block. Never prompts for a key."""
     if wandb_mode("auto") != "online":
         raise ValueError("W&B cannot be read: no key (`wandb login` or WANDB_API_KEY), or WANDB_MODE forbids it")
     import wandb
@@ -71,17 +78,20 @@ def wandb_api() -> Iterator[Any]:
 
 
 def build_loggers(run: Run) -> list[Logger]:
-    """CSV always, TensorBoard where the config wants it; Weights & Biases unless its mode is disabled.
+    """The loggers of a run: always CSV, TensorBoard if the config asks for it, and W&B unless it is disabled.
 
-    W&B's run has the run's own id. Only rank 0 writes. Its group is logger.group, or the name of the sweep's folder
-    that it lies in. A resumed run goes on under its id, offline in another folder; `wandb sync` appends that one to
-    the first.
+    W&B's run has the id of the run, and only rank 0 writes to it. Its group is logger.group, or the name of the sweep's
+    folder that the run lies in. A resumed run continues under its id; offline it uses another folder, which `wandb
+    sync` appends to the first one.
+
+    Args:
+        run: The run.
     """
     history = run.folder / "metrics.csv"
     csv_logger = CSVLogger(run.folder, name="", version="", flush_logs_every_n_steps=1)  # a kill should lose nothing
     if launch.rank() > 0:
         return [csv_logger]
-    if history.is_file():  # Lightning's logger starts a file anew: keep what was logged before
+    if history.is_file():  # Lightning's logger starts a new file: keep the earlier log
         earlier = len(list(run.folder.glob("metrics-*.csv")))
         history.rename(run.folder / f"metrics-{earlier}.csv")
     settings, config = run.config["logger"], run.config
@@ -98,10 +108,15 @@ def build_loggers(run: Run) -> list[Logger]:
 
 
 def evaluation_loggers(run: Run, config: Mapping[str, Any], folder: Path) -> list[Logger]:
-    """Weights & Biases for a measurement of `run` that goes to `folder`: a run of job type `evaluate`.
+    """W&B for a measurement of a run: a W&B run of job type `evaluate`.
 
-    config: the plain config of the measurement; its `logger` is None, for none, or as that of a training. The
-    checkpoint of `run` is marked as used where that logged it.
+    The checkpoint of the run is marked as used if the run logged it.
+
+    Args:
+        run: The run.
+        config: The plain config of the measurement. Its `logger` has the form of a training's, or is None for no
+            logger.
+        folder: Folder that the measurement writes to.
     """
     settings = config["logger"]
     if settings is None:
@@ -120,10 +135,14 @@ def evaluation_loggers(run: Run, config: Mapping[str, Any], folder: Path) -> lis
 
 
 def finish_loggers(loggers: list[Logger], status: str = "success") -> None:
-    """Ends the loggers' runs, so that the next job of a sweep gets its own.
+    """Ends the runs of the loggers, so that the next job of a sweep gets its own.
 
-    What W&B's server does not take in time (it was lost, say) stays in the run directory, and a warning tells how to
-    sync it.
+    Data that W&B's server does not accept in time (say, because it is unreachable) stay in the run directory, and a
+    warning says how to sync them.
+
+    Args:
+        loggers: The loggers.
+        status: How the run ended.
     """
     for logger in loggers:
         logger.finalize(status)
@@ -158,7 +177,7 @@ def _start(
     group: str | None,
     job_type: str,
 ) -> Any:
-    """W&B's run, None where it is disabled. In the mode auto one whose server cannot be reached is logged offline."""
+    """W&B's run, or None if W&B is disabled. In mode auto, a run is logged offline if the server cannot be reached."""
     mode = wandb_mode(settings["mode"])
     if mode == "disabled":
         return None
@@ -218,10 +237,14 @@ def _identity(run: Run) -> str:
 
 
 def in_section(name: str) -> str:
-    """The name under which W&B shows a metric, whose part before the first slash is a section of charts.
+    """The name under which W&B shows a metric. The part before the first slash is a section of charts.
 
-    >>> [in_section(name) for name in ("val/mAP", "lr-SGD/pg2", "lr-SGD", "epoch")]
-    ['val/mAP', 'train/lr/pg2', 'train/lr', 'train/epoch']
+    Args:
+        name: Name of the metric.
+
+    Example:
+        >>> [in_section(name) for name in ("val/mAP", "lr-SGD/pg2", "lr-SGD", "epoch")]
+        ['val/mAP', 'train/lr/pg2', 'train/lr', 'train/epoch']
     """
     if name.startswith("lr-"):
         return f"train/lr{name[name.find('/') :] if '/' in name else ''}"
@@ -232,10 +255,11 @@ def in_section(name: str) -> str:
 
 
 class _WandbLogger(WandbLogger):
-    """Keeps in the summary what the best validation gave, as `best_validation` has it.
+    """Keeps the metrics of the best validation in the summary (see `best_validation`).
 
-    That is one checkpoint's, and a resumed run knows what came before. define_metric(summary="max") takes each
-    metric's own best of this part of the run, and puts it as {"max": ...} where W&B's sweeps expect a number.
+    All of them belong to one checkpoint, and a resumed run takes its earlier parts into account. define_metric(summary=
+    "max") would take each metric's own best in this part of the run, and store it as {"max": ...}, where W&B's sweeps
+    expect a number.
     """
 
     def __init__(self, experiment: Any, best: Mapping[str, float]) -> None:
@@ -258,9 +282,13 @@ class _WandbLogger(WandbLogger):
 
 
 def best_validation(folder: Path) -> dict[str, float]:
-    """`best/mAP`, the other headline metrics, `best/epoch` and `best/step` of the validation that has the highest mAP.
+    """The metrics of the validation with the highest mAP.
 
-    From metrics.csv and those of earlier parts of the run; empty where nothing was validated.
+    These are `best/mAP`, the other headline metrics, `best/epoch` and `best/step`. They come from metrics.csv and those
+    of earlier parts of the run. Empty if nothing was validated.
+
+    Args:
+        folder: The run directory.
     """
     parts = sorted(folder.glob("metrics-*.csv"), key=lambda path: int(path.stem.rpartition("-")[2]))
     best: dict[str, float] = {}
@@ -273,7 +301,7 @@ def best_validation(folder: Path) -> dict[str, float]:
 
 
 def _better(best: dict[str, float], row: Mapping[str, Any]) -> dict[str, float]:
-    """`best`, or what is kept of a row of logged values that holds a better validation."""
+    """`best`, or the corresponding values of a logged row if the row holds a better validation."""
     if not row.get("val/mAP", -1.0) > best.get("best/mAP", -1.0):
         return best
     kept = {f"best/{name}": row[name] for name in ("epoch", "step") if row.get(name) is not None}
@@ -284,10 +312,14 @@ def _better(best: dict[str, float], row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def log_summary(loggers: list[Logger], folder: Path) -> None:
-    """Puts what lies in `folder` beside the logged metrics.
+    """Adds the content of a run directory to the logged metrics.
 
-    Of metrics.json each stage's protocol, its unit of chance and the intervals of its headline metrics, of run.json
-    what the training took.
+    From metrics.json come the protocol of each stage, its sampling unit and the intervals of its headline metrics; from
+    run.json come the costs of the training.
+
+    Args:
+        loggers: The loggers.
+        folder: The run directory.
     """
     summary: dict[str, Any] = {}
     for stage, about in read_json(folder / "metrics.json").items():
@@ -306,10 +338,14 @@ def log_summary(loggers: list[Logger], folder: Path) -> None:
 
 
 def log_neighbours(loggers: list[Logger], examples: Sequence[Example]) -> None:
-    """Logs examples as the W&B images `examples/neighbours`: a query beside its neighbours each, worst first.
+    """Logs examples as the W&B images `examples/neighbours`: each query beside its neighbours, worst query first.
 
-    Not as a table: its pictures would be an artifact, whose files an offline run keeps by their absolute paths, so that
-    a run that was copied elsewhere could not sync them.
+    A W&B table is not used. Its images would be an artifact, whose files an offline run stores by absolute path, so
+    that a copied run could not be synced.
+
+    Args:
+        loggers: The loggers.
+        examples: The examples.
     """
     for experiment in _experiments(loggers):
         if not examples:
@@ -324,7 +360,12 @@ def log_neighbours(loggers: list[Logger], examples: Sequence[Example]) -> None:
 
 
 def log_curve(loggers: list[Logger], points: Sequence[tuple[float, float]]) -> None:
-    """Logs (recall, precision) of the test as the W&B line plot `precision_recall`, which overlays runs."""
+    """Logs the precision-recall curve of the test as the W&B line plot `precision_recall`, which overlays runs.
+
+    Args:
+        loggers: The loggers.
+        points: Pairs (recall, precision).
+    """
     for experiment in _experiments(loggers):
         import wandb
 
@@ -337,10 +378,15 @@ def log_curve(loggers: list[Logger], points: Sequence[tuple[float, float]]) -> N
 
 
 def log_inputs(loggers: list[Logger], run: Run, collection: Collection) -> None:
-    """Marks as used by the run: its data (their fingerprint, no image), and the checkpoint that model.start names.
+    """Marks the inputs of a run as used: its data (by fingerprint, without images), and the checkpoint in model.start.
 
-    That one where the run that made it logged it too (logger.checkpoint); `start_run` in the config has its id
-    anyway.
+    The checkpoint is marked if its own run logged it (logger.checkpoint). In any case `start_run` in the config has its
+    id.
+
+    Args:
+        loggers: The loggers.
+        run: The run.
+        collection: The data.
     """
     for experiment in _experiments(loggers):
         import wandb
@@ -356,7 +402,12 @@ def log_inputs(loggers: list[Logger], run: Run, collection: Collection) -> None:
 
 
 def log_outputs(loggers: list[Logger], run: Run) -> None:
-    """Logs what the run made and the config wants logged: the best checkpoint, type `model`, and the catalog."""
+    """Logs the outputs of a run that its config asks for: the best checkpoint, type `model`, and the catalog.
+
+    Args:
+        loggers: The loggers.
+        run: The run.
+    """
     for experiment in _experiments(loggers):
         if run.config["logger"].get("checkpoint"):
             experiment.log_artifact(_checkpoint(run), aliases=["best"])
@@ -370,7 +421,7 @@ def log_outputs(loggers: list[Logger], run: Run) -> None:
 
 
 def _checkpoint(run: Run) -> Any:
-    """The artifact of a run's best checkpoint, the same one whoever logs or uses it."""
+    """The artifact of a run's best checkpoint. It is the same whichever run logs or uses it."""
     import wandb
 
     artifact = wandb.Artifact(f"checkpoint-{_identity(run)}", type="model", metadata=_measured(run.folder))
@@ -384,15 +435,15 @@ def _measured(folder: Path) -> dict[str, Any]:
 
 
 def _use(experiment: Any, artifact: Any) -> None:
-    """Marks an artifact as an input of a run, and logs it where W&B does not have it.
+    """Marks an artifact as an input of a run, and logs it if W&B does not have it.
 
-    Run.use_artifact does the same, but refuses offline, and online waits for the server.
+    Run.use_artifact does the same, but fails offline, and waits for the server online.
     """
     experiment._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
 
 
 def _start_run(config: Mapping[str, Any]) -> Run | None:
-    """The run that model.start names by its folder or its best checkpoint; None for none."""
+    """The run that model.start names by its folder or its best checkpoint. None if there is none."""
     start = config.get("model", {}).get("start")
     if start is None:
         return None

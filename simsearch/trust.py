@@ -1,7 +1,7 @@
-"""What lies in a folder that somebody else made is data: what its config may name, and where its paths may lead.
+"""Treats untrusted folders as data: limits what their configs may name, and where their paths may lead.
 
-A config with `_target_` calls whatever it names, with arguments of its choice. So a config that was read from a folder
-builds nothing but what stands in ALLOWED, unless the user says that the folder is trusted (`trust=true`).
+A config with `_target_` calls whatever it names, with arguments of its choice. Therefore a config from a folder may
+only build objects in ALLOWED, unless the user says that the folder is trusted (`trust=true`).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ ALLOWED = frozenset(
 MOVED = {"simsearch.data.files.FilesDataModule": "simsearch.data.image_folder.FilesDataModule"}
 ENCODERS = frozenset(t for t in ALLOWED if t.startswith(("simsearch.models.", "simsearch.index.binarize.")))
 
-# Arguments by which what is allowed would write elsewhere, or send away what it made. A run has its own folder.
+# Arguments with which an allowed target would write elsewhere or upload its output. A run has its own folder.
 _REFUSED = {
     "pytorch_lightning.Trainer": ("callbacks", "default_root_dir", "logger", "model_registry", "plugins"),
     "pytorch_lightning.callbacks.ModelCheckpoint": ("dirpath",),
@@ -114,13 +114,21 @@ MEND = "trust=true (in Python trusted=True) goes on, and may run code: only wher
 
 
 class Untrusted(SimsearchError, ValueError):
-    """A folder that would run code, or lead out of itself, and which the user did not call trusted."""
+    """The folder would run code or lead out of itself, and the user did not declare it as trusted."""
 
 
 def check_config(config: Mapping[str, Any], where: str, allowed: frozenset[str] = ALLOWED) -> None:
-    """Raises Untrusted where a plain config holds anything but plain values and targets in `allowed`.
+    """Checks that a plain config holds only plain values and targets in `allowed`.
 
-    The whole config is looked through, also what nobody builds. where: names the config in the message.
+    Parts that nobody builds are checked too.
+
+    Args:
+        config: The plain config.
+        where: Where it comes from, for the message.
+        allowed: The permitted targets.
+
+    Raises:
+        Untrusted: If it holds anything else.
     """
     for key, node in _nodes(config):
         name, what = _fault(node, allowed)
@@ -129,7 +137,7 @@ def check_config(config: Mapping[str, Any], where: str, allowed: frozenset[str] 
 
 
 def _fault(node: object, allowed: frozenset[str]) -> tuple[str, str]:
-    """The entry of one value that is at fault, and why; two empty texts where nothing is."""
+    """The offending entry of one value, and the reason. Two empty strings if there is none."""
     if isinstance(node, str) and "${" in node:
         return "", f"holds the interpolation {_short(node)}"
     if not isinstance(node, dict | list | str | int | float | None):
@@ -155,34 +163,46 @@ def _short(value: object) -> str:
 
 
 def _plain(key: str) -> str:
-    """A key without what a terminal would obey."""
+    """A key without characters that control a terminal."""
     return key if key.isprintable() else ascii(key)
 
 
 def follow_moves(config: object) -> None:
-    """Renames in place each `_target_` of a plain config that has moved since the config was written (MOVED)."""
+    """Renames, in place, each `_target_` that has moved since the config was written (MOVED).
+
+    Args:
+        config: The plain config.
+    """
     for _, node in built(config):
         if isinstance(target := node["_target_"], str):
             node["_target_"] = MOVED.get(target, target)
 
 
 def targets(config: object) -> Iterator[tuple[str, object]]:
-    """Key and value of each `_target_` in a plain config."""
+    """Yields key and value of each `_target_` in a plain config.
+
+    Args:
+        config: The plain config.
+    """
     for key, node in built(config):
         yield key, node["_target_"]
 
 
 def built(config: object) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and node of each object that a plain config describes."""
+    """Yields key and node of each object that a plain config describes.
+
+    Args:
+        config: The plain config.
+    """
     for key, node in _nodes(config):
         if isinstance(node, dict) and "_target_" in node:
             yield key, node
 
 
 def _nodes(config: object) -> Iterator[tuple[str, object]]:
-    """Each value of a plain config with its full key, as `model.encoders.x` or `callbacks.y.z[0]`; from the outside in.
+    """Yields each value of a plain config with its full key (`model.encoders.x`, `callbacks.y.z[0]`), outermost first.
 
-    Not by recursion: a stranger's config may be as deep as it likes.
+    It does not recurse, because an untrusted config may be arbitrarily deep.
     """
     waiting: list[tuple[str, object]] = [("", config)]
     while waiting:
@@ -195,7 +215,14 @@ def _nodes(config: object) -> Iterator[tuple[str, object]]:
 
 
 def check_links(folder: Path) -> None:
-    """Raises Untrusted where a link in `folder` leads out of it: reading and writing would follow it."""
+    """Checks that no link in a folder leads out of it. Reading and writing would follow such a link.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        Untrusted: If a link does.
+    """
     base = os.path.realpath(folder)
     waiting = [base]
     while waiting:

@@ -1,9 +1,8 @@
-"""What commands take, as conf/ says it: help pages, completion, mistakes in arguments; no library is loaded for it.
+"""The arguments of commands, as conf/ defines them: help pages, completion and error messages. Loads no library.
 
-A command's yaml begins with what the command does, examples (`# $ simsearch ...`) and groups; the comment beside a key
-is the key's meaning, and one such as `table | json` names all values that there are. A meaning is written once: a key
-without a comment has the meaning that another yaml gives to the same parameter of the same `_target_`, or to the same
-dotted name.
+A command's yaml begins with a description, examples (`# $ simsearch ...`) and groups. The comment beside a key is its
+meaning; a comment such as `table | json` lists all possible values. A meaning is written once: a key without a comment
+has the meaning that another yaml gives to the same parameter of the same `_target_`, or to the same dotted name.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 
 
 def conf_folder() -> Path:
-    """Where the configs lie: in the package where a wheel was installed, beside it in a checkout."""
+    """The folder of the configs: inside the package in an installed wheel, beside it in a checkout."""
     package = Path(str(resources.files("simsearch")))
     installed = package / "conf"
     return installed if installed.is_dir() else package.resolve().parent / "conf"
@@ -36,9 +35,13 @@ _WITH_VALUE |= {"-i", "--info", "--experimental-rerun", "-sc", "--shell-completi
 
 @dataclass(frozen=True)
 class Key:
-    """A key that a yaml sets: its dotted name, its default as it is written there ("" for a section), its meaning.
+    """A key of a yaml.
 
-    target: the `_target_` of the section it stands in, whose parameter it then is; "" without one.
+    Attributes:
+        name: Its dotted name.
+        default: Its default as written in the yaml. "" for a section.
+        meaning: Its meaning.
+        target: The `_target_` of the section, if the key is a parameter of it, else "".
     """
 
     name: str
@@ -48,16 +51,17 @@ class Key:
 
     @property
     def needed(self) -> bool:
+        """Whether the user must set the key."""
         return self.default == "???"
 
     @property
     def handed_on(self) -> bool:
-        """Whether it is a section, or hands the value of another key on: nothing that a user sets here."""
+        """Whether the key is a section or passes on the value of another key, so that a user does not set it."""
         return self.default == "" or re.fullmatch(r"\$\{[\w.:,]+\}", self.default) is not None
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """All values that there are, where the meaning names them; () for any."""
+        """All possible values if the meaning lists them. () for any value."""
         if self.default in ("true", "false"):
             return ("true", "false")
         parts = self.meaning.split(" | ")
@@ -67,7 +71,14 @@ class Key:
 
 @dataclass(frozen=True)
 class Page:
-    """A yaml of conf/. groups: the options by name that its defaults list chooses ("null" for none), in their order."""
+    """A yaml of conf/.
+
+    Attributes:
+        about: Its description.
+        examples: Its examples.
+        groups: The groups of its defaults list by name, with the chosen option ("null" for none), in their order.
+        keys: Its keys.
+    """
 
     about: str
     examples: tuple[str, ...]
@@ -77,9 +88,12 @@ class Page:
 
 @cache
 def read_page(path: Path) -> Page:
-    """The page of a yaml as this project writes them: block style, a comment on the line that it is about.
+    """The page of a yaml in the style of this project: block style, with a comment on the line that it describes.
 
-    Keys without a comment of their own have the meaning that another yaml of conf/ gives them.
+    Keys without a comment have the meaning that another yaml of conf/ gives them.
+
+    Args:
+        path: The yaml.
     """
     page = _own_page(path)
     group, shared = _group_of(path), _meanings()
@@ -90,7 +104,7 @@ def read_page(path: Path) -> Page:
 
 
 def _group_of(path: Path) -> str:
-    """What stands before the names of a yaml's keys: "" for a command, and for a yaml that sets keys of all groups."""
+    """The prefix of the names of a yaml's keys. "" for a command, and for a yaml that sets keys of all groups."""
     with path.open(encoding="utf-8") as file:
         placed = file.readline().startswith("# @package _global_")
     if placed or path.parent == CONF:
@@ -100,7 +114,7 @@ def _group_of(path: Path) -> str:
 
 @cache
 def _meanings() -> dict[tuple[str, str], str]:
-    """What conf/ says of a `_target_`'s parameters, and of dotted names ("" as their target)."""
+    """The meanings that conf/ gives to parameters of a `_target_`, and to dotted names ("" as their target)."""
     found: dict[tuple[str, str], str] = {}
     train = CONF / "train.yaml"
     first = [train, *(CONF / group / f"{key.default}.yaml" for group, key in _own_page(train).groups.items())]
@@ -124,7 +138,7 @@ def _meaning(key: Key, group: str, shared: Mapping[tuple[str, str], str]) -> str
 
 @cache
 def _own_page(path: Path) -> Page:
-    """The page of a yaml with the comments that stand in it."""
+    """The page of a yaml with its own comments only."""
     about: list[str] = []
     examples: list[str] = []
     keys: list[Key] = []
@@ -164,23 +178,31 @@ def _own_page(path: Path) -> Page:
 
 
 def _split(rest: str) -> tuple[str, str]:
-    """A value and the comment behind it."""
+    """A value and the comment after it."""
     found = re.match(r"""\s*((?:"[^"]*"|'[^']*'|[^#'"]|(?<! )#)*?)\s*(?:(?<= )#\s*(.*))?$""", rest)
     return (found[1], found[2] or "") if found else (rest.strip(), "")
 
 
 def page_of(command: str) -> Page:
-    """The page of a command."""
+    """The page of a command.
+
+    Args:
+        command: Name of the command.
+    """
     return read_page(CONF / f"{command.replace(' ', '_')}.yaml")
 
 
 def folders(arguments: Sequence[str]) -> tuple[Path, ...]:
-    """Where Hydra looks for the options of groups, first found first taken: conf/, then folders of the user's own.
+    """The folders where Hydra looks for options of groups, in order of precedence: conf/, then the user's own.
 
-    Those of --config-dir and hydra.searchpath. What lies in a Python package (pkg://) is not looked for.
+    The user's folders are those of --config-dir and hydra.searchpath. Python packages (pkg://) are not searched.
 
-    >>> folders(["--config-dir", "mine", "hydra.searchpath=[file:///shared/conf]"])[1:]
-    (PosixPath('mine'), PosixPath('/shared/conf'))
+    Args:
+        arguments: Arguments of the command line.
+
+    Example:
+        >>> folders(["--config-dir", "mine", "hydra.searchpath=[file:///shared/conf]"])[1:]
+        (PosixPath('mine'), PosixPath('/shared/conf'))
     """
     own = []
     for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
@@ -194,18 +216,23 @@ def folders(arguments: Sequence[str]) -> tuple[Path, ...]:
 
 
 def options_of(group: str, among: Sequence[Path] = (CONF,)) -> list[str]:
-    """The names of a group's options, in order."""
+    """The names of a group's options, in order.
+
+    Args:
+        group: Name of the group.
+        among: Folders to search.
+    """
     return sorted({path.stem for folder in among for path in (folder / group).glob("*.yaml")})
 
 
 def _option(group: str, name: str, among: Sequence[Path]) -> Path | None:
-    """The yaml of a group's option; None where there is none."""
+    """The yaml of a group's option. None if there is none."""
     files = (folder / group / f"{name}.yaml" for folder in among)
     return next((path for path in files if path.is_file()), None)
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Keys and values of overrides, `+` and `~` left out."""
+    """Keys and values of overrides, without `+` and `~`."""
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and not key.startswith("-"):
@@ -213,7 +240,12 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def keys_of(command: str, arguments: Sequence[str] = ()) -> dict[str, Key]:
-    """All keys by their dotted names: those of the command, and of each group's option that is chosen."""
+    """All keys of a command and of the chosen options of its groups, by their dotted names.
+
+    Args:
+        command: Name of the command.
+        arguments: Arguments that choose options.
+    """
     page, given = page_of(command), dict(_pairs(arguments))
     keys = {key.name: key for key in page.keys}
     for group, chosen in page.groups.items():
@@ -227,10 +259,15 @@ BARE = {"art": "images"}  # the key of a command's first argument, which may com
 
 
 def spelled(command: str, arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command as key=value, the first too: `simsearch art <folder>`.
+    """The arguments of a command as key=value, including the first one: `simsearch art <folder>`.
 
-    >>> spelled("art", ["~/paintings", "port=0"])
-    ['images=~/paintings', 'port=0']
+    Args:
+        command: Name of the command.
+        arguments: Arguments of the command line.
+
+    Example:
+        >>> spelled("art", ["~/paintings", "port=0"])
+        ['images=~/paintings', 'port=0']
     """
     first, *rest = arguments or [""]
     if command in BARE and first and "=" not in first and not first.startswith("-"):
@@ -242,9 +279,12 @@ def spelled(command: str, arguments: Sequence[str]) -> list[str]:
 
 
 def help_page(command: str, arguments: Sequence[str] = (), width: int | None = None) -> str:
-    """What `simsearch COMMAND --help` prints: what it does, what to set, what that means, and examples.
+    """The text of `simsearch COMMAND --help`: description, keys with their meanings, and examples.
 
-    Of groups the keys of those options that `arguments`, or else the command, choose. width: of the terminal.
+    Args:
+        command: Name of the command.
+        arguments: Arguments that choose options of groups, whose keys are shown. Otherwise the command's own choices.
+        width: Width of the terminal in columns, or None.
     """
     width = width or shutil.get_terminal_size((100, 24)).columns
     page, keys = page_of(command), keys_of(command, arguments)
@@ -274,7 +314,7 @@ def help_page(command: str, arguments: Sequence[str] = (), width: int | None = N
 
 
 def _tells(key: Key) -> bool:
-    """Whether a key is one to set, not a section or what hands another key's value on."""
+    """Whether a user sets this key: it is neither a section nor passes on the value of another key."""
     return bool(key.meaning) or not key.handed_on
 
 
@@ -292,7 +332,7 @@ def _wrapped(text: str, width: int) -> str:
 
 
 def _rows(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
-    """Names in a column, their meanings wrapped beside it, or below a name that is longer than the column."""
+    """Names in a column with their wrapped meanings beside them, or below a name that is too long for the column."""
     column = min(max(len(name) for name, _ in rows), max(width // 3, 12))
     out = []
     for name, meaning in rows:
@@ -323,7 +363,12 @@ SCRIPTS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + SCRIPTS["bash
 
 
 def completions(commands: Sequence[str], line: str) -> list[str]:
-    """What the last word of a command line may become."""
+    """The possible last words of a command line.
+
+    Args:
+        commands: Names of all commands.
+        line: The command line up to the cursor.
+    """
     words = line.split()[1:]
     typed = "" if line[-1:].isspace() or not words else words.pop()
     name = next((n for n in commands if words[: len(n.split())] == n.split()), None)
@@ -352,12 +397,21 @@ def completions(commands: Sequence[str], line: str) -> list[str]:
 
 
 def known_keys(command: str) -> list[str]:
-    """The dotted names of all keys of a command, whatever options its groups take, and of its groups."""
+    """The dotted names of all keys of a command, for any options of its groups, and of the groups.
+
+    Args:
+        command: Name of the command.
+    """
     return [*_all_keys(command), *page_of(command).groups]
 
 
 def about_key(command: str, name: str) -> str:
-    """How to give a key, and what it means where conf/ says so."""
+    """How to set a key, and its meaning if conf/ states it.
+
+    Args:
+        command: Name of the command.
+        name: Dotted name of the key.
+    """
     meanings = [key.meaning for key in _all_keys(command).get(name, ()) if key.meaning] if command else []
     return f"give {name}=..." + (f", {meanings[0]}" if meanings else "")
 
@@ -366,16 +420,25 @@ def about_key(command: str, name: str) -> str:
 
 
 def suggest(word: str, known: Sequence[str]) -> str:
-    """`: did you mean x?`, or "" where nothing is near."""
+    """`: did you mean x?`, or "" if no known word is similar.
+
+    Args:
+        word: The unknown word.
+        known: The known words.
+    """
     lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), lower, n=1)
     return f": did you mean {lower[near[0]]}?" if near else ""
 
 
 def mistake(command: str, arguments: Sequence[str]) -> str | None:
-    """What is wrong with the arguments of a command, in one line with the mend; None where nothing is seen.
+    """The error in the arguments of a command, in one line with a correction. None if none is found.
 
-    What depends on the composed config is left to Hydra.
+    Errors that depend on the composed config are left to Hydra.
+
+    Args:
+        command: Name of the command.
+        arguments: Arguments of the command line.
     """
     arguments = list(arguments)
     page = page_of(command)
@@ -396,7 +459,7 @@ def mistake(command: str, arguments: Sequence[str]) -> str | None:
             continue
         key, _, value = argument.partition("=")
         if len(among) == 1 and not elsewhere and (found := _unknown(command, page, key)):
-            return found  # what is of the user's own may bring keys and groups
+            return found  # the user's own yaml may add keys and groups
         if not (elsewhere and key in page.groups) and (found := _misfit(command, page, key, value, swept, among)):
             return found
     looks = any(argument.startswith(("-c", "--c", "-i", "--i", "--hydra-help")) for argument in arguments)
@@ -408,7 +471,7 @@ def mistake(command: str, arguments: Sequence[str]) -> str | None:
 
 
 def _no_override(command: str, page: Page, argument: str, rest: Sequence[str]) -> str | None:
-    """About an argument that is no key=value. rest: the arguments after it."""
+    """The error message for an argument that is not key=value. `rest` holds the arguments after it."""
     following = next((word.removeprefix("=") for word in rest if word != "="), "")
     bare = argument.lstrip("-").partition("=")
     name = bare[0].replace("-", "_")
@@ -457,7 +520,7 @@ def _key_for(text: str, page: Page) -> str | None:
 
 
 def _unknown(command: str, page: Page, key: str) -> str | None:
-    """About a key that the command has not."""
+    """The error message for a key that the command does not have."""
     first = re.split(r"[./@]", key)[0]
     own = {name.name for name in page.keys}
     groups = {re.split(r"[/@]", group)[0] for group in page.groups} | _placed(command)
@@ -476,7 +539,7 @@ def _unknown(command: str, page: Page, key: str) -> str | None:
 
 
 def _placed(command: str) -> set[str]:
-    """The first words of what a defaults list places elsewhere (`protocol@protocols.artist`)."""
+    """The first words of entries that a defaults list places elsewhere (`protocol@protocols.artist`)."""
     text = (CONF / f"{command.replace(' ', '_')}.yaml").read_text(encoding="utf-8")
     return {found.split(".")[0] for found in re.findall(r"- [\w/]+@([\w.]+):", text)}
 
@@ -488,7 +551,7 @@ def _where(command: str) -> str:
 def _misfit(
     command: str, page: Page, key: str, value: str, swept: bool, among: tuple[Path, ...] = (CONF,)
 ) -> str | None:
-    """About a value that is no option of its group, none of the key's choices, or of another type than its default."""
+    """The error message for a value that is no option of its group, none of the key's choices, or of the wrong type."""
     plain = value.strip()
     if plain == "null":
         kinds = [_complaint(one, plain) for one in page.keys if one.name == key]
@@ -517,7 +580,7 @@ def _misfit(
 
 @cache
 def _all_keys(command: str, among: tuple[Path, ...] = (CONF,)) -> dict[str, tuple[Key, ...]]:
-    """Keys of a command by their names, as each option of each group has them."""
+    """The keys of a command by name, as each option of each group defines them."""
     page = page_of(command)
     found: dict[str, list[Key]] = {key.name: [key] for key in page.keys}
     for group in page.groups:
@@ -532,7 +595,7 @@ _TIME = re.compile(r"second|minute|_ms$")
 
 
 def _complaint(key: Key, value: str) -> str:
-    """What a value must be that this is not; "" for one that will do."""
+    """The rule that a value breaks. "" if the value is valid."""
     lower = value.lower()
     if key.default in ("true", "false"):
         return "" if lower in ("true", "false") else "true or false"
@@ -550,7 +613,11 @@ def _complaint(key: Key, value: str) -> str:
 
 
 def extra_of(module: str | None) -> str | None:
-    """The extra of simsearch that brings a module, as `train` brings timm; None where none does."""
+    """The extra of simsearch that installs a module, such as `train` for timm. None if there is none.
+
+    Args:
+        module: Name of the module, or None.
+    """
     from importlib import metadata  # only where something is missing
 
     def same(name: str) -> str:
@@ -566,6 +633,10 @@ def extra_of(module: str | None) -> str | None:
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """What to install for a module that is not there."""
+    """What to install for a missing module.
+
+    Args:
+        error: The import error.
+    """
     extra = extra_of(error.name)
     return f"this needs {error.name}, which comes by pip install 'simsearch[{extra}]'" if extra else str(error)

@@ -1,7 +1,7 @@
 """One rank of a training: `python -m simsearch.worker RUN_DIR [REPORTS] [trust=true]`, started by launch.run_ranks.
 
-Everything is in the run directory, Hydra has no part in it. torchrun can start it as well, on several nodes
-without SLURM say: `torchrun --nnodes=2 --nproc-per-node=4 ... -m simsearch.worker RUN_DIR`.
+Everything it needs is in the run directory; Hydra is not involved. torchrun can start it too, for example on several
+nodes without SLURM: `torchrun --nnodes=2 --nproc-per-node=4 ... -m simsearch.worker RUN_DIR`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from simsearch.commands.train import train_run
 
 
 def main() -> None:
-    """Trains, and tells the parent of an error."""
+    """Trains, and reports an error to the parent."""
     places = [argument for argument in sys.argv[1:] if argument != launch.TRUST]
     folder, reports = Path(places[0]), Path(places[1]) if len(places) > 1 else None
     trusted = launch.TRUST in sys.argv

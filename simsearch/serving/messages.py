@@ -96,9 +96,12 @@ class Explained(Message):
 class Problem(BaseModel):
     """The body of every error response.
 
-    reason: one word, if an image cannot be used. missing: the examples that do not exist. version: the current version
-    of the catalog. items: for a request made for another version, the current ids of the items that it names, null for
-    items that are gone.
+    - `error`: what is wrong and what to do.
+    - `reason`: one word, if an image cannot be used.
+    - `missing`: the examples that do not exist.
+    - `version`: the current version of the catalog.
+    - `items`: for a request made for another version, the current ids of the items that it names. null for items that
+      are gone.
     """
 
     error: str
