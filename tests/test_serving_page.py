@@ -148,7 +148,7 @@ def address(tmp_path_factory, root) -> Iterator[str]:
         "units": counts,
     }
     write_calibration(folder / "plain", strict)
-    library = Library(sources, build=built, device=torch.device("cpu"), limits=FREE)
+    library = Library(sources, device=torch.device("cpu"), limits=FREE)
     app = create_app(library, FREE)
     bound = bind("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1))
