@@ -91,13 +91,30 @@ def start_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Args:
         config: The plain config of the training.
+
+    Raises:
+        ValueError: If the run starts from itself, perhaps through others.
     """
+    folder, seen = _start_folder(config), set()
+    at = folder
+    while at is not None and at.resolve() not in seen:
+        seen.add(at.resolve())
+        at = _start_folder(read_run(at).config)
+    if at is not None:
+        raise ValueError(
+            f"{folder} starts from itself by model.start in its config.yaml: give the run that came before"
+        )
+    return None if folder is None else read_run(folder).config
+
+
+def _start_folder(config: Mapping[str, Any]) -> Path | None:
+    """The folder of the run that a training starts from. None if there is no such run."""
     model = config.get("model")
     start = model.get("start") if isinstance(model, Mapping) else None
     if start is None:
         return None
     folder = Path(start) if Path(start).is_dir() else Path(start).parent.parent
-    return read_run(folder).config if (folder / "config.yaml").is_file() else None
+    return folder if (folder / "config.yaml").is_file() else None
 
 
 def _reduced(node: Any, without: Collection[str]) -> Any:

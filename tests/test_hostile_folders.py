@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from simsearch import configs, saved_run, trust
 from simsearch import worker as rank
+from simsearch.identity import start_config
 from simsearch.models.backbones import timm_backbone, torchvision_backbone
 from simsearch.models.encoder import build_encoder
 from simsearch.models.frozen import Whitening
@@ -361,6 +362,17 @@ def test_compare_lists_but_builds_nothing(small_run, marker, tmp_path):
     done = simsearch("compare", f"runs=[{run},{small_run}]", f"out={tmp_path / 'out'}", "force=true")
     assert "data._target_ wants to call" in done.stderr
     assert "trust=true" in done.stderr
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_run_that_starts_from_itself_is_named(others, tmp_path):
+    """Directly, or through another run."""
+    folders = [tmp_path / str(i) for i in range(others + 1)]
+    for folder, before in zip(folders, [*folders[1:], folders[0]], strict=True):
+        folder.mkdir()
+        OmegaConf.save(OmegaConf.create({"model": {"start": str(before)}}), folder / "config.yaml")
+    with pytest.raises(ValueError, match=f"{folders[0]} starts from itself"):
+        start_config({"model": {"start": str(folders[0])}})
 
 
 def test_a_digest_imports_no_module_that_a_config_names(small_run, tmp_path, monkeypatch):
