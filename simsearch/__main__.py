@@ -10,21 +10,21 @@ import sys
 from simsearch import usage
 
 COMMANDS = {
-    "art": "from a folder of paintings to a recommender in the browser, in one command",
+    "art": "turn a folder of paintings into a recommender in the browser, in one command",
     "train": "fit a model (frozen: its whitening), measure it, leave a run directory with a catalog",
     "evaluate": "measure a run's checkpoint again, also under another protocol or index",
-    "progress": "how the trials of a sweep stand, live, on this machine or on a cluster",
+    "progress": "show the state of a sweep's trials, live, on this machine or on a cluster",
     "index": "make a catalog of a folder or manifest of images with a run's encoder, or of shards",
-    "extract": "describe many images by any number of processes into shards, to make a catalog of with index",
+    "extract": "describe many images into shards, by any number of processes; index makes a catalog of them",
     "search": "find images in a catalog that are similar to an image or a folder of images",
-    "recommend": "similar artworks by images or items, with filters, negatives, weights and diversity",
-    "calibrate": "thresholds by which a catalog says no, at a stated rate of false matches",
-    "serve": "an HTTP API and a web page on one or more catalogs",
+    "recommend": "find artworks like some images or items, with filters, negatives, weights and diversity",
+    "calibrate": "set the thresholds below which a catalog says no, at a stated rate of false matches",
+    "serve": "offer one or more catalogs by an HTTP API and a web page",
     "assess": "measure a run on an art collection: artist, style, period, work, open set, as a recommender",
-    "export": "a catalog's encoder as ONNX files, checked to give the same neighbours",
+    "export": "write a catalog's encoder as ONNX files and check that it finds the same neighbours",
     "instance": "measure a run's encoder on a benchmark with easy, hard and junk items (Revisited Oxford / Paris)",
     "compare": "rank runs in a table and on a page, with paired tests against a baseline",
-    "reproduce": "train and measure a row of a study again, beside the value that the study states",
+    "reproduce": "train and measure a row of a study again, and compare it with the value that the study states",
     "data ingest": "check, clean and decode a collection of images from anywhere; leaves a report",
     "data audit": "list near-duplicates between queries and gallery or training images",
     "data export": "write images of a collection as files with a manifest",
@@ -132,16 +132,16 @@ def _no_command(arguments: list[str]) -> int:
     below = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
     if below:  # `simsearch data`
         typed = " ".join(arguments[:2])
-        print(f"simsearch: {typed!r} is no command: there are {', '.join(below)}", file=sys.stderr)
+        print(f"simsearch: {typed!r} is not a command: there are {', '.join(below)}", file=sys.stderr)
         return 2
     if "=" in arguments[0] or arguments[0].startswith("-"):
-        mend = ": the command comes first, as in `simsearch train seed=1`"
+        hint = ": the command comes first, as in `simsearch train seed=1`"
     else:
         ends = {name.split()[-1]: name for name in COMMANDS}
-        mend = f": did you mean {ends[arguments[0]]}?" if arguments[0] in ends else ""
+        hint = f": did you mean {ends[arguments[0]]}?" if arguments[0] in ends else ""
         for typed in (" ".join(arguments[:2]), arguments[0]):
-            mend = mend or usage.suggest(typed, list(COMMANDS))
-    print(f"simsearch: no command {arguments[0]!r}{mend or ': there are ' + ', '.join(COMMANDS)}", file=sys.stderr)
+            hint = hint or usage.suggest(typed, list(COMMANDS))
+    print(f"simsearch: no command {arguments[0]!r}{hint or ': there are ' + ', '.join(COMMANDS)}", file=sys.stderr)
     return 2
 
 

@@ -100,7 +100,7 @@ class LoadedEncoder:
         if found.errors:
             raise found.errors[0]
         if not several:
-            raise ValueError("there is no image to describe: give one at least")
+            raise ValueError("there is no image to describe: give at least one")
         return found.vectors
 
     def __repr__(self) -> str:
@@ -203,7 +203,7 @@ class OpenCatalog:
         examples = [self._example(one) for one in _several(like)]
         counters = [] if unlike is None else [self._example(one) for one in _several(unlike)]
         if not examples:
-            raise ValueError("there is no example: give one image or id at least")
+            raise ValueError("there is no example: give at least one image or id")
         engine = self._engine if rerank is None else self._with(rerank)
         found = engine.recommend(
             Request(

@@ -83,7 +83,7 @@ class ArrayCache:
             if (found := self._open(entry, shape, dtype)) is not None:
                 return found
             if entry.exists():
-                print(f"the cache entry {entry} is damaged or of another shape: it is computed again", file=sys.stderr)
+                print(f"the cache entry {entry} is damaged or has another shape: computing it again", file=sys.stderr)
                 shutil.rmtree(entry, ignore_errors=True)
             with _told_of_full_disks(self.root):
                 self._fill(entry, dict(parts), shape, dtype, fill)
@@ -150,7 +150,7 @@ class ArrayCache:
                 write_json(progress, {"blocks": blocks})
                 saved, last = done, time.monotonic()
         if saved != shape[0]:
-            raise RuntimeError(f"{shape[0]} rows were promised to the cache, {saved} came")
+            raise RuntimeError(f"{shape[0]} rows were announced to the cache, but {saved} came")
         del array
         write_json(partial / "meta.json", {"parts": parts, "shape": shape, "dtype": dtype, "blocks": blocks})
         os.replace(partial, entry)

@@ -105,7 +105,7 @@ def build_trainer(
     return trainer
 
 
-_NOT_A_STRANGERS = ("hydra", "resume", "run", "run_dir", "run_root", "trust")
+_RESERVED = ("hydra", "resume", "run", "run_dir", "run_root", "trust")
 
 
 def check_overrides(overrides: Sequence[str], where: str) -> None:
@@ -127,12 +127,10 @@ def check_overrides(overrides: Sequence[str], where: str) -> None:
             try:
                 (parsed,) = OverridesParser.create().parse_overrides([text])
             except HydraException as error:
-                raise ValueError(f"{where}: {text!r} is no override: {str(error).splitlines()[0]}") from error
-            more = any(
-                re.split(r"[./]", name)[0] in _NOT_A_STRANGERS for name in (parsed.key_or_group, parsed.package or "")
-            )
+                raise ValueError(f"{where}: {text!r} is not an override: {str(error).splitlines()[0]}") from error
+            more = any(re.split(r"[./]", name)[0] in _RESERVED for name in (parsed.key_or_group, parsed.package or ""))
         if more:
-            raise trust.Untrusted(f"{where}: {text!r} is more than a value of the config; {trust.MEND}")
+            raise trust.Untrusted(f"{where}: {text!r} does more than set a value of the config; {trust.TRUST_HINT}")
 
 
 def is_there(name: str) -> bool:

@@ -34,7 +34,7 @@ def spared() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        warn(f"a picture is left out: {one_line(error) or type(error).__name__}")
+        warn(f"a picture could not be drawn and is left out: {one_line(error) or type(error).__name__}")
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def checked(folder: Path, name: str, about: Mapping[str, Any]) -> Path:
     """
     path, expected = folder / name, about.get("sha256", {}).get(name)
     if expected is not None and sha256(path) != expected:
-        raise Damaged(f"{path} is damaged or of another folder: its SHA-256 is not the recorded one")
+        raise Damaged(f"{path} is damaged or belongs to another folder: its SHA-256 is not the recorded one")
     return path
 
 
@@ -249,7 +249,9 @@ def note_change(folder: Path, name: str, about: Mapping[str, Any]) -> None:
     try:
         checked(folder, name, about)
     except Damaged:
-        print(f"note: {folder / name} was changed or damaged since it was written: it counts as it is", file=sys.stderr)
+        print(
+            f"note: {folder / name} was changed or damaged since it was written; it is used as it is", file=sys.stderr
+        )
 
 
 def checksum(value: Mapping[str, Any]) -> str:
@@ -310,7 +312,7 @@ def from_json(text: str | bytes, path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Damaged(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise Damaged(f"{path} is damaged: it holds no mapping")
+        raise Damaged(f"{path} is damaged: its content is not a mapping")
     stated = value.pop(CHECKSUM, None)
     if stated is None and value:  # it stands last, perhaps under a damaged name
         *others, last = value
@@ -319,8 +321,8 @@ def from_json(text: str | bytes, path: Path) -> dict[str, Any]:
         lost = False
     if lost or (stated is not None and stated != checksum(value)):
         raise Damaged(
-            f"{path} is damaged or was changed by hand: make it again, or delete its line {CHECKSUM!r} where that was "
-            "on purpose"
+            f"{path} is damaged or was changed by hand: make it again, or delete its line {CHECKSUM!r} if the "
+            "change was intended"
         )
     return value
 

@@ -102,7 +102,8 @@ def start_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
         at = _start_folder(read_run(at).config)
     if at is not None:
         raise ValueError(
-            f"{folder} starts from itself by model.start in its config.yaml: give the run that came before"
+            f"{folder} starts from itself by model.start in its config.yaml: name the run that it was really "
+            "started from"
         )
     return None if folder is None else read_run(folder).config
 

@@ -28,20 +28,20 @@ from simsearch.text import printable
 
 REASONS = {
     "missing": "there is no such file",
-    "not-a-file": "a folder, pipe, socket or device",
-    "unreadable": "the system refuses to read it (permissions, a broken disk or name)",
-    "empty": "it holds no bytes",
-    "too-large-file": "more bytes than max_bytes",
-    "not-an-image": "its content is no image",
-    "unsupported": "an image of a format that is not opened here",
+    "not-a-file": "it is a folder, pipe, socket or device",
+    "unreadable": "the system cannot read it (permissions, a broken disk or name)",
+    "empty": "it is empty",
+    "too-large-file": "it has more bytes than max_bytes",
+    "not-an-image": "its content is not an image",
+    "unsupported": "its image format is not supported",
     "too-many-pixels": "its header claims more pixels than max_pixels",
-    "too-many-scans": "a JPEG that passes over its pixels more often than any honest one",
+    "too-many-scans": "a JPEG with so many scans that decoding it would take far too long",
     "too-small": "a side is shorter than min_side",
-    "truncated": "it ends before its image does",
+    "truncated": "it is cut off: it ends before its image does",
     "decode-failed": "its content is damaged",
     "too-slow": "it was not decoded within the time allowed for an image",
-    "too-much-memory": "its decoding needs more memory than is allowed for an image",
-    "crashed": "its decoding ended the process that did it",
+    "too-much-memory": "decoding it needs more memory than is allowed for an image",
+    "crashed": "decoding it crashed the process",
 }
 MAX_PIXELS = 100_000_000
 DECODING = 2  # goes up where read_image gives other pixels of a file than before
@@ -76,12 +76,12 @@ _OPENED = (
     (0, b"\xff\x4f\xff\x51", "JPEG2000"),
 )
 _NOT_OPENED = (
-    (4, b"ftypavi", "AVIF, which this Pillow does not open"),
-    (4, b"ftyp", "HEIC or a film; pip install pillow-heif opens HEIC"),
+    (4, b"ftypavi", "AVIF, which this Pillow cannot open"),
+    (4, b"ftyp", "HEIC or a film; with pip install pillow-heif, HEIC can be opened"),
     (4, b"jP  ", "JPEG 2000, which this Pillow does not open"),
     (0, b"\xff\x4f\xff\x51", "JPEG 2000, which this Pillow does not open"),
-    (4, b"JXL ", "JPEG XL; pip install pillow-jxl-plugin opens it"),
-    (0, b"\xff\x0a", "JPEG XL; pip install pillow-jxl-plugin opens it"),
+    (4, b"JXL ", "JPEG XL; pip install pillow-jxl-plugin to open it"),
+    (0, b"\xff\x0a", "JPEG XL; pip install pillow-jxl-plugin to open it"),
     (0, b"8BPS", "Photoshop"),
     (0, b"%!PS", "PostScript"),
     (0, b"%PDF", "PDF"),
@@ -319,7 +319,7 @@ def _decode(
     with _opened(data) as image:
         width, height = image.size
         if min(width, height) < min_side:
-            raise ImageError(path, "too-small", f"{width} x {height} pixels, both sides must be >= {min_side}")
+            raise ImageError(path, "too-small", f"{width} x {height} pixels; both sides must be at least {min_side}")
         needed = height, width
         if size is not None:
             # By the header: decoding at a smaller scale rounds both sides.
@@ -399,7 +399,7 @@ def _explain(error: Exception, data: bytes) -> tuple[str, str]:
     for offset, signature, name in _NOT_OPENED:
         if data.startswith(signature, offset):
             return "unsupported", f"{name}; convert it to one of {', '.join(_FORMATS)}"
-    return "not-an-image", f"it does not begin as {', '.join(_FORMATS)} do"
+    return "not-an-image", f"it does not begin like any of {', '.join(_FORMATS)}"
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -112,7 +112,9 @@ def settle_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
     gpus = torch.cuda.device_count() if trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") else 0
     if is_slurm_rank():
         if "SLURM_NTASKS_PER_NODE" not in os.environ:
-            raise ValueError("SLURM was not told how many tasks a node has: give --ntasks-per-node, not --ntasks alone")
+            raise ValueError(
+                "SLURM does not know how many tasks each node runs: give --ntasks-per-node, not only --ntasks"
+            )
         there = int(os.environ["SLURM_STEP_NUM_NODES"])
         tasks = int(os.environ["SLURM_STEP_NUM_TASKS"]) // there
         if automatic:
@@ -120,12 +122,12 @@ def settle_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
         if (count_devices(devices), nodes) != (tasks, there):
             raise ValueError(
                 f"SLURM runs {tasks} tasks on each of {there} nodes, but trainer.devices={devices} and "
-                f"trainer.num_nodes={nodes}: take trainer.devices=auto, or as many tasks a node as devices"
+                f"trainer.num_nodes={nodes}: use trainer.devices=auto, or start as many tasks per node as devices"
             )
     elif automatic:
         devices = max(gpus, 1)
     if gpus and count_devices(devices) > gpus:
-        raise ValueError(f"trainer.devices={devices}, but this machine has {gpus} GPUs: use as many, or auto")
+        raise ValueError(f"trainer.devices={devices}, but this machine has {gpus} GPUs: use at most that many, or auto")
     return {**trainer, "devices": devices} | ({"num_nodes": nodes} if nodes != 1 else {})
 
 
@@ -262,15 +264,15 @@ class _Ranks:
 
     def _first_error(self, codes: Sequence[int]) -> RankError:
         """The error that caused the others."""
-        told = {number: read_json(path) for number in range(len(codes)) if (path := self._path(number))}
-        died = [n for n, code in enumerate(codes) if code < 0 and n not in told and n not in self.killed]
-        if told and all(codes[n] == -signal.SIGABRT for n in died):  # so libraries end when they lose another rank
-            first = min(told, key=lambda number: told[number]["time"])
-            return RankError(f"rank {first} of {len(codes)}: {told[first]['message']}", told[first]["details"])
+        reported = {number: read_json(path) for number in range(len(codes)) if (path := self._path(number))}
+        died = [n for n, code in enumerate(codes) if code < 0 and n not in reported and n not in self.killed]
+        if reported and all(codes[n] == -signal.SIGABRT for n in died):  # so libraries end when they lose another rank
+            first = min(reported, key=lambda number: reported[number]["time"])
+            return RankError(f"rank {first} of {len(codes)}: {reported[first]['message']}", reported[first]["details"])
         first = (*died, *(n for n, code in enumerate(codes) if code and n not in self.killed))[0]
         name = signal.Signals(-codes[first]).name if codes[first] < 0 else f"status {codes[first]}"
         log = (self.reports / f"{first}.log").read_text(errors="replace")
-        return RankError(f"rank {first} of {len(codes)} ended by {name}, without a word", log[-2000:])
+        return RankError(f"rank {first} of {len(codes)} ended by {name} without an error message", log[-2000:])
 
     def _path(self, number: int) -> Path | None:
         path = self.reports / f"{number}.json"

@@ -33,7 +33,7 @@ except ModuleNotFoundError:  # it comes with simsearch[train]
         """Raised by nothing, where Lightning is not installed."""
 
 
-MENDABLE = (
+USER_ERRORS = (
     *(ValueError, OSError, WeightsError, InstantiationException, OmegaConfBaseException),
     MisconfigurationException,
     ModuleNotFoundError,  # something is not installed
@@ -43,7 +43,7 @@ MENDABLE = (
 def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """A decorator that turns `task(config)` into a Hydra command composed from conf/<name>.yaml.
 
-    An error that a user can fix (MENDABLE: a wrong value, a missing file) is reported in one line without a traceback;
+    An error that a user can fix (USER_ERRORS: a wrong value, a missing file) is one line without a traceback.
     SIMSEARCH_DEBUG=1 shows the traceback. A sweeper optimises the value that the task returns.
 
     Args:
@@ -53,7 +53,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
     title = name.replace("_", " ")
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        told = []
+        reported = []
 
         def guarded(config: DictConfig) -> Any:
             quiet_libraries()
@@ -64,13 +64,13 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             except Exception as error:
                 if (log := logging.getLogger("simsearch")).handlers:  # where a command keeps a log, not the terminal
                     log.info("failed", exc_info=True)
-                mendable = isinstance(error, (*MENDABLE, launch.RankError))
-                if not mendable or os.environ.get("SIMSEARCH_DEBUG") == "1":
+                expected = isinstance(error, (*USER_ERRORS, launch.RankError))
+                if not expected or os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
                 if isinstance(error, launch.RankError) and error.details:
                     print(error.details, file=sys.stderr)
                 warn(f"simsearch {title}: {reason(error, title)}")
-                told.append(error)
+                reported.append(error)
                 if HydraConfig.get().mode is RunMode.MULTIRUN:
                     raise  # an exit would end the sweep; an exception fails this job alone
                 remove_unused(Path(HydraConfig.get().runtime.output_dir))
@@ -85,14 +85,14 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             try:
                 sys.argv[1:] = [without_null(argument) for argument in sys.argv[1:]]
                 program()
-            except (*MENDABLE, launch.RankError, HydraException) as error:
+            except (*USER_ERRORS, launch.RankError, HydraException) as error:
                 if os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
-                if not told:
+                if not reported:
                     warn(f"simsearch {title}: {reason(error, title)}")
                 raise SystemExit(1) from None
             finally:
-                told.clear()
+                reported.clear()
                 for handler in logging.getLogger("simsearch").handlers[:]:  # its log is that of this command alone
                     logging.getLogger("simsearch").removeHandler(handler)
                     handler.close()
@@ -133,7 +133,9 @@ def without_null(argument: str) -> str:
         return argument
     options = sorted(path.stem for path in folder.glob("*.yaml"))
     if "none" not in options:
-        raise ValueError(f"{argument}: one of the group's options is needed: {', '.join(options)}")
+        raise ValueError(
+            f"{argument} is not possible here, since one option of the group is needed: {', '.join(options)}"
+        )
     return f"{group}=none"
 
 
@@ -162,12 +164,12 @@ def reason(error: BaseException, command: str = "") -> str:
         key = found[1] or found[2] or ""
         known = usage.known_keys(command) if command else []
         if key in known:
-            return f"{key} is a key of another option than the one that is chosen for {key.partition('.')[0]}"
-        return f"there is no key {key}{usage.suggest(key, known)} (+{key}=... adds it all the same)" if key else first
+            return f"{key} belongs to another option of {key.partition('.')[0]} than the one that is chosen"
+        return f"there is no key {key}{usage.suggest(key, known)} (+{key}=... adds it anyway)" if key else first
     if isinstance(error, OverrideParseException):
         return (
-            f"{error.override!r} cannot be read ({str(error.message).splitlines()[0]}): put a value with brackets, "
-            "commas or spaces in quotes twice, as in key=\"'a, b'\""
+            f"{error.override!r} cannot be read ({str(error.message).splitlines()[0]}): quote a value with brackets, "
+            "commas or spaces twice, as in key=\"'a, b'\""
         )
     if isinstance(error, HydraException):
         return " ".join(str(error).split())

@@ -92,13 +92,15 @@ def _with_length(run: Run, config: DictConfig) -> Run:
         else:
             ignored.append(text if isinstance(given, dict) else f"{text} (it has {there})")
     if ignored and launch.rank() == 0:
-        warn(f"{run.folder} goes on with its own config, without {', '.join(ignored)}; for another one start a new run")
+        warn(
+            f"{run.folder} goes on with its own config and ignores {', '.join(ignored)}; start a new run to change them"
+        )
     if not lengths:
         return run
     scheduler = (run.config.get("model") or {}).get("scheduler") or {}
     if planned := [name for name in ("total_steps", "T_max", "total_iters") if name in scheduler]:
         raise ValueError(
-            f"{run.folder} has a learning rate that was planned for its length (scheduler.{planned[0]}="
+            f"{run.folder} has a learning rate schedule that was planned for its length (scheduler.{planned[0]}="
             f"{scheduler[planned[0]]}): start a new run from it by model.start={run.folder}"
         )
     if launch.rank() == 0:
@@ -132,7 +134,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=_WAIT_S)
     except Timeout:
-        raise ValueError(f"{folder} is in work already, by another process: wait for it, or end it") from None
+        raise ValueError(f"another process works on {folder} already: wait for it, or end it") from None
     try:
         yield
     finally:
@@ -152,7 +154,9 @@ def make_few(config: DictConfig) -> None:
         if isinstance(value, int) and (value > most or value < 0):
             OmegaConf.update(config, key, most)
     config.logger.tags = [*(config.logger.tags or []), "smoke"]
-    print("smoke=true: few images and few steps, to see that everything runs; its numbers say nothing", file=sys.stderr)
+    print(
+        "smoke=true: few images and few steps, to check that everything runs; its numbers mean nothing", file=sys.stderr
+    )
 
 
 def _settled(config: DictConfig) -> dict[str, Any]:
@@ -209,7 +213,7 @@ def _await(folder: Path, values: Mapping[str, Any], seconds: float = 600.0) -> R
         if time.monotonic() > deadline:
             raise ValueError(
                 f"rank {launch.rank()} waited {seconds:.0f} s for rank 0 to write {folder / 'config.yaml'}: "
-                "see what ended rank 0, or put run_root on a file system that all nodes share"
+                "look for what ended rank 0, or put run_root on a file system that all nodes share"
             )
         time.sleep(0.1)
     return replace(open_run(folder, own=values), resumed=True)
@@ -225,7 +229,7 @@ def _is_ours(folder: Path) -> bool | None:
 
 
 def _taken(folder: Path) -> ValueError:
-    return ValueError(f"{folder} holds a run already: go on with it by resume=true, or give another run_dir")
+    return ValueError(f"{folder} already holds a run: continue it with resume=true, or give another run_dir")
 
 
 def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.LightningModule) -> None:

@@ -54,12 +54,12 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, yaml.SafeLoader)):
-            raise ValueError("it holds an alias, by which a short file may stand for gigabytes")
+            raise ValueError("it holds a YAML alias, with which a short file can stand for gigabytes")
         values = OmegaConf.to_container(OmegaConf.create(text))  # a safe loader of plain values
     except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: {error or type(error).__name__}") from error
     if not isinstance(values, dict) or not values:
-        raise RunError(f"{path} is damaged: it holds no config")
+        raise RunError(f"{path} is damaged: it does not hold a config")
     trust.follow_moves(values)
     return {str(key): value for key, value in values.items()}
 
@@ -111,7 +111,7 @@ def read_run(folder: Path) -> Run:
     """
     path = folder / "config.yaml"
     if not path.is_file():
-        raise RunError(f"{folder} is no run directory: it has no config.yaml. Give one that `simsearch train` made")
+        raise RunError(f"{folder} is not a run directory: it has no config.yaml. Give one that `simsearch train` made")
     values = read_config(path)
     if (folder / "run.json").is_file():
         note_change(folder, path.name, read_json(folder / "run.json"))
@@ -164,12 +164,14 @@ def load_model(run: Run) -> DescribesBatches:
     """
     path = run.folder / "checkpoints" / "best.ckpt"
     if not path.is_file():
-        raise RunError(f"{run.folder} has no checkpoints/best.ckpt: its training did not finish; resume it")
+        raise RunError(
+            f"{run.folder} has no checkpoints/best.ckpt: its training did not finish. Continue it with resume=true"
+        )
     model = encoder.build(run.config["model"], None if run.trusted else trust.ALLOWED)
     try:
         checkpoint = torch.load(check_zip(path), map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, Damaged) as error:
-        raise RunError(f"{path} is damaged or holds more than tensors: {error}") from error
+        raise RunError(f"{path} is damaged or holds other things than tensors: {error}") from error
     try:
         model.on_load_checkpoint(checkpoint)
         model.load_state_dict(checkpoint["state_dict"])

@@ -33,16 +33,16 @@ _SMOKE = "smoke=true runs any experiment on few images and few steps"
 _WHOLE: dict[str, tuple[Any, str]] = {
     "fast_dev_run": (False, _SMOKE),
     "overfit_batches": (0, f"trainer.limit_train_batches=1 trains on one batch of each epoch, and {_SMOKE}"),
-    "limit_val_batches": (1.0, f"a part of a gallery ranks otherwise; {_SMOKE}"),
-    "limit_test_batches": (1.0, f"a part of a gallery ranks otherwise; {_SMOKE}"),
-    "barebones": (False, "a run without checkpoints and logs leaves nothing"),
-    "enable_checkpointing": (True, "the best checkpoint is what is tested"),
+    "limit_val_batches": (1.0, f"a part of a gallery gives another ranking; {_SMOKE}"),
+    "limit_test_batches": (1.0, f"a part of a gallery gives another ranking; {_SMOKE}"),
+    "barebones": (False, "a run needs its checkpoints and logs"),
+    "enable_checkpointing": (True, "the test measures the best checkpoint"),
 }
 _PRECISIONS = {"bf16-true": "bf16-mixed", "16-true": "16-mixed", "bf16": "bf16-mixed", "16": "16-mixed"}
 _INSTEAD = {
     "pytorch_lightning.callbacks.LearningRateFinder": "sweep the rate, -m optimizer.lr=0.001,0.01,0.1",
     "pytorch_lightning.callbacks.BatchSizeFinder": "sweep the size, -m sampler.batch_size=64,128,256",
-    "pytorch_lightning.callbacks.BackboneFinetuning": "take callbacks=frozen-backbone",
+    "pytorch_lightning.callbacks.BackboneFinetuning": "use callbacks=frozen-backbone",
 }
 
 
@@ -61,27 +61,27 @@ def check_training(config: Mapping[str, Any]) -> None:
     check_values(config)
     known = any(find_spec(name) for name in ("tensorboard", "tensorboardX"))
     if config["logger"].get("tensorboard") and not known:
-        raise ValueError("logger.tensorboard=true needs a package of its name: pip install 'simsearch[tensorboard]'")
+        raise ValueError("logger.tensorboard=true needs the package tensorboard: pip install 'simsearch[tensorboard]'")
     trainer = config["trainer"]
-    for name, (whole, mend) in _WHOLE.items():
+    for name, (whole, hint) in _WHOLE.items():
         value = trainer.get(name)
         batches = isinstance(whole, float) and isinstance(value, int)  # 1 is one batch, 1.0 all of them
         if value is not None and (value != whole or batches):
-            raise ValueError(f"trainer.{name}={value} does not go with the measurement of whole tasks: {mend}")
+            raise ValueError(f"trainer.{name}={value} prevents the measurement of whole tasks: {hint}")
     if (batches := trainer.get("accumulate_grad_batches", 1)) < 1:
-        raise ValueError(f"trainer.accumulate_grad_batches={batches}: give a number of batches from 1")
+        raise ValueError(f"trainer.accumulate_grad_batches={batches}: give 1 batch or more")
     if (precision := str(trainer.get("precision"))) in _PRECISIONS:
         raise ValueError(
-            f"trainer.precision={precision} keeps the weights themselves in 16 bits, in which they hardly train: "
+            f"trainer.precision={precision} keeps the weights themselves in 16 bits, which hardly train: "
             f"give {_PRECISIONS[precision]}, or 32-true"
         )
     for name, lost in (("evaluation", "nothing would be measured"), ("checkpoint", "there would be nothing to test")):
         if not config["callbacks"].get(name):
-            raise ValueError(f"callbacks.{name}=null: {lost}; leave it in")
+            raise ValueError(f"callbacks.{name}=null: {lost}; keep this callback")
     for name, node in config["callbacks"].items():
         if node and (instead := _INSTEAD.get(str(node.get("_target_")))):
             raise ValueError(
-                f"callbacks.{name}: {node['_target_'].rpartition('.')[2]} does not know these models: {instead}"
+                f"callbacks.{name}: {node['_target_'].rpartition('.')[2]} does not work with these models: {instead}"
             )
     _check_monitors(config)
 
@@ -112,7 +112,7 @@ def check_values(config: Mapping[str, Any]) -> None:
                 continue
             if isinstance(value, str) or (kinds == {int} and not value.is_integer()):
                 kind = "a number" if float in kinds else "true or false" if kinds == {bool} else "a whole number"
-                raise ValueError(f"{key}.{argument}={value}: {name} wants {kind}")
+                raise ValueError(f"{key}.{argument}={value}: {name} takes {kind}")
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -135,10 +135,10 @@ def _check_monitors(config: Mapping[str, Any]) -> None:
         checkpoint = str(node.get("_target_")).endswith("ModelCheckpoint")
         if name.startswith("val/") and not held_out and checkpoint:
             continue  # a training without a validation keeps its last checkpoint
-        raise ValueError(f"{where} watches {name}, which is not logged{mend_name(name, logged)}")
+        raise ValueError(f"{where} watches {name}, which is not logged{name_hint(name, logged)}")
 
 
-def mend_name(name: str, known: Iterable[str]) -> str:
+def name_hint(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown metric: what to write instead.
 
     Args:
@@ -147,9 +147,9 @@ def mend_name(name: str, known: Iterable[str]) -> str:
     """
     known = sorted(known)
     if name.startswith("val/") and not any(text.startswith("val/") for text in known):
-        return ": nothing is held out, give protocol.validation=0.1"
+        return ": no images are held out for validation, give protocol.validation=0.1"
     near = difflib.get_close_matches(name, known, n=3) + [text for text in known if text.endswith("/mAP")]
-    return f"; there are {', '.join(dict.fromkeys(near))} and others"
+    return f"; there are {', '.join(dict.fromkeys(near))}, among others"
 
 
 def measured_names(config: Mapping[str, Any]) -> set[str]:

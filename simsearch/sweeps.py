@@ -168,7 +168,9 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
         try:
             lock.acquire(timeout=-1 if "direction" in hydra.sweeper else 0)
         except Timeout:
-            print(f"{present.folder} is in work already, by another process of this sweep: left to it", file=sys.stderr)
+            print(
+                f"{present.folder} is left to another process of this sweep, which works on it already", file=sys.stderr
+            )
             present.elsewhere = True
             yield present
             return
@@ -239,7 +241,7 @@ def check_objective(config: DictConfig) -> None:
     known = settings.measured_names(values)
     for name in names if known else ():
         if name not in known:
-            raise ValueError(f"objective={name} will not be measured{settings.mend_name(name, known)}")
+            raise ValueError(f"objective={name} will not be measured{settings.name_hint(name, known)}")
 
 
 def directions(names: Sequence[str], given_direction: Any, *, given: bool) -> Any:
@@ -263,8 +265,8 @@ def directions(names: Sequence[str], given_direction: Any, *, given: bool) -> An
         said = ["minimize" if is_cost(name) else "maximize" for name in names]
     if len(said) != len(names):
         raise ValueError(
-            f"hydra.sweeper.direction={said} is for {len(said)} objectives, and objective names {len(names)}: "
-            "give as many, or leave the direction out"
+            f"hydra.sweeper.direction={said} is for {len(said)} objectives, but objective names {len(names)}: "
+            "give as many directions, or none"
         )
     return said if len(said) > 1 else said[0]
 
@@ -299,7 +301,7 @@ def objectives(folder: Path, names: str | Sequence[str] | None) -> Any:
 
     def value(name: str) -> float:
         if known.get(name) is None:
-            raise ValueError(f"objective={name} was not measured{settings.mend_name(name, known)}")
+            raise ValueError(f"objective={name} was not measured{settings.name_hint(name, known)}")
         return float(known[name])
 
     return value(names) if isinstance(names, str) else [value(name) for name in names]
@@ -334,8 +336,8 @@ class Sweep(Callback):
             folder = Path(config.hydra.run.dir)
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
-                raise PermissionError(f"{folder} cannot be written to")
-        except program.MENDABLE as error:
+                raise PermissionError(f"the folder {folder} is not writable")
+        except program.USER_ERRORS as error:
             warn(f"simsearch train: {program.reason(error)}: give another run_dir")
             raise SystemExit(1) from None
 
@@ -348,7 +350,7 @@ class Sweep(Callback):
         """
         try:
             self._start(config)
-        except program.MENDABLE as error:  # Hydra would make a warning of it and go on
+        except program.USER_ERRORS as error:  # Hydra would make a warning of it and go on
             warn(f"simsearch train: {program.reason(error)}")
             raise SystemExit(1) from None
 
@@ -359,7 +361,7 @@ class Sweep(Callback):
         if "direction" in sweeper:
             if not names:
                 raise ValueError(
-                    "this sweeper needs to know what is good: give objective=val/mAP, or several as "
+                    "this sweeper needs an objective: give objective=val/mAP, or several as "
                     "objective=[val/mAP,val/bytes_per_item]"
                 )
             given = any(text.startswith("hydra.sweeper.direction=") for text in config.hydra.overrides.hydra)
@@ -387,8 +389,8 @@ class Sweep(Callback):
         if config.hydra.mode is not RunMode.MULTIRUN:
             return
         print(f"sweep: {summary(Path(config.hydra.sweep.dir), self._since)}", file=sys.stderr)
-        told = Path(config.hydra.runtime.output_dir) / "trial.json"
-        if job_return.status is JobStatus.FAILED and told.is_file() and read_json(told)["error"]:
+        result = Path(config.hydra.runtime.output_dir) / "trial.json"
+        if job_return.status is JobStatus.FAILED and result.is_file() and read_json(result)["error"]:
             # Left as it is, a grid would report the first failure by its traceback and forget the others.
             job_return.status, job_return.return_value = JobStatus.COMPLETED, None
 
@@ -405,7 +407,10 @@ class Sweep(Callback):
         trials = read_trials(folder)
         others = [t["folder"] for t in trials if t["state"] == "finished" and t.get("code") != code_version()]
         if others:
-            warn(f"{len(others)} trials are of other code than today's, as {others[0]}: delete those to compute anew")
+            warn(
+                f"{len(others)} trials were computed by another version of the code, such as {others[0]}: delete "
+                "them to compute them again"
+            )
         failed = [about for about in trials if about["state"] == "failed"]
         for about in failed:
             warn(f"failed: {about['folder']}: {about['error']}")
@@ -499,7 +504,7 @@ def summary(folder: Path, since: float | None = None) -> str:
     planned = max(sweep["planned"], len(trials))  # the folder may hold those of earlier plans
     parts = [f"{states.count('finished')} of {planned} trials finished"]
     if sweep.get("ended") and len(trials) < planned:
-        parts = [f"{states.count('finished')} trials finished (of {planned} planned; a point that repeats is one)"]
+        parts = [f"{states.count('finished')} trials finished (of {planned} planned; a repeated point counts once)"]
     parts += [f"{states.count(s)} {s}" for s in ("running", "failed", "interrupted") if s in states]
     if (best := _best(trials, sweep)) is not None:
         parts.append(f"best {_objective(best):.4f} ({best['folder']})")
@@ -520,7 +525,7 @@ def progress_table(folder: Path) -> Table:
     trials = read_trials(folder)
     best = _best(trials, _read_sweep(folder))
     varying = _varying([about["overrides"] for about in trials])
-    caption = "mAP of the validation, or of the test (t) where there is none"
+    caption = "mAP on the validation images, or on the test (t) where there are none"
     table = Table(title=f"{cell(folder)}\n{summary(folder)}", caption=caption)
     for name in ("trial", "state", "step", "time", "objectives", "mAP"):
         table.add_column(name, justify="left" if name in ("trial", "state") else "right")
@@ -562,7 +567,7 @@ def _read_sweep(folder: Path) -> dict[str, Any]:
     path = folder / "sweep.json"
     if not path.is_file():
         raise ValueError(
-            f"{folder} is no sweep: it has no sweep.json. Give a folder that `simsearch train -m` wrote to"
+            f"{folder} is not a sweep: it has no sweep.json. Give a folder that `simsearch train -m` wrote to"
         )
     return read_json(path)
 

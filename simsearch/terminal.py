@@ -15,8 +15,8 @@ from simsearch.text import lines
 
 def console() -> Console:
     """The terminal at its own width or that of COLUMNS. 120 columns if the output is not a terminal."""
-    told = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
-    return Console() if told else Console(width=120)
+    width_is_known = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit()
+    return Console() if width_is_known else Console(width=120)
 
 
 def show(*what: Any) -> None:

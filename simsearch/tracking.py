@@ -162,7 +162,7 @@ def _finish(experiment: Any, exit_code: int) -> None:
         experiment.finish(exit_code=exit_code)
     except TimeoutError:
         command = f"wandb sync --no-skip-online {shlex.quote(experiment.settings.sync_dir)}"
-        warn(f"W&B did not take everything in {limit:.0f} s; nothing is lost: `{command}` later")
+        warn(f"W&B did not receive everything in {limit:.0f} s. Nothing is lost: run `{command}` later")
     finally:
         waiting.cancel()
 
@@ -219,7 +219,7 @@ def _start(
         os.environ.pop("WANDB_SERVICE", None)  # ... and may be a parent's
         if settings["mode"] != "auto":
             raise ValueError(f"logger.mode={mode}: {error}") from error
-        warn(f"W&B cannot be reached ({error}): logging offline, `wandb sync` it later")
+        warn(f"W&B cannot be reached ({error}): logging offline; upload it later with `wandb sync`")
         experiment = start("offline")
     experiment.define_metric("trainer/global_step", hidden=True)
     experiment.define_metric("val/definitions/*", hidden=True)  # a dozen charts of one ranking: kept, and not shown

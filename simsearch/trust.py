@@ -110,7 +110,7 @@ _REFUSED = {
 _HYDRA = ("_args_", "_convert_", "_recursive_")  # how Hydra calls a target; no config of ours says it
 _OWN = ("wandb",)  # where W&B keeps links to its own logs; nothing is read from there
 _SHOWN = 120
-MEND = "trust=true (in Python trusted=True) goes on, and may run code: only where you trust whoever made it"
+TRUST_HINT = "trust=true (in Python trusted=True) allows it, but it may run code: use it only if you trust the maker"
 
 
 class Untrusted(SimsearchError, ValueError):
@@ -133,7 +133,7 @@ def check_config(config: Mapping[str, Any], where: str, allowed: frozenset[str] 
     for key, node in _nodes(config):
         name, what = _fault(node, allowed)
         if what:
-            raise Untrusted(f"{where}: {_plain('.'.join(part for part in (key, name) if part))} {what}; {MEND}")
+            raise Untrusted(f"{where}: {_plain('.'.join(part for part in (key, name) if part))} {what}; {TRUST_HINT}")
 
 
 def _fault(node: object, allowed: frozenset[str]) -> tuple[str, str]:
@@ -141,17 +141,17 @@ def _fault(node: object, allowed: frozenset[str]) -> tuple[str, str]:
     if isinstance(node, str) and "${" in node:
         return "", f"holds the interpolation {_short(node)}"
     if not isinstance(node, dict | list | str | int | float | None):
-        return "", f"holds a {type(node).__name__}, which is no plain value"
+        return "", f"holds a {type(node).__name__}, which is not a plain value"
     if not isinstance(node, dict):
         return "", ""
     target = node.get("_target_")
     if "_target_" in node and (not isinstance(target, str) or target not in allowed):
-        return "_target_", f"wants to call {_short(target)}, none of the classes that a run is made of"
-    if strange := next((name for name in _HYDRA if name in node), ""):
-        return strange, "asks Hydra for more than a call of its _target_ by name"
+        return "_target_", f"wants to call {_short(target)}, which is not one of the classes that a run is made of"
+    if reserved := next((name for name in _HYDRA if name in node), ""):
+        return reserved, "asks Hydra for more than a plain call of its _target_"
     for name in _REFUSED.get(str(target), ()):
         if node.get(name) is not None:
-            return name, f"is {_short(node[name])}: a run says for itself where {target} writes"
+            return name, f"is {_short(node[name])}: a run decides itself where {target} writes"
     if target == "pytorch_lightning.callbacks.ModelCheckpoint" and set("/\\") & set(str(node.get("filename"))):
         return "filename", f"is {_short(node['filename'])}, which leads out of the run's checkpoints"
     return "", ""
@@ -232,7 +232,8 @@ def check_links(folder: Path) -> None:
                 if os.path.commonpath([base, target]) != base:
                     name = os.path.relpath(entry.path, base)
                     raise Untrusted(
-                        f"{folder}: {_plain(name)} is a link that leads out of the folder, to {_short(target)}; {MEND}"
+                        f"{folder}: {_plain(name)} is a link that leads out of the folder, to {_short(target)}; "
+                        f"{TRUST_HINT}"
                     )
             elif entry.is_dir() and not (entry.name in _OWN and os.path.dirname(entry.path) == base):
                 waiting.append(entry.path)

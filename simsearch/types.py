@@ -116,7 +116,7 @@ def check_vectors(name: str, vectors: Tensor) -> None:
         raise ValueError(f"{name} hold NaN or infinity, first in rows {bad[~norm.isfinite()].tolist()}")
     raise ValueError(
         f"{name} have a norm of {float(norm[0]):.4g} in row {int(bad[0])}: float32 compares norms of {SHORTEST:.0e} to "
-        f"{LONGEST:.0e}; scale or normalise them"
+        f"{LONGEST:.0e}: scale or normalise them"
     )
 
 
@@ -177,13 +177,16 @@ class Descriptors:
                     f"got {self.vectors.dtype} {tuple(self.vectors.shape)}"
                 )
             if self.bits % 8 and (self.vectors[:, -1] >> self.bits % 8).any():
-                raise ValueError(f"codes of {self.bits} bits have bits set beyond: they would count in every distance")
+                raise ValueError(
+                    f"codes of {self.bits} bits have further bits set, which would count in every distance: set "
+                    "them to 0"
+                )
         for name in ("label", "index", "group"):
             value = getattr(self, name)
             if value is not None and (value.shape != (n,) or value.dtype != torch.int64):
                 raise ValueError(f"{name} must be int64 ({n},), got {value.dtype} {tuple(value.shape)}")
         if len(torch.unique(self.index)) != n:
-            raise ValueError("index holds a collection row twice: drop doubles first")
+            raise ValueError("index holds a collection row twice: drop duplicates first")
 
     def __len__(self) -> int:
         return len(self.vectors)

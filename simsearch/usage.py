@@ -308,7 +308,7 @@ def help_page(command: str, arguments: Sequence[str] = (), width: int | None = N
         out += _rows(rows, width)
     inner = [key for name, key in keys.items() if key not in page.keys and _tells(key)]
     if inner:
-        out += ["", "keys of these options (choose others beside --help):"]
+        out += ["", "keys of the chosen options (choose others on the same line as --help):"]
         out += _rows([_row(key) for key in inner], width)
     return "\n".join([*out, "", f"The whole config, after your values: simsearch {command} ... --cfg job"])
 
@@ -480,8 +480,8 @@ def _no_override(command: str, page: Page, argument: str, rest: Sequence[str]) -
         if name in known:
             value = bare[2] or (following if following and not following.startswith("-") else "...")
             return f"{argument} is written without dashes: {name}={value}"
-        mend = suggest(name, known) or f": see `simsearch {command} --help`"
-        return f"there is no option {argument}{mend.replace('?', '=...?')}"
+        hint = suggest(name, known) or f": see `simsearch {command} --help`"
+        return f"there is no option {argument}{hint.replace('?', '=...?')}"
     if argument.startswith("~") or "=" in argument:
         key = argument.partition("=")[0]
         if not key or key != key.strip():
@@ -496,8 +496,8 @@ def _no_override(command: str, page: Page, argument: str, rest: Sequence[str]) -
         key, _, value = argument.partition(":")
         return f"{argument!r}: keys and values are joined by =, as in {key}={value or following or '...'}"
     likely = _key_for(argument, page)
-    mend = f"did you mean {likely}={argument}?" if likely else f"see `simsearch {command} --help`"
-    return f"{argument!r} is no key=value: {mend}"
+    hint = f"did you mean {likely}={argument}?" if likely else f"see `simsearch {command} --help`"
+    return f"{argument!r} is not of the form key=value: {hint}"
 
 
 def _key_for(text: str, page: Page) -> str | None:
@@ -534,7 +534,7 @@ def _unknown(command: str, page: Page, key: str) -> str | None:
             return None  # of a value that holds more, such as a mapping
         return f"there is no key {key}{suggest(key, sorted(own))}" + _where(command)
     if (CONF / first).is_dir():
-        return f"{command} does not take the group {first}" + _where(command)
+        return f"{command} has no group {first}" + _where(command)
     return f"there is no key {key}{suggest(key, sorted(own | groups | set(keys_of(command))))}" + _where(command)
 
 
@@ -564,7 +564,7 @@ def _misfit(
         there = options_of(key, among)
         wrong = [part for part in parts if part != "null" and part not in there]
         if wrong:
-            return f"{key}={wrong[0]} is none of {', '.join(there)}{suggest(wrong[0], there)}"
+            return f"{key}={wrong[0]} is not one of {', '.join(there)}{suggest(wrong[0], there)}"
         return None
     known = _all_keys(command, among).get(key, ())
     if not known or key.split(".")[0] in ("trainer", "logger"):
@@ -639,4 +639,4 @@ def missing(error: ModuleNotFoundError) -> str:
         error: The import error.
     """
     extra = extra_of(error.name)
-    return f"this needs {error.name}, which comes by pip install 'simsearch[{extra}]'" if extra else str(error)
+    return f"this needs {error.name}: pip install 'simsearch[{extra}]'" if extra else str(error)

@@ -40,9 +40,9 @@ def main() -> None:
         except Exception as error:
             if reports is None:
                 raise
-            mendable = isinstance(error, program.MENDABLE)
-            message = program.reason(error) if mendable else f"{type(error).__name__}: {error}"
-            launch.report_error(reports, message, "" if mendable else traceback.format_exc())
+            expected = isinstance(error, program.USER_ERRORS)
+            message = program.reason(error) if expected else f"{type(error).__name__}: {error}"
+            launch.report_error(reports, message, "" if expected else traceback.format_exc())
             raise SystemExit(1) from None
 
 

@@ -313,7 +313,7 @@ class TestEncoder:
         torch.testing.assert_close(vector, catalog.encoder.describe(query), rtol=0, atol=1e-6)
         assert encoder.dimension == vector.shape[1] == 16
         assert catalog.search(query, k=1).scores[0] == pytest.approx(1, abs=1e-4)
-        with pytest.raises(simsearch.RunError, match="is no run directory"):
+        with pytest.raises(simsearch.RunError, match="is not a run directory"):
             simsearch.load_encoder(small_run / "catalog")
 
     def test_of_a_hostile_run_is_refused(self, small_run, tmp_path):

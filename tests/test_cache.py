@@ -182,7 +182,7 @@ def test_too_few_rows_are_no_entry(cache):
     def lazy(array: np.ndarray, start: int) -> Iterator[int]:
         yield 3
 
-    with pytest.raises(RuntimeError, match="4 rows were promised to the cache"):
+    with pytest.raises(RuntimeError, match="4 rows were announced to the cache"):
         cache.get(PARTS, (4, 3), "float32", lazy)
     assert PARTS not in cache
 

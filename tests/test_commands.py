@@ -178,7 +178,7 @@ class TestTrain:
     def test_a_folder_holds_one_run(self, small_run):
         before = (small_run / "config.yaml").read_bytes()
         done = simsearch("train", *SMALL, f"run_dir={small_run}", "pooling=mac", "logger.mode=disabled", expect=1)
-        assert "holds a run already" in done.stderr
+        assert "already holds a run" in done.stderr
         assert (small_run / "config.yaml").read_bytes() == before
 
     def test_random_weights_are_said_in_every_result_and_can_be_measured_again(self, tmp_path):
@@ -240,7 +240,7 @@ class TestEvaluate:
 
     def test_names_what_is_no_run(self, tmp_path):
         done = simsearch("evaluate", f"run={tmp_path}", expect=1)
-        assert "is no run directory" in done.stderr
+        assert "is not a run directory" in done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def damage(files: Iterable[Path], flips: int, read: Callable[[], Any], said: Cal
                 said()
             try:
                 problem, unchanged = "", same(read(), want)
-            except (*program.MENDABLE, Unreadable) as error:
+            except (*program.USER_ERRORS, Unreadable) as error:
                 problem = str(error)
             if problem:
                 assert "\n" not in problem
@@ -191,7 +191,7 @@ def test_thumbnails_of_a_server(tmp_path, flips):
     [
         ("index", "index is of another catalog"),
         ("items.parquet", r"items.parquet is damaged or of another catalog"),
-        ("encoder.safetensors", r"encoder.safetensors is damaged or of another folder"),
+        ("encoder.safetensors", r"encoder.safetensors is damaged or belongs to another folder"),
         ("calibration.json", r"calibration.json is of another catalog"),
         ("catalog.json", "is of another catalog"),
     ],

@@ -178,7 +178,7 @@ def test_a_font_of_the_machine_helps_out(tmp_path, monkeypatch):
 def test_a_picture_that_fails_costs_nothing_else(capsys):
     with spared():
         raise KeyError("label\nof two lines")
-    assert capsys.readouterr().err == "a picture is left out: 'label\\nof two lines'\n"
+    assert capsys.readouterr().err == "a picture could not be drawn and is left out: 'label\\nof two lines'\n"
     with pytest.raises(KeyboardInterrupt), spared():
         raise KeyboardInterrupt
 

@@ -93,7 +93,7 @@ def test_serve_answers_without_what_trains(small_run):
 def test_without_a_package_a_command_says_in_one_line_what_to_install(small_run):
     done = run(TRAINING, "evaluate", f"run={small_run}", expect=1)
     (line,) = done.stderr.splitlines()
-    assert line == "simsearch evaluate: this needs pytorch_lightning, which comes by pip install 'simsearch[train]'"
+    assert line == "simsearch evaluate: this needs pytorch_lightning: pip install 'simsearch[train]'"
 
 
 def test_a_missing_package_belongs_to_the_extra_that_brings_it(monkeypatch):
@@ -103,4 +103,4 @@ def test_a_missing_package_belongs_to_the_extra_that_brings_it(monkeypatch):
     assert usage.extra_of("uvicorn") == "serve"
     assert usage.extra_of("torch") is usage.extra_of("nobody") is usage.extra_of(None) is None
     error = ModuleNotFoundError("No module named 'wandb'", name="wandb")
-    assert usage.missing(error) == "this needs wandb, which comes by pip install 'simsearch[train]'"
+    assert usage.missing(error) == "this needs wandb: pip install 'simsearch[train]'"

@@ -300,7 +300,7 @@ class TestGroup:
         report = REPORT.format(folder=str(tmp_path), rank=0, when=1.0, text="connection closed")
         dies = "import os, sys; print('last words', flush=True); os.kill(os.getpid(), 9)"
         error = run_programs(tmp_path, report, dies)[1]
-        assert str(error) == "rank 1 of 2 ended by SIGKILL, without a word"
+        assert str(error) == "rank 1 of 2 ended by SIGKILL without an error message"
         assert error.details == "last words\n"
 
     def test_one_that_aborts_because_another_is_gone_is_not(self, tmp_path):
@@ -311,7 +311,7 @@ class TestGroup:
         monkeypatch.setattr(launch, "_GRACE_S", 0.2)
         group, error = run_programs(tmp_path, "import time; time.sleep(600)", "raise SystemExit(3)")
         assert group.killed == {0}
-        assert str(error) == "rank 1 of 2 ended by status 3, without a word"
+        assert str(error) == "rank 1 of 2 ended by status 3 without an error message"
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_signals_are_passed_on(self, number, tmp_path):
@@ -528,7 +528,7 @@ class TestSlurmRunDirectory:
         start(0)
         (tmp_path / "metrics.json").touch()
         for other_rank in (0, 1):
-            with pytest.raises(ValueError, match="holds a run already"):
+            with pytest.raises(ValueError, match="already holds a run"):
                 start(other_rank, **other)
 
     def test_a_file_in_the_making_is_waited_for(self, start, tmp_path):

@@ -265,7 +265,7 @@ def test_a_learning_rate_that_was_planned_is_not_stretched(tmp_path):
     simsearch("train", *DATA, *arguments, f"run_dir={run}")
     done = simsearch("train", "resume=true", f"run_dir={run}", "trainer.max_steps=9", expect=1)
     assert done.stderr.endswith(
-        f"simsearch train: {run} has a learning rate that was planned for its length (scheduler.total_steps=2): start "
+        f"simsearch train: {run} has a learning rate schedule that was planned for its length (scheduler.total_steps=2): start "
         f"a new run from it by model.start={run}\n"
     )
 
@@ -337,7 +337,7 @@ def test_a_run_is_resumed_by_one_process_at_a_time(tmp_path):
             done = simsearch("train", "resume=true", f"run_dir={run}", expect=1)
             assert (
                 done.stderr
-                == f"simsearch train: {run} is in work already, by another process: wait for it, or end it\n"
+                == f"simsearch train: another process works on {run} already: wait for it, or end it\n"
             )
             assert not list(run.glob("metrics-1.csv"))
             assert (run / "metrics.csv").read_text().count("\n") >= rows

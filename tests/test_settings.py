@@ -27,7 +27,7 @@ from simsearch.losses.mined import MinedLoss
 from simsearch.models.trained import TrainedRetriever
 
 CONF = Path(configs.CONF)
-WHOLE = "does not go with the measurement of whole tasks"
+WHOLE = "prevents the measurement of whole tasks"
 LIGHTNING = "pytorch_lightning.callbacks."
 
 
@@ -61,10 +61,10 @@ def compose(*overrides: str) -> dict[str, Any]:
         (["+trainer.limit_val_batches=1"], f"trainer.limit_val_batches=1 {WHOLE}"),
         (["+trainer.limit_val_batches=0"], WHOLE),
         (["+trainer.limit_test_batches=0.5"], WHOLE),
-        (["+trainer.enable_checkpointing=false"], "the best checkpoint is what is tested"),
+        (["+trainer.enable_checkpointing=false"], "the test measures the best checkpoint"),
         (["trainer.precision=bf16-true"], "give bf16-mixed, or 32-true"),
         (["trainer.precision=16-true"], "give 16-mixed, or 32-true"),
-        (["trainer.accumulate_grad_batches=0"], "give a number of batches from 1"),
+        (["trainer.accumulate_grad_batches=0"], "give 1 batch or more"),
         (
             ["callbacks.checkpoint.monitor=val/loss"],
             "watches val/loss, which is not logged; there are train/loss, val/mAP",
@@ -73,10 +73,10 @@ def compose(*overrides: str) -> dict[str, Any]:
             ["callbacks=early-stopping", "callbacks.early_stopping.monitor=val/map"],
             "which is not logged; there are val/",
         ),
-        (["callbacks=early-stopping", "protocol.validation=null"], "nothing is held out, give protocol.validation=0.1"),
+        (["callbacks=early-stopping", "protocol.validation=null"], "no images are held out for validation, give protocol.validation=0.1"),
         (["scheduler=plateau", "protocol.validation=null"], "scheduler watches val/mAP, which is not logged"),
         ([f"+callbacks.x._target_={LIGHTNING}LearningRateFinder"], "-m optimizer.lr=0.001,0.01"),
-        ([f"+callbacks.x._target_={LIGHTNING}BackboneFinetuning"], "take callbacks=frozen-backbone"),
+        ([f"+callbacks.x._target_={LIGHTNING}BackboneFinetuning"], "use callbacks=frozen-backbone"),
         (["callbacks.evaluation=null"], "nothing would be measured"),
         (["callbacks.checkpoint=null"], "nothing to test"),
         (["logger=tensorboard"], "pip install 'simsearch[tensorboard]'"),
@@ -141,7 +141,7 @@ def test_null_for_a_group(argument, expected):
 
 @pytest.mark.parametrize("group", ["callbacks", "optimizer", "model", "data"])
 def test_groups_without_which_nothing_trains_name_their_options(group):
-    with pytest.raises(ValueError, match=f"{group}=null: one of the group's options is needed: ") as caught:
+    with pytest.raises(ValueError, match=f"{group}=null is not possible here, since one option of the group is needed: ") as caught:
         program.without_null(f"{group}=null")
     assert sorted(path.stem for path in (CONF / group).glob("*.yaml"))[0] in str(caught.value)
 

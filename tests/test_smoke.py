@@ -92,7 +92,7 @@ def test_smoke_runs_in_few_steps_and_says_so(tmp_path):
     long = ("model=dsh", "trainer.max_steps=5000", "sampler.batch_size=500", "trainer.precision=32-true")
     small = ["data.size=32", *(text for text in SMALL if text.startswith("data.") and "size" not in text)]
     done = simsearch("train", *small, *long, "smoke=true", f"run_dir={tmp_path}/r", "logger.mode=disabled")
-    assert "its numbers say nothing" in done.stderr
+    assert "its numbers mean nothing" in done.stderr
     stages = read_json(tmp_path / "r" / "metrics.json")
     assert stages["test"]["protocol"] == "rendered-artist/smoke"
     config = saved_run.open_run(tmp_path / "r").config

@@ -169,7 +169,7 @@ def test_a_dead_process_has_left_its_trial(tmp_path):
     assert [about["state"] for about in sweeps.read_trials(tmp_path)] == ["interrupted", "running", "finished"]
     assert sweeps.summary(tmp_path) == "1 of 4 trials finished, 1 running, 1 interrupted"
     assert sweeps.is_open(tmp_path)
-    with pytest.raises(ValueError, match="is no sweep"):
+    with pytest.raises(ValueError, match="is not a sweep"):
         sweeps.summary(tmp_path / "0")
 
 
@@ -200,7 +200,7 @@ def test_a_sweep_ends_by_its_trials_and_its_process(tmp_path, about, states, exp
 def test_a_repeated_point_is_told(tmp_path):
     write_json(tmp_path / "sweep.json", {"planned": 4, "ended": True})
     sweeps.Trial(tmp_path / "a", ["a=1"]).write("finished")
-    assert sweeps.summary(tmp_path) == "1 trials finished (of 4 planned; a point that repeats is one)"
+    assert sweeps.summary(tmp_path) == "1 trials finished (of 4 planned; a repeated point counts once)"
     write_json(tmp_path / "sweep.json", {"planned": 0, "ended": True})  # an earlier plan's trial lies there
     assert sweeps.summary(tmp_path) == "1 of 1 trials finished"
 
@@ -229,7 +229,7 @@ def test_directions_follow_what_is_good(names, said, given, expected):
 
 
 def test_directions_are_as_many_as_objectives():
-    with pytest.raises(ValueError, match="for 2 objectives, and objective names 1"):
+    with pytest.raises(ValueError, match="for 2 objectives, but objective names 1"):
         sweeps.directions(["val/mAP"], ["maximize", "minimize"], given=True)
 
 
@@ -238,7 +238,7 @@ def test_directions_are_as_many_as_objectives():
     [
         (["objective=val/mAp"], "objective=val/mAp will not be measured; there are val/mAP"),
         (["objective=[val/mAP,val/bytes]"], "objective=val/bytes will not be measured"),
-        (["objective=val/mAP", "protocol.validation=null"], "nothing is held out, give protocol.validation=0.1"),
+        (["objective=val/mAP", "protocol.validation=null"], "no images are held out for validation, give protocol.validation=0.1"),
         (["objective=test/rerank/mAP"], "objective=test/rerank/mAP will not be measured"),
         (["objective=val/code/empty_ball@2"], "will not be measured"),
         (["objective=test/rerank/mAP", "rerank=aqe"], None),
@@ -300,7 +300,7 @@ def test_a_grid_reports_what_failed_and_skips_what_is_finished(tmp_path, monkeyp
     second = simsearch("train", *grid, *TINY, f"run_root={tmp_path}", cwd=tmp_path, expect=1)
     assert {path.parent: path.stat().st_mtime_ns for path in (tmp_path / "grid").glob("*/metrics.json")} == runs
     assert "2 of 3 trials finished, 1 failed" in second.stdout + second.stderr
-    assert second.stderr.count("2 trials are of other code than today's, as index-") == 1
+    assert second.stderr.count("2 trials were computed by another version of the code, such as index-") == 1
 
 
 def test_a_trial_that_another_process_has_is_left_to_it(tmp_path):
@@ -309,7 +309,7 @@ def test_a_trial_that_another_process_has_is_left_to_it(tmp_path):
     folder.mkdir(parents=True)
     with FileLock(folder / ".lock"):
         done = simsearch("train", "-m", *grid, *TINY, f"run_root={tmp_path}", cwd=tmp_path)
-    assert f"{folder} is in work already, by another process of this sweep: left to it" in done.stderr
+    assert f"{folder} is left to another process of this sweep, which works on it already" in done.stderr
     assert not (folder / "run.json").exists()
     assert read_json(tmp_path / "grid" / "sweep.json")["ended"] is True
 
@@ -317,7 +317,7 @@ def test_a_trial_that_another_process_has_is_left_to_it(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], "this sweeper needs to know what is good: give objective=val/mAP"),
+        ([], "this sweeper needs an objective: give objective=val/mAP"),
         (["objective=val/mPA"], "objective=val/mPA will not be measured; there are val/mAP"),
         (["objective=[val/mAP,val/P@1]", "hydra.sweeper.direction=[maximize]"], "is for 1 objectives"),
     ],

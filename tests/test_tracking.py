@@ -510,7 +510,7 @@ def test_a_key_without_a_route_logs_offline_and_goes_on_so(tmp_path):
         out, err = process.communicate("go\ngo\n", timeout=300)
     assert process.returncode == 0, err
     assert out == "logged\nlogged\n"
-    assert err.count("W&B cannot be reached") == err.count("logging offline, `wandb sync` it later") == 2
+    assert err.count("W&B cannot be reached") == err.count("logging offline; upload it later with `wandb sync`") == 2
     assert err.count("refused: logger.mode=online: ") == 1  # who asks for it gets no other
     assert [part.history["val/mAP"] for part in logged(run.folder)] == [[0.2, 0.9]] * 2
 
@@ -530,7 +530,7 @@ def test_a_server_that_is_lost_holds_nobody_up_and_gets_it_all_later(tmp_path):
     assert process.returncode == 0, err
     (folder,) = run.folder.glob("wandb/run-*")
     assert "waiting for the upload to end, up to 3 s" in err
-    assert f"nothing is lost: `wandb sync --no-skip-online {folder}` later" in err
+    assert f"Nothing is lost: run `wandb sync --no-skip-online {folder}` later" in err
     with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         sync([folder], server, tmp_path)

@@ -39,7 +39,7 @@ def test_good_descriptors_pass():
         ({"label": torch.zeros(3)}, r"label must be int64 \(3,\), got torch.float32"),
         ({"label": torch.zeros(3, 1).long()}, r"label must be int64 \(3,\)"),
         ({"index": torch.arange(3).int()}, r"index must be int64 \(3,\), got torch.int32"),
-        ({"index": torch.tensor([5, 2, 5])}, "index holds a collection row twice: drop doubles first"),
+        ({"index": torch.tensor([5, 2, 5])}, "index holds a collection row twice: drop duplicates first"),
         ({"group": torch.arange(4)}, r"group must be int64 \(3,\), got torch.int64 \(4,\)"),
     ],
 )
@@ -53,7 +53,7 @@ def test_bad_descriptors(changes, message):
     [
         (12, [[1]], r"codes of 12 bits must be uint8 \(N, 2\), got torch.uint8 \(1, 1\)"),
         (8, [[1, 0]], r"codes of 8 bits must be uint8 \(N, 1\)"),
-        (12, [[0, 0], [0, 16]], "codes of 12 bits have bits set beyond"),
+        (12, [[0, 0], [0, 16]], "codes of 12 bits have further bits set"),
         (0, [[]], "at least 1 bit, got 0"),
     ],
 )

@@ -110,8 +110,10 @@ class RetrievalEvaluation(pl.Callback):
         # Every rank has the values of all queries: nothing to reduce.
         module.log_dict({f"{prefix}/{name}": value for name, value in result.metrics.items()}, rank_zero_only=False)
         if trainer.is_global_zero:
-            told = ", ".join(f"{name} {result.metrics[name]:.4f}" for name in ("mAP", "P@1") if name in result.metrics)
-            _LOG.info("step %d, epoch %d, %s: %s", trainer.global_step, trainer.current_epoch, stage, told)
+            headline = ", ".join(
+                f"{name} {result.metrics[name]:.4f}" for name in ("mAP", "P@1") if name in result.metrics
+            )
+            _LOG.info("step %d, epoch %d, %s: %s", trainer.global_step, trainer.current_epoch, stage, headline)
             known = hasattr(module, "provenance")
             about = {"identity": module.identity(), **module.provenance} if known else {}  # type: ignore[operator,dict-item]
             write_results(Path(trainer.default_root_dir), prefix, task, result, about)

@@ -108,9 +108,9 @@ class Interruption(pl.Callback):
         """Whether any rank received a signal; if so, the trainer of every rank is asked to stop."""
         number = self.received
         if trainer.world_size > 1:
-            told = torch.tensor(number, device=trainer.strategy.root_device)
-            dist.all_reduce(told, op=dist.ReduceOp.MAX)
-            number = int(told)
+            largest = torch.tensor(number, device=trainer.strategy.root_device)
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+            number = int(largest)
         if number:  # later signals wait for the next batch, as on the other ranks
             self.received = number
             trainer._signal_connector.received_sigterm = True

@@ -73,12 +73,12 @@ def main(config: DictConfig) -> None:
         curves["same_work"] = curve(match[~alone & ~first], own.sameness[~first])
     floor = None
     if outside is not None:
-        strange, names = outside_likeness(engine, outside, neighbours, describe)
-        of_outside, at_home, away = halves(names), own.similarity, strange.similarity
-        floor = max(0.0, float(strange.top.median()))  # half of them exceed it
+        unrelated, names = outside_likeness(engine, outside, neighbours, describe)
+        of_outside, at_home, away = halves(names), own.similarity, unrelated.similarity
+        floor = max(0.0, float(unrelated.top.median()))  # half of them exceed it
         thresholds["similar"] = calibrate(at_home, away, first, of_outside, config.rate, config.certainty, paired=False)
         curves["similar"] = curve(at_home[~first], away[~of_outside])
-        copies = (strange.sameness > same_work.values[0]).nonzero()[:, 0].tolist()
+        copies = (unrelated.sameness > same_work.values[0]).nonzero()[:, 0].tolist()
         if len(copies) > thresholds["similar"].rate * len(names):
             say(
                 f"{len(copies)} of {len(names)} images from outside stand out like a work of the collection "

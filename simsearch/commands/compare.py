@@ -254,7 +254,7 @@ def pictures(
         config = first.config if trusted else saved_run.admitted(first.config, first.place)
         collection = configs.build_data(config).collection
         judge = Judge.of(collection, line)
-    except (*program.MENDABLE, LookupError) as error:
+    except (*program.USER_ERRORS, LookupError) as error:
         reason = program.reason(error)
         print(f"no pictures: {reason}", file=sys.stderr)
         return None, {e.name: f"no pictures: the data cannot be read ({reason})" for e in compared}

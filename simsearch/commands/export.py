@@ -103,8 +103,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
     restore(out)
     if out.exists():
         names = {path.name for path in out.iterdir() if not is_temporary(path.name)} if out.is_dir() else {out.name}
-        strange = sorted(n for n in names if n != ABOUT and not n.endswith((".onnx", ".safetensors")))
-        if not out.is_dir() or strange or (names and ABOUT not in names):
+        foreign = sorted(n for n in names if n != ABOUT and not n.endswith((".onnx", ".safetensors")))
+        if not out.is_dir() or foreign or (names and ABOUT not in names):
             raise FileExistsError(f"{out} exists and holds other things than an export: give another out=")
     with replacing_folder(out) as temporary:
         yield temporary

@@ -249,8 +249,8 @@ def read_run(folder: Path) -> Result | str:
         raise Unreadable(f"metrics.json and per_query.parquet are of different measurements: {error}") from error
     except (OSError, pa.ArrowException) as error:
         raise Unreadable(f"per_query.parquet is missing or damaged: {error}") from error
-    told = {key: (schema.metadata or {}).get(key.encode(), b"").decode() for key in ("fingerprint", "unit")}
-    if told != {"fingerprint": result.fingerprint, "unit": result.unit or ""}:
+    recorded = {key: (schema.metadata or {}).get(key.encode(), b"").decode() for key in ("fingerprint", "unit")}
+    if recorded != {"fingerprint": result.fingerprint, "unit": result.unit or ""}:
         raise Unreadable("metrics.json and per_query.parquet are of different measurements")
     return result
 

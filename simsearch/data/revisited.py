@@ -304,8 +304,8 @@ def read_benchmark(path: Path) -> Benchmark:
     try:
         value = read_json(path)
     except Damaged as error:
-        mend = f": convert it first by simsearch data convert gnd={path}" if path.suffix in (".pkl", ".pickle") else ""
-        raise ValueError(f"{error}{mend}") from None
+        hint = f": convert it first by simsearch data convert gnd={path}" if path.suffix in (".pkl", ".pickle") else ""
+        raise ValueError(f"{error}{hint}") from None
     try:
         return _benchmark(value)
     except ValueError as error:

@@ -460,12 +460,12 @@ class FaissIndex:
             count = min(len(array), self.train_size)
             needed = max(_centroids(part) for part in _parts(index))
             if count < needed:
-                mend = (
+                hint = (
                     "give more vectors or choose a factory with fewer centroids"
                     if len(array) < needed
                     else f"raise train_size (now {self.train_size})"
                 )
-                raise ValueError(f"{self.factory!r} needs at least {needed} vectors to train, got {count}: {mend}")
+                raise ValueError(f"{self.factory!r} needs at least {needed} vectors to train, got {count}: {hint}")
             if count < len(array):
                 array = array[self.sample(len(array)).numpy()]
             if count < _ADVISED_PER_CENTROID * needed and needed > 1:

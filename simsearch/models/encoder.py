@@ -44,7 +44,9 @@ def _built(node: Any, allowed: frozenset[str] | None, key: str) -> Any:
         return {name: _built(value, allowed, f"{key}.{name}" if key else name) for name, value in node.items()}
     target = node["_target_"]
     if allowed is not None and not (isinstance(target, str) and target in allowed):
-        raise trust.Untrusted(f"{key or 'the config'} wants to call {target!r}, which is not allowed; {trust.MEND}")
+        raise trust.Untrusted(
+            f"{key or 'the config'} wants to call {target!r}, which is not allowed; {trust.TRUST_HINT}"
+        )
     given = {name: value for name, value in node.items() if name not in ("_target_", "_partial_", "_convert_")}
     values = _built(given, allowed, key)
     positional = values.pop("_args_", [])

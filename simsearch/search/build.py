@@ -129,22 +129,22 @@ def check_kind(index: FaissIndex, encoder: Encoder) -> None:
         raise ValueError(f"index={index.factory} does not fit this run, which gives {kind} or another of that kind")
 
 
-def check_not_fewer(out: Path, count: int, told: bool) -> None:
+def check_not_fewer(out: Path, count: int, allowed: bool) -> None:
     """Checks that a new catalog does not replace one that has far more items.
 
     Args:
         out: Folder of the catalog.
         count: Number of items in the new catalog.
-        told: True if the user allows fewer items.
+        allowed: True if the user allows fewer items.
 
     Raises:
-        ValueError: If it does and `told` is False.
+        ValueError: If it does and `allowed` is False.
     """
     try:
         before = int(read_json(out / "catalog.json").get("items", 0))
     except (OSError, ValueError, TypeError):  # there is none, or none that could be missed
         return
-    if count < (1 - MOST_GONE) * before and not told:
+    if count < (1 - MOST_GONE) * before and not allowed:
         raise ValueError(
             f"the catalog {out} has {before} items, this one would have {count}: see whether all images are there; "
             "if so, say fewer=true, or give another out="

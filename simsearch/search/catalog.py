@@ -303,9 +303,9 @@ def write_catalog(
     entries = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if entries and "catalog.json" not in entries:
         raise FileExistsError(f"{folder} exists and is no catalog: give another place by out=")
-    if strange := sorted(name for name in entries - _ENTRIES if not is_temporary(name)):
+    if foreign := sorted(name for name in entries - _ENTRIES if not is_temporary(name)):
         raise FileExistsError(
-            f"the catalog {folder} holds other things too ({', '.join(strange[:3])}): give another out="
+            f"the catalog {folder} holds other things too ({', '.join(foreign[:3])}): give another out="
         )
     with replacing_folder(folder) as temporary:
         index.save(temporary / "index")

@@ -283,8 +283,8 @@ def begin(
     listing = cache_key({"columns": items.to_pydict(), "sizes": sizes.tolist()})
     plan = folder / "plan"
     if not plan.exists():
-        if strange := sorted(n for n in _names(folder) if n[0] != "." and n not in ("plan", "shards", "claims")):
-            raise FileExistsError(f"{folder} holds other things ({strange[0]}): give another place by out=")
+        if foreign := sorted(n for n in _names(folder) if n[0] != "." and n not in ("plan", "shards", "claims")):
+            raise FileExistsError(f"{folder} holds other things ({foreign[0]}): give another place by out=")
         temporary = folder / f".plan.{uuid.uuid4().hex[:8]}"
         temporary.mkdir(parents=True)
         try:

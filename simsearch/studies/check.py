@@ -347,10 +347,10 @@ def launch(command: str, arguments: Sequence[str]) -> None:
     line = shlex.join(["simsearch", command, *arguments])
     print(f"$ {line}", file=sys.stderr, flush=True)
     process = subprocess.Popen([sys.executable, "-m", "simsearch", command, *arguments], stdout=2)
-    told: list[int] = []
+    received: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
-        told.append(number)
+        received.append(number)
         process.terminate()
 
     before = signal.signal(signal.SIGTERM, pass_on)
@@ -358,7 +358,7 @@ def launch(command: str, arguments: Sequence[str]) -> None:
         status = process.wait()
     finally:
         signal.signal(signal.SIGTERM, before)
-    if told:
-        raise SystemExit(128 + told[0])
+    if received:
+        raise SystemExit(128 + received[0])
     if status:
         raise Failed(f"`{line}` ended with status {status}; what it printed is above")

@@ -15,7 +15,7 @@ from simsearch import configs, saved_run
 from simsearch.files import read_json
 from simsearch.identity import run_identity
 from simsearch.studies.rows import Row
-from simsearch.trust import MEND, Untrusted
+from simsearch.trust import TRUST_HINT, Untrusted
 
 
 @cache
@@ -40,7 +40,7 @@ def compose(overrides: tuple[str, ...], *, command: str = "train", trusted: bool
     except HydraException as error:
         raise ValueError(f"{line}: {error}") from error
     if not trusted and saved_run.admitted(values, line) != values:
-        raise Untrusted(f"{line}: it downloads, or chooses where caches lie; {MEND}")
+        raise Untrusted(f"{line}: it downloads, or chooses where caches lie; {TRUST_HINT}")
     return values
 
 

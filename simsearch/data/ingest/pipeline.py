@@ -143,8 +143,8 @@ def check_place(out: Path) -> None:
     """
     if (out / INGEST_PLAN).exists() or not out.exists():
         return
-    if strange := sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.name != UNPACKED):
-        raise FileExistsError(f"{out} holds other things ({strange[0]}): give another place by out=")
+    if foreign := sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.name != UNPACKED):
+        raise FileExistsError(f"{out} holds other things ({foreign[0]}): give another place by out=")
 
 
 def _fingerprint(listing: Listing, decoding: Decoding) -> str:
