@@ -265,8 +265,8 @@ def test_a_learning_rate_that_was_planned_is_not_stretched(tmp_path):
     simsearch("train", *DATA, *arguments, f"run_dir={run}")
     done = simsearch("train", "resume=true", f"run_dir={run}", "trainer.max_steps=9", expect=1)
     assert done.stderr.endswith(
-        f"simsearch train: {run} has a learning rate schedule that was planned for its length (scheduler.total_steps=2): start "
-        f"a new run from it by model.start={run}\n"
+        f"simsearch train: {run} has a learning rate schedule that was planned for its length (scheduler.total_steps=2): "
+        f"start a new run from it by model.start={run}\n"
     )
 
 
@@ -335,10 +335,7 @@ def test_a_run_is_resumed_by_one_process_at_a_time(tmp_path):
                 time.sleep(0.05)
             rows = (run / "metrics.csv").read_text().count("\n")
             done = simsearch("train", "resume=true", f"run_dir={run}", expect=1)
-            assert (
-                done.stderr
-                == f"simsearch train: another process works on {run} already: wait for it, or end it\n"
-            )
+            assert done.stderr == f"simsearch train: another process works on {run} already: wait for it, or end it\n"
             assert not list(run.glob("metrics-1.csv"))
             assert (run / "metrics.csv").read_text().count("\n") >= rows
             process.kill()

@@ -238,7 +238,7 @@ def test_directions_are_as_many_as_objectives():
     [
         (["objective=val/mAp"], "objective=val/mAp will not be measured; there are val/mAP"),
         (["objective=[val/mAP,val/bytes]"], "objective=val/bytes will not be measured"),
-        (["objective=val/mAP", "protocol.validation=null"], "no images are held out for validation, give protocol.validation=0.1"),
+        (["objective=val/mAP", "protocol.validation=null"], "give protocol.validation=0.1"),
         (["objective=test/rerank/mAP"], "objective=test/rerank/mAP will not be measured"),
         (["objective=val/code/empty_ball@2"], "will not be measured"),
         (["objective=test/rerank/mAP", "rerank=aqe"], None),
