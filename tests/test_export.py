@@ -340,7 +340,7 @@ def test_what_cannot_run_or_differs_stays_on_torch(monkeypatch):
     encoder = fresh()
     choice = choose_runtime(encoder, 2)
     assert choice.runtime == "torch"
-    assert "its descriptors differ by" in choice.reason
+    assert "its descriptors differ in ONNX Runtime by" in choice.reason
     assert set(runs(encoder).values()) == {"torch"}
 
 

@@ -265,8 +265,8 @@ def test_a_learning_rate_that_was_planned_is_not_stretched(tmp_path):
     simsearch("train", *DATA, *arguments, f"run_dir={run}")
     done = simsearch("train", "resume=true", f"run_dir={run}", "trainer.max_steps=9", expect=1)
     assert done.stderr.endswith(
-        f"simsearch train: {run} has a learning rate schedule that was planned for its length (scheduler.total_steps=2): "
-        f"start a new run from it by model.start={run}\n"
+        f"simsearch train: {run} has a learning rate schedule that was planned for its length "
+        f"(scheduler.total_steps=2): start a new run from it by model.start={run}\n"
     )
 
 

@@ -290,7 +290,7 @@ def test_words_and_another_order(opened):
     expect(page.locator("#status")).to_contain_text("with “plate 7”")
     expect(page.locator(".wall")).to_have_count(17)  # all with a 7 in it
     page.fill("#text", "nothing of that name")
-    expect(page.locator("#none")).to_contain_text("Nothing is called")
+    expect(page.locator("#none")).to_contain_text("No work matches")
 
 
 # ------------------------------------------------------------------------------- queries
@@ -511,7 +511,7 @@ def test_filters(opened):
     assert {"attribute": name, "values": [text]} in json.loads(said(page, "where"))
     where = quote(json.dumps([{"attribute": "year", "low": "1700", "high": "1701"}]))
     nothing = opened(f"#catalog=art&like=3&where={where}")
-    expect(nothing.locator("#none")).to_contain_text("Nothing passes these filters")
+    expect(nothing.locator("#none")).to_contain_text("No work passes these filters")
     nothing.locator("#none button").click()
     expect(results(nothing)).to_have_count(24)
 
@@ -562,7 +562,7 @@ def test_conditions_of_all_kinds_are_in_the_address(opened):
     ):
         look(condition)
         expect(page.locator("#chips .chip")).to_have_text([words])
-        expect(page.locator("#none")).to_contain_text("Nothing passes these filters")
+        expect(page.locator("#none")).to_contain_text("No work passes these filters")
     look({"attribute": "year", "low": "x"})
     expect(page.locator(".note")).to_contain_text("filters.0.low: Input should be a valid number")
     assert all("422" in text for text in opened.complaints), opened.complaints
@@ -616,7 +616,7 @@ def test_an_exchanged_collection_shows_the_same_works(opened, root):
         assert time.monotonic() < deadline, "the server did not notice"
         page.wait_for_timeout(300)
     tune(page, "diversity", 40)
-    expect(page.locator(".note", has_text="exchanged")).to_be_visible()
+    expect(page.locator(".note", has_text="replaced")).to_be_visible()
     expect(page.locator(".note", has_text="“c/d e.jpg” is not in this collection.")).to_be_visible()
     expect(page.locator("#primary figcaption")).to_have_text("Odd 3")
     assert (said(page, "like"), said(page, "unlike"), said(page, "diversity")) == ("007", "z", "0.4")

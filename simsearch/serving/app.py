@@ -30,16 +30,16 @@ PAGE = Path(__file__).parent / "page"
 _IMMUTABLE = "public, max-age=31536000, immutable"
 _PROBLEMS = {
     400: "the request cannot be read",
-    403: "it came under a name, or from a page, that is not answered",
+    403: "the server does not answer requests for this host name or from this page",
     404: "there is no such catalog, item or upload",
-    408: "it did not arrive in time",
-    409: "it was made for another version of the catalog: `version` is the present one, `items` says where items are",
-    413: "it is too large",
-    415: "it is no image of a format that is opened here",
-    422: "something in it has no meaning here",
-    429: "the client asks too much: come back in `retry-after` seconds",
+    408: "the request did not arrive in time",
+    409: "it is for another version of the catalog: `version` is the current one, `items` says where its items are now",
+    413: "the request is too large",
+    415: "the file is not an image in a supported format",
+    422: "a value is missing, unknown or not allowed",
+    429: "too many requests from this client: try again after `retry-after` seconds",
     500: "the server failed",
-    503: "too many requests are waiting: come back in `retry-after` seconds",
+    503: "too many requests are waiting: try again after `retry-after` seconds",
 }
 
 
@@ -69,8 +69,8 @@ async def leased(request: Request, c: str) -> AsyncIterator[Loaded]:
 
 
 def asked_item(
-    id: Annotated[Name | None, Query(description="the item's id, else its path")] = None,
-    position: Annotated[int | None, Query(ge=0, description="where it lies in this version of the catalog")] = None,
+    id: Annotated[Name | None, Query(description="the item's id, or its path if it has none")] = None,
+    position: Annotated[int | None, Query(ge=0, description="its position in this version of the catalog")] = None,
 ) -> Example:
     """The item that an address names.
 
@@ -82,7 +82,7 @@ def asked_item(
         HTTPException: 422 unless exactly one of the two is given.
     """
     if (id is None) == (position is None):
-        raise HTTPException(422, "give the item by id=, its id or path, or by position=")
+        raise HTTPException(422, "give the item either by id= (its id or path) or by position=")
     return Example(id=id, position=position)
 
 
@@ -107,7 +107,7 @@ def read_filters(text: str) -> list[Filter]:
 
 Catalog = Annotated[Loaded, Depends(leased)]
 Item = Annotated[Example, Depends(asked_item)]
-Version = Annotated[str, Query(max_length=64, description="of the catalog that the request is made for")]
+Version = Annotated[str, Query(max_length=64, description="the version of the catalog that the request is for")]
 
 
 def cached(request: Request, etag: str, cache: str) -> Response | None:
@@ -162,7 +162,7 @@ def create_app(
     app = FastAPI(
         title="simsearch",
         version=simsearch.__version__,
-        description="Similar images of one or more catalogs.",
+        description="Finds similar images in one or more catalogs.",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -317,7 +317,7 @@ def create_app(
         """What each region of an item contributes to its score in a search, and each region of one example likewise."""
         check_version(loaded, v, [*wanted.like, *wanted.unlike, Example(id=wanted.id)])
         if not loaded.explains:
-            raise HTTPException(422, f"the descriptors of {loaded.name} have no regions that add up to a score")
+            raise HTTPException(422, f"the descriptors of {loaded.name} do not have regions whose scores can be shown")
         return await service.explain(loaded, wanted)
 
     @app.get("/docs", include_in_schema=False)
@@ -356,7 +356,7 @@ def _about(loaded: Loaded) -> dict[str, Any]:
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> Reply:
-        detail = {404: "there is no such address: see /docs", 405: "this address does not take this method: see /docs"}
+        detail = {404: "there is no such address: see /docs", 405: "this address has no such method: see /docs"}
         plain = detail.get(error.status_code, "") if error.detail in ("Not Found", "Method Not Allowed") else ""
         about = error.about if isinstance(error, Refusal) else {}
         return Reply({"error": plain or error.detail, **about}, status_code=error.status_code, headers=error.headers)
@@ -376,5 +376,5 @@ def _handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Reply:
-        problem = "too many requests are waiting: come back in a second"
+        problem = "too many requests are waiting: try again in a second"
         return Reply({"error": problem}, status_code=503, headers={"retry-after": "1"})

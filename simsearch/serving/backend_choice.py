@@ -75,7 +75,7 @@ def choose_runtime(encoder: Encoder, batch_size: int, wanted: Runtime = "auto") 
         except Exception as error:  # at another scale
             return _on_torch(networks, wanted, f"it cannot run in ONNX Runtime: {error}")
         if not (apart := float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())) <= AGREE:
-            return _on_torch(networks, wanted, f"in ONNX Runtime its descriptors differ by {apart:.2g}")
+            return _on_torch(networks, wanted, f"its descriptors differ in ONNX Runtime by {apart:.2g}")
         times: dict[Runtime, list[float]] = {"torch": [], "onnx": []}
         for runtime, taken in times.items():
             _set(able, runtime)

@@ -40,8 +40,8 @@ def documentation(openapi: dict[str, Any]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><title>{escape(about["title"])} API</title><style>{_STYLE}</style></head><body>'
         f"<h1>{escape(about['title'])} API {escape(about['version'])}</h1><p>{escape(about.get('description', ''))} "
-        'Errors are <code>{"error": "what is wrong and how to mend it"}</code> with a 4xx or 5xx status. '
-        'The same for programs: <a href="/openapi.json">openapi.json</a>.</p>'
+        'Errors are <code>{"error": "what is wrong and what to do"}</code> with a 4xx or 5xx status. '
+        'Programs can read <a href="/openapi.json">openapi.json</a>.</p>'
         f"{body}</body></html>"
     )
 

@@ -147,7 +147,7 @@ class EncoderWorker:
             if torch.isfinite(vector).all():
                 job.future.set_result(vector.clone())
             else:
-                job.future.set_exception(ValueError("the encoder gives no finite descriptor of this image"))
+                job.future.set_exception(ValueError("the encoder returned NaN or infinity for this image"))
 
     def _call(self, job: _Job) -> None:
         assert job.call is not None

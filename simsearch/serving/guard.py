@@ -111,7 +111,7 @@ class Guard:
             log.exception("%s %s failed", scope["method"], _target(scope))
             if status:  # the answer has begun: all that is left is to break it off
                 raise
-            problem = "the server failed at this request: its log says why"
+            problem = "the server failed on this request: its log says why"
             await _reply(answer, HTTPException(500, problem))
         finally:
             spent = 1e3 * (time.perf_counter() - started)
@@ -125,7 +125,7 @@ class Guard:
         host = given[0] if given else ""
         name = host_name(host)
         if len(given) > 1 or (host and name is None):
-            raise HTTPException(400, "the request must name one host in Host, such as localhost:8000")
+            raise HTTPException(400, "the header Host must name exactly one host, such as localhost:8000")
         if self._hosts is not None and name not in self._hosts:
             raise HTTPException(
                 403, f"this server does not answer to the name {name or ''!r}: start it with allow_hosts=[...]"
@@ -136,7 +136,8 @@ class Guard:
             elsewhere = not own or (origin is None and headers.get("sec-fetch-site") == "cross-site")
             if elsewhere and origin not in self._origins:
                 raise HTTPException(
-                    403, f"pages of {origin or 'another site'} may not ask here: start it with allow_origins=[...]"
+                    403,
+                    f"pages of {origin or 'another site'} may not use this server: start it with allow_origins=[...]",
                 )
 
     def _body(self, scope: Scope, headers: Headers, receive: Receive) -> _Body:

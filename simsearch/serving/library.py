@@ -289,7 +289,7 @@ class Library:
             if _stamp(source.folder) == stamp:
                 return loaded, stamp
             loaded.worker.release()
-        raise CatalogError(f"the catalog {source.folder} changes again and again while it is read")
+        raise CatalogError(f"the catalog {source.folder} keeps changing while it is read")
 
     def _open(self, name: str, source: Source) -> Loaded:
         catalog = read_catalog(source.folder, trusted=self._trusted)

@@ -171,7 +171,7 @@ class Account:
     def _take(self, cost: float) -> None:
         if self._buckets is not None and (wait := self._buckets.take(self._client, cost)):
             seconds = math.ceil(wait)
-            problem = f"too many requests from {self._client}: come back in {seconds} s"
+            problem = f"too many requests from {self._client}: try again in {seconds} s"
             raise HTTPException(429, problem, headers={"retry-after": str(seconds)})
 
 

@@ -80,7 +80,7 @@ class Search(Wanted):
 
     like: list[Example] = Field(min_length=1, max_length=MOST_EXAMPLES)
     unlike: list[Example] = Field([], max_length=MOST_EXAMPLES)
-    filters: Filters = Field([], description="as `where`, but as data: both hold")
+    filters: Filters = Field([], description="like `where`, but as JSON; items must pass both")
 
 
 class Explained(Message):

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 POLL_SECONDS = 2.0
 VIEW_SIDE = 1600
-GONE = "this upload has expired or never was: send the image again"
+GONE = "there is no such upload, or it has expired: send the image again"
 
 
 class Refusal(HTTPException):
@@ -93,7 +93,7 @@ def check_version(loaded: Loaded, version: str, asked: Sequence[Example] = ()) -
             items = {name_of(one): loaded.now(one.id, one.position, version) for one in asked if one.upload is None}
         except ValueError as error:
             raise HTTPException(422, str(error)) from None
-        problem = f"{loaded.name} was exchanged for a new collection: ask it anew"
+        problem = f"the catalog {loaded.name} was replaced by a new version: repeat the request"
         raise Refusal(409, problem, {"version": loaded.version, "items": items})
 
 
@@ -139,12 +139,12 @@ class Service:
             try:
                 before = dict(self.library.problems)
                 for name in await asyncio.to_thread(self.library.refresh):
-                    log.info("catalog %s was exchanged for the new one in its folder", name)
+                    log.info("catalog %s was replaced by the new one in its folder", name)
                 for name, problem in self.library.problems.items():
                     if before.get(name) != problem:
-                        log.warning("catalog %s stays as it was, the new one fails: %s", name, problem)
+                        log.warning("catalog %s stays as it was, since the new one cannot be opened: %s", name, problem)
             except Exception:
-                log.exception("looking for new catalogs failed")
+                log.exception("the check for new catalogs failed")
 
     def stop_decoding(self) -> None:
         """Stops all decoding at once. Its requests get the response that the server is ending."""
@@ -176,7 +176,7 @@ class Service:
             form = await _Form(request.headers, request.stream(), max_files=1, max_fields=8).parse()
             file = form.get("file")
             if file is None or isinstance(file, str):
-                raise HTTPException(422, "the form has no file in its field file")
+                raise HTTPException(422, "the form's field file does not hold a file")
             data = await file.read(self.limits.max_upload_bytes + 1)
             await form.close()
         except (MultiPartException, KeyError) as error:
@@ -184,7 +184,7 @@ class Service:
         finally:
             self._receiving -= 1
         if len(data) > self.limits.max_upload_bytes:
-            raise HTTPException(413, f"the image has more than {self.limits.max_upload_bytes / 1e6:g} MB: send less")
+            raise HTTPException(413, f"the image exceeds {self.limits.max_upload_bytes / 1e6:g} MB: send a smaller one")
         return data
 
     async def decode(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -208,7 +208,7 @@ class Service:
         try:
             found = await self.decoding.run(call)
         except Closed:
-            raise HTTPException(503, "the server is ending: ask again in a moment", {"retry-after": "5"}) from None
+            raise HTTPException(503, "the server is shutting down: try again shortly", {"retry-after": "5"}) from None
         if isinstance(found, Failure):
             raise ImageError(None, found.reason, found.detail)
         return found
@@ -414,7 +414,7 @@ class Service:
             HTTPException: 422 if `shown` is not a place in `like`, or if a setting does not fit the catalog.
         """
         if wanted.shown >= len(wanted.like):
-            raise HTTPException(422, f"shown: there are {len(wanted.like)} images in like, the first is 0")
+            raise HTTPException(422, f"shown must be a position from 0 in like, which has {len(wanted.like)} images")
         item = self.item(Example(id=wanted.id), loaded)
         examples = self.examples([*wanted.like, *wanted.unlike], loaded)
         likes = len(wanted.like)

@@ -8,7 +8,7 @@ import { toggleHeat } from "./explain.js";
 export function search(ref, { add = false, list = "like" } = {}) {
   page.k = STEP;
   if (list === "unlike") {
-    if (!searching()) return tell("First choose a work to search with, then what it should not be like.");
+    if (!searching()) return tell("First choose a work to search with, then one to avoid.");
     if (page.state.unlike.some(sameRef(ref))) return;
     if (page.state.unlike.length >= EXAMPLES) return tell(`A search takes at most ${EXAMPLES} images to avoid.`);
     return go({ unlike: [...page.state.unlike, ref], like: withoutLast(ref), open: null });

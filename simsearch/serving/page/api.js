@@ -24,7 +24,7 @@ async function errorOf(response) {
   return new ApiError(response.status, text, said ?? {});
 }
 
-// `busy(seconds)` is told of a wait before the one retry.
+// Calls `busy(seconds)` before it waits for its single retry.
 export async function request(path, { busy = () => {}, signal, ...options } = {}) {
   for (let attempt = 0; ; attempt++) {
     let response;

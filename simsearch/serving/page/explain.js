@@ -61,7 +61,7 @@ async function explain(id) {
 }
 
 function legend(score, rest) {
-  const others = Math.abs(rest) >= 0.005 ? `; ${rest.toFixed(2)} comes from parts without places` : "";
+  const others = Math.abs(rest) >= 0.005 ? `; ${rest.toFixed(2)} comes from parts that have no places in the image` : "";
   const said = `Bright places match more than dark ones. All of the work's together add ${(score - rest).toFixed(2)} to its score of ${score.toFixed(2)}${others}.`;
   return [h("span", { class: "scale", "aria-hidden": "true" }), said];
 }

@@ -13,7 +13,7 @@ export const ITEM = "application/x-simsearch-item";
 
 async function take(files, to) {
   const images = [...files].filter((file) => !file.type || file.type.startsWith("image/")).slice(0, EXAMPLES);
-  if (!images.length) return tell("That is not an image: give a JPEG, PNG or WebP file.");
+  if (!images.length) return tell("That is not an image. Use a JPEG, PNG or WebP file.");
   document.body.classList.add("busy");
   say(images.length === 1 ? "Reading your image…" : `Reading ${images.length} images…`);
   const refs = [];
@@ -71,7 +71,7 @@ export function listenFiles() {
     const item = data.getData(ITEM);
     if (item) return search({ id: item }, { add: to === "like", list: to === "unlike" ? "unlike" : "like" });
     if (data.files.length) return take(data.files, to);
-    tell("Only the address of that image came along. Copy the image and paste it here, or save it first.");
+    tell("Your browser passed on only the address of that image. Copy the image and paste it here, or save it first.");
   });
   addEventListener("paste", (event) => {
     const files = [...(event.clipboardData?.files ?? [])];

@@ -101,7 +101,7 @@ export async function show(scroll) {
   }
 }
 
-// The same images, only weighed, filtered or ordered anew: the answers move instead of being replaced.
+// Whether only weights, filters or order changed, not the images: then the answers move instead of being replaced.
 function sameQuestion(a, b) {
   if (!a || !b) return false;
   const [x, y] = [JSON.parse(a), JSON.parse(b)];
@@ -167,7 +167,7 @@ function drawFacts(answer) {
 function promise({ rate }) {
   const percent = (value) => `${+(100 * value).toFixed(2)} %`;
   return rate.similar === undefined ? `“same work” is wrong for at most ${percent(rate.same_work)} of other works`
-    : `“similar” is wrong for at most ${percent(rate.similar)} of strangers`;
+    : `“similar” is wrong for at most ${percent(rate.similar)} of unrelated images`;
 }
 
 function drawNone(answer, none) {
@@ -175,17 +175,17 @@ function drawNone(answer, none) {
   box.hidden = !none && answer.works.length > 0;
   if (none) {
     box.replaceChildren(h("h2", {}, "No similar work in this collection"),
-      h("p", {}, "Images from outside come as near to these works as yours does."),
+      h("p", {}, "Unrelated images come as close to these works as yours does."),
       h("button", { type: "button", class: "tool", id: "anyway", onclick: () => { page.anyway = true; drawAnswer(page.shown, true); works.focus({ preventScroll: true }); } }, "Show the nearest anyway"));
   } else if (!answer.works.length) {
-    const why = page.state.where.length ? "Nothing passes these filters" : page.state.text ? `Nothing is called “${page.state.text}”` : "Nothing to show";
+    const why = page.state.where.length ? "No work passes these filters" : page.state.text ? `No work matches “${page.state.text}”` : "Nothing to show";
     box.replaceChildren(h("h2", {}, why), page.state.where.length
       ? h("button", { type: "button", class: "tool", onclick: () => go({ where: [] }) }, "Clear the filters")
       : h("p", {}, "Try other words."));
   }
 }
 
-// Results take the places that their order says; those that stay glide there.
+// Puts results in their order. Those that were there before glide to their new places.
 export function place(answer, fresh) {
   const before = new Map();
   if (!fresh && !still()) for (const card of works.children) if (card.dataset.id) before.set(card.dataset.id, card.getBoundingClientRect());

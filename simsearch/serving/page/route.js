@@ -37,8 +37,8 @@ export function arrive() {
 
 let exchanging = false;
 
-// The server has another collection in the place of one that the page knows: the page learns it and asks anew. What is
-// in the address are ids, which are the same works in both.
+// Reads the catalogs again after the server replaced one that the page knows, and repeats the request. The ids in the
+// address mean the same works in both versions.
 export async function exchanged() {
   if (exchanging) return;
   exchanging = true;
@@ -46,7 +46,7 @@ export async function exchanged() {
     page.catalogs = await readCatalogs({ busy });
     known.clear();
     arrive();
-    tell("The collection was exchanged for a new one: this is the new one.");
+    tell("The collection was replaced by a new version, which is shown now.");
   } catch (error) {
     failed(error);
   } finally {

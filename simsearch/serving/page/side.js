@@ -114,7 +114,7 @@ function drawTuning() {
 function weigh() {
   const given = [...document.querySelectorAll("#weights input")].map((input) => [input.dataset.part, Number(input.value)]);
   const total = given.reduce((sum, [, value]) => sum + value, 0);
-  if (!total) return say("At least one of them must count.");
+  if (!total) return say("At least one weight must be above 0.");
   const weights = Object.fromEntries(given.map(([name, value]) => [name, Number((value / total).toFixed(3))]));
   for (const input of document.querySelectorAll("#weights input")) {
     fill(input);
