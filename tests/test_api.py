@@ -195,7 +195,7 @@ class TestSearch:
             with pytest.raises(simsearch.ImageError, match="not-an-image"):
                 catalog.search(bad)
         for bad in (np.zeros((4, 4, 3)), np.zeros((3, 4, 4), np.uint8), torch.zeros(4, 4, 3, dtype=torch.uint8), 7.5):
-            with pytest.raises(ValueError, match=r"is no image: give a file|not iterable"):
+            with pytest.raises(ValueError, match=r"is not an image: give a path|not iterable"):
                 catalog.search([bad])
         with pytest.raises(ValueError, match="columns do not compare"):
             catalog.search(np.zeros(3))
@@ -280,7 +280,7 @@ class TestCatalog:
         assert len(catalog) == N
         (tmp_path / "one").mkdir()
         shutil.copy(next(folder.rglob("*.png")), tmp_path / "one")
-        with pytest.raises(ValueError, match="this one would have 1"):
+        with pytest.raises(ValueError, match="the new one would have 1"):
             simsearch.build_catalog(encoder, tmp_path / "one", tmp_path / "out", workers=0)
         with pytest.raises(ValueError, match="does not fit"):
             simsearch.build_catalog(encoder, folder, tmp_path / "codes", index="BFlat", workers=0)

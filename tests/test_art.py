@@ -42,7 +42,7 @@ class Steps:
 
     def __call__(self, what: str, *command: str) -> None:
         if command[0] == self.failing:
-            raise ValueError("that step failed with status 1; the same command goes on from there")
+            raise ValueError("that step failed with status 1; give the same command again to continue from there")
         self.commands.append(list(command))
         given = dict(argument.split("=", 1) for argument in command if "=" in argument)
         if command[:2] == ("data", "ingest"):
@@ -86,9 +86,9 @@ def test_the_choices_that_a_small_folder_needs(name, count, protocol, steps, tmp
     assert {argument for argument in train if re.match("protocol(=|.attribute|.group)", argument)} == protocol
     assert "+model.encoders.content.whitening.shrinkage=0.1" in train
     assert "backbone.size=224" in train
-    assert "no outside=" in capsys.readouterr().out
+    assert "without outside=" in capsys.readouterr().out
     done = simsearch("art", f"{tmp_path}/in", f"out={tmp_path}/out", "serve=false")  # goes on with nothing left to do
-    assert done.stdout.count("there already") == 3
+    assert done.stdout.count("exists already") == 3
     assert f"simsearch serve catalog={tmp_path}/out/catalog root={tmp_path}/in port=8000" in done.stdout
     assert len(steps.commands) == 5, "what is done was done again"
 
@@ -96,14 +96,14 @@ def test_the_choices_that_a_small_folder_needs(name, count, protocol, steps, tmp
 def test_goes_on_where_it_failed_and_refuses_other_images(steps, tmp_path):
     folder, out = paint(tmp_path / "in", 24), tmp_path / "out"
     steps.failing = "index"
-    with pytest.raises(ValueError, match="the same command goes on from there"):
+    with pytest.raises(ValueError, match="give the same command again to continue from there"):
         art.make(folder, None, out, 224)
     steps.failing = ""
     steps.commands.clear()
     art.make(folder, folder, out, 224)
     assert steps.names == ["index", "calibrate", "recommend"]
     assert f"outside={folder}" in steps.commands[1]
-    with pytest.raises(ValueError, match="give another place by out="):
+    with pytest.raises(ValueError, match="give another out="):
         art.make(paint(tmp_path / "other", 8), None, out, 224)
 
 

@@ -480,7 +480,7 @@ def test_instance_keeps_the_order_of_the_benchmark(longest, small_run, tmp_path)
         return json.loads((tmp_path / "again" / "metrics.json").read_text())["test"], done.stderr
 
     squares, warning = again()
-    assert re.search(r"fit=square leaves out \d+% of the images", warning)
+    assert re.search(r"fit=square crops away \d+% of the images", warning)
     assert "centre-square" in json.dumps(squares["model"])
     whole, silence = again("fit=longest")
     assert "leaves out" not in silence

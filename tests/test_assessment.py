@@ -260,7 +260,7 @@ def test_assess(runs, tmp_path):
 
 def test_assess_says_what_is_wrong(runs, tmp_path):
     done = simsearch("assess", f"runs=[{runs[0]},{runs[1]}]", "names=[a,a]", expect=1)
-    assert "give one for each of the 2 runs, all different" in done.stderr
+    assert "give a different name for each of the 2 runs" in done.stderr
     done = simsearch("assess", f"runs={tmp_path}", expect=1)
     assert str(tmp_path) in done.stderr
 

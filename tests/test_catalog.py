@@ -168,7 +168,7 @@ class TestWriting:
         (tmp_path / "mine/thesis.txt").write_text("years")
         (tmp_path / "file").write_text("text")
         for name in ("mine", "file"):
-            with pytest.raises(FileExistsError, match="give another place by out="):
+            with pytest.raises(FileExistsError, match="give another out="):
                 write(tmp_path / name)
         assert (tmp_path / "mine/thesis.txt").read_text() == "years"
         assert (tmp_path / "file").read_text() == "text"

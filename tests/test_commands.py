@@ -315,7 +315,7 @@ class TestIndexAndSearch:
         (tmp_path / "full").mkdir()
         (tmp_path / "full/mine.txt").write_text("keep")
         done = simsearch("index", f"run={small_run}", f"images={folder}/images", f"out={tmp_path}/full", expect=1)
-        assert "is no catalog" in done.stderr
+        assert "is not a catalog" in done.stderr
         assert (tmp_path / "full/mine.txt").read_text() == "keep"
         done = simsearch("search", f"catalog={small_run}/catalog", f"image={folder}/images", "k=0", expect=1)
         assert "k must be at least 1" in done.stderr

@@ -251,8 +251,8 @@ def test_one_seed_counts_once(tmp_path, capsys):
     kept = compare.without_repeats(results, results[3])  # the baseline stays, though it came last
     assert [result.name for result in kept] == ["r1", "r3", "s0", "s1"]
     said = capsys.readouterr().out
-    assert "r0 repeats r3, seed and all: left out" in said
-    assert "r2 repeats r1, seed and all: left out" in said
+    assert "r0 repeats r3 with the same seed: left out" in said
+    assert "r2 repeats r1 with the same seed: left out" in said
     assert sorted(entry.name for entry in board(kept)) == ["r1 (2 seeds)", "s0 (2 runs)"]
 
 
@@ -637,7 +637,7 @@ def test_regressions_of_other_data_are_not_shown(tmp_path, monkeypatch, toy_data
         collection.is_test,
     )
     monkeypatch.setattr(configs, "build_data", lambda config: SimpleNamespace(collection=shuffled))
-    assert "no longer those of the runs" in next(iter(compare.pictures(entries, "mAP", 2, 4)[1].values()))
+    assert "have changed since the runs" in next(iter(compare.pictures(entries, "mAP", 2, 4)[1].values()))
 
 
 # -------------------------------------------------------------------------------------------------- W&B

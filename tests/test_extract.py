@@ -256,7 +256,7 @@ class TestShards:
         assert ("1 of the 11 shards" in done.stderr) == (damage == "gone")
         assert not (copied.parent / "c").exists()
         done = extract(run, folder, copied)
-        assert ("done again" in done.stderr) == (damage != "gone")
+        assert ("doing it again" in done.stderr) == (damage != "gone")
         assert contents(copied) == contents(whole)
 
     def test_images_lost_or_double_are_not_written(self, whole):
@@ -303,7 +303,7 @@ class TestRefusals:
 
     def test_other_folders(self, run, folder, tmp_path):
         (tmp_path / "thesis.txt").write_text("years")
-        assert "holds other things (thesis.txt)" in extract(run, folder, tmp_path, expect=1).stderr
+        assert "holds other files (thesis.txt)" in extract(run, folder, tmp_path, expect=1).stderr
         assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
         assert "no shards in" in simsearch("index", f"shards={tmp_path}", expect=1).stderr
         assert "give run=<run> and images=" in simsearch("index", expect=1).stderr

@@ -227,7 +227,7 @@ def test_another_setting_or_changed_files_are_refused(broken, tmp_path):
     assert "lies in the folder of images" in inside
     (tmp_path / "mine.txt").write_text("x")
     strange = simsearch(*say, f"out={tmp_path}", *BASE, expect=1).stderr
-    assert "holds other things (mine.txt)" in strange
+    assert "holds other files (mine.txt)" in strange
     put(art / "Monet" / "new.png", picture(77))
     try:
         changed = simsearch(*say, f"out={out}", "size=64", *BASE, expect=1).stderr
@@ -652,7 +652,7 @@ def test_a_large_group_is_told_and_not_tied_until_it_is_confirmed(tmp_path):
     say = ("data", "ingest", f"images={tmp_path / 'art'}", f"out={out}", *BASE)
     said = simsearch(*say, "near.largest=4").stdout
     assert "10 images of 10 works" in said
-    assert "1 groups of images are like one work each and too large to be tied" in said
+    assert "1 groups of images look like one work each, but are too large to be joined" in said
     with (out / "suspicious.csv").open(newline="") as file:
         assert [line["path"] for line in csv.DictReader(file)] == [f"{i}.jpg" for i in range(5)]
     assert "by near.largest=5" in (out / "report.md").read_text()

@@ -443,7 +443,7 @@ class TestPlace:
     def test_torchrun_around_the_command_is_refused(self, monkeypatch, tmp_path):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
         done = simsearch("train", f"run_dir={tmp_path}", expect=1)
-        assert "leave torchrun out" in done.stderr
+        assert "do not use torchrun" in done.stderr
 
 
 class TestDevices:

@@ -110,7 +110,7 @@ def test_filtered_table(catalog, tmp_path):
     where = f"where={attribute}={value}"
     done = simsearch("recommend", f"catalog={catalog}", "id=position:0", where, "k=3", cwd=tmp_path)
     assert done.stdout.count(value) >= 3
-    assert "bold: shared with the examples" in done.stdout
+    assert "bold: the same as an example's" in done.stdout
     assert not list(tmp_path.iterdir())  # no picture unless it is asked for
     done = simsearch("recommend", f"catalog={catalog}", "id=position:0", f"where={attribute}=zzz", expect=1)
     assert f"no item has {attribute} 'zzz'" in done.stderr
@@ -200,7 +200,7 @@ def test_too_few_for_the_rate_is_said_before_the_work(catalog, outside, monkeypa
     monkeypatch.setattr("simsearch.commands.calibrate.leave_work_out", late)
     said = simsearch("calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.001", expect=1).stderr
     assert said.index("it takes 5990") < said.index("the work begins")  # twice 2,995
-    assert "images from outside in the calibrating half promise no less" in said
+    assert "images from outside in the calibrating half allow no lower rate" in said
     for wrong in ("rate=0", "rate=1.5", "certainty=1"):
         assert "use a number between 0 and 1" in simsearch("calibrate", f"catalog={catalog}", wrong, expect=1).stderr
 
@@ -216,7 +216,7 @@ def test_a_compressed_catalog_is_calibrated_by_its_images(small_run, outside, tm
         "workers=0",
     )
     done = simsearch("calibrate", f"catalog={tmp_path}/c", expect=1)
-    assert "the index PQ4x4 keeps vectors only roughly" in done.stderr
+    assert "the index PQ4x4 stores vectors only approximately" in done.stderr
     assert "give images=" in done.stderr
     simsearch("calibrate", f"catalog={tmp_path}/c", f"images={outside}", "rate=0.3", "workers=0")
     assert read_catalog(tmp_path / "c").calibration["similar"] is None

@@ -159,7 +159,7 @@ class TestScores:
         vote = 8 * torch.where(signs[:4] > 0, 1, -1).sum(0) - 16 * torch.where(signs[4] > 0, 1, -1)
         expected = torch.where(vote == 0, torch.where(signs[0] > 0, 1, -1), vote.sign())
         assert torch.equal(query.sign(), expected.float())
-        with pytest.raises(ValueError, match="holds codes, which have no parts to weigh"):
+        with pytest.raises(ValueError, match="holds codes, whose parts cannot be weighted"):
             recommender.recommend(Request(pack_codes(signs[:1]), weights={"style": 1.0}))
         assert len(recommender.recommend(Request(pack_codes(signs[:1]), weights={"content": 2.0})).ids) == 10
 
@@ -280,7 +280,7 @@ class TestReasons:
     def test_position(self, recommender):
         assert [recommender.position(name) for name in ("7.jpg", "position:7")] == [7, 7]
         for name in ("x.jpg", 7, f"position:{N}", -1):
-            with pytest.raises(ValueError, match=f"no item '{name}' in the catalog c: give an id or path as it has it"):
+            with pytest.raises(ValueError, match=f"no item '{name}' in the catalog c: give an id or path"):
                 recommender.position(name)
         with pytest.raises(ValueError, match="or position:7 for the item at that place"):
             recommender.position("7")
@@ -382,7 +382,7 @@ class TestReasons:
         (lambda r: Request(r.vectors([0]), k=0), "k must be at least 1"),
         (lambda r: Request(r.vectors([0]), diversity=1.5), r"diversity must lie in \[0, 1\]"),
         (lambda r: Request(r.vectors([])), "no example"),
-        (lambda r: r.recommend(Request(r.vectors([0]), exclude=(N,))), "exclude must be positions 0 to 399"),
+        (lambda r: r.recommend(Request(r.vectors([0]), exclude=(N,))), "exclude must hold positions from 0 to 399"),
         (lambda r: r.recommend(Request(r.vectors([0]), weights={"colour": 1})), "no part 'colour'"),
         (lambda r: r.recommend(Request(torch.ones(1, 7))), "descriptors of 7 columns"),
         (lambda r: r.recommend(Request(r.vectors([0]), torch.ones(1, 7))), "descriptors of 7 columns"),

@@ -689,8 +689,8 @@ class TestNames:
             for filters, message in (
                 ([{"attribute": "smell"}], "no attribute 'smell'"),
                 ([{"attribute": "medium", "values": ["none"]}], "no item has medium 'none'"),
-                ([{"attribute": "year", "low": 3, "high": 1}], "the lower end comes first"),
-                ([{"attribute": "year", "values": ["1"], "low": 1}], "make two conditions"),
+                ([{"attribute": "year", "low": 3, "high": 1}], "its lower end is above its upper end"),
+                ([{"attribute": "year", "values": ["1"], "low": 1}], "write two conditions"),
                 ([{"attribute": "year", "above": 1}], "filters.0.above"),
                 ([{"attribute": "year"}] * 101, "filters"),
             ):
@@ -1416,7 +1416,7 @@ class TestCommand:
         for catalog, root, message in (
             ([f"{path}/a", f"{path}/x/a"], None, "two catalogs are named a"),
             ({"a/b": path}, None, "part of addresses"),
-            ([], None, "lists none"),
+            ([], None, "catalog is empty"),
             (f"{path}/a", f"{path}/none", "is not a folder"),
             ({"a": path}, {"b": path}, "root names b"),
         ):

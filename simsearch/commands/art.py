@@ -44,7 +44,7 @@ def main(config: DictConfig) -> None:
     outside = None if config.outside is None else Path(config.outside)
     for path in (images, outside):
         if path is not None and not path.exists():
-            raise ValueError(f"{path} does not exist: give a folder of images, or a table of them")
+            raise ValueError(f"{path} does not exist: give a folder of images, or a table that lists them")
     name = images.resolve().stem if images else "rendered"
     out = Path(config.out or Path(os.environ.get("SIMSEARCH_OUTPUTS", "outputs")) / "art" / name)
     make(images, outside, out, config.size or (224 if images else 128))
@@ -73,29 +73,29 @@ def make(images: Path | None, outside: Path | None, out: Path, size: int) -> Non
     collection, run, catalog = out / "collection", out / "run", out / "catalog"
     if done := (collection / "ingest.json").is_file():
         if (before := read_json(collection / "ingest.json")["source"]) != str(images.resolve()):
-            raise ValueError(f"{out} is of the images in {before}: give another place by out=")
-        print(f"there already: {collection}")
+            raise ValueError(f"{out} was made of the images in {before}: give another out=")
+        print(f"exists already: {collection}")
     else:
         step("check, clean and decode", "data", "ingest", f"images={images}", f"out={collection}")
     done = done and (run / "metrics.json").is_file()
     if done:
-        print(f"there already: {run}")
+        print(f"exists already: {run}")
     else:
         shutil.rmtree(run, ignore_errors=True)  # an interrupted run; its descriptors are in the cache
         arguments = ["data=art", f"data.source={collection}", "model=art", f"backbone.size={size}"]
         arguments += [*describe_split(collection), "catalog.write=false", "logger.mode=disabled", f"run_dir={run}"]
         step("learn what tells artworks apart", "train", *arguments)
     if done := done and (catalog / "catalog.json").is_file():
-        print(f"there already: {catalog}")
+        print(f"exists already: {catalog}")
     else:
-        step("describe all of them", "index", f"run={run}", f"images={collection}", f"out={catalog}")
+        step("describe all images", "index", f"run={run}", f"images={collection}", f"out={catalog}")
     if not done or not (catalog / "calibration.json").is_file():
         arguments = [f"catalog={catalog}"]
         if outside is None:
-            print("\nno outside=: the catalog will know the same work, but not from where on to call a work similar")
+            print("\nwithout outside= the catalog can recognise the same work, but has no threshold for similar works")
         else:
             arguments.append(f"outside={outside}")
-        step("learn to say no", "calibrate", *arguments)
+        step("calibrate when to say no", "calibrate", *arguments)
     if not done or not (out / "recommendations.png").is_file():
         step(
             "recommend",
@@ -120,7 +120,7 @@ def step(what: str, *command: str) -> None:
     print(f"\n--- {what}\n$ {shlex.join(['simsearch', *command])}", flush=True)
     start = time.perf_counter()
     if status := subprocess.run([sys.executable, "-m", "simsearch", *command]).returncode:
-        raise ValueError(f"that step failed with status {status}; the same command goes on from there")
+        raise ValueError(f"that step failed with status {status}; give the same command again to continue from there")
     print(f"--- {time.perf_counter() - start:.1f} s", flush=True)
 
 
@@ -159,7 +159,7 @@ def describe_split(folder: Path) -> list[str]:
     manifest = read_manifest(folder)
     collection = files_collection(folder.name, manifest, open_ingest(folder, manifest, 1))
     if trained := trains(collection, "artist", "artist"):
-        arguments, said = [], "artists apart: those that search were never trained on (protocol=art-artist)"
+        arguments, said = [], "with artists kept apart: no artist of a query was trained on (protocol=art-artist)"
     else:
         for attribute in MEASURABLE:
             if trained := trains(collection, attribute, None):
@@ -173,9 +173,9 @@ def describe_split(folder: Path) -> list[str]:
             arguments += ["protocol.evaluation=0.2", "protocol.validation=0.2"]
             works = len(collection.classes[collection.attributes.index("work")])
             if works < 4:
-                raise ValueError(f"{works} works are too few for a recommender: give 4 or more")
+                raise ValueError(f"{works} works are too few for a recommender: give at least 4")
             trained = round(0.6 * len(collection))
-            said = f"not by artist or style, which are known of too few images of {len(collection)}: nothing to measure"
+            said = f"not by artist or style, known of too few of the {len(collection)} images: nothing to measure"
     print(f"\nmeasured {said}; {trained} images train", flush=True)
     if trained < FEW:
         arguments += [f"+model.encoders.{part}.whitening.shrinkage=0.1" for part in ("content", "style", "colour")]

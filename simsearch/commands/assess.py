@@ -72,7 +72,7 @@ def main(config: DictConfig) -> None:
     runs = [saved_run.open_run(Path(run), trusted=configs.trusts(config)) for run in configs.listed(values["runs"])]
     names = configs.listed(values["names"]) if values["names"] else [run.folder.name for run in runs]
     if len(names) != len(runs) or len(set(names)) != len(names):
-        raise ValueError(f"names={names}: give one for each of the {len(runs)} runs, all different")
+        raise ValueError(f"names={names}: give a different name for each of the {len(runs)} runs")
     if values["part"] not in ("test", "all"):
         raise ValueError(f"part must be test or all, got {values['part']!r}")
     given = values.get("data") or runs[0].config["data"]
@@ -85,7 +85,7 @@ def main(config: DictConfig) -> None:
             collection = data.collection
             tasks = split(collection, values["protocols"], whole=values["part"] == "all")
         elif data.collection.fingerprint != collection.fingerprint:
-            raise ValueError(f"{run.folder} has other data than {runs[0].folder}: give data= for all")
+            raise ValueError(f"{run.folder} has other data than {runs[0].folder}: give data= to measure all runs on")
         rows.append(describe(name, run, data, values["outside"], values["outside_limit"]))
         gc.collect()  # trainer and model hold each other, and sessions of ONNX Runtime gigabytes
     assert collection is not None
@@ -135,7 +135,8 @@ def check_unknown(data: dict[str, Any], runs: list[saved_run.Run]) -> None:
         own = run.config["data"]
         if all(own.get(name) == data.get(name) for name in ("_target_", "source", "root")):
             raise ValueError(
-                f"{run.folder} was trained on a part of these data: part=all is for a collection that no run knows "
+                f"{run.folder} was trained on a part of these data, but part=all is for a collection that no run "
+                "was trained on "
                 "(data=art data.source=...)"
             )
 
@@ -181,7 +182,7 @@ def split(
         except ValueError as error:
             warn(f"left out: {error}")
     if not tasks:
-        raise ValueError("none of the protocols fits the collection: see above, and set protocols.<name>.attribute")
+        raise ValueError("none of the protocols fits the collection (see above): set protocols.<name>.attribute")
     return tasks
 
 

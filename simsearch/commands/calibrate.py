@@ -81,8 +81,9 @@ def main(config: DictConfig) -> None:
         copies = (unrelated.sameness > same_work.values[0]).nonzero()[:, 0].tolist()
         if len(copies) > thresholds["similar"].rate * len(names):
             say(
-                f"{len(copies)} of {len(names)} images from outside stand out like a work of the collection "
-                f"({', '.join(names[row] for row in copies[:3])}, ...): where they are, give others"
+                f"{len(copies)} of {len(names)} images from outside are as close as the same work: they may be in "
+                "the collection "
+                f"({', '.join(names[row] for row in copies[:3])}, ...). If they are, give others"
             )
 
     write_calibration(
@@ -124,12 +125,12 @@ def announce(config: DictConfig, engine: Engine, first: Tensor, outside: Manifes
     """
     if engine.work_attribute is None:
         say(
-            "the catalog does not say which items are of the same work (a column work or group_id): copies count as "
+            "the catalog does not record which items show the same work (column work or group_id): copies count as "
             "other works and raise the threshold of the same work"
         )
     counted = {"same work": (int(first.sum()), True, "works")}
     if outside is None:
-        say("without outside=<folder of other images> there is no threshold for similar")
+        say('"similar" gets no threshold without outside=<folder of other images>')
     else:
         counted["similar"] = (int(halves(outside.paths).sum()), False, "images from outside")
     for name, (count, paired, what) in counted.items():
@@ -138,7 +139,7 @@ def announce(config: DictConfig, engine: Engine, first: Tensor, outside: Manifes
             needed = least_scores(config.rate, config.certainty) * (2 if paired else 1)
             say(
                 f'"{name}" is calibrated at a rate of {rate:.3g}, not {config.rate:g}: {count} {what} in the '
-                f"calibrating half promise no less with a certainty of {config.certainty:g}, it takes {needed}"
+                f"calibrating half allow no lower rate with a certainty of {config.certainty:g}; it takes {needed}"
             )
 
 
@@ -270,8 +271,8 @@ def exact_vectors(
     """
     if not config.images:
         raise ValueError(
-            f"the index {catalog.index.factory} keeps vectors only roughly, which queries are not: give images=<what "
-            "the catalog was made of>, so that the sampled works are described as queries are"
+            f"the index {catalog.index.factory} stores vectors only approximately, unlike those of queries: give "
+            "images=<what the catalog was made of>, so that the sampled works are described like queries"
         )
     paths = catalog.items["path"].take(positions.numpy()).to_pylist()
     rows, vectors = describe(Manifest(read_manifest(Path(config.images)).root, tuple(paths)))
@@ -347,7 +348,7 @@ def results(thresholds: Mapping[str, Threshold]) -> Table:
     Args:
         thresholds: The thresholds by kind of match.
     """
-    table = Table(title="False matches at most at the rate: thresholds, and what they do to the held-out half (95%)")
+    table = Table(title="Thresholds for a rate of false matches, and their effect on the held-out half (95%)")
     for name in ("match", "rate", "threshold", "calibrated on", "false matches", "found", "examples"):
         table.add_column(name, justify="left" if name == "match" else "right")
     names = {"same_work": "the same work", "similar": "similar"}
@@ -356,9 +357,11 @@ def results(thresholds: Mapping[str, Threshold]) -> Table:
         false, found = _share(t.false, t.of, t.per_unit), _share(t.found, t.matches)
         table.add_row(names[name], f"{t.rate:.3g}", f"{t.values[0]:.4f}", units, false, found, f"{len(t.values)}")
     table.caption = (
-        "one image a work. the same work: found among works with more than one; false: without their work. similar: "
-        "found is how many are like other works of the collection; false: images from outside. examples: of so many "
-        "any may be the match at this rate, of more several must agree"
+        "Each work counts with one image. The same work: found are works with several images; false matches are "
+        "measured without the work itself. Similar: found are images that are like other works of the collection; "
+        "false "
+        "matches are images from outside. Examples: up to this number, a match of any example keeps the rate; of more "
+        "examples, several must agree."
     )
     return table
 

@@ -93,7 +93,7 @@ def show(comparison: Comparison, baseline: Result) -> None:
     tested = sum(entry.paired is not None for entry in comparison.entries)
     terminal.show(f"baseline {cell(baseline.name)}; {tested} paired tests, p adjusted by Holm; the page says more")
     if comparison.forced:
-        terminal.show("[red]these runs are of different protocols or data: their values do not compare[/red]")
+        terminal.show("[red]these runs have different protocols or data: their values cannot be compared[/red]")
     for m in comparison.missing:
         terminal.show(f"{cell(m.name)}: {m.state}, {cell(m.reason)}")
 
@@ -160,7 +160,7 @@ def find_baseline(wanted: str, results: Sequence[Result], *, trusted: bool = Fal
         raise ValueError(f"baseline={wanted} is neither a folder nor one of the runs {names}")
     found, missing = read_all(folders([wanted], trusted=trusted))
     if len(found) + len(missing) != 1:
-        raise ValueError(f"baseline={wanted} holds {len(found) + len(missing)} runs: name one of them")
+        raise ValueError(f"baseline={wanted} holds {len(found) + len(missing)} runs: give one of them")
     if missing:
         raise ValueError(f"baseline={wanted} is {missing[0].state}: {missing[0].reason}")
     together = [*found, *results]
@@ -199,7 +199,7 @@ def without_repeats(results: Sequence[Result], baseline: Result) -> list[Result]
     for result in sorted(results, key=lambda result: result is not baseline):
         key = (configuration(result), result.fingerprint, result.unit, seeds(result.config))
         if kept.setdefault(key, result) is not result:
-            terminal.show(f"{cell(result.name)} repeats {cell(kept[key].name)}, seed and all: left out")
+            terminal.show(f"{cell(result.name)} repeats {cell(kept[key].name)} with the same seed: left out")
     return [result for result in results if any(result is one for one in kept.values())]
 
 
@@ -248,7 +248,7 @@ def pictures(
     if count < 1 or not compared:
         return None, {}
     if metric.startswith("rerank/"):
-        return None, {e.name: "no pictures: what was found after re-ranking is not kept" for e in compared}
+        return None, {e.name: "no pictures: runs do not keep the neighbours after re-ranking" for e in compared}
     try:
         first = line.results[0]
         config = first.config if trusted else saved_run.admitted(first.config, first.place)
@@ -305,7 +305,7 @@ def neighbours(
         return [line[:k] for line in kept]
     folder = result.run / "catalog"  # type: ignore[operator]
     if not folder.is_dir():
-        raise ValueError(f"{result.name} kept no neighbours of its queries and has no catalog to ask")
+        raise ValueError(f"{result.name} kept no neighbours of its queries and has no catalog to search")
     catalog = read_catalog(folder, trusted=trusted)
     source = catalog.about.get("source", {})
     if (source.get("data"), source.get("protocol")) != (collection.name, result.protocol):
@@ -314,7 +314,7 @@ def neighbours(
     try:
         items = torch.tensor([places[path] for path in catalog.items["path"].to_pylist()])
     except KeyError as error:
-        raise ValueError(f"the catalog of {result.name} holds {error}, which the data have not") from None
+        raise ValueError(f"the catalog of {result.name} holds {error}, which is not in the data") from None
     engine = Engine(catalog)
     answers = []
     for row in rows:
@@ -359,7 +359,7 @@ class Judge:
         queries = line.queries
         assert queries is not None
         if len(label) <= int(queries.index.max()) or not torch.equal(label[queries.index], queries.label):
-            raise ValueError("they are no longer those of the runs")
+            raise ValueError("they have changed since the runs")
         group = collection.column(about["junk"]) if about["junk"] else None
         names = collection.classes[collection.attributes.index(about["attribute"])]
         return cls(collection, label, group, names, about["exclude_self"])

@@ -34,7 +34,7 @@ def main(config: DictConfig) -> None:
         trainer = configs.build_trainer({**merged, "callbacks": {}}, run.folder, [])
         descriptors = torch.cat(trainer.predict(model, data))
     else:
-        print("the run gives codes: near-duplicates are proposed by perceptual hash alone")
+        print("the run gives codes: near-duplicates are found by perceptual hash only")
     labels = collection.column(split.test.attribute)
     found, precision = audit(
         collection.images,
@@ -66,11 +66,11 @@ def main(config: DictConfig) -> None:
         print(f"{split.test.name}: {n} of {count} queries ({n / count:.2%}) have a near-duplicate in {part}")
     print(f"{len(found)} pairs: {out / 'duplicates.csv'}, and a sample to look at: {out / 'duplicates.png'}")
     if math.isnan(precision):
-        print(f"how many of them are right, labels ({split.test.attribute}) cannot tell: look at the sample")
+        print(f"the labels ({split.test.attribute}) do not show how many pairs are right: look at the sample")
     else:
-        print(f"estimated precision {precision:.1%}, by pairs of different labels ({split.test.attribute})")
+        print(f"estimated precision {precision:.1%}, from pairs with different labels ({split.test.attribute})")
         if precision < _GOOD:
-            print("that is low: give a larger min_correlation", file=sys.stderr)
+            print("this precision is low: give a larger min_correlation", file=sys.stderr)
     print(f"measure without them: simsearch evaluate run={run.folder} without={out / 'duplicates.csv'}")
 
 

@@ -25,7 +25,7 @@ def main(config: DictConfig) -> None:
     name = config.name or source.stem.removeprefix("gnd_")
     out = Path(config.out) if config.out else source.with_suffix(".json")
     if out == source:
-        raise ValueError(f"{source} would be overwritten: give another place by out=")
+        raise ValueError(f"{source} would be overwritten: give another out=")
     benchmark = convert_ground_truth(source, name)
     write_benchmark(out, benchmark)
     counts = ", ".join(f"{sum(map(len, benchmark.listed(grade)))} {grade}" for grade in GRADES)

@@ -72,7 +72,7 @@ def main(config: DictConfig) -> None:
     values = configs.plain(config)
     source, out = Path(values["images"]).resolve(), Path(values["out"]).resolve()
     if source.is_dir() and out.is_relative_to(source):
-        raise ValueError(f"out={out} lies in the folder of images, of which it would become a part: give another place")
+        raise ValueError(f"out={out} lies in the folder of images and would become part of it: give another out=")
     backbone = None
     if values["near"]["descriptors"]:
         backbone = configs.build(values["backbone"]).eval().requires_grad_(False)
@@ -81,7 +81,7 @@ def main(config: DictConfig) -> None:
         with FileLock(out / ".lock", timeout=0):
             ingest(values, source, out, backbone)
     except Timeout:
-        raise ValueError(f"another process ingests into {out}: wait for it, or give another place by out=") from None
+        raise ValueError(f"another process ingests into {out}: wait for it, or give another out=") from None
 
 
 def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module | None) -> None:
@@ -124,7 +124,8 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
         print(f"refused {count}: {reason}")
     if groups := report["suspicious"]["groups"]:
         print(
-            f"{len(groups)} groups of images are like one work each and too large to be tied: {out / 'suspicious.csv'}"
+            f"{len(groups)} groups of images look like one work each, but are too large to be joined: "
+            f"{out / 'suspicious.csv'}"
         )
     print(f"look at {out / 'report.md'} and {out / 'contact-sheet.png'}")
     print(f"try next: {shlex.join(['simsearch', 'train', 'data=art', f'data.source={out}', *fitting_protocol(kept)])}")
@@ -189,7 +190,7 @@ def same_work(
     if backbone is not None:
         if len(images) > MOST_DESCRIBED:
             raise ValueError(
-                f"{len(images):,} images are too many to compare each with each by descriptor (at most "
+                f"{len(images):,} images are too many to compare every pair by descriptor (at most "
                 f"{MOST_DESCRIBED:,}): find near-duplicates by perceptual hash alone with near.descriptors=false"
             )
         vectors = describe(out / "descriptors", images, backbone, near["size"], chunk)

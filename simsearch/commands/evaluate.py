@@ -40,7 +40,7 @@ def main(config: DictConfig) -> None:
     merged["callbacks"] = {"evaluation": evaluation}
     merged["trainer"] |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # whatever the run trained with
     if config.without and config.stage == "validate":
-        raise ValueError("without= leaves queries out of the test: it has no meaning with stage=validate")
+        raise ValueError("without= leaves queries out of the test: do not use it with stage=validate")
     model = saved_run.load_model(run)
     folder = Path(config.run_dir)
 
@@ -58,7 +58,7 @@ def main(config: DictConfig) -> None:
     if config.without:
         rows = read_duplicates(Path(config.without)).query.unique()
         if not torch.isin(rows, data.task("test").query).all():
-            raise ValueError(f"{config.without} lists rows that are no queries of {merged['protocol']['name']}")
+            raise ValueError(f"{config.without} lists rows that are not queries of {merged['protocol']['name']}")
         protocol = WithoutRows(configs.build(merged["protocol"]), rows)
         data = configs.build_data(merged, protocol)
         measure(model, data, merged, folder / "without", config.stage, [])

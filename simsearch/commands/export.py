@@ -105,7 +105,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         names = {path.name for path in out.iterdir() if not is_temporary(path.name)} if out.is_dir() else {out.name}
         foreign = sorted(n for n in names if n != ABOUT and not n.endswith((".onnx", ".safetensors")))
         if not out.is_dir() or foreign or (names and ABOUT not in names):
-            raise FileExistsError(f"{out} exists and holds other things than an export: give another out=")
+            raise FileExistsError(f"{out} exists and holds other files than an export: give another out=")
     with replacing_folder(out) as temporary:
         yield temporary
 
@@ -193,7 +193,7 @@ def check(agreement: Agreement, tolerance: float) -> None:
     """
     if not agreement.descriptor <= tolerance:  # nan too
         raise ValueError(
-            f"the exported files give other descriptors than torch: they differ by up to {agreement.descriptor:.3g}, "
+            f"the exported files give other descriptors than torch; they differ by up to {agreement.descriptor:.3g}, "
             f"more than tolerance={tolerance:g}. Nothing was written"
         )
     # Both scores, that of the item and that at the border, may move by a descriptor's difference.
@@ -232,7 +232,7 @@ def results(agreement: Agreement, speeds: dict[int, list[float]]) -> Table:
     table.add_row(f"same {agreement.k} neighbours", f"{agreement.same_set:.1%}")
     table.add_row("in the same order", f"{agreement.same_order:.1%}")
     if agreement.border:
-        table.add_row("largest score above the last of an item that one lacks", f"{agreement.border:.2g}")
+        table.add_row("largest score above the last of an item that only one found", f"{agreement.border:.2g}")
     for batch, (torch_speed, onnx_speed) in speeds.items():
         said = f"{torch_speed:.1f} torch, {onnx_speed:.1f} ONNX Runtime ({onnx_speed / torch_speed:.2f} x)"
         table.add_row(f"images/s, {batch} at a time, {torch.get_num_threads()} threads", said)

@@ -117,7 +117,9 @@ def place(rank: int | None, ranks: int | None) -> tuple[int | None, int, int]:
     """
     if rank is not None:
         if ranks is None or not 0 <= rank < ranks:
-            raise ValueError(f"rank={rank} needs ranks=, the number of all, to be larger than it: got ranks={ranks}")
+            raise ValueError(
+                f"rank={rank} needs ranks=, the number of all ranks, and it must be larger: got ranks={ranks}"
+            )
         return rank, ranks, rank
     if ranks is not None:
         if ranks < 1:
@@ -242,9 +244,12 @@ def check_own(shards: Shards, presence: Presence, rank: int, ranks: int) -> None
                     (str(e.path.relative_to(root)), e.reason) for e in shards.errors(number) if e.path is not None
                 ]
                 if back := [path for path, reason in failed if presence.is_back(path, reason)]:
-                    raise ShardError(f"the shard {shards.path(number)} lacks {len(back)} images, as {back[0]}")
+                    raise ShardError(
+                        f"the shard {shards.path(number)} misses {len(back)} images that are readable now, such as "
+                        f"{back[0]}"
+                    )
             except ShardError as error:
-                warn(f"{error}: it is done again")
+                warn(f"{error}: doing it again")
                 shards.path(number).unlink(missing_ok=True)
 
 
@@ -305,7 +310,7 @@ def run_ranks(shards: Shards, work: Work) -> None:
                 process.join()
     if missing := shards.missing():
         codes = [process.exitcode for process in processes]
-        raise ValueError(f"{len(missing)} of {len(shards)} chunks are undone, the ranks ended with {codes}")
+        raise ValueError(f"{len(missing)} of {len(shards)} chunks are not done; the ranks ended with status {codes}")
 
 
 def rank_main(work: Work) -> None:
@@ -350,7 +355,10 @@ def stopping(shards: Shards, quiet: bool = False) -> Iterator[None]:
     except SystemExit:
         if not quiet:
             done = len(shards) - len(shards.missing())
-            print(f"stopped: {done} of {len(shards)} shards are finished, the same command goes on", file=sys.stderr)
+            print(
+                f"stopped: {done} of {len(shards)} shards are finished; give the same command again to continue",
+                file=sys.stderr,
+            )
         raise
     finally:
         for number, handler in before.items():

@@ -38,7 +38,7 @@ def main(config: DictConfig) -> None:
     report(out, len(index), index.code_bytes, filling.errors, filling.skipped)
     if before is not None and calibrated_for(out) is None:
         warn(
-            f"note: the catalog that was in {out} was calibrated, this one is another and is not: "
+            f"note: the catalog that was in {out} was calibrated; the new one is not: "
             f"simsearch calibrate {shlex.quote(f'catalog={out}')} outside=<images of other things>"
         )
 
@@ -60,7 +60,7 @@ def place(config: DictConfig, usual: Path, count: int) -> Path:
     out = Path(config.out) if config.out else usual
     check_not_fewer(out, count, config.fewer)
     if calibrated_for(out) is not None:
-        warn(f"note: the catalog {out} is calibrated, and another one in its place is to be calibrated again")
+        warn(f"note: the catalog {out} is calibrated; its replacement has to be calibrated again")
     return out
 
 
@@ -109,12 +109,12 @@ def from_shards(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
         ValueError: If the arguments contradict each other, or if shards are missing, damaged or without images.
     """
     if config.run or config.images:
-        raise ValueError("shards= know their run and images: leave run= and images= out")
+        raise ValueError("shards= record their run and images: leave run= and images= out")
     trusted = configs.trusts(config)
     shards = open_shards(Path(config.shards), trusted=trusted)
     if missing := shards.missing():
         raise ValueError(
-            f"{len(missing)} of the {len(shards)} shards in {shards.folder} are missing; this goes on with them: "
+            f"{len(missing)} of the {len(shards)} shards in {shards.folder} are missing; this command makes them: "
             f"{shards.about['command']}"
         )
     out = place(config, shards.folder / "catalog", len(shards.items))
@@ -123,15 +123,15 @@ def from_shards(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
     try:
         checked = [(number, shards.check(number)) for number in numbers]
     except ShardError as error:
-        raise ValueError(f"{error}; this does it again: {shards.about['command']}") from error
+        raise ValueError(f"{error}; this command makes it again: {shards.about['command']}") from error
     errors = [error for number in range(len(shards)) for error in shards.errors(number)]
     seen = dict(zip(shards.items["path"].to_pylist(), (shards.sizes >= 0).tolist(), strict=True))
     root = Path(shards.about["source"]["images"])
     lost = [e for e in errors if e.reason == "missing" and e.path and seen[str(e.path.relative_to(root))]]
     if len(lost) > MOST_GONE * sum(seen.values()):
         raise ValueError(
-            f"{len(lost)} images were lost while they were described, as {printable(lost[0].path)}; this does them "
-            f"again: {shards.about['command']}"
+            f"{len(lost)} images were lost while they were described, such as {printable(lost[0].path)}; this "
+            f"command describes them again: {shards.about['command']}"
         )
     filled = [(number, count) for number, count in checked if count]
     if not filled:

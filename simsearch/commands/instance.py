@@ -109,7 +109,7 @@ def seen_otherwise(
         if value is not None:
             settings = network.get(part, {}) if part else network
             if name not in settings:
-                raise ValueError(f"{name}={value}: the network of this run has no {name} to change")
+                raise ValueError(f"{name}={value}: the network of this run has no setting {name}")
             settings[name] = value
     return config
 
@@ -125,8 +125,8 @@ def warn_of_crops(root: Path, names: Sequence[str]) -> None:
     lost = [1 - min(shape) / max(shape) for shape in shapes]
     if max(lost, default=0) > _CROPPED:
         print(
-            f"fit=square leaves out {sum(lost) / len(lost):.0%} of the images (mean of the first {len(lost)}): "
-            "fit=longest sees them whole",
+            f"fit=square crops away {sum(lost) / len(lost):.0%} of the images (mean of the first {len(lost)}): "
+            "fit=longest uses them whole",
             file=sys.stderr,
         )
 

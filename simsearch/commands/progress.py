@@ -26,7 +26,7 @@ def main(config: DictConfig) -> None:
         terminal.show(sweeps.progress_table(folder))
         return
     if config.watch < 0:
-        raise ValueError(f"watch={config.watch}: give seconds between two looks, or 0 for one look")
+        raise ValueError(f"watch={config.watch}: give the seconds between updates, or 0 to print once")
     with Live(sweeps.progress_table(folder), refresh_per_second=1) as live:
         while sweeps.is_open(folder):
             time.sleep(config.watch)

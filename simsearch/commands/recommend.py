@@ -72,7 +72,7 @@ def main(config: DictConfig) -> None:
     like += [reader.item(engine.position(name)) for name in configs.listed(values["id"], reader.is_item)]
     unlike = [reader.any(name) for name in configs.listed(values["unlike"], reader.is_known)]
     if not like:
-        raise ValueError("nothing to be like: give image=<file> or id=<id or path of an item>")
+        raise ValueError("no example: give image=<file> or id=<id or path of an item>")
     positions = [example.position for example in like + unlike if example.position is not None]
     request = Request(
         like=torch.stack([example.vector for example in like]),
@@ -97,10 +97,10 @@ def main(config: DictConfig) -> None:
         }
         print(json_line({**query, **about, "results": items}))
     elif not len(answer.ids):
-        print(f"none of {len(catalog)} items is left to recommend: loosen where=")
+        print(f"none of {len(catalog)} items is left to recommend: relax where=")
     elif not kept:
         print(
-            "no similar work: what is there is no nearer than to images from outside. The best of "
+            "no similar work: the nearest works are no closer than they are to unrelated images. The best of "
             f"{answer.candidates} items scores {float(answer.scores.max()):.4f}; force=true shows it"
         )
     else:
@@ -227,7 +227,7 @@ def answer_table(
         path = cell(item["attributes"]["path"])
         table.add_row(*cells, f"{said}\n[dim]{path}[/dim]" if said else path)
     if any(item["shared"] for item in items):
-        table.caption = "bold: shared with the examples"
+        table.caption = "bold: the same as an example's"
     return table
 
 

@@ -61,7 +61,7 @@ def outcome_table(outcomes: Iterable[Outcome]) -> Table:
     Args:
         outcomes: The outcomes.
     """
-    table = Table(title="Rows measured anew, beside what their study states")
+    table = Table(title="Rows measured again, and the values that their study states")
     table.add_column("row", overflow="fold")
     table.add_column("measured", overflow="fold")
     for name in ("value", "expected", "difference"):
@@ -93,7 +93,7 @@ def list_table(book: Mapping[str, Row], runs: Mapping[str, saved_run.Run], *, tr
         runs: Finished runs by identity.
         trusted: True if the user trusts whoever made the rows.
     """
-    table = Table(title="Rows; minutes of one training on two cores")
+    table = Table(title="Rows, and the minutes of one training on two cores")
     table.add_column("row", overflow="fold")
     table.add_column("what", overflow="fold")
     table.add_column("expected", overflow="fold")

@@ -72,7 +72,7 @@ def main(config: DictConfig) -> None:
             terminal.show(answer_table(answer, terminal.console().width))
         print(f"{len(answers)} queries against {len(catalog)} items, {milliseconds:.1f} ms each with decoding")
         if not config.figure:
-            print("see them: the same command with figure=neighbours.png", file=sys.stderr)
+            print("to see them, give the same command with figure=neighbours.png", file=sys.stderr)
     if config.figure:
         save_grid(Path(config.figure), [answer_tiles(catalog, answer) for answer in answers[: config.rows]])
         print(f"picture: {config.figure}", file=sys.stderr)
@@ -166,7 +166,7 @@ def answer_table(answer: Answer, width: int = 120) -> Table:
     for row in zip(*(texts[name] for name in kept), strict=True):
         table.add_row(*row)
     if left_out := [name for name in names if name not in kept and any(texts[name])]:
-        table.caption = f"no room for {cell(', '.join(left_out))}: format=json has all"
+        table.caption = f"the table has no room for {cell(', '.join(left_out))}: format=json shows all columns"
     return table
 
 

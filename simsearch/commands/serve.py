@@ -125,16 +125,18 @@ def find_sources(catalog: str | Sequence[str] | Mapping[str, str], root: Any) ->
             (re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "catalog", folder) for folder in folders
         ]
     if not named:
-        raise ValueError("catalog lists none: give a folder, [a,b] or {name: folder}")
+        raise ValueError("catalog is empty: give a folder, [a,b] or {name: folder}")
     names = [name for name, _ in named]
     for name in names:
         if not re.fullmatch(r"\w[\w.-]{0,63}", name):
-            raise ValueError(f"a catalog's name is part of addresses: letters, digits, _ - and . only, got {name!r}")
+            raise ValueError(
+                f"a catalog's name is part of addresses: use only letters, digits, _, - and ., got {name!r}"
+            )
         if names.count(name) > 1:
             raise ValueError(f"two catalogs are named {name}: name them by catalog={{one: <folder>, two: <folder>}}")
     roots = root if isinstance(root, Mapping) else dict.fromkeys(names, root)
     if unknown := sorted(set(roots) - set(names)):
-        raise ValueError(f"root names {unknown[0]}, which is no catalog here: there are {', '.join(names)}")
+        raise ValueError(f"root names {unknown[0]}, which is not a catalog here: there are {', '.join(names)}")
     for path in roots.values():
         if path is not None and not Path(path).is_dir():
             raise ValueError(f"the image root {path} is not a folder")
@@ -200,12 +202,12 @@ def greeting(library: Library, host: str, port: int) -> str:
         if loaded.catalog.calibration is None:
             folder = library.sources[loaded.name].folder
             lines.append(
-                "    not calibrated, so it answers whatever it is asked: simsearch calibrate "
+                "    not calibrated, so it always answers, even without a similar item: simsearch calibrate "
                 f"catalog={folder} outside=<folder of other images>"
             )
     if not is_loopback(host):
-        lines.append("  open to all who reach this machine")
-    return "\n".join([*lines, "  ends with Ctrl-C"])
+        lines.append("  everybody who can reach this machine can use it")
+    return "\n".join([*lines, "  Ctrl-C stops it"])
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main(config: DictConfig) -> Any:
     """
     _LOG.info("simsearch train %s", shlex.join(sys.argv[1:]))
     if launch.is_rank() and not launch.is_slurm_rank():
-        raise ValueError("simsearch train starts its ranks itself: leave torchrun out, give trainer.devices=2 or auto")
+        raise ValueError("simsearch train starts its ranks itself: do not use torchrun, give trainer.devices=2 or auto")
     with launch.as_found(), sweeps.trial(config) as trial:
         if trial is not None and trial.finished:
             sweeps.check_same_data(trial.folder, config)
@@ -131,7 +131,7 @@ def train(
     best, last = run.folder / "checkpoints" / "best.ckpt", last_checkpoint(run.folder)
     go_on = run.resumed and last.is_file()
     if go_on and not zipfile.is_zipfile(check_zip(last)):
-        raise Damaged(f"{last} is damaged: it is no checkpoint; without it resume=true trains from the beginning")
+        raise Damaged(f"{last} is not a checkpoint or is damaged: delete it, and resume=true trains from the beginning")
     start = time.perf_counter()
     try:
         trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)

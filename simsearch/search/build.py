@@ -126,7 +126,9 @@ def check_kind(index: FaissIndex, encoder: Encoder) -> None:
     """
     if index.is_binary != (encoder.bits is not None):
         kind = "codes: index=binary-flat" if encoder.bits else "float descriptors: index=flat"
-        raise ValueError(f"index={index.factory} does not fit this run, which gives {kind} or another of that kind")
+        raise ValueError(
+            f"index={index.factory} does not fit this run, which gives {kind} (or another index of that kind)"
+        )
 
 
 def check_not_fewer(out: Path, count: int, allowed: bool) -> None:
@@ -146,6 +148,6 @@ def check_not_fewer(out: Path, count: int, allowed: bool) -> None:
         return
     if count < (1 - MOST_GONE) * before and not allowed:
         raise ValueError(
-            f"the catalog {out} has {before} items, this one would have {count}: see whether all images are there; "
-            "if so, say fewer=true, or give another out="
+            f"the catalog {out} has {before} items, but the new one would have {count}. Check that all images are "
+            "there; then allow it with fewer=true, or give another out="
         )

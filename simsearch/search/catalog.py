@@ -179,7 +179,7 @@ def read_encoder(folder: Path, about: Mapping[str, Any], *, trusted: bool = Fals
     try:
         encoder = build_encoder(about["config"], trusted=trusted)
     except (LookupError, TypeError) as error:
-        raise CatalogError(f"{folder} does not say what builds its encoder: {error!r}") from error
+        raise CatalogError(f"{folder} does not record how its encoder is built: {error!r}") from error
     load_tensors(folder, about, encoder)
     return encoder
 
@@ -203,7 +203,7 @@ def load_tensors(folder: Path, about: Mapping[str, Any], encoder: Encoder) -> No
     own, other = about["encoder_fingerprint"], encoder_fingerprint(encoder)
     if own != other:
         raise CatalogError(
-            f"{folder} was filled by encoder {own}, this one is {other}: their descriptors do not compare. "
+            f"{folder} was filled by encoder {own}, but this one is {other}: their descriptors cannot be compared. "
             "Search with the catalog's own encoder or make a new catalog"
         )
 
@@ -298,14 +298,14 @@ def write_catalog(
     """
     folder = Path(folder).resolve()
     if folder.is_file():
-        raise FileExistsError(f"{folder} is a file: give another place by out=")
+        raise FileExistsError(f"{folder} is a file: give another out=")
     restore(folder)
     entries = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if entries and "catalog.json" not in entries:
-        raise FileExistsError(f"{folder} exists and is no catalog: give another place by out=")
+        raise FileExistsError(f"{folder} exists and is not a catalog: give another out=")
     if foreign := sorted(name for name in entries - _ENTRIES if not is_temporary(name)):
         raise FileExistsError(
-            f"the catalog {folder} holds other things too ({', '.join(foreign[:3])}): give another out="
+            f"the catalog {folder} also holds other files ({', '.join(foreign[:3])}): give another out="
         )
     with replacing_folder(folder) as temporary:
         index.save(temporary / "index")
@@ -374,11 +374,13 @@ def read_catalog(folder: Path, *, calibrated: bool = True, trusted: bool = False
     if about.get("format") != FORMAT:
         raise CatalogError(f"{folder} has catalog format {about.get('format')}, this version reads {FORMAT}")
     if missing := sorted({"encoder_fingerprint", "backbone", "config"} - set(about)):
-        raise CatalogError(f"the catalog {folder} is damaged (catalog.json lacks {', '.join(missing)}): make it again")
+        raise CatalogError(
+            f"the catalog {folder} is damaged (catalog.json does not have {', '.join(missing)}): make it again"
+        )
     try:
         index = FaissIndex.load(folder / "index")
         if (known := about.get("sha256")) is not None and _index_digest(folder).items() - known.items():
-            raise ValueError("its index is of another catalog")
+            raise ValueError("its index belongs to another catalog")
         items = read_items(folder / "items.parquet", about)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
@@ -429,10 +431,10 @@ def _read_calibration(catalog: Catalog) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CatalogError(
-            f"{path} is damaged or of another version ({error!r}): delete it, or calibrate again"
+            f"{path} is damaged or was written by another version ({error!r}): delete it, or calibrate again"
         ) from error
     if calibration.get("catalog", catalog.fingerprint) != catalog.fingerprint:  # older ones do not say
-        raise CatalogError(f"{path} is of another catalog, whose scores differ: delete it, or calibrate again")
+        raise CatalogError(f"{path} belongs to another catalog, whose scores differ: delete it, or calibrate again")
     return calibration
 
 
@@ -456,7 +458,9 @@ def path_table(manifest: Manifest) -> pa.Table:
         ValueError: If a column has a name that search results use themselves.
     """
     if reserved := sorted({"rank", "score", "verdict", THUMBNAIL} & set(manifest.attributes)):
-        raise ValueError(f"the images have the columns {', '.join(reserved)}, which a result has too: rename them")
+        raise ValueError(
+            f"the images have the columns {', '.join(reserved)}, whose names results use already: rename them"
+        )
     return pa.table({n: pa.array(v, pa.string()) for n, v in {"path": manifest.paths, **manifest.attributes}.items()})
 
 

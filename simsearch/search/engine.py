@@ -115,7 +115,8 @@ class Engine:
         if found is None:
             hint = f", or position:{name} for the item at that place" if re.fullmatch(r"[0-9]+", str(name)) else ""
             raise ValueError(
-                f"no item {str(name)!r} in the catalog {self.catalog.folder}: give an id or path as it has it{hint}"
+                f"no item {str(name)!r} in the catalog {self.catalog.folder}: give an id or path as the catalog "
+                f"has it{hint}"
             )
         return found
 
@@ -353,7 +354,7 @@ class Engine:
     def _weights(self, request: Request) -> dict[str, float]:
         if self.catalog.index.is_binary and set(request.weights or {}) - set(self.parts):
             raise ValueError(
-                f"the catalog {self.catalog.folder} holds codes, which have no parts to weigh: leave weights out"
+                f"the catalog {self.catalog.folder} holds codes, whose parts cannot be weighted: leave weights out"
             )
         return query_weights(self.parts, request.weights)
 
@@ -384,7 +385,7 @@ class Engine:
         """
         given = np.asarray(request.exclude, dtype=np.int64)
         if len(given) and (given.min() < 0 or given.max() >= len(self.catalog)):
-            raise ValueError(f"exclude must be positions 0 to {len(self.catalog) - 1}, got {given.tolist()}")
+            raise ValueError(f"exclude must hold positions from 0 to {len(self.catalog) - 1}, got {given.tolist()}")
         if request.collapse and len(given):
             given = np.flatnonzero(np.isin(self.works, self.works[given]))
         return torch.from_numpy(np.unique(given))

@@ -64,11 +64,15 @@ class Condition:
 
     def __post_init__(self) -> None:
         if self.values and (self.low is not None or self.high is not None):
-            raise ValueError(f"the filter on {self.attribute} has values and a range: make two conditions of them")
+            raise ValueError(f"the filter on {self.attribute} has both values and a range: write two conditions")
         if not all(math.isfinite(end) for end in (self.low, self.high) if end is not None):
-            raise ValueError(f"the filter on {self.attribute} has an end that is no finite number: leave it out")
+            raise ValueError(
+                f"the filter on {self.attribute} has a range whose end is not a finite number: leave that end out"
+            )
         if self.low is not None and self.high is not None and not self.low <= self.high:
-            raise ValueError(f"the filter {self} holds for nothing: the lower end comes first")
+            raise ValueError(
+                f"the filter {self} excludes everything, since its lower end is above its upper end: swap them"
+            )
 
     def __str__(self) -> str:
         if self.values:
@@ -192,7 +196,9 @@ class Attributes:
         else:
             numbers = column.numbers
             if not np.isfinite(numbers).any():
-                raise ValueError(f"{condition.attribute} holds no numbers: a range has no meaning there")
+                raise ValueError(
+                    f"{condition.attribute} does not hold numbers, so that it cannot have a range: name values"
+                )
             low = -math.inf if condition.low is None else condition.low
             high = math.inf if condition.high is None else condition.high
             holds = (numbers >= low) & (numbers <= high)
@@ -289,7 +295,7 @@ def _condition(tokens: list[str]) -> Condition:
             alternatives[-1].append(token)
     values = [_text(part, text) for part in alternatives]
     if any(not value and not quoted for value, quoted in values):
-        raise ValueError(f"the filter {text!r} lacks a value: write attribute=value, or attribute=* for any known one")
+        raise ValueError(f"the filter {text!r} has no value: write attribute=value, or attribute=* for any known value")
     if len(values) == 1 and not values[0][1]:
         if values[0][0] == "*":
             return Condition(name, negate=negate)
@@ -298,19 +304,21 @@ def _condition(tokens: list[str]) -> Condition:
             return Condition(name, (), low, high, negate)
     for value, quoted in values:
         if not quoted and (value == "*" or ((ends := _RANGE.fullmatch(value)) and any(ends.groups()))):
-            raise ValueError(f"in the filter {text!r} {value} stands beside other values: make two conditions of it")
+            raise ValueError(
+                f"in the filter {text!r} {value} cannot be combined with other values: write two conditions"
+            )
     return Condition(name, tuple(value for value, _ in values), negate=negate)
 
 
 def _text(tokens: list[str], condition: str) -> tuple[str, bool]:
     """The content of a name or value, and whether it was quoted."""
     if "=" in tokens or "!=" in tokens:
-        raise ValueError(f"the filter {condition!r} has two =: put a value that holds one in double quotes")
+        raise ValueError(f"the filter {condition!r} has two =: quote a value that holds = with double quotes")
     if not any(token[0] == '"' for token in tokens):
         return "".join(tokens).strip(), False
     around = [token for token in tokens if token.strip()]
     if len(around) > 1 or around[0] == '"':
-        raise ValueError(f"the quotes in the filter {condition!r} do not surround a whole value")
+        raise ValueError(f"the quotes in the filter {condition!r} do not enclose a whole value")
     return around[0][1:-1].replace('""', '"'), True
 
 

@@ -35,7 +35,7 @@ def pixels_of(image: Given) -> Tensor:
         return image.cpu()
     what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, np.ndarray | Tensor) else type(image).__name__
     raise ValueError(
-        f"{what} is no image: give a file, a picture of Pillow, an array uint8 (H, W, 3) or a tensor uint8 (3, H, W)"
+        f"{what} is not an image: give a path, a Pillow image, an array uint8 (H, W, 3) or a tensor uint8 (3, H, W)"
     )
 
 

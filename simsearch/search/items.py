@@ -72,7 +72,7 @@ def read_items(path: Path, about: Mapping[str, Any]) -> pa.Table:
     if (known := about.get("items_sha256")) is not None:
         spans = [(group["start"], group["stop"]) for group in known["thumbnails"]]
         if _sha256_outside(path, spans) != known["others"]:
-            raise Damaged(f"{path} is damaged or of another catalog: its SHA-256 is not the recorded one")
+            raise Damaged(f"{path} is damaged or belongs to another catalog: its SHA-256 is not the recorded one")
     names = [name for name in pq.read_schema(path).names if name != THUMBNAIL]
     return pq.read_table(path, columns=names)
 

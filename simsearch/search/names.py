@@ -58,7 +58,7 @@ class Names:
         for column in sorted(self._columns, key=lambda column: column is not self._naming):
             found = column.find(name)
             if len(found) > 1:
-                raise ValueError(f"{len(found)} items have the id {name!r}: give the path of the one that is meant")
+                raise ValueError(f"{len(found)} items have the id {name!r}: give the path of the one that you mean")
             if found:
                 return found[0]
         asked = _POSITION.fullmatch(name)

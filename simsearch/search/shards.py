@@ -129,8 +129,9 @@ class Shards:
         own, other = self.about["encoder_fingerprint"], encoder_fingerprint(encoder)
         if own != other:
             raise ShardError(
-                f"{self.folder} was begun with encoder {own} (run {self.about['source']['run']}), this one is {other}: "
-                "their descriptors do not compare. Go on with that run, or give another out="
+                f"{self.folder} was begun with encoder {own} (run {self.about['source']['run']}), but this one is "
+                f"{other}: "
+                "their descriptors cannot be compared. Continue with that run, or give another out="
             )
 
     def write(
@@ -155,7 +156,7 @@ class Shards:
             raise ValueError(f"chunk {number} does not hold each of its {len(span)} images once")
         if vectors.is_floating_point() and not (finite := torch.isfinite(vectors).all(1)).all():
             path = self.items["path"][int(rows[~finite][0])].as_py()
-            raise ValueError(f"the encoder gave NaN or infinity for {path}: no index takes that")
+            raise ValueError(f"the encoder returned NaN or infinity for {path}, which cannot be indexed")
         order = rows.argsort()
         sizes = [len(thumbnails[i]) for i in order.tolist()]
         tensors = {
@@ -199,7 +200,7 @@ class Shards:
                 about = json.loads((file.metadata() or {})["shard"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             if about != {"plan": self.fingerprint, "chunk": number, "sha256": tensors_sha256(tensors)}:
-                raise ShardError("it is of another plan, or its content is not what was written")
+                raise ShardError("it belongs to another plan, or its content has changed")
             failed = [row for row, _, _ in json.loads(tensors["errors"].numpy().tobytes())]
             if sorted([*tensors["rows"].tolist(), *failed]) != list(self.rows(number)):
                 raise ShardError("it does not hold each of its images once")
@@ -284,7 +285,7 @@ def begin(
     plan = folder / "plan"
     if not plan.exists():
         if foreign := sorted(n for n in _names(folder) if n[0] != "." and n not in ("plan", "shards", "claims")):
-            raise FileExistsError(f"{folder} holds other things ({foreign[0]}): give another place by out=")
+            raise FileExistsError(f"{folder} holds other files ({foreign[0]}): give another out=")
         temporary = folder / f".plan.{uuid.uuid4().hex[:8]}"
         temporary.mkdir(parents=True)
         try:
@@ -306,12 +307,12 @@ def begin(
     if shards.about["listing"] != listing:
         change = _change(shards, items, sizes)
         raise ShardError(
-            f"the images are not those that {folder} was begun with ({change}): put them back, or give another out="
+            f"the images have changed since {folder} was begun ({change}): put them back, or give another out="
         )
     for name, value in (("chunk", chunk), ("thumbnail", thumbnail)):
         if shards.about[name] != value:
             raise ShardError(
-                f"{folder} was begun with {name}={shards.about[name]}, not {value}: give that, or another out="
+                f"{folder} was begun with {name}={shards.about[name]}, not {value}: give the same, or another out="
             )
     return shards
 
@@ -339,7 +340,9 @@ def open_shards(folder: Path, *, trusted: bool = False) -> Shards:
     if about.get("format") != FORMAT:
         raise ShardError(f"{folder} has shard format {about.get('format')}, this version reads {FORMAT}")
     if missing := sorted({*_DECIDING, "images", "backbone", "config", "source", "skipped", "command"} - set(about)):
-        raise ShardError(f"the plan of {folder} is damaged (plan.json lacks {', '.join(missing)}): delete {folder}")
+        raise ShardError(
+            f"the plan of {folder} is damaged (plan.json does not have {', '.join(missing)}): delete {folder}"
+        )
     if about["images"] != len(items):
         raise ShardError(f"the plan of {folder} is damaged: {len(items)} of {about['images']} rows: delete {folder}")
     return Shards(folder, about, items, trusted)

@@ -123,11 +123,11 @@ def begin(out: Path, listing: Listing, decoding: Decoding, source: Path) -> None
             name for name in ("format", "root", "settings", "images", "fingerprint") if before[name] != about[name]
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{plan} is damaged ({error}): delete {out} or give another place by out=") from error
+        raise ValueError(f"{plan} is damaged ({error}): delete {out} or give another out=") from error
     if differing:
         what = {"settings": f"settings {before['settings']}", "fingerprint": "files that have changed since"}
         raise ValueError(
-            f"{out} was begun with another {what.get(differing[0], differing[0])}: give another place by out=, "
+            f"{out} was begun with another {what.get(differing[0], differing[0])}: give another out=, "
             f"or delete {out} to begin again"
         )
 
@@ -144,7 +144,7 @@ def check_place(out: Path) -> None:
     if (out / INGEST_PLAN).exists() or not out.exists():
         return
     if foreign := sorted(path.name for path in out.iterdir() if path.name[0] != "." and path.name != UNPACKED):
-        raise FileExistsError(f"{out} holds other things ({foreign[0]}): give another place by out=")
+        raise FileExistsError(f"{out} holds other files ({foreign[0]}): give another out=")
 
 
 def _fingerprint(listing: Listing, decoding: Decoding) -> str:
