@@ -30,7 +30,7 @@ def results_table(
         parts: Further rows to show if they were measured: "rerank" for results after re-ranking, "index" for the lists
             that the index returns.
     """
-    table = Table(title="Retrieval results (95% intervals by unit of chance)")
+    table = Table(title="Retrieval results (95% intervals by sampling unit)")
     table.add_column("protocol", no_wrap=True)
     table.add_column("unit", justify="right", overflow="fold")
     for name in (*HEADLINES, "bytes/image", "ms/query p50"):

@@ -445,8 +445,11 @@ class TestEvaluate:
 
     def test_mistakes_are_named(self):
         for arguments, message in (
-            ((self.query, self.labels, self.gallery[:, :4], self.others), "5 columns, gallery_vectors 4"),
-            ((self.query, self.labels[:3], self.gallery, self.others), "query_labels must be one for each of the 9"),
+            ((self.query, self.labels, self.gallery[:, :4], self.others), "5 columns, but gallery_vectors have 4"),
+            (
+                (self.query, self.labels[:3], self.gallery, self.others),
+                "query_labels must have one value for each of the 9",
+            ),
             ((self.query, ["?"] * 9, self.gallery, self.others), "no query has a relevant item"),
             ((self.query[0], self.labels, self.gallery, self.others), r"query_vectors must be \(N, D\)"),
             ((self.query * np.nan, self.labels, self.gallery, self.others), "NaN"),

@@ -291,6 +291,6 @@ def test_all_of_a_collection_is_evaluated_where_nothing_trains(collection):
     assert len(whole.train) == 0
     assert whole.validation is None
     assert torch.equal(whole.test.gallery, known)
-    with pytest.raises(ValueError, match="evaluation=1 is no share"):
+    with pytest.raises(ValueError, match="evaluation=1 is not a share"):
         replace(protocol, validation=0.2)
     assert len(replace(protocol, evaluation=0.5, least=1).split(collection).train)

@@ -190,7 +190,7 @@ def test_regions_of_many_shapes_are_not_stored(tmp_path):
     data = Paintings(shapes=True)
     data.setup()
     model = head(Recording(None), RMAC(levels=2), "longest", cache=ArrayCache(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="as many regions of one image as of another"):
+    with pytest.raises(ValueError, match="keeps the same number of regions for each image"):
         fit(model, data, tmp_path)
 
 

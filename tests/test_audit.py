@@ -317,8 +317,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"duplicates\.csv lacks the columns query, other"),
-        ("query,other\n1,2\n", r"lacks the columns part"),
+        ("", r"duplicates\.csv does not have the columns query, other"),
+        ("query,other\n1,2\n", r"does not have the columns part"),
         (",".join(COLUMNS) + "\n1,x,both,0.9,0.9,2,both,a,b\n", r"duplicates\.csv line 2 cannot be read .*'x'"),
         (",".join(COLUMNS) + "\n1,2,both,0.9,0.9,2,both,a,b\n3\n", r"line 3 cannot be read"),
         (",".join(COLUMNS) + "\n1,2,test,0.9,0.9,2,both,a,b\n", r"part must be 1 of gallery, train, both.*test"),
@@ -380,9 +380,9 @@ def test_wrong_input_is_named() -> None:
         audited(images, unit.double(), searched, rows)
     with pytest.raises(ValueError, match=r"descriptor 0 has length nan"):
         audited(images, unit * torch.nan, searched, rows)
-    with pytest.raises(ValueError, match=r"min_correlation=nan is no correlation"):
+    with pytest.raises(ValueError, match=r"min_correlation=nan is not a correlation"):
         audited(images, unit, searched, rows, min_correlation=math.nan)
-    with pytest.raises(ValueError, match=r"neighbours=0 proposes nothing"):
+    with pytest.raises(ValueError, match=r"neighbours=0 would propose no pairs"):
         audited(images, unit, searched, rows, neighbours=0)
     with pytest.raises(ValueError, match=r"4 images but 3 descriptors"):
         audited(images, unit[:3], searched, rows)
@@ -392,7 +392,7 @@ def test_wrong_input_is_named() -> None:
         audited(images, unit, searched, torch.tensor([4]))
     with pytest.raises(ValueError, match=r"part='test' is unknown"):
         SOME.queries("test")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"limit=0 shows nothing"):
+    with pytest.raises(ValueError, match=r"limit=0 would show nothing"):
         contact_sheet(images, NONE, Path("unused.png"), limit=0)
     with pytest.raises(ValueError, match=r"similarity must be torch.float32 \(3,\), got torch.float64"):
         replace(SOME, similarity=SOME.similarity.double())
@@ -401,5 +401,5 @@ def test_wrong_input_is_named() -> None:
 def test_a_threshold_that_pairs_everything_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_PAIRS", 10)
     hashes = torch.zeros(4, 8, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="more than 10 pairs are that near: lower max_distance"):
+    with pytest.raises(ValueError, match="more than 10 pairs are within this distance: lower max_distance"):
         hash_pairs_between(hashes, hashes, 0)

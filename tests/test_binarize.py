@@ -191,7 +191,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("x", "message"),
         [
-            (torch.rand(50, 7), "8 bits from 7 dimensions: at most 7"),
+            (torch.rand(50, 7), "8 bits from 7 dimensions: use at most 7"),
             (torch.rand(8, 24), "more than 8 vectors to be fitted, got 8"),
             (torch.rand(50, 24).double(), r"float32 tensor \(N, D\), got torch.float64"),
             (torch.rand(24), r"got torch.float32 \(24,\)"),

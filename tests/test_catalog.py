@@ -219,7 +219,7 @@ class TestReading:
         [
             (lambda c: (c / "catalog.json").unlink(), "no catalog in .* make one by `simsearch index"),
             (lambda c: (c / "catalog.json").write_text('{"format": 1'), "is damaged .*is not JSON"),
-            (lambda c: (c / "catalog.json").write_text("[1]"), "is damaged .*holds no mapping"),
+            (lambda c: (c / "catalog.json").write_text("[1]"), "is damaged .*is not a mapping"),
             (lambda c: (c / "catalog.json").write_text('{"format": 9}'), "catalog format 9, this version reads 1"),
             (lambda c: (c / "catalog.json").write_text('{"format": 1}'), "lacks backbone, config, encoder_fingerprint"),
             (lambda c: (c / "items.parquet").unlink(), "is damaged"),

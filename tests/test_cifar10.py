@@ -202,7 +202,7 @@ def test_labels_that_are_no_numbers(parquet):
 def test_no_rows(parquet):
     schema = pq.read_schema(parquet / "test-00000-of-00001.parquet")
     pq.write_table(schema.empty_table(), parquet / "test-00000-of-00001.parquet")
-    with pytest.raises(DataError, match=r"test-.*holds no rows"):
+    with pytest.raises(DataError, match=r"test-.*has no rows"):
         read_cifar10(parquet)
 
 
@@ -287,7 +287,7 @@ class Harmful:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (pickle.dumps(Harmful(), protocol=2), r"mkdir: it is refused"),
+        (pickle.dumps(Harmful(), protocol=2), r"mkdir, which is refused"),
         (pickle.dumps({"data": [1]}), "labels"),
         (b"\x80\x02}", "no CIFAR-10 batch"),
         (python2_batch(pixels(3, 0).reshape(3, 3072), [0, 1]), r"\(3, 3072\) for 2 labels"),
@@ -383,7 +383,7 @@ def test_damaged_cache_is_rebuilt(parquet, tmp_path, damage):
             "no digest": content[:-32],
         }[damage]
     )
-    with pytest.warns(UserWarning, match="is damaged and is built again"):
+    with pytest.warns(UserWarning, match="is damaged: building it again"):
         assert read_cifar10(parquet, cache=cache).fingerprint == sound
     assert entry.read_bytes() == content
     assert list(cache.iterdir()) == [entry]
@@ -391,7 +391,7 @@ def test_damaged_cache_is_rebuilt(parquet, tmp_path, damage):
 
 def test_cache_that_cannot_be_written(parquet, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.warns(UserWarning, match="cannot write cache entry"):
+    with pytest.warns(UserWarning, match="cannot write the cache entry"):
         assert len(read_cifar10(parquet, cache=tmp_path / "file" / "cache")) == 30
 
 

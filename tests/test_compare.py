@@ -79,7 +79,7 @@ def make_run(
 ) -> Path:
     """A run directory, or with `measurement` that evaluation in it, as train and evaluate leave them.
 
-    unit, units: of chance, and that of each query; unit=None: as they left it before units were named.
+    unit, units: the sampling unit, and that of each query; unit=None: as they left it before units were named.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = {"network": NETWORK, "optimizer": {"lr": lr}, "loss": {"seed": seed}, "start": start}
@@ -166,7 +166,7 @@ def test_tests_are_those_of_the_values_by_query(tmp_path):
         assert found.detectable == pytest.approx(steps * change.std(ddof=1) / Q**0.5)
 
 
-def test_units_of_chance_are_tested_as_one(tmp_path):
+def test_sampling_units_are_tested_as_one(tmp_path):
     """Twelve artists whose five works rise or fall together: far less sure than sixty works would be."""
     units = np.arange(Q) // 5
     shift = np.random.default_rng(3).normal(0.04, 0.05, 12)[units]
@@ -204,7 +204,7 @@ def test_other_units_do_not_compare_and_older_runs_go_by_query(tmp_path):
     new = make_run(tmp_path / "new", values(1), unit="artist", units=units)
     old = make_run(tmp_path / "old", values(2), lr=2, unit=None)
     again = make_run(tmp_path / "again", values(3), lr=3, unit=None)
-    with pytest.raises(ValueError, match=r"(?s)unit of chance.*by artist: new\n.*by query: old\n.*simsearch evaluate"):
+    with pytest.raises(ValueError, match=r"(?s)sampling unit.*by artist: new\n.*by query: old\n.*simsearch evaluate"):
         check_comparable(read(new, old))
     forced = board(read(new, old))
     assert [entry.paired for entry in forced] == [None, None]
@@ -212,7 +212,7 @@ def test_other_units_do_not_compare_and_older_runs_go_by_query(tmp_path):
     check_comparable(results)
     entries = board(results)
     assert next(e.paired.units for e in entries if e.paired) == Q
-    assert "by query (measured before units of chance were named)" in markdown_table(entries, [], [])
+    assert "by query (measured before sampling units were named)" in markdown_table(entries, [], [])
     # A table that has lost its units, or has others, is no longer that of the metrics.
     table = pq.read_table(new / "per_query.parquet")
     kept = table.replace_schema_metadata({k: v for k, v in table.schema.metadata.items() if k != b"unit"})
@@ -222,7 +222,7 @@ def test_other_units_do_not_compare_and_older_runs_go_by_query(tmp_path):
     units[0] = 11
     other = make_run(tmp_path / "other", values(4), lr=4, unit="artist", units=units)
     pq.write_table(table, new / "per_query.parquet")
-    with pytest.raises(ValueError, match="other and new have other queries"):
+    with pytest.raises(ValueError, match="other and new have the same fingerprint but other queries"):
         board(read(new, other))
 
 
@@ -274,7 +274,7 @@ def test_other_queries_under_one_fingerprint_are_refused(tmp_path):
     a, b = make_run(tmp_path / "a", values(1)), make_run(tmp_path / "b", values(2), lr=2)
     table = pq.read_table(b / "per_query.parquet")
     pq.write_table(table.slice(1), b / "per_query.parquet")
-    with pytest.raises(ValueError, match="b and a have other queries"):
+    with pytest.raises(ValueError, match="b and a have the same fingerprint but other queries"):
         board(read(a, b))
 
 
@@ -312,7 +312,7 @@ def test_sweeps_globs_and_measurements(tmp_path):
         with pytest.raises(ValueError, match="is no folder"):
             expand([str(tmp_path / wrong)])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no run"):
+    with pytest.raises(ValueError, match="does not hold a run"):
         expand([str(tmp_path / "empty")])
 
 
@@ -673,7 +673,7 @@ def test_runs_of_wandb_bring_summaries_only():
     assert "summaries only" in page.page(compared(entries, classes=None))
     assert FakeApi([]).asked == []
     for address in ("team", "team/", "a/b/c/d"):
-        with pytest.raises(ValueError, match="is no address"):
+        with pytest.raises(ValueError, match="is not an address"):
             read_wandb(api, address)
     with pytest.raises(ValueError, match="has no runs"):
         read_wandb(FakeApi([]), "team/project")

@@ -492,7 +492,9 @@ def test_pixels_of_another_ingest(ingested, tmp_path):
     for name in ("pixels.bin", "000000.safetensors", "000001.safetensors"):
         shutil.copy(ingested / "pixels" / name, tmp_path / "out/pixels" / name)
     manifest = read_manifest(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"pixels.bin is not what was decoded.* run `simsearch data ingest` again"):
+    with pytest.raises(
+        ValueError, match=r"pixels.bin has changed since it was decoded.* run `simsearch data ingest` again"
+    ):
         open_ingest(tmp_path / "out", manifest, 32)
 
 

@@ -368,7 +368,7 @@ def test_wrong_values_are_refused():
     for argument, value in (("eval_batch_size", -1), ("num_workers", -1)):
         with pytest.raises(ValueError, match=f"{argument}={value} is too small"):
             RandomDataModule(PROTOCOL, **{argument: value})
-    with pytest.raises(ValueError, match="stage='fit' measures nothing: use 'validate' or 'test'"):
+    with pytest.raises(ValueError, match="stage='fit' has no task to measure: use 'validate' or 'test'"):
         ready().task("fit")
 
 

@@ -396,7 +396,7 @@ def test_what_cannot_train_on_many_shapes_says_so(model, message, table, tmp_pat
     ("arguments", "message"),
     [
         ({"attributes": ["genre"]}, "no column 'genre'; it has artist, work, year"),
-        ({"attributes": ["artist", "score"]}, "has the columns score, which a result has too"),
+        ({"attributes": ["artist", "score"]}, "has the columns score, whose names results use already"),
     ],
 )
 def test_wrong_columns_are_named(arguments, message, table):

@@ -356,9 +356,12 @@ class TestCheckpoint:
     [
         (lambda b: FrozenRetriever(b, Average(), scales=()), r"model.scales .* got \[\]"),
         (lambda b: FrozenRetriever(b, Average(), scales=(1.0, -0.5)), r"got \[1.0, -0.5\]"),
-        (lambda b: FrozenRetriever(b, Average(), Whitening(97)), "dimension is 97, the backbone gives 96 channels"),
-        (lambda b: FrozenRetriever(b, Average(), binarizer=Sign(97)), "97 bits needs a descriptor at least as wide"),
-        (lambda b: FrozenRetriever(b, Average(), Whitening(8), binarizer=ITQ(9)), "at least as wide, got 8"),
+        (lambda b: FrozenRetriever(b, Average(), Whitening(97)), "dimension is 97, but the backbone has 96 channels"),
+        (
+            lambda b: FrozenRetriever(b, Average(), binarizer=Sign(97)),
+            "97 bits needs a descriptor of at least as many dimensions",
+        ),
+        (lambda b: FrozenRetriever(b, Average(), Whitening(8), binarizer=ITQ(9)), "at least as many dimensions, got 8"),
         (lambda b: Whitening(0), "dimension must be at least 1, got 0"),
         (lambda b: Whitening(8, power=2), r"power and shrinkage must lie in \[0, 1\], got 2 and"),
         (lambda b: Whitening(8, shrinkage=-1), r"must lie in \[0, 1\]"),

@@ -630,7 +630,7 @@ class TestErrors:
         index, queries = filled("Flat", clustered(20)), clustered(3)
         with pytest.raises(ValueError, match="k must be at least 1, got 0"):
             index.search(queries, 0)
-        with pytest.raises(ValueError, match="k=21 neighbours asked of an index of 20 items"):
+        with pytest.raises(ValueError, match="k=21 neighbours are more than the index's 20 items"):
             index.search(queries, 21)
 
     def test_empty(self):

@@ -94,7 +94,7 @@ def test_images_of_one_work_are_one_draw():
     different = torch.rand(1_000, generator=seeded(0))
     highest = different.view(50, 20).amax(1)
     assert threshold_at(different, 0.1, units=own) == threshold_at(highest, 0.1)
-    with pytest.raises(ValueError, match=r"units must be one a score, \(2,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"units must have one value per score, \(2,\), got \(3,\)"):
         threshold_at(torch.rand(2), 0.1, units=torch.arange(3))
 
 
@@ -205,10 +205,10 @@ def test_gap_counts_distractors_and_misses():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: threshold_at(torch.ones(2), 0.0), r"rate=0\.0 is no rate"),
-        (lambda: threshold_at(torch.ones(2), 1.0), r"rate=1\.0 is no rate"),
-        (lambda: threshold_at(torch.ones(2), 0.1, 1.0), r"certainty=1\.0 is no probability"),
-        (lambda: threshold_at(torch.ones(2, 1), 0.1), r"must be one score a query, \(N,\), got \(2, 1\)"),
+        (lambda: threshold_at(torch.ones(2), 0.0), r"rate=0\.0 is not a rate"),
+        (lambda: threshold_at(torch.ones(2), 1.0), r"rate=1\.0 is not a rate"),
+        (lambda: threshold_at(torch.ones(2), 0.1, 1.0), r"certainty=1\.0 is not a probability"),
+        (lambda: threshold_at(torch.ones(2, 1), 0.1), r"must hold one score per query, \(N,\), got \(2, 1\)"),
         (lambda: threshold_at(torch.tensor([math.nan]), 0.1), "no_match_scores holds NaN"),
         (lambda: false_match_curve(torch.ones(0), torch.ones(1)), "match_scores is empty"),
         (lambda: false_match_curve(torch.ones(1), torch.ones(0)), "no_match_scores is empty"),

@@ -141,7 +141,7 @@ def test_an_encoder_without_parts_has_one(data):
         ({"content": content}, {"style": 1.0}, "model.weights has style, model.encoders has content"),
         ({"content": content, "colour": colour}, {"content": 1.0, "colour": 0.0}, "model.weights.colour=0.0 must be"),
         ({"content": content}, {"content": float("nan")}, "model.weights.content=nan"),
-        ({"my part": content}, {"my part": 1.0}, "'my part' is no name"),
+        ({"my part": content}, {"my part": 1.0}, "'my part' is not a valid name"),
         (
             {"content": content, "colour": lambda: colour("longest")},
             {"content": 1.0, "colour": 1.0},

@@ -504,9 +504,9 @@ def test_drop_rows():
     assert fewer.fingerprint == drop_rows(task, torch.tensor([3, 4, 25]), "/other name").fingerprint
     none = drop_rows(task, torch.tensor([], dtype=torch.int64), "/all")
     assert (none.name, none.fingerprint) == ("p/all", task.fingerprint)
-    with pytest.raises(ValueError, match="p/x is left without any query image"):
+    with pytest.raises(ValueError, match="p/x has no query image left"):
         drop_rows(task, torch.arange(20, 26), "/x")
-    with pytest.raises(ValueError, match="p/x is left without any gallery image"):
+    with pytest.raises(ValueError, match="p/x has no gallery image left"):
         drop_rows(task, torch.arange(20), "/x")
 
 
@@ -517,17 +517,17 @@ def test_drop_rows():
     ("make", "message"),
     [
         (lambda: OfficialSplit("p", "all", True), "gallery='all' is unknown: use 'train' or 'test'"),
-        (lambda: OfficialSplit("p", "train", True, validation=0.0), r"validation=0\.0 is no share"),
-        (lambda: OfficialSplit("p", "train", True, validation=1), "validation=1 is no share: use a number"),
+        (lambda: OfficialSplit("p", "train", True, validation=0.0), r"validation=0\.0 is not a share"),
+        (lambda: OfficialSplit("p", "train", True, validation=1), "validation=1 is not a share: use a number"),
         (lambda: OfficialSplit("p", "train", True, seed=-1), "seed=-1 is negative"),
-        (lambda: SampledSplit("p", True, queries_per_class=0), "queries_per_class=0 draws too few: use 1"),
-        (lambda: SampledSplit("p", True, train_per_class=1), "train_per_class=1 draws too few: use 2"),
+        (lambda: SampledSplit("p", True, queries_per_class=0), "queries_per_class=0 is too small: use 1"),
+        (lambda: SampledSplit("p", True, train_per_class=1), "train_per_class=1 is too small: use 2"),
         (lambda: UnseenClasses(fold=3), r"fold=3 is none of the 3 folds: use 0\.\.2"),
         (lambda: UnseenClasses(fold=-1), "fold=-1 is none"),
         (lambda: UnseenClasses(folds=((0, 1), (2, 1))), r"overlap in the classes \[1\]: hold each"),
-        (lambda: UnseenClasses(folds=((0, 1), ())), "holds an empty fold"),
+        (lambda: UnseenClasses(folds=((0, 1), ())), "has an empty fold"),
         (lambda: ByAttribute("p", "style", None, evaluation=0.8, validation=0.2), "keep their sum below 1"),
-        (lambda: ByAttribute("p", "style", None, evaluation=-0.1), r"evaluation=-0\.1 is no share"),
+        (lambda: ByAttribute("p", "style", None, evaluation=-0.1), r"evaluation=-0\.1 is not a share"),
         (lambda: ByHash("p", "style", None, None, evaluation=0.8, validation=0.2), "keep their sum below 1"),
         (lambda: ByHash("p", "style", None, None, least=0), "least=0 is too few: use 1 or more"),
         (lambda: ByHash("p", "style", None, None, most_queries=0), "most_queries=0 is too few: use 1 or more"),
@@ -547,7 +547,7 @@ def test_wrong_values_are_refused(make, message):
             OfficialSplit("p", "train", True),
             [0, 0, 1],
             [0],
-            "p needs 2 training images a class, but class 'c1'",
+            "p needs 2 training images per class, but class 'c1'",
         ),
         (
             OfficialSplit("p", "train", True, attribute="style"),
@@ -555,17 +555,17 @@ def test_wrong_values_are_refused(make, message):
             [0],
             "needs the attribute 'style', but fake",
         ),
-        (OfficialSplit("p", "train", True), [0, 0], [-1], "left without any query image"),
+        (OfficialSplit("p", "train", True), [0, 0], [-1], "has no query image left"),
         (
             SampledSplit("p", True, 2, 2),
             [0] * 9 + [1] * 2,
             [1],
-            "draws 4 images a class, but class 'c1' has 3",
+            "draws 4 images per class, but class 'c1' has 3",
         ),
-        (SampledSplit("p", False, 2, 2), [0] * 4, [1] * 4, "left without any gallery image"),
+        (SampledSplit("p", False, 2, 2), [0] * 4, [1] * 4, "has no gallery image left"),
         (UnseenClasses(folds=((1, 5),)), [0, 0], [0], r"holds out the classes \[5\], but fake has 0\.\.1"),
-        (UnseenClasses(folds=((1,),)), [0, 0, 1, 1], [0], "class 'c1', which lacks test or training"),
-        (UnseenClasses(folds=((0, 1),)), [0, 0, 1, 1], [0, 1], "left without any query image"),
+        (UnseenClasses(folds=((1,),)), [0, 0, 1, 1], [0], "class 'c1', which has no test or no training"),
+        (UnseenClasses(folds=((0, 1),)), [0, 0, 1, 1], [0, 1], "has no query image left"),
         (ByAttribute("p", "style", None), [0], [], "needs the attribute 'style'"),
         (ByAttribute("p", "class", None, group="class"), [0, 1], [], "divides 2 values of 'class' into 1"),
         (ByAttribute("p", "class", "artist", group="class"), [0, 1], [], "needs the attribute 'artist'"),

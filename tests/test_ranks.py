@@ -235,7 +235,7 @@ def test_a_sweep_goes_on_after_a_failing_job(tmp_path):
     done = simsearch(
         "train", "-m", *TINY, *RANKS, *PROBE, "optimizer.lr=-1,1e-6", f"hydra.sweep.dir={tmp_path}", expect=1
     )  # fmt: skip
-    assert "optimizer.lr=-1 is no learning rate" in done.stderr
+    assert "optimizer.lr=-1 is not a learning rate" in done.stderr
     failed, went_well = jobs(tmp_path)
     assert not (failed / "metrics.json").exists()
     check_run(went_well)

@@ -113,7 +113,7 @@ def test_no_lists_give_no_values():
         (lambda: gini(torch.zeros(3)), "nothing is recommended"),
         (lambda: coverage(torch.ones(3, 1)), r"counts must be one an item, \(N,\)"),
         (lambda: long_tail_share(torch.ones(3), torch.ones(2)), r"popularity must be one an item, \(3,\)"),
-        (lambda: long_tail_share(torch.ones(3), torch.ones(3), 1.0), r"head=1\.0 is no share"),
+        (lambda: long_tail_share(torch.ones(3), torch.ones(3), 1.0), r"head=1\.0 is not a share"),
         (lambda: long_tail_share(torch.ones(1), torch.tensor([math.nan])), "popularity holds NaN"),
         (lambda: intra_list_diversity(torch.tensor([[0]]), torch.ones(3)), r"vectors must be \(N, D\)"),
         (lambda: novelty(torch.tensor([[0]]), torch.ones(3, 1)), "popularity must be one an item"),

@@ -217,7 +217,7 @@ class TestNotRunnable:
     def test_other_data_are_not_compared(self, rows, launched):
         rows.write_text("fingerprints: {rendered-work: 1234567890abcdef}\n" + rows.read_text())
         done = run(rows, "row=dsh-tiny", expect=2)
-        assert "they belong to 1234567890abcdef" in done.stderr
+        assert "but 1234567890abcdef in the study" in done.stderr
         assert launched.lines == []
 
     def test_a_budget_counts_what_is_still_to_train(self, rows, launched):
@@ -249,19 +249,19 @@ class TestRows:
 
     @pytest.mark.parametrize("text", ["0.61", "0.61 ± -0.1", "± 1", "a ± b", "0.6 ± 0.1 ± 0.1"])
     def test_what_is_no_expected_value(self, text):
-        with pytest.raises(ValueError, match="no expected value"):
+        with pytest.raises(ValueError, match="not an expected value"):
             Expected.of(text)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (("start: dsh-tiny", "start: dsh-none"), "starts from dsh-none, which is no row"),
+            (("start: dsh-tiny", "start: dsh-none"), "starts from dsh-none, which is not a row"),
             (("start: dsh-tiny", "start: dsh-longer"), "starts from itself"),
             (("what: a tiny network", "wat: x"), "row dsh-tiny lacks what"),
             (("minutes: 10", "minutes: 10\n    budget: 3"), "unknown keys budget"),
-            (("{mAP: 0.5 ± 0.05}", "{mAP: 0.5}"), "no expected value"),
-            (("rows:", "rwos:"), "no file of rows"),
-            (("rows:", "rows: ["), "no file of rows"),
+            (("{mAP: 0.5 ± 0.05}", "{mAP: 0.5}"), "not an expected value"),
+            (("rows:", "rwos:"), "not a file of rows"),
+            (("rows:", "rows: ["), "not a file of rows"),
         ],
     )
     def test_mistakes_are_named(self, rows, change, message):
@@ -271,7 +271,7 @@ class TestRows:
             read_rows([rows])
 
     def test_two_files_with_one_name(self, rows):
-        with pytest.raises(ValueError, match="rows of another file again: dsh-tiny, dsh-longer"):
+        with pytest.raises(ValueError, match="repeats rows of another file: dsh-tiny, dsh-longer"):
             read_rows([rows, rows])
 
     def test_a_missing_file_and_a_bad_override_end_in_one_line(self, rows, tmp_path):

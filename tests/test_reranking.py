@@ -598,7 +598,7 @@ def test_engine_asks_no_more_than_a_shortlist_holds():
     gallery = units(50, seed=2)
     engine = Engine(Shelf(gallery), KReciprocal(5, 2, depth=8))
     assert engine.nearest(gallery[:2], 8).ids.shape == (2, 8)
-    with pytest.raises(ValueError, match=r"k=9 items asked of re-ranked shortlists of 8: raise rerank\.depth"):
+    with pytest.raises(ValueError, match=r"k=9 is more than the re-ranked shortlists hold \(8\): raise rerank\.depth"):
         engine.nearest(gallery[:2], 9)
     small = Engine(Shelf(gallery[:6]), KReciprocal(5, 2, depth=8))
     assert small.nearest(gallery[:2], 100).ids.shape == (2, 6)

@@ -468,7 +468,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_named(tmp_path, monkeyp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space left on device; the checkpoint before it is whole: '.*last.ckpt'"):
+    with pytest.raises(OSError, match=r"No space left on device; the checkpoint before it is complete: '.*last.ckpt'"):
         _save(path, 4)
     check_whole(path)
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]

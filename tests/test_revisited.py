@@ -291,7 +291,7 @@ def test_arrays_of_several_dimensions_are_no_lists(tmp_path):
         (lambda v: v["gnd"][1].pop("easy"), "gnd of query 1 lacks easy"),
         (lambda v: v["gnd"][0].update(easy=[[1]]), "query 0, easy: .* positions in images, got a list"),
         (lambda v: v["gnd"][0].update(easy=3), "query 0, easy: it must be a list, got a int"),
-        (lambda v: v["imlist"].append(7), "image 5: it must be a text"),
+        (lambda v: v["imlist"].append(7), "image 5: it must be a string"),
     ],
 )
 def test_incomplete_pickles_say_what_is_missing(change, message, tmp_path):
@@ -318,9 +318,9 @@ class TestFormat:
             (("queries",), [], "0 queries"),
             (("images", 1), "a_000", "images, row 2: .* already in row 1"),
             (("images", 1), "a_000.jpg", "images, row 2: .* already in row 1"),
-            (("images", 1), "../b", "climbs out"),
-            (("images", 1), 3, "image 1: it must be a text"),
-            (("name",), "", "name: it must be a text"),
+            (("images", 1), "../b", "leaves the root by"),
+            (("images", 1), 3, "image 1: it must be a string"),
+            (("name",), "", "name: it must be a string"),
             (("queries", 0, "image"), "/etc/q", r"query 0 \(/etc/q\).*absolute"),
             (("queries", 0, "image"), "b_001", "image 1 of the gallery too"),
             (("queries", 0, "easy"), [0, 5], r"query 0 \(q_0\) lists image 5: there are 5"),
@@ -333,9 +333,9 @@ class TestFormat:
             (("queries", 0, "bbx"), [3, 2, 3, 4], "x1 < x2"),
             (("queries", 0, "bbx"), [-5, 2, 3, 4], "0 <= x1"),
             (("queries", 0, "bbx"), [1, 2, 3, float("nan")], "bbx"),
-            (("queries", 0, "bbx"), [1, 2, 3, "4"], "bbx: it must hold numbers"),
+            (("queries", 0, "bbx"), [1, 2, 3, "4"], "bbx: it must hold pixel coordinates"),
             (("queries", 0), [], "query 0 must have the keys"),
-            ((), 3, "holds no mapping"),
+            ((), 3, "is not a mapping"),
         ],
     )
     def test_wrong_content_is_named(self, path, value, message, tmp_path):
@@ -505,7 +505,7 @@ class TestCommands:
         evil = tmp_path / "gnd_evil.pkl"
         evil.write_bytes(f"cos\nmkdir\n(V{tmp_path / 'mark'}\ntR.".encode())
         done = simsearch("data", "convert", f"gnd={evil}", expect=1)
-        assert "mkdir: it is refused" in done.stderr
+        assert "mkdir, which is refused" in done.stderr
         assert not (tmp_path / "mark").exists()
         assert not (tmp_path / "gnd_evil.json").exists()
         pickled = oxford / "gnd_toy.pkl"

@@ -241,7 +241,7 @@ def test_another_number_of_processes_resumes_between_epochs_only(monkeypatch):
     sampler.advance()
     middle = sampler.state_dict()
     pretend(monkeypatch, 0, 1)
-    with pytest.raises(ValueError, match="2 processes and cannot go on with 1"):
+    with pytest.raises(ValueError, match="2 processes and cannot continue with 1"):
         make("shuffled").load_state_dict(middle)
     make("shuffled").load_state_dict(start)
 

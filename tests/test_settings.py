@@ -335,5 +335,5 @@ def test_speed_is_logged_where_it_is_seen(logs, last, count):
 
 @pytest.mark.parametrize("epochs", [0, -1])
 def test_a_backbone_is_not_frozen_for_no_epochs(epochs):
-    with pytest.raises(ValueError, match=f"epochs={epochs}: give a number of epochs from 1"):
+    with pytest.raises(ValueError, match=f"epochs={epochs}: give at least 1 epoch"):
         FrozenBackbone(epochs)

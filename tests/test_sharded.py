@@ -518,7 +518,7 @@ def test_every_rank_raises_what_one_met(processes):
         assert nothing == "ValueError: no gallery items were collected"
         assert rank_ == 0 or f"embeddings have {12 - rank_} columns here, 12 on another rank" in uneven
         assert ("needs at least 64 vectors to train" in few) == (rank_ == 0)
-        assert f"re-ranking needs the whole gallery in one process, there are {world}: " in rerank
+        assert f"re-ranking needs the whole gallery in one process, but there are {world}: " in rerank
 
 
 def test_end_to_end_under_a_trainer(processes, folder, tmp_path):
@@ -573,5 +573,5 @@ def test_fewer_gallery_images_than_ranks(monkeypatch):
     data = Pictures(OfficialSplit("tiny", gallery="test", exclude_self=True, validation=0.03))
     data.setup()
     monkeypatch.setattr(datamodule, "world_size", lambda: 21)
-    with pytest.raises(ValueError, match="tiny has 20 gallery images: use no more processes, not 21"):
+    with pytest.raises(ValueError, match="tiny has 20 gallery images, fewer than the 21 processes"):
         data.test_dataloader()

@@ -127,7 +127,7 @@ def test_extract_stops_and_goes_on_when_they_are_back(how, run, images, tmp_path
     with monkeypatch.context() as patch:
         lose(2, vanish, patch)
         failed = simsearch(*command("extract", run, images, out), expect=1)
-    assert "images that were there when this began are gone" in failed.stderr
+    assert "images have disappeared since this began" in failed.stderr
     assert 0 < len(list((out / "shards").iterdir())) < COUNT // 4
     if how == "emptied":
         images.rmdir()

@@ -91,7 +91,7 @@ class RetrievalEvaluation(pl.Callback):
             if not torch.equal(got.index, expected.sort().values):
                 raise RuntimeError(
                     f"{len(got)} {part} items were collected, the protocol {task.name} has {len(expected)}: "
-                    "a loader left some out or brought others"
+                    "a loader left out or added some"
                 )
         result = evaluate(
             query,

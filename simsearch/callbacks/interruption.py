@@ -61,7 +61,9 @@ class Interruption(pl.Callback):
             if again or not self._patient:
                 raise SystemExit(128 + number)
             if number == signal.SIGINT and self.rank == 0:
-                print("stopping after this batch, with a checkpoint; Ctrl-C once more: at once", file=sys.stderr)
+                print(
+                    "stopping after this batch with a checkpoint; press Ctrl-C again to stop at once", file=sys.stderr
+                )
 
     def _requeue(self) -> None:
         if self._latest is not None:
@@ -135,7 +137,7 @@ def requeue() -> None:
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         raise SystemExit(f"cannot requeue the SLURM job {job}: {reason}") from error
-    print(f"the SLURM job {job} is queued again and will go on from here", file=sys.stderr)
+    print(f"the SLURM job {job} is queued again and will continue from here", file=sys.stderr)
 
 
 def _nothing(*_: Any) -> None:

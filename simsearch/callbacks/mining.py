@@ -95,7 +95,7 @@ class TripletMining(pl.Callback):
                 f"{len(bad)} of the {len(rows)} descriptors of the mining pool hold NaN, infinity or numbers near "
                 f"them at step {trainer.global_step} (epoch {trainer.current_epoch}, collection rows "
                 f"{bad[:8].tolist()}): lower optimizer.lr, clip gradients (trainer.gradient_clip_val=1), or use "
-                "precision 32; the last checkpoint is from before"
+                "precision 32; the last checkpoint is from before this step"
             )
         labels = data.collection.column(data.split.test.attribute)[rows]
         mined = None
@@ -109,7 +109,7 @@ class TripletMining(pl.Callback):
         if len(triplets) == 0:
             raise ValueError(
                 f"no triplet of the {len(rows)} images in the pool is within the margin {self.margin}: the network "
-                "separates them all; stop here, or raise loss.margin or callbacks.mining.pool"
+                "separates them all: stop here, or raise loss.margin or callbacks.mining.pool"
             )
         sampler.set_triplets(place[draw_triplets(triplets, sampler.wanted, generator)])
         self.step = trainer.global_step

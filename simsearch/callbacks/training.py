@@ -76,8 +76,8 @@ class Throughput(pl.Callback):
         if _WORTH_SAYING_S < seconds < math.inf:
             hours, minutes = divmod(round(seconds / 60), 60)
             print(
-                f"about {f'{hours} h ' if hours else ''}{minutes} min of training ahead ({left:.0f} batches; mining "
-                "and validation come on top); smoke=true tries the experiment in a minute",
+                f"about {f'{hours} h ' if hours else ''}{minutes} min of training ahead ({left:.0f} batches, "
+                "plus mining and validation); smoke=true tries the experiment in a minute",
                 file=sys.stderr,
             )
 
@@ -208,7 +208,7 @@ class WholeCheckpoints(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; the checkpoint before it is whole", str(path)) from error
+            raise OSError(error.errno, f"{error.strerror}; the checkpoint before it is complete", str(path)) from error
 
 
 class OwnCheckpoints(pl.Callback):
@@ -295,17 +295,18 @@ class FrozenBackbone(pl.Callback):
 
     def __init__(self, epochs: int | None = None) -> None:
         if epochs is not None and epochs < 1:
-            raise ValueError(f"epochs={epochs}: give a number of epochs from 1, or null for all")
+            raise ValueError(f"epochs={epochs}: give at least 1 epoch, or null for all")
         self.epochs = epochs
         self._parameters: list[torch.nn.Parameter] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         backbone = getattr(pl_module.network, "backbone", None)
         if not isinstance(backbone, torch.nn.Module):
-            raise ValueError(f"{type(pl_module.network).__name__} has no backbone to freeze: leave this callback out")
+            raise ValueError(f"{type(pl_module.network).__name__} has no backbone to freeze: remove this callback")
         if self.epochs is not None and trainer.world_size > 1:
             raise ValueError(
-                f"unfreezing after epochs={self.epochs} takes one process: train with epochs=null, then go on from "
+                f"unfreezing after epochs={self.epochs} needs a single process: train with epochs=null, then start "
+                "from "
                 "that run by model.start="
             )
         if stage == "fit":

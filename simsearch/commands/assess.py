@@ -388,7 +388,7 @@ def values_table(title: str, columns: tuple[tuple[str, str], ...], found: dict[s
         columns: Pairs of metric and column title.
         found: The measurements of each run, by its name.
     """
-    table = Table(title=f"{title} (95% intervals by unit of chance)", title_justify="left")
+    table = Table(title=f"{title} (95% intervals by sampling unit)", title_justify="left")
     table.add_column("run", overflow="fold")
     counted = {m.protocol: f"{m.unit}: {len(m.units.unique())}" for ms in found.values() for m in ms if m.intervals}
     for protocol, metric in columns:
@@ -422,7 +422,7 @@ def lists_table(recommended: dict[str, Measured]) -> Table:
     Args:
         recommended: The measurements by recommender.
     """
-    table = Table(title="As a recommender: ten works a query, by artist", title_justify="left")
+    table = Table(title="As a recommender: ten works per query, by artist", title_justify="left")
     table.add_column("lists", overflow="fold")
     for metric in AS_LISTS:
         table.add_column(metric, justify="right")

@@ -135,7 +135,7 @@ def check_comparable(results: Sequence[Result]) -> None:
     if len(kinds) > 1:
         lines = [f"  {protocol} {mark} by {unit}: {_some(names)}" for (protocol, mark, unit), names in kinds.items()]
         raise ValueError(
-            "these runs do not compare: other queries, gallery, data, rules or unit of chance\n"
+            "these runs cannot be compared: their queries, gallery, data, rules or sampling unit differ\n"
             + "\n".join(lines)
             + "\nGive runs of one protocol (a measurement in a run's evaluations/ can be given too; `simsearch evaluate"
             " run=<run>` measures one again whose unit is older), or force=true to list them in one table all the same"
@@ -214,7 +214,9 @@ def _mean_queries(group: Sequence[Result], metric: str) -> Queries | None:
     parts = [result.per_query(metric) for result in group]
     for result, part in zip(group, parts, strict=True):
         if not _same(part, parts[0]):
-            raise ValueError(f"{result.name} and {group[0].name} have other queries under one fingerprint: damaged?")
+            raise ValueError(
+                f"{result.name} and {group[0].name} have the same fingerprint but other queries: is one damaged?"
+            )
     return replace(parts[0], value=torch.stack([part.value for part in parts]).mean(0))
 
 
@@ -224,7 +226,7 @@ def _pairs(entry: Entry, line: Entry) -> bool:
     if (entry.fingerprint, entry.unit) != (line.fingerprint, line.unit):
         return False
     if not _same(entry.queries, line.queries):
-        raise ValueError(f"{entry.name} and {line.name} have other queries under one fingerprint: is one damaged?")
+        raise ValueError(f"{entry.name} and {line.name} have the same fingerprint but other queries: is one damaged?")
     return True
 
 

@@ -25,9 +25,9 @@ _PNG = b"\x89PNG"
 _ROUND = [m * 10.0**e for e in range(-4, 7) for m in (1, 2, 5)]
 _TIMES = [60.0**e * m for e in range(3) for m in (1, 2, 5, 10, 20, 30)] + [86400.0 * m for m in (1, 2, 5, 10, 20)]
 _AXES = (
-    ("bytes_per_item", "bytes an image", "{:g}".format, [2.0**e for e in range(20)]),
+    ("bytes_per_item", "bytes per image", "{:g}".format, [2.0**e for e in range(20)]),
     ("train_seconds", "training time", duration, _TIMES),
-    ("index/latency_ms_p50", "median latency, ms a query", "{:.3g}".format, _ROUND),
+    ("index/latency_ms_p50", "median latency, ms per query", "{:.3g}".format, _ROUND),
 )
 
 

@@ -59,16 +59,16 @@ def columns(entries: Sequence[Entry], metrics: Sequence[str]) -> list[Column]:
         entries: The entries.
         metrics: The metrics to show.
     """
-    made = [Column(name, f"{name}, with its 95% interval by unit of chance", _metric(name)) for name in metrics]
+    made = [Column(name, f"{name}, with its 95% interval by sampling unit", _metric(name)) for name in metrics]
     made += [
         Column("difference", f"{metrics[0]} minus the baseline's, paired by query, with its 95% interval", _difference),
         Column("p Holm", "two-sided sign-flip test of the difference, adjusted for all comparisons here", _p, True),
-        Column("MDE 80%", "the difference that this pairing would find with a chance of 80%", _detectable, True),
-        Column("bytes", "bytes an image in the index", _cost("bytes_per_item", _count), True),
-        Column("ms/query", "median latency of one query alone", _cost("index/latency_ms_p50", "{:.2f}".format), True),
+        Column("MDE 80%", "the difference that this pairing detects with a probability of 80%", _detectable, True),
+        Column("bytes", "bytes per image in the index", _cost("bytes_per_item", _count), True),
+        Column("ms/query", "median latency of a single query", _cost("index/latency_ms_p50", "{:.2f}".format), True),
         Column("training", "wall time of the training, validation included", _cost("train_seconds", duration), True),
         Column("params", "parameters of the encoder", _cost("parameters", _short), True),
-        Column("protocol", "which queries, gallery and rules; numbers of other fingerprints do not compare", _protocol),
+        Column("protocol", "queries, gallery and rules; do not compare numbers of different fingerprints", _protocol),
     ]
     if len({entry.fingerprint for entry in entries}) == 1:
         made.pop()
@@ -191,8 +191,8 @@ def terminal_table(entries: Sequence[Entry], shown: Sequence[Column], width: int
         (fits if needs <= room else left_out).append(column.title)
         room -= needs if needs <= room else 0
     kept = [column for column in kept if column.title in fits]
-    notes = [stated(entries), *([f"no room for {', '.join(left_out)}: see the page"] if left_out else [])]
-    table = Table(title="Runs, best first (95% intervals by unit of chance)", caption=shown_cell("; ".join(notes)))
+    notes = [stated(entries), *([f"the table has no room for {', '.join(left_out)}: see the page"] if left_out else [])]
+    table = Table(title="Runs, best first (95% intervals by sampling unit)", caption=shown_cell("; ".join(notes)))
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("run", overflow="fold", min_width=min(longest, max(width - frame - 3, 1)))
     for column in kept:
@@ -222,7 +222,7 @@ def over(entry: Entry) -> str:
         entry: The entry.
     """
     if entry.results[0].unit is None:
-        return "query (measured before units of chance were named)"
+        return "query (measured before sampling units were named)"
     return f"{entry.unit} ({entry.units})"
 
 

@@ -149,11 +149,13 @@ def expand(given: Iterable[str]) -> list[Path]:
         paths = [path] if path.exists() else sorted(map(Path, glob(str(path))), key=_natural)
         paths = [p for p in paths if p.is_dir()]
         if not paths:
-            raise ValueError(f"{text} is no folder: give run directories, a sweep's directory or a glob of them")
+            raise ValueError(f"{text} is not a folder: give run directories, a sweep's directory or a glob of them")
         # A glob may meet files and other folders; what was named alone must hold a run.
         inside = [run for p in paths for run in _runs_in(p, _DEPTH)]
         if not inside:
-            raise ValueError(f"{text} holds no run: give a folder that `simsearch train` made, or one of such folders")
+            raise ValueError(
+                f"{text} does not hold a run: give a folder that `simsearch train` made, or one of such folders"
+            )
         folders |= {run.resolve(): None for run in inside}
     return list(folders)
 
@@ -231,7 +233,7 @@ def read_run(folder: Path) -> Result | str:
     note_change(run, "config.yaml", facts)
     if not (folder / "metrics.json").is_file():
         trained = any((run / "checkpoints").glob("*.ckpt"))
-        return "it was not tested" + (" (there is a checkpoint: resume=true goes on)" if trained else "")
+        return "it was not tested" + (" (there is a checkpoint: continue with resume=true)" if trained else "")
     about = _mapping(folder / "metrics.json").get("test")
     if about is None:
         return "it was validated but not tested"
@@ -246,12 +248,12 @@ def read_run(folder: Path) -> Result | str:
     try:
         schema = pq.read_schema(checked(folder, "per_query.parquet", about))
     except Damaged as error:
-        raise Unreadable(f"metrics.json and per_query.parquet are of different measurements: {error}") from error
+        raise Unreadable(f"metrics.json and per_query.parquet belong to different measurements: {error}") from error
     except (OSError, pa.ArrowException) as error:
         raise Unreadable(f"per_query.parquet is missing or damaged: {error}") from error
     recorded = {key: (schema.metadata or {}).get(key.encode(), b"").decode() for key in ("fingerprint", "unit")}
     if recorded != {"fingerprint": result.fingerprint, "unit": result.unit or ""}:
-        raise Unreadable("metrics.json and per_query.parquet are of different measurements")
+        raise Unreadable("metrics.json and per_query.parquet belong to different measurements")
     return result
 
 
@@ -262,7 +264,7 @@ def _mapping(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise Unreadable(f"{path.name} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
-        raise Unreadable(f"{path.name} is damaged: it holds no mapping")
+        raise Unreadable(f"{path.name} is damaged: its content is not a mapping")
     return value
 
 
@@ -283,7 +285,7 @@ def read_wandb(api: Any, address: str) -> tuple[list[Result], list[Missing]]:
     """
     parts = address.strip("/").split("/")
     if not 2 <= len(parts) <= 3 or not all(parts):
-        raise ValueError(f"wandb:{address} is no address: write wandb:entity/project or wandb:entity/project/group")
+        raise ValueError(f"wandb:{address} is not an address: write wandb:entity/project or wandb:entity/project/group")
     project = "/".join(parts[:2])
     wanted: dict[str, Any] = {"$or": [{"group": parts[2]}, {"sweep": parts[2]}]} if len(parts) == 3 else {}
     found = list(api.runs(project, filters=wanted))

@@ -96,7 +96,7 @@ class Duplicates:
                 raise ValueError(f"{name} must be {n} of {', '.join(known)}, got {len(value)}: {set(value)}")
         if (self.query == self.other).any():
             row = int(self.query[self.query == self.other][0])
-            raise ValueError(f"row {row} is paired with itself: take self pairs out")
+            raise ValueError(f"row {row} is paired with itself: remove such pairs")
 
     def __len__(self) -> int:
         return len(self.query)
@@ -168,9 +168,9 @@ def audit(
     """
     check_max_distance(max_distance)
     if not 0 < min_correlation <= 1:
-        raise ValueError(f"min_correlation={min_correlation} is no correlation: use more than 0 and at most 1")
+        raise ValueError(f"min_correlation={min_correlation} is not a correlation: use a number above 0 and at most 1")
     if neighbours < 1:
-        raise ValueError(f"neighbours={neighbours} proposes nothing: use 1 or more")
+        raise ValueError(f"neighbours={neighbours} would propose no pairs: use 1 or more")
     if descriptors is not None and len(descriptors) != len(images):
         raise ValueError(f"{len(images)} images but {len(descriptors)} descriptors: describe each image once")
     query, other = task.query, torch.unique(torch.cat([task.gallery, train_rows]))
@@ -280,7 +280,9 @@ def read_duplicates(path: Path) -> Duplicates:
     with Path(path).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if missing := [name for name in COLUMNS if name not in (reader.fieldnames or ())]:
-            raise ValueError(f"{path} lacks the columns {', '.join(missing)}: write it with `simsearch data audit`")
+            raise ValueError(
+                f"{path} does not have the columns {', '.join(missing)}: write it with `simsearch data audit`"
+            )
         for line in reader:
             try:
                 lines.append(
@@ -297,7 +299,7 @@ def read_duplicates(path: Path) -> Duplicates:
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"{path} line {reader.line_num} cannot be read ({error}): "
-                    "mend the line or run `simsearch data audit` again"
+                    "correct the line or run `simsearch data audit` again"
                 ) from error
     query, other, correlation, similarity, distance, part, by = zip(*lines, strict=True) if lines else ((),) * 7
     try:
@@ -311,7 +313,7 @@ def read_duplicates(path: Path) -> Duplicates:
             by,
         )
     except ValueError as error:
-        raise ValueError(f"{path} holds no duplicates of ours: {error}") from error
+        raise ValueError(f"{path} is not a list that `simsearch data audit` wrote: {error}") from error
 
 
 def contact_sheet(images: Tensor | Ragged, pairs: Duplicates, path: Path, limit: int = 40) -> None:
@@ -331,7 +333,7 @@ def contact_sheet(images: Tensor | Ragged, pairs: Duplicates, path: Path, limit:
     """
     check_images(images)
     if limit < 1:
-        raise ValueError(f"limit={limit} shows nothing: use 1 or more")
+        raise ValueError(f"limit={limit} would show nothing: use 1 or more")
     if len(pairs) > limit:
         pairs = pairs.select(torch.linspace(0, len(pairs) - 1, limit).round().long())
     sides = images.shapes.amax(0).tolist() if isinstance(images, Ragged) else images.shape[2:]

@@ -125,7 +125,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}): check that it is there and readable") from error
+        raise DataError(f"cannot read {path} ({error.strerror}): check that it exists and is readable") from error
 
 
 def _content_key(files: Sequence[Path]) -> str:
@@ -149,7 +149,7 @@ def _read_batches(files: Sequence[Path]) -> np.ndarray:
             batch = read_pickle(content)
             images, labels = np.asarray(batch["data"]), np.asarray(batch["labels"], dtype=np.int64)
         except Exception as error:  # a damaged pickle may raise any error
-            raise DataError(f"{path} is no CIFAR-10 batch ({error}): unpack {ARCHIVE} again") from error
+            raise DataError(f"{path} is not a CIFAR-10 batch ({error}): unpack {ARCHIVE} again") from error
         if images.dtype != np.uint8 or images.shape != (len(labels), 3072):
             raise DataError(
                 f"{path} holds {images.dtype} pixels {images.shape} for {len(labels)} labels, expected uint8 "
@@ -187,7 +187,7 @@ def _check_md5(path: Path, content: bytes, expected: str) -> None:
     if found != expected:
         raise DataError(
             f"{path} has MD5 {found}, expected {expected}: it is truncated or altered; delete it and "
-            "download the archive again (re-encoded images belong into parquet files)"
+            "download the archive again (re-encoded images belong in parquet files)"
         )
 
 
@@ -250,7 +250,7 @@ def _read_columns(path: Path) -> tuple[list[bytes | None], np.ndarray]:
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read {path} ({error}): it is truncated or damaged; fetch it again") from error
     if not blobs:
-        raise DataError(f"{path} holds no rows: fetch it again")
+        raise DataError(f"{path} has no rows: fetch it again")
     _check_labels(path, labels)
     return blobs, labels
 
@@ -273,7 +273,7 @@ def _load(path: Path) -> np.ndarray | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (Damaged, OSError):  # the entry is rebuilt whatever the damage
-        warnings.warn(f"cache entry {path} is damaged and is built again", stacklevel=3)
+        warnings.warn(f"the cache entry {path} is damaged: building it again", stacklevel=3)
         return None
 
 
@@ -281,4 +281,4 @@ def _store(path: Path, rows: np.ndarray) -> None:
     try:
         write_array(path, rows)
     except OSError as error:
-        warnings.warn(f"cannot write cache entry {path} ({error}): the images are decoded each time", stacklevel=3)
+        warnings.warn(f"cannot write the cache entry {path} ({error}): the images are decoded each time", stacklevel=3)

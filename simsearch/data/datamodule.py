@@ -176,7 +176,7 @@ class RetrievalDataModule(pl.LightningDataModule):
             ValueError: If the stage is unknown, or nothing is held out for validation.
         """
         if stage not in ("validate", "test"):
-            raise ValueError(f"stage={stage!r} measures nothing: use 'validate' or 'test'")
+            raise ValueError(f"stage={stage!r} has no task to measure: use 'validate' or 'test'")
         if stage == "test":
             return self.split.test
         if self.split.validation is None:
@@ -190,7 +190,9 @@ class RetrievalDataModule(pl.LightningDataModule):
             ValueError: If the protocol leaves no image to train on.
         """
         if not len(self.split.train):
-            raise ValueError(f"protocol {self.split.test.name} leaves no image to train on: it measures all of them")
+            raise ValueError(
+                f"protocol {self.split.test.name} leaves no image to train on, since it uses all images for the test"
+            )
         attribute = self.targets or self.split.test.attribute
         first = attribute if isinstance(attribute, str) else attribute[0]
         labels = self.collection.column(first)[self.split.train]
@@ -231,7 +233,10 @@ class RetrievalDataModule(pl.LightningDataModule):
         task = self.task(stage)
         world = world_size()
         if len(task.gallery) < world:  # the other ranks would wait for a rank without any data
-            raise ValueError(f"{task.name} has {len(task.gallery)} gallery images: use no more processes, not {world}")
+            raise ValueError(
+                f"{task.name} has {len(task.gallery)} gallery images, fewer than the {world} processes: use fewer "
+                "processes"
+            )
         return {
             "query": self._loader(task.query, task.attribute, self.eval_batch_size, shared=True),
             "gallery": self._loader(task.gallery, task.attribute, self.eval_batch_size, shared=True),

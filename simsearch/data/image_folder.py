@@ -114,7 +114,7 @@ def _decode(items: ImageFiles, entry: Path, presence: Presence, workers: int) ->
     """Decodes all files that an interrupted run or a damaged cache entry has not left decoded."""
     partial = entry.with_name(f"{entry.name}.partial")
     if entry.exists():
-        print(f"the decoded images in {entry} are not whole: what is not sound is decoded again", file=sys.stderr)
+        print(f"the decoded images in {entry} are incomplete or damaged: decoding those parts again", file=sys.stderr)
         shutil.rmtree(partial, ignore_errors=True)
         os.replace(entry, partial)
     partial.mkdir(exist_ok=True)
@@ -182,7 +182,7 @@ def open_ingest(folder: Path, manifest: Manifest, size: int) -> DecodedFiles:
     made = about["settings"]["size"]
     if made < size:
         raise ValueError(
-            f"{folder} was ingested at {made} pixels, data.size={size} asks for more: ingest again with size={size}, "
+            f"{folder} was ingested at {made} pixels, but data.size={size} is larger: ingest again with size={size}, "
             f"or use data.size={made} or less"
         )
     try:
@@ -190,14 +190,15 @@ def open_ingest(folder: Path, manifest: Manifest, size: int) -> DecodedFiles:
         if (known := about.get("pixels")) is not None:
             shards = read_shards(folder / "pixels", len(known))
             if [shard.sha256 for shard in shards] != known:
-                raise Damaged(f"{folder / 'pixels' / PIXELS} is not what was decoded")
+                raise Damaged(f"{folder / 'pixels' / PIXELS} has changed since it was decoded")
         length = (folder / "pixels" / PIXELS).stat().st_size
         images = Ragged(map_pixels(folder / "pixels" / PIXELS, length), index[:, 0], index[:, 1:])
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"the pixels in {folder} are damaged ({error}): run `simsearch data ingest` again") from error
     if not len(manifest) == len(images) == about["images"]:
         raise ValueError(
-            f"{folder} has a manifest of {len(manifest)} images, pixels of {len(images)} and says {about['images']}: "
+            f"{folder} has a manifest of {len(manifest)} images and pixels of {len(images)}, but records "
+            f"{about['images']}: "
             "run `simsearch data ingest` again"
         )
     return DecodedFiles(images, torch.arange(len(images)), [], about["digest"])
@@ -309,7 +310,7 @@ class FilesDataModule(RetrievalDataModule):
         manifest = read_manifest(self.source.resolve(), self.root)
         if reserved := sorted(set(RESERVED) & set(self.attributes or manifest.attributes)):
             raise ValueError(
-                f"{self.source} has the columns {', '.join(reserved)}, which a result has too: rename them"
+                f"{self.source} has the columns {', '.join(reserved)}, whose names results use already: rename them"
             )
         if self.fit == "longest" and self.source.is_dir() and read_ingest(self.source):
             return manifest, open_ingest(self.source, manifest, self.size)
@@ -325,4 +326,4 @@ def report(errors: Sequence[ImageError]) -> None:
     """
     for reason, count in Counter(error.reason for error in errors).most_common():
         some = [printable(error.path) for error in errors if error.reason == reason][:3]
-        print(f"left out {count} files, {reason} ({', '.join(some)}{' ...' * (count > 3)})", file=sys.stderr)
+        print(f"left out {count} files: {reason} ({', '.join(some)}{' ...' * (count > 3)})", file=sys.stderr)

@@ -36,7 +36,7 @@ PATH_PROBLEMS = {
     "path-empty": "is empty",
     "path-zero-byte": "holds a zero byte",
     "path-absolute": "is absolute",
-    "path-climbs": "climbs out with '..'",
+    "path-climbs": "leaves the root by '..'",
 }
 # Files that mark the folder of a finished and an unfinished `simsearch data ingest`, and its cleaned table.
 INGEST, INGEST_PLAN, INGEST_TABLE = "ingest.json", "plan.json", "manifest.parquet"
@@ -46,12 +46,12 @@ REASONS = {
     "path-empty": "it has no path",
     "path-zero-byte": "its path holds a zero byte",
     "path-absolute": "its path is absolute: give paths relative to the root",
-    "path-climbs": "its path climbs with '..'",
-    "path-leaves-root": "a link takes it out of the root",
+    "path-climbs": "its path leaves the root by '..'",
+    "path-leaves-root": "it is a link that leads out of the root",
     "path-twice": "another row has the same path",
-    "linked-folder": "a link to a folder, which is not followed",
+    "linked-folder": "it is a link to a folder, which is not followed",
     "name-not-utf8": "its name is not UTF-8, so that no table can hold it",
-    "unreadable-folder": "the system refuses to list it",
+    "unreadable-folder": "the system cannot list it",
 }
 
 
@@ -87,7 +87,7 @@ class Manifest:
                 what = PATH_PROBLEMS[problem]
                 raise ValueError(f"row {row}: path {path!r} {what}; give paths relative to {self.root}")
             if (before := first_row.setdefault(path, row)) != row:
-                raise ValueError(f"row {row}: path {path!r} is already in row {before}; leave one of them out")
+                raise ValueError(f"row {row}: path {path!r} is already in row {before}: remove one of them")
         for name, values in self.attributes.items():
             if len(values) != len(self.paths):
                 raise ValueError(f"attribute {name!r} has {len(values)} values for {len(self.paths)} paths")
@@ -192,7 +192,7 @@ def read_manifest(source: Path, root: Path | None = None) -> Manifest:
         root = source if source.is_dir() else source.parent
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"root {root} is not a folder: give the one that the paths are relative to")
+        raise FileNotFoundError(f"root {root} is not a folder: give the folder that the paths are relative to")
     if source.is_dir():
         return _read_folder(source, root)
     ending = source.suffix.lower()
@@ -200,7 +200,7 @@ def read_manifest(source: Path, root: Path | None = None) -> Manifest:
         return Manifest(root, (_below(source, root),))
     if ending not in TABLES:
         raise ValueError(
-            f"{source}: a table must end in one of {', '.join(TABLES)}, an image in one of {', '.join(ENDINGS)}"
+            f"{source}: the name of a table must end in {' or '.join(TABLES)}, that of an image in {', '.join(ENDINGS)}"
         )
     return _from_table(source, root)
 
@@ -376,9 +376,7 @@ def _from_table(source: Path, root: Path) -> Manifest:
         why = ", ".join(f"{n} {reason}" for reason, n in Counter(one.reason for one in listed.rejected).most_common())
         raise ValueError(f"{source} lists no images ({why or 'it has a header and no rows'})")
     if not any(os.path.exists(root / path) for path in listed.paths):
-        raise ValueError(
-            f"none of the {len(listed.paths)} files that {source} lists exists under {root}: is root right?"
-        )
+        raise ValueError(f"none of the {len(listed.paths)} files that {source} lists exists under {root}: check root")
     counts = Counter(one.reason for one in listed.rejected)
     return Manifest(root, listed.paths, listed.attributes, dict(counts), listed.rejected, listed.notes)
 
@@ -413,7 +411,9 @@ def _below(source: Path, root: Path) -> str:
     try:
         return Path(os.path.abspath(source)).relative_to(os.path.abspath(root)).as_posix()
     except ValueError:
-        raise ValueError(f"{source} does not lie in root {root}: leave root out or give a folder above") from None
+        raise ValueError(
+            f"{source} is not inside root {root}: leave root out or give a folder that contains it"
+        ) from None
 
 
 def link_check(root: Path) -> Callable[[str], bool]:

@@ -153,7 +153,7 @@ def _gathered(parts: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], most: 
     for part in parts:
         total += len(part[0])
         if total > most:
-            raise ValueError(f"more than {most:,} pairs are that near: lower max_distance")
+            raise ValueError(f"more than {most:,} pairs are within this distance: lower max_distance")
         kept.append(part)
     rows, columns, distances = (np.concatenate(column).astype(np.int64) for column in zip(*kept, strict=True))
     return torch.from_numpy(rows), torch.from_numpy(columns), torch.from_numpy(distances)

@@ -47,7 +47,7 @@ def read_pickle(data: bytes) -> Any:
     try:
         return _Reader(len(data)).run(data)
     except (IndexError, KeyError) as error:
-        raise ValueError(f"the pickle is damaged: it takes what it never stored ({error})") from None
+        raise ValueError(f"the pickle is damaged: it uses a value that it did not store ({error})") from None
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class _Reader:
             case "STACK_GLOBAL":
                 own, module = stack.pop(), stack.pop()
                 if not isinstance(module, str) or not isinstance(own, str):
-                    raise ValueError("the pickle is damaged: it names a global by what is no text")
+                    raise ValueError("the pickle is damaged: the name of a global is not text")
                 stack.append(_Global(module, own))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
@@ -154,16 +154,18 @@ class _Reader:
 
     def extend(self, items: list[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise ValueError("the pickle is damaged: it appends to what is no list")
+            raise ValueError("the pickle is damaged: it appends to something that is not a list")
         self.stack[-1].extend(items)
 
     def set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if type(target) is not dict or len(items) % 2:
-            raise ValueError("the pickle is damaged: it sets an item of what is no dict, or half an item")
+            raise ValueError(
+                "the pickle is damaged: it sets an item of something that is not a dict, or an incomplete item"
+            )
         for key, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(key, str) or not key:
-                raise ValueError(f"the pickle has a dict's key that is no text, but a {type(key).__name__}")
+                raise ValueError(f"the pickle has a dict whose key is not text but a {type(key).__name__}")
             target[key] = value
 
     def call(self, function: object, arguments: object) -> Any:
@@ -188,8 +190,9 @@ class _Reader:
             case ("builtins", "bytes"), ():
                 return b""
         raise ValueError(
-            f"the pickle wants to call {function.module[:80]}.{function.name[:80]}: it is refused. Only lists, numbers "
-            "and names are read; do not load this file by other means"
+            f"the pickle wants to call {function.module[:80]}.{function.name[:80]}, which is refused. Only lists, "
+            "numbers "
+            "and names are read; do not load this file in another way"
         )
 
     def build(self, target: object, state: object) -> None:
@@ -211,11 +214,11 @@ class _Reader:
         if not isinstance(raw, bytes | bytearray) or len(raw) % kind.itemsize:
             raise ValueError("the pickle holds a NumPy array that is damaged: its bytes are not those of numbers")
         if not isinstance(shape, tuple) or not all(type(side) is int and side >= 0 for side in shape):
-            raise ValueError("the pickle holds a NumPy array that is damaged: its shape is none")
+            raise ValueError("the pickle holds a NumPy array that is damaged: its shape is not valid")
         self.spend(len(raw))
         return np.frombuffer(raw, kind).reshape(shape, order=order)
 
     def spend(self, count: int) -> None:
         self.budget -= count
         if self.budget < 0:
-            raise ValueError("the pickle unfolds to more than its own length: it is refused")
+            raise ValueError("the pickle expands to more than its own length, which is refused")

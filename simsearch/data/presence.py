@@ -58,7 +58,7 @@ class Presence:
         self._gone += reason == "missing" or _is_readable(self.root / path)
         if lost or self._gone > MOST_GONE * self.seen:
             raise Vanished(
-                f"images that were there when this began are gone (the last is {printable(path)}): see whether "
+                f"images have disappeared since this began (the last is {printable(path)}): check that "
                 f"{self.root} is still connected, and give the same command again when they are back"
             )
 

@@ -266,7 +266,7 @@ class _Worker(Generic[T]):
         self.process.join()
         if late:
             return Failure("too-slow", f"it took more than {seconds:g} s")
-        return Failure("crashed", f"its decoding ended the process ({_ending(self.process.exitcode)})")
+        return Failure("crashed", f"decoding it crashed the process ({_ending(self.process.exitcode)})")
 
 
 def _serve(

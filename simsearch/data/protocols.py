@@ -155,7 +155,7 @@ class SampledSplit:
     def __post_init__(self) -> None:
         for field, least in (("queries_per_class", 1), ("train_per_class", 2)):
             if getattr(self, field) < least:
-                raise ValueError(f"{field}={getattr(self, field)} draws too few: use {least} or more")
+                raise ValueError(f"{field}={getattr(self, field)} is too small: use {least} or more")
         if self.validation is not None:
             _check_share("validation", self.validation)
         _check_seed(self.seed)
@@ -175,7 +175,7 @@ class SampledSplit:
         for value, count in zip(*np.unique(values[rows], return_counts=True), strict=True):
             if count < drawn:
                 raise ValueError(
-                    f"protocol {self.name} draws {drawn} images a class, but "
+                    f"protocol {self.name} draws {drawn} images per class, but "
                     f"{_class(collection, self.attribute, value)} has {count}: "
                     "lower queries_per_class or train_per_class"
                 )
@@ -222,10 +222,12 @@ class UnseenClasses:
     def __post_init__(self) -> None:
         object.__setattr__(self, "folds", tuple(tuple(int(c) for c in fold) for fold in self.folds))
         if not 0 <= self.fold < len(self.folds):
-            raise ValueError(f"fold={self.fold} is none of the {len(self.folds)} folds: use 0..{len(self.folds) - 1}")
+            raise ValueError(
+                f"fold={self.fold} is not one of the {len(self.folds)} folds: use 0..{len(self.folds) - 1}"
+            )
         held = [c for fold in self.folds for c in fold]
         if not all(self.folds):
-            raise ValueError(f"folds={self.folds} holds an empty fold: hold out a class or more in each")
+            raise ValueError(f"folds={self.folds} has an empty fold: hold out at least one class in each")
         twice = sorted({c for c in held if held.count(c) > 1})
         if twice:
             raise ValueError(f"folds overlap in the classes {twice}: hold each class out once")
@@ -249,7 +251,7 @@ class UnseenClasses:
         if unknown:
             raise ValueError(
                 f"protocol {name} holds out the classes {unknown}, but {collection.name} has 0..{known - 1}: "
-                "correct folds"
+                "correct the folds"
             )
         train, test = _official_parts(collection, values, name)
         held = np.array(self.folds[self.fold], dtype=np.int64)
@@ -257,8 +259,8 @@ class UnseenClasses:
         for value in self.folds[self.fold]:
             if value not in values[query] or value not in values[gallery]:
                 raise ValueError(
-                    f"protocol {name} holds out {_class(collection, self.attribute, value)}, which lacks "
-                    "test or training images: use a larger part of the data or other folds"
+                    f"protocol {name} holds out {_class(collection, self.attribute, value)}, which has "
+                    "no test or no training images: use a larger part of the data or other folds"
                 )
         seen = train[~np.isin(values[train], held)]
         kept, validation = _validation(collection, name, seen, self.attribute, self.validation, self.seed)
@@ -548,12 +550,12 @@ def _fingerprint(rule: str, query: np.ndarray, gallery: np.ndarray) -> str:
 def _check_rows(name: str, query: np.ndarray, gallery: np.ndarray) -> None:
     for what, rows in (("query", query), ("gallery", gallery)):
         if not len(rows):
-            raise ValueError(f"protocol {name} is left without any {what} image: use a larger part of the data")
+            raise ValueError(f"protocol {name} has no {what} image left: use a larger part of the data")
 
 
 def _check_share(field: str, value: float) -> None:
     if not 0 < value < 1:
-        raise ValueError(f"{field}={value} is no share: use a number between 0 and 1, such as 0.1")
+        raise ValueError(f"{field}={value} is not a share: use a number between 0 and 1, such as 0.1")
 
 
 def _check_shares(evaluation: float, validation: float | None, *, whole: bool = False) -> None:
@@ -617,7 +619,7 @@ def _validation(
     for value, count in zip(classes, counts, strict=True):
         if count < 2:
             raise ValueError(
-                f"protocol {name} needs 2 training images a class, but "
+                f"protocol {name} needs 2 training images per class, but "
                 f"{_class(collection, attribute, value)} has 1: use a larger part of the data"
             )
     taken = np.clip(np.round(share * counts), 1, counts - 1)

@@ -234,7 +234,7 @@ def _crop(image: Tensor, box: Box | None, path: Path) -> Tensor:
     left, top, right, bottom = max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)
     if x2 > width + 1 or y2 > height + 1 or left >= right or top >= bottom:
         raise ValueError(
-            f"{path}: bbx {list(box)} does not lie in its {width} x {height} pixels: is this the original file?"
+            f"{path}: bbx {list(box)} is not inside its {width} x {height} pixels: is this the original file?"
         )
     return image[:, top:bottom, left:right]
 
@@ -336,7 +336,7 @@ def convert_ground_truth(path: Path, name: str) -> Benchmark:
         value = _record(read_pickle(path.read_bytes()), ("gnd", "imlist", "qimlist"), "the file")
         truth, names = _sequence(value["gnd"], "gnd"), _sequence(value["qimlist"], "qimlist")
         if len(truth) != len(names):
-            raise ValueError(f"gnd has {len(truth)} queries, qimlist {len(names)}")
+            raise ValueError(f"gnd has {len(truth)} queries, but qimlist has {len(names)}")
         parts = ("bbx", *GRADES)
         entries = [_record(entry, parts, f"gnd of query {i}") for i, entry in enumerate(truth)]
         queries = [
@@ -379,7 +379,7 @@ def _record(value: object, keys: Sequence[str], where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must have the keys {', '.join(keys)}, got a {type(value).__name__}")
     if missing := [key for key in keys if key not in value]:
-        raise ValueError(f"{where} lacks {', '.join(missing)}")
+        raise ValueError(f"{where} does not have {', '.join(missing)}")
     return value
 
 
@@ -393,13 +393,13 @@ def _sequence(value: object, where: str) -> Sequence[Any]:
 
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError(f"{where}: it must be a text of at least one letter, got a {type(value).__name__}")
+        raise ValueError(f"{where}: it must be a string that is not empty, got a {type(value).__name__}")
     return value
 
 
 def _number(value: object, where: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or abs(value) > 1e9:
-        raise ValueError(f"{where}: it must hold numbers of pixels, got a {type(value).__name__}")
+        raise ValueError(f"{where}: it must hold pixel coordinates, got a {type(value).__name__}")
     return float(value)
 
 

@@ -107,8 +107,8 @@ class Batches(Sampler[list[int]]):
         world = rank_and_world()[1]
         if state["position"] and state["world"] != world:
             raise ValueError(
-                f"the epoch was interrupted with {state['world']} processes and cannot go on with {world}: resume "
-                f"with {state['world']}, or from a checkpoint of the end of an epoch"
+                f"the epoch was interrupted with {state['world']} processes and cannot continue with {world}: resume "
+                f"with {state['world']}, or from a checkpoint at the end of an epoch"
             )
         self.epoch, self.position = state["epoch"], state["position"]
 
@@ -266,7 +266,7 @@ class MinedTriplets(Batches):
     def __init__(self, labels: Tensor, triplets: int = 64, batches: int = 64) -> None:
         super().__init__(labels, seed=0)
         if triplets < 1 or batches < 1:
-            raise ValueError(f"triplets={triplets} a batch, batches={batches} a mining: use 1 or more of both")
+            raise ValueError(f"triplets={triplets} per batch and batches={batches} per mining: use 1 or more of each")
         self.labels = labels
         self.per_batch, self.per_epoch = triplets, batches
         self._triplets = torch.zeros(0, 3, dtype=torch.int64)
@@ -301,18 +301,20 @@ class MinedTriplets(Batches):
                 and negative.
         """
         if triplets.shape != (self.wanted, 3):
-            raise ValueError(f"an epoch takes triplets of shape ({self.wanted}, 3), got {tuple(triplets.shape)}")
+            raise ValueError(f"an epoch needs triplets of shape ({self.wanted}, 3), got {tuple(triplets.shape)}")
         triplets = triplets.cpu().long()
         if triplets.min() < 0 or triplets.max() >= self.count:
             raise ValueError(
                 f"triplets must be positions in 0..{self.count - 1}, got "
-                f"{int(triplets.min())}..{int(triplets.max())}: translate pool positions to training positions"
+                f"{int(triplets.min())}..{int(triplets.max())}: convert pool positions to training positions"
             )
         query, positive, negative = self.labels[triplets].unbind(1)
         wrong = (query != positive) | (query == negative) | (triplets[:, 0] == triplets[:, 1])
         if wrong.any():
             first = triplets[wrong.nonzero()[0, 0]].tolist()
-            raise ValueError(f"triplets must be a query, another row of its class and one of another, got {first}")
+            raise ValueError(
+                f"a triplet must hold a query, another row of its class and a row of another class, got {first}"
+            )
         self._triplets, self._mined_for = triplets, self.epoch
 
     def global_batch(self, number: int, world: int) -> np.ndarray:

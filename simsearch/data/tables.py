@@ -23,8 +23,8 @@ ENDINGS = (".csv", ".tsv", ".txt", ".parquet")
 # Names of the column of paths, in any case. The first that a table has is used.
 PATH_NAMES = ("path", "image_path", "file_path", "filepath", "file_name", "filename", "file", "image")
 REASONS = {
-    "row-ragged": "its line has another number of values than the header",
-    "row-unclosed": "its line opens a quote that nothing closes",
+    "row-ragged": "its line has more or fewer values than the header",
+    "row-unclosed": "its line opens a quote that is never closed",
 }
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -123,7 +123,7 @@ def plain_names(columns: dict[str, Column]) -> tuple[dict[str, Column], list[str
         while name in plain:
             name, number = f"{wanted}_{number}", number + 1
         if name != wanted:
-            notes.append(f"a second column {wanted!r} is called {name!r}")
+            notes.append(f"a second column {wanted!r} was renamed {name!r}")
         plain[name] = values
     return plain, notes
 
@@ -138,7 +138,7 @@ def _read_csv(source: Path) -> Table:
     else:
         delimiter = max(",;\t", key=first.count)
     if delimiter != ",":
-        notes.append(f"values are divided by {delimiter!r}")
+        notes.append(f"values are separated by {delimiter!r}")
     records, rejected, header = [], [], None
     for number, record in _records(lines[skipped:], delimiter):
         line = number + skipped
@@ -204,7 +204,7 @@ def decode_text(data: bytes) -> tuple[str, list[str]]:
             return data.decode("utf-8"), []
         except UnicodeDecodeError as error:
             line = data.count(b"\n", 0, error.start) + 1
-            notes = [f"it is not UTF-8 (byte 0x{data[error.start]:02x}, line {line}) and was taken as cp1252"]
+            notes = [f"it is not UTF-8 (byte 0x{data[error.start]:02x}, line {line}) and was read as cp1252"]
             encoding = "cp1252"
     else:
         notes = [] if encoding == "utf-8-sig" else [f"it is {encoding.upper()}"]

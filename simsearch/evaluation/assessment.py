@@ -40,9 +40,9 @@ class Measured:
         fingerprint: The fingerprint of the task. Numbers of different fingerprints cannot be compared.
         values: Name -> mean over queries.
         index: int64 (Q,), collection rows of the queries.
-        unit: The name of the unit of chance, such as artist.
+        unit: The name of the sampling unit, such as artist.
         units: int64 (Q,), the unit of each query.
-        intervals: Name -> (low, high), 95% over units of chance, for the metrics that have an interval.
+        intervals: Name -> (low, high), 95% over sampling units, for the metrics that have an interval.
         per_query: Name -> float64 (Q,), NaN where a query has no value.
     """
 

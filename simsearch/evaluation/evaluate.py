@@ -34,7 +34,7 @@ class Evaluation:
         metrics: Name -> mean over queries. Names under `index/` describe the answers of the index, names under
             `rerank/` the full ranking after re-ranking, names under `code/` the health of codes. `code/empty_ball@2` is
             the share of queries with no other item within distance 2.
-        intervals: Name -> (low, high), 95% over units of chance.
+        intervals: Name -> (low, high), 95% over sampling units.
         per_query: Name -> float64 (Q,).
         query: The queries. Their label and index are those of all ranks, the vectors those of this rank.
         gallery: The gallery, likewise.
@@ -94,7 +94,7 @@ def evaluate(
         ks: Cutoffs k, 1 or more.
         exclude_self: Take each query's own collection row out of its ranking.
         index_order: For codes, measure `mAP_index_order` too, with ties broken by gallery order.
-        units: int64 (Q,), the unit of chance of each query, over which intervals are computed. With None each query is
+        units: int64 (Q,), the sampling unit of each query, over which intervals are computed. With None each query is
             a unit.
         rerank: A way of re-ranking, or None.
         seed: Seed of the choice of queries for the recall of the index.
@@ -164,7 +164,7 @@ def check_kind(index: FaissIndex, bits: int | None) -> None:
     """
     if index.is_binary != (bits is not None):
         kind = "codes: use index=binary-flat" if bits is not None else "float descriptors: use index=flat"
-        raise ValueError(f"index {index.factory!r} does not fit the model's {kind} or another of that kind")
+        raise ValueError(f"index {index.factory!r} does not fit the model's {kind} (or another index of that kind)")
 
 
 def check_rerank(world: int) -> None:
@@ -178,7 +178,7 @@ def check_rerank(world: int) -> None:
     """
     if world > 1:
         raise ValueError(
-            f"re-ranking needs the whole gallery in one process, there are {world}: train with rerank=null, then "
+            f"re-ranking needs the whole gallery in one process, but there are {world}: train with rerank=null, then "
             "`simsearch evaluate run=... rerank=...`"
         )
 

@@ -34,7 +34,7 @@ class Report:
             many items are.
         queries: How many queries there are.
         gallery: How many items the gallery has.
-        units: How many units of chance the intervals are over.
+        units: How many sampling units the intervals are over.
         without_relevant: Queries that no item is relevant to; they count in no mean.
     """
 
@@ -135,11 +135,12 @@ def evaluate(
     query, gallery = _vectors("query_vectors", query_vectors, bits), _vectors("gallery_vectors", gallery_vectors, bits)
     if query.shape[1] != gallery.shape[1]:
         raise ValueError(
-            f"query_vectors have {query.shape[1]} columns, gallery_vectors {gallery.shape[1]}: they differ"
+            f"query_vectors have {query.shape[1]} columns, but gallery_vectors have {gallery.shape[1]}: give "
+            "vectors of the same encoder"
         )
     if exclude_self and len(query) != len(gallery):
         raise ValueError(
-            f"exclude_self=True needs query i to be gallery item i, and there are {len(query)} queries and "
+            f"exclude_self=True needs query i to be gallery item i, but there are {len(query)} queries and "
             f"{len(gallery)} items: give the same vectors twice"
         )
     numbers: dict[Hashable, int] = {}
@@ -161,7 +162,7 @@ def evaluate(
     )
     relevant = per_query["relevant"]
     if not (relevant > 0).any():
-        raise ValueError("no query has a relevant item in the gallery: see whether the labels are of the same kind")
+        raise ValueError("no query has a relevant item in the gallery: check that both labels are of the same kind")
     measured = {name: values for name, values in per_query.items() if name != "relevant"}
     bounds = mean_interval(torch.stack(list(measured.values()), dim=1), of_units).tolist()
     return Report(
@@ -196,7 +197,7 @@ def _numbered(name: str, given: Any, count: int, numbers: dict[Hashable, int], *
     """Labels int64 (count,), equal for equal values; -1 for unknown ones where there may be such. Fills `numbers`."""
     values = given.tolist() if isinstance(given, Tensor | np.ndarray) else list(given)
     if len(values) != count:
-        raise ValueError(f"{name} must be one for each of the {count} vectors, got {len(values)}")
+        raise ValueError(f"{name} must have one value for each of the {count} vectors, got {len(values)}")
     return torch.tensor(
         [-1 if unknown and _is_unknown(value) else numbers.setdefault(value, len(numbers)) for value in values],
         dtype=torch.int64,

@@ -65,7 +65,7 @@ def best_correlations(first: Tensor, second: Tensor, shift: int) -> Tensor:
         raise ValueError(f"pictures must be two (P, H, W), got {tuple(first.shape)} and {tuple(second.shape)}")
     height, width = (side - 2 * shift for side in first.shape[1:])
     if shift < 0 or min(height, width) < 2:
-        raise ValueError(f"shift={shift} leaves nothing of pictures {tuple(first.shape[1:])}: use less")
+        raise ValueError(f"shift={shift} leaves nothing to compare of pictures {tuple(first.shape[1:])}: use less")
     if len(first) == 0:
         return torch.empty(0)
     template = first[:, shift : shift + height, shift : shift + width]

@@ -89,7 +89,7 @@ def query_weights(parts: Mapping[str, Part], weights: Mapping[str, float] | None
             raise ValueError(f"the weight of {name} must be a number of at least 0, got {value}")
         if value > 0 and parts[name].weight == 0:
             raise ValueError(
-                f"{name} has weight 0 in these descriptors, which can't be raised: make them with a weight"
+                f"{name} has weight 0 in these descriptors, which a query cannot raise: make the catalog with a weight"
             )
     chosen = {name: float(given.get(name, part.weight)) for name, part in parts.items()}
     if not (largest := max(chosen.values())) > 0:

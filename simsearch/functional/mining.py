@@ -139,7 +139,7 @@ def _check_pool(descriptors: Tensor, labels: Tensor, per_query: int) -> int:
             f"descriptors must be (N, D) and labels (N,), got {tuple(descriptors.shape)} and {tuple(labels.shape)}"
         )
     if per_query < 1:
-        raise ValueError(f"per_query={per_query}: keep 1 triplet a query or more")
+        raise ValueError(f"per_query={per_query}: keep at least 1 triplet per query")
     if (labels < 0).any():
         raise ValueError("the pool holds unknown labels (below 0): mine labelled items only")
     check_vectors("the pool's descriptors", descriptors)
@@ -174,7 +174,9 @@ def draw_triplets(triplets: Tensor, count: int, generator: torch.Generator) -> T
                 [1, 0, 2]])
     """
     if len(triplets) == 0:
-        raise ValueError("there is no triplet to draw: none in the pool violates the margin, or no class has two items")
+        raise ValueError(
+            "there is no triplet to draw: no triplet in the pool violates the margin, or no class has two items"
+        )
     _, counts = triplets[:, 0].cpu().unique_consecutive(return_counts=True)
     group = torch.randint(len(counts), (count,), generator=generator)
     member = (torch.rand(count, dtype=torch.float64, generator=generator) * counts[group]).long()

@@ -100,7 +100,9 @@ def ndcg_graded(level: Tensor, counts: Tensor) -> Tensor:
     ideal = torch.zeros_like(level)
     for wanted in range(1, levels):
         if ((level >= wanted).sum(1) > at_least[:, wanted - 1]).any():
-            raise ValueError(f"a ranking holds more items of level {wanted} or above than its gallery: count them all")
+            raise ValueError(
+                f"a ranking holds more items of level {wanted} or above than counts states: count all of the gallery"
+            )
         ideal += places < at_least[:, wanted - 1 : wanted]
     discount = 1.0 / torch.log2(places.double() + 2)
     gained, best = ((2.0 ** values.double() - 1) @ discount for values in (level, ideal))

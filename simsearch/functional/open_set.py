@@ -55,7 +55,7 @@ def threshold_at(
         no_match_scores: Floating point (N,), the top scores of queries without a match.
         rate: Rate of false matches, in (0, 1).
         certainty: Probability of the promise, in (0, 1).
-        units: int64 (N,), the unit of chance of each score: the scores of one unit (a work) count once, by the highest.
+        units: int64 (N,), the sampling unit of each score: the scores of one unit (a work) count once, by the highest.
             With None each score is a unit, except that equal scores count as one, since chance does not make them. Give
             units for scores that tie by nature, such as Hamming distances.
 
@@ -82,7 +82,7 @@ def threshold_at(
         scores = scores.unique()
     else:
         if units.shape != scores.shape:
-            raise ValueError(f"units must be one a score, {tuple(scores.shape)}, got {tuple(units.shape)}")
+            raise ValueError(f"units must have one value per score, {tuple(scores.shape)}, got {tuple(units.shape)}")
         kinds, unit = units.unique(return_inverse=True)
         scores = scores.new_full((len(kinds),), -math.inf).scatter_reduce(0, unit, scores, "amax")
     count = len(scores)
@@ -119,7 +119,7 @@ def thresholds_at(units: Tensor, rate: float, certainty: float = 0.95, most: int
     `agreeing` says which of them a request with several queries must exceed.
 
     Args:
-        units: Floating point (N,), top scores of queries without a match, one per unit of chance.
+        units: Floating point (N,), top scores of queries without a match, one per sampling unit.
         rate: Rate of false matches, in (0, 1).
         certainty: Probability of each promise, in (0, 1).
         most: Largest number of thresholds.
@@ -177,7 +177,7 @@ def least_rate(units: int, certainty: float = 0.95) -> float:
     """The smallest rate that `threshold_at` can promise from some units; 1 for no units.
 
     Args:
-        units: Number of units of chance.
+        units: Number of sampling units.
         certainty: Probability of the promise, in (0, 1).
 
     Example:
@@ -275,13 +275,13 @@ def global_average_precision(confidence: Tensor, correct: Tensor, total_positive
 
 def _check_promise(rate: float, certainty: float) -> None:
     if not 0 < rate < 1:
-        raise ValueError(f"rate={rate} is no rate of false matches: use a number between 0 and 1, such as 0.01")
+        raise ValueError(f"rate={rate} is not a rate of false matches: use a number between 0 and 1, such as 0.01")
     if not 0 < certainty < 1:
-        raise ValueError(f"certainty={certainty} is no probability: use a number between 0 and 1, such as 0.95")
+        raise ValueError(f"certainty={certainty} is not a probability: use a number between 0 and 1, such as 0.95")
 
 
 def _check_scores(name: str, scores: Tensor) -> None:
     if scores.ndim != 1:
-        raise ValueError(f"{name} must be one score a query, (N,), got {tuple(scores.shape)}")
+        raise ValueError(f"{name} must hold one score per query, (N,), got {tuple(scores.shape)}")
     if scores.isnan().any():
         raise ValueError(f"{name} holds NaN: give each query a score, -inf for one that is never accepted")

@@ -514,10 +514,10 @@ def rank(
             f"{gallery.columns} columns, bits {gallery.bits}"
         )
     if ahead is not None and gallery.ranks.world > 1:
-        raise ValueError("re-ranked shortlists go with a gallery that one process holds")
+        raise ValueError("re-ranked shortlists need the whole gallery in one process")
     if gallery.bits is not None:
         if ahead is not None:
-            raise ValueError("re-ranked shortlists go with vectors: unpack the codes first")
+            raise ValueError("re-ranked shortlists need vectors: unpack the codes first")
         return rank_codes(query, gallery, exclude_self=exclude_self, block_bytes=block_bytes)
     return rank_vectors(query, gallery, exclude_self=exclude_self, block_bytes=block_bytes, ahead=ahead)
 

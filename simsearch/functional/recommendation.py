@@ -90,7 +90,7 @@ def long_tail_share(counts: Tensor, popularity: Tensor, head: float = 0.2) -> fl
     _check_counts(counts)
     _check_popularity(popularity, len(counts))
     if not 0 < head < 1:
-        raise ValueError(f"head={head} is no share of the items: use a number between 0 and 1, such as 0.2")
+        raise ValueError(f"head={head} is not a share of the items: use a number between 0 and 1, such as 0.2")
     _, level = (-popularity.double()).unique(return_inverse=True)
     size = level.bincount().double()
     before = size.cumsum(0) - size
@@ -152,7 +152,9 @@ def novelty(ids: Tensor, popularity: Tensor) -> Tensor:
     _check_ids(ids, len(popularity))
     there = ids >= 0
     if (popularity[ids[there]] <= 0).any():
-        raise ValueError("a recommended item has popularity 0, whose novelty has no bound: add 1 to all, say")
+        raise ValueError(
+            "a recommended item has popularity 0, for which novelty is infinite: for example, add 1 to all"
+        )
     bits = -torch.log2(popularity.double() / popularity.double().sum())
     return torch.where(there, bits[ids.clamp(min=0)], 0.0).sum(1) / there.sum(1)
 

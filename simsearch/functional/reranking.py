@@ -54,7 +54,9 @@ class RerankedGallery:
             return nearest(expanded, self.vectors, k)
         k, depth = min(k, len(self.vectors)), ahead.ids.shape[1]
         if depth < k:
-            raise ValueError(f"k={k} items asked of re-ranked shortlists of {depth}: raise rerank.depth or lower k")
+            raise ValueError(
+                f"k={k} is more than the re-ranked shortlists hold ({depth}): raise rerank.depth or lower k"
+            )
         return SearchResult(ahead.ids[:, :k], ahead.scores[:, :k])
 
 

@@ -182,7 +182,7 @@ def listed_ranks(
             wrong = positions[(positions < 0) | (positions >= g)][0]
             raise ValueError(f"query {q} lists gallery position {wrong}: there are {g}, from 0")
         if len(np.unique(positions)) < len(positions):
-            raise ValueError(f"query {q} lists a gallery position twice: each is easy, hard or junk")
+            raise ValueError(f"query {q} lists a gallery position twice: list it once, as easy, hard or junk")
     step = max(1, block_bytes // (8 * g))
     ranks = []
     for start in range(0, len(query), step):

@@ -1,7 +1,7 @@
 """The uncertainty of a mean over queries and of a difference of two means.
 
 Queries of one artist, photographs of one scene or crops of one work are not independent draws. The draw is the artist,
-the scene, the work. All functions here take such units of chance as int64 (Q,), equal for the queries of one unit, or
+the scene, the work. All functions here take such sampling units as int64 (Q,), equal for the queries of one unit, or
 None where each query is a unit of its own. The mean is still over queries.
 """
 
@@ -42,7 +42,7 @@ def mean_interval(values: Tensor, units: Tensor | None = None, *, confidence: fl
 
     Args:
         values: float64 (Q, M). NaN, a query without a value, is left out of its column.
-        units: int64 (Q,), the unit of chance of each query, or None.
+        units: int64 (Q,), the sampling unit of each query, or None.
         confidence: Wanted probability that the interval holds the true mean, in (0, 1).
 
     Raises:
@@ -87,7 +87,7 @@ def paired_interval(
     Args:
         a: float64 (Q,), values of a system.
         b: float64 (Q,), values of another system for the same queries. Queries where either is NaN are left out.
-        units: int64 (Q,), the unit of chance of each query, or None.
+        units: int64 (Q,), the sampling unit of each query, or None.
         confidence: Wanted probability that the interval holds the true mean, in (0, 1).
 
     Raises:
@@ -122,7 +122,7 @@ def paired_permutation(
     Args:
         a: float64 (Q,), values of a system.
         b: float64 (Q,), values of another system for the same queries. Queries where either is NaN are left out.
-        units: int64 (Q,), the unit of chance of each query, or None.
+        units: int64 (Q,), the sampling unit of each query, or None.
         resamples: Largest number of patterns, 1 or more.
         seed: Seed of the drawn patterns.
 
@@ -172,7 +172,7 @@ def minimum_detectable_effect(
     Args:
         a: float64 (Q,), values of a system.
         b: float64 (Q,), values of another system for the same queries. Queries where either is NaN are left out.
-        units: int64 (Q,), the unit of chance of each query, or None.
+        units: int64 (Q,), the sampling unit of each query, or None.
         alpha: Level of the test, in (0, 1).
         power: Wanted probability of detection, in (alpha, 1).
 

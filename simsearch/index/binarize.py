@@ -105,7 +105,7 @@ def _principal(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"a binariser is fitted to a float32 tensor (N, D), got {got}")
     n, dimension = x.shape
     if bits > dimension:
-        raise ValueError(f"{bits} bits from {dimension} dimensions: at most {dimension} bits can be had")
+        raise ValueError(f"{bits} bits from {dimension} dimensions: use at most {dimension} bits")
     if n <= bits:
         raise ValueError(f"{bits} bits need more than {bits} vectors to be fitted, got {n}")
     check_vectors("vectors", x)

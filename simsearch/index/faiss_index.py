@@ -173,7 +173,7 @@ class FaissIndex:
         """
         index = self.emptied()._index
         if index is None:
-            raise ValueError(f"{self.factory!r} learnt nothing: there is no state to hand on")
+            raise ValueError(f"{self.factory!r} was not trained: it has no state to pass on")
         write = faiss.serialize_index_binary if self.is_binary else faiss.serialize_index
         return torch.from_numpy(write(index))
 
@@ -232,7 +232,7 @@ class FaissIndex:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         if k > len(self):
-            raise ValueError(f"k={k} neighbours asked of an index of {len(self)} items: lower k")
+            raise ValueError(f"k={k} neighbours are more than the index's {len(self)} items: lower k")
         if among is None:
             return self._result(*self._index.search(array, k))
         if among.dtype != torch.bool or among.shape != (len(self),):
@@ -370,7 +370,7 @@ class FaissIndex:
             ValueError: If no vectors were added yet.
         """
         if self._index is None:
-            raise ValueError("the size of a code is known once vectors were added")
+            raise ValueError("the size of a code is only known once vectors were added")
         return _code_bytes(self._index)
 
     def save(self, path: str | Path) -> None:

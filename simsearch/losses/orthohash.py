@@ -77,7 +77,7 @@ def binary_targets(classes: int, bits: int, seed: int = 0) -> Tensor:
         first = 0 if classes == bits else 1  # the row of ones is not balanced
         return matrix[first + torch.randperm(bits - first, generator=generator)[:classes]]
     if math.comb(bits, bits // 2) < classes:
-        raise ValueError(f"loss.bits={bits}: there are not {classes} balanced codes of that length, use more bits")
+        raise ValueError(f"loss.bits={bits}: there are not {classes} balanced codes of that length: use more bits")
     rows: dict[tuple[float, ...], None] = {}
     while len(rows) < classes:
         order = torch.rand(classes, bits, generator=generator).argsort(1)
@@ -122,7 +122,7 @@ class OrthoHashLoss(nn.Module):
         if scale <= 0:
             raise ValueError(f"loss.scale={scale} must be positive")
         if not 0 <= margin <= 2:
-            raise ValueError(f"loss.margin={margin} must lie in [0, 2], as far as cosines are apart")
+            raise ValueError(f"loss.margin={margin} must lie in [0, 2], the range of differences of cosines")
         self.classes, self.scale, self.margin = classes, scale, margin
         self.register_buffer("targets", binary_targets(classes, bits, seed))
 

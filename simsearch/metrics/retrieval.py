@@ -85,7 +85,7 @@ class RetrievalMetrics(Metric):
             if vectors.shape[1] != self.bits:
                 raise ValueError(f"codes of {self.bits} bits need embeddings as wide, got {vectors.shape[1]}")
             if not torch.isfinite(vectors).all():
-                raise ValueError("the real-valued codes hold NaN or infinity: their signs mean nothing")
+                raise ValueError("the real-valued codes hold NaN or infinity, whose signs mean nothing")
             if part == "gallery":
                 moments = CodeMoments.zeros(self.bits)
                 moments.add(vectors)

@@ -128,7 +128,7 @@ class Backbone(nn.Module):
         least = 1 + bisect_left(range(1, self.size), True, key=enough)
         if least == self.size and self.size > 1:
             raise ValueError(
-                f"backbone.fit=longest: {self.name} at size={self.size} takes square images alone, as transformers "
+                f"backbone.fit=longest: {self.name} at size={self.size} takes only square images, as transformers "
                 "do: use backbone.fit=square, a convolutional network or a larger size"
             )
         return least
@@ -158,7 +158,7 @@ class Backbone(nn.Module):
         """
         if hasattr(self.network, "prepare"):
             if isinstance(images, Ragged):
-                raise ValueError(f"{self.name} is made from training images of one shape: use data.fit=square")
+                raise ValueError(f"{self.name} is fitted to training images of one shape: use data.fit=square")
             with torch.no_grad():
                 self.network.prepare(self.preprocess(images[:5000].to(self.mean.device)))  # type: ignore[operator]
 
@@ -200,7 +200,7 @@ class Backbone(nn.Module):
         frozen = not any(p.requires_grad for p in self.network.parameters())
         if self.runtime == "onnx":
             if not frozen:
-                raise ValueError("backbone.runtime=onnx runs frozen networks only: use torch or auto to train")
+                raise ValueError("backbone.runtime=onnx only runs frozen networks: use torch or auto to train")
             return True
         # With fit=longest, batches of rare shapes are small, and one export serves all shapes.
         return frozen and (len(pixels) if self.fit == "square" else self._seen) >= _BULK
@@ -438,10 +438,10 @@ def _read(path: Path) -> Any:
     except Exception as error:
         if foreign := re.search(r"Unsupported (?:global: GLOBAL|class|operand) ([\w.]+)", str(error)):
             raise WeightsError(
-                f"cannot read weights from {path} as tensors alone: it holds a {foreign[1]}, whose code would run; "
+                f"cannot read weights from {path} as plain tensors: it holds a {foreign[1]}, whose code would run; "
                 "save the state dict of the network instead: torch.save(network.state_dict(), path)"
             ) from error
-        raise WeightsError(f"cannot read weights from {path} as tensors alone: {error}") from error
+        raise WeightsError(f"cannot read weights from {path} as plain tensors: {error}") from error
 
 
 def _tensors(content: Any, depth: int = 0) -> dict[str, Tensor]:

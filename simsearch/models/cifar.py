@@ -111,9 +111,11 @@ def cifar_backbone(width: int = 64, size: int = 32, weights: str = "random") -> 
         ValueError: If `width` is below 24 or `weights` is not "random".
     """
     if width < 24:
-        raise ValueError(f"backbone.width={width}: the first group takes 24 channels, use 24 or more")
+        raise ValueError(f"backbone.width={width}: the first group has 24 channels, so use 24 or more")
     if weights != "random":
-        raise ValueError(f"backbone.weights={weights}: this network has none to load; train it from random ones")
+        raise ValueError(
+            f"backbone.weights={weights}: this network has no pretrained weights; train it from random ones"
+        )
     network = CIFARNetwork(width)
     return Backbone(
         network,

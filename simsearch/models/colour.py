@@ -29,7 +29,7 @@ class ColourLayout(nn.Module):
     def __init__(self, levels: Sequence[int] = (1, 3)) -> None:
         super().__init__()
         if not levels or min(levels) < 1:
-            raise ValueError(f"backbone.levels={list(levels)}: give sides of grids, 1 or more")
+            raise ValueError(f"backbone.levels={list(levels)}: give the sides of the grids, each 1 or more")
         self.levels = tuple(levels)
 
     def forward(self, pixels: Tensor) -> Tensor:

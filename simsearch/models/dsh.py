@@ -106,5 +106,5 @@ class DSHNetwork(nn.Module):
         if image.shape[1:] != (3, _SIDE, _SIDE):
             raise ValueError(
                 f"the DSH network takes images of 3 x {_SIDE} x {_SIDE}, got {tuple(image.shape[1:])}: "
-                "use model=hashing, which carries the loss on any backbone (files: data.size=32 data.fit=square)"
+                "use model=hashing, which has this loss on any backbone (files: data.size=32 data.fit=square)"
             )

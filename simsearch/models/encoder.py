@@ -73,7 +73,7 @@ def _located(path: str) -> Any:
         for part in parts[length:]:
             found = getattr(found, part)
         return found
-    raise ImportError(f"there is no {path}")
+    raise ImportError(f"{path} does not exist")
 
 
 def build_encoder(config: Mapping[str, Any], *, trusted: bool = False) -> Encoder:

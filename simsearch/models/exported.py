@@ -100,8 +100,8 @@ def _write_part(folder: Path, name: str, encoder: Encoder) -> dict[str, Any]:
         encoder = encoder.network
     if not isinstance(encoder, FrozenRetriever | RegionNetwork) or encoder.bits is not None:
         raise ValueError(
-            "encoders of descriptors on a backbone can be exported (model=frozen, dir, and parts of these), this one "
-            f"is {'of codes' if getattr(encoder, 'bits', None) else 'another'} ({type(encoder).__name__})"
+            "only descriptors of a backbone can be exported (model=frozen, dir, and parts of these); this encoder is "
+            f"{'of codes' if getattr(encoder, 'bits', None) else 'of another kind'} ({type(encoder).__name__})"
         )
     backbone = encoder.backbone
     head = encoder.head if isinstance(encoder, FrozenRetriever) else encoder.descriptor

@@ -57,7 +57,7 @@ class Whitening(nn.Module):
         """
         if self.dimension > channels:
             raise ValueError(
-                f"whitening.dimension is {self.dimension}, the backbone gives {channels} channels: lower it"
+                f"whitening.dimension is {self.dimension}, but the backbone has {channels} channels: lower it"
             )
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("projection", torch.zeros(self.dimension, channels))
@@ -280,7 +280,9 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         self.bits = binarizer.bits if binarizer is not None else None
         if binarizer is not None:
             if binarizer.bits > width:
-                raise ValueError(f"a code of {binarizer.bits} bits needs a descriptor at least as wide, got {width}")
+                raise ValueError(
+                    f"a code of {binarizer.bits} bits needs a descriptor of at least as many dimensions, got {width}"
+                )
             self.register_buffer("code_weight", torch.zeros(binarizer.bits, width))
             self.register_buffer("code_bias", torch.zeros(binarizer.bits))
         self.dimension = self.bits or width
@@ -366,7 +368,7 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
         data = getattr(self.trainer, "datamodule", None)
         collection = getattr(data, "collection", None)
         if self.cache is not None and getattr(data, "augment", None) is not None:
-            raise ValueError("data.augment changes images that model.cache keeps the features of: set one to null")
+            raise ValueError("data.augment changes images whose features model.cache keeps: set one of the two to null")
         if self.cache is not None and collection is not None and self._stored is None:
             self.to(self.trainer.strategy.root_device)  # Lightning moves the module only after this hook
             if not isinstance(collection.images, Ragged) or one_region(self.head.regions, self.backbone):

@@ -169,6 +169,6 @@ def check_shapes(exported: Callable[[Tensor], Tensor], network: nn.Module, min_s
             same = False
         if not same:
             raise RuntimeError(
-                f"the network exported to ONNX gives other features on {pixels.shape[2]} x {pixels.shape[3]} "
+                f"the network exported to ONNX gives other features for {pixels.shape[2]} x {pixels.shape[3]} "
                 "pixels than on torch: set backbone.runtime=torch"
             )

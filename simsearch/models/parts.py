@@ -59,8 +59,8 @@ class TrainedPart(nn.Module):
         super().__init__()
         if network.bits is not None:
             raise ValueError(
-                f"the network in {start} gives codes of {network.bits} bits, which do not join with descriptors: "
-                "choose one of model=dir"
+                f"the network in {start} gives codes of {network.bits} bits, which cannot be joined to descriptors: "
+                "choose a run of model=dir"
             )
         self.network, self.start = network.requires_grad_(False).eval(), start
         self.dimension = network.dimension
@@ -72,7 +72,7 @@ class TrainedPart(nn.Module):
             WeightsError: If they are missing or do not fit.
         """
         if self.start is None:
-            raise WeightsError("model.encoders: a trained part needs its run: give its start")
+            raise WeightsError("model.encoders: a trained part needs its run: set its start")
         path = Path(self.start)
         file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
         state = {n.removeprefix("network."): v for n, v in load_state(file).items() if n.startswith("network.")}
@@ -177,16 +177,20 @@ class PartsRetriever(DescribesBatches):
                 f"{', '.join(encoders) or 'nothing'}: give each part an encoder and a weight"
             )
         if odd := [name for name in encoders if not name.isidentifier()]:
-            raise ValueError(f"model.encoders: {odd[0]!r} is no name of a part: use letters, digits and _")
+            raise ValueError(f"model.encoders: {odd[0]!r} is not a valid name of a part: use letters, digits and _")
         for name, weight in weights.items():
             if not (weight > 0 and math.isfinite(weight)):
-                raise ValueError(f"model.weights.{name}={weight} must be positive: leave a part without weight out")
+                raise ValueError(
+                    f"model.weights.{name}={weight} must be positive: to give a part no weight, leave it out"
+                )
         for name, encoder in encoders.items():
             if getattr(encoder, "bits", None) is not None:
-                raise ValueError(f"model.encoders.{name} gives codes, which do not join: set its binarizer to null")
+                raise ValueError(
+                    f"model.encoders.{name} gives codes, which cannot be joined: set its binarizer to null"
+                )
         if len(fits := {name: encoder.fit for name, encoder in encoders.items()}) and len(set(fits.values())) > 1:
             said = ", ".join(f"{name} {fit}" for name, fit in fits.items())
-            raise ValueError(f"all parts must see squares, or all whole images (backbone.fit), got {said}")
+            raise ValueError(f"all parts must have the same backbone.fit, square or longest, got {said}")
         self.encoders = nn.ModuleDict(encoders)
         total, start = sum(weights.values()), 0
         self.parts: dict[str, Part] = {}

@@ -39,13 +39,13 @@ class LayerStatistics(nn.Module):
         if statistics not in ("moments", "gram"):
             raise ValueError(f"backbone.statistics must be moments or gram, got {statistics!r}")
         if not hasattr(model, "forward_intermediates"):
-            raise ValueError("backbone.statistics: this network does not give its intermediate maps; choose another")
+            raise ValueError("backbone.statistics: this network does not return its intermediate maps: choose another")
         self.final = len(model.feature_info)  # type: ignore[arg-type]
         wrong = [stage for stage in stages if not 0 <= stage <= self.final]
         if wrong or not stages or len(set(stages)) < len(stages):
             raise ValueError(
-                f"backbone.stages={list(stages)}: name each of 0..{self.final} (the final map) at most once, and one "
-                "at least"
+                f"backbone.stages={list(stages)}: name each of 0..{self.final} (the final map) at most once, and at "
+                "least one"
             )
         self.model, self.statistics, self.stages = model, statistics, tuple(sorted(stages))
 

@@ -161,7 +161,7 @@ class TrainedRetriever(DescribesBatches):
         if not isinstance(optimizer, partial) or "lr" not in optimizer.keywords:
             raise ValueError("model.optimizer must be a partial with lr: `_partial_: true` and `lr: 1e-3` in its yaml")
         if not isinstance(lr := optimizer.keywords["lr"], int | float) or not 0 <= lr < math.inf:
-            raise ValueError(f"optimizer.lr={lr} is no learning rate: give a number from 0, such as 1e-3")
+            raise ValueError(f"optimizer.lr={lr} is not a learning rate: give a number of at least 0, such as 1e-3")
         if slices is not None and slices < 1:
             raise ValueError(f"model.slices={slices}: give a number of images, or null for the whole batch")
         if slices is not None and not freeze_batchnorm and any(isinstance(m, _BATCHNORM) for m in network.modules()):
@@ -171,16 +171,18 @@ class TrainedRetriever(DescribesBatches):
             )
         if cache is not None:
             if not hasattr(network, "pool"):
-                raise ValueError("model.cache keeps the maps of a backbone, and this network has none: set it to null")
+                raise ValueError(
+                    "model.cache keeps the maps of a backbone, but this network has no backbone: set it to null"
+                )
             if getattr(network, "scales", (1.0,)) != (1.0,):
                 raise ValueError("model.cache keeps maps of one size: set it to null, or model.network.scales=[1.0]")
             backbone = cast(OnMaps, network).backbone
             if hasattr(backbone.network, "prepare"):
-                raise ValueError("model.cache: this backbone is made from the training images; train it instead")
+                raise ValueError("model.cache: this backbone is fitted to the training images: train it instead")
             backbone.requires_grad_(False)
             for name, module in network.named_modules():
                 if name.endswith("pooling") and any(p.requires_grad for p in module.parameters()):
-                    raise ValueError("model.cache keeps what is pooled: pooling.trainable must be false")
+                    raise ValueError("model.cache keeps pooled features: set pooling.trainable to false")
         if freeze_batchnorm:
             for module in network.modules():
                 if isinstance(module, _BATCHNORM):
@@ -243,7 +245,7 @@ class TrainedRetriever(DescribesBatches):
             self._check_ragged(stage)
         if self.cache is not None and self._pooled is None:
             if data.augment is not None:
-                raise ValueError("data.augment changes images that model.cache keeps the maps of: set one to null")
+                raise ValueError("data.augment changes images whose maps model.cache keeps: set one of the two to null")
             self.network.to(self.trainer.strategy.root_device)
             self._pooled = pooled_features(cast(OnMaps, self.network.eval()), data.collection, self.cache)
         if stage != "fit" or self.trainer.ckpt_path:
@@ -262,12 +264,12 @@ class TrainedRetriever(DescribesBatches):
     def _check_ragged(self, stage: str) -> None:
         if self.network.fit != "longest":
             raise ValueError(
-                "the images are of many shapes (data.fit=longest) and the network sees squares: use "
+                "the images have many shapes (data.fit=longest), but the network takes squares: use "
                 "backbone.fit=longest, or data.fit=square"
             )
         if self.cache is not None and not one_region(self._on_maps.pool, self._on_maps.backbone):
             raise ValueError(
-                "model.cache keeps as many regions of one image as of another: set it to null, or data.fit=square, or "
+                "model.cache keeps the same number of regions for each image: set it to null, or data.fit=square, or "
                 "choose a pooling with one region"
             )
         trains = stage == "fit" and not self.freeze_batchnorm and self.cache is None
@@ -294,13 +296,15 @@ class TrainedRetriever(DescribesBatches):
         fits = {n: v for n, v in saved.items() if n in own and own[n].shape == v.shape}
         if not any(n in dict(self.network.named_parameters()) for n in fits):
             raise ValueError(
-                f"model.start: no tensor of {file} fits this network: it takes a run or checkpoint of simsearch train; "
-                "weights of another training are backbone.weights="
+                f"model.start: no tensor of {file} fits this network: give a run or checkpoint of simsearch train; "
+                "other pretrained weights go to backbone.weights="
             )
         if self.cache is not None and any(
             n.startswith("backbone.") and not v.equal(own[n].cpu()) for n, v in fits.items()
         ):
-            raise ValueError(f"model.cache keeps maps of other weights than the backbone in {file} has: set it to null")
+            raise ValueError(
+                f"model.cache keeps maps of other weights than those of the backbone in {file}: set it to null"
+            )
         new = sorted(set(own) - set(fits))
         if self.trainer.is_global_zero:
             print(f"starting from {file}: {len(fits)} tensors; new: {', '.join(new[:4]) or 'none'}", file=sys.stderr)
@@ -365,7 +369,7 @@ class TrainedRetriever(DescribesBatches):
         if steps * rise < 2:  # torch would divide by a rise of no steps
             what = "stays as it is" if steps < 4 else "rises within 2 of them"
             print(
-                f"scheduler: {steps} steps are too few for a rise over {rise:g} of them; the rate {what}",
+                f"scheduler: {steps} steps are too few for a rise over {rise:g} of them; the learning rate {what}",
                 file=sys.stderr,
             )
             if steps < 4:
@@ -384,7 +388,7 @@ class TrainedRetriever(DescribesBatches):
             raise NonFiniteLoss(
                 f"the loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx}, "
                 f"collection rows {rows} ...): lower optimizer.lr, clip gradients "
-                "(trainer.gradient_clip_val=1), or use precision 32; the last checkpoint is from before"
+                "(trainer.gradient_clip_val=1), or use precision 32; the last checkpoint is from before this step"
             )
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss

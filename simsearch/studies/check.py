@@ -132,7 +132,7 @@ def reproduce(
     try:
         minutes = cost(book, name, seeds, runs, trusted=trusted)
         if budget is not None and minutes > budget:
-            raise NotRunnable(f"it takes about {minutes:g} minutes on two cores, and the budget is {budget:g}")
+            raise NotRunnable(f"it takes about {minutes:g} minutes on two cores, but the budget is {budget:g}")
         trained = [obtain(book, name, seed, root, runs, trusted=trusted) for seed in seeds]
         measured = []
         for measurement, metrics in row.expect.items():
@@ -228,7 +228,7 @@ def obtain(
     with FileLock(root / f".{folder.name}.lock"):  # another process at this row: it trains, this one waits
         if not is_finished(folder):
             begun = (folder / "run.json").is_file()
-            print(f"{name}, seed {seed}: {'going on' if begun else 'training'} in {folder}", file=sys.stderr)
+            print(f"{name}, seed {seed}: {'continuing' if begun else 'training'} in {folder}", file=sys.stderr)
             said = ["trust=true"] if trusted else []
             launch("train", [override("run_dir", folder), *(["resume=true"] if begun else overrides), *said])
     runs[key] = saved_run.open_run(folder, trusted=trusted)
@@ -276,8 +276,8 @@ def check_fingerprint(row: Row, protocol: str, found: str) -> None:
     wanted = row.fingerprints.get(protocol)
     if wanted is not None and found != wanted:
         raise NotRunnable(
-            f"the data of the expected values are missing: {protocol} has the fingerprint {found} here, "
-            f"they belong to {wanted}"
+            f"the expected values belong to other data: {protocol} has the fingerprint {found} here, "
+            f"but {wanted} in the study"
         )
 
 

@@ -39,7 +39,7 @@ class Expected:
         number = r"(-?\d*\.?\d+(?:[eE][-+]?\d+)?)"
         match = re.fullmatch(rf"{number}\s*(?:±|\+-)\s*{number}", str(text).strip())
         if not match or float(match[2]) < 0:
-            raise ValueError(f"{text!r} is no expected value: write `0.61 ± 0.01`, or null until it is known")
+            raise ValueError(f"{text!r} is not an expected value: write `0.61 ± 0.01`, or null until it is known")
         return cls(float(match[1]), float(match[2]))
 
 
@@ -82,11 +82,11 @@ class Row:
         """
         required, optional = {"what", "train", "minutes", "expect"}, {"start", "seeds"}
         if missing := sorted(required - set(fields)):
-            raise ValueError(f"row {name} lacks {', '.join(missing)}")
+            raise ValueError(f"row {name} does not have {', '.join(missing)}")
         if unknown := sorted(set(fields) - required - optional):
             raise ValueError(f"row {name} has unknown keys {', '.join(unknown)}: choose from {required | optional}")
         if not fields["expect"]:
-            raise ValueError(f"row {name} expects nothing: name a protocol and a metric, the value may be null")
+            raise ValueError(f"row {name} has no expected values: name a protocol and a metric; the value may be null")
         return cls(
             name=name,
             what=fields["what"],
@@ -114,7 +114,7 @@ def row_files(given: str | None) -> list[Path]:
     folder = Path(configs.CONF).parent / "experiments" if given is None else Path(given).expanduser()
     if given is None and not folder.is_dir():
         raise ValueError(
-            "the studies lie in experiments/ of the repository, which an installed simsearch has not: "
+            "the studies are in experiments/ of the repository, which is not installed with simsearch: "
             "give rows=<experiments of a checkout, or one rows.yaml>"
         )
     if not folder.is_dir():
@@ -141,15 +141,17 @@ def read_rows(files: Iterable[Path]) -> dict[str, Row]:
             rows, fingerprints = content["rows"], content.get("fingerprints") or {}
             parsed = {name: Row.of(name, fields, fingerprints) for name, fields in rows.items()}
         except (yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is no file of rows: {error}") from error
+            raise ValueError(f"{path} is not a file of rows: {error}") from error
         if twice := [name for name in parsed if name in book]:
-            raise ValueError(f"{path} has rows of another file again: {', '.join(twice)}; name one with rows=<file>")
+            raise ValueError(
+                f"{path} repeats rows of another file: {', '.join(twice)}; choose one file with rows=<file>"
+            )
         book |= parsed
     for row in book.values():
         chain = [row.name]
         while (start := book[chain[-1]].start) is not None:
             if start not in book:
-                raise ValueError(f"row {chain[-1]} starts from {start}, which is no row")
+                raise ValueError(f"row {chain[-1]} starts from {start}, which is not a row")
             if start in chain:
                 raise ValueError(f"row {start} starts from itself: {' <- '.join([*chain, start])}")
             chain.append(start)
@@ -169,4 +171,4 @@ def check_names(names: Iterable[str | None], book: Mapping[str, Row]) -> None:
     for name in names:
         if name not in book:
             wrong = "which row? row=<name>" if name is None else f"there is no row {name!r}"
-            raise ValueError(f"{wrong}; there are {', '.join(book)}, and row=all; list=true says more")
+            raise ValueError(f"{wrong}; there are {', '.join(book)}, and row=all; list=true shows more")

@@ -40,7 +40,7 @@ def compose(overrides: tuple[str, ...], *, command: str = "train", trusted: bool
     except HydraException as error:
         raise ValueError(f"{line}: {error}") from error
     if not trusted and saved_run.admitted(values, line) != values:
-        raise Untrusted(f"{line}: it downloads, or chooses where caches lie; {TRUST_HINT}")
+        raise Untrusted(f"{line}: it downloads, or chooses the place of caches; {TRUST_HINT}")
     return values
 
 

@@ -46,7 +46,7 @@ FORMAT = 2  # version of the rules for pixels and facts
 GROUPS = ("work", "work_id", "group", "group_id")
 CATEGORICAL = ("artist", "style", "genre", "medium", "museum", "school", "movement", "technique", "license")
 REASONS = {
-    "duplicate": "its bytes are those of another file, which is kept",
+    "duplicate": "it is identical to another file, which is kept",
     "blank": "nearly all of it has one colour",
 }
 # Columns that the manifest adds itself, and columns of a search result.
@@ -125,10 +125,10 @@ def begin(out: Path, listing: Listing, decoding: Decoding, source: Path) -> None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{plan} is damaged ({error}): delete {out} or give another out=") from error
     if differing:
-        what = {"settings": f"settings {before['settings']}", "fingerprint": "files that have changed since"}
+        what = {"settings": f"settings {before['settings']}", "fingerprint": "files that have changed since then"}
         raise ValueError(
             f"{out} was begun with another {what.get(differing[0], differing[0])}: give another out=, "
-            f"or delete {out} to begin again"
+            f"or delete {out} to start over"
         )
 
 
@@ -407,7 +407,7 @@ def keep(
     kept, twins, blank = choose(listing, files)
     given = {name: values for name, values in listing.attributes.items() if name not in ("work", *_TAKEN)}
     notes = [
-        f"the column {name!r} is left out: results have their own" for name in listing.attributes if name in _TAKEN
+        f"the column {name!r} is left out, since results use its name" for name in listing.attributes if name in _TAKEN
     ]
     cleaned = clean({name: tuple(values[rows[place]] for place in kept) for name, values in given.items()}, categorical)
     same = [*twins.items(), *pairs]
@@ -448,7 +448,7 @@ def _ids(given: Column | None, digests: Sequence[str], notes: list[str]) -> list
         used.add(name)
         ids.append(name)
     if doubled:
-        notes.append(f"{doubled} ids were taken already and got a number")
+        notes.append(f"{doubled} ids were in use already and got a number appended")
     return ids
 
 
@@ -463,7 +463,7 @@ def rejections(listing: Listing, files: Files, kept: Kept) -> list[Rejected]:
     rows, paths = files.rows.tolist(), listing.paths
     found = {refusal.row: Rejected(paths[refusal.row], refusal.reason, refusal.detail) for refusal in files.refusals}
     for place in kept.blank:
-        detail = f"standard deviation of grey {float(files.spread[place]):.1f} of 255"
+        detail = f"its grey values have a standard deviation of {float(files.spread[place]):.1f} of 255"
         found[rows[place]] = Rejected(paths[rows[place]], "blank", detail)
     for place, twin in kept.twins.items():
         found[rows[place]] = Rejected(paths[rows[place]], "duplicate", f"kept: {paths[rows[twin]]}")

@@ -176,7 +176,9 @@ def whole_shards(shards: Sequence[Shard], presence: Presence, paths: Sequence[st
     for number, shard in enumerate(shards):
         back = [paths[one.row] for one in shard.refusals if presence.is_back(paths[one.row], one.reason)]
         if back:
-            print(f"{len(back)} images are back, as {printable(back[0])}: they are decoded", file=sys.stderr)
+            print(
+                f"{len(back)} images are readable again, such as {printable(back[0])}: decoding them", file=sys.stderr
+            )
             return list(shards[:number])
     return list(shards)
 
@@ -213,7 +215,7 @@ def map_pixels(path: Path, length: int) -> Tensor:
         ValueError: If the file is shorter.
     """
     if path.stat().st_size < length:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, {length:,} are wanted: it was cut off")
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {length:,}: it was cut off")
     if not length:
         return torch.empty(0, dtype=torch.uint8)
     with path.open("rb") as file:

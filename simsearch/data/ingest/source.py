@@ -110,7 +110,7 @@ def read_listing(
         raise FileNotFoundError(f"{source} does not exist: give a folder, a .csv or a .parquet")
     root = root or (source if source.is_dir() else source.parent)
     if not root.is_dir():
-        raise FileNotFoundError(f"root {root} is not a folder: give the one that the paths are relative to")
+        raise FileNotFoundError(f"root {root} is not a folder: give the folder that the paths are relative to")
     if source.is_dir():
         listing = _from_folder(source, root, exclude)
     elif source.suffix.lower() in ENDINGS and unpacked is not None and (table := read_table(source)).images:
@@ -123,7 +123,7 @@ def read_listing(
         raise ValueError(f"{source} is neither a folder nor a table: give a folder, a .csv or a .parquet")
     if not listing.paths:
         reasons = Counter(one.reason for one in listing.rejected) + Counter(listing.skipped)
-        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "it lists nothing"
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common()) or "it is empty"
         raise ValueError(f"{source} lists no image that could be taken ({why})")
     return listing
 
@@ -138,7 +138,7 @@ def _from_folder(source: Path, root: Path, exclude: Sequence[str]) -> Listing:
         if reason is None:
             found.append(path)
         elif reason in _IN_FOLDER:
-            detail = f"{PurePosixPath(path).suffix} is not opened: convert it" if reason == "unsupported" else ""
+            detail = f"{PurePosixPath(path).suffix} is not supported: convert it" if reason == "unsupported" else ""
             rejected.append(Rejected(printable(path), _IN_FOLDER[reason], detail))
         else:
             skipped[reason] += 1
@@ -165,7 +165,7 @@ def _by_name(paths: Sequence[PurePosixPath]) -> tuple[dict[str, Column], tuple[s
     pairs = zip(matches, alike, strict=True)
     artists = tuple(_words(m[1]) if m and good else None for m, good in pairs)
     titles = tuple(_words(m[2]) if m and good else title for m, good, title in zip(matches, alike, titles, strict=True))
-    note = "folders and names were read as WikiArt's, style/artist_title"
+    note = "folders and file names were read as in WikiArt: style/artist_title"
     return {"artist": artists, "style": folders, "title": titles}, (note,)
 
 
@@ -184,7 +184,7 @@ def _unpacked(source: Path, table: Table, folder: Path) -> Listing:
     paths, titles, rows, rejected = [], [], [], []
     for row, (content, said) in enumerate(table_images(source, table.images)):
         if content is None:
-            rejected.append(Rejected(printable(said or ""), "path-empty", f"row {row + 1} holds no image"))
+            rejected.append(Rejected(printable(said or ""), "path-empty", f"row {row + 1} has no image"))
             continue
         path = folder / f"{row // 1000:04d}" / f"{row:07d}{_ending(content)}"
         if not path.is_file() or path.stat().st_size != len(content):

@@ -69,7 +69,7 @@ def render_collection(
 
 def _check_integer(name: str, value: int, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be an integer, got {value!r}: write {name}={low}, say")
+        raise ValueError(f"{name} must be an integer, got {value!r}: write for example {name}={low}")
     if value < low or (high is not None and value > high):
         rule = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} must be {rule}, got {value}: {'raise' if value < low else 'lower'} it")
