@@ -670,7 +670,7 @@ def test_runs_of_wandb_bring_summaries_only():
     assert entries[1].values["mAP"].interval == (0.4, 0.6)
     assert [entry.paired for entry in entries] == [None, None]
     assert entries[0].cost("train_seconds") == 9
-    assert "summaries only" in page.page(compared(entries, classes=None))
+    assert "have only summaries" in page.page(compared(entries, classes=None))
     assert FakeApi([]).asked == []
     for address in ("team", "team/", "a/b/c/d"):
         with pytest.raises(ValueError, match="is not an address"):
@@ -740,7 +740,7 @@ def test_the_command_refuses_to_rank_what_does_not_compare(tmp_path):
     assert not (tmp_path / "out").exists()
     done = simsearch("compare", *given, "force=true")
     assert "0 paired tests" in done.stdout
-    assert "their values do not compare" in done.stdout
+    assert "their values cannot be compared" in done.stdout
     assert 'class="warning"' in (tmp_path / "out" / "index.html").read_text()
     (tmp_path / "runs" / "feed" / "metrics.json").unlink()
     done = simsearch("compare", f"runs={tmp_path / 'runs' / 'feed'}", expect=1)

@@ -143,7 +143,7 @@ def test_broken_files_neither_stop_nor_fool_it(broken):
     assert (report["accepted"], report["skipped"]) == (5, {"other ending": 1})
     assert "refused 2: too-many-pixels" in said
     page = (out / "report.md").read_text()
-    assert "| truncated | 1 | it ends before its image does | bad/truncated.jpg" in page
+    assert "| truncated | 1 | it is cut off: it ends before its image does | bad/truncated.jpg" in page
     with Image.open(out / "contact-sheet.png") as sheet:
         assert sheet.size[0] > 300
 
@@ -657,7 +657,7 @@ def test_a_large_group_is_told_and_not_tied_until_it_is_confirmed(tmp_path):
     assert "1 groups of images look like one work each, but are too large to be joined" in said
     with (out / "suspicious.csv").open(newline="") as file:
         assert [line["path"] for line in csv.DictReader(file)] == [f"{i}.jpg" for i in range(5)]
-    assert "by near.largest=5" in (out / "report.md").read_text()
+    assert "near.largest=5 joins them" in (out / "report.md").read_text()
     said = simsearch(*say, "near.largest=5").stdout  # nothing is decoded again
     assert "10 images of 6 works" in said
     assert not (out / "suspicious.csv").exists()
