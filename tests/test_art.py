@@ -118,7 +118,7 @@ def test_too_few_works(steps, tmp_path):
         (["/nowhere"], "/nowhere does not exist: give a folder of images"),
         (["{few}", "outside=/nowhere"], "/nowhere does not exist"),
         (["images={few}", "serve=perhaps"], "serve must be true, false or null"),
-        (["{few}", "paintings"], "'paintings' is no key=value"),
+        (["{few}", "paintings"], "'paintings' is not of the form key=value"),
     ],
 )
 def test_mistakes(arguments, message, tmp_path):

@@ -221,12 +221,18 @@ class TestReading:
             (lambda c: (c / "catalog.json").write_text('{"format": 1'), "is damaged .*is not JSON"),
             (lambda c: (c / "catalog.json").write_text("[1]"), "is damaged .*is not a mapping"),
             (lambda c: (c / "catalog.json").write_text('{"format": 9}'), "catalog format 9, this version reads 1"),
-            (lambda c: (c / "catalog.json").write_text('{"format": 1}'), "lacks backbone, config, encoder_fingerprint"),
+            (
+                lambda c: (c / "catalog.json").write_text('{"format": 1}'),
+                "does not have backbone, config, encoder_fingerprint",
+            ),
             (lambda c: (c / "items.parquet").unlink(), "is damaged"),
             (lambda c: (c / "items.parquet").write_bytes(b"PAR1"), "is damaged"),
             (lambda c: (c / "index/index.faiss").unlink(), "is damaged"),
             (lambda c: (c / "index/index.json").write_text("{}"), "is damaged"),
-            (lambda c: pq.write_table(table(3), c / "items.parquet"), "items.parquet is damaged or of another catalog"),
+            (
+                lambda c: pq.write_table(table(3), c / "items.parquet"),
+                "items.parquet is damaged or belongs to another catalog",
+            ),
         ],
     )
     def test_damage_is_named(self, damage, message, write):

@@ -289,7 +289,7 @@ class Harmful:
     [
         (pickle.dumps(Harmful(), protocol=2), r"mkdir, which is refused"),
         (pickle.dumps({"data": [1]}), "labels"),
-        (b"\x80\x02}", "no CIFAR-10 batch"),
+        (b"\x80\x02}", "not a CIFAR-10 batch"),
         (python2_batch(pixels(3, 0).reshape(3, 3072), [0, 1]), r"\(3, 3072\) for 2 labels"),
         (python2_batch(pixels(2, 0).reshape(2, 3072), [0, 10]), "row 1 has label 10"),
     ],

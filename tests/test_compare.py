@@ -288,7 +288,7 @@ def test_a_metric_that_a_run_has_not(tmp_path):
 def test_fingerprints_that_differ_are_refused(tmp_path):
     runs = [make_run(tmp_path / n, values(1), fingerprint=f) for n, f in (("a", "feed"), ("b", "beef"), ("c", "feed"))]
     with pytest.raises(
-        ValueError, match=r"(?s)do not compare.*toy feed by query: a, c\n.*toy beef by query: b\n.*force=true"
+        ValueError, match=r"(?s)cannot be compared.*toy feed by query: a, c\n.*toy beef by query: b\n.*force=true"
     ):
         check_comparable(read(*runs))
     check_comparable(read(runs[0], runs[2]))
@@ -309,7 +309,7 @@ def test_sweeps_globs_and_measurements(tmp_path):
     assert expand([str(tmp_path / "sweeps/monday/*/evaluations/*")]) == [again]
     assert [r.name for r in read(jobs[1], again)] == ["1", "0/again"]
     for wrong in ("nothing", "no*"):
-        with pytest.raises(ValueError, match="is no folder"):
+        with pytest.raises(ValueError, match="is not a folder"):
             expand([str(tmp_path / wrong)])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="does not hold a run"):
@@ -736,7 +736,7 @@ def test_the_command_refuses_to_rank_what_does_not_compare(tmp_path):
         make_run(tmp_path / "runs" / name, values(1), fingerprint=name)
     given = [f"runs={tmp_path / 'runs' / 'feed'},{tmp_path / 'runs' / 'beef'}", f"out={tmp_path / 'out'}"]
     done = simsearch("compare", *given, expect=1)
-    assert "do not compare" in done.stderr
+    assert "cannot be compared" in done.stderr
     assert not (tmp_path / "out").exists()
     done = simsearch("compare", *given, "force=true")
     assert "0 paired tests" in done.stdout

@@ -190,7 +190,7 @@ def test_thumbnails_of_a_server(tmp_path, flips):
     ("name", "message"),
     [
         ("index", "index is of another catalog"),
-        ("items.parquet", r"items.parquet is damaged or of another catalog"),
+        ("items.parquet", r"items.parquet is damaged or belongs to another catalog"),
         ("encoder.safetensors", r"encoder.safetensors is damaged or belongs to another folder"),
         ("calibration.json", r"calibration.json is of another catalog"),
         ("catalog.json", "is of another catalog"),

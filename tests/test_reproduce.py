@@ -257,7 +257,7 @@ class TestRows:
         [
             (("start: dsh-tiny", "start: dsh-none"), "starts from dsh-none, which is not a row"),
             (("start: dsh-tiny", "start: dsh-longer"), "starts from itself"),
-            (("what: a tiny network", "wat: x"), "row dsh-tiny lacks what"),
+            (("what: a tiny network", "wat: x"), "row dsh-tiny does not have what"),
             (("minutes: 10", "minutes: 10\n    budget: 3"), "unknown keys budget"),
             (("{mAP: 0.5 ± 0.05}", "{mAP: 0.5}"), "not an expected value"),
             (("rows:", "rwos:"), "not a file of rows"),

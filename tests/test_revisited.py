@@ -286,9 +286,9 @@ def test_arrays_of_several_dimensions_are_no_lists(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.pop("qimlist"), "the file lacks qimlist"),
-        (lambda v: v["qimlist"].pop(), "gnd has 2 queries, qimlist 1"),
-        (lambda v: v["gnd"][1].pop("easy"), "gnd of query 1 lacks easy"),
+        (lambda v: v.pop("qimlist"), "the file does not have qimlist"),
+        (lambda v: v["qimlist"].pop(), "gnd has 2 queries, but qimlist has 1"),
+        (lambda v: v["gnd"][1].pop("easy"), "gnd of query 1 does not have easy"),
         (lambda v: v["gnd"][0].update(easy=[[1]]), "query 0, easy: .* positions in images, got a list"),
         (lambda v: v["gnd"][0].update(easy=3), "query 0, easy: it must be a list, got a int"),
         (lambda v: v["imlist"].append(7), "image 5: it must be a string"),

@@ -99,7 +99,7 @@ class TestPresence:
             images.mkdir()
         if how == "another":
             pictures(images, 3)
-        with pytest.raises(Vanished, match=r"the last is a/04.png\): see whether .*images is still connected"):
+        with pytest.raises(Vanished, match=r"the last is a/04.png\): check that .*images is still connected"):
             presence.check("a/04.png", "missing")
 
     def test_so_are_many_files(self, images):
