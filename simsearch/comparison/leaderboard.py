@@ -137,8 +137,8 @@ def check_comparable(results: Sequence[Result]) -> None:
         raise ValueError(
             "these runs cannot be compared: their queries, gallery, data, rules or sampling unit differ\n"
             + "\n".join(lines)
-            + "\nGive runs of one protocol (or measurements in a run's evaluations/; `simsearch evaluate run=<run>` measures"
-            " an older run again), or force=true to list them in one table anyway"
+            + "\nGive runs of one protocol (or measurements in a run's evaluations/; `simsearch evaluate run=<run>` "
+            "measures an older run again), or force=true to list them in one table anyway"
         )
 
 

@@ -20,7 +20,7 @@ BETA = 0.5
 def rocchio(like: Tensor, unlike: Tensor | None, parts: Mapping[str, Part], beta: float = BETA) -> Tensor:
     """A query vector, float32 (D,), towards the mean of the examples and away from the mean of the counter-examples.
 
-    Each part is computed by itself: the unit vector along mean(like) - beta mean(unlike), where all means are of unit
+    Each part is computed separately: the unit vector along mean(like) - beta mean(unlike), where all means are of unit
     vectors, times the square root of the part's weight. A part therefore keeps its weight, however well the examples
     agree in it.
 

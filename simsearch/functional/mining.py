@@ -80,8 +80,8 @@ def semihard_triplets(
     is farther from the query than the positive. Triplets whose negative is not within the margin are left out. A pair
     that is drawn twice is kept twice. The loss is that of `hardest_triplets`.
 
-    Where labels are classes, not objects, the farthest positive is often an outlier and the nearest negative is no
-    mistake at all. Learning from these alone pulls everything into one point.
+    Where labels are classes, not objects, the farthest positive is often an outlier and the nearest negative is
+    often not a mistake. Learning from these alone pulls everything into one point.
 
     Args:
         descriptors: Floating point (N, D), the pool.
@@ -190,7 +190,7 @@ def batch_hard(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
 
     The result is three tensors, int64 (A,), of positions in the batch.
 
-    Rows without a positive or without a negative are no anchors. A row with a distance that is NaN or infinite stays an
+    Rows without a positive or without a negative are not anchors. A row with a NaN or infinite distance stays an
     anchor, so that its loss shows the problem.
 
     Args:

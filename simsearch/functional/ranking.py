@@ -131,9 +131,9 @@ class _ByLabel:
 
 
 def inner_products(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """The inner products of all rows, float32 (B, N), each a function of its two vectors alone.
+    """The inner products of all rows, float32 (B, N), each depends only on its two vectors.
 
-    Equal vectors have equal products wherever they stand, and a part of the rows has the products of the whole, bit for
+    Equal vectors have equal products at any position, and a part of the rows has the products of the whole, bit for
     bit. Matrix kernels guarantee this once there are a few rows per thread and a few columns; with fewer they sum in
     another order. This was tested with MKL; the tests show it for other kernels.
 

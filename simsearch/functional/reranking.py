@@ -99,7 +99,7 @@ def nearest(
 ) -> SearchResult:
     """The min(k, G) gallery items of largest inner product with each query, without junk.
 
-    Equal scores come in gallery order, and equal vectors have equal scores wherever they stand.
+    Equal scores come in gallery order, and equal vectors have equal scores at any position.
 
     Args:
         query: float32 (Q, D).

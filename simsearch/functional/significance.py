@@ -2,7 +2,7 @@
 
 Queries of one artist, photographs of one scene or crops of one work are not independent draws. The draw is the artist,
 the scene, the work. All functions here take such sampling units as int64 (Q,), equal for the queries of one unit, or
-None where each query is a unit of its own. The mean is still over queries.
+None if each query is its own unit. The mean is still over queries.
 """
 
 from __future__ import annotations

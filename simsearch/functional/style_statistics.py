@@ -53,7 +53,7 @@ def gram(features: Tensor) -> Tensor:
 def signed_root_unit(vectors: Tensor) -> Tensor:
     """The signed square roots of the entries, sign(x) |x|^(1/2), then L2-normalised, (B, D).
 
-    Large entries then no longer decide alone.
+    Large entries then no longer dominate.
 
     Args:
         vectors: Floating point (B, D).

@@ -1,1 +1,1 @@
-"""FAISS behind one small interface; the only room that imports it."""
+"""One small interface to FAISS. Only this package imports it."""

@@ -1,4 +1,4 @@
-"""Unsupervised binary codes for frozen features, as a linear map each.
+"""Unsupervised binary codes for frozen features. Each method is a linear map.
 
 A binariser is fitted once and returns `(weight, bias)`, which a torch module can hold. The code of x is sign(x @
 weight.T + bias). All computations are in float64.
@@ -17,7 +17,7 @@ from simsearch.types import check_vectors
 class ITQ:
     """A binariser by Iterative Quantization (ITQ): PCA to `bits` dimensions, then a rotation towards a cube's corners.
 
-    As in the paper, vectors are centred and nothing else: their lengths have a weight in PCA and rotation. The fit uses
+    As in the paper, vectors are centred but not normalised, so that their lengths matter. The fit uses
     all vectors. Its time grows with N (D^2 + iterations bits^2): a second for 10,000 vectors and 48 bits.
 
     Args:
@@ -34,7 +34,7 @@ class ITQ:
     Example:
         >>> vectors = torch.tensor([[4.0, 3.0], [3.0, -4.0], [-4.0, -3.0], [-3.0, 4.0]])  # a turned square
         >>> weight, bias = ITQ(bits=2).fit(vectors)
-        >>> len((vectors @ weight.T + bias > 0).unique(dim=0))  # each corner has a code of its own
+        >>> len((vectors @ weight.T + bias > 0).unique(dim=0))  # each corner has its own code
         4
     """
 

@@ -1,4 +1,4 @@
-"""A loss over several attributes: each attribute has a loss of its own on the same embeddings."""
+"""A loss over several attributes: each attribute has its own loss on the same embeddings."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class HashNetLoss(nn.Module):
 
     @property
     def beta(self) -> Tensor:
-        """The present slope of tanh, a scalar."""
+        """The current slope of tanh, a scalar."""
         return (1 + self.growth * self.step).sqrt()
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:

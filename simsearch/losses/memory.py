@@ -26,7 +26,7 @@ class CrossBatchMemory(nn.Module):
             reference labels).
         size: Number of rows in the memory, at least one batch.
         dimension: D, the width of the embeddings.
-        start: Number of first training batches that are compared with themselves alone and not remembered, while the
+        start: Number of first training batches that are compared only with themselves and not remembered, while the
             embeddings still move fast.
 
     Raises:

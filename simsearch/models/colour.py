@@ -18,7 +18,7 @@ class ColourLayout(nn.Module):
     The inner product of two maps is the mean Bhattacharyya coefficient of their cells (simsearch.functional.colour).
 
     Args:
-        levels: Cells along each side of the grids. A grid of 1 describes colour alone, a grid of 3 its place too.
+        levels: Cells along each side of the grids. A grid of 1 describes only colours, a grid of 3 also their places.
 
     Raises:
         ValueError: If `levels` is empty or holds a number below 1.

@@ -12,7 +12,7 @@ _SIDE = 32
 
 
 def local_response(x: Tensor, alpha: float = 5e-5, beta: float = 0.75) -> Tensor:
-    """Responses divided by (1 + alpha * mean of squares in 3 x 3)^beta, for each channel alone, (B, C, H, W).
+    """Responses divided by (1 + alpha * mean of squares in 3 x 3)^beta, separately for each channel, (B, C, H, W).
 
     This is Caffe's WITHIN_CHANNEL normalisation: zeros beyond the border count in the mean. torch's LocalResponseNorm
     runs across channels instead.

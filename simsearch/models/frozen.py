@@ -176,8 +176,8 @@ class DescriptorHead(nn.Module):
     Args:
         pooling: Maps features (B, C, h, w) to region vectors (B, R, C).
         whitening: Whitening, a linear layer that learns, or None for none.
-        whiten_regions: Whether each region is whitened by itself (Tolias et al. 2016). Otherwise the sum of the regions
-            is.
+        whiten_regions: Whether each region is whitened separately (Tolias et al. 2016). Otherwise the sum of the
+            regions is.
     """
 
     whitening: Any  # Whitening, or a layer that learns

@@ -344,6 +344,6 @@ class PartsRetriever(DescribesBatches):
 
 
 def _below(state: Mapping[str, Tensor], name: str) -> dict[str, Any]:
-    """The tensors of one part, as a checkpoint of its own."""
+    """The tensors of one part, as a separate checkpoint."""
     prefix = f"encoders.{name}."
     return {"state_dict": {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}}

@@ -137,7 +137,7 @@ class TrainedRetriever(DescribesBatches):
         gather: Whether the loss sees the embeddings of all ranks. Its gradient is then that of one large batch.
 
     Raises:
-        ValueError: If the optimizer is no partial with a learning rate, or the arguments do not go together.
+        ValueError: If the optimizer is not a partial with a learning rate, or the arguments exclude each other.
     """
 
     network: Network
@@ -166,7 +166,7 @@ class TrainedRetriever(DescribesBatches):
             raise ValueError(f"model.slices={slices}: give a number of images, or null for the whole batch")
         if slices is not None and not freeze_batchnorm and any(isinstance(m, _BATCHNORM) for m in network.modules()):
             raise ValueError(
-                "model.slices needs model.freeze_batchnorm=true: each slice would be normalised by itself, "
+                "model.slices needs model.freeze_batchnorm=true: each slice would be normalised separately, "
                 "and gradients would not be those of the whole batch"
             )
         if cache is not None:
@@ -276,7 +276,7 @@ class TrainedRetriever(DescribesBatches):
         if trains and any(isinstance(m, _BATCHNORM) for m in self.modules()):
             raise ValueError(
                 "images of many shapes (data.fit=longest) go through the network shape by shape, and batch "
-                "normalisation would see each by itself: set model.freeze_batchnorm=true, or data.fit=square"
+                "normalisation would see each shape separately: set model.freeze_batchnorm=true, or data.fit=square"
             )
 
     def on_fit_start(self) -> None:

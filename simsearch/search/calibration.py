@@ -131,7 +131,7 @@ def leave_work_out(
 
 
 def halves(names: Sequence[str]) -> Tensor:
-    """bool (n,), which names belong to the calibrating half. Each name is assigned by a stable hash of its own.
+    """bool (n,), which names belong to the calibrating half. Each name is assigned by its own stable hash.
 
     Args:
         names: n names.

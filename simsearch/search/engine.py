@@ -77,7 +77,7 @@ class Engine:
     def works(self) -> np.ndarray:
         """int64 (N,), the work of each item.
 
-        Equal numbers mean the same work. An item of unknown work has a number of its own.
+        Equal numbers mean the same work. An item of unknown work has its own number.
         """
         own = np.arange(len(self.catalog), dtype=np.int64)
         if self.work_attribute is None:
@@ -250,7 +250,7 @@ class Engine:
         - "uncalibrated": the catalog has no calibration, or "similar" is not calibrated and the item is not the same
           work.
 
-        An item is judged by its cosine to each example alone, compared with that example's background in the whole
+        An item is judged by its cosine to each single example, compared with that example's background in the whole
         catalog (`stand_out`): in a dense neighbourhood a similar item counts for more. If there are several examples,
         enough of them must agree (`agreeing`). Verdicts always use the catalog's own weights, whatever weights and
         filters a request has.
