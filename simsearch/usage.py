@@ -308,7 +308,7 @@ def help_page(command: str, arguments: Sequence[str] = (), width: int | None = N
         out += _rows(rows, width)
     inner = [key for name, key in keys.items() if key not in page.keys and _tells(key)]
     if inner:
-        out += ["", "keys of the chosen options (choose others on the same line as --help):"]
+        out += ["", "keys of the chosen options (others: group=option --help):"]
         out += _rows([_row(key) for key in inner], width)
     return "\n".join([*out, "", f"The whole config, after your values: simsearch {command} ... --cfg job"])
 
