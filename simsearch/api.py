@@ -32,10 +32,12 @@ from simsearch.search.catalog import Catalog, path_table, read_catalog
 from simsearch.search.describe import describe, encode
 from simsearch.search.engine import Engine
 from simsearch.search.filters import Condition, parse_filters
-from simsearch.search.given import Given, given_images
+from simsearch.search.given import Given, given_images, pixels_of
+from simsearch.search.local_features import describe_queries
 from simsearch.search.request import Hit, Request
+from simsearch.search.verification import Verification
 from simsearch.text import printable
-from simsearch.types import Encoder
+from simsearch.types import Encoder, LocalFeatures
 
 __all__ = [
     "Answer",
@@ -169,6 +171,7 @@ class OpenCatalog:
         collapse: bool = False,
         hubness: bool = False,
         rerank: Reranker | None = None,
+        verify: bool = True,
     ) -> Answer:
         """The k items that are most similar to the examples, best first. A calibrated catalog adds a verdict.
 
@@ -188,6 +191,8 @@ class OpenCatalog:
             hubness: Correct the ranking for items that are close to every query (hubs).
             rerank: The re-ranking method, such as simsearch.search.rerank.AlphaQE(). It changes the order, not the
                 scores.
+            verify: Compare the best items with the examples point by point, if the catalog has local features.
+                Verified items come first.
 
         Raises:
             ImageError: If a file cannot be read.
@@ -200,7 +205,7 @@ class OpenCatalog:
             >>> len(answer), answer[0].rank
             (3, 1)
         """
-        examples = [self._example(one) for one in _several(like)]
+        examples = [self._example(one, verify) for one in _several(like)]
         counters = [] if unlike is None else [self._example(one) for one in _several(unlike)]
         if not examples:
             raise ValueError("there is no example: give at least one image or id")
@@ -216,6 +221,7 @@ class OpenCatalog:
                 collapse=collapse,
                 hubness=hubness,
                 exclude=tuple(one.position for one in (*examples, *counters) if one.position is not None),
+                local=tuple(found for one in examples for found in one.local),
             )
         )
         ids = found.ids.tolist()
@@ -230,14 +236,16 @@ class OpenCatalog:
             self._reranked = rerank, Engine(self._catalog, rerank)
         return self._reranked[1]
 
-    def _example(self, given: Given) -> _Example:
+    def _example(self, given: Given, verify: bool = False) -> _Example:
         """One example. Raises ValueError if `given` is neither an item nor an image nor a descriptor."""
+        verification = self._catalog.verification if verify else None
         if isinstance(given, str) and not Path(given).expanduser().is_file():
             if (position := self._engine.names.find(given)) is None:
                 raise ValueError(f"{given!r} is neither a file nor an item of the catalog {self.folder}")
             (name,) = self._engine.names.of([position])
             (picture,) = self._catalog.thumbnails([position])
-            return _Example(name, self._engine.vectors([position])[0], position, picture)
+            local = () if verification is None else tuple(self._catalog.local_features([position]))
+            return _Example(name, self._engine.vectors([position])[0], position, picture, local)
         if isinstance(given, np.ndarray | Tensor) and given.ndim == 1:
             return _Example("a description", self._description(torch.as_tensor(given)))
         encoder = self.encoder.encoder
@@ -245,7 +253,8 @@ class OpenCatalog:
         if errors:
             raise errors[0]
         name = str(given) if isinstance(given, str | Path) else "an image"
-        return _Example(name, encode(encoder, images)[0], None, encode_thumbnail(images[0], _PICTURE))
+        local = () if verification is None else _local_features(given, verification)
+        return _Example(name, encode(encoder, images)[0], None, encode_thumbnail(images[0], _PICTURE), local)
 
     def _description(self, given: Tensor) -> Tensor:
         """A descriptor in the form that the index stores."""
@@ -258,6 +267,14 @@ class _Example:
     vector: Tensor
     position: int | None = None
     picture: bytes | None = None
+    local: tuple[LocalFeatures, ...] = ()
+
+
+def _local_features(given: Given, verification: Verification) -> tuple[LocalFeatures, ...]:
+    """The local features of an image as a query."""
+    if isinstance(given, str | Path):
+        return next(describe_queries([Path(given).expanduser()], verification))
+    return verification.query(pixels_of(given))
 
 
 def open_catalog(folder: str | Path, *, trusted: bool = False, device: str = "auto") -> OpenCatalog:
@@ -310,6 +327,7 @@ def build_catalog(
     batch_size: int = 64,
     workers: int = 2,
     fewer: bool = False,
+    verification: Verification | None = None,
 ) -> OpenCatalog:
     """Describes the images of a folder, writes a catalog of them to `out` and returns it opened.
 
@@ -326,6 +344,8 @@ def build_catalog(
         batch_size: Number of images per forward pass, 1 or more.
         workers: Number of processes that decode files, 0 or more.
         fewer: Allow the new catalog to replace one that has far more items.
+        verification: Stores local features, by which searches verify matches, such as
+            simsearch.search.verification.Verification().
 
     Raises:
         ValueError: If no image can be read, or if the index does not fit the encoder.
@@ -345,7 +365,9 @@ def build_catalog(
     )
     check_kind(made, encoder.encoder)
     settings: dict[str, int] = {"thumbnail": thumbnail, "batch_size": batch_size, "workers": workers}
-    filling = filling_of(manifest, encoder.encoder, encoder.config, run=encoder.run, **settings)
+    filling = filling_of(
+        manifest, encoder.encoder, encoder.config, run=encoder.run, verification=verification, **settings
+    )
     check_not_fewer(place, sum(filling.counts), fewer)
     write_filled(place, made, filling)
     if filling.errors:

@@ -126,6 +126,7 @@ def read_image(
     *,
     size: int | None = None,
     fit: Fit = "square",
+    enlarge: bool = True,
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
     min_side: int = 1,
@@ -151,6 +152,7 @@ def read_image(
         size: Returns the image at this side in pixels instead: with fit "square" the centre square (3, size, size) by
             `resize_square`; with fit "longest" the whole image, (3, h, w) as in `longest_shape`.
         fit: "square" or "longest".
+        enlarge: Enlarge an image whose longest side is below `size`. False leaves it as it is (with fit "longest").
         max_pixels: Largest number of pixels to decode. It is checked in the header, before decoding. At the default,
             the worst file needs about 1.5 GiB for a moment. The scans of a JPEG may pass over at most 20 times as many
             pixels, and there may be at most 100 scans.
@@ -159,13 +161,15 @@ def read_image(
 
     Raises:
         ImageError: If the file cannot be used.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or `enlarge` is False with fit "square".
     """
     limits = {"size": size, "max_pixels": max_pixels, "max_bytes": max_bytes, "min_side": min_side}
     for name, value in limits.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     check_fit(fit)
+    if not enlarge and fit == "square":
+        raise ValueError("enlarge=False needs fit=longest: a square has all its pixels")
     path = None if isinstance(source, bytes) else Path(source)
     data = source if isinstance(source, bytes) else read_file(Path(source), max_bytes)
     if not data:
@@ -183,7 +187,7 @@ def read_image(
                 if "truncated" not in str(error) or (whole := _with_end(data)) is None:
                     raise
                 pixels, shape = _decode(whole, **settings)  # type: ignore[arg-type]
-        if size is not None:
+        if size is not None and (enlarge or max(pixels.shape[1:]) > size):
             pixels = resize_square(pixels, size) if fit == "square" else resize(pixels, *shape)
     except ImageError:
         raise

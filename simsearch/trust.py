@@ -65,6 +65,7 @@ ALLOWED = frozenset(
         "simsearch.losses.orthohash.OrthoHashLoss",
         "simsearch.losses.triplet.BatchHardTripletLoss",
         "simsearch.losses.triplet.TripletLoss",
+        "simsearch.functional.sift.Sift",
         "simsearch.models.backbones.lite0_backbone",
         "simsearch.models.backbones.timm_backbone",
         "simsearch.models.backbones.torchvision_backbone",
@@ -89,6 +90,7 @@ ALLOWED = frozenset(
         "simsearch.search.rerank.DBA",
         "simsearch.search.rerank.Diffusion",
         "simsearch.search.rerank.KReciprocal",
+        "simsearch.search.verification.Verification",
         "torch.optim.AdamW",
         "torch.optim.SGD",
         "torch.optim.lr_scheduler.ConstantLR",
@@ -100,6 +102,7 @@ ALLOWED = frozenset(
 )
 # Where classes that older runs and users' configs name are now.
 MOVED = {"simsearch.data.files.FilesDataModule": "simsearch.data.image_folder.FilesDataModule"}
+VERIFIERS = frozenset(t for t in ALLOWED if t.startswith(("simsearch.functional.", "simsearch.search.verification.")))
 ENCODERS = frozenset(t for t in ALLOWED if t.startswith(("simsearch.models.", "simsearch.index.binarize.")))
 
 # Arguments with which an allowed target would write elsewhere or upload its output. A run has its own folder.

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -271,6 +272,46 @@ class Part:
     start: int
     stop: int
     weight: float
+
+
+@dataclass(frozen=True)
+class LocalFeatures:
+    """Features of points of one image.
+
+    Attributes:
+        points: float32 (n, 2), x and y in pixels of the described image.
+        descriptors: int8 (n, d). Euclidean distances compare them.
+        size: Width and height of the described image in pixels.
+        mirrored: True if the image was mirrored left to right before it was described.
+    """
+
+    points: np.ndarray
+    descriptors: np.ndarray
+    size: tuple[int, int]
+    mirrored: bool = False
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+
+class LocalDescriber(Protocol):
+    """Describes images by local features.
+
+    Attributes:
+        dimension: Number of bytes in a descriptor.
+    """
+
+    dimension: int
+
+    def describe(self, image: Tensor, *, side: int, most: int) -> LocalFeatures:
+        """The local features of an image, strongest first.
+
+        Args:
+            image: uint8 (3, H, W).
+            side: Longest side in pixels. A larger image is scaled down to it, a smaller one is left as it is.
+            most: Largest number of features.
+        """
+        ...
 
 
 @dataclass(frozen=True)

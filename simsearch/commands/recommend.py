@@ -23,14 +23,15 @@ from simsearch.figures import Tile, save_grid
 from simsearch.files import json_line
 from simsearch.images import decode_thumbnail
 from simsearch.models.encoder import device
-from simsearch.search.catalog import Catalog, read_catalog
+from simsearch.search.catalog import Catalog, read_catalog, verifying
 from simsearch.search.describe import encode
 from simsearch.search.engine import Engine
 from simsearch.search.filters import parse_filters
+from simsearch.search.local_features import describe_queries
 from simsearch.search.request import Recommendation, Request
 from simsearch.search.verdicts import NONE, UNCALIBRATED
 from simsearch.text import cell
-from simsearch.types import Encoder
+from simsearch.types import Encoder, LocalFeatures
 
 _SHOWN = ("artist", "title", "year", "period", "style", "genre", "museum")  # columns of the table
 
@@ -44,12 +45,14 @@ class Example:
         image: Its pixels.
         vector: Its descriptor.
         position: Position of the item, or None for a file.
+        local: Its local features, if the catalog has local features.
     """
 
     name: str
     image: Tensor
     vector: Tensor
     position: int | None = None
+    local: tuple[LocalFeatures, ...] = ()
 
 
 @program.command("recommend")
@@ -66,6 +69,7 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"format must be table or json, got {config.format!r}")
     values = configs.plain(config)
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
+    catalog = verifying(catalog, config.verify, top=config.verify_top, mirrored=config.mirrored)
     engine = Engine(catalog)
     reader = Examples(engine, device(config.device))
     like = [reader.file(name) for name in configs.listed(values["image"])]
@@ -84,6 +88,7 @@ def main(config: DictConfig) -> None:
         collapse=config.collapse,
         hubness=config.hubness,
         exclude=tuple(positions),
+        local=tuple(one for example in like for one in example.local),
     )
     answer = engine.recommend(request)
     kept = list(range(len(answer.ids))) if config.force or answer.verdict != NONE else []
@@ -136,7 +141,9 @@ class Examples:
             ImageError: If it cannot be read.
         """
         image = load_image(Path(name), size=self.encoder.input_size, fit=self.encoder.fit)
-        return Example(name, image, encode(self.encoder, image[None])[0])
+        verification = self.engine.catalog.verification
+        local = () if verification is None else next(describe_queries([Path(name)], verification))
+        return Example(name, image, encode(self.encoder, image[None])[0], local=local)
 
     def item(self, position: int) -> Example:
         """An item of the catalog.
@@ -147,7 +154,8 @@ class Examples:
         catalog = self.engine.catalog
         (name,) = self.engine.names.of([position])
         image = decode_thumbnail(catalog.thumbnails([position])[0])
-        return Example(name, image, self.engine.vectors([position])[0], position)
+        local = () if catalog.local is None else tuple(catalog.local_features([position]))
+        return Example(name, image, self.engine.vectors([position])[0], position, local)
 
     def is_item(self, name: str) -> bool:
         """Whether an item of the catalog has that name.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
@@ -17,11 +16,13 @@ from simsearch import configs, program, terminal
 from simsearch.data.manifest import Manifest, read_manifest
 from simsearch.figures import Tile, save_grid
 from simsearch.files import json_line
+from simsearch.functional.geometry import Match
 from simsearch.images import decode_thumbnail
 from simsearch.models.encoder import device
-from simsearch.search.catalog import Catalog, read_catalog
+from simsearch.search.catalog import Catalog, read_catalog, verifying
 from simsearch.search.describe import batches_of, encode
 from simsearch.search.engine import Engine
+from simsearch.search.local_features import describe_queries
 from simsearch.search.verdicts import NONE, UNCALIBRATED, best_verdict
 from simsearch.text import cell, warn
 from simsearch.types import SearchResult
@@ -61,6 +62,7 @@ def main(config: DictConfig) -> None:
     if min(config.rows, config.batch_size) < 1:
         raise ValueError(f"rows and batch_size must be at least 1, got {config.rows} and {config.batch_size}")
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
+    catalog = verifying(catalog, config.verify, top=config.verify_top, mirrored=config.mirrored)
     catalog.encoder.to(device(config.device))
     rerank = configs.build(config.rerank) if config.get("rerank") else None
     answers, milliseconds = search(Engine(catalog, rerank), Path(config.image), config.k, config.batch_size)
@@ -97,16 +99,22 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
     manifest = read_manifest(source) if listed else Manifest(source.parent, (source.name,))
     answers: dict[int, Answer] = {}
     errors = []
-    encoder = engine.catalog.encoder
+    encoder, verification = engine.catalog.encoder, engine.catalog.verification
     start = time.perf_counter()
     for images, rows, unreadable in batches_of(encoder, manifest, batch_size=batch_size):
         errors += unreadable
         if len(images):
             vectors = encode(encoder, images)
-            found = per_query(engine.nearest(vectors, k))
-            for image, row, vector, one in zip(images, rows.tolist(), vectors, found, strict=True):
-                verdicts = engine.verdicts(one[0], vector[None])
-                items, positions = rows_of(engine.catalog, one, verdicts)
+            found = per_query(engine.nearest(vectors, k if verification is None else max(k, verification.top)))
+            files = [manifest.root / manifest.paths[row] for row in rows.tolist()]
+            local = iter(()) if verification is None else describe_queries(files, verification)
+            for image, row, vector, (ids, scores) in zip(images, rows.tolist(), vectors, found, strict=True):
+                matches = None
+                if verification is not None:
+                    order, matches = engine.verified(ids, next(local))
+                    ids, scores, matches = ids[order][:k], scores[order][:k], matches[:k]
+                verdicts = engine.verdicts(ids, vector[None], None, matches)
+                items, positions = rows_of(engine.catalog, ids, scores, verdicts, matches)
                 answers[row] = Answer(manifest.paths[row], best_verdict(verdicts), items, positions, image)
     for error in errors:
         warn(f"skipped: {error}")
@@ -126,19 +134,28 @@ def per_query(found: SearchResult) -> list[tuple[Tensor, Tensor]]:
 
 
 def rows_of(
-    catalog: Catalog, found: tuple[Tensor, Tensor], verdicts: list[str]
+    catalog: Catalog, ids: Tensor, scores: Tensor, verdicts: list[str], matches: list[Match | None] | None
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Rank, score, verdict and attributes of the items of one query, and their positions in the catalog.
 
+    Verified items add their inliers, and the outline in the query.
+
     Args:
         catalog: The catalog.
-        found: ids (K,) and scores (K,).
+        ids: int64 (K,).
+        scores: (K,).
         verdicts: The verdicts on the items.
+        matches: The matches of the items, if they were verified.
     """
-    ids, scores = found[0].tolist(), found[1].tolist()
-    rows = catalog.items.take(torch.tensor(ids).numpy()).to_pylist()
-    numbered = enumerate(zip(scores, verdicts, rows, strict=True), start=1)
-    return [{"rank": rank, "score": score, "verdict": said, **row} for rank, (score, said, row) in numbered], ids
+    rows = catalog.items.take(ids.numpy()).to_pylist()
+    items = [
+        {"rank": rank, "score": score, "verdict": verdict}
+        for rank, (score, verdict) in enumerate(zip(scores.tolist(), verdicts, strict=True), start=1)
+    ]
+    for item, match in zip(items, matches or (), strict=matches is not None):
+        item["inliers"] = None if match is None else match.inliers
+        item["outline"] = None if match is None else match.outline.tolist()
+    return [item | row for item, row in zip(items, rows, strict=True)], ids.tolist()
 
 
 def answer_table(answer: Answer, width: int = 120) -> Table:
@@ -155,7 +172,7 @@ def answer_table(answer: Answer, width: int = 120) -> Table:
     said = ("no similar work" if answer.verdict == NONE else answer.verdict) if judged else ""
     table = Table(title=cell(answer.query) + (f"\n{said}" if said else ""), title_justify="left")
     names = list(answer.items[0]) if answer.items else ["rank", "score", "path"]
-    names = [name for name in names if judged or name != "verdict"]
+    names = [name for name in names if (judged or name != "verdict") and name != "outline"]
     texts = {name: [_shown(item[name]) for item in answer.items] for name in names}
     kept = [name for name in names if name in _ALWAYS or any(texts[name])]
     while _table_width(kept, texts) > width and (more := [name for name in kept if name not in _ALWAYS]):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from torch import Tensor
 from tqdm import tqdm
@@ -19,6 +20,8 @@ from simsearch.files import read_json
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import fill_index, path_table, with_thumbnails, write_catalog
 from simsearch.search.describe import batches_of, describe
+from simsearch.search.local_features import describe_items
+from simsearch.search.verification import Verification
 from simsearch.types import Encoder
 
 
@@ -36,6 +39,8 @@ class Filling:
         rejected: Rows of the manifest that were refused.
         skipped: Number of images left out, by reason.
         source: Names of the `run` and of the `images`.
+        verification: How matches will be verified by local features, or None.
+        local: The records of the items' local features.
     """
 
     encoder: Encoder
@@ -47,6 +52,8 @@ class Filling:
     rejected: tuple[Rejected, ...]
     skipped: dict[str, int]
     source: dict[str, str]
+    verification: Verification | None = None
+    local: Iterable[np.ndarray] = ()
 
 
 def filling_of(
@@ -58,8 +65,11 @@ def filling_of(
     thumbnail: int,
     batch_size: int,
     workers: int,
+    verification: Verification | None = None,
 ) -> Filling:
     """Describes the images of a manifest now, with a progress bar, and returns them as a Filling.
+
+    Local features, if there are any, are described when they are written, with a progress bar of their own.
 
     Args:
         manifest: The images and their attributes.
@@ -69,6 +79,7 @@ def filling_of(
         thumbnail: Longest side in pixels of each thumbnail.
         batch_size: Number of images per forward pass, 1 or more.
         workers: Number of additional processes that decode files, 0 or more.
+        verification: How matches will be verified by local features, or None.
 
     Raises:
         ValueError: If no image can be read, or if a column's name is reserved.
@@ -90,7 +101,14 @@ def filling_of(
         rejected=manifest.rejected,
         skipped=manifest.skipped,
         source={"run": run, "images": str(manifest.root)},
+        verification=verification,
+        local=() if verification is None else _local(manifest, found.rows.tolist(), verification, workers),
     )
+
+
+def _local(manifest: Manifest, rows: list[int], verification: Verification, workers: int) -> Iterator[np.ndarray]:
+    records = describe_items(manifest, rows, verification, workers=workers)
+    return iter(tqdm(records, total=len(rows), unit="img", desc="local features"))
 
 
 def write_filled(out: Path, index: FaissIndex, filling: Filling) -> None:
@@ -111,6 +129,8 @@ def write_filled(out: Path, index: FaissIndex, filling: Filling) -> None:
         config=filling.config,
         about={"source": filling.source, "skipped": reasons | filling.skipped},
         errors=[*filling.errors, *filling.rejected],  # type: ignore[list-item]
+        verification=filling.verification,
+        local=filling.local,
     )
 
 

@@ -4,6 +4,7 @@
     index/                the FAISS index
     items.parquet         one row per item, in index order: path, attributes, thumbnail (image bytes)
     encoder.safetensors   all tensors of the encoder
+    local_features.npy    local features of each item, if matches are verified by geometry
     calibration.json      thresholds of `simsearch calibrate`; its curves are in calibration/
 
 There are no pickles. A catalog is written beside its place and then moved there as a whole. A file whose digest differs
@@ -21,6 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError
@@ -45,14 +47,17 @@ from simsearch.files import (
 from simsearch.images import ImageError
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import state_fingerprint
-from simsearch.models.encoder import build_encoder
+from simsearch.models.encoder import build, build_encoder
 from simsearch.search.items import THUMBNAIL, ThumbnailGroups, read_items, write_items
-from simsearch.trust import check_links
-from simsearch.types import Encoder, Part
+from simsearch.search.local_features import NAME as LOCAL_FEATURES
+from simsearch.search.local_features import StoredFeatures, write_local_features
+from simsearch.search.verification import Verification
+from simsearch.trust import VERIFIERS, Untrusted, check_config, check_links
+from simsearch.types import Encoder, LocalFeatures, Part
 
 FORMAT = 1
 _ENTRIES = {"catalog.json", "index", "items.parquet", "encoder.safetensors", "skipped.csv"}
-_ENTRIES |= {"calibration.json", "calibration"}
+_ENTRIES |= {"calibration.json", "calibration", LOCAL_FEATURES}
 _GROUP = 1024  # items whose thumbnails are read together
 _ADDED = 2**16  # vectors that an index is given together
 Rows = TypeVar("Rows", Tensor, pa.Table)
@@ -86,6 +91,8 @@ class Catalog:
         about: The content of catalog.json.
         calibration: The thresholds of a match (see `write_calibration`). None if the catalog is not calibrated.
         trusted: True if the user trusts whoever made the catalog.
+        local: The local features of the items. None if the catalog has none.
+        verification: How matches are verified by local features. None if the catalog has none.
     """
 
     folder: Path
@@ -94,6 +101,8 @@ class Catalog:
     about: dict[str, Any]
     calibration: dict[str, Any] | None = None
     trusted: bool = False
+    local: StoredFeatures | None = None
+    verification: Verification | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -128,6 +137,22 @@ class Catalog:
             raise CatalogError(f"the catalog {self.folder} is damaged ({error}): make it again") from error
         return [groups[group][place].as_py() for group, place in places]
 
+    def local_features(self, positions: Sequence[int]) -> list[LocalFeatures]:
+        """The local features of the items at some positions.
+
+        Args:
+            positions: Positions of the items.
+
+        Raises:
+            CatalogError: If the catalog has none, or damaged ones.
+        """
+        if self.local is None:
+            raise CatalogError(f"the catalog {self.folder} has no local features: make it again with verify=sift")
+        try:
+            return self.local.take(positions)
+        except ValueError as error:
+            raise CatalogError(f"the catalog {self.folder} is damaged ({error}): make it again") from error
+
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder that filled the catalog. The first access builds, loads and checks it.
@@ -137,6 +162,25 @@ class Catalog:
             Untrusted: If the encoder's config would run code and the catalog is not trusted.
         """
         return read_encoder(self.folder, self.about, trusted=self.trusted)
+
+
+def verifying(
+    catalog: Catalog, verify: bool = True, *, top: int | None = None, mirrored: bool | None = None
+) -> Catalog:
+    """The catalog with other settings of its verification.
+
+    Args:
+        catalog: The catalog. One without local features is returned as it is.
+        verify: Verify matches. False returns a catalog without local features.
+        top: Number of items that are verified. None keeps the catalog's own.
+        mirrored: Find mirrored items too. None keeps the catalog's own.
+
+    Raises:
+        ValueError: If `top` is below 1.
+    """
+    if catalog.verification is None or not verify:
+        return replace(catalog, local=None, verification=None)
+    return replace(catalog, verification=catalog.verification.changed(top=top, mirrored=mirrored))
 
 
 def write_encoder(folder: Path, encoder: Encoder) -> dict[str, Any]:
@@ -278,6 +322,8 @@ def write_catalog(
     config: Mapping[str, Any],
     about: Mapping[str, Any],
     errors: Sequence[ImageError | Rejected] = (),
+    verification: Verification | None = None,
+    local: Iterable[np.ndarray] = (),
 ) -> None:
     """Writes a catalog of the items in an index. It replaces a catalog that is already in `folder`.
 
@@ -291,9 +337,11 @@ def write_catalog(
         config: The plain config that builds the encoder.
         about: Further plain facts for catalog.json (protocol, skipped files, ...).
         errors: Errors of files that could not be read, for skipped.csv.
+        verification: How matches will be verified by local features. None stores no local features.
+        local: The records of the items' local features, in the order of the index (see `describe_items`).
 
     Raises:
-        ValueError: If items and index differ in number.
+        ValueError: If items, index and local features differ in number.
         FileExistsError: If `folder` holds something other than a catalog.
     """
     folder = Path(folder).resolve()
@@ -313,6 +361,9 @@ def write_catalog(
         of_items = write_items(temporary / "items.parquet", groups)
         if len(index) != of_items["items"]:
             raise ValueError(f"the index holds {len(index)} items, the table {of_items['items']}")
+        if verification is not None:
+            of_local = write_local_features(temporary / LOCAL_FEATURES, len(index), local, verification)
+            about = {**about, "local_features": of_local}
         about = {
             "format": FORMAT,
             **write_encoder(temporary, encoder),
@@ -357,6 +408,7 @@ def read_catalog(folder: Path, *, calibrated: bool = True, trusted: bool = False
 
     Raises:
         CatalogError: If the folder holds no catalog, or a damaged one.
+        Untrusted: If a link leads out of the folder, or the verification would run code, and `trusted` is False.
     """
     folder = Path(folder)
     restore(folder)
@@ -386,8 +438,25 @@ def read_catalog(folder: Path, *, calibrated: bool = True, trusted: bool = False
         raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
     if len(index) != len(items):
         raise CatalogError(f"the catalog {folder} is damaged: {len(index)} vectors for {len(items)} items")
-    catalog = Catalog(folder, index, items, about, trusted=trusted)
+    catalog = _with_local_features(Catalog(folder, index, items, about, trusted=trusted))
     return replace(catalog, calibration=_read_calibration(catalog)) if calibrated else catalog
+
+
+def _with_local_features(catalog: Catalog) -> Catalog:
+    """The catalog with its local features, if it has any. Raises CatalogError if they are damaged."""
+    if (about := catalog.about.get("local_features")) is None:
+        return catalog
+    try:
+        config = {"verification": about["verification"]}
+        if not catalog.trusted:
+            check_config(config, f"the catalog {catalog.folder}", VERIFIERS)
+        verification = build(config, None if catalog.trusted else VERIFIERS)["verification"]
+        local = StoredFeatures(catalog.folder / LOCAL_FEATURES, about, verification, len(catalog))
+    except Untrusted:
+        raise
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CatalogError(f"the catalog {catalog.folder} is damaged ({error}): make it again") from error
+    return replace(catalog, local=local, verification=verification)
 
 
 def _index_digest(folder: Path) -> dict[str, str]:

@@ -16,10 +16,11 @@ from torch import Tensor
 from simsearch.functional.codes import pack_codes, unpack_codes
 from simsearch.functional.diversity import mmr
 from simsearch.functional.feedback import contributions, query_weights, reweight, reweight_both, rocchio, unit_parts
+from simsearch.functional.geometry import Match
 from simsearch.functional.open_set import agreeing, stand_out
 from simsearch.functional.ranking import Junk, inner_products
 from simsearch.functional.reranking import RerankedGallery, Reranker, nearest, unit_vectors
-from simsearch.search.catalog import Catalog
+from simsearch.search.catalog import Catalog, CatalogError
 from simsearch.search.filters import Attributes
 from simsearch.search.names import Names
 from simsearch.search.request import Hit, Recommendation, Request
@@ -33,7 +34,7 @@ from simsearch.search.verdicts import (
     sameness,
     similarity,
 )
-from simsearch.types import SearchResult
+from simsearch.types import LocalFeatures, SearchResult
 
 WORK_ATTRIBUTES = ("work", "group_id")
 _SHORTLIST = 100
@@ -224,21 +225,63 @@ class Engine:
         if among is not None:
             among[taken] = False
         candidates = len(self.catalog) - len(taken) if among is None else int(among.sum())
-        ids, scores, rows = self._shortlist(request, query, among, taken, candidates)
+        ids, scores, rows, matches = self._shortlist(request, query, among, taken, candidates)
 
         ranked = scores
         if request.hubness and len(ids):
             ranked = scores - 0.5 * self._hubness(ids, reweight(rows, self.parts, weights))
-        chosen = mmr(ranked, reweight_both(rows, self.parts, weights), request.k, 1 - request.diversity)
+        verified = min(request.k, sum(match is not None for match in matches))  # these come first
+        chosen = torch.arange(verified)
+        if verified < request.k:
+            rest = reweight_both(rows[verified:], self.parts, weights)
+            others = mmr(ranked[verified:], rest, request.k - verified, 1 - request.diversity)
+            chosen = torch.cat([chosen, others + verified])
+        matches = [matches[place] for place in chosen.tolist()]
         of_parts = {name: self._exact(part) for name, part in contributions(query, rows[chosen], self.parts).items()}
         total, of_parts = _bounded(sum(of_parts.values(), torch.zeros(len(chosen))), of_parts)
+        judged = self.verdicts(ids[chosen], request.like, taken, matches if request.local else None)
         verdicts = [
             NONE if verdict == SIMILAR and score < 0 else verdict
-            for verdict, score in zip(self.verdicts(ids[chosen], request.like, taken), total.tolist(), strict=True)
+            for verdict, score in zip(judged, total.tolist(), strict=True)
         ]
-        return Recommendation(ids[chosen], total, of_parts, verdicts, best_verdict(verdicts), candidates)
+        return Recommendation(ids[chosen], total, of_parts, verdicts, best_verdict(verdicts), candidates, matches)
 
-    def verdicts(self, ids: Tensor, like: Tensor, taken: Tensor | None = None) -> list[str]:
+    def verified(
+        self, ids: Tensor, local: Sequence[LocalFeatures], known: dict[int, Match | None] | None = None
+    ) -> tuple[Tensor, list[Match | None]]:
+        """The order of some items after verification, int64 (S,), and their matches in that order.
+
+        The first items, as many as the catalog's `verification` says, are compared with the query. Those that are
+        verified come first, those with most inliers ahead. The others stay in their order.
+
+        Args:
+            ids: int64 (S,), positions of the items, best first.
+            local: The local features of the query.
+            known: Matches of items that were compared before, by position. New ones are added.
+
+        Raises:
+            CatalogError: If the catalog has no local features, or damaged ones.
+        """
+        known = {} if known is None else known
+        verification, positions = self.catalog.verification, ids.tolist()
+        if verification is None:
+            raise CatalogError(
+                f"the catalog {self.catalog.folder} has no local features to verify matches by: make it again with "
+                "verify=sift"
+            )
+        if new := [position for position in positions[: verification.top] if position not in known]:
+            known.update(zip(new, verification.verify(local, self.catalog.local_features(new)), strict=True))
+        matches = [known.get(position) for position in positions]
+        order = sorted(range(len(positions)), key=lambda place: -_inliers(matches[place]))
+        return torch.tensor(order, dtype=torch.int64), [matches[place] for place in order]
+
+    def verdicts(
+        self,
+        ids: Tensor,
+        like: Tensor,
+        taken: Tensor | None = None,
+        matches: Sequence[Match | None] | None = None,
+    ) -> list[str]:
         """The verdict on each item by the catalog's calibration.
 
         The verdicts are:
@@ -259,8 +302,14 @@ class Engine:
             ids: int64 (K,), positions of the items.
             like: The examples, as in `Request`.
             taken: int64, positions of items that are examples themselves.
+            matches: The matches of the items, if they were verified: then an item is the same work if it has one.
         """
         calibration = self.catalog.calibration
+        if matches is not None:
+            unverified = UNCALIBRATED if calibration is None or calibration["similar"] is None else SIMILAR
+            by_cosine = self.verdicts(ids, like, taken)
+            others = [unverified if verdict == SAME_WORK else verdict for verdict in by_cosine]
+            return [SAME_WORK if match else verdict for match, verdict in zip(matches, others, strict=True)]
         if calibration is None or not len(ids):
             return [UNCALIBRATED] * len(ids)
         queries = self.as_queries(like)
@@ -306,6 +355,7 @@ class Engine:
         """
         kept = range(len(found.ids)) if kept is None else kept
         ids = found.ids[list(kept)].tolist()
+        matches = [found.matches[place] for place in kept]
         rows = self.catalog.items.take(ids).to_pylist() if ids else []
         return [
             Hit(
@@ -316,8 +366,12 @@ class Engine:
                 parts={part: float(values[place]) for part, values in found.parts.items()},
                 shared=common,
                 attributes=row,
+                inliers=None if match is None else match.inliers,
+                outline=None if match is None else match.outline.tolist(),
             )
-            for place, name, row, common in zip(kept, self.names.of(ids), rows, self.shared(ids, examples), strict=True)
+            for place, name, row, common, match in zip(
+                kept, self.names.of(ids), rows, self.shared(ids, examples), matches, strict=True
+            )
         ]
 
     def shared(self, ids: Sequence[int] | Tensor, with_: Sequence[int]) -> list[dict[str, str]]:
@@ -392,15 +446,21 @@ class Engine:
 
     def _shortlist(
         self, request: Request, query: Tensor, among: Tensor | None, taken: Tensor, candidates: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """ids (S,), scores (S,) and vectors (S, D) of the best items, one per work if works collapse.
+    ) -> tuple[Tensor, Tensor, Tensor, list[Match | None]]:
+        """ids (S,), scores (S,), vectors (S, D) and matches of the best items, one per work if works collapse.
 
         The search goes deeper until there are k items or the catalog is exhausted.
         """
-        depth = min(max(_SHORTLIST, 10 * request.k), candidates)
+        top = self.catalog.verification.top if request.local and self.catalog.verification else 0
+        depth = min(max(_SHORTLIST, 10 * request.k, top), candidates)
+        known: dict[int, Match | None] = {}
         while True:
             found = self._nearest(query, depth, among, taken)
             ids, scores = found.ids[0], found.scores[0]
+            matches: list[Match | None] = [None] * len(ids)
+            if request.local:
+                order, matches = self.verified(ids, request.local, known)
+                ids, scores = ids[order], scores[order]
             if request.collapse:
                 _, first = np.unique(self.works[ids], return_index=True)
                 kept = torch.from_numpy(np.sort(first))
@@ -408,7 +468,8 @@ class Engine:
                     depth = min(4 * depth, candidates)
                     continue
                 ids, scores = ids[kept], scores[kept]
-            return ids, scores, self._stored(self.vectors(ids))
+                matches = [matches[place] for place in kept.tolist()]
+            return ids, scores, self._stored(self.vectors(ids)), matches
 
     def _nearest(self, query: Tensor, depth: int, among: Tensor | None, taken: Tensor) -> SearchResult:
         """The best S <= depth items for one query among the permitted items, as a result of shape (1, S)."""
@@ -444,6 +505,10 @@ class Engine:
         others = (found.ids != ids[:, None]) & (found.ids >= 0)
         others &= others.cumsum(1) <= _HUB_NEIGHBOURS
         return found.scores.masked_fill(~others, 0.0).sum(1) / others.sum(1).clamp(min=1)
+
+
+def _inliers(match: Match | None) -> int:
+    return 0 if match is None else match.inliers
 
 
 def _bounded(scores: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

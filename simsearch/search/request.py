@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from simsearch.functional.geometry import Match
 from simsearch.search.filters import Condition
+from simsearch.types import LocalFeatures
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Request:
         hubness: Subtract half of an item's mean similarity to its nearest neighbours from its score (CSLS), which
             demotes items that are close to every query.
         exclude: Positions of the query's own items.
+        local: Local features of the examples (`Verification.query`, `StoredFeatures.take`). The best items are verified
+            by them. Nothing is verified without.
 
     Raises:
         ValueError: If `k` is below 1, `diversity` lies outside [0, 1], or there is no example.
@@ -42,6 +46,7 @@ class Request:
     collapse: bool = True
     hubness: bool = False
     exclude: tuple[int, ...] = ()
+    local: tuple[LocalFeatures, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, Integral):
@@ -65,6 +70,8 @@ class Recommendation:
         verdicts: The verdict on each item (see `Engine.verdicts`). An item with a negative score is never "similar".
         verdict: The best of the verdicts. "none" if there is no item.
         candidates: Number of items that were searched, after filters and exclusions.
+        matches: For each item, the match of a verified item, else None. Verified items come first, those with most
+            inliers ahead.
     """
 
     ids: Tensor
@@ -73,6 +80,7 @@ class Recommendation:
     verdicts: list[str]
     verdict: str
     candidates: int
+    matches: list[Match | None]
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,9 @@ class Hit:
         parts: The contribution of each part of the descriptor to the score.
         shared: Attributes that the item has in common with items that the query named.
         attributes: All attributes of the item.
+        inliers: Number of inliers of a verified item. None for other items.
+        outline: The corners of a verified item in the query, clockwise from its top left; x and y as fractions of the
+            query's width and height. None for other items.
     """
 
     rank: int
@@ -96,3 +107,5 @@ class Hit:
     parts: dict[str, float]
     shared: dict[str, str]
     attributes: dict[str, Any]
+    inliers: int | None = None
+    outline: list[list[float]] | None = None

@@ -1,0 +1,198 @@
+"""The local_features.npy of a catalog: the local features of each item, in records of one size.
+
+A record has the features of one item: their number, the size of the described image, the places of the features as
+fractions of that size, and their descriptors. Records are read by position from a memory map. catalog.json holds
+digests of blocks of records; a block is checked when it is first read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simsearch.data.manifest import ImageFiles, Manifest
+from simsearch.data.process_pool import MEMORY, SECONDS, Failure, bounded_map
+from simsearch.files import Damaged
+from simsearch.images import ImageError, read_image
+from simsearch.search.verification import Verification
+from simsearch.types import LocalFeatures
+
+NAME = "local_features.npy"
+_BLOCK = 256  # records that are checked together
+_FULL = 65535  # the fraction 1
+
+
+def record_type(features: int, dimension: int) -> np.dtype[Any]:
+    """The dtype of a record.
+
+    Args:
+        features: Largest number of features of an item.
+        dimension: Number of bytes in a descriptor.
+    """
+    fields = [("count", "<u2", ()), ("size", "<u2", (2,)), ("points", "<u2", (features, 2))]
+    return np.dtype([*fields, ("descriptors", "i1", (features, dimension))])
+
+
+def record(found: LocalFeatures, kind: np.dtype[Any]) -> np.ndarray:
+    """The record of an item's local features, of shape ().
+
+    Args:
+        found: The local features.
+        kind: The dtype, as `record_type` returns it.
+    """
+    out = np.zeros((), kind)
+    out["count"], out["size"] = len(found), found.size
+    out["points"][: len(found)] = np.round(np.clip(found.points / found.size, 0, 1) * _FULL)
+    out["descriptors"][: len(found)] = found.descriptors
+    return out
+
+
+def features_of(one: np.void | np.ndarray) -> LocalFeatures:
+    """The local features in a record.
+
+    Args:
+        one: The record.
+
+    Raises:
+        Damaged: If it holds numbers that no record holds.
+    """
+    count, size = int(one["count"]), one["size"]
+    if count > len(one["points"]) or (count and size.min() < 1):
+        raise Damaged(f"a record of local features has {count} features of an image of {size.tolist()} pixels")
+    width, height = (int(side) for side in size)
+    points = one["points"][:count].astype(np.float32) * (np.array([width, height], np.float32) / _FULL)
+    return LocalFeatures(points, one["descriptors"][:count], (width, height))
+
+
+def describe_items(
+    manifest: Manifest, rows: Sequence[int], verification: Verification, *, workers: int
+) -> Iterator[np.ndarray]:
+    """The records of some images of a manifest, described in processes that can be ended.
+
+    The record of an image that cannot be read has no features.
+
+    Args:
+        manifest: The images.
+        rows: Rows of the manifest.
+        verification: What describes the images.
+        workers: Number of processes; at least one is used.
+    """
+    kind = record_type(verification.item_features, verification.features.dimension)
+    memory = ImageFiles(manifest, size=verification.item_side).memory
+    one = partial(_described, manifest, verification, kind)
+    for found in bounded_map(one, rows, workers=max(1, workers), seconds=SECONDS, memory=memory):
+        yield np.zeros((), kind) if isinstance(found, Failure) else found
+
+
+def describe_queries(
+    files: Sequence[Path], verification: Verification, *, workers: int = 0
+) -> Iterator[tuple[LocalFeatures, ...]]:
+    """The local features of each file as a query, described in processes that can be ended.
+
+    Args:
+        files: Image files.
+        verification: What describes the images.
+        workers: Number of processes; at least one is used.
+
+    Raises:
+        ImageError: If a file cannot be read.
+    """
+    one = partial(_queried, verification)
+    for path, found in zip(
+        files, bounded_map(one, files, workers=max(1, workers), seconds=SECONDS, memory=MEMORY), strict=True
+    ):
+        if isinstance(found, Failure):
+            raise ImageError(path, found.reason, found.detail)
+        yield found
+
+
+def _queried(verification: Verification, path: Path) -> tuple[LocalFeatures, ...]:
+    return verification.query(read_image(path, size=verification.query_side, fit="longest", enlarge=False))
+
+
+def _described(manifest: Manifest, verification: Verification, kind: np.dtype[Any], row: int) -> np.ndarray:
+    path = manifest.root / manifest.paths[row]
+    try:
+        image = read_image(
+            path, size=verification.item_side, fit="longest", enlarge=False, max_pixels=manifest.max_pixels
+        )
+    except ImageError:
+        return np.zeros((), kind)
+    return record(verification.item(image), kind)
+
+
+def write_local_features(
+    path: Path, count: int, records: Iterable[np.ndarray], verification: Verification
+) -> dict[str, Any]:
+    """Writes the records of all items and returns the entry `local_features` of catalog.json.
+
+    Args:
+        path: The file to write.
+        count: Number of items.
+        records: Their records, in the order of the index.
+        verification: What described them, and will verify them.
+
+    Raises:
+        ValueError: If there are fewer or more records than items.
+    """
+    kind = record_type(verification.item_features, verification.features.dimension)
+    stored = np.lib.format.open_memmap(path, mode="w+", dtype=kind, shape=(count,))
+    written = 0
+    for one in records:
+        if written == count:
+            raise ValueError(f"there are more records of local features than the {count} items")
+        stored[written] = one
+        written += 1
+    if written != count:
+        raise ValueError(f"there are {written} records of local features for {count} items")
+    stored.flush()
+    blocks = [hashlib.sha256(stored[i : i + _BLOCK].tobytes()).hexdigest() for i in range(0, count, _BLOCK)]
+    return {"verification": verification.config, "block": _BLOCK, "bytes_per_item": kind.itemsize, "sha256": blocks}
+
+
+class StoredFeatures:
+    """The local features of a catalog's items, read by position. Several threads may read.
+
+    Args:
+        path: The file.
+        about: The entry `local_features` of catalog.json.
+        verification: What described the items.
+        count: Number of items.
+
+    Raises:
+        Damaged: If the file is not what `about` says.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any], verification: Verification, count: int) -> None:
+        self._path, self._block, self._known = path, int(about["block"]), list(about["sha256"])
+        try:
+            self._records = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise Damaged(f"{path} cannot be read ({error})") from error
+        kind = record_type(verification.item_features, verification.features.dimension)
+        if self._records.dtype != kind or self._records.shape != (count,):
+            raise Damaged(f"{path} holds {self._records.shape} records, not those of the {count} items")
+        if self._block < 1 or len(self._known) != -(-count // self._block):
+            raise Damaged(f"catalog.json has the wrong number of digests for {path}")
+        self._checked: set[int] = set()
+
+    def take(self, positions: Sequence[int]) -> list[LocalFeatures]:
+        """The local features of the items at some positions.
+
+        Args:
+            positions: Positions of the items.
+
+        Raises:
+            Damaged: If the file is damaged.
+        """
+        for number in {position // self._block for position in positions} - self._checked:
+            content = self._records[number * self._block : (number + 1) * self._block].tobytes()
+            if hashlib.sha256(content).hexdigest() != self._known[number]:
+                raise Damaged(f"{self._path} is damaged: the SHA-256 of its records is not the recorded one")
+            self._checked.add(number)
+        return [features_of(self._records[position]) for position in positions]

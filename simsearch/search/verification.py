@@ -1,0 +1,146 @@
+"""Verifies the best items of a search by geometry: the settings, and how queries and items are described."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from simsearch.functional import geometry
+from simsearch.functional.geometry import Match
+from simsearch.functional.sift import Sift
+from simsearch.types import LocalDescriber, LocalFeatures
+
+_MOST_FEATURES = 10_000
+
+
+class Verification:
+    """Compares a query with items by local features that must agree on one homography.
+
+    Args:
+        features: What describes the images. None for SIFT.
+        item_side: Longest side in pixels at which an item is described.
+        item_features: Largest number of features of an item.
+        query_side: Longest side in pixels at which a query is described.
+        query_features: Largest number of features of a query.
+        top: Number of items that are verified, the best of the search.
+        ratio: Largest ratio in (0, 1] of the distances to the nearest and second nearest feature.
+        tolerance: Largest error of an inlier, as a share of the query's longest side.
+        inliers: Least number of inliers of a verified item, 5 or more.
+        spread: Least share in [0, 1] of a verified item's area that the inliers span.
+        mirrored: Find mirrored items too, at twice the cost.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    def __init__(
+        self,
+        features: LocalDescriber | None = None,
+        *,
+        item_side: int = 448,
+        item_features: int = 300,
+        query_side: int = 640,
+        query_features: int = 1000,
+        top: int = 20,
+        ratio: float = 0.85,
+        tolerance: float = 0.006,
+        inliers: int = 10,
+        spread: float = 0.01,
+        mirrored: bool = False,
+    ) -> None:
+        least = {"item_side": 16, "item_features": 5, "query_side": 16, "query_features": 5, "top": 1, "inliers": 5}
+        given = locals()
+        for name, value in least.items():
+            if given[name] < value:
+                raise ValueError(f"{name} must be at least {value}, got {given[name]}")
+        if item_features > _MOST_FEATURES:
+            raise ValueError(f"item_features must be at most {_MOST_FEATURES}, got {item_features}")
+        if not 0 <= spread <= 1:
+            raise ValueError(f"spread must lie in [0, 1], got {spread}")
+        if not 0 < ratio <= 1:
+            raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
+        if not 0 < tolerance < 1:
+            raise ValueError(f"tolerance must lie between 0 and 1, got {tolerance}")
+        self.features = Sift() if features is None else features
+        self.item_side, self.item_features = item_side, item_features
+        self.query_side, self.query_features = query_side, query_features
+        self.top, self.ratio, self.tolerance = top, ratio, tolerance
+        self.inliers, self.spread, self.mirrored = inliers, spread, mirrored
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The plain config that builds this object."""
+        names = ("item_side", "item_features", "query_side", "query_features", "top", "ratio", "tolerance", "inliers")
+        own = {name: getattr(self, name) for name in (*names, "spread", "mirrored")}
+        return {"_target_": _path(self), "features": {"_target_": _path(self.features), **vars(self.features)}, **own}
+
+    def changed(self, *, top: int | None = None, mirrored: bool | None = None) -> Verification:
+        """The same verification with other settings.
+
+        Args:
+            top: Number of items that are verified. None keeps it.
+            mirrored: Find mirrored items too. None keeps it.
+
+        Raises:
+            ValueError: If `top` is below 1.
+        """
+        if top is not None and top < 1:
+            raise ValueError(f"top must be at least 1, got {top}")
+        other = copy(self)
+        other.top = self.top if top is None else top
+        other.mirrored = self.mirrored if mirrored is None else mirrored
+        return other
+
+    def item(self, image: Tensor) -> LocalFeatures:
+        """The local features of an item.
+
+        Args:
+            image: uint8 (3, H, W).
+        """
+        return self.features.describe(image, side=self.item_side, most=self.item_features)
+
+    def query(self, image: Tensor) -> tuple[LocalFeatures, ...]:
+        """The local features of a query; with `mirrored`, those of its mirrored image too.
+
+        Args:
+            image: uint8 (3, H, W).
+        """
+        given = {"side": self.query_side, "most": self.query_features}
+        own = self.features.describe(image, **given)
+        if not self.mirrored:
+            return (own,)
+        return own, replace(self.features.describe(image.flip(2), **given), mirrored=True)
+
+    def verify(self, queries: Sequence[LocalFeatures], items: Sequence[LocalFeatures]) -> list[Match | None]:
+        """The verified matches of the items; None for an item that is not verified.
+
+        An item's match is the one with most inliers among the queries.
+
+        Args:
+            queries: The local features of the queries, as `query` returns them.
+            items: The local features of the items.
+        """
+        best: list[Match | None] = [None] * len(items)
+        for query in queries:
+            found = geometry.verify(query, items, ratio=self.ratio, tolerance=self.tolerance)
+            for place, match in enumerate(found):
+                if match is not None and self.accepts(match):
+                    known = best[place]
+                    best[place] = match if known is None or match.inliers > known.inliers else known
+        return best
+
+    def accepts(self, match: Match) -> bool:
+        """Whether the evidence is enough.
+
+        Args:
+            match: The evidence.
+        """
+        return match.inliers >= self.inliers and match.spread >= self.spread
+
+
+def _path(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
