@@ -47,7 +47,7 @@ class Sift:
 
     dimension = len(_KEPT)
 
-    def __init__(self, contrast: float = 0.04) -> None:
+    def __init__(self, contrast: float = 0.01) -> None:
         if contrast < 0:
             raise ValueError(f"contrast must be at least 0, got {contrast}")
         self.contrast = contrast
