@@ -132,8 +132,8 @@ def test_views_of_a_camera_are_plausible(degrees):
 
 @pytest.fixture(scope="module")
 def works() -> torch.Tensor:
-    """12 works of 4 artists of 4 styles, uint8 (12, 3, 256, 256)."""
-    places = [(style, 0, work) for style in range(4) for work in range(3)]
+    """12 works of 4 artists, uint8 (12, 3, 256, 256), of styles with corners. SIFT finds none in soft washes."""
+    places = [(style, 0, work) for style in (1, 2, 4, 6) for work in range(3)]
     return torch.from_numpy(np.stack([paint_work(0, *place, size=256) for place in places]))
 
 
@@ -146,7 +146,7 @@ def test_photographs_match_their_works_alone(works):
     others = inliers.copy()
     np.fill_diagonal(others, 0)
     assert others.max() < 10
-    assert (np.diag(inliers) >= 10).mean() >= 0.75, inliers.diagonal()
+    assert (np.diag(inliers) >= 10).all(), inliers.diagonal()
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])

@@ -47,7 +47,7 @@ class Sift:
 
     dimension = len(_KEPT)
 
-    def __init__(self, contrast: float = 0.01) -> None:
+    def __init__(self, contrast: float = 0.02) -> None:
         if contrast < 0:
             raise ValueError(f"contrast must be at least 0, got {contrast}")
         self.contrast = contrast
@@ -107,7 +107,7 @@ def compact(descriptors: np.ndarray) -> np.ndarray:
 
 
 def _fourier(n: int) -> np.ndarray:
-    """The orthonormal real Fourier basis (n, n) on a circle of n points: the constant, then cosine and sine by pairs."""
+    """The orthonormal real Fourier basis (n, n) of a circle of n points: constant, then cosine and sine by pairs."""
     angle = 2 * np.pi * np.arange(n) / n
     waves = [f(k * angle) * np.sqrt(2 / n) for k in range(1, n // 2) for f in (np.cos, np.sin)]
     return np.stack([np.full(n, n**-0.5), *waves, np.cos(n // 2 * angle) * n**-0.5]).astype(np.float32)

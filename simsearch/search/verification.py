@@ -44,7 +44,7 @@ class Verification:
         item_side: int = 448,
         item_features: int = 300,
         query_side: int = 640,
-        query_features: int = 1000,
+        query_features: int = 500,
         top: int = 20,
         ratio: float = 0.85,
         tolerance: float = 0.006,
