@@ -86,7 +86,7 @@ def from_images(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
     out = place(config, usual, len(manifest))
     encoder = saved_run.load_model(run).encoder.to(device(config.device))
     check_kind(index, encoder)
-    verification = configs.build(config.verify) if config.verify else None
+    verification = configs.build(config.verify) if config.get("verify") else None
     filling = filling_of(
         manifest,
         encoder,
@@ -112,7 +112,7 @@ def from_shards(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
     """
     if config.run or config.images:
         raise ValueError("shards= record their run and images: leave run= and images= out")
-    if config.verify:
+    if config.get("verify"):
         raise ValueError("shards hold no local features: make the catalog with run= and images= for verify=")
     trusted = configs.trusts(config)
     shards = open_shards(Path(config.shards), trusted=trusted)

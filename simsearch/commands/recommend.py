@@ -69,7 +69,8 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"format must be table or json, got {config.format!r}")
     values = configs.plain(config)
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
-    catalog = verifying(catalog, config.verify, top=config.verify_top, mirrored=config.mirrored)
+    chosen = config.verification
+    catalog = verifying(catalog, chosen.enabled, top=chosen.top, mirrored=chosen.mirrored)
     engine = Engine(catalog)
     reader = Examples(engine, device(config.device))
     like = [reader.file(name) for name in configs.listed(values["image"])]

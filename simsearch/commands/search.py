@@ -62,7 +62,8 @@ def main(config: DictConfig) -> None:
     if min(config.rows, config.batch_size) < 1:
         raise ValueError(f"rows and batch_size must be at least 1, got {config.rows} and {config.batch_size}")
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
-    catalog = verifying(catalog, config.verify, top=config.verify_top, mirrored=config.mirrored)
+    chosen = config.verification
+    catalog = verifying(catalog, chosen.enabled, top=chosen.top, mirrored=chosen.mirrored)
     catalog.encoder.to(device(config.device))
     rerank = configs.build(config.rerank) if config.get("rerank") else None
     answers, milliseconds = search(Engine(catalog, rerank), Path(config.image), config.k, config.batch_size)
