@@ -20,14 +20,14 @@ RESULT_COLUMNS = (
 
 
 def results_table(
-    stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "test"), parts: tuple[str, ...] = ("rerank",)
+    stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "test"), also: tuple[str, ...] = ("rerank",)
 ) -> Table:
     """The headline numbers of metrics.json as a table: values, 95% intervals, bytes and latency.
 
     Args:
         stages: Content of metrics.json.
         only: Stages to show.
-        parts: Further rows to show if they were measured: "rerank" for results after re-ranking, "index" for the lists
+        also: Further rows to show if they were measured: "rerank" for results after re-ranking, "index" for the lists
             that the index returns.
     """
     table = Table(title="Retrieval results (95% intervals by sampling unit)")
@@ -45,11 +45,11 @@ def results_table(
         first = f"{cell(about['protocol'])}\n[dim]{cell(about['fingerprint'])}[/dim]"
         costs = [f"{metrics['bytes_per_item']:.0f}", f"{metrics['index/latency_ms_p50']:.2f}"]
         table.add_row(first, "{}\n[dim]{}[/dim]".format(*unit(about)), *_headlines(about, "", dash), *costs)
-        for part in parts:
-            cells = _headlines(about, f"{part}/", dash)
+        for name in also:
+            cells = _headlines(about, f"{name}/", dash)
             if set(cells) != {"-"}:
-                table.add_row({"rerank": "  re-ranked", "index": "  by the index"}[part], "", *cells, "", "")
-        if "index" in parts and metrics.get("index/recall@10") is not None:
+                table.add_row({"rerank": "  re-ranked", "index": "  by the index"}[name], "", *cells, "", "")
+        if "index" in also and metrics.get("index/recall@10") is not None:
             notes[f"the index returns {metrics['index/recall@10']:.1%} of the ten nearest by exact search"] = None
         if (about.get("model") or {}).get("weights") == "random":
             notes["random weights: these numbers say nothing about a trained network"] = None

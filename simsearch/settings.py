@@ -155,7 +155,7 @@ def name_hint(name: str, known: Iterable[str]) -> str:
 def measured_names(config: Mapping[str, Any]) -> set[str]:
     """The names of all metrics that the stages will measure, such as `val/mAP`.
 
-    Empty if a foreign class may measure more.
+    Empty if a foreign class or a further evaluator may measure more.
 
     Args:
         config: The plain config; `callbacks`, `index`, `model` and `protocol` are used.
@@ -169,6 +169,8 @@ def measured_names(config: Mapping[str, Any]) -> set[str]:
         if node and node["_target_"].endswith("RetrievalEvaluation"):
             codes = FaissIndex(**index).is_binary
             held_out = config["protocol"].get("validation") is not None
+            if node.get("evaluators"):
+                return set()
             rerank = node.get("rerank") is not None
             names |= {f"test/{name}" for name in metric_names(node["ks"], codes=codes, rerank=rerank)}
             names |= {f"val/{name}" for name in metric_names(node["ks"], codes=codes)} if held_out else set()

@@ -51,6 +51,7 @@ ALLOWED = frozenset(
         "simsearch.data.samplers.PKBatches",
         "simsearch.data.samplers.ShuffledBatches",
         "simsearch.data.transforms.RandomCropFlip",
+        "simsearch.evaluation.open_set.OpenSet",
         "simsearch.index.binarize.ITQ",
         "simsearch.index.binarize.Sign",
         "simsearch.index.faiss_index.FaissIndex",

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "index": {"functional", *GROUND},
     "search": {"index", "models", "functional", "images", "cache", "data", "trust", *GROUND},
 }
-MAY_IMPORT["evaluation"] = {"index", "metrics", "functional", "data", *GROUND}
+MAY_IMPORT["evaluation"] = {"index", "metrics", "functional", "figures", "data", *GROUND}
 MAY_IMPORT["callbacks"] = {"evaluation", "index", "metrics", "functional", "figures", *GROUND}
 MAY_IMPORT["serving"] = {"search", "index", "models", "functional", "images", "data", *GROUND}
 MAY_IMPORT["launch"] = {"callbacks", *GROUND}
@@ -48,7 +48,7 @@ MAY_IMPORT["identity"] = {"saved_run", "trust"}
 MAY_IMPORT["program"] = {"configs", "launch", "models", "usage", *GROUND}
 MAY_IMPORT["tracking"] = {"launch", "results", "saved_run", "callbacks", "evaluation", "data", "figures", *GROUND}
 MAY_IMPORT["sweeps"] = {"identity", "launch", "program", "configs", "saved_run", "terminal", "settings", *GROUND}
-MAY_IMPORT["comparison"] = {"functional", "metrics", *GROUND}
+MAY_IMPORT["comparison"] = {"search", "data", "images", "functional", "metrics", "identity", "trust", *GROUND}
 MAY_IMPORT["studies"] = set(MAY_IMPORT)
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
 MAY_IMPORT["worker"] = {"launch", "program", "saved_run", "commands"}

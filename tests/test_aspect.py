@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor, nn
 
-from simsearch.commands.instance import describe_all, seen_otherwise
+from simsearch.commands.instance import describe_all
 from simsearch.data.loading import batches_by_shape
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.data.revisited import Benchmark, Query, load_gallery, load_queries, write_benchmark
@@ -32,6 +32,7 @@ from simsearch.models.backbones import (
     timm_backbone,
 )
 from simsearch.models.dir import RegionNetwork
+from simsearch.models.encoder import seen_otherwise
 from simsearch.models.frozen import FrozenRetriever
 from simsearch.models.hashing import HashNetwork
 from simsearch.models.onnx import OnnxNetwork

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,11 @@ from sklearn.metrics import average_precision_score, ndcg_score
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import ByHash
 from simsearch.evaluation import assessment
+from simsearch.evaluation.evaluator import Evaluator, Measured, sides
+from simsearch.evaluation.ndcg import GradedNDCG
+from simsearch.evaluation.open_set import OpenSet
+from simsearch.evaluation.ranking import FullRanking
+from simsearch.evaluation.recommendation import Recommend, nearest_lists, popular_lists, random_lists
 from simsearch.functional.significance import mean_interval
 from simsearch.types import RetrievalTask
 
@@ -52,6 +58,19 @@ def task(attribute: str, junk: str | None) -> RetrievalTask:
     return RetrievalTask(f"art-{attribute}", rows, rows, attribute, junk, True, "0" * 16)
 
 
+def measure(
+    evaluator: Evaluator, vectors: torch.Tensor, collection: Collection, asked: RetrievalTask, bits: int | None = None
+) -> Measured:
+    return evaluator(*sides(vectors, bits, collection, asked), asked)
+
+
+def made(
+    way: Recommend, vectors: torch.Tensor, collection: Collection, asked: RetrievalTask, bits: int | None = None
+) -> torch.Tensor:
+    query, gallery = sides(vectors, bits, collection, asked)
+    return way(query.whole, gallery.whole, asked)
+
+
 def answers(vectors: torch.Tensor, collection: Collection, asked: RetrievalTask) -> dict[int, list[int]]:
     """Collection rows of each query's answers, best first, without itself and junk; a loop."""
     found = {}
@@ -67,30 +86,30 @@ def answers(vectors: torch.Tensor, collection: Collection, asked: RetrievalTask)
 @pytest.mark.parametrize(("attribute", "junk"), [("artist", "work"), ("style", "artist"), ("work", None)])
 def test_average_precision(attribute, junk, collection, vectors):
     asked = task(attribute, junk)
-    measured = assessment.measure_task(vectors, None, collection, asked)
+    measured = measure(FullRanking(), vectors, collection, asked)
     label = collection.column(attribute)
     for place, (q, found) in enumerate(answers(vectors, collection, asked).items()):
         right = [bool(label[g] == label[q] and label[q] >= 0) for g in found]
-        got = float(measured.per_query["mAP"][place])
+        got = float(measured.per_query["AP"][place])
         if any(right):
             assert got == pytest.approx(average_precision_score(right, -np.arange(len(right))), abs=1e-9)
         else:
             assert math.isnan(got)
-    assert measured.values["mAP"] == pytest.approx(float(measured.per_query["mAP"].nanmean()))
+    assert measured.metrics["mAP"] == pytest.approx(float(measured.per_query["AP"].nanmean()))
     low, high = measured.intervals["mAP"]
-    assert low < measured.values["mAP"] < high
-    assert (measured.unit, measured.units.tolist()) == ("query", asked.query.tolist())
+    assert low < measured.metrics["mAP"] < high
+    assert measured.units.tolist() == asked.query.tolist()
     by_artist = replace(asked, unit="artist", units=collection.column("artist"))
-    wider = assessment.measure_task(vectors, None, collection, by_artist)
-    assert wider.values == pytest.approx(measured.values, nan_ok=True)
-    expected = mean_interval(measured.per_query["mAP"][:, None], collection.column("artist")[asked.query])[0]
+    wider = measure(FullRanking(), vectors, collection, by_artist)
+    assert wider.metrics == pytest.approx(measured.metrics, nan_ok=True)
+    expected = mean_interval(measured.per_query["AP"][:, None], collection.column("artist")[asked.query])[0]
     assert wider.intervals["mAP"] == pytest.approx(tuple(expected.tolist()))
 
 
 def test_graded(collection, vectors):
     """Same work 3, same artist 2, same style and period 1; gains 2 ** level - 1 of scikit-learn's NDCG."""
     asked = task("artist", "work")
-    measured = assessment.measure_graded(vectors, None, collection, asked)
+    measured = measure(GradedNDCG(collection), vectors, collection, asked)
     columns = {name: collection.column(name).tolist() for name in ATTRIBUTES}
 
     def level(q: int, g: int) -> int:
@@ -112,7 +131,7 @@ def test_open_set(collection, vectors):
     """GAP by its definition: all answers ranked by confidence, precision at each right one over the positives."""
     asked = task("work", None)
     outside = F.normalize(torch.randn(20, D, generator=torch.Generator().manual_seed(2)), dim=1)
-    measured = assessment.measure_open_set(vectors, None, collection, asked, outside)
+    measured = measure(OpenSet(outside), vectors, collection, asked)
     work = collection.column("work").tolist()
     rows = asked.gallery.tolist()
     pairs = []  # confidence, right, has a match
@@ -132,19 +151,19 @@ def test_open_set(collection, vectors):
         return sum(hits) / positives
 
     others = [(float((vectors[4:] @ o).max()), False, False) for o in outside]
-    assert measured.values["GAP-"] == pytest.approx(gap([pair for pair in pairs if pair[2]]), abs=1e-6)
-    assert measured.values["GAP"] == pytest.approx(gap(pairs), abs=1e-6)
-    assert measured.values["GAP_outside"] == pytest.approx(gap(pairs + others), abs=1e-6)
-    assert measured.values["accuracy"] == pytest.approx(sum(r for _, r, has in pairs if has) / positives)
-    assert measured.values["outside"] == 20
+    assert measured.metrics["GAP-"] == pytest.approx(gap([pair for pair in pairs if pair[2]]), abs=1e-6)
+    assert measured.metrics["GAP"] == pytest.approx(gap(pairs), abs=1e-6)
+    assert measured.metrics["GAP_outside"] == pytest.approx(gap(pairs + others), abs=1e-6)
+    assert measured.metrics["accuracy"] == pytest.approx(sum(r for _, r, has in pairs if has) / positives)
+    assert measured.metrics["outside"] == 20
 
 
 def test_lists(collection, vectors):
     asked = task("artist", "work")
-    found = assessment.lists(vectors, None, collection, asked)
+    found = made(nearest_lists, vectors, collection, asked)
     for row, expected in zip(found, answers(vectors, collection, asked).values(), strict=True):
         assert asked.gallery[row].tolist() == expected[:10]
-    diverse = assessment.lists(vectors, None, collection, asked, diversity=0.6)
+    diverse = made(partial(nearest_lists, diversity=0.6), vectors, collection, asked)
     assert torch.equal(diverse[:, 0], found[:, 0])  # the best item stays the first
 
     def spread(ids: torch.Tensor) -> float:
@@ -160,7 +179,7 @@ def test_lists_of_codes_and_of_everything(collection):
     rows = torch.arange(4, 12)
     asked = RetrievalTask("art-artist", rows, rows, "artist", "work", True, "0" * 16)
     for diversity in (0.0, 0.3):
-        found = assessment.lists(codes, 16, collection, asked, diversity=diversity)
+        found = made(partial(nearest_lists, diversity=diversity), codes, collection, asked, 16)
         assert (found >= 0).sum(1).tolist() == [6] * 8  # not itself and not its work
         assert all(len(set(row[row >= 0].tolist())) == 6 for row in found)
 
@@ -169,12 +188,12 @@ def test_lists_without_a_query(collection):
     """By popularity the same ten but for junk; by chance ten others for each."""
     asked = task("artist", "work")
     popularity = torch.arange(len(asked.gallery)).flip(0)
-    popular = assessment.popular_lists(collection, asked, popularity)
+    popular = made(partial(popular_lists, popularity=popularity), torch.zeros(N, 1), collection, asked)
     work = collection.column("work")[asked.gallery].tolist()
     for place, row in enumerate(popular.tolist()):
         expected = [g for g in range(len(work)) if work[g] != work[place]][:10]
         assert row == expected
-    chance = assessment.random_lists(collection, asked)
+    chance = made(partial(random_lists, items=N), torch.zeros(N, 1), collection, asked)
     assert (chance >= 0).all()
     assert len({tuple(row) for row in chance.tolist()}) == len(chance)
 
@@ -190,7 +209,8 @@ def test_popular_lists_of_large_collections_are_those_of_a_sort(items):
     first = popularity.argsort(descending=True)
     query = torch.cat([first[:5], rows[:5]]).unique()
     asked = RetrievalTask("art-artist", query, rows, "artist", "work", True, "0" * 16)
-    for q, row in zip(query.tolist(), assessment.popular_lists(large, asked, popularity).tolist(), strict=True):
+    found = made(partial(popular_lists, popularity=popularity), torch.zeros(items, 1), large, asked)
+    for q, row in zip(query.tolist(), found.tolist(), strict=True):
         assert row == [g for g in first[:40].tolist() if g // 4 != q // 4][:10]
 
 

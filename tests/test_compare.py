@@ -24,10 +24,11 @@ from scipy import stats
 
 from simsearch import configs, tracking
 from simsearch.commands import compare
-from simsearch.comparison import charts, page
+from simsearch.comparison import charts, page, regressions
 from simsearch.comparison.leaderboard import check_comparable, config_differences, leaderboard
 from simsearch.comparison.report import columns, csv_text, duration, markdown_table, terminal_table
-from simsearch.comparison.runs import expand, read_all, read_wandb, short_names
+from simsearch.comparison.runs import Missing, expand, read_all, read_wandb, short_names
+from simsearch.comparison.selection import configuration, without_repeats
 from simsearch.data.collection import Collection
 from simsearch.files import read_json, write_json
 from simsearch.functional.significance import holm, mean_interval, paired_interval, paired_permutation
@@ -121,7 +122,7 @@ def read(*folders: Path):
 
 
 def board(results, baseline=0, metric="mAP", also=("P@10",)):
-    return leaderboard(results, compare.configuration, baseline=results[baseline], metric=metric, also=also)
+    return leaderboard(results, configuration, baseline=results[baseline], metric=metric, also=also)
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120])
@@ -243,16 +244,14 @@ def test_seeds_of_a_configuration_are_one_entry(tmp_path):
     assert two.paired.difference == pytest.approx((both - values(7, -0.1)).mean())
 
 
-def test_one_seed_counts_once(tmp_path, capsys):
+def test_one_seed_counts_once(tmp_path):
     start = [make_run(tmp_path / f"start{s}", values(9), seed=s) for s in (0, 1)]
     runs = [make_run(tmp_path / f"r{i}", values(i), seed=s, lr=0.5) for i, s in enumerate((0, 1, 1, 0))]
     runs += [make_run(tmp_path / f"s{s}", values(s), seed=0, lr=0.7, start=str(start[s])) for s in (0, 1)]
     results = read(*runs)
-    kept = compare.without_repeats(results, results[3])  # the baseline stays, though it came last
+    kept, repeats = without_repeats(results, results[3])  # the baseline stays, though it came last
     assert [result.name for result in kept] == ["r1", "r3", "s0", "s1"]
-    said = capsys.readouterr().out
-    assert "r0 repeats r3 with the same seed: left out" in said
-    assert "r2 repeats r1 with the same seed: left out" in said
+    assert [(result.name, known.name) for result, known in repeats] == [("r0", "r3"), ("r2", "r1")]
     assert sorted(entry.name for entry in board(kept)) == ["r1 (2 seeds)", "s0 (2 runs)"]
 
 
@@ -476,7 +475,7 @@ def test_the_page_holds_no_markup_of_others_and_needs_nothing_else(tmp_path):
     text = page.page(
         compared(
             entries,
-            missing=[compare.Missing(HOSTILE, "damaged", HOSTILE)],
+            missing=[Missing(HOSTILE, "damaged", HOSTILE)],
             classes=(HOSTILE, "bee", "cow"),
             cases={tested.name: [case(caption=HOSTILE)]},
             differences={HOSTILE: [HOSTILE, "2"]},
@@ -576,7 +575,7 @@ def test_regressions_show_what_both_runs_kept(tmp_path, toy_data, collection):
     assert [(c.before, c.after) for c in found] == [(good[i], bad[i]) for i in (8, 3)]
     worst = found[0]
     row = N - Q + 8
-    thumbnails = {encode_thumbnail(collection.images[i], compare.THUMBNAIL_SIDE): i for i in range(N)}
+    thumbnails = {encode_thumbnail(collection.images[i], regressions.THUMBNAIL_SIDE): i for i in range(N)}
     assert thumbnails[worst.query.data] == row
     assert [thumbnails[p.data] for p in worst.found_before] == near[8][:4]
     assert [p.right for p in worst.found_before] == [i % 3 == row % 3 for i in near[8][:4]]
@@ -608,9 +607,9 @@ def test_regressions_ask_the_catalog_of_a_run_that_kept_nothing(tmp_path, toy_da
     results = read(tmp_path / "a", tmp_path / "b")
     entries = board(results)
     line = next(entry for entry in entries if entry.is_baseline)
-    judge = compare.Judge.of(collection, line)
+    judge = regressions.Judge.of(collection, line)
     rows = [45, 70]
-    found = compare.neighbours(results[0], collection, judge, rows, 5)
+    found = regressions.neighbours(results[0], judge, rows, 5)
     bits = np.unpackbits(codes.numpy(), axis=1).astype(int)
     for row, near in zip(rows, found, strict=True):
         distance = np.abs(bits - bits[row]).sum(1)
@@ -620,7 +619,7 @@ def test_regressions_ask_the_catalog_of_a_run_that_kept_nothing(tmp_path, toy_da
     other = read_json(tmp_path / "a/catalog/catalog.json") | {"source": {"data": "toy", "protocol": "x"}}
     write_json(tmp_path / "a/catalog/catalog.json", other)
     with pytest.raises(ValueError, match="the catalog of a holds toy, x"):
-        compare.neighbours(results[0], collection, judge, rows, 5)
+        regressions.neighbours(results[0], judge, rows, 5)
     reasons = compare.pictures(entries, "mAP", 2, 4)[1]
     assert list(reasons.values()) == ["no pictures: the catalog of a holds toy, x"]
 

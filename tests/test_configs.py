@@ -116,6 +116,12 @@ def swept(sweep: str) -> list[str]:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=[f"{g}={o}" for g, o in OPTIONS])
 def test_option_composes_and_builds(group, option, tmp_path):
+    if group == "evaluators":  # of commands that measure a run
+        node = compose("run=r", "run_dir=d", f"evaluators={option}", name="evaluate")["evaluators"]
+        trust.check_config(node, "what simsearch evaluate measures")
+        assert node
+        assert all(callable(configs.build(one)) for one in node.values())
+        return
     overrides = [f"{group}={option}", *(NEEDS_A_NAME.get(option, []) if group not in ("model", "loss") else [])]
     if group == "experiment" and option.startswith("art-"):
         overrides += NEEDS_A_NAME["art"]

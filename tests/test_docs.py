@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -10,18 +12,17 @@ import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from conftest import SMALL, simsearch
 
 import simsearch as simsearch_package
-from simsearch import usage
+from simsearch import configs, saved_run, usage
 from simsearch.__main__ import COMMANDS
-from simsearch.functional.ranking import rank
-from simsearch.types import Descriptors
+from simsearch.search.describe import encode
 
 DATA = [argument for argument in SMALL if argument.startswith("data.")]
 ROOT = Path(__file__).parent.parent
@@ -222,21 +223,36 @@ class TestWhatPagesSayToType:
         for block in blocks:
             exec(block, names)
 
-    def test_the_metric_of_the_guide(self):
-        text = (PAGES / "guides" / "extend.md").read_text()
-        code = re.search(r"recall\.py`:\n\n```python\n(.*?)```", text, re.DOTALL)[1]
-        names: dict[str, Any] = {"__name__": "recall"}
-        exec(code, names)
-        random = torch.Generator().manual_seed(0)
-        vectors, labels = torch.randn(30, 4, generator=random), torch.randint(0, 3, (30,), generator=random)
-        query, gallery = (
-            Descriptors(vectors[part], labels[part], torch.arange(30)[part]) for part in (slice(10), slice(10, 30))
-        )
-        got = torch.cat([names["recall_at"](ranking, 5) for ranking in rank(query, gallery)])
-        for i in range(10):
-            first = (vectors[i] @ vectors[10:].T).argsort(descending=True)[:5]
-            right = labels[10:] == labels[i]
-            assert got[i] == pytest.approx(float(right[first].sum() / right.sum()))
+    def test_a_metric_as_the_guide_adds_it(self, small_run, tmp_path, monkeypatch):
+        """The two commands of the guide, and its numbers against a loop over what the run's encoder describes."""
+        folder, given = added_by_the_guide("A metric", tmp_path, monkeypatch)
+        shutil.copytree(small_run, tmp_path / "outputs" / "first")
+        evaluate, assess = given
+        simsearch(evaluate[0], *folder, *evaluate[1:], "run_dir=measured", "logger=none", cwd=tmp_path)
+        simsearch(assess[0], *folder, *assess[1:], "out=assessed", cwd=tmp_path)
+        about = json.loads((tmp_path / "measured" / "metrics.json").read_text())["test"]
+        table = pq.read_table(tmp_path / "measured" / "per_query.parquet")
+        run = saved_run.open_run(tmp_path / "outputs" / "first")
+        data = configs.build_data(run.config)
+        task, encoder = data.task("test"), saved_run.load_model(run).encoder
+        vectors = torch.cat([encode(encoder, data.collection.images[row][None]) for row in range(len(data.collection))])
+        label, expected = data.collection.column(task.attribute), []
+        for row in sorted(task.query.tolist()):
+            others = [g for g in task.gallery.tolist() if g != row or not task.exclude_self]
+            if task.junk:
+                group = data.collection.column(task.junk)
+                others = [g for g in others if group[g] != group[row] or group[g] < 0]
+            first = sorted(others, key=lambda g: -float(vectors[row] @ vectors[g]))[:10]
+            right = [g for g in others if label[g] == label[row]]
+            expected.append(sum(g in right for g in first) / len(right) if right else float("nan"))
+        assert table["recall@10"].to_pylist() == pytest.approx(expected, abs=1e-9, nan_ok=True)
+        assert about["metrics"]["recall@10"] == pytest.approx(float(torch.tensor(expected).nanmean()), abs=1e-6)
+        low, high = about["intervals"]["recall@10"]
+        assert low < about["metrics"]["recall@10"] < high
+        with (tmp_path / "assessed" / "results.csv").open() as file:
+            lines = [line for line in csv.DictReader(file) if line["metric"] == "recall@10"]
+        assert {line["protocol"] for line in lines} == {"art-artist", "art-style", "art-work"}
+        assert all(0 <= float(line["value"]) <= 1 and line["ci_low"] for line in lines)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -251,26 +267,32 @@ class TestWhatPagesSayToType:
     @pytest.mark.slow
     @pytest.mark.parametrize("what", ["loss", "data"])
     def test_a_loss_and_a_dataset_as_the_guide_adds_them(self, what, tmp_path, monkeypatch):
-        text = (PAGES / "guides" / "extend.md").read_text()
-        section = {"loss": "A loss", "data": "A dataset"}[what]
-        section = re.search(rf"^## {section}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
-        module, code = re.search(r"`simsearch/([\w/]+)\.py`:\n\n```python\n(.*?)```", section, re.DOTALL).groups()
-        option, config = re.search(r"`conf/([\w/]+)\.yaml`:\n\n```yaml\n(.*?)```", section, re.DOTALL).groups()
-        name = f"simsearch.{module.replace('/', '.')}"
-        own = types.ModuleType(name)
-        exec(compile(code, name, "exec"), own.__dict__)
-        monkeypatch.setitem(sys.modules, name, own)
-        monkeypatch.setattr(
-            importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2], own, raising=False
+        folder, ((command, *arguments),) = added_by_the_guide(
+            {"loss": "A loss", "data": "A dataset"}[what], tmp_path, monkeypatch
         )
-        (tmp_path / "conf" / option).parent.mkdir(parents=True)
-        (tmp_path / "conf" / f"{option}.yaml").write_text(config)
-        ((command, arguments),) = commands(section)
         small = [a for a in SMALL if what == "loss" or not a.startswith(("data.", "model."))]
         small = [a for a in small if what == "data" or not a.startswith("model.")]
-        arguments = ["--config-dir", str(tmp_path / "conf"), *arguments, *small]
+        arguments = [*folder, *arguments, *small]
         done = simsearch(command, *arguments, "run_dir=run", "logger.mode=disabled", cwd=tmp_path)
         assert "run directory" in done.stdout
+
+
+def added_by_the_guide(heading: str, folder: Path, monkeypatch) -> tuple[list[str], list[list[str]]]:
+    """Lays out in a folder what a section of the guide adds: the arguments that find it, and the commands."""
+    text = (PAGES / "guides" / "extend.md").read_text()
+    section = re.search(rf"^## {heading}\n(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1]
+    module, code = re.search(r"`simsearch/([\w/]+)\.py`:\n\n```python\n(.*?)```", section, re.DOTALL).groups()
+    option, config = re.search(r"`conf/([\w/]+)\.yaml`:\n\n```yaml\n(.*?)```", section, re.DOTALL).groups()
+    name = f"simsearch.{module.replace('/', '.')}"
+    own = types.ModuleType(name)
+    exec(compile(code, name, "exec"), own.__dict__)
+    monkeypatch.setitem(sys.modules, name, own)
+    room, _, last = name.rpartition(".")
+    monkeypatch.setattr(importlib.import_module(room), last, own, raising=False)
+    (folder / "conf" / option).parent.mkdir(parents=True)
+    (folder / "conf" / f"{option}.yaml").write_text(config)
+    found = [[*command.split(), *arguments] for command, arguments in commands(section)]
+    return ["--config-dir", str(folder / "conf")], found
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:

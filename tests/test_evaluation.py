@@ -20,7 +20,6 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from simsearch.callbacks import evaluation as module
 from simsearch.callbacks.evaluation import RetrievalEvaluation, write_results
 from simsearch.callbacks.neighbours import NeighbourFigure, choose_examples
 from simsearch.data.collection import Collection
@@ -371,7 +370,7 @@ class TestCallback:
         assert [len(i) for i in indexes] == [len(data.task("validate").gallery)] * 3
 
     def test_sanity_checking_is_skipped(self, data, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
+        monkeypatch.setattr("simsearch.evaluation.evaluate.evaluate", lambda *_, **__: pytest.fail("evaluated"))
         callback = RetrievalEvaluation(FaissIndex("Flat"), ks=KS)
         worker = trainer(tmp_path, callback, epochs=0, sanity=1)
         worker.fit(Projection(), data)
@@ -422,7 +421,7 @@ class TestCallback:
             Path(path).write_bytes(b"half")
             raise OSError("no space left")
 
-        monkeypatch.setattr(module.pq, "write_table", full)
+        monkeypatch.setattr("simsearch.evaluation.record.pq.write_table", full)
         result = copy.copy(callback.results["test"])
         with pytest.raises(OSError, match="no space"):
             write_results(tmp_path, "test", data.task("test"), result, {})

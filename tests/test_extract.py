@@ -23,17 +23,18 @@ from PIL import Image
 from torch import nn
 
 from simsearch import configs, saved_run
-from simsearch.commands import extract as module
-from simsearch.commands.extract import Work, place, rank_main
+from simsearch.commands.extract import place, rank_main
 from simsearch.data.loading import load_batches, load_chunks
 from simsearch.data.manifest import ImageFiles, Manifest, read_manifest
 from simsearch.images import ImageError, read_image
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search import catalog
+from simsearch.search import extract as module
 from simsearch.search import leases as claims
 from simsearch.search.catalog import fill_index, read_catalog, regroup
 from simsearch.search.describe import encode
 from simsearch.search.engine import Engine
+from simsearch.search.extract import Work
 from simsearch.search.leases import Claims, claimed
 from simsearch.search.shards import ShardError, Shards, open_shards
 

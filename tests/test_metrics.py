@@ -146,7 +146,7 @@ def test_errors():
         with pytest.raises(ValueError, match="ks must be ranks from 1"):
             RetrievalMetrics(ks)
     metric = RetrievalMetrics(KS, bits=16)
-    with pytest.raises(ValueError, match="part must be query or gallery, got 'train'"):
+    with pytest.raises(ValueError, match="role must be query or gallery, got 'train'"):
         metric.update("train", vectors, label, index)
     with pytest.raises(ValueError, match="codes of 16 bits need embeddings as wide, got 12"):
         metric.update("query", vectors, label, index)

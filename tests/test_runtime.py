@@ -331,13 +331,13 @@ def test_results_table_has_a_row_for_what_was_asked_for(monkeypatch):
         assert max(map(len, lines)) <= width
         return "\n".join(lines)
 
-    plain, index = shown(120), shown(120, parts=("rerank", "index"))
+    plain, index = shown(120), shown(120, also=("rerank", "index"))
     assert "re-ranked" in plain
     assert "0.5100-0.6900" in plain
     assert "by the index" not in plain
     for part in ("by the index", "0.4000", "0.3000-0.5000", "87.4% of the ten nearest"):
         assert part in index
-    narrow = shown(80, parts=("rerank", "index"))
+    narrow = shown(80, also=("rerank", "index"))
     for number in ("0.5000", "0.4000-", "0.6000", "0.5100-", "0.6900", "64", "0.10"):
         assert number in narrow
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
 
-from simsearch.evaluation.evaluate import Evaluation, check_kind, check_rerank, evaluate
-from simsearch.files import digests, read_json, replacing, write_json
+from simsearch.evaluation.evaluate import Evaluation, Search, check_kind, check_rerank
+from simsearch.evaluation.evaluator import Evaluator
+from simsearch.evaluation.record import plain_metrics, write_record
+from simsearch.files import read_json
 from simsearch.functional.reranking import Reranker
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.metrics.retrieval import RetrievalMetrics
@@ -40,6 +38,7 @@ class RetrievalEvaluation(pl.Callback):
         seed: Seed of the choice of queries for the recall of the index.
         rerank: Also measure after this re-ranking, at test and in a validation on its own. The epochs of a training
             leave it out, since it would slow them down. None for no re-ranking.
+        evaluators: Further measures, by any names. Their numbers join those of the index and the full ranking.
 
     Raises:
         ValueError: If `ks` is not a list of ranks from 1.
@@ -51,10 +50,12 @@ class RetrievalEvaluation(pl.Callback):
         ks: Sequence[int] = (1, 10, 100),
         seed: int = 0,
         rerank: Reranker | None = None,
+        evaluators: Mapping[str, Evaluator] | None = None,
     ) -> None:
         if isinstance(ks, int) or not list(ks) or min(ks) < 1:
             raise ValueError(f"ks must be a list of ranks from 1, such as [1, 10], got {ks}")
         self.index, self.ks, self.seed, self.rerank = index, tuple(ks), seed, rerank
+        self.evaluators = dict(evaluators or {})
         self.results: dict[str, Evaluation] = {}
         self._metrics: RetrievalMetrics | None = None
 
@@ -69,7 +70,7 @@ class RetrievalEvaluation(pl.Callback):
         task: RetrievalTask = trainer.datamodule.task(stage)  # type: ignore[attr-defined]
         self._metrics = RetrievalMetrics(self.ks, getattr(module, "bits", None), task.exclude_self).to(module.device)
 
-    def _collect(self, trainer: pl.Trainer, outputs: Any, batch: Any, part: int, stage: str) -> None:
+    def _collect(self, trainer: pl.Trainer, outputs: Any, batch: Any, loader: int, stage: str) -> None:
         if self._metrics is None:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -77,7 +78,7 @@ class RetrievalEvaluation(pl.Callback):
         rows = batch["index"]
         label = data.collection.column(task.attribute)[rows.cpu()].to(rows.device)
         group = data.collection.column(task.junk)[rows.cpu()].to(rows.device) if task.junk else None
-        self._metrics.update("query" if part == 0 else "gallery", outputs, label, rows, group)
+        self._metrics.update("query" if loader == 0 else "gallery", outputs, label, rows, group)
 
     def _finish(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if self._metrics is None:
@@ -87,24 +88,17 @@ class RetrievalEvaluation(pl.Callback):
         query, gallery = self._metrics.sharded("query"), self._metrics.sharded("gallery")
         health = {f"code/{name}": value for name, value in self._metrics.code_statistics(gallery.ranks).items()}
         self._metrics = None
-        for part, got, expected in (("query", query, task.query), ("gallery", gallery, task.gallery)):
+        for role, got, expected in (("query", query, task.query), ("gallery", gallery, task.gallery)):
             if not torch.equal(got.index, expected.sort().values):
                 raise RuntimeError(
-                    f"{len(got)} {part} items were collected, the protocol {task.name} has {len(expected)}: "
+                    f"{len(got)} {role} items were collected, the protocol {task.name} has {len(expected)}: "
                     "a loader left out or added some"
                 )
-        result = evaluate(
-            query,
-            gallery,
-            copy.deepcopy(self.index),
-            ks=self.ks,
-            exclude_self=task.exclude_self,
-            index_order=task.index_order,
-            units=None if task.units is None else task.units[query.index],
-            rerank=None if trainer.state.fn == TrainerFn.FITTING else self.rerank,
-            seed=self.seed,
-        )
+        rerank = None if trainer.state.fn == TrainerFn.FITTING else self.rerank
+        result = Search(self.index, self.ks, rerank, self.seed)(query, gallery, task)
         result.metrics.update(health)
+        for name, evaluator in self.evaluators.items():
+            result.add(evaluator(query, gallery, task), name)
         self.results[stage] = result
         prefix = "val" if stage == "validate" else stage
         # Every rank has the values of all queries: nothing to reduce.
@@ -166,7 +160,7 @@ def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluat
         result: The results of the evaluation.
         model: Plain facts about the model and the source of its weights.
     """
-    units = result.query.index if task.units is None else task.units[result.query.index]
+    units = result.units
     path = folder / "metrics.json"
     stages = read_json(path) if path.is_file() else {}
     about: dict[str, Any] = {
@@ -178,18 +172,14 @@ def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluat
         "unit": task.unit,
         "units": len(units.unique()),
         "model": dict(model),
-        "metrics": {name: None if math.isnan(value) else value for name, value in result.metrics.items()},
+        "metrics": plain_metrics(result.metrics),
         "intervals": result.intervals,
     }
+    columns: dict[str, Any] | None = None
     if stage == "test":
         columns = {"index": result.query.index.numpy(), "label": result.query.label.numpy(), "unit": units.numpy()}
         columns |= {name: value.numpy() for name, value in result.per_query.items()}
         ids = result.found.ids[:, :_KEPT]
         rows = result.gallery.index[ids.clamp(min=0)].masked_fill(ids < 0, -1).int()
         columns["found"] = pa.FixedSizeListArray.from_arrays(pa.array(rows.flatten().numpy()), rows.shape[1])
-        meta = {"protocol": task.name, "fingerprint": task.fingerprint, "unit": task.unit}
-        meta["model"] = json.dumps(dict(model))
-        with replacing(folder / "per_query.parquet") as temporary:
-            pq.write_table(pa.table(columns).replace_schema_metadata(meta), temporary)
-        about["sha256"] = digests(folder, ["per_query.parquet"])
-    write_json(path, {**stages, stage: about})
+    write_record(folder, {**stages, stage: about}, columns)

@@ -137,7 +137,7 @@ class TripletMining(pl.Callback):
         share = -(-len(rows) // world)
         own = rows[rank * share : (rank + 1) * share]
         own = torch.cat([own, rows[: share - len(own)]])  # equal shares for the gather
-        modes = [(part, part.training) for part in module.modules()]
+        modes = [(child, child.training) for child in module.modules()]
         module.eval()
         parts = []
         with torch.no_grad(), tqdm(total=len(own), desc="mining pool", unit="img", leave=False) as bar:
@@ -145,8 +145,8 @@ class TripletMining(pl.Callback):
                 batch = {"image": images[some].to(module.device), "index": some}
                 parts.append(module(batch).float())
                 bar.update(len(some))
-        for part, training in modes:
-            part.training = training
+        for child, training in modes:
+            child.training = training
         vectors = torch.cat(parts)
         if world > 1:
             vectors = module.all_gather(vectors).flatten(0, 1)  # type: ignore[union-attr]

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
-from tqdm import tqdm
 
 from simsearch import configs, program, terminal
-from simsearch.cache import ArrayCache
 from simsearch.commands.index import report_errors
-from simsearch.data.manifest import Manifest, load_images, read_manifest
-from simsearch.data.presence import Presence
+from simsearch.data.manifest import Manifest
 from simsearch.files import replacing, write_csv
 from simsearch.functional.open_set import least_scores
-from simsearch.images import MAX_BYTES
-from simsearch.models.encoder import device
 from simsearch.search.calibration import (
-    Likeness,
     Threshold,
     calibrate,
     curve,
@@ -36,12 +27,9 @@ from simsearch.search.calibration import (
     promised,
     wilson,
 )
-from simsearch.search.catalog import Catalog, read_catalog, write_calibration
-from simsearch.search.describe import batches_of
-from simsearch.search.describe import describe as images_described
+from simsearch.search.calibration_sample import Describer, exact_vectors, outside_likeness, outside_sample, work_names
+from simsearch.search.catalog import read_catalog, write_calibration
 from simsearch.search.engine import Engine
-
-_BLOCK = 256  # queries that are searched together
 
 
 @program.command("calibrate")
@@ -56,13 +44,20 @@ def main(config: DictConfig) -> None:
     engine = Engine(catalog)
     positions = image_a_work(engine, config.sample, config.seed)
     first = halves(work_names(engine, positions))
-    outside = read_outside(config) if config.outside else None
+    outside = outside_sample(Path(config.outside), config.sample, config.seed) if config.outside else None
     announce(config, engine, first, outside)
-    describe = Describer(config, catalog)
+    describer = Describer(
+        catalog,
+        cache=config.cache,
+        device=config.device,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        report=lambda errors: report_errors(errors, {}),
+    )
     neighbours = neighbours_of(len(catalog))
     vectors = None
     if not catalog.index.keeps_vectors:
-        positions, vectors = exact_vectors(config, catalog, positions, describe)
+        positions, vectors = exact_vectors(catalog, config.images, positions, describer)
         first = halves(work_names(engine, positions))
     own, match = leave_work_out(engine, positions, neighbours, vectors)
     alone = match.isnan()
@@ -73,7 +68,7 @@ def main(config: DictConfig) -> None:
         curves["same_work"] = curve(match[~alone & ~first], own.sameness[~first])
     floor = None
     if outside is not None:
-        unrelated, names = outside_likeness(engine, outside, neighbours, describe)
+        unrelated, names = outside_likeness(engine, outside, neighbours, describer)
         of_outside, at_home, away = halves(names), own.similarity, unrelated.similarity
         floor = max(0.0, float(unrelated.top.median()))  # half of them exceed it
         thresholds["similar"] = calibrate(at_home, away, first, of_outside, config.rate, config.certainty, paired=False)
@@ -150,158 +145,6 @@ def say(what: str) -> None:
         what: The text.
     """
     print(f"note: {what}", file=sys.stderr, flush=True)
-
-
-def chosen(count: int, at_most: int, seed: int) -> Tensor:
-    """A random subset of at most `at_most` positions from range(count), ascending, int64 (n,).
-
-    Args:
-        count: Number of positions.
-        at_most: Largest size of the subset.
-        seed: Seed of the random choice.
-    """
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:at_most].sort().values
-
-
-def work_names(engine: Engine, positions: Tensor) -> list[str]:
-    """A name for the work of each item: the work's own name, else the item's path.
-
-    Args:
-        engine: The engine of the catalog.
-        positions: Positions of the items.
-    """
-    items = engine.catalog.items
-    paths = items["path"].take(positions.numpy()).to_pylist()
-    if engine.work_attribute is None:
-        return paths
-    works = items[engine.work_attribute].cast("string").take(positions.numpy()).to_pylist()
-    return [work or path for work, path in zip(works, paths, strict=True)]
-
-
-def read_outside(config: DictConfig) -> Manifest:
-    """A random choice of the unrelated images, without duplicates by content.
-
-    Args:
-        config: The command's config.
-    """
-    manifest = read_manifest(Path(config.outside))
-    once: dict[str, str] = {}
-    for row in chosen(len(manifest), config.sample, config.seed).tolist():
-        once.setdefault(content_digest(manifest.root / manifest.paths[row]), manifest.paths[row])
-    return Manifest(manifest.root, tuple(once.values()))
-
-
-class Describer:
-    """Describes files with a catalog's encoder, which is built when it is needed. An interrupted run can be continued.
-
-    Args:
-        config: The command's config.
-        catalog: The catalog.
-    """
-
-    def __init__(self, config: DictConfig, catalog: Catalog) -> None:
-        self.config, self.catalog = config, catalog
-
-    def __call__(self, manifest: Manifest) -> tuple[list[int], Tensor]:
-        """Rows of the files that can be read, ascending, and their descriptors (n, width) in the form of queries."""
-        digests = [content_digest(manifest.root / path) for path in manifest.paths]
-        catalog, index = self.catalog, self.catalog.index
-        kind, width = ("uint8", (index.bits or 0) // 8) if index.is_binary else ("float32", int(index.dimension or 0))
-        size = width * np.dtype(kind).itemsize
-        # A row: a descriptor's bytes, and whether there is one.
-        stored = ArrayCache(self.config.cache).get(
-            {"encoder": catalog.about["encoder_fingerprint"], "files": digests},
-            (len(manifest), size + 1),
-            "uint8",
-            lambda rows, start: self._fill(manifest, rows, start),
-        )
-        readable = np.flatnonzero(stored[:, size])
-        missing = [manifest.paths[row] for row in np.flatnonzero(stored[:, size] == 0)]
-        if missing:  # again, for the errors of these files
-            part = Manifest(manifest.root, tuple(missing))
-            report_errors([error for *_, errors in load_images(part, size=32) for error in errors], {})
-        vectors = np.ascontiguousarray(stored[readable, :size]).view(kind)
-        return readable.tolist(), torch.from_numpy(vectors)
-
-    def _fill(self, manifest: Manifest, rows: np.ndarray, start: int) -> Iterator[int]:
-        encoder = self.catalog.encoder.to(device(self.config.device))
-        presence = Presence(manifest.root, manifest.paths)
-        step = 8 * self.config.batch_size
-        with tqdm(total=len(rows), initial=start, unit="img", desc="describe") as bar:
-            for begin in range(start, len(rows), step):
-                part = Manifest(manifest.root, manifest.paths[begin : begin + step])
-                batches = batches_of(encoder, part, batch_size=self.config.batch_size, workers=self.config.workers)
-                found = images_described(encoder, batches, presence=presence, advance=bar.update)
-                if len(found):
-                    data = found.vectors.contiguous().numpy().view(np.uint8)
-                    at = begin + found.rows.numpy()
-                    rows[at, :-1], rows[at, -1] = data, 1
-                yield begin + len(part)
-
-
-@functools.cache
-def content_digest(path: Path) -> str:
-    """32 hex digits of an image file's content. The path if it is not a file or too large for an image.
-
-    Args:
-        path: The file.
-    """
-    try:
-        if path.is_file() and path.stat().st_size <= MAX_BYTES:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    except OSError:
-        pass
-    return f"unreadable {path}"
-
-
-def exact_vectors(
-    config: DictConfig, catalog: Catalog, positions: Tensor, describe: Describer
-) -> tuple[Tensor, Tensor]:
-    """Positions of the items whose files can be read, and their descriptors in the form of queries, not as stored.
-
-    Args:
-        config: The command's config.
-        catalog: The catalog.
-        positions: int64 (n,), positions of the items.
-        describe: Describes files.
-
-    Raises:
-        ValueError: If the index stores vectors only approximately and no images are given, or if no item is among them.
-    """
-    if not config.images:
-        raise ValueError(
-            f"the index {catalog.index.factory} stores vectors only approximately, unlike those of queries: give "
-            "images=<what the catalog was made of>, so that the sampled works are described like queries"
-        )
-    paths = catalog.items["path"].take(positions.numpy()).to_pylist()
-    rows, vectors = describe(Manifest(read_manifest(Path(config.images)).root, tuple(paths)))
-    if not rows:
-        raise ValueError(f"no item of the catalog {catalog.folder} is in {config.images}: give what it was made of")
-    return positions[rows], vectors
-
-
-def outside_likeness(
-    engine: Engine, manifest: Manifest, neighbours: int, describe: Describer
-) -> tuple[Likeness, list[str]]:
-    """The likeness of unrelated images and the catalog, and the paths of these images.
-
-    Args:
-        engine: The engine of the catalog.
-        manifest: The unrelated images.
-        neighbours: Number of neighbours that a background averages over.
-        describe: Describes files.
-
-    Raises:
-        ValueError: If no image can be read.
-    """
-    rows, vectors = describe(manifest)
-    if not rows:
-        raise ValueError(f"no image of {manifest.root} could be read")
-    nothing = torch.empty(0)
-    blocks = engine.as_queries(vectors).split(_BLOCK)
-    tops, backgrounds = zip(*(engine.stand_out(block, neighbours, nothing) for block in blocks), strict=True)
-    return Likeness(torch.cat(tops), torch.cat(backgrounds)), [manifest.paths[row] for row in rows]
 
 
 def write_curves(path: Path, curves: Mapping[str, np.ndarray]) -> None:

@@ -37,6 +37,8 @@ def main(config: DictConfig) -> None:
     }
     merged["logger"] = values.get("logger")
     evaluation = merged["callbacks"]["evaluation"] | {"index": merged["index"], "rerank": merged.get("rerank")}
+    if further := {**(evaluation.get("evaluators") or {}), **(values.get("evaluators") or {})}:
+        evaluation["evaluators"] = further
     merged["callbacks"] = {"evaluation": evaluation}
     merged["trainer"] |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # whatever the run trained with
     if config.without and config.stage == "validate":
@@ -89,7 +91,7 @@ def measure(
     run_stage = trainer.test if stage == "test" else trainer.validate
     run_stage(model, data, verbose=False)
     asked = ("rerank", "index") if by_index else ("rerank",)
-    terminal.show(results.results_table(read_json(folder / "metrics.json"), parts=asked))
+    terminal.show(results.results_table(read_json(folder / "metrics.json"), also=asked))
     print(f"results: {folder / 'metrics.json'}")
 
 

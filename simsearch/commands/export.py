@@ -13,7 +13,6 @@ from rich.table import Table
 from torch import Tensor
 
 from simsearch import __version__, configs, program, terminal
-from simsearch.commands.calibrate import chosen
 from simsearch.commands.index import report_errors
 from simsearch.data.manifest import Manifest, read_manifest
 from simsearch.files import is_temporary, replacing_folder, restore, write_json
@@ -22,6 +21,7 @@ from simsearch.functional.resize import resize_to_fit
 from simsearch.images import decode_thumbnail
 from simsearch.models.backbones import Backbone
 from simsearch.models.exported import ABOUT, ExportedEncoder, write_exported
+from simsearch.search.calibration_sample import chosen
 from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.describe import batches_of, encode
 from simsearch.serving.backend_choice import seconds

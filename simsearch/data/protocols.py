@@ -487,6 +487,26 @@ def drop_rows(task: RetrievalTask, rows: Tensor, suffix: str) -> RetrievalTask:
 
 
 @dataclass(frozen=True)
+class Everything:
+    """A protocol for a whole collection that is only described. Nothing is used for training.
+
+    Attributes:
+        name: Name of the protocol.
+    """
+
+    name: str = "everything"
+
+    def split(self, collection: Collection) -> Split:
+        """The split of a collection, without a training part.
+
+        Args:
+            collection: The collection.
+        """
+        rows, attribute = torch.arange(len(collection)), collection.attributes[0]
+        return Split(rows[:0], None, RetrievalTask(self.name, rows, rows, attribute, None, True, ""))
+
+
+@dataclass(frozen=True)
 class WithoutRows:
     """Another protocol whose test lacks some rows, such as queries with near-duplicates in the gallery.
 

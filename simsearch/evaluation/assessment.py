@@ -1,188 +1,238 @@
-"""Measures of the descriptors of an art collection: by attribute, with grades, as an open set, as a recommender."""
+"""The assessment of an art collection: several runs, measured by all evaluators under all tasks, and compared."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simsearch.data.collection import Collection
-from simsearch.functional.codes import pack_codes
-from simsearch.functional.diversity import mmr
-from simsearch.functional.ndcg import COLUMNS, count_levels, graded_relevance, ndcg_graded
-from simsearch.functional.open_set import global_average_precision
-from simsearch.functional.ranking import find_junk, mean_name, measure_ranking
-from simsearch.functional.recommendation import (
-    coverage,
-    exposure,
-    gini,
-    intra_list_diversity,
-    long_tail_share,
-    novelty,
-)
-from simsearch.functional.reranking import csls_gallery, nearest, unit_vectors
-from simsearch.functional.significance import mean_interval
-from simsearch.types import Descriptors, RetrievalTask
+from simsearch.evaluation.evaluator import Evaluator, Measured, sides
+from simsearch.evaluation.ndcg import GradedNDCG, column_or_unknown
+from simsearch.evaluation.open_set import OpenSet
+from simsearch.evaluation.ranking import FullRanking
+from simsearch.evaluation.recommendation import Recommend, Recommendations, nearest_lists, popular_lists, random_lists
+from simsearch.figures import Tile, save_grid
+from simsearch.functional.significance import holm, paired_interval, paired_permutation
+from simsearch.types import RetrievalTask
 
-K = 10
-SHORTLIST = 100
+_EXAMPLES = 5  # queries of a gallery that gain, and as many that lose
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Some metrics under one protocol.
+class Assessed:
+    """One run, and its descriptors of a whole collection.
 
     Attributes:
-        protocol: The name of the task.
-        fingerprint: The fingerprint of the task. Numbers of different fingerprints cannot be compared.
-        values: Name -> mean over queries.
-        index: int64 (Q,), collection rows of the queries.
-        unit: The name of the sampling unit, such as artist.
-        units: int64 (Q,), the unit of each query.
-        intervals: Name -> (low, high), 95% over sampling units, for the metrics that have an interval.
-        per_query: Name -> float64 (Q,), NaN where a query has no value.
+        name: Name of the run.
+        vectors: Descriptors float32 (N, D), or real-valued codes, of all images.
+        bits: Number of bits of a code, or None.
+        outside: Descriptors of images from elsewhere, or None.
+        seconds: Duration of describing, in seconds.
     """
 
-    protocol: str
-    fingerprint: str
-    values: dict[str, float]
-    index: Tensor
-    unit: str
-    units: Tensor
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    per_query: dict[str, Tensor] = field(default_factory=dict)
+    name: str
+    vectors: Tensor
+    bits: int | None
+    outside: Tensor | None
+    seconds: float
+
+    @property
+    def bytes_per_item(self) -> int:
+        """The size of a descriptor in bytes."""
+        return 4 * self.vectors.shape[1] if self.bits is None else -(-self.bits // 8)
 
 
-def part_descriptors(
-    vectors: Tensor, bits: int | None, task: RetrievalTask, rows: Tensor, of: Collection
-) -> Descriptors:
-    """The descriptors of some collection rows under a task.
+@dataclass(frozen=True)
+class Finding:
+    """What one evaluator measured of one run under one task.
 
-    Args:
-        vectors: float32 (N, D), or real-valued codes (N, bits), of the whole collection.
-        bits: Width of the codes, None for float vectors.
-        task: The task, which says which attributes are labels and junk groups.
-        rows: int64 (n,), collection rows.
-        of: The collection.
-    """
-    group = None if task.junk is None else of.column(task.junk)[rows]
-    kept = vectors[rows] if bits is None else pack_codes(vectors[rows])
-    return Descriptors(kept, of.column(task.attribute)[rows], rows, bits=bits, group=group)
-
-
-def measure_task(vectors: Tensor, bits: int | None, collection: Collection, task: RetrievalTask) -> Measured:
-    """The mAP, P@k, R@k and the other metrics of full rankings under a task.
-
-    Args:
-        vectors: float32 (N, D), or real-valued codes (N, bits), of the whole collection.
-        bits: Width of the codes, None for float vectors.
-        collection: The collection.
+    Attributes:
         task: The task.
+        measured: The numbers.
     """
-    query, gallery = (part_descriptors(vectors, bits, task, rows, collection) for rows in (task.query, task.gallery))
-    per_query = measure_ranking(query, gallery, ks=(1, K, 100), exclude_self=task.exclude_self)
-    del per_query["relevant"]
-    return _measured(task, {mean_name(name): values for name, values in per_query.items()})
+
+    task: RetrievalTask
+    measured: Measured
 
 
-def measure_graded(vectors: Tensor, bits: int | None, collection: Collection, task: RetrievalTask) -> Measured:
-    """The NDCG@10 with grades on the task's gallery: 3 same work, 2 same artist, 1 same style and period, 0 otherwise.
-
-    Args:
-        vectors: float32 (N, D), or real-valued codes (N, bits), of the whole collection.
-        bits: Width of the codes, None for float vectors.
-        collection: The collection.
-        task: The task. Its junk counts as any other item here.
-    """
-    columns = torch.stack([_known(collection, name) for name in COLUMNS], dim=1)
-    ids = lists(vectors, bits, collection, replace(task, junk=None))
-    level = graded_relevance(columns[task.query][:, None], columns[task.gallery][ids.clamp(min=0)]).masked_fill(
-        ids < 0, 0
-    )
-    counts = count_levels(columns[task.query], columns[task.gallery], exclude_self=task.exclude_self)
-    return _measured(task, {f"NDCG@{K}_graded": ndcg_graded(level, counts)})
-
-
-def measure_open_set(
-    vectors: Tensor, bits: int | None, collection: Collection, task: RetrievalTask, outside: Tensor | None = None
-) -> Measured:
-    """The GAP, the GAP- and the accuracy of the nearest item, as in the Met benchmark.
-
-    They are measured on the gallery of an instance task.
-
-    All gallery images are queries, each without itself. An image is a distractor where its work has no other image.
-    GAP- leaves the distractors out.
-
-    Args:
-        vectors: float32 (N, D), or real-valued codes (N, bits), of the whole collection.
-        bits: Width of the codes, None for float vectors.
-        collection: The collection.
-        task: The task.
-        outside: Floating point (M, D), descriptors of images from elsewhere, which are distractors too, or None.
-    """
-    label = collection.column(task.attribute)[task.gallery]
-    whole = replace(task, query=task.gallery, junk=None)
-    gallery = part_descriptors(vectors, bits, whole, task.gallery, collection)
-    junk = find_junk(gallery, gallery, exclude_self=True)
-    unit = unit_vectors(gallery.vectors, bits)
-    found = nearest(unit, unit, 1, junk)
-    correct = label[found.ids[:, 0]] == label
-    sizes = label.unique(return_inverse=True, return_counts=True)
-    has_match = sizes[2][sizes[1]] > 1
-    confidence, right, positives = found.scores[:, 0], correct & has_match, int(has_match.sum())
-    values = {
-        "GAP-": global_average_precision(confidence[has_match], right[has_match], positives),
-        "GAP": global_average_precision(confidence, right, positives),
-        "accuracy": float(right[has_match].double().mean()),
-    }
-    if outside is not None:
-        other = nearest(unit_vectors(outside if bits is None else pack_codes(outside), bits), unit, 1)
-        everything = torch.cat([confidence, other.scores[:, 0]])
-        none = torch.zeros(len(other.ids), dtype=torch.bool)
-        values["GAP_outside"] = global_average_precision(everything, torch.cat([right, none]), positives)
-        values["outside"] = float(len(none))
-    return Measured(task.name, task.fingerprint, values, task.gallery, whole.unit, whole.query_units)
-
-
-def lists(
-    vectors: Tensor,
-    bits: int | None,
+def measure(
+    run: Assessed,
     collection: Collection,
-    task: RetrievalTask,
-    *,
-    diversity: float = 0.0,
-    hubness: bool = False,
-) -> Tensor:
-    """The gallery positions of each query's 10 recommendations, int64 (Q, 10), without junk and the query itself.
+    tasks: Mapping[str, RetrievalTask],
+    further: Iterable[Evaluator] = (),
+) -> list[Finding]:
+    """All findings of a run, except its recommendations.
 
     Args:
-        vectors: float32 (N, D), or real-valued codes (N, bits), of the whole collection.
-        bits: Width of the codes, None for float vectors.
+        run: The run.
+        collection: The collection.
+        tasks: The test tasks by name: `artist` is also measured with grades, `work` as an open set.
+        further: Evaluators that measure each task too.
+    """
+    planned: list[tuple[Evaluator, RetrievalTask]] = [(FullRanking(), task) for task in tasks.values()]
+    if "artist" in tasks:
+        planned.append((GradedNDCG(collection), tasks["artist"]))
+    if "work" in tasks:
+        planned.append((OpenSet(run.outside), tasks["work"]))
+    planned += [(evaluator, task) for evaluator in further for task in tasks.values()]
+    return [Finding(task, run_evaluator(evaluator, run, collection, task)) for evaluator, task in planned]
+
+
+def run_evaluator(evaluator: Evaluator, run: Assessed, collection: Collection, task: RetrievalTask) -> Measured:
+    """What an evaluator measures of a run under a task.
+
+    Args:
+        evaluator: The evaluator.
+        run: The run.
         collection: The collection.
         task: The task.
-        diversity: 1 - lambda of MMR over the 100 nearest items, in [0, 1]. 0 leaves MMR out.
-        hubness: Correct for hubs by CSLS.
-
-    Returns:
-        Positions in the task's gallery, -1 where a list is shorter.
     """
-    query, gallery = (part_descriptors(vectors, bits, task, rows, collection) for rows in (task.query, task.gallery))
-    junk = find_junk(query, gallery, exclude_self=task.exclude_self)
-    asked, searched = unit_vectors(query.vectors, bits), unit_vectors(gallery.vectors, bits)
-    if hubness:
-        asked, searched = F.pad(asked, (0, 1), value=1.0), csls_gallery(searched, K)
-    if not diversity:
-        return nearest(asked, searched, K, junk).ids
-    found = nearest(asked, searched, SHORTLIST, junk)
-    chosen = torch.full((len(found.ids), K), -1, dtype=torch.int64)
-    for row, (ids, scores) in enumerate(zip(found.ids, found.scores, strict=True)):
-        ids, scores = ids[ids >= 0], scores[ids >= 0]
-        order = mmr(scores, searched[ids], K, 1 - diversity)
-        chosen[row, : len(order)] = ids[order]
-    return chosen
+    return evaluator(*sides(run.vectors, run.bits, collection, task), task)
+
+
+def recommend(runs: Sequence[Assessed], collection: Collection, task: RetrievalTask) -> dict[str, Finding]:
+    """Measures lists of ten recommendations, by recommender.
+
+    The recommenders are each run, the last run with diversity or hubness correction, and random and popular choices.
+
+    Args:
+        runs: The runs.
+        collection: The collection.
+        task: The task whose queries are used.
+    """
+    popularity = artist_popularity(collection, task)
+    last = runs[-1]
+    made: dict[str, tuple[Assessed, Recommend]] = {run.name: (run, nearest_lists) for run in runs}
+    for diversity in (0.3, 0.6):
+        made[f"{last.name} diversity={diversity}"] = last, partial(nearest_lists, diversity=diversity)
+    made[f"{last.name} hubness"] = last, partial(nearest_lists, hubness=True)
+    made["random"] = last, partial(random_lists, items=len(collection))
+    made["popular"] = last, partial(popular_lists, popularity=popularity)
+    found = {}
+    for name, (run, way) in made.items():
+        evaluator = Recommendations(way, space=runs[0].vectors, popularity=popularity)
+        found[name] = Finding(task, run_evaluator(evaluator, run, collection, task))
+    return found
+
+
+def artist_popularity(collection: Collection, task: RetrievalTask) -> Tensor:
+    """The number of gallery images by the artist of each gallery image, int64 (G,); 1 where the artist is unknown.
+
+    Args:
+        collection: The collection.
+        task: The task.
+    """
+    artist = column_or_unknown(collection, "artist")[task.gallery]
+    names, place, counts = artist.unique(return_inverse=True, return_counts=True)
+    return torch.where(names[place] < 0, 1, counts[place])
+
+
+def compare(found: Mapping[str, Sequence[Finding]]) -> list[dict[str, Any]]:
+    """Paired AP differences to the first run, by protocol. p-values are from sign flips of units, adjusted by Holm.
+
+    Args:
+        found: The findings of each run, by its name.
+    """
+    (baseline, of_baseline), *others = found.items()
+    lines = []
+    for name, of_run in others:
+        for ours, base in zip(of_run, of_baseline, strict=True):
+            if "AP" not in ours.measured.per_query:
+                continue
+            a, b = ours.measured.per_query["AP"], base.measured.per_query["AP"]
+            task, units = ours.task, ours.measured.units
+            difference, low, high = paired_interval(a, b, units)
+            facts: dict[str, Any] = {"row": name, "baseline": baseline, "protocol": task.name}
+            facts |= {"fingerprint": task.fingerprint, "difference": difference, "low": low, "high": high}
+            both = ~(a - b).isnan()
+            facts |= {"p": paired_permutation(a, b, units), "queries": int(both.sum())}
+            lines.append(facts | {"unit": task.unit, "units": len(units[both].unique())})
+    adjusted = holm(torch.tensor([line["p"] for line in lines])).tolist() if lines else []
+    return [line | {"p_holm": p} for line, p in zip(lines, adjusted, strict=True)]
+
+
+def result_lines(
+    runs: Sequence[Assessed],
+    found: Mapping[str, Sequence[Finding]],
+    recommended: Mapping[str, Finding],
+    seed: int,
+) -> list[list[Any]]:
+    """One measured value per line, in the columns of a study's results.csv.
+
+    Args:
+        runs: The runs.
+        found: The findings of each run, by its name.
+        recommended: The findings of the recommendations.
+        seed: The seed.
+    """
+    lines: list[list[Any]] = []
+
+    def add(name: str, finding: Finding, prefix: str, size: int | str, seconds: float | str) -> None:
+        task, measured = finding.task, finding.measured
+        for metric, value in measured.metrics.items():
+            over = (task.unit, len(measured.units.unique()))
+            ends = (*measured.intervals[metric], *over) if metric in measured.intervals else [""] * 4
+            head = [name, "art", task.name, task.fingerprint, prefix + metric, value, *ends]
+            lines.append([*head, len(measured.units), size, seconds, seed, "simsearch assess"])
+
+    for run in runs:
+        for finding in found[run.name]:
+            add(run.name, finding, "", run.bytes_per_item, round(run.seconds, 1))
+    for name, finding in recommended.items():
+        add(name, finding, "lists/", "", "")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def write_galleries(
+    out: Path,
+    runs: Sequence[Assessed],
+    found: Mapping[str, Sequence[Finding]],
+    collection: Collection,
+    tasks: Mapping[str, RetrievalTask],
+) -> list[Path]:
+    """Writes gallery-<protocol>.png, with the results of each run for some queries, and returns the files.
+
+    The queries are those that gain and lose most from the first run to the last.
+
+    Args:
+        out: Folder to write to.
+        runs: The runs.
+        found: The findings of each run, by its name.
+        collection: The collection.
+        tasks: The test tasks by name.
+    """
+    if len(runs) < 2:
+        return []
+    ends, paths = (runs[0], runs[-1]), []
+    for task in tasks.values():
+        precision = [
+            next(f.measured.per_query["AP"] for f in found[run.name] if f.task is task and "AP" in f.measured.per_query)
+            for run in ends
+        ]
+        places = most_changed(precision[1], precision[0], _EXAMPLES)
+        some = replace(task, query=task.query[places])
+        lists = []
+        for run in ends:
+            query, gallery = sides(run.vectors, run.bits, collection, some)
+            lists.append(nearest_lists(query.whole, gallery.whole, some))
+        tiles = [
+            answer(collection, some, place, ids[place], f"AP {ap[places[place]]:.2f} {run.name}")
+            for place in range(len(places))
+            for run, ids, ap in zip(ends, lists, precision, strict=True)
+        ]
+        paths.append(out / f"gallery-{task.name}.png")
+        title = f"{task.name}: what gains and loses most from {ends[0].name} to {ends[1].name}"
+        save_grid(paths[-1], tiles, title=title)
+    return paths
 
 
 def most_changed(ours: Tensor, theirs: Tensor, count: int) -> Tensor:
@@ -199,97 +249,22 @@ def most_changed(ours: Tensor, theirs: Tensor, count: int) -> Tensor:
     return order if len(order) <= 2 * count else torch.cat([order[:count], order[-count:]])
 
 
-def random_lists(collection: Collection, task: RetrievalTask, seed: int = 0) -> Tensor:
-    """10 random gallery positions for each query, int64 (Q, 10), without junk and the query itself.
+def answer(collection: Collection, task: RetrievalTask, place: int, ids: Tensor, caption: str) -> list[Tile]:
+    """A query of a task and its recommendations as one row of a picture.
 
     Args:
         collection: The collection.
         task: The task.
-        seed: Seed of the random choice.
+        place: Position of the query in the task.
+        ids: int64 (K,), gallery positions of the recommendations.
+        caption: Text below the query.
     """
-    noise = torch.randn(len(collection), 32, generator=torch.Generator().manual_seed(seed))
-    return lists(F.normalize(noise, dim=1), None, collection, task)
-
-
-def popular_lists(collection: Collection, task: RetrievalTask, popularity: Tensor) -> Tensor:
-    """The 10 most popular gallery positions for each query, int64 (Q, 10), without junk and the query itself.
-
-    Args:
-        collection: The collection.
-        task: The task.
-        popularity: (G,), of gallery items. Of equally popular items the first comes first.
-
-    Returns:
-        Positions in the task's gallery, -1 where a list is shorter.
-    """
-    order = popularity.argsort(descending=True, stable=True)
-    nothing = torch.zeros(len(collection), 1)
-    query, gallery = (part_descriptors(nothing, None, task, rows, collection) for rows in (task.query, task.gallery))
-    junk = find_junk(query, gallery, exclude_self=task.exclude_self)
-    ids = torch.full((len(query), K), -1, dtype=torch.int64)
-    for q in range(len(query)):
-        columns = junk.block(q, q + 1)[1]
-        first = order[: K + len(columns)]
-        kept = first[~torch.isin(first, columns)][:K]
-        ids[q, : len(kept)] = kept
-    return ids
-
-
-def measure_lists(
-    ids: Tensor, space: Tensor, collection: Collection, task: RetrievalTask, popularity: Tensor
-) -> Measured:
-    """The P@10, coverage, Gini coefficient, long-tail share, diversity and novelty of recommendation lists.
-
-    Args:
-        ids: int64 (Q, 10), gallery positions, -1 for no item.
-        space: Floating point (N, D), descriptors of the collection in which diversity is measured. Use the same for all
-            lists that are compared.
-        collection: The collection.
-        task: The task.
-        popularity: (G,), of gallery items.
-    """
-    counts = exposure(ids, len(task.gallery))
-    label = collection.column(task.attribute)
-    right = (label[task.gallery][ids.clamp(min=0)] == label[task.query][:, None]) & (ids >= 0)
-    per_query = {
-        f"P@{K}": right.double().mean(1),
-        "diversity": intra_list_diversity(ids, space[task.gallery]),
-        "novelty": novelty(ids, popularity),
-    }
-    shares = {"coverage": coverage(counts), "gini": gini(counts), "long_tail": long_tail_share(counts, popularity)}
-    measured = _measured(task, per_query)
-    return replace(measured, values=measured.values | shares)
-
-
-def artist_popularity(collection: Collection, task: RetrievalTask) -> Tensor:
-    """The number of gallery images by the artist of each gallery image, int64 (G,); 1 where the artist is unknown.
-
-    Args:
-        collection: The collection.
-        task: The task.
-    """
-    artist = _known(collection, "artist")[task.gallery]
-    names, place, counts = artist.unique(return_inverse=True, return_counts=True)
-    return torch.where(names[place] < 0, 1, counts[place])
-
-
-def _known(collection: Collection, attribute: str) -> Tensor:
-    """The labels int64 (N,) of an attribute, all unknown (-1) where the collection lacks it."""
-    if attribute in collection.attributes:
-        return collection.column(attribute)
-    return torch.full((len(collection),), -1, dtype=torch.int64)
-
-
-def _measured(task: RetrievalTask, per_query: Mapping[str, Tensor]) -> Measured:
-    units = task.query_units
-    bounds = mean_interval(torch.stack(list(per_query.values()), dim=1), units).tolist()
-    return Measured(
-        task.name,
-        task.fingerprint,
-        {name: float(values.nanmean()) for name, values in per_query.items()},
-        task.query,
-        task.unit,
-        units,
-        {name: (low, high) for name, (low, high) in zip(per_query, bounds, strict=True)},
-        dict(per_query),
-    )
+    labels = collection.column(task.attribute)
+    names = collection.classes[collection.attributes.index(task.attribute)]
+    query = int(task.query[place])
+    tiles = [Tile(collection.images[query], caption)]
+    for row in task.gallery[ids[ids >= 0]].tolist():
+        label = int(labels[row])
+        said = names[label] if label >= 0 else "unknown"
+        tiles.append(Tile(collection.images[row], said, label == int(labels[query]) and label >= 0))
+    return tiles

@@ -1,58 +1,109 @@
-"""The evaluation of descriptors: an index is filled and searched, and full rankings are measured."""
+"""The evaluator of a search: an index is filled and searched, and full rankings are measured."""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from simsearch.evaluation.evaluator import Measured, means
 from simsearch.evaluation.sharded_index import ShardedIndex, whole_index
 from simsearch.functional.definitions import average_precision_definitions
-from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, mean_name, measure_ranking
+from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, measure_ranking
 from simsearch.functional.reranking import Reranker, unit_vectors
 from simsearch.functional.sharded import Sharded
-from simsearch.functional.significance import mean_interval
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.metrics.retrieval import RetrievalMetrics
-from simsearch.types import Descriptors, SearchResult
+from simsearch.types import Descriptors, RetrievalTask, SearchResult
 
 _LATENCY_QUERIES = 200
 _RECALL_QUERIES = 1000
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The measurement of a task.
+class Evaluation(Measured):
+    """The measurement of a task with an index.
 
     All values except the vectors and the index are equal on all ranks.
 
     Attributes:
-        metrics: Name -> mean over queries. Names under `index/` describe the answers of the index, names under
-            `rerank/` the full ranking after re-ranking, names under `code/` the health of codes. `code/empty_ball@2` is
-            the share of queries with no other item within distance 2.
-        intervals: Name -> (low, high), 95% over sampling units.
-        per_query: Name -> float64 (Q,).
+        metrics: Name -> mean over queries, or another number. Names under `index/` describe the answers of the index,
+            names under `rerank/` the full ranking after re-ranking, names under `code/` the health of codes.
+            `code/empty_ball@2` is the share of queries with no other item within distance 2.
         query: The queries. Their label and index are those of all ranks, the vectors those of this rank.
         gallery: The gallery, likewise.
         found: The answers of the index without junk; ids are gallery positions.
         index: The filled index, with this rank's part of the gallery.
     """
 
-    metrics: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    per_query: dict[str, Tensor]
-    query: Sharded
-    gallery: Sharded
-    found: SearchResult
-    index: FaissIndex
+    query: Sharded = field(kw_only=True)
+    gallery: Sharded = field(kw_only=True)
+    found: SearchResult = field(kw_only=True)
+    index: FaissIndex = field(kw_only=True)
+
+    def add(self, measured: Measured, name: str) -> None:
+        """Adds the numbers of a further evaluator.
+
+        Args:
+            measured: The numbers.
+            name: The evaluator's name, for the message.
+
+        Raises:
+            ValueError: If a name is taken, or if the values are of other queries.
+        """
+        if taken := sorted({*measured.metrics, *measured.per_query} & {*self.metrics, *self.per_query}):
+            raise ValueError(f"evaluators.{name} measures {taken[0]}, which is measured already: give another name")
+        if measured.per_query and not torch.equal(measured.units, self.units):
+            raise ValueError(f"evaluators.{name} has values of other queries than the task: leave its per_query empty")
+        self.metrics.update(measured.metrics)
+        self.intervals.update(measured.intervals)
+        self.per_query.update(measured.per_query)
 
     def whole_index(self) -> FaissIndex | None:
         """An index of the whole gallery on rank 0, None on the other ranks. Every rank must call."""
         return whole_index(self.index, self.gallery)
+
+
+@dataclass(frozen=True)
+class Search:
+    """Evaluates what a searcher would get of an index, beside full rankings (see `evaluate`).
+
+    Attributes:
+        index: The index to fill. Each call fills a fresh copy.
+        ks: Cutoffs k, 1 or more.
+        rerank: A way of re-ranking that is measured too, or None.
+        seed: Seed of the choice of queries for the recall of the index.
+    """
+
+    index: FaissIndex
+    ks: Sequence[int] = (1, 10, 100)
+    rerank: Reranker | None = None
+    seed: int = 0
+
+    def __call__(self, query: Sharded, gallery: Sharded, task: RetrievalTask) -> Evaluation:
+        """The metrics of a task. Where several ranks measure, every rank must call.
+
+        Args:
+            query: The queries of the task.
+            gallery: The gallery of the task.
+            task: The task.
+        """
+        return evaluate(
+            query,
+            gallery,
+            copy.deepcopy(self.index),
+            ks=self.ks,
+            exclude_self=task.exclude_self,
+            index_order=task.index_order,
+            units=None if task.units is None else task.units[query.index],
+            rerank=self.rerank,
+            seed=self.seed,
+        )
 
 
 def evaluate(
@@ -121,10 +172,8 @@ def evaluate(
     relevant = per_query.pop("relevant")
     per_query |= _measure_found(found, query, gallery, relevant, ks)
 
-    values = torch.stack(list(per_query.values()), dim=1)
-    metrics |= {mean_name(n): float(v.nanmean()) for n, v in per_query.items()}
-    bounds = mean_interval(values, units).tolist()
-    intervals = {mean_name(n): (low, high) for n, (low, high) in zip(per_query, bounds, strict=True)}
+    averages, intervals = means(per_query, units)
+    metrics |= averages
     metrics |= _index_recall(filled, query, ks, seed)
     alone = filled.seconds_alone(query, _LATENCY_QUERIES, k=10)
     metrics |= {f"index/latency_ms_p{p}": 1e3 * float(np.percentile(alone, p)) for p in (50, 95, 99)}
@@ -141,7 +190,8 @@ def evaluate(
     if gallery.bits is not None:
         others, _ = filled.search(query, 1, junk=find_junk(query, gallery.own, exclude_self=True))
         metrics["code/empty_ball@2"] = float((others.scores[:, 0] < -2).double().mean())
-    return Evaluation(metrics, intervals, per_query, query, gallery, found, index)
+    units = query.index if units is None else units
+    return Evaluation(metrics, units, intervals, per_query, query=query, gallery=gallery, found=found, index=index)
 
 
 def _in_own_ranking(query: Sharded, gallery: Sharded) -> int:

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from simsearch.evaluation.evaluator import means
 from simsearch.functional.codes import pack_codes
-from simsearch.functional.ranking import mean_name, measure_ranking
-from simsearch.functional.significance import mean_interval
+from simsearch.functional.ranking import measure_ranking
 from simsearch.types import Descriptors
 
 
@@ -164,10 +164,10 @@ def evaluate(
     if not (relevant > 0).any():
         raise ValueError("no query has a relevant item in the gallery: check that both labels are of the same kind")
     measured = {name: values for name, values in per_query.items() if name != "relevant"}
-    bounds = mean_interval(torch.stack(list(measured.values()), dim=1), of_units).tolist()
+    metrics, intervals = means(measured, of_units)
     return Report(
-        metrics={mean_name(name): float(values.nanmean()) for name, values in measured.items()},
-        intervals={mean_name(name): (low, high) for name, (low, high) in zip(measured, bounds, strict=True)},
+        metrics=metrics,
+        intervals=intervals,
         per_query=per_query,
         queries=len(query),
         gallery=len(gallery),

@@ -200,6 +200,20 @@ class Sharded:
         """D for float descriptors, the number of bytes for codes."""
         return self.own.vectors.shape[1]
 
+    @property
+    def whole(self) -> Descriptors:
+        """All descriptors, which this process holds.
+
+        Raises:
+            ValueError: If they are spread over several ranks.
+        """
+        if self.ranks.world > 1:
+            raise ValueError(
+                f"a measure needs all descriptors in one process, and they are spread over {self.ranks.world}: take it "
+                "by `simsearch evaluate`"
+            )
+        return self.own
+
     def with_vectors(self, vectors: Tensor) -> Sharded:
         """The same items with other float vectors.
 

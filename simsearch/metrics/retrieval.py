@@ -16,7 +16,7 @@ from simsearch.functional.ranking import mean_name, measure_ranking
 from simsearch.functional.sharded import Ranks, Sharded
 from simsearch.types import Descriptors
 
-Part = Literal["query", "gallery"]
+Role = Literal["query", "gallery"]
 
 
 class RetrievalMetrics(Metric):
@@ -56,37 +56,37 @@ class RetrievalMetrics(Metric):
         if not ks or min(ks) < 1:
             raise ValueError(f"ks must be ranks from 1, got {list(ks)}")
         self.ks, self.bits, self.exclude_self = tuple(ks), bits, exclude_self
-        for part in ("query", "gallery"):
+        for role in ("query", "gallery"):
             for name in ("vectors", "label", "index", "group"):
-                self.add_state(f"{part}_{name}", default=[], dist_reduce_fx="cat")
+                self.add_state(f"{role}_{name}", default=[], dist_reduce_fx="cat")
         if bits is not None:
             zeros = CodeMoments.zeros(bits)
             for name in ("count", "total", "products", "error"):
                 default = torch.as_tensor(getattr(zeros, name), dtype=torch.float64)
                 self.add_state(f"code_{name}", default=default, dist_reduce_fx="sum")
 
-    def update(self, part: Part, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None) -> None:
+    def update(self, role: Role, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None) -> None:
         """Adds a batch to the queries or to the gallery.
 
         Args:
-            part: "query" or "gallery".
+            role: "query" or "gallery".
             embedding: Floating point (B, D), or real-valued codes (B, bits).
             label: int64 (B,), -1 where unknown.
             index: int64 (B,), collection rows.
             group: int64 (B,), groups of items that are junk to each other, -1 for no group; None for no groups.
 
         Raises:
-            ValueError: If `part` is another word, or if codes have another width or hold NaN or infinity.
+            ValueError: If `role` is another word, or if codes have another width or hold NaN or infinity.
         """
-        if part not in ("query", "gallery"):
-            raise ValueError(f"part must be query or gallery, got {part!r}")
+        if role not in ("query", "gallery"):
+            raise ValueError(f"role must be query or gallery, got {role!r}")
         vectors = embedding.detach().float()
         if self.bits is not None:
             if vectors.shape[1] != self.bits:
                 raise ValueError(f"codes of {self.bits} bits need embeddings as wide, got {vectors.shape[1]}")
             if not torch.isfinite(vectors).all():
                 raise ValueError("the real-valued codes hold NaN or infinity, whose signs mean nothing")
-            if part == "gallery":
+            if role == "gallery":
                 moments = CodeMoments.zeros(self.bits)
                 moments.add(vectors)
                 for name in ("count", "total", "products", "error"):
@@ -95,13 +95,13 @@ class RetrievalMetrics(Metric):
             vectors = pack_codes(vectors)
         group = torch.full_like(index, -1) if group is None else group
         for name, value in (("vectors", vectors), ("label", label), ("index", index), ("group", group)):
-            getattr(self, f"{part}_{name}").append(value.detach())
+            getattr(self, f"{role}_{name}").append(value.detach())
 
-    def forward(self, part: Part, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None) -> None:
+    def forward(self, role: Role, embedding: Tensor, label: Tensor, index: Tensor, group: Tensor | None = None) -> None:
         """Adds a batch, as `update` does. It returns nothing, since queries or gallery items alone cannot be ranked.
 
         Args:
-            part: "query" or "gallery".
+            role: "query" or "gallery".
             embedding: Floating point (B, D), or real-valued codes (B, bits).
             label: int64 (B,), -1 where unknown.
             index: int64 (B,), collection rows.
@@ -110,23 +110,23 @@ class RetrievalMetrics(Metric):
         Raises:
             ValueError: As `update` does.
         """
-        self.update(part, embedding, label, index, group)
+        self.update(role, embedding, label, index, group)
 
-    def descriptors(self, part: Part) -> Descriptors:
+    def descriptors(self, role: Role) -> Descriptors:
         """The queries or the gallery of this rank on the CPU, ordered by collection row, each row once.
 
         Args:
-            part: "query" or "gallery".
+            role: "query" or "gallery".
 
         Raises:
             ValueError: If nothing was collected, or as Descriptors does.
         """
 
         def column(name: str) -> Tensor:
-            value = getattr(self, f"{part}_{name}")
+            value = getattr(self, f"{role}_{name}")
             if isinstance(value, list):  # a gathered state is a tensor already
                 if not value:
-                    raise ValueError(f"no {part} items were collected")
+                    raise ValueError(f"no {role} items were collected")
                 value = torch.cat(value)
             return value.cpu()
 
@@ -136,34 +136,34 @@ class RetrievalMetrics(Metric):
             vectors, label, index, group = (values[first] for values in (vectors, label, index, group))
         return Descriptors(vectors.contiguous(), label, index, bits=self.bits, group=group)
 
-    def sharded(self, part: Part) -> Sharded:
+    def sharded(self, role: Role) -> Sharded:
         """The queries or the gallery of all ranks. A row that several ranks collected stays on the lowest of them.
 
         Every rank must call. A rank may have collected nothing.
 
         Args:
-            part: "query" or "gallery".
+            role: "query" or "gallery".
 
         Raises:
             ValueError: If no rank collected anything, if embeddings differ in width, or as Descriptors does.
             RuntimeError: If the items of another rank are at fault.
         """
         ranks = Ranks.here(self.device)
-        vectors = getattr(self, f"{part}_vectors")
+        vectors = getattr(self, f"{role}_vectors")
         own_width = vectors[0].shape[-1] if len(vectors) else 0
         width = int(ranks.largest(torch.tensor(own_width)))
         own, error = None, None
         try:
             if width == 0:
-                raise ValueError(f"no {part} items were collected")
+                raise ValueError(f"no {role} items were collected")
             if own_width == 0:
                 none = torch.zeros(0, dtype=torch.int64)
                 empty = torch.zeros(0, width, dtype=torch.float32 if self.bits is None else torch.uint8)
                 own = Descriptors(empty, none, none, bits=self.bits, group=none)
             elif own_width == width:
-                own = self.descriptors(part)
+                own = self.descriptors(role)
             else:
-                raise ValueError(f"{part} embeddings have {own_width} columns here, {width} on another rank")
+                raise ValueError(f"{role} embeddings have {own_width} columns here, {width} on another rank")
         except ValueError as problem:
             error = problem
         ranks.raise_together(error)

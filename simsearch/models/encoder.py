@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
@@ -102,6 +103,33 @@ def encoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     model = config["model"]
     return {"model": model.get("network", model)}
+
+
+def seen_otherwise(
+    run: Mapping[str, Any], size: int | None, fit: str | None, scales: list[float] | None
+) -> dict[str, Any]:
+    """The config of a run whose encoder sees images at another size, fit or scales.
+
+    The run's own config is not modified.
+
+    Args:
+        run: The run's plain config.
+        size: Side in pixels, or None to keep it.
+        fit: How images are fitted to the size, or None to keep it.
+        scales: Scales of the images, or None to keep them.
+
+    Raises:
+        ValueError: If the network has no such setting.
+    """
+    config = copy.deepcopy(dict(run))
+    network = config["model"].get("network", config["model"])
+    for group, name, value in (("backbone", "size", size), ("backbone", "fit", fit), (None, "scales", scales)):
+        if value is not None:
+            settings = network.get(group, {}) if group else network
+            if name not in settings:
+                raise ValueError(f"{name}={value}: the network of this run has no setting {name}")
+            settings[name] = value
+    return config
 
 
 def _without_weights(node: Any) -> Any:

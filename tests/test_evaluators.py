@@ -1,0 +1,100 @@
+"""What all evaluators share: means by sampling units, and the place of further ones in an evaluation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from simsearch.evaluation.evaluate import Search
+from simsearch.evaluation.evaluator import Measured, query_units, sides
+from simsearch.evaluation.ranking import FullRanking
+from simsearch.evaluation.record import plain_metrics
+from simsearch.functional.sharded import Ranks, Sharded
+from simsearch.index.faiss_index import FaissIndex
+from simsearch.types import Descriptors, RetrievalTask
+
+ROWS = torch.arange(24)
+TASK = RetrievalTask("toy", ROWS[:10], ROWS, "kind", None, True, "0" * 16, unit="artist", units=ROWS // 3)
+
+
+@pytest.fixture(scope="module")
+def both() -> tuple[Sharded, Sharded]:
+    """Ten queries, and a gallery that holds them too."""
+    vectors = torch.nn.functional.normalize(torch.randn(24, 6, generator=torch.Generator().manual_seed(0)), dim=1)
+    whole = Descriptors(vectors, ROWS % 4, ROWS)
+    some = Descriptors(vectors[:10], (ROWS % 4)[:10], ROWS[:10])
+    return Sharded.of(some), Sharded.of(whole)
+
+
+def test_means_leave_out_queries_without_a_value_and_rename_ap():
+    per_query = {"AP": torch.tensor([0.2, math.nan, 0.7]).double(), "P@1": torch.tensor([1.0, 0.0, math.nan]).double()}
+    measured = Measured.of(per_query, torch.tensor([5, 5, 6]))
+    assert measured.metrics == {"mAP": pytest.approx(0.45), "P@1": 0.5}
+    assert set(measured.intervals) == {"mAP", "P@1"}
+    assert all(low <= measured.metrics[name] <= high for name, (low, high) in measured.intervals.items())
+    assert list(measured.per_query) == ["AP", "P@1"]
+
+
+def test_the_search_evaluator_takes_the_rules_of_the_task(both):
+    """No query finds itself, intervals are over artists, the index of the caller stays empty."""
+    index = FaissIndex("Flat")
+    found = Search(index, ks=(1, 5))(*both, TASK)
+    assert len(index) == 0
+    assert found.units.tolist() == [row // 3 for row in range(10)]
+    assert all(row not in near for row, near in enumerate(found.found.ids.tolist()))
+    ranking = FullRanking(ks=(1, 5))(*both, TASK)
+    assert ranking.metrics.items() <= found.metrics.items()
+    assert ranking.intervals.items() <= found.intervals.items()
+    assert found.metrics["queries_in_own_ranking"] == 0
+    own = Search(index, ks=(1, 5))(*both, replace(TASK, exclude_self=False))
+    assert own.metrics["P@1"] == 1
+
+
+def test_further_numbers_join_under_names_of_their_own(both):
+    found = Search(FaissIndex("Flat"), ks=(1,))(*both, TASK)
+    units = query_units(both[0], TASK)
+    found.add(Measured.of({"luck": torch.arange(10).double()}, units), "luck")
+    found.add(Measured({"GAP": 0.25}, torch.arange(3)), "gap")  # of other queries: a number alone
+    assert (found.metrics["luck"], found.metrics["GAP"]) == (4.5, 0.25)
+    assert found.per_query["luck"].tolist() == list(range(10))
+    with pytest.raises(ValueError, match=r"evaluators\.again measures luck, which is measured already"):
+        found.add(Measured({"luck": 1.0}, units), "again")
+    with pytest.raises(ValueError, match=r"evaluators\.few has values of other queries"):
+        found.add(Measured.of({"few": torch.ones(3).double()}, torch.arange(3)), "few")
+
+
+def test_what_needs_all_descriptors_refuses_those_of_several_ranks(both):
+    assert both[1].whole is both[1].own
+    with pytest.raises(ValueError, match="all descriptors in one process, and they are spread over 2"):
+        _ = replace(both[1], ranks=Ranks(0, 2)).whole
+
+
+def test_a_metric_without_a_value_is_null_in_json():
+    assert plain_metrics({"a": 0.5, "b": math.nan}) == {"a": 0.5, "b": None}
+
+
+def test_sides_take_the_labels_and_junk_of_the_task(collection_of_two):
+    vectors = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
+    rows = torch.tensor([4, 1])
+    task = RetrievalTask("t", rows, torch.arange(6), "artist", "work", True, "0" * 16)
+    query, gallery = sides(vectors, 12, collection_of_two, task)
+    assert query.label.tolist() == collection_of_two.column("artist")[rows].tolist()
+    assert query.group.tolist() == collection_of_two.column("work")[rows].tolist()
+    bits = np.unpackbits(query.whole.vectors.numpy(), axis=1, bitorder="little")[:, :12]
+    np.testing.assert_array_equal(bits, vectors[rows].numpy() > 0)
+    assert gallery.bits == 12
+    assert sides(vectors, None, collection_of_two, replace(task, junk=None))[0].group is None
+
+
+@pytest.fixture
+def collection_of_two():
+    from simsearch.data.collection import Collection
+
+    labels = torch.tensor([[0, 0], [0, 1], [1, 2], [1, 3], [1, 3], [-1, -1]])
+    names = (("a", "b"), ("p", "q", "r", "s"))
+    images = torch.zeros(6, 3, 1, 1, dtype=torch.uint8)
+    return Collection("two", images, labels, ("artist", "work"), names, torch.zeros(6, dtype=torch.bool))
