@@ -5,10 +5,13 @@ import { $, h, still } from "./dom.js";
 import { paths, post, renewing, request, sent } from "./api.js";
 import { resultCard, skeleton, wallCard } from "./works.js";
 import { activate, cardOf, catalog, edition, known, large, MOST, page, partNames, searching, works } from "./store.js";
-import { busy, say } from "./notes.js";
+import { busy, say, tell } from "./notes.js";
 import { failed, go } from "./route.js";
 import { cool } from "./explain.js";
 import { drawLarge } from "./view.js";
+import { drawMarks, showing } from "./kept.js";
+import { MOST_KEPT } from "./selection.js";
+import { drawFound } from "./outlines.js";
 
 const PAGE = 60; // works of the wall that are fetched together
 const KEPT = 30; // answers kept for the way back
@@ -23,7 +26,8 @@ function latest(key) {
 }
 
 function question() {
-  const { like, unlike, weights, where, text, seed, diversity, collapse, hubness } = page.state;
+  const { like, unlike, selection, weights, where, text, seed, diversity, collapse, hubness } = page.state;
+  if (!like.length && selection.length) return JSON.stringify(["wall", edition(), selection]);
   if (!like.length) return JSON.stringify(["wall", edition(), where, text, text ? 0 : seed]);
   return JSON.stringify(["search", edition(), like, unlike, weights, where, diversity, collapse, hubness, page.k]);
 }
@@ -37,6 +41,17 @@ function remember(key, answer) {
 
 async function ask(key, signal) {
   const options = { signal, busy };
+  if (showing()) {
+    const ids = page.state.selection.slice(0, MOST_KEPT);
+    const [items, missing] = [[], []];
+    for (let at = 0; at < ids.length; at += PAGE) {
+      const some = await post(paths.some(page.state.catalog), { ids: ids.slice(at, at + PAGE) }, options);
+      items.push(...some.items);
+      missing.push(...some.missing);
+    }
+    if (missing.length) tell(`${count(missing.length, "work")} of this selection ${missing.length === 1 ? "is" : "are"} not in this collection.`);
+    return { key, kind: "wall", works: items, total: items.length, done: true };
+  }
   if (!searching()) {
     const answer = await request(paths.items(page.state.catalog, wallQuery(0)), options);
     return { key, kind: "wall", works: answer.items, total: answer.total, done: answer.items.length < PAGE || answer.items.length >= answer.total };
@@ -79,6 +94,7 @@ export async function show(scroll) {
   if (fresh) {
     page.anyway = false;
     page.shown = { key: null, works: [], total: 0, done: true };
+    drawFound();
     drawSkeletons();
     if (scroll === null) scrollTo(0, 0);
   }
@@ -130,6 +146,8 @@ function drawAnswer(answer, fresh) {
   else if (answer.kind === "wall") works.replaceChildren(...answer.works.map((work) => wallCard(page.state.catalog, work)));
   else place(answer, fresh);
   activate($(".work", works), focused);
+  drawMarks();
+  drawFound();
   drawMore(none);
   say(none ? "" : summary(answer));
   drawFacts(answer);
@@ -148,6 +166,7 @@ export function count(n, word) {
 export function summary(answer) {
   if (answer.kind === "wall") {
     if (!answer.works.length) return "";
+    if (showing()) return count(answer.total, "work");
     return page.state.text ? `${count(answer.total, "work")} with “${page.state.text}”` : count(answer.total, "work");
   }
   if (!answer.works.length) return "";
@@ -159,7 +178,8 @@ function drawFacts(answer) {
   const has = catalog();
   const lines = [count(has.items, "work"), `${has.bytes_per_item} bytes each`];
   if (answer.took) lines.push(`encoded in ${answer.took.encode.toFixed(0)} ms, searched in ${answer.took.search.toFixed(1)} ms`);
-  lines.push(has.calibration ? promise(has.calibration) : "not calibrated: nothing is called similar or the same");
+  const uncalibrated = has.verifies ? "not calibrated: a work is called the same if its points agree, none similar" : "not calibrated: nothing is called similar or the same";
+  lines.push(has.calibration ? promise(has.calibration) : uncalibrated);
   $("#facts").textContent = lines.join(" · ");
 }
 
@@ -220,6 +240,7 @@ export async function extend() {
     before.done = !answer.items.length || before.works.length >= answer.total;
     for (const work of fresh) known.set(work.id, work);
     works.append(...fresh.map((work) => wallCard(page.state.catalog, work)));
+    drawMarks();
   } catch (error) {
     before.done = true;
     failed(error);

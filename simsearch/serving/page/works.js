@@ -71,6 +71,11 @@ export function scoreBar(work, names) {
   return h("div", { class: "score" }, bar, h("span", { class: "number" }, work.score.toFixed(2)), names.length > 1 && list);
 }
 
+// A frame of exactly the picture's shape, so that places in it are places in the picture.
+export function fit(frame, width, height) {
+  if (width > 0 && height > 0) frame.style.setProperty("--ratio", (width / height).toFixed(5));
+}
+
 const tool = (label, name, act) =>
   h("button", { type: "button", class: "act", tabindex: "-1", title: label, "aria-label": label, "data-act": act }, icon(name));
 
@@ -81,15 +86,22 @@ export function wallCard(catalog, work) {
     picture(catalog, work),
     h("span", { class: "label", "aria-hidden": "true" }, h("strong", {}, artist || title), h("span", {}, artist ? [title, year].filter(Boolean).join(", ") : year)));
   const card = h("li", { class: "work wall", "data-id": work.id }, frame,
-    h("div", { class: "actions" }, tool("Large view", "search", "open")));
+    h("div", { class: "actions" }, tool("Large view", "search", "open"), tool("Keep in the selection", "keep", "keep")));
   shape(card, work);
   return card;
+}
+
+// What is said of a work that is the same, and by what: points that agree, or the score alone.
+export function badgeOf(work) {
+  if (work.verdict !== "same work") return null;
+  const proof = work.inliers ? `${work.inliers} points of both pictures agree` : null;
+  return h("span", { class: "badge", title: proof }, work.inliers ? "The same work" : "Same work");
 }
 
 // A result. `names` are the catalog's parts, `explains` whether it draws heat maps.
 export function resultCard(catalog, work, names, explains) {
   const { artist, title, year } = caption(work);
-  const badge = work.verdict === "same work" ? h("span", { class: "badge" }, "Same work") : null;
+  const badge = badgeOf(work);
   const words = `${work.rank}. ${inWords(work)}. Score ${work.score.toFixed(2)}${work.verdict === "same work" ? ", same work" : ""}`;
   const frame = h("button", { type: "button", class: "frame", tabindex: "-1", "data-act": "open", "aria-label": words },
     picture(catalog, work), h("canvas", { class: "heat", "aria-hidden": "true" }), badge);
@@ -99,7 +111,7 @@ export function resultCard(catalog, work, names, explains) {
     h("div", { class: "hold" }, frame,
       h("div", { class: "actions" },
         tool("More like this", "similar", "more"), tool("Not like this", "minus", "unlike"),
-        explains && tool("Which places match", "heat", "heat"))),
+        explains && tool("Which places match", "heat", "heat"), tool("Keep in the selection", "keep", "keep"))),
     h("div", { class: "caption" }, h("strong", {}, artist || title), h("span", {}, artist ? title : year, artist && year && `, ${year}`)),
     scoreBar(work, names),
     shared.length ? h("div", { class: "because", role: "group", "aria-label": "Because of" }, shared) : null);
