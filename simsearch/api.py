@@ -35,7 +35,8 @@ from simsearch.search.engine import Engine
 from simsearch.search.filters import Condition, parse_filters
 from simsearch.search.given import Given, given_images, pixels_of
 from simsearch.search.local_features import describe_queries
-from simsearch.search.request import Hit, Request
+from simsearch.search.photograph import joined, regions_of
+from simsearch.search.request import Hit, Regions, Request
 from simsearch.search.verification import Verification
 from simsearch.text import printable
 from simsearch.types import Encoder, LocalFeatures
@@ -229,6 +230,7 @@ class OpenCatalog:
                 hubness=hubness,
                 exclude=tuple(one.position for one in (*examples, *counters) if one.position is not None),
                 local=tuple(found for one in examples for found in one.local),
+                regions=joined([one.regions for one in examples]),
             )
         )
         ids = found.ids.tolist()
@@ -260,8 +262,12 @@ class OpenCatalog:
         if errors:
             raise errors[0]
         name = str(given) if isinstance(given, str | Path) else "an image"
-        local = () if verification is None else _local_features(given, region, verification)
-        return _Example(name, encode(encoder, images)[0], None, encode_thumbnail(images[0], _PICTURE), local)
+        picture, vector = encode_thumbnail(images[0], _PICTURE), encode(encoder, images)[0]
+        if verification is None:
+            return _Example(name, vector, None, picture)
+        source = Path(given).expanduser() if isinstance(given, str | Path) else pixels_of(given)
+        regions = regions_of(source, encoder, verification, region)
+        return _Example(name, vector, None, picture, _local_features(source, region, verification), regions)
 
     def _description(self, given: Tensor) -> Tensor:
         """A descriptor in the form that the index stores."""
@@ -275,13 +281,16 @@ class _Example:
     position: int | None = None
     picture: bytes | None = None
     local: tuple[LocalFeatures, ...] = ()
+    regions: Regions | None = None
 
 
-def _local_features(given: Given, region: Region | None, verification: Verification) -> tuple[LocalFeatures, ...]:
+def _local_features(
+    source: Path | Tensor, region: Region | None, verification: Verification
+) -> tuple[LocalFeatures, ...]:
     """The local features of an image, or of a part of it, as a query."""
-    if isinstance(given, str | Path):
-        return next(describe_queries([Path(given).expanduser()], verification, region=region))
-    return verification.query(crop(pixels_of(given), region))
+    if isinstance(source, Path):
+        return next(describe_queries([source], verification, region=region))
+    return verification.query(crop(source, region))
 
 
 def open_catalog(folder: str | Path, *, trusted: bool = False, device: str = "auto") -> OpenCatalog:

@@ -66,7 +66,7 @@ MAY_IMPORT["__init__"] = {
 
 ONLY_IN = {
     "faiss": {"simsearch/index/"},
-    "cv2": {"simsearch/functional/geometry.py", "simsearch/functional/sift.py"},
+    "cv2": {f"simsearch/functional/{name}.py" for name in ("geometry", "proposals", "sift")},
     "timm": {"simsearch/models/backbones.py"},
     "hydra": {f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "sweeps", "studies/runs")},
     "omegaconf": {

@@ -29,7 +29,8 @@ from simsearch.search.describe import encode
 from simsearch.search.engine import Engine
 from simsearch.search.filters import parse_filters
 from simsearch.search.local_features import describe_queries
-from simsearch.search.request import Recommendation, Request
+from simsearch.search.photograph import joined, regions_of
+from simsearch.search.request import Recommendation, Regions, Request
 from simsearch.search.verdicts import NONE, UNCALIBRATED
 from simsearch.text import cell
 from simsearch.types import Encoder, LocalFeatures
@@ -47,6 +48,7 @@ class Example:
         vector: Its descriptor.
         position: Position of the item, or None for a file.
         local: Its local features, if the catalog has local features.
+        regions: The descriptors of its regions, for a file.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Example:
     vector: Tensor
     position: int | None = None
     local: tuple[LocalFeatures, ...] = ()
+    regions: Regions | None = None
 
 
 @program.command("recommend")
@@ -71,7 +74,8 @@ def main(config: DictConfig) -> None:
     values = configs.plain(config)
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
     chosen = config.verification
-    catalog = verifying(catalog, chosen.enabled, top=chosen.top, mirrored=chosen.mirrored)
+    settings = {"top": chosen.top, "regions": chosen.regions, "mirrored": chosen.mirrored}
+    catalog = verifying(catalog, chosen.enabled, **settings)
     engine = Engine(catalog)
     reader = Examples(engine, device(config.device))
     region, images = read_region(values["region"]), configs.listed(values["image"])
@@ -94,6 +98,7 @@ def main(config: DictConfig) -> None:
         hubness=config.hubness,
         exclude=tuple(positions),
         local=tuple(one for example in like for one in example.local),
+        regions=joined([example.regions for example in like]),
     )
     answer = engine.recommend(request)
     kept = list(range(len(answer.ids))) if config.force or answer.verdict != NONE else []
@@ -149,7 +154,8 @@ class Examples:
         image = load_image(Path(name), size=self.encoder.input_size, fit=self.encoder.fit, region=region)
         verification = self.engine.catalog.verification
         local = () if verification is None else next(describe_queries([Path(name)], verification, region=region))
-        return Example(name, image, encode(self.encoder, image[None])[0], local=local)
+        regions = None if verification is None else regions_of(Path(name), self.encoder, verification, region)
+        return Example(name, image, encode(self.encoder, image[None])[0], local=local, regions=regions)
 
     def item(self, position: int) -> Example:
         """An item of the catalog.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
@@ -24,6 +25,7 @@ from simsearch.search.catalog import Catalog, read_catalog, verifying
 from simsearch.search.describe import batches_of, encode
 from simsearch.search.engine import Engine
 from simsearch.search.local_features import describe_queries
+from simsearch.search.photograph import regions_of
 from simsearch.search.verdicts import NONE, UNCALIBRATED, best_verdict
 from simsearch.text import cell, warn
 from simsearch.types import SearchResult
@@ -64,7 +66,8 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"rows and batch_size must be at least 1, got {config.rows} and {config.batch_size}")
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
     chosen = config.verification
-    catalog = verifying(catalog, chosen.enabled, top=chosen.top, mirrored=chosen.mirrored)
+    settings = {"top": chosen.top, "regions": chosen.regions, "mirrored": chosen.mirrored}
+    catalog = verifying(catalog, chosen.enabled, **settings)
     catalog.encoder.to(device(config.device))
     rerank = configs.build(config.rerank) if config.get("rerank") else None
     region = read_region(configs.plain(config)["region"])
@@ -118,8 +121,12 @@ def search(
             for image, row, vector, (ids, scores) in zip(images, rows.tolist(), vectors, found, strict=True):
                 matches = None
                 if verification is not None:
-                    order, matches = engine.verified(ids, next(local))
-                    ids, scores, matches = ids[order][:k], scores[order][:k], matches[:k]
+                    regions = regions_of(manifest.root / manifest.paths[row], encoder, verification, region)
+                    before = dict(zip(ids.tolist(), scores.tolist(), strict=True))
+                    ids, matches = engine.verified(ids, next(local), regions)
+                    ids, matches = ids[:k], matches[:k]
+                    own = engine.scores(vector, ids).tolist()  # for those that regions brought
+                    scores = torch.tensor([before.get(i, one) for i, one in zip(ids.tolist(), own, strict=True)])
                 verdicts = engine.verdicts(ids, vector[None], None, matches)
                 items, positions = rows_of(engine.catalog, ids, scores, verdicts, matches)
                 answers[row] = Answer(manifest.paths[row], best_verdict(verdicts), items, positions, image)

@@ -75,6 +75,16 @@ def verify(
     return [fit(query, item, *pair, tolerance=tolerance) for item, pair in zip(items, pairs, strict=True)]
 
 
+def shown(match: Match) -> float:
+    """The share in [0, 1] of the query's area in which the item lies.
+
+    Args:
+        match: The match of the item.
+    """
+    view = cv2.intersectConvexConvex(match.outline, np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32))
+    return float(min(1.0, view[0]))
+
+
 def mutual_pairs(query: np.ndarray, items: Sequence[np.ndarray], ratio: float) -> list[tuple[np.ndarray, np.ndarray]]:
     """The pairs of features of the query and each item that are each other's nearest and pass the ratio test.
 

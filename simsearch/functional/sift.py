@@ -29,6 +29,7 @@ _KEPT = (
     *((2, 3, f) for f in (1,)),
     *((3, 0, f) for f in (2,)),
 )
+_CANDIDATES = 4  # features that are described for one that is kept
 _SCALE = 256.0  # of a coefficient; those beyond half of the descriptor's norm are cut
 
 
@@ -53,7 +54,7 @@ class Sift:
         self.contrast = contrast
 
     def describe(self, image: Tensor, *, side: int, most: int) -> LocalFeatures:
-        """The local features of an image, strongest first.
+        """The local features of an image, from all over it (`spread_out`), strongest first.
 
         Args:
             image: uint8 (3, H, W).
@@ -76,14 +77,38 @@ class Sift:
         if max(image.shape[1:]) > side:
             image = resize_longest(image, side)
         grey = cv2.cvtColor(image.permute(1, 2, 0).contiguous().numpy(), cv2.COLOR_RGB2GRAY)
-        detector = cv2.SIFT.create(nfeatures=most, contrastThreshold=self.contrast)
+        detector = cv2.SIFT.create(nfeatures=_CANDIDATES * most, contrastThreshold=self.contrast)
         keypoints, found = detector.detectAndCompute(grey, None)
         size = (grey.shape[1], grey.shape[0])
         if found is None:
             return LocalFeatures(np.zeros((0, 2), np.float32), np.zeros((0, self.dimension), np.int8), size)
-        order = np.argsort([-keypoint.response for keypoint in keypoints], kind="stable")[:most]
-        points = np.array([keypoint.pt for keypoint in keypoints], np.float32)[order]
-        return LocalFeatures(points, compact(found[order]), size)
+        points = np.array([keypoint.pt for keypoint in keypoints], np.float32)
+        order = spread_out(points / size, np.array([keypoint.response for keypoint in keypoints]))[:most]
+        return LocalFeatures(points[order], compact(found[order]), size)
+
+
+def spread_out(places: np.ndarray, strength: np.ndarray, cells: int = 6) -> np.ndarray:
+    """The order of features, int64 (n,), in which the first of them lie all over the image.
+
+    The strongest feature of each cell comes first, then the second of each cell, and so on; among those of one rank, the
+    strongest. One busy picture on a wall then does not take all features from the others.
+
+    Args:
+        places: (n, 2), x and y as fractions of the image's width and height.
+        strength: (n,).
+        cells: The image has cells x cells cells.
+
+    Example:
+        >>> spread_out(np.array([[0.1, 0.1], [0.1, 0.1], [0.9, 0.9]]), np.array([3.0, 2.0, 1.0]))
+        array([0, 2, 1])
+    """
+    column, row = np.clip((places * cells).astype(np.int64), 0, cells - 1).T
+    cell = row * cells + column
+    by_cell = np.lexsort((-strength, cell))
+    starts = np.searchsorted(cell[by_cell], cell[by_cell])
+    rank = np.empty(len(cell), np.int64)
+    rank[by_cell] = np.arange(len(cell)) - starts
+    return np.lexsort((-strength, rank))
 
 
 def compact(descriptors: np.ndarray) -> np.ndarray:

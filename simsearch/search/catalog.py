@@ -165,7 +165,12 @@ class Catalog:
 
 
 def verifying(
-    catalog: Catalog, verify: bool = True, *, top: int | None = None, mirrored: bool | None = None
+    catalog: Catalog,
+    verify: bool = True,
+    *,
+    top: int | None = None,
+    regions: int | None = None,
+    mirrored: bool | None = None,
 ) -> Catalog:
     """The catalog with other settings of its verification.
 
@@ -173,14 +178,15 @@ def verifying(
         catalog: The catalog. One without local features is returned as it is.
         verify: Verify matches. False returns a catalog without local features.
         top: Number of items that are verified. None keeps the catalog's own.
+        regions: Number of parts of a query that are searched too. None keeps the catalog's own.
         mirrored: Find mirrored items too. None keeps the catalog's own.
 
     Raises:
-        ValueError: If `top` is below 1.
+        ValueError: If `top` is below 1 or `regions` below 0.
     """
     if catalog.verification is None or not verify:
         return replace(catalog, local=None, verification=None)
-    return replace(catalog, verification=catalog.verification.changed(top=top, mirrored=mirrored))
+    return replace(catalog, verification=catalog.verification.changed(top=top, regions=regions, mirrored=mirrored))
 
 
 def write_encoder(folder: Path, encoder: Encoder) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import zip_longest
 from numbers import Integral
 
 import numpy as np
@@ -16,14 +17,14 @@ from torch import Tensor
 from simsearch.functional.codes import pack_codes, unpack_codes
 from simsearch.functional.diversity import mmr
 from simsearch.functional.feedback import contributions, query_weights, reweight, reweight_both, rocchio, unit_parts
-from simsearch.functional.geometry import Match
+from simsearch.functional.geometry import Match, shown
 from simsearch.functional.open_set import agreeing, stand_out
 from simsearch.functional.ranking import Junk, inner_products
 from simsearch.functional.reranking import RerankedGallery, Reranker, nearest, unit_vectors
 from simsearch.search.catalog import Catalog, CatalogError
 from simsearch.search.filters import Attributes
 from simsearch.search.names import Names
-from simsearch.search.request import Hit, Recommendation, Request
+from simsearch.search.request import Hit, Recommendation, Regions, Request
 from simsearch.search.verdicts import (
     NONE,
     SAME_WORK,
@@ -40,6 +41,7 @@ WORK_ATTRIBUTES = ("work", "group_id")
 _SHORTLIST = 100
 _HUB_NEIGHBOURS = 10
 _DROPPED = 1000  # up to this many excluded items are removed from a longer list; more are excluded by a mask
+_FILLS = 0.5  # share of a query from which a verified item leaves no room for others
 _BLOCK = 2**14  # stored vectors that are read together
 # Sharing these attributes says nothing: files, identities, links, and facts that follow from the artist.
 _TELLS_NOTHING = re.compile(
@@ -208,6 +210,20 @@ class Engine:
         # Rounding, and lengths that a compressed index does not keep, lead out of what a cosine can be.
         return SearchResult(found.ids, torch.where(found.ids < 0, found.scores, found.scores.clamp(-1, 1)))
 
+    def scores(self, vector: Tensor, ids: Tensor) -> Tensor:
+        """The scores (K,) of some items for a descriptor, as `nearest` returns them without re-ranking.
+
+        Args:
+            vector: (width,), a descriptor as `encode` returns it.
+            ids: int64 (K,), positions of the items.
+        """
+        stored = self.vectors(ids)
+        if self._bits is not None:
+            return -(unpack_codes(stored, self._bits) != unpack_codes(vector[None], self._bits)).sum(1).float()
+        if self.catalog.index.metric != "ip":
+            return -(stored - vector).square().sum(1)
+        return inner_products(vector[None], stored)[0].clamp(-1, 1)
+
     def recommend(self, request: Request) -> Recommendation:
         """The answer to a request. Re-ranking changes the order of the items, not their scores.
 
@@ -247,33 +263,60 @@ class Engine:
         return Recommendation(ids[chosen], total, of_parts, verdicts, best_verdict(verdicts), candidates, matches)
 
     def verified(
-        self, ids: Tensor, local: Sequence[LocalFeatures], known: dict[int, Match | None] | None = None
+        self,
+        ids: Tensor,
+        local: Sequence[LocalFeatures],
+        regions: Regions | None = None,
+        *,
+        among: Tensor | None = None,
+        taken: Tensor | None = None,
     ) -> tuple[Tensor, list[Match | None]]:
-        """The order of some items after verification, int64 (S,), and their matches in that order.
+        """Items and their matches after verification: int64 (S,), verified items first, the others in their order.
 
-        The first items, as many as the catalog's `verification` says, are compared with the query. Those that are
-        verified come first, those with most inliers ahead. The others stay in their order.
+        The first items, as many as the catalog's `verification` says, are compared with the query. If none of them
+        fills half of the query, the nearest items of its regions are compared too. Those that are verified join the
+        items. Verified items are ordered by their inliers.
 
         Args:
             ids: int64 (S,), positions of the items, best first.
             local: The local features of the query.
-            known: Matches of items that were compared before, by position. New ones are added.
+            regions: The descriptors of the query's regions, when they are needed.
+            among: bool (N,), the items to search by regions. None searches all.
+            taken: int64 (T,), positions of items to leave out.
 
         Raises:
             CatalogError: If the catalog has no local features, or damaged ones.
         """
-        known = {} if known is None else known
-        verification, positions = self.catalog.verification, ids.tolist()
+        verification = self.catalog.verification
         if verification is None:
             raise CatalogError(
                 f"the catalog {self.catalog.folder} has no local features to verify matches by: make it again with "
                 "verify=sift"
             )
-        if new := [position for position in positions[: verification.top] if position not in known]:
-            known.update(zip(new, verification.verify(local, self.catalog.local_features(new)), strict=True))
-        matches = [known.get(position) for position in positions]
-        order = sorted(range(len(positions)), key=lambda place: -_inliers(matches[place]))
-        return torch.tensor(order, dtype=torch.int64), [matches[place] for place in order]
+
+        def compare(positions: list[int]) -> dict[int, Match]:
+            found = verification.verify(local, self.catalog.local_features(positions))
+            return {place: match for place, match in zip(positions, found, strict=True) if match is not None}
+
+        first = ids[: verification.top].tolist()
+        matches = compare(first)
+        if regions is not None and not any(shown(match) >= _FILLS for match in matches.values()):
+            others = self._of_regions(regions(), among, torch.empty(0) if taken is None else taken)
+            matches |= compare([position for position in others if position not in set(first)])
+        ahead = sorted(matches, key=lambda position: -matches[position].inliers)
+        order = ahead + [position for position in ids.tolist() if position not in matches]
+        return torch.tensor(order, dtype=torch.int64), [matches.get(position) for position in order]
+
+    def _of_regions(self, vectors: Tensor, among: Tensor | None, taken: Tensor) -> list[int]:
+        """Positions of the nearest permitted items of each region, each once, the nearest of all regions first."""
+        assert self.catalog.verification is not None
+        if not len(vectors):
+            return []
+        top = self.catalog.verification.region_top
+        found = self.search(self.as_queries(vectors), top + (len(taken) if among is None else 0), among)
+        kept = [row[(row >= 0) & ~torch.isin(row, taken)][:top].tolist() for row in found.ids]
+        by_rank = (position for rank in zip_longest(*kept) for position in rank if position is not None)
+        return list(dict.fromkeys(by_rank))
 
     def verdicts(
         self,
@@ -453,18 +496,19 @@ class Engine:
         """
         top = self.catalog.verification.top if request.local and self.catalog.verification else 0
         depth = min(max(_SHORTLIST, 10 * request.k, top), candidates)
-        known: dict[int, Match | None] = {}
         while True:
             found = self._nearest(query, depth, among, taken)
             ids, scores = found.ids[0], found.scores[0]
             matches: list[Match | None] = [None] * len(ids)
             if request.local:
-                order, matches = self.verified(ids, request.local, known)
-                ids, scores = ids[order], scores[order]
+                before = dict(zip(ids.tolist(), scores.tolist(), strict=True))
+                ids, matches = self.verified(ids, request.local, request.regions, among=among, taken=taken)
+                own = self._exact(self._stored(self.vectors(ids)) @ query).tolist()  # for those that regions brought
+                scores = torch.tensor([before.get(i, score) for i, score in zip(ids.tolist(), own, strict=True)])
             if request.collapse:
                 _, first = np.unique(self.works[ids], return_index=True)
                 kept = torch.from_numpy(np.sort(first))
-                if len(kept) < request.k and len(ids) == depth < candidates:
+                if len(kept) < request.k and len(found.ids[0]) == depth < candidates:
                     depth = min(4 * depth, candidates)
                     continue
                 ids, scores = ids[kept], scores[kept]
@@ -505,10 +549,6 @@ class Engine:
         others = (found.ids != ids[:, None]) & (found.ids >= 0)
         others &= others.cumsum(1) <= _HUB_NEIGHBOURS
         return found.scores.masked_fill(~others, 0.0).sum(1) / others.sum(1).clamp(min=1)
-
-
-def _inliers(match: Match | None) -> int:
-    return 0 if match is None else match.inliers
 
 
 def _bounded(scores: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

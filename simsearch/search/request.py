@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -12,6 +12,8 @@ from torch import Tensor
 from simsearch.functional.geometry import Match
 from simsearch.search.filters import Condition
 from simsearch.types import LocalFeatures
+
+Regions = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Request:
         exclude: Positions of the query's own items.
         local: Local features of the examples (`Verification.query`, `StoredFeatures.take`). The best items are verified
             by them. Nothing is verified without.
+        regions: The descriptors of the examples' regions, (R, D) in the form of `like`. Their nearest items are
+            verified too. It is called only if they are needed.
 
     Raises:
         ValueError: If `k` is below 1, `diversity` lies outside [0, 1], or there is no example.
@@ -47,6 +51,7 @@ class Request:
     hubness: bool = False
     exclude: tuple[int, ...] = ()
     local: tuple[LocalFeatures, ...] = ()
+    regions: Regions | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, Integral):

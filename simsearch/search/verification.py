@@ -31,6 +31,9 @@ class Verification:
         tolerance: Largest error of an inlier, as a share of the query's longest side.
         inliers: Least number of inliers of a verified item, 5 or more.
         spread: Least share in [0, 1] of a verified item's area that the inliers span.
+        regions: Number of parts of a query that are searched too, unless a verified item fills half of the query. 0
+            searches whole images alone.
+        region_top: Number of items that are verified for each part, the best of its search.
         mirrored: Find mirrored items too, at twice the cost.
 
     Raises:
@@ -50,9 +53,12 @@ class Verification:
         tolerance: float = 0.006,
         inliers: int = 10,
         spread: float = 0.01,
+        regions: int = 8,
+        region_top: int = 10,
         mirrored: bool = False,
     ) -> None:
-        least = {"item_side": 16, "item_features": 5, "query_side": 16, "query_features": 5, "top": 1, "inliers": 5}
+        least = {"item_side": 16, "item_features": 5, "query_side": 16, "query_features": 5, "top": 1, "region_top": 1}
+        least |= {"inliers": 5, "regions": 0}
         given = locals()
         for name, value in least.items():
             if given[name] < value:
@@ -70,28 +76,34 @@ class Verification:
         self.query_side, self.query_features = query_side, query_features
         self.top, self.ratio, self.tolerance = top, ratio, tolerance
         self.inliers, self.spread, self.mirrored = inliers, spread, mirrored
+        self.regions, self.region_top = regions, region_top
 
     @property
     def config(self) -> dict[str, Any]:
         """The plain config that builds this object."""
         names = ("item_side", "item_features", "query_side", "query_features", "top", "ratio", "tolerance", "inliers")
-        own = {name: getattr(self, name) for name in (*names, "spread", "mirrored")}
+        own = {name: getattr(self, name) for name in (*names, "spread", "regions", "region_top", "mirrored")}
         return {"_target_": _path(self), "features": {"_target_": _path(self.features), **vars(self.features)}, **own}
 
-    def changed(self, *, top: int | None = None, mirrored: bool | None = None) -> Verification:
+    def changed(
+        self, *, top: int | None = None, regions: int | None = None, mirrored: bool | None = None
+    ) -> Verification:
         """The same verification with other settings.
 
         Args:
             top: Number of items that are verified. None keeps it.
+            regions: Number of parts of a query that are searched too. None keeps it.
             mirrored: Find mirrored items too. None keeps it.
 
         Raises:
-            ValueError: If `top` is below 1.
+            ValueError: If `top` is below 1 or `regions` below 0.
         """
-        if top is not None and top < 1:
-            raise ValueError(f"top must be at least 1, got {top}")
+        for name, value, least in (("top", top, 1), ("regions", regions, 0)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         other = copy(self)
         other.top = self.top if top is None else top
+        other.regions = self.regions if regions is None else regions
         other.mirrored = self.mirrored if mirrored is None else mirrored
         return other
 

@@ -28,6 +28,7 @@ from simsearch.models.parts import parts_of
 from simsearch.search.filters import Condition, parse_filters
 from simsearch.search.local_features import query_features
 from simsearch.search.names import POSITION
+from simsearch.search.photograph import region_pixels
 from simsearch.search.request import Recommendation
 from simsearch.search.request import Request as Wish
 from simsearch.serving.library import Library, Loaded
@@ -380,6 +381,30 @@ class Service:
                 return await self.decode(describe, data)
         return await self.decode(describe, await self.reading.run(lambda: loaded.thumbnails[image]))
 
+    async def regions(self, given: Given, loaded: Loaded) -> Tensor | None:
+        """The descriptors (R, D) of an upload's regions. None for an item, or if the catalog asks for none.
+
+        Args:
+            given: The image.
+            loaded: The catalog.
+        """
+        verification, image, worker = loaded.catalog.verification, given.image, loaded.worker
+        if verification is None or verification.regions == 0 or not isinstance(image, Upload):
+            return None
+        key = loaded.catalog.about["encoder_fingerprint"], verification.regions, given.region
+        if (found := image.regions.get(key)) is None:
+            read = functools.partial(
+                region_pixels, verification, image.data, size=worker.size, fit=worker.fit, region=given.region,
+                max_pixels=self.limits.max_pixels,
+            )  # fmt: skip
+            pixels = await self.decode(read)
+            jobs = [asyncio.wrap_future(worker.describe(torch.from_numpy(one))) for one in pixels]
+            vectors = await asyncio.gather(*jobs, return_exceptions=True)
+            usable = [one for one in vectors if isinstance(one, Tensor)]  # a region may have no finite descriptor
+            found = image.regions[key] = torch.stack(usable) if usable else torch.empty(0)
+            image.make_room()
+        return found
+
     async def vectors(self, examples: Sequence[Given], loaded: Loaded) -> Tensor:
         """The descriptors (M, D) of images, in order. Those of whole items are the stored ones.
 
@@ -468,6 +493,8 @@ class Service:
         encoding = time.perf_counter()
         examples = await self.vectors([*like, *unlike], loaded)
         local = [await self.local(one, loaded) for one in like] if wanted.verify else []
+        of_regions = [await self.regions(one, loaded) for one in like] if wanted.verify else []
+        seen = [one for one in of_regions if one is not None and len(one)]
         ids = [one.image for one in like if isinstance(one.image, int)]
         began = time.perf_counter()
 
@@ -483,6 +510,7 @@ class Service:
                 hubness=wanted.hubness,
                 exclude=tuple(one.image for one in (*like, *unlike) if isinstance(one.image, int)),
                 local=tuple(features for found in local for features in found),
+                regions=(lambda: torch.cat(seen)) if seen else None,
             )
             found = loaded.engine.recommend(wish)
             positions = found.ids.tolist()

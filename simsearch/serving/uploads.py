@@ -87,22 +87,25 @@ class Upload:
         pixels: Pixels at the size and fit of encoders, by (size, fit) and region.
         descriptors: Descriptors by encoder fingerprint, so that a new encoder computes its own, and region.
         local: Local features by the config of the verification, and region.
+        regions: Descriptors of regions of a photograph by encoder fingerprint, their number, and region.
     """
 
     data: bytes
     pixels: dict[tuple[int, Fit, Region | None], Tensor] = field(default_factory=dict)
     descriptors: dict[tuple[str, Region | None], Tensor] = field(default_factory=dict)
     local: dict[tuple[str, Region | None], tuple[LocalFeatures, ...]] = field(default_factory=dict)
+    regions: dict[tuple[str, int, Region | None], Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """The size of the upload in memory, in bytes."""
         local = sum(one.descriptors.nbytes for found in [*self.local.values()] for one in found)
-        return len(self.data) + local + sum(p.nbytes for p in [*self.pixels.values(), *self.descriptors.values()])
+        tensors = [*self.pixels.values(), *self.descriptors.values(), *self.regions.values()]
+        return len(self.data) + local + sum(one.nbytes for one in tensors)
 
     def make_room(self) -> None:
         """Forgets the oldest regions, so that drawing many rectangles on one image takes no memory."""
-        for known in (self.pixels, self.descriptors, self.local):
+        for known in (self.pixels, self.descriptors, self.local, self.regions):
             for key in [key for key in known if key[-1] is not None][:-_PARTS]:
                 del known[key]  # type: ignore[arg-type]
 
