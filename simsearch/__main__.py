@@ -33,12 +33,13 @@ COMMANDS = {
 
 # Keys whose values are text as it is typed, paths above all.
 TEXTS = {
-    *("baseline", "catalog", "folder", "figure", "gnd", "id", "image", "images", "names", "out", "outside", "root"),
-    *("row", "run", "run_dir", "run_root", "runs", "shards", "unlike", "where", "without"),
+    *("baseline", "catalog", "folder", "figure", "gnd", "id", "image", "images", "names", "out", "outside", "region"),
+    *("root", "row", "run", "run_dir", "run_root", "runs", "shards", "unlike", "uploads_folder", "where", "without"),
 }
 TEXTS_OF = {"reproduce": {"rows"}}  # a number for other commands
 _IN_GROUPS = re.compile(r"(.*\.)?backbone\.weights|.+\.(factory|root|source)|model\.(.+\.)?start")
-SEVERAL = {"catalog", "id", "image", "names", "root", "runs", "unlike"}  # a list of texts too, or a mapping to them
+# A list of texts too, or a mapping to them.
+SEVERAL = {"catalog", "id", "image", "names", "region", "root", "runs", "unlike"}
 _QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1|\\).)*\1""", re.DOTALL)
 _PART = re.compile(r"""(?:\s*(?:'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*")\s*(?=,|$))|[^,]+""", re.DOTALL)
 _SWEPT = re.compile(r".*,.*|\w+\(.*\)", re.DOTALL)

@@ -21,6 +21,7 @@ from torch import Tensor
 from simsearch import saved_run
 from simsearch.data.manifest import read_manifest
 from simsearch.evaluation.report import Report, evaluate
+from simsearch.functional.regions import Region, crop, read_region
 from simsearch.functional.reranking import Reranker
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
@@ -164,6 +165,7 @@ class OpenCatalog:
         like: Given | Sequence[Given],
         *,
         unlike: Given | Sequence[Given] | None = None,
+        region: str | Sequence[float] | None = None,
         k: int = 10,
         where: str | Sequence[Condition] | None = None,
         weights: Mapping[str, float] | None = None,
@@ -180,6 +182,8 @@ class OpenCatalog:
                 image, an array uint8 (H, W, 3), a tensor uint8 (3, H, W) or a descriptor as `encoder.describe` returns
                 it. A string is read as a file if a file of this name exists, else as an item's id or path.
             unlike: Counter-examples, in the same forms.
+            region: The part of each image in `like` to search with: (x, y, w, h) of the upright image, as fractions of
+                its width and height, or as pixels if one of them is above 1. None searches with whole images.
             k: Number of items, 1 or more. The answer is shorter if fewer items are left. Items that are examples are
                 left out.
             where: A filter on attributes, such as "artist!=Claude Monet; year=1850..1900" (see
@@ -205,7 +209,10 @@ class OpenCatalog:
             >>> len(answer), answer[0].rank
             (3, 1)
         """
-        examples = [self._example(one, verify) for one in _several(like)]
+        part = read_region(region)
+        examples = [self._example(one, part, verify) for one in _several(like)]
+        if part is not None and all(one.position is not None or one.picture is None for one in examples):
+            raise ValueError(f"region={part} is a part of an image, and like has no image")
         counters = [] if unlike is None else [self._example(one) for one in _several(unlike)]
         if not examples:
             raise ValueError("there is no example: give at least one image or id")
@@ -236,7 +243,7 @@ class OpenCatalog:
             self._reranked = rerank, Engine(self._catalog, rerank)
         return self._reranked[1]
 
-    def _example(self, given: Given, verify: bool = False) -> _Example:
+    def _example(self, given: Given, region: Region | None = None, verify: bool = False) -> _Example:
         """One example. Raises ValueError if `given` is neither an item nor an image nor a descriptor."""
         verification = self._catalog.verification if verify else None
         if isinstance(given, str) and not Path(given).expanduser().is_file():
@@ -249,11 +256,11 @@ class OpenCatalog:
         if isinstance(given, np.ndarray | Tensor) and given.ndim == 1:
             return _Example("a description", self._description(torch.as_tensor(given)))
         encoder = self.encoder.encoder
-        ((images, _, errors),) = given_images([given], encoder).batches(batch_size=1)
+        ((images, _, errors),) = given_images([given], encoder, region).batches(batch_size=1)
         if errors:
             raise errors[0]
         name = str(given) if isinstance(given, str | Path) else "an image"
-        local = () if verification is None else _local_features(given, verification)
+        local = () if verification is None else _local_features(given, region, verification)
         return _Example(name, encode(encoder, images)[0], None, encode_thumbnail(images[0], _PICTURE), local)
 
     def _description(self, given: Tensor) -> Tensor:
@@ -270,11 +277,11 @@ class _Example:
     local: tuple[LocalFeatures, ...] = ()
 
 
-def _local_features(given: Given, verification: Verification) -> tuple[LocalFeatures, ...]:
-    """The local features of an image as a query."""
+def _local_features(given: Given, region: Region | None, verification: Verification) -> tuple[LocalFeatures, ...]:
+    """The local features of an image, or of a part of it, as a query."""
     if isinstance(given, str | Path):
-        return next(describe_queries([Path(given).expanduser()], verification))
-    return verification.query(pixels_of(given))
+        return next(describe_queries([Path(given).expanduser()], verification, region=region))
+    return verification.query(crop(pixels_of(given), region))
 
 
 def open_catalog(folder: str | Path, *, trusted: bool = False, device: str = "auto") -> OpenCatalog:

@@ -8,6 +8,7 @@ decoded in processes that can be terminated (simsearch.data.process_pool).
 from __future__ import annotations
 
 import io
+import math
 import random
 import re
 import stat
@@ -23,6 +24,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, fea
 from torch import Tensor
 
 from simsearch.errors import SimsearchError
+from simsearch.functional.regions import Region, crop
 from simsearch.functional.resize import Fit, check_fit, longest_shape, resize, resize_square
 from simsearch.text import printable
 
@@ -37,6 +39,7 @@ REASONS = {
     "too-many-pixels": "its header claims more pixels than max_pixels",
     "too-many-scans": "a JPEG with so many scans that decoding it would take far too long",
     "too-small": "a side is shorter than min_side",
+    "outside": "the requested region reaches beyond the image",
     "truncated": "it is cut off: it ends before its image does",
     "decode-failed": "its content is damaged",
     "too-slow": "it was not decoded within the time allowed for an image",
@@ -127,6 +130,7 @@ def read_image(
     size: int | None = None,
     fit: Fit = "square",
     enlarge: bool = True,
+    region: Region | None = None,
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
     min_side: int = 1,
@@ -153,6 +157,8 @@ def read_image(
             `resize_square`; with fit "longest" the whole image, (3, h, w) as in `longest_shape`.
         fit: "square" or "longest".
         enlarge: Enlarge an image whose longest side is below `size`. False leaves it as it is (with fit "longest").
+        region: The part of the upright image to return alone. `size` and `fit` are then of this part. None returns the
+            whole image.
         max_pixels: Largest number of pixels to decode. It is checked in the header, before decoding. At the default,
             the worst file needs about 1.5 GiB for a moment. The scans of a JPEG may pass over at most 20 times as many
             pixels, and there may be at most 100 scans.
@@ -180,7 +186,8 @@ def read_image(
         # Narrow on purpose: filters are global to the process, so that threads may undo each other's.
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            settings = {"path": path, "size": size, "fit": fit, "max_pixels": max_pixels, "min_side": min_side}
+            settings = {"path": path, "size": size, "fit": fit, "region": region, "max_pixels": max_pixels}
+            settings["min_side"] = min_side
             try:
                 pixels, shape = _decode(data, **settings)  # type: ignore[arg-type]
             except OSError as error:
@@ -317,18 +324,32 @@ def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def _decode(
-    data: bytes, *, path: Path | None, size: int | None, fit: Fit, max_pixels: int, min_side: int
+    data: bytes,
+    *,
+    path: Path | None,
+    size: int | None,
+    fit: Fit,
+    region: Region | None,
+    max_pixels: int,
+    min_side: int,
 ) -> tuple[Tensor, tuple[int, int]]:
-    """The pixels, perhaps at a reduced scale, and the height and width that the upright image must have."""
+    """The pixels of the region, perhaps at a reduced scale, and the height and width that they must have upright."""
     with _opened(data) as image:
         width, height = image.size
         if min(width, height) < min_side:
             raise ImageError(path, "too-small", f"{width} x {height} pixels; both sides must be at least {min_side}")
+        if region is not None:
+            # Of other formats metadata may follow the pixels, which are not to be decoded yet.
+            turned = image.format in ("JPEG", "MPO") and _is_on_its_side(image)
+            zoom = _zoom(region, *((width, height) if turned else (height, width)))
+        else:
+            zoom = 1.0
         needed = height, width
         if size is not None:
             # By the header: decoding at a smaller scale rounds both sides.
             needed = (size, size) if fit == "square" else longest_shape(height, width, size)
-            image.draft(None, (2 * needed[1], 2 * needed[0]))  # does something to JPEG only
+            # Does something to JPEG only.
+            image.draft(None, (math.ceil(2 * zoom * needed[1]), math.ceil(2 * zoom * needed[0])))
         scans = count_scans(data) if image.format in ("JPEG", "MPO") else 1
         # A JPEG of several scans is held in full while it is decoded, at whatever scale.
         several = scans > 1 or "progressive" in image.info
@@ -342,8 +363,27 @@ def _decode(
         image.load()
         on_its_side = _is_on_its_side(image)
         _turn_upright(image)
-        pixels = np.array(_to_rgb(image))
-    return torch.from_numpy(pixels).permute(2, 0, 1), needed[::-1] if on_its_side else needed
+        pixels = torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+    if region is None:
+        return pixels, needed[::-1] if on_its_side else needed
+    upright = (width, height) if on_its_side else (height, width)
+    try:
+        part = region.of(*upright)
+    except ValueError as error:
+        raise ImageError(path, "outside", str(error)) from None
+    top, left, bottom, right = part.box(*upright)
+    whole = bottom - top, right - left
+    shape = whole if size is None else (size, size) if fit == "square" else longest_shape(*whole, size)
+    return crop(pixels, part), shape
+
+
+def _zoom(region: Region, height: int, width: int) -> float:
+    """How many times larger the whole image must be decoded, so that a region of it has the pixels that are needed."""
+    try:
+        part = region.of(height, width)
+    except ValueError:  # is told once the orientation is known
+        return 1.0
+    return 1 / min(part.width, part.height)
 
 
 def _opened(data: bytes) -> Image.Image:

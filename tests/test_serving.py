@@ -34,7 +34,7 @@ from starlette.exceptions import HTTPException
 from torch import Tensor, nn
 
 from simsearch import configs
-from simsearch.commands.serve import bind, find_sources, greeting
+from simsearch.commands.serve import bind, find_sources, greeting, uploads_line
 from simsearch.files import read_json, write_json
 from simsearch.images import encode_thumbnail, read_image
 from simsearch.index.faiss_index import FaissIndex
@@ -49,7 +49,7 @@ from simsearch.serving.encoder import EncoderWorker
 from simsearch.serving.guard import JSON_BYTES, cost, host_name
 from simsearch.serving.library import Library, Source, Thumbnails, read_inside
 from simsearch.serving.limits import Account, Busy, Limits, TokenBuckets, client_address
-from simsearch.serving.uploads import Upload, Uploads, decoded
+from simsearch.serving.uploads import Upload, UploadFolder, Uploads, decoded
 
 N = 24
 MODEL = {
@@ -267,6 +267,29 @@ class TestImages:
         assert shown.shape == (3, 72, 96)
         assert (shown.float() - read_image(png(3, root)).float()).abs().mean() < 4
         assert client.get("/api/catalogs/bare/image?id=3").content == small.content
+
+    def test_items_by_their_ids(self, client):
+        answer = client.post("/api/catalogs/art/items", json={"ids": ["7", "nothing", "2.png", "7", 0]}).json()
+        assert [item["id"] for item in answer["items"]] == ["7", "2", "0"]
+        assert answer["items"][0] == client.get("/api/catalogs/art/item?id=7").json()
+        assert answer["missing"] == ["nothing"]
+        for ids in ([], ["x"] * 501, [None]):
+            assert error(client.post("/api/catalogs/art/items", json={"ids": ids}), 422)
+        stale = client.post("/api/catalogs/art/items?v=0000", json={"ids": ["7"]})
+        assert stale.json()["items"] == {"7": "7"}
+        assert stale.status_code == 409
+
+    def test_an_image_as_large_as_it_is_wanted(self, root, encoder, tmp_path):
+        (tmp_path / "root").mkdir()
+        for i in range(4):
+            Image.new("RGB", (3000, 1500), (i, 90, 90)).save(tmp_path / f"root/{i}.png")
+        folder = make_catalog(tmp_path / "c", tmp_path / "root", encoder, count=4)
+        with serving(library({"art": Source(folder, tmp_path / "root")})) as client:
+            for side, shown in (("", 1600), ("&side=6000", 3000), ("&side=500", 500)):
+                data = client.get(f"/api/catalogs/art/image?id=1{side}").content
+                with Image.open(io.BytesIO(data)) as image:
+                    assert image.size == (shown, shown // 2)
+            assert error(client.get("/api/catalogs/art/image?id=1&side=6001"), 422)
 
     def test_a_client_keeps_what_it_has(self, client):
         version = client.get("/api/catalogs").json()[0]["version"]
@@ -855,7 +878,7 @@ class TestUploads:
     def test_they_expire_and_make_room(self, client, root):
         now = [0.0]
         kept = Uploads(2, 10_000, 60, clock=lambda: now[0])
-        one, two, three = (Upload(bytes(1000), 1, 1) for _ in range(3))
+        one, two, three = (Upload(bytes(1000)) for _ in range(3))
         first, second = kept.add(one), kept.add(two)
         assert kept.get(first) is one  # now the second is the longest unused
         third = kept.add(three)
@@ -867,20 +890,134 @@ class TestUploads:
         now[0] = 200
         assert kept.get(first) is None
         large = Uploads(10, 2500, 60, clock=lambda: now[0])
-        tokens = [large.add(Upload(bytes(1000), 1, 1)) for _ in range(3)]
+        tokens = [large.add(Upload(bytes(1000))) for _ in range(3)]
         assert [large.get(token) is None for token in tokens] == [True, False, False]
-        large.get(tokens[1]).pixels[1, "square"] = torch.zeros(2000, dtype=torch.uint8)
+        large.get(tokens[1]).pixels[1, "square", None] = torch.zeros(2000, dtype=torch.uint8)
         large.sweep()  # too much, but the last one used
         assert [large.get(token) is None for token in tokens] == [True, False, True]
         assert len({*tokens, first, second, third}) == 6
 
         token = upload(client, png(1, root)).json()["upload"]
-        client.service.uploads._clock = lambda: time.monotonic() + 3601
+        client.service.uploads._clock = lambda: time.monotonic() + Limits().uploads_kept_seconds + 1
         try:
             assert "expired" in error(search(client, like=[{"upload": token}]), 404)
             assert "expired" in error(client.get(f"/api/uploads/{token}/image"), 404)
         finally:
             client.service.uploads._clock = time.monotonic
+
+    def test_a_folder_keeps_them_for_the_next_server(self, folder, root, tmp_path):
+        place = tmp_path / "kept"
+        with serving(library({"art": Source(folder)}), uploads_folder=place) as client:
+            token = upload(client, png(3, root)).json()["upload"]
+            first = search(client, like=[{"upload": token}]).json()["results"]
+            assert place.stat().st_mode & 0o777 == 0o700
+            assert [file.name for file in place.iterdir()] == [f"{token}.upload"]
+            assert (place / f"{token}.upload").read_bytes() == png(3, root)
+        with serving(library({"art": Source(folder)}), uploads_folder=place) as client:
+            assert search(client, like=[{"upload": token}]).json()["results"] == first
+            assert client.get(f"/api/uploads/{token}/image").status_code == 200
+            for other in ("..%2F..%2Fsecret", "a" * 22, f"{token}.upload", "x" * 300):
+                assert client.get(f"/api/uploads/{other}/image").status_code == 404
+            (place / f"{'l' * 22}.upload").symlink_to(folder / "catalog.json")
+            assert client.get(f"/api/uploads/{'l' * 22}/image").status_code == 404
+        with serving(library({"art": Source(folder)})) as client:  # in memory only
+            assert "expired" in error(search(client, like=[{"upload": token}]), 404)
+
+    def test_the_folder_is_bounded_and_holds_what_is_in_use(self, tmp_path):
+        now = [1e9]
+        bounds = 3, 2500, 60
+        (tmp_path / "holiday.jpg").write_bytes(bytes(9000))  # nobody's upload
+        (tmp_path / ".0a0b0c0d-99999999-1.half.upload").write_bytes(b"half")
+        kept = UploadFolder(tmp_path, *bounds, clock=lambda: now[0])
+        tokens = [letter * 22 for letter in "abcd"]
+        for token in tokens[:2]:
+            kept.write(token, bytes(1000))
+            now[0] += 10
+        assert kept.read(tokens[0]) == bytes(1000)  # now the second is the longest unused
+        now[0] += 10
+        kept.write(tokens[2], bytes(1000))  # 3000 bytes are too many
+        assert [kept.read(token) is None for token in tokens] == [False, True, False, True]
+        for token in tokens:
+            now[0] += 1
+            kept.write(token, bytes(10))
+        assert [kept.read(token) is None for token in tokens] == [True, False, False, False]
+        now[0] += 59
+        kept.use(tokens[3])
+        now[0] += 2
+        assert [kept.read(token) is None for token in tokens] == [True, True, True, False], "before they are removed"
+        kept.sweep()
+        assert {path.name for path in tmp_path.iterdir()} >= {"holiday.jpg", f"{tokens[3]}.upload"}
+        os.utime(tmp_path / ".0a0b0c0d-99999999-1.half.upload", (now[0] - 7200, now[0] - 7200))
+        kept.sweep()
+        assert {path.name for path in tmp_path.iterdir()} == {"holiday.jpg", f"{tokens[3]}.upload"}
+        kept.write(tokens[0], bytes(9000))  # larger than all may be: the last one stays
+        kept.sweep()
+        assert {path.name for path in tmp_path.glob("*.upload")} == {f"{tokens[0]}.upload"}
+
+    def test_a_folder_that_cannot_be_written_costs_no_upload(self, folder, root, tmp_path, monkeypatch, caplog):
+        (tmp_path / "file").write_text("no folder")
+        with serving(library({"art": Source(folder)}), uploads_folder=tmp_path / "file/below") as client:
+            assert "memory only" in uploads_line(client.service)
+            assert "file" in uploads_line(client.service)
+            token = upload(client, png(3, root)).json()["upload"]
+            assert search(client, like=[{"upload": token}]).status_code == 200
+        with serving(library({"art": Source(folder)}), uploads_folder=tmp_path / "full") as client:
+            assert "7 days" in uploads_line(client.service)
+
+            def full(*_: object) -> None:
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr(UploadFolder, "write", full)
+            token = upload(client, png(3, root)).json()["upload"]
+            assert search(client, like=[{"upload": token}]).status_code == 200
+            assert "No space left" in caplog.text
+
+    def test_a_part_is_what_a_file_of_it_is(self, client, root):
+        with Image.open(root / "4.png") as image:
+            buffer = io.BytesIO()
+            image.crop((24, 18, 72, 54)).save(buffer, "PNG")
+        token = upload(client, png(4, root)).json()["upload"]
+        expected = upload(client, buffer.getvalue(), "/api/catalogs/art/search/image").json()["results"]
+        whole = search(client, like=[{"upload": token}]).json()["results"]
+        parts = ([0.25, 0.25, 0.5, 0.5], [24, 18, 48, 36])
+        for part in parts:
+            found = search(client, like=[{"upload": token, "region": part}]).json()["results"]
+            assert [(r["id"], r["score"]) for r in found] == [(r["id"], r["score"]) for r in expected]
+            once = "/api/catalogs/art/search/image?region=" + ",".join(map(str, part))
+            assert upload(client, png(4, root), once).json()["results"] == found
+        assert [r["score"] for r in whole] != [r["score"] for r in expected]
+        assert search(client, like=[{"upload": token}]).json()["results"] == whole, "the part took the whole's place"
+        by_item = search(client, like=[{"id": "4", "region": parts[0]}]).json()["results"]
+        others = [(r["id"], r["score"]) for r in expected if r["attributes"]["work"] != "w2"]
+        assert [(r["id"], r["score"]) for r in by_item] == others
+        card, part = expected[3], {"upload": token, "region": parts[0]}
+        heat = client.post("/api/catalogs/art/heatmap", json={"like": [part], "id": card["id"]}).json()
+        assert heat["score"] == pytest.approx(card["score"], abs=1e-4)
+        for _ in range(40):
+            corner = [*np.random.default_rng(_).uniform(0, 0.5, 2), 0.4, 0.4]
+            assert search(client, like=[{"upload": token, "region": corner}]).status_code == 200
+        held = client.service.uploads.get(token)
+        assert max(len(held.pixels), len(held.descriptors)) <= 18
+
+    @pytest.mark.parametrize(
+        ("example", "message"),
+        [
+            ({"region": [0, 0, 1.5, 1]}, "outside: the region 0,0,200,1"),
+            ({"region": [0.5, 0, 0.7, 1]}, "at most 1"),
+            ({"region": [0, 0, 0]}, "region"),
+            ({"region": [0, 0, 0, 0]}, "w and h above 0"),
+            ({"id": "4", "region": [0, 0, 20, 20]}, "in fractions"),
+        ],
+    )
+    def test_what_is_no_part(self, client, root, example, message):
+        if "id" not in example:
+            example = {**example, "upload": upload(client, png(4, root)).json()["upload"]}
+        if example["region"] == [0, 0, 1.5, 1]:
+            example["region"] = [0, 0, 200, 1]
+        assert message in error(search(client, like=[example]), 422)
+        way = "/api/catalogs/art/search/image?region=" + ",".join(map(str, example["region"]))
+        if "id" not in example:
+            assert error(upload(client, png(4, root), way), 422)
 
     def test_size_is_that_of_the_upright_image(self):
         exif = Image.Exif()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import re
@@ -855,3 +856,363 @@ def test_dark_and_named(opened):
     assert light.locator("#status").get_attribute("aria-live") == "polite"
     # One work at a time is reached by Tab, then what may be done with it.
     assert light.locator(".work .frame[tabindex='0']").count() == 1
+
+
+# ------------------------------------------------------------------------------- a part of the image
+
+
+def wall_of(
+    root: Path, numbers: tuple[int, ...], gap: int = 20
+) -> tuple[bytes, list[tuple[float, float, float, float]]]:
+    """A photograph of a wall with some images, and where each hangs, in fractions."""
+    pictures = [Image.open(root / f"{i}.png").convert("RGB") for i in numbers]
+    width = sum(p.width for p in pictures) + gap * (len(pictures) + 1)
+    height = max(p.height for p in pictures) + 2 * gap
+    wall, places, x = Image.new("RGB", (width, height), (90, 160, 70)), [], gap
+    for one in pictures:
+        wall.paste(one, (x, gap))
+        places.append((x / width, gap / height, one.width / width, one.height / height))
+        x += one.width + gap
+    buffer = io.BytesIO()
+    wall.save(buffer, "PNG")
+    return buffer.getvalue(), places
+
+
+def dropped(page: Page, data: bytes, name: str = "wall.png"):
+    return page.evaluate_handle(
+        """([data, name]) => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([new Uint8Array(data)], name, { type: "image/png" }));
+            return transfer;
+        }""",
+        [list(data), name],
+    )
+
+
+def draw(page: Page, frame: Locator, place: tuple[float, float, float, float]) -> None:
+    """Draws a rectangle by the mouse, from its lower right corner to its upper left one."""
+    frame.scroll_into_view_if_needed()
+    box, (x, y, w, h) = frame.bounding_box(), place
+    page.mouse.move(box["x"] + (x + w) * box["width"], box["y"] + (y + h) * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + (x + w / 2) * box["width"], box["y"] + (y + h / 2) * box["height"])
+    page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"])
+    page.mouse.up()
+
+
+def region_of(page: Page) -> list[float]:
+    return [float(number) for number in said(page, "like").split("@")[1].split(":")]
+
+
+def test_a_rectangle_drawn_on_the_image_is_searched_alone(opened, root):
+    page = opened("#catalog=art")
+    data, places = wall_of(root, (5, 40))
+    whole = answers_to(page, lambda: drop(page, dropped(page, data)))
+    expect(results(page)).to_have_count(24)
+    for number, place in zip((5, 40), places, strict=True):
+        frame = page.locator("#primary .frame")
+        body = answers_to(page, lambda frame=frame, place=place: draw(page, frame, place))
+        assert region_of(page) == pytest.approx(place, abs=0.02)
+        assert body["results"][0]["id"] == str(number)
+        assert body["results"][0]["score"] > max(0.9, next(r["score"] for r in whole["results"][:1]))
+        shown = page.locator("#primary .region").evaluate("e => [e.style.left, e.style.width].map(parseFloat)")
+        assert shown == pytest.approx([100 * place[0], 100 * place[2]], abs=2)
+    again = opened(f"#{urlsplit(page.url).fragment}")  # the address alone
+    expect(results(again).first).to_have_attribute("data-id", "40")
+    heat = answers_to(page, lambda: results(page).first.locator(".frame").hover(), "/heatmap")
+    assert heat["score"] == pytest.approx(body["results"][0]["score"], abs=1e-3)
+    lies = page.evaluate(
+        """() => { const [map, part] = ["canvas", ".region"].map((name) =>
+            document.querySelector(`#primary ${name}`).getBoundingClientRect());
+            return [map.left - part.left, map.width - part.width]; }"""
+    )
+    assert np.abs(lies).max() < 4, "the map covers the part"
+    answers_to(page, lambda: tune(page, "diversity", 30))
+    page.click("#part-whole")
+    page.wait_for_function("() => !location.hash.includes('@')")
+    expect(page.locator("#primary .region")).to_have_count(0)
+    page.go_back()
+    expect(page.locator("#primary .region")).to_have_count(1)
+    before = page.url
+    frame = page.locator("#primary .frame").bounding_box()
+    page.mouse.click(frame["x"] + 30, frame["y"] + 30)  # a click draws nothing
+    assert page.url == before
+
+
+def test_a_part_by_keys_and_numbers(opened):
+    page = opened("#catalog=art&like=12")
+    page.locator("#part-open").focus()
+    page.keyboard.press("Enter")
+    part = page.locator("#part .region")
+    expect(part).to_be_focused()
+    names = ("left", "top", "width", "height")
+    numbers = lambda: [float(page.locator(f"#part-{name}").input_value()) for name in names]  # noqa: E731
+    assert numbers() == [25, 25, 50, 50]
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Shift+ArrowRight")
+    page.keyboard.press("Shift+ArrowDown")
+    page.keyboard.press("Shift+ArrowDown")
+    assert numbers() == [27, 23, 52, 54]
+    assert "27 to 79 % across, 23 to 77 % down" in part.get_attribute("aria-label")
+    page.fill("#part-left", "10")
+    page.fill("#part-width", "200")  # more than there is
+    page.locator("#part-width").blur()
+    assert numbers() == [0, 23, 100, 54]
+    page.fill("#part-width", "40")
+    body = answers_to(page, lambda: page.locator("#part-search").press("Enter"))
+    assert region_of(page) == [0, 0.23, 0.4, 0.54]
+    assert body["results"]
+    expect(page.locator("#part")).to_be_hidden()
+    assert said(page, "like").startswith("12@")
+    page.click("#part-open")
+    expect(page.locator("#part-left")).to_have_value("0")
+    page.keyboard.press("Escape")
+    expect(page.locator("#part")).to_be_hidden()
+    assert region_of(page) == [0, 0.23, 0.4, 0.54]
+    odd = opened(f"#catalog=odd&like={quote('position:1@0.1:0.2:0.5:0.5,é#&%253F=', safe='')}")
+    expect(odd.locator("#like .tile:not(.add)")).to_have_count(2)
+
+
+def test_a_finger_draws_in_the_dialog(opened):
+    page = opened("#catalog=art&like=4", viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    page.tap("#part-open")
+    frame = page.locator("#part-stage .frame")
+    box = frame.bounding_box()
+    finger = page.context.new_cdp_session(page)
+    at = lambda x, y: [{"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}]  # noqa: E731
+    finger.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": at(0.1, 0.2)})
+    finger.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": at(0.4, 0.4)})
+    finger.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": at(0.7, 0.9)})
+    finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    body = answers_to(page, lambda: page.tap("#part-search"))
+    assert region_of(page) == pytest.approx([0.1, 0.2, 0.6, 0.7], abs=0.02)
+    assert body["results"]
+
+
+# ------------------------------------------------------------------------------- looking closely
+
+
+def scale_of(page: Page, pane: str) -> float:
+    return page.locator(f"{pane} .frame").evaluate("e => new DOMMatrix(getComputedStyle(e).transform).a")
+
+
+def test_a_picture_is_looked_at_closely(opened):
+    page = opened("#catalog=art&like=3")
+    results(page).nth(1).locator(".frame").click()
+    pane = page.locator("#large-work .zoomed")
+    expect(pane).to_be_visible()
+    box = pane.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(middle[0] + 60, middle[1] + 40)
+    under = """([x, y]) => { const r = document.querySelector('#large-work .frame').getBoundingClientRect();
+        return [(x - r.left) / r.width, (y - r.top) / r.height]; }"""
+    spot = [middle[0] + 60, middle[1] + 40]
+    before = page.evaluate(under, spot)
+    page.mouse.wheel(0, -600)
+    page.wait_for_function("() => document.querySelector('#zoom-value').textContent != '100 %'")
+    assert scale_of(page, "#large-work") == pytest.approx(np.exp(600 * 0.0018), rel=0.02)
+    assert page.evaluate(under, spot) == pytest.approx(before, abs=0.01), "what is under the pointer stays there"
+    assert scale_of(page, "#large-query") == 1
+    page.mouse.down()
+    page.mouse.move(spot[0] - 50, spot[1] - 30, steps=4)
+    page.mouse.up()
+    assert page.evaluate(under, [spot[0] - 50, spot[1] - 30]) == pytest.approx(before, abs=0.02), "a drag moves it"
+    expect(page.locator("#large")).to_be_visible()
+    page.mouse.dblclick(*spot)
+    assert scale_of(page, "#large-work") == 1
+    page.mouse.dblclick(*spot)
+    assert scale_of(page, "#large-work") == 3
+    page.keyboard.press("0")
+    assert scale_of(page, "#large-work") == 1
+    page.keyboard.press("+")
+    page.click("#zoom-in")
+    assert [scale_of(page, pane) for pane in ("#large-work", "#large-query")] == pytest.approx([2.25, 2.25])
+    expect(page.locator("#zoom-value")).to_have_text("225 %")
+    page.keyboard.press("-")
+    page.click("#zoom-out")
+    page.click("#zoom-value")
+    expect(page.locator("#zoom-out")).to_be_disabled()
+    page.keyboard.press("ArrowRight")  # another work begins whole
+    assert scale_of(page, "#large-work") == 1
+
+
+def test_close_up_the_original_is_fetched(opened, root):
+    page = opened("#catalog=art&like=3", device_scale_factor=2)
+    results(page).first.locator(".frame").click()
+    expect(page.locator("#large-work img")).to_be_visible()
+    page.wait_for_function("() => document.querySelector('#large-work img').naturalWidth > 0")
+    with page.expect_response(lambda r: "side=6000" in r.url and r.ok) as waiting:
+        page.click("#zoom-in")
+    with Image.open(io.BytesIO(waiting.value.body())) as image:
+        assert image.size == SHAPES[int(page.locator(".result").first.get_attribute("data-id")) % 4]
+
+
+def test_two_fingers_bring_it_closer(opened):
+    page = opened("#catalog=art&like=3", viewport={"width": 390, "height": 800}, has_touch=True, is_mobile=True)
+    page.tap(".result .frame >> nth=0")
+    box = page.locator("#large-work .zoomed").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    fingers = page.context.new_cdp_session(page)
+    at = lambda d: [{"x": x - d, "y": y, "id": 1}, {"x": x + d, "y": y, "id": 2}]  # noqa: E731
+    fingers.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": at(20)})
+    for apart in (25, 40, 60):
+        fingers.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": at(apart)})
+    fingers.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    assert 1.8 < scale_of(page, "#large-work") < 3.2
+    wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(wide) <= 0
+
+
+def test_query_and_work_side_by_side_at_one_size(opened):
+    page = opened("#catalog=art&like=4")
+    results(page).first.locator(".frame").click()
+    sizes = """() => ["#large-query", "#large-work"].map((pane) => {
+        const box = document.querySelector(`${pane} .zoomed`).getBoundingClientRect(); return [box.width, box.height]; })"""
+    query, work = page.evaluate(sizes)
+    assert query == pytest.approx(work, abs=1)
+    assert min(query) > 300
+    page.keyboard.press("c")
+    query, work = page.evaluate(sizes)
+    assert query[0] < work[0] / 2
+    expect(page.locator("#beside")).to_have_attribute("aria-pressed", "false")
+    page.reload()
+    page.wait_for_selector("#large-work img")
+    query, work = page.evaluate(sizes)
+    assert query[0] < work[0] / 2, "it is remembered"
+    page.click("#beside")
+    query, work = page.evaluate(sizes)
+    assert query == pytest.approx(work, abs=1)
+
+
+# ------------------------------------------------------------------------------- a selection
+
+
+def test_a_selection_is_kept_shared_and_exported(opened, tmp_path):
+    page = opened("#catalog=art&like=3", permissions=["clipboard-read", "clipboard-write"])
+    expect(page.locator("#selection-open")).to_be_hidden()
+    chosen = [ids(page)[i] for i in (0, 2, 5)]
+    results(page).nth(0).hover()
+    results(page).nth(0).locator("[data-act=keep]").click()
+    results(page).nth(2).locator(".frame").focus()
+    page.keyboard.press("k")
+    results(page).nth(5).locator(".frame").click()
+    page.locator("#large [data-act=keep]").click()
+    page.keyboard.press("Escape")
+    expect(page.locator("#selection-count")).to_have_text("3")
+    expect(page.locator(".result [data-act=keep][aria-pressed=true]")).to_have_count(3)
+    page.reload()
+    page.wait_for_selector(".result")
+    expect(page.locator("#selection-count")).to_have_text("3")
+    page.click("#selection-open")
+    expect(page.locator(".wall")).to_have_count(3)
+    assert ids(page) == chosen
+    assert said(page, "selection") == ",".join(map(str, chosen))
+    expect(page.locator("#selection h2")).to_have_text("Your selection")
+
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Save as CSV").click()
+    waiting.value.save_as(tmp_path / "s.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "s.csv").read_text("utf-8-sig"))))
+    assert [row["id"] for row in rows] == [str(i) for i in chosen]
+    assert [row["title"] for row in rows] == [f"Plate {i}" for i in chosen]
+    one = opened(f"#{urlsplit(rows[1]['link']).fragment}")
+    expect(one.locator("#large-title")).to_have_text(f"Plate {chosen[1]}")
+    page.get_by_role("button", name="Copy the works' links").click()
+    expect(page.locator(".note")).to_contain_text("3 links")
+    assert page.evaluate("navigator.clipboard.readText()").split("\n") == [row["link"] for row in rows]
+    page.get_by_role("button", name="Copy a link to it").click()
+    page.wait_for_function("async () => !(await navigator.clipboard.readText()).includes('\\n')")
+    link = page.evaluate("navigator.clipboard.readText()")
+
+    other = opened(f"#{urlsplit(link).fragment}&")  # another browser, whose selection is empty
+    expect(other.locator("#selection h2")).to_have_text("A selection that was shared with you")
+    assert ids(other) == chosen
+    expect(other.locator("#selection-open")).to_be_hidden()
+    other.get_by_role("button", name="Keep these works").click()
+    expect(other.locator("#selection-count")).to_have_text("3")
+    expect(other.locator("#selection h2")).to_have_text("Your selection")
+    gone = opened(f"#catalog=art&selection={chosen[0]},nothing")
+    expect(gone.locator(".note")).to_contain_text("1 work of this selection is not in this collection.")
+
+    answers_to(page, lambda: page.get_by_role("button", name="Search with these").click())
+    assert said(page, "like") == ",".join(map(str, chosen))
+    page.go_back()
+    page.locator(".wall").first.hover()
+    page.locator(".wall [data-act=keep]").first.click()
+    expect(page.locator(".wall")).to_have_count(2)
+    page.get_by_role("button", name="Empty it").click()
+    expect(page.locator("#selection")).to_be_hidden()
+    expect(page.locator("#selection-open")).to_be_hidden()
+
+
+def test_odd_ids_and_formulas_are_kept_and_exported(opened, tmp_path):
+    page = opened("#catalog=odd")
+    for card in range(len(ODD)):
+        page.locator(".wall .frame").nth(card).focus()
+        page.keyboard.press("k")
+    page.click("#selection-open")
+    expect(page.locator(".wall")).to_have_count(len(ODD))
+    again = opened(f"#{urlsplit(page.url).fragment}")
+    expect(again.locator(".wall")).to_have_count(len(ODD))
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Save as CSV").click()
+    waiting.value.save_as(tmp_path / "s.csv")
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "s.csv").read_text("utf-8-sig"), newline="")))
+    assert {row["id"]: row["medium"] for row in rows} == ODD
+    cell = "csv => csv.split('\\r\\n')[1]"
+    made = page.evaluate(
+        """async (cut) => { const { csvOf } = await import("./static/kept.js");
+            return eval(cut)(csvOf([{ id: "=1+1", attributes: { title: '@x, "y"' , year: "-5" } }])); }""".replace(
+            "eval(cut)(", "((csv) => csv.split('\\r\\n')[1])("
+        ),
+        cell,
+    )
+    assert next(csv.reader([made]))[0] == "'=1+1"
+    assert next(csv.reader([made]))[2:] == ['\'@x, "y"', "-5"]
+
+
+# ------------------------------------------------------------------------------- several searches
+
+
+def test_several_images_as_a_search_each(opened, root):
+    page = opened("#catalog=art")
+    together = answers_to(page, lambda: page.set_input_files("#file", [root / f"{i}.png" for i in (5, 40, 22)]))
+    expect(page.locator("#like .tile:not(.add)")).to_have_count(3)
+    tokens = said(page, "like").split(",")
+    assert together["results"]
+    body = answers_to(page, lambda: page.click("#each"))
+    assert body["results"][0]["id"] == "5"
+    assert said(page, "searches").split(",") == tokens
+    assert said(page, "like") == tokens[0]
+    tiles = page.locator("#searches .tile")
+    expect(tiles).to_have_count(3)
+    for i, number in ((1, 40), (2, 22)):
+        assert answers_to(page, lambda i=i: tiles.nth(i).click())["results"][0]["id"] == str(number)
+        expect(tiles.nth(i)).to_have_attribute("aria-pressed", "true")
+    settled(page)
+    results(page).nth(3).hover()
+    answers_to(page, lambda: results(page).nth(3).locator("[data-act=more]").click())
+    expect(page.locator("#searches")).to_be_visible()  # the way back to the others
+    expect(page.locator("#searches [aria-pressed=true]")).to_have_count(0)
+    again = opened(f"#{urlsplit(page.url).fragment}")
+    expect(again.locator("#searches .tile")).to_have_count(3)
+    page.get_by_role("button", name="Search with all together").click()
+    page.wait_for_function("() => !location.hash.includes('searches')")
+    assert said(page, "like").split(",") == tokens
+    expect(page.locator("#searches")).to_be_hidden()
+
+    transfer = page.evaluate_handle(
+        """(all) => { const transfer = new DataTransfer();
+            for (const data of all) transfer.items.add(new File([new Uint8Array(data)], "a.png", { type: "image/png" }));
+            return transfer; }""",
+        [list((root / f"{i}.png").read_bytes()) for i in (9, 31)],
+    )
+    page.dispatch_event("body", "dragenter", {"dataTransfer": transfer})
+    expect(page.locator("#drop [data-to=each]")).to_be_visible()
+    body = answers_to(page, lambda: drop(page, transfer, "each"))
+    assert body["results"][0]["id"] == "9"
+    expect(page.locator("#searches .tile")).to_have_count(2)
+    page.get_by_role("button", name="Close the searches").click()
+    expect(page.locator("#searches")).to_be_hidden()
+    expect(results(page).first).to_have_attribute("data-id", "9")

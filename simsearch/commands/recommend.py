@@ -21,6 +21,7 @@ from simsearch import configs, program, terminal
 from simsearch.data.loading import load_image
 from simsearch.figures import Tile, save_grid
 from simsearch.files import json_line
+from simsearch.functional.regions import Region, read_region
 from simsearch.images import decode_thumbnail
 from simsearch.models.encoder import device
 from simsearch.search.catalog import Catalog, read_catalog, verifying
@@ -73,7 +74,10 @@ def main(config: DictConfig) -> None:
     catalog = verifying(catalog, chosen.enabled, top=chosen.top, mirrored=chosen.mirrored)
     engine = Engine(catalog)
     reader = Examples(engine, device(config.device))
-    like = [reader.file(name) for name in configs.listed(values["image"])]
+    region, images = read_region(values["region"]), configs.listed(values["image"])
+    if region is not None and not images:
+        raise ValueError(f"region={region} is a part of an image: give image=<file>")
+    like = [reader.file(name, region) for name in images]
     like += [reader.item(engine.position(name)) for name in configs.listed(values["id"], reader.is_item)]
     unlike = [reader.any(name) for name in configs.listed(values["unlike"], reader.is_known)]
     if not like:
@@ -132,18 +136,19 @@ class Examples:
         """The encoder of the catalog."""
         return self.engine.catalog.encoder.to(self.device)
 
-    def file(self, name: str) -> Example:
+    def file(self, name: str, region: Region | None = None) -> Example:
         """The image in a file.
 
         Args:
             name: The file.
+            region: The part of the image to take alone, or None.
 
         Raises:
             ImageError: If it cannot be read.
         """
-        image = load_image(Path(name), size=self.encoder.input_size, fit=self.encoder.fit)
+        image = load_image(Path(name), size=self.encoder.input_size, fit=self.encoder.fit, region=region)
         verification = self.engine.catalog.verification
-        local = () if verification is None else next(describe_queries([Path(name)], verification))
+        local = () if verification is None else next(describe_queries([Path(name)], verification, region=region))
         return Example(name, image, encode(self.encoder, image[None])[0], local=local)
 
     def item(self, position: int) -> Example:

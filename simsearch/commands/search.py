@@ -17,6 +17,7 @@ from simsearch.data.manifest import Manifest, read_manifest
 from simsearch.figures import Tile, save_grid
 from simsearch.files import json_line
 from simsearch.functional.geometry import Match
+from simsearch.functional.regions import Region, read_region
 from simsearch.images import decode_thumbnail
 from simsearch.models.encoder import device
 from simsearch.search.catalog import Catalog, read_catalog, verifying
@@ -66,7 +67,9 @@ def main(config: DictConfig) -> None:
     catalog = verifying(catalog, chosen.enabled, top=chosen.top, mirrored=chosen.mirrored)
     catalog.encoder.to(device(config.device))
     rerank = configs.build(config.rerank) if config.get("rerank") else None
-    answers, milliseconds = search(Engine(catalog, rerank), Path(config.image), config.k, config.batch_size)
+    region = read_region(configs.plain(config)["region"])
+    engine, source = Engine(catalog, rerank), Path(config.image)
+    answers, milliseconds = search(engine, source, config.k, config.batch_size, region)
     if config.format == "json":
         for answer in answers:
             print(json_line({"query": answer.query, "verdict": answer.verdict, "results": answer.items}))
@@ -81,7 +84,9 @@ def main(config: DictConfig) -> None:
         print(f"picture: {config.figure}", file=sys.stderr)
 
 
-def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[Answer], float]:
+def search(
+    engine: Engine, source: Path, k: int, batch_size: int, region: Region | None = None
+) -> tuple[list[Answer], float]:
     """The answers for all readable images, and the milliseconds per query.
 
     Unreadable images are listed on standard error.
@@ -91,6 +96,7 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
         source: A file or folder.
         k: Number of items per query.
         batch_size: Number of images per forward pass.
+        region: The part of each image to search with. None searches with whole images.
 
     Raises:
         ValueError: If no image can be read.
@@ -102,13 +108,13 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
     errors = []
     encoder, verification = engine.catalog.encoder, engine.catalog.verification
     start = time.perf_counter()
-    for images, rows, unreadable in batches_of(encoder, manifest, batch_size=batch_size):
+    for images, rows, unreadable in batches_of(encoder, manifest, region=region, batch_size=batch_size):
         errors += unreadable
         if len(images):
             vectors = encode(encoder, images)
             found = per_query(engine.nearest(vectors, k if verification is None else max(k, verification.top)))
             files = [manifest.root / manifest.paths[row] for row in rows.tolist()]
-            local = iter(()) if verification is None else describe_queries(files, verification)
+            local = iter(()) if verification is None else describe_queries(files, verification, region=region)
             for image, row, vector, (ids, scores) in zip(images, rows.tolist(), vectors, found, strict=True):
                 matches = None
                 if verification is not None:

@@ -51,8 +51,16 @@ def main(config: DictConfig) -> None:
     hosts = values["allow_hosts"] or None
     if is_loopback(values["host"]):
         hosts = [*LOOPBACK, *(hosts or ())]
-    app = create_app(library, limits, hosts=hosts, origins=values["allow_origins"] or (), proxies=values["proxies"])
+    app = create_app(
+        library,
+        limits,
+        hosts=hosts,
+        origins=values["allow_origins"] or (),
+        proxies=values["proxies"],
+        uploads_folder=Path(values["uploads_folder"]).expanduser() if values["uploads_folder"] else None,
+    )
     start_log()
+    host, port = bound.getsockname()[:2]
     server = Server(
         uvicorn.Config(
             app,
@@ -65,7 +73,7 @@ def main(config: DictConfig) -> None:
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         ),
         app.state.service,
-        greeting(library, *bound.getsockname()[:2]),
+        greeting(library, host, port, uploads=uploads_line(app.state.service)),
     )
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again once it has ended in order
         signal.signal(number, lambda *_: None)
@@ -183,13 +191,28 @@ class _Harmless(logging.Formatter):
         return lines(super().format(record))
 
 
-def greeting(library: Library, host: str, port: int) -> str:
+def uploads_line(service: Service) -> str:
+    """Where uploads are kept and for how long, in a line.
+
+    Args:
+        service: The service.
+    """
+    hours = service.limits.uploads_kept_seconds / 3600
+    until = f"{hours / 24:g} days" if hours >= 48 else f"{hours:g} h"
+    if service.uploads.folder is not None:
+        return f"uploads are kept in {service.uploads.folder.folder} until {until} after their last use"
+    why = f": {service.uploads_problem}" if service.uploads_problem else ""
+    return f"uploads are kept in memory only, until {until} after their last use{why}"
+
+
+def greeting(library: Library, host: str, port: int, uploads: str = "") -> str:
     """The text that is printed when the server is ready.
 
     Args:
         library: The catalogs.
         host: Host that the server is bound to.
         port: Port of the server.
+        uploads: Where uploads are kept.
     """
     shown = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     lines = [f"simsearch serves at http://{shown}:{port}/ (API: http://{shown}:{port}/docs)"]
@@ -205,6 +228,8 @@ def greeting(library: Library, host: str, port: int) -> str:
                 "    not calibrated, so it always answers, even without a similar item: simsearch calibrate "
                 f"catalog={folder} outside=<folder of other images>"
             )
+    if uploads:
+        lines.append(f"  {uploads}")
     if not is_loopback(host):
         lines.append("  everybody who can reach this machine can use it")
     return "\n".join([*lines, "  Ctrl-C stops it"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from simsearch.data.process_pool import MEMORY, SECONDS, Failure, bounded_map
+from simsearch.functional.regions import Region
 from simsearch.functional.resize import Fit
 from simsearch.images import ImageError, read_image
 
@@ -107,18 +108,19 @@ def load_items(items: SizedItems, rows: Iterable[int], *, workers: int = 0) -> I
             yield row, torch.from_numpy(found) if isinstance(found, np.ndarray) else found
 
 
-def load_image(path: Path, *, size: int, fit: Fit) -> Tensor:
+def load_image(path: Path, *, size: int, fit: Fit, region: Region | None = None) -> Tensor:
     """The pixels of one file as `read_image` gives them, decoded in a process that can be ended.
 
     Args:
         path: The file.
         size: Image size in pixels.
         fit: "square" or "longest".
+        region: The part of the image to return alone, or None.
 
     Raises:
         ImageError: If the file cannot be read.
     """
-    one = partial(_read, size=size, fit=fit)
+    one = partial(_read, size=size, fit=fit, region=region)
     (found,) = bounded_map(one, [path], workers=1, seconds=SECONDS, memory=MEMORY)
     if isinstance(found, Failure):
         raise ImageError(path, found.reason, found.detail)
@@ -131,8 +133,8 @@ def _decoded(items: SizedItems, row: int) -> np.ndarray | ValueError:
     return image.numpy() if isinstance(image, Tensor) else image
 
 
-def _read(path: Path, size: int, fit: Fit) -> np.ndarray:
-    return read_image(path, size=size, fit=fit).numpy()
+def _read(path: Path, size: int, fit: Fit, region: Region | None) -> np.ndarray:
+    return read_image(path, size=size, fit=fit, region=region).numpy()
 
 
 def batches_by_shape(

@@ -20,6 +20,7 @@ from simsearch.data.process_pool import MEMORY
 from simsearch.data.tables import ENDINGS as TABLES
 from simsearch.data.tables import PATH_NAMES, Column, Rejected, path_name, read_table
 from simsearch.files import Damaged, checked, read_json
+from simsearch.functional.regions import Region
 from simsearch.functional.resize import Fit, check_fit
 from simsearch.images import MAX_PIXELS, ImageError, read_image
 from simsearch.text import printable
@@ -105,12 +106,13 @@ class ImageFiles(Dataset[Item]):
         manifest: The list of files.
         size: Image size in pixels, from 1.
         fit: "square" takes the centre square, "longest" the whole image with its longest side at `size`.
+        region: The part of each image to take alone, or None.
 
     Raises:
         ValueError: If `size` is below 1 or `fit` is unknown.
     """
 
-    def __init__(self, manifest: Manifest, *, size: int, fit: Fit = "square") -> None:
+    def __init__(self, manifest: Manifest, *, size: int, fit: Fit = "square", region: Region | None = None) -> None:
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         check_fit(fit)
@@ -118,6 +120,7 @@ class ImageFiles(Dataset[Item]):
         self.memory = max(MEMORY, MEMORY * manifest.max_pixels // MAX_PIXELS)
         self.size = size
         self.fit = fit
+        self.region = region
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -132,14 +135,21 @@ class ImageFiles(Dataset[Item]):
 
     def __getitem__(self, i: int) -> Item:
         try:
-            return i, read_image(self.path(i), size=self.size, fit=self.fit, max_pixels=self.manifest.max_pixels)
+            most = self.manifest.max_pixels
+            return i, read_image(self.path(i), size=self.size, fit=self.fit, region=self.region, max_pixels=most)
         except ImageError as error:
             # Without its traceback, whose frames would keep the bytes of the file alive.
             return i, ImageError(error.path, error.reason, error.detail)
 
 
 def load_images(
-    manifest: Manifest, *, size: int, fit: Fit = "square", batch_size: int = 64, workers: int = 0
+    manifest: Manifest,
+    *,
+    size: int,
+    fit: Fit = "square",
+    region: Region | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
 ) -> Iterator[ImageBatch]:
     """Batches over a manifest as `load_batches` makes them. Errors are ImageErrors.
 
@@ -147,13 +157,14 @@ def load_images(
         manifest: The list of files.
         size: Image size in pixels, from 1.
         fit: As in ImageFiles.
+        region: As in ImageFiles.
         batch_size: Number of items in a batch, from 1.
         workers: As in `load_items`.
 
     Raises:
         ValueError: If `size` or `batch_size` is below 1, or `fit` is unknown.
     """
-    return load_batches(ImageFiles(manifest, size=size, fit=fit), batch_size=batch_size, workers=workers)
+    return load_batches(ImageFiles(manifest, size=size, fit=fit, region=region), batch_size=batch_size, workers=workers)
 
 
 def read_manifest(source: Path, root: Path | None = None) -> Manifest:

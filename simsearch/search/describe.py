@@ -14,6 +14,7 @@ from simsearch.data.loading import ImageBatch
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.data.presence import Presence
 from simsearch.functional.codes import pack_codes, unpack_codes
+from simsearch.functional.regions import Region
 from simsearch.images import encode_thumbnail
 from simsearch.types import Encoder
 
@@ -60,16 +61,20 @@ class Described:
         return len(self.rows)
 
 
-def batches_of(encoder: Encoder, manifest: Manifest, *, batch_size: int = 64, workers: int = 0) -> Iterator[ImageBatch]:
+def batches_of(
+    encoder: Encoder, manifest: Manifest, *, region: Region | None = None, batch_size: int = 64, workers: int = 0
+) -> Iterator[ImageBatch]:
     """Batches of a manifest's images, decoded at the encoder's size and fit (see `load_images`).
 
     Args:
         encoder: The encoder that will describe the images.
         manifest: The images.
+        region: The part of each image to take alone, or None.
         batch_size: Number of images per batch, 1 or more.
         workers: Number of additional processes that decode files, 0 or more.
     """
-    return load_images(manifest, size=encoder.input_size, fit=encoder.fit, batch_size=batch_size, workers=workers)
+    size, fit = encoder.input_size, encoder.fit
+    return load_images(manifest, size=size, fit=fit, region=region, batch_size=batch_size, workers=workers)
 
 
 def describe(

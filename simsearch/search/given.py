@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from simsearch.data.loading import ImageBatch, Item, batched, load_items
+from simsearch.functional.regions import Region, crop
 from simsearch.functional.resize import resize_to_fit
 from simsearch.images import ImageError, picture_pixels, read_image
 from simsearch.types import Encoder, Fit
@@ -46,10 +47,11 @@ class GivenImages:
         images: Files, Pillow images, arrays uint8 (H, W, 3) or tensors uint8 (3, H, W).
         size: Side in pixels that images are scaled to.
         fit: How images are fitted to `size`.
+        region: The part of each image to take alone. None takes the whole image.
     """
 
-    def __init__(self, images: Sequence[Given], *, size: int, fit: Fit) -> None:
-        self.images, self.size, self.fit = images, size, fit
+    def __init__(self, images: Sequence[Given], *, size: int, fit: Fit, region: Region | None = None) -> None:
+        self.images, self.size, self.fit, self.region = images, size, fit, region
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,8 +68,9 @@ class GivenImages:
         image = self.images[i]
         try:
             if isinstance(image, str | Path):
-                return i, read_image(Path(image).expanduser(), size=self.size, fit=self.fit)
-            return i, resize_to_fit(pixels_of(image), self.size, self.fit)
+                path = Path(image).expanduser()
+                return i, read_image(path, size=self.size, fit=self.fit, region=self.region)
+            return i, resize_to_fit(crop(pixels_of(image), self.region), self.size, self.fit)
         except ImageError as error:
             return i, ImageError(error.path, error.reason, error.detail)  # without what its traceback keeps alive
 
@@ -89,11 +92,12 @@ class GivenImages:
         return batched(iter(items), self, batch_size)
 
 
-def given_images(images: Sequence[Given], encoder: Encoder) -> GivenImages:
+def given_images(images: Sequence[Given], encoder: Encoder, region: Region | None = None) -> GivenImages:
     """The images at the size and fit of the encoder.
 
     Args:
         images: Files, Pillow images, arrays uint8 (H, W, 3) or tensors uint8 (3, H, W).
         encoder: The encoder that will describe them.
+        region: The part of each image to take alone. None takes the whole image.
     """
-    return GivenImages(images, size=encoder.input_size, fit=encoder.fit)
+    return GivenImages(images, size=encoder.input_size, fit=encoder.fit, region=region)

@@ -18,7 +18,8 @@ import numpy as np
 from simsearch.data.manifest import ImageFiles, Manifest
 from simsearch.data.process_pool import MEMORY, SECONDS, Failure, bounded_map
 from simsearch.files import Damaged
-from simsearch.images import ImageError, read_image
+from simsearch.functional.regions import Region
+from simsearch.images import MAX_PIXELS, ImageError, read_image
 from simsearch.search.verification import Verification
 from simsearch.types import LocalFeatures
 
@@ -90,19 +91,20 @@ def describe_items(
 
 
 def describe_queries(
-    files: Sequence[Path], verification: Verification, *, workers: int = 0
+    files: Sequence[Path], verification: Verification, *, region: Region | None = None, workers: int = 0
 ) -> Iterator[tuple[LocalFeatures, ...]]:
     """The local features of each file as a query, described in processes that can be ended.
 
     Args:
         files: Image files.
         verification: What describes the images.
+        region: The part of each image to take alone, or None.
         workers: Number of processes; at least one is used.
 
     Raises:
         ImageError: If a file cannot be read.
     """
-    one = partial(_queried, verification)
+    one = partial(query_features, verification, region=region)
     for path, found in zip(
         files, bounded_map(one, files, workers=max(1, workers), seconds=SECONDS, memory=MEMORY), strict=True
     ):
@@ -111,8 +113,23 @@ def describe_queries(
         yield found
 
 
-def _queried(verification: Verification, path: Path) -> tuple[LocalFeatures, ...]:
-    return verification.query(read_image(path, size=verification.query_side, fit="longest", enlarge=False))
+def query_features(
+    verification: Verification, source: Path | bytes, *, region: Region | None = None, max_pixels: int = MAX_PIXELS
+) -> tuple[LocalFeatures, ...]:
+    """The local features of an image file as a query.
+
+    Args:
+        verification: What describes the image.
+        source: The file, or its bytes.
+        region: The part of the image to take alone, or None.
+        max_pixels: Largest number of pixels to decode.
+
+    Raises:
+        ImageError: If the file cannot be used.
+    """
+    side = verification.query_side
+    image = read_image(source, size=side, fit="longest", enlarge=False, region=region, max_pixels=max_pixels)
+    return verification.query(image)
 
 
 def _described(manifest: Manifest, verification: Verification, kind: np.dtype[Any], row: int) -> np.ndarray:

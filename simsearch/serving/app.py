@@ -17,13 +17,25 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import simsearch
+from simsearch.functional.regions import read_region
 from simsearch.images import ImageError
 from simsearch.serving.documentation import POLICY, documentation
 from simsearch.serving.guard import JSON_BYTES, Guard
 from simsearch.serving.library import Library, Loaded
 from simsearch.serving.limits import Busy, Limits
-from simsearch.serving.messages import Example, Explained, Filter, Filters, Name, Problem, Reply, Search, Wanted
-from simsearch.serving.service import GONE, Refusal, Service, check_version, conditions
+from simsearch.serving.messages import (
+    Example,
+    Explained,
+    Filter,
+    Filters,
+    Name,
+    Problem,
+    Reply,
+    Search,
+    SearchImage,
+    Some,
+)
+from simsearch.serving.service import GONE, VIEW_SIDE, ZOOM_SIDE, Given, Refusal, Service, check_version, conditions
 from simsearch.serving.uploads import status_of
 
 PAGE = Path(__file__).parent / "page"
@@ -140,6 +152,7 @@ def create_app(
     hosts: Sequence[str] | None = None,
     origins: Sequence[str] = (),
     proxies: int = 0,
+    uploads_folder: Path | None = None,
 ) -> FastAPI:
     """The application that serves a library.
 
@@ -149,8 +162,9 @@ def create_app(
         hosts: As in `Guard`.
         origins: As in `Guard`.
         proxies: As in `Guard`.
+        uploads_folder: As in `Service`.
     """
-    service = Service(library, limits)
+    service = Service(library, limits, uploads_folder)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -249,6 +263,19 @@ def create_app(
         at = service.item(item, loaded)
         return Reply((await service.reading.run(lambda: loaded.describe([at])))[0])
 
+    @app.post("/api/catalogs/{c}/items", tags=["items"], responses=_SENT)
+    async def some_items(loaded: Catalog, wanted: Some, v: Version = "") -> Reply:
+        """The attributes and shapes of the items with these ids, in their order, and the ids that no item has."""
+        check_version(loaded, v, [Example(id=name) for name in wanted.ids])
+
+        def read() -> dict[str, Any]:
+            found = {name: service.position(Example(id=name), loaded) for name in dict.fromkeys(wanted.ids)}
+            known = [position for position in found.values() if position is not None]
+            missing = [name for name, position in found.items() if position is None]
+            return {"items": loaded.describe(known), "missing": missing}
+
+        return Reply(await service.reading.run(read))
+
     @app.get("/api/catalogs/{c}/thumbnail", tags=["items"], responses=_ASKED | _CURRENT, response_class=Response)
     async def thumbnail(request: Request, loaded: Catalog, item: Item, v: Version = "") -> Response:
         """A small image of an item. With v=<version of the catalog> clients may cache it permanently."""
@@ -262,8 +289,14 @@ def create_app(
         return Response(data, media_type=media_type(data), headers={"etag": etag, "cache-control": cache})
 
     @app.get("/api/catalogs/{c}/image", tags=["items"], responses=_ASKED | _CURRENT, response_class=Response)
-    async def image(request: Request, loaded: Catalog, item: Item, v: Version = "") -> Response:
-        """An item's image at up to 1600 pixels if the image root is known, else its thumbnail."""
+    async def image(
+        request: Request,
+        loaded: Catalog,
+        item: Item,
+        side: Annotated[int, Query(ge=1, le=ZOOM_SIDE, description="longest side in pixels, at most")] = VIEW_SIDE,
+        v: Version = "",
+    ) -> Response:
+        """An item's image at up to `side` pixels if the image root is known, else its thumbnail."""
         if item.position is not None:  # a name is the same item's in any version
             check_version(loaded, v, [item])
         at, etag = service.item(item, loaded), f'"{loaded.version}"'
@@ -274,7 +307,7 @@ def create_app(
         data = await service.reading.run(lambda: loaded.original(at))
         if data is not None:
             with contextlib.suppress(ImageError):
-                shown = await service.shown(data)
+                shown = await service.shown(data, side)
                 return Response(shown, media_type=media_type(shown), headers={"etag": etag, "cache-control": cache})
         # Not to be kept: the file may be there the next time.
         small = await service.reading.run(lambda: loaded.thumbnails[at])
@@ -284,15 +317,14 @@ def create_app(
     async def upload(request: Request) -> Reply:
         """Keeps an image for later searches, for a limited time."""
         data = await service.received(request)
-        loaded = await service.opened(data, library.catalogs[0])
-        token = service.uploads.add(loaded)
-        about = {"upload": token, "width": loaded.width, "height": loaded.height}
+        opened, (width, height) = await service.opened(data, library.catalogs[0])
+        about = {"upload": await service.keep(opened), "width": width, "height": height}
         return Reply(about | {"expires_s": limits.uploads_kept_seconds}, status_code=201)
 
     @app.get("/api/uploads/{token}/image", tags=["search"], responses=_ASKED, response_class=Response)
     async def upload_image(token: str) -> Response:
         """An upload at up to 1600 pixels."""
-        kept = service.uploads.get(token)
+        kept = await service.upload(token)
         if kept is None:
             raise HTTPException(404, GONE)
         data = await service.shown(kept.data)
@@ -302,15 +334,16 @@ def create_app(
     async def search(loaded: Catalog, wanted: Search, v: Version = "") -> Reply:
         """Items similar to the examples in `like` and dissimilar to those in `unlike`."""
         check_version(loaded, v, [*wanted.like, *wanted.unlike])
-        examples = service.examples([*wanted.like, *wanted.unlike], loaded)
+        examples = await service.examples([*wanted.like, *wanted.unlike], loaded)
         like, unlike = examples[: len(wanted.like)], examples[len(wanted.like) :]
         return await service.search(loaded, wanted, like, unlike, wanted.filters)
 
     @app.post("/api/catalogs/{c}/search/image", tags=["search"], openapi_extra=_FORM, responses=_UPLOADED)
-    async def search_image(request: Request, loaded: Catalog, wanted: Annotated[Wanted, Query()]) -> Reply:
-        """Items similar to an image, in one request."""
-        data = await service.received(request)
-        return await service.search(loaded, wanted, [await service.opened(data, loaded)])
+    async def search_image(request: Request, loaded: Catalog, wanted: Annotated[SearchImage, Query()]) -> Reply:
+        """Items similar to an image, or to the part of it in `region`, in one request."""
+        data, region = await service.received(request), read_region(wanted.region or None)
+        opened, _ = await service.opened(data, loaded, region)
+        return await service.search(loaded, wanted, [Given(opened, region)])
 
     @app.post("/api/catalogs/{c}/heatmap", tags=["search"], responses=_SENT)
     async def heatmap(loaded: Catalog, wanted: Explained, v: Version = "") -> Reply:

@@ -54,7 +54,7 @@ class Limits:
     upload_seconds: float = 60.0
     uploads: int = 500
     uploads_bytes: int = 512_000_000
-    uploads_kept_seconds: float = 3600.0
+    uploads_kept_seconds: float = 604_800.0
     rate: float | None = 20.0
     burst: int = 60
     queue: int = 64

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from simsearch.files import json_line
+from simsearch.functional.regions import Region, read_region
 from simsearch.search.filters import Condition
 
 MOST_RESULTS = 200
 MOST_EXAMPLES = 16
+MOST_ITEMS = 500
 MOST_FILTERS = 100
 MOST_LETTERS = 2000  # of a name or value
 
@@ -31,16 +33,28 @@ class Message(BaseModel):
 
 
 class Example(Message):
-    """An item of the catalog by `id` (else its path), an item by `position`, or an `upload`."""
+    """An item of the catalog by `id` (else its path), an item by `position`, or an `upload`; perhaps a part of it.
+
+    `region` is x, y, w, h of the upright image: fractions of its width and height. For an upload, they are pixels if
+    one of them is above 1.
+    """
 
     id: Name | None = None
     position: int | None = Field(default=None, ge=0)
     upload: str | None = Field(default=None, max_length=64)
+    region: tuple[float, float, float, float] | None = None
+
+    @property
+    def part(self) -> Region | None:
+        """The region as an object."""
+        return read_region(self.region)
 
     @model_validator(mode="after")
     def _one(self) -> Example:
         if [self.id, self.position, self.upload].count(None) != 2:
             raise ValueError('give either {"id": <item>} or {"upload": <token>} (or {"position": <number>})')
+        if (part := self.part) is not None and part.is_pixels and self.upload is None:
+            raise ValueError("the region of an item is given in fractions: its image may be shown at another size")
         return self
 
 
@@ -81,6 +95,24 @@ class Search(Wanted):
     like: list[Example] = Field(min_length=1, max_length=MOST_EXAMPLES)
     unlike: list[Example] = Field([], max_length=MOST_EXAMPLES)
     filters: Filters = Field([], description="like `where`, but as JSON; items must pass both")
+
+
+class SearchImage(Wanted):
+    """The settings of a search with the image of the same request. `region` is the part of it to search with."""
+
+    region: str = Field("", max_length=100, description="x,y,w,h: fractions, or pixels if one is above 1")
+
+    @field_validator("region")
+    @classmethod
+    def _is_region(cls, given: str) -> str:
+        read_region(given or None)
+        return given
+
+
+class Some(Message):
+    """Items by their ids, else their paths."""
+
+    ids: list[Name] = Field(min_length=1, max_length=MOST_ITEMS)
 
 
 class Explained(Message):

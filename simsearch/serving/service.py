@@ -7,6 +7,8 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from simsearch.data.process_pool import MEMORY, BoundedPool, Closed, Failure
 from simsearch.functional.feedback import query_weights, reweight
+from simsearch.functional.regions import Region, crop
 from simsearch.functional.resize import resize_to_fit
 from simsearch.images import ImageError, decode_thumbnail
 from simsearch.models.parts import parts_of
@@ -27,14 +30,16 @@ from simsearch.search.request import Request as Wish
 from simsearch.serving.library import Library, Loaded
 from simsearch.serving.limits import Account, Busy, Limits, Pool, account
 from simsearch.serving.messages import Example, Explained, Filter, Reply, Wanted
-from simsearch.serving.uploads import Upload, Uploads, decoded, viewable
+from simsearch.serving.uploads import Upload, UploadFolder, Uploads, decoded, viewable
 
 log = logging.getLogger("simsearch.serving")
 
 T = TypeVar("T")
 
 POLL_SECONDS = 2.0
+SWEEP_SECONDS = 60.0
 VIEW_SIDE = 1600
+ZOOM_SIDE = 6000
 GONE = "there is no such upload, or it has expired: send the image again"
 
 
@@ -97,6 +102,19 @@ def check_version(loaded: Loaded, version: str, asked: Sequence[Example] = ()) -
         raise Refusal(409, problem, {"version": loaded.version, "items": items})
 
 
+@dataclass(frozen=True)
+class Given:
+    """An image that a search is made with.
+
+    Attributes:
+        image: An upload, or the position of an item.
+        region: The part of the image to take alone, or None.
+    """
+
+    image: Upload | int
+    region: Region | None = None
+
+
 class _Form(MultiPartParser):
     spool_max_size = 2**40  # in memory: the guard bounds the request
 
@@ -107,11 +125,21 @@ class Service:
     Args:
         library: The catalogs.
         limits: The limits of the server.
+        uploads_folder: Folder in which uploads outlive the server. None keeps them in memory only.
     """
 
-    def __init__(self, library: Library, limits: Limits) -> None:
+    def __init__(self, library: Library, limits: Limits, uploads_folder: Path | None = None) -> None:
         self.library, self.limits = library, limits
-        self.uploads = Uploads(limits.uploads, limits.uploads_bytes, limits.uploads_kept_seconds)
+        bounds = limits.uploads, limits.uploads_bytes, limits.uploads_kept_seconds
+        self.uploads_problem: str | None = None
+        folder = None
+        if uploads_folder is not None:
+            try:
+                folder = UploadFolder(uploads_folder, *bounds)
+                folder.sweep()
+            except OSError as error:
+                self.uploads_problem = str(error)
+        self.uploads = Uploads(*bounds, folder)
         self.decoding = Pool("decode", limits.threads, limits.queue)
         self._decoders = BoundedPool(
             limits.threads, seconds=limits.decode_seconds, memory=MEMORY, modules=["simsearch.serving.uploads"]
@@ -133,10 +161,14 @@ class Service:
         return round(time.monotonic() - self._started, 1)
 
     async def watch(self) -> None:
-        """Reloads catalogs whose folders change, until the server ends."""
+        """Reloads catalogs whose folders change, and drops uploads that expire, until the server ends."""
+        swept = time.monotonic()
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
+                if time.monotonic() > swept + SWEEP_SECONDS:
+                    swept = time.monotonic()
+                    await asyncio.to_thread(self.uploads.sweep)
                 before = dict(self.library.problems)
                 for name in await asyncio.to_thread(self.library.refresh):
                     log.info("catalog %s was replaced by the new one in its folder", name)
@@ -144,7 +176,7 @@ class Service:
                     if before.get(name) != problem:
                         log.warning("catalog %s stays as it was, since the new one cannot be opened: %s", name, problem)
             except Exception:
-                log.exception("the check for new catalogs failed")
+                log.exception("the check for new catalogs and expired uploads failed")
 
     def stop_decoding(self) -> None:
         """Stops all decoding at once. Its requests get the response that the server is ending."""
@@ -213,72 +245,112 @@ class Service:
             raise ImageError(None, found.reason, found.detail)
         return found
 
-    async def opened(self, data: bytes, loaded: Loaded) -> Upload:
-        """An upload, decoded at the size and fit of the catalog's encoder.
+    async def opened(self, data: bytes, loaded: Loaded, region: Region | None = None) -> tuple[Upload, tuple[int, int]]:
+        """An upload, decoded at the size and fit of the catalog's encoder, and its width and height.
 
         Args:
             data: Bytes of an image file.
             loaded: The catalog.
+            region: The part of the image that is asked for, or None.
         """
         size, fit = loaded.worker.size, loaded.worker.fit
-        pixels, (width, height) = await self.decode(decoded, data, size, fit, self.limits.max_pixels)
-        return Upload(data, width, height, pixels={(size, fit): torch.from_numpy(pixels)})
+        pixels, shape = await self.decode(decoded, data, size, fit, self.limits.max_pixels, region)
+        return Upload(data, pixels={(size, fit, region): torch.from_numpy(pixels)}), shape
 
-    async def pixels(self, upload: Upload, loaded: Loaded) -> Tensor:
-        """The pixels of an upload at the size and fit of the catalog's encoder.
+    async def keep(self, upload: Upload) -> str:
+        """Keeps an upload and returns its token.
 
         Args:
             upload: The upload.
+        """
+        return await self.reading.run(lambda: self.uploads.add(upload))
+
+    async def upload(self, token: str) -> Upload | None:
+        """The upload of a token. None if there is none, or if it has been dropped.
+
+        Args:
+            token: The token.
+        """
+        return await self.reading.run(lambda: self.uploads.get(token))
+
+    async def pixels(self, given: Given, loaded: Loaded) -> Tensor:
+        """The pixels of an image at the size and fit of the catalog's encoder.
+
+        Those of an item come from its file if the root is known, else from its thumbnail.
+
+        Args:
+            given: The image.
             loaded: The catalog.
         """
-        size, fit = loaded.worker.size, loaded.worker.fit
-        if (size, fit) not in upload.pixels:
-            pixels, _ = await self.decode(decoded, upload.data, size, fit, self.limits.max_pixels)
-            upload.pixels[size, fit] = torch.from_numpy(pixels)
-        return upload.pixels[size, fit]
+        size, fit, most, region = loaded.worker.size, loaded.worker.fit, self.limits.max_pixels, given.region
+        if isinstance(given.image, Upload):
+            known, key = given.image.pixels, (size, fit, region)
+            if key not in known:
+                known[key] = torch.from_numpy(
+                    (await self.decode(decoded, given.image.data, size, fit, most, region))[0]
+                )
+                given.image.make_room()
+            return known[key]
+        item = given.image
+        data = await self.reading.run(lambda: loaded.original(item))
+        if data is not None:
+            with contextlib.suppress(ImageError):
+                return torch.from_numpy((await self.decode(decoded, data, size, fit, most, region))[0])
 
-    async def shown(self, data: bytes) -> bytes:
-        """An image file as pages show it, at up to 1600 pixels.
+        def small() -> Tensor:
+            return resize_to_fit(crop(decode_thumbnail(loaded.thumbnails[item]), region), size, fit)
+
+        return await self.reading.run(small)
+
+    async def shown(self, data: bytes, side: int = VIEW_SIDE) -> bytes:
+        """An image file as pages show it.
 
         Args:
             data: Bytes of an image file.
+            side: Longest side in pixels, at most.
 
         Raises:
             ImageError: If the image cannot be used.
         """
-        return await self.decode(viewable, data, VIEW_SIDE, self.limits.max_pixels)
+        return await self.decode(viewable, data, side, self.limits.max_pixels)
 
-    async def described(self, upload: Upload, loaded: Loaded) -> Tensor:
-        """The descriptor (D,) of an upload by the catalog's encoder.
+    async def described(self, given: Given, loaded: Loaded) -> Tensor:
+        """The descriptor (D,) of an image by the catalog's encoder.
 
         Args:
-            upload: The upload.
+            given: The image.
             loaded: The catalog.
         """
-        fingerprint = loaded.catalog.about["encoder_fingerprint"]
-        if fingerprint not in upload.descriptors:
-            pixels = await self.pixels(upload, loaded)
+        known = given.image.descriptors if isinstance(given.image, Upload) else {}
+        key = loaded.catalog.about["encoder_fingerprint"], given.region
+        if key not in known:
+            pixels = await self.pixels(given, loaded)
             try:
-                upload.descriptors[fingerprint] = await asyncio.wrap_future(loaded.worker.describe(pixels))
+                known[key] = await asyncio.wrap_future(loaded.worker.describe(pixels))
             except ValueError as error:  # no finite descriptor
                 raise HTTPException(422, str(error)) from None
-        return upload.descriptors[fingerprint]
+            found = known[key]
+            if isinstance(given.image, Upload):
+                given.image.make_room()
+            return found
+        return known[key]
 
-    async def vectors(self, examples: Sequence[Upload | int], loaded: Loaded) -> Tensor:
-        """The descriptors (M, D) of uploads and items, in order.
+    async def vectors(self, examples: Sequence[Given], loaded: Loaded) -> Tensor:
+        """The descriptors (M, D) of images, in order. Those of whole items are the stored ones.
 
         Args:
-            examples: Uploads, and positions of items.
+            examples: The images.
             loaded: The catalog.
         """
-        uploads = [one for one in examples if not isinstance(one, int)]
-        ids = [one for one in examples if isinstance(one, int)]
-        own = iter(await asyncio.gather(*(self.described(upload, loaded) for upload in uploads)))
-        stored = iter(await self.searching.run(lambda: loaded.engine.vectors(ids)) if ids else ())
-        return torch.stack([next(stored) if isinstance(one, int) else next(own) for one in examples])
+        whole = [isinstance(one.image, int) and one.region is None for one in examples]
+        ids = [one.image for one in examples if isinstance(one.image, int) and one.region is None]
+        new = [one for one, stored in zip(examples, whole, strict=True) if not stored]
+        own = iter(await asyncio.gather(*(self.described(one, loaded) for one in new)))
+        kept = iter(await self.searching.run(lambda: loaded.engine.vectors(ids)) if ids else ())
+        return torch.stack([next(kept) if stored else next(own) for stored in whole])
 
-    def examples(self, asked: Sequence[Example], loaded: Loaded) -> list[Upload | int]:
-        """The uploads and the positions of items that a message names.
+    async def examples(self, asked: Sequence[Example], loaded: Loaded) -> list[Given]:
+        """The uploads and the positions of items that a message names, with their regions.
 
         Args:
             asked: The examples of the message.
@@ -287,21 +359,9 @@ class Service:
         Raises:
             Refusal: 404 if some do not exist. The response names them.
         """
-        found = [self._example(one, loaded) for one in asked]
-        if missing := [one for one, there in zip(asked, found, strict=True) if there is None]:
-            problem = GONE if missing[0].upload is not None else f"no item {name_of(missing[0])!r} in {loaded.name}"
-            raise Refusal(404, problem, {"missing": [one.model_dump(exclude_none=True) for one in missing]})
-        return [one for one in found if one is not None]
-
-    def _example(self, example: Example, loaded: Loaded) -> Upload | int | None:
-        if example.upload is not None:
-            return self.uploads.get(example.upload)
-        if example.position is not None:
-            return example.position if example.position < len(loaded.catalog) else None
-        try:
-            return loaded.engine.names.find(name_of(example))
-        except ValueError as error:  # several items
-            raise HTTPException(422, str(error)) from None
+        found = [self.position(one, loaded) if one.upload is None else await self.upload(one.upload) for one in asked]
+        self._refuse([one for one, there in zip(asked, found, strict=True) if there is None], loaded)
+        return [Given(there, one.part) for one, there in zip(asked, found, strict=True) if there is not None]
 
     def item(self, example: Example, loaded: Loaded) -> int:
         """The position of the item that a message names. Raises as `examples` does.
@@ -310,16 +370,41 @@ class Service:
             example: The example.
             loaded: The catalog.
         """
-        (found,) = self.examples([example], loaded)
-        assert isinstance(found, int)
+        found = self.position(example, loaded)
+        self._refuse([example] if found is None else [], loaded)
+        assert found is not None
         return found
+
+    @staticmethod
+    def _refuse(missing: Sequence[Example], loaded: Loaded) -> None:
+        if missing:
+            problem = GONE if missing[0].upload is not None else f"no item {name_of(missing[0])!r} in {loaded.name}"
+            raise Refusal(404, problem, {"missing": [one.model_dump(exclude_none=True) for one in missing]})
+
+    @staticmethod
+    def position(example: Example, loaded: Loaded) -> int | None:
+        """The position of the item that a message names. None if there is no such item.
+
+        Args:
+            example: The example.
+            loaded: The catalog.
+
+        Raises:
+            HTTPException: 422 if several items have that name.
+        """
+        if example.position is not None:
+            return example.position if example.position < len(loaded.catalog) else None
+        try:
+            return loaded.engine.names.find(name_of(example))
+        except ValueError as error:  # several items
+            raise HTTPException(422, str(error)) from None
 
     async def search(
         self,
         loaded: Loaded,
         wanted: Wanted,
-        like: Sequence[Upload | int],
-        unlike: Sequence[Upload | int] = (),
+        like: Sequence[Given],
+        unlike: Sequence[Given] = (),
         filters: Sequence[Filter] = (),
     ) -> Reply:
         """The answer to a search by uploads and items of the catalog.
@@ -327,8 +412,8 @@ class Service:
         Args:
             loaded: The catalog.
             wanted: The settings of the search.
-            like: Examples: uploads, and positions of items.
-            unlike: Counter-examples, in the same form.
+            like: Examples.
+            unlike: Counter-examples.
             filters: Conditions as data.
 
         Raises:
@@ -337,7 +422,7 @@ class Service:
         where = conditions(wanted.where, filters)
         encoding = time.perf_counter()
         examples = await self.vectors([*like, *unlike], loaded)
-        ids = [one for one in like if isinstance(one, int)]
+        ids = [one.image for one in like if isinstance(one.image, int)]
         began = time.perf_counter()
 
         def answer() -> tuple[Recommendation, list[dict[str, Any]], list[dict[str, str]]]:
@@ -350,7 +435,7 @@ class Service:
                 diversity=wanted.diversity,
                 collapse=wanted.collapse,
                 hubness=wanted.hubness,
-                exclude=tuple(one for one in (*like, *unlike) if isinstance(one, int)),
+                exclude=tuple(one.image for one in (*like, *unlike) if isinstance(one.image, int)),
             )
             found = loaded.engine.recommend(wish)
             positions = found.ids.tolist()
@@ -385,22 +470,6 @@ class Service:
             }
         )
 
-    async def stored_pixels(self, item: int, loaded: Loaded) -> Tensor:
-        """An item's pixels at the size and fit of the encoder.
-
-        They come from its file if the root is known, else its thumbnail.
-
-        Args:
-            item: Position of the item.
-            loaded: The catalog.
-        """
-        size, fit = loaded.worker.size, loaded.worker.fit
-        data = await self.reading.run(lambda: loaded.original(item))
-        if data is not None:
-            with contextlib.suppress(ImageError):
-                return torch.from_numpy((await self.decode(decoded, data, size, fit, self.limits.max_pixels))[0])
-        return await self.reading.run(lambda: resize_to_fit(decode_thumbnail(loaded.thumbnails[item]), size, fit))
-
     async def explain(self, loaded: Loaded, wanted: Explained) -> Reply:
         """The contribution of each region of an item to its score in a search, and that of each region of one example.
 
@@ -416,12 +485,11 @@ class Service:
         if wanted.shown >= len(wanted.like):
             raise HTTPException(422, f"shown must be a position from 0 in like, which has {len(wanted.like)} images")
         item = self.item(Example(id=wanted.id), loaded)
-        examples = self.examples([*wanted.like, *wanted.unlike], loaded)
+        examples = await self.examples([*wanted.like, *wanted.unlike], loaded)
         likes = len(wanted.like)
-        vectors = await self.vectors([*examples, item], loaded)
-        chosen = examples[wanted.shown]
-        pixels = await (self.stored_pixels(chosen, loaded) if isinstance(chosen, int) else self.pixels(chosen, loaded))
-        shown = await self.stored_pixels(item, loaded)
+        vectors = await self.vectors([*examples, Given(item)], loaded)
+        pixels = await self.pixels(examples[wanted.shown], loaded)
+        shown = await self.pixels(Given(item), loaded)
         parts, stored = parts_of(loaded.worker.encoder), vectors[-1]
         unlike = vectors[likes:-1] if wanted.unlike else None
         try:

@@ -4,6 +4,7 @@ import { EXAMPLES, page, sameRef, searching, STEP } from "./store.js";
 import { tell } from "./notes.js";
 import { go } from "./route.js";
 import { toggleHeat } from "./explain.js";
+import { toggleKept } from "./kept.js";
 
 export function search(ref, { add = false, list = "like" } = {}) {
   page.k = STEP;
@@ -19,7 +20,7 @@ export function search(ref, { add = false, list = "like" } = {}) {
     return go({ like: [...page.state.like, ref], unlike: page.state.unlike.filter((other) => !sameRef(ref)(other)), text: "", open: null });
   }
   page.explained = 0;
-  go({ like: [ref], unlike: [], text: "", open: null });
+  go({ like: [ref], unlike: [], text: "", selection: [], open: null });
 }
 
 // A work that is to be avoided is no longer searched with, unless nothing else is.
@@ -33,4 +34,5 @@ export function act(name, id, event) {
   else if (name === "unlike") search({ id }, { list: "unlike" });
   else if (name === "heat") toggleHeat(id);
   else if (name === "open") go({ open: id });
+  else if (name === "keep") toggleKept(id);
 }

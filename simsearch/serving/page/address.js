@@ -1,7 +1,9 @@
 // What the page shows, as the text after # in its address.
 
+import { sound } from "./region.js";
+
 export const START = {
-  catalog: "", like: [], unlike: [], weights: null, where: [], text: "", seed: 1,
+  catalog: "", like: [], unlike: [], searches: [], selection: [], weights: null, where: [], text: "", seed: 1,
   diversity: 0, collapse: true, hubness: false, open: null,
 };
 
@@ -14,19 +16,26 @@ function readWhere(text) {
   } catch {
     return [];
   }
-  const sound = (c) => typeof c?.attribute === "string" && (c.values === undefined || Array.isArray(c.values));
+  const isCondition = (c) => typeof c?.attribute === "string" && (c.values === undefined || Array.isArray(c.values));
   const says = ([, value]) => value !== null && value !== "" && value.length !== 0; // "": an open end in older addresses
-  return Array.isArray(given) ? given.filter(sound).map((c) => Object.fromEntries(Object.entries(c).filter(says))) : [];
+  return Array.isArray(given) ? given.filter(isCondition).map((c) => Object.fromEntries(Object.entries(c).filter(says))) : [];
 }
 
-// Images are an item's id, or ~ and an upload's name. Ids are any text: what separates and marks is escaped in them.
-const refText = (ref) => ("id" in ref ? ref.id.replace(/[%,]|^~/g, (sign) => encodeURIComponent(sign).replace("~", "%7E")) : `~${ref.upload}`);
+// Images are an item's id, or ~ and an upload's name; after @ the part of it that is searched with, x:y:w:h in fractions.
+// Ids are any text: what separates and marks is escaped in them.
+const escaped = (id) => id.replace(/[%,@]|^~/g, (sign) => encodeURIComponent(sign).replace("~", "%7E"));
+const refText = (ref) => ("id" in ref ? escaped(ref.id) : `~${ref.upload}`) + (ref.region ? `@${ref.region.join(":")}` : "");
 function refOf(text) {
-  if (text.startsWith("~")) return { upload: text.slice(1) };
+  const [, name, part] = text.match(/^(.*?)(?:@((?:[\d.]+:){3}[\d.]+))?$/s);
+  const region = part && sound(part.split(":").map(Number));
+  const ref = name.startsWith("~") ? { upload: name.slice(1) } : { id: unescaped(name) };
+  return region ? { ...ref, region } : ref;
+}
+function unescaped(text) {
   try {
-    return { id: decodeURIComponent(text) };
+    return decodeURIComponent(text);
   } catch {
-    return { id: text };
+    return text;
   }
 }
 const refs = (text) => (text ?? "").split(",").filter(Boolean).map(refOf);
@@ -38,12 +47,14 @@ const share = (text, otherwise) => {
 export function readAddress(hash) {
   const given = new URLSearchParams(hash.replace(/^#/, ""));
   const weights = (given.get("weights") ?? "").split(",").map((pair) => pair.split(":"));
-  const sound = weights.filter(([name, value]) => name && Number(value) >= 0);
+  const weighed = weights.filter(([name, value]) => name && Number(value) >= 0);
   return {
     catalog: given.get("catalog") ?? "",
     like: refs(given.get("like")),
     unlike: refs(given.get("unlike")),
-    weights: sound.length ? Object.fromEntries(sound.map(([name, value]) => [name, Number(value)])) : null,
+    searches: refs(given.get("searches")),
+    selection: refs(given.get("selection")).flatMap((ref) => ref.id ?? []),
+    weights: weighed.length ? Object.fromEntries(weighed.map(([name, value]) => [name, Number(value)])) : null,
     where: readWhere(given.get("where")),
     text: given.get("text") ?? "",
     seed: Number.parseInt(given.get("seed"), 10) || START.seed,
@@ -59,6 +70,8 @@ export function writeAddress(state) {
     catalog: state.catalog,
     like: state.like.map(refText).join(","),
     unlike: state.unlike.map(refText).join(","),
+    searches: state.searches.map(refText).join(","),
+    selection: state.selection.map(escaped).join(","),
     weights: state.weights && Object.entries(state.weights).map(([name, value]) => `${name}:${value}`).join(","),
     where: state.where.length ? JSON.stringify(state.where) : "",
     text: state.text,
@@ -70,5 +83,5 @@ export function writeAddress(state) {
   };
   const kept = Object.entries(said).filter(([, value]) => value !== "" && value !== null);
   // Easier to read than URLSearchParams' own text, and read by it all the same.
-  return "#" + kept.map(([name, value]) => `${name}=${encodeURIComponent(value).replace(/%2C/g, ",").replace(/%3A/g, ":").replace(/%2F/g, "/")}`).join("&");
+  return "#" + kept.map(([name, value]) => `${name}=${encodeURIComponent(value).replace(/%2C/g, ",").replace(/%3A/g, ":").replace(/%2F/g, "/").replace(/%40/g, "@")}`).join("&");
 }

@@ -2,6 +2,7 @@
 // Every request for a catalog says for which version of it the page asks: another one is refused (409).
 
 const LONGEST_WAIT = 10; // seconds
+const LARGEST = 6000; // pixels of the longer side of what the server shows at most
 const SHRUNK = 1600; // pixels of the longer side of what is sent at most: no encoder looks at more
 
 export class ApiError extends Error {
@@ -57,12 +58,14 @@ const of = (catalog, kind, query = {}) =>
   `api/catalogs/${encodeURIComponent(catalog)}/${kind}?${new URLSearchParams({ ...query, v: versions.get(catalog) ?? "" })}`;
 export const paths = {
   items: (catalog, query) => of(catalog, "items", query),
+  some: (catalog) => of(catalog, "items"),
   item: (catalog, id) => of(catalog, "item", { id }),
   values: (catalog, query) => of(catalog, "values", query),
   search: (catalog) => of(catalog, "search"),
   heatmap: (catalog) => of(catalog, "heatmap"),
   thumbnail: (catalog, id) => of(catalog, "thumbnail", { id }),
   image: (catalog, id) => of(catalog, "image", { id }),
+  whole: (catalog, id) => of(catalog, "image", { id, side: LARGEST }), // to look at closely
   upload: (token) => `api/uploads/${encodeURIComponent(token)}/image`,
 };
 
@@ -100,12 +103,13 @@ async function shrink(file) {
 export async function addUpload(given, options) {
   const file = await shrink(given);
   const answer = await send(file, options);
-  uploads.set(answer.upload, { token: answer.upload, file, url: URL.createObjectURL(file), width: answer.width, height: answer.height });
+  // The person sees their own file, which may show more than what is sent.
+  uploads.set(answer.upload, { token: answer.upload, file, url: URL.createObjectURL(given), width: answer.width, height: answer.height });
   return answer.upload;
 }
 
-// As the API wants it: an item's id, or the token that an upload has now.
-export const sent = (ref) => ("id" in ref ? { id: ref.id } : { upload: upload(ref.upload).token });
+// As the API wants it: an item's id, or the token that an upload has now, and the part of it.
+export const sent = (ref) => ({ ...("id" in ref ? { id: ref.id } : { upload: upload(ref.upload).token }), ...(ref.region && { region: ref.region }) });
 
 // What a search names and the server has no more: `refs`.
 export class Lost extends Error {
@@ -128,7 +132,8 @@ export async function renewing(call, options) {
     } catch (error) {
       if (!error.about?.missing?.length) throw error;
       const lost = [];
-      for (const { id, upload: token } of error.about.missing) {
+      const missing = new Map(error.about.missing.map(({ id, upload: token }) => [JSON.stringify([id, token]), { id, token }])); // parts of one image are one
+      for (const { id, token } of missing.values()) {
         const [name, kept] = [...uploads].find(([, one]) => one.token === token) ?? [token];
         if (kept?.file && again) kept.token = (await send(kept.file, options)).upload;
         else lost.push(token === undefined ? { id } : { upload: name });

@@ -10,11 +10,16 @@ import { drawBar, drawChips, drawFacets, listenBar } from "./bar.js";
 import { drawSide, listenTuning } from "./side.js";
 import { listenFiles } from "./files.js";
 import { drawLarge, listenLarge } from "./view.js";
+import { listenPart } from "./part.js";
+import { drawSearches, listenSearches } from "./searches.js";
+import { drawSelection, listenSelection } from "./kept.js";
 import { listenKeys, listenWorks } from "./listen.js";
 
 onChange((scroll) => {
   drawBar();
   drawChips();
+  drawSearches();
+  drawSelection();
   drawSide();
   drawFacets();
   drawLarge();
@@ -40,6 +45,9 @@ async function begin() {
   listenKeys();
   listenLarge();
   listenFiles();
+  listenPart();
+  listenSearches();
+  listenSelection();
   new IntersectionObserver(([entry]) => entry.isIntersecting && extend(), { rootMargin: "900px" }).observe($("#more"));
   addEventListener("popstate", arrive);
   arrive();

@@ -18,7 +18,7 @@ export function drawBar() {
   const filters = page.state.where.reduce((n, c) => n + (c.values?.length ?? 1), 0);
   $("#filter-count").hidden = !filters;
   $("#filter-count").textContent = filters;
-  $("#start").hidden = searching() || Boolean(page.state.text) || filters > 0;
+  $("#start").hidden = searching() || Boolean(page.state.text) || filters > 0 || page.state.selection.length > 0;
   $("#filter-clear").hidden = !filters;
   document.body.classList.toggle("searching", searching());
   document.title = searching() ? "Similar works · simsearch" : page.state.text ? `${page.state.text} · simsearch` : "simsearch";
@@ -57,20 +57,20 @@ function makeFacets() {
 const find = debounce(({ like, unlike }) => {
   if (like !== page.state.like || unlike !== page.state.unlike) return;
   const text = $("#text").value.trim();
-  if (text !== page.state.text) go({ text, like: [], unlike: [], open: null }, { replace: Boolean(page.state.text) && Boolean(text) });
+  if (text !== page.state.text) go({ text, like: [], unlike: [], selection: [], open: null }, { replace: Boolean(page.state.text) && Boolean(text) });
 }, 250);
 
 function home() {
-  if (!searching() && !page.state.text && !page.state.where.length) return scrollTo({ top: 0, behavior: still() ? "auto" : "smooth" });
+  if (!searching() && !page.state.text && !page.state.where.length && !page.state.selection.length) return scrollTo({ top: 0, behavior: still() ? "auto" : "smooth" });
   $("#text").value = "";
-  go({ like: [], unlike: [], text: "", where: [], open: null });
+  go({ like: [], unlike: [], searches: [], selection: [], text: "", where: [], open: null });
 }
 
 export function listenBar() {
   $("#home").addEventListener("click", home);
   $("#surprise").addEventListener("click", () => {
     $("#text").value = "";
-    go({ seed: 1 + Math.floor(Math.random() * 1e6), like: [], unlike: [], text: "", open: null });
+    go({ seed: 1 + Math.floor(Math.random() * 1e6), like: [], unlike: [], selection: [], text: "", open: null });
   });
   $("#filter-open").addEventListener("click", () => toggleFilters($("#filters").hidden));
   $("#filter-close").addEventListener("click", () => toggleFilters(false));
@@ -83,6 +83,7 @@ export function listenBar() {
   $("#catalog").addEventListener("change", (event) => {
     const uploads = (list) => list.filter((ref) => "upload" in ref);
     known.clear();
-    go({ ...START, catalog: event.target.value, like: uploads(page.state.like), unlike: uploads(page.state.unlike) });
+    const { like, unlike, searches } = page.state;
+    go({ ...START, catalog: event.target.value, like: uploads(like), unlike: uploads(unlike), searches: uploads(searches) });
   });
 }

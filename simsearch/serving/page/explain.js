@@ -46,12 +46,13 @@ async function explain(id) {
     cardOf(id)?.classList.remove("asking");
   }
   if (page.wish !== id) return;
-  const pairs = [[$("#primary"), heat.query], [cardOf(id), heat.item]];
-  if (large.open) pairs.push([$("#large-query"), heat.query], [$("#large-work"), heat.item]);
-  for (const [place, map] of pairs) {
+  const [, , across = 1, down = 1] = page.state.like[page.explained]?.region ?? []; // the map is of the part
+  const pairs = [[$("#primary"), heat.query, across / down], [cardOf(id), heat.item, 1]];
+  if (large.open) pairs.push([$("#large-query"), heat.query, across / down], [$("#large-work"), heat.item, 1]);
+  for (const [place, map, part] of pairs) {
     const canvas = place && $("canvas", place);
     if (!canvas) continue;
-    draw(canvas, map, ratioOf($("img", place)));
+    draw(canvas, map, ratioOf($("img", place)) * part);
     place.classList.add("hot");
   }
   const score = page.shown.works.find((work) => work.id === id)?.score ?? heat.score; // what its card says

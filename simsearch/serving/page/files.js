@@ -8,11 +8,12 @@ import { failed, go } from "./route.js";
 import { summary } from "./results.js";
 import { search } from "./acts.js";
 import { closeLarge } from "./view.js";
+import { MOST_SEARCHES, searchEach } from "./searches.js";
 
 export const ITEM = "application/x-simsearch-item";
 
 async function take(files, to) {
-  const images = [...files].filter((file) => !file.type || file.type.startsWith("image/")).slice(0, EXAMPLES);
+  const images = [...files].filter((file) => !file.type || file.type.startsWith("image/")).slice(0, to === "each" ? MOST_SEARCHES : EXAMPLES);
   if (!images.length) return tell("That is not an image. Use a JPEG, PNG or WebP file.");
   document.body.classList.add("busy");
   say(images.length === 1 ? "Reading your image…" : `Reading ${images.length} images…`);
@@ -28,10 +29,11 @@ async function take(files, to) {
   say(page.shown.works.length ? summary(page.shown) : "");
   if (!refs.length) return;
   page.k = STEP;
+  if (to === "each" && refs.length > 1) return searchEach(refs);
   if (to === "unlike" && searching()) return go({ unlike: [...page.state.unlike, ...refs].slice(-EXAMPLES) });
   const add = to === "like" && searching();
   if (!add) page.explained = 0;
-  go(add ? { like: [...page.state.like, ...refs].slice(-EXAMPLES), text: "" } : { like: refs, unlike: [], text: "" });
+  go(add ? { like: [...page.state.like, ...refs].slice(-EXAMPLES), text: "" } : { like: refs, unlike: [], searches: [], selection: [], text: "" });
 }
 
 let fileTo = "new";
@@ -52,6 +54,7 @@ export function listenFiles() {
     event.preventDefault();
     depth++;
     drop.classList.toggle("one", !searching());
+    drop.classList.toggle("several", [...event.dataTransfer.items].filter((item) => item.kind === "file").length > 1);
     drop.hidden = false;
   });
   addEventListener("dragleave", (event) => { if (ours(event) && --depth <= 0) hide(); });

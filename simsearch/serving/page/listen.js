@@ -3,14 +3,17 @@
 import { $ } from "./dom.js";
 import { withValue } from "./filters.js";
 import { neighbour } from "./works.js";
-import { activate, cards, help, large, page, works } from "./store.js";
+import { activate, cards, help, large, page, searching, works } from "./store.js";
 import { go } from "./route.js";
 import { toggleFilters } from "./bar.js";
 import { toggleTuning } from "./side.js";
 import { act, search } from "./acts.js";
 import { ITEM } from "./files.js";
 import { cool, resting, toggleHeat } from "./explain.js";
-import { step } from "./view.js";
+import { step, toggleBeside, zoom } from "./view.js";
+import { toggleKept } from "./kept.js";
+
+const ZOOM = { "+": 1.5, "=": 1.5, "-": 1 / 1.5, 0: null };
 
 export function listenWorks() {
   works.addEventListener("click", (event) => {
@@ -58,20 +61,23 @@ export function listenKeys() {
   document.addEventListener("keydown", (event) => {
     const typing = event.target.closest("input:not([type=range], [type=checkbox]), select, textarea");
     if (event.key === "Escape" && !event.defaultPrevented) {
-      if (large.open || help.open) return; // dialogs close themselves
+      if (document.querySelector("dialog[open]")) return; // dialogs close themselves
       if (!$("#filters").hidden) return toggleFilters(false);
       if ($("#tuning").classList.contains("open")) return toggleTuning(false);
       if (page.wish !== null) { page.pinned = false; return cool(); }
       if (typing) event.target.blur();
       return;
     }
-    if (typing || event.ctrlKey || event.metaKey || event.altKey || help.open) return;
+    if (typing || event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]:not(#large)")) return;
     const id = large.open ? page.state.open : document.activeElement?.closest(".work")?.dataset.id ?? $(".work:hover")?.dataset.id ?? null;
     const key = event.key.toLowerCase();
     const arrow = event.key.startsWith("Arrow");
     if (large.open && (event.key === "ArrowLeft" || event.key === "ArrowRight")) step(event.key === "ArrowLeft" ? -1 : 1);
     else if (large.open && event.key === "Enter" && !event.target.closest("button")) act("more", id, event);
     else if (key === "h" && id !== null) toggleHeat(id);
+    else if (key === "k" && id !== null) toggleKept(id);
+    else if (large.open && event.key in ZOOM) zoom(ZOOM[event.key]);
+    else if (large.open && key === "c" && searching()) toggleBeside();
     else if (key === "n" && id !== null) search({ id }, { list: "unlike" });
     else if (large.open) return;
     else if (event.key === "/") $("#text").focus();

@@ -5,10 +5,11 @@ import { $, h, still } from "./dom.js";
 import { paths, post, renewing, request, sent } from "./api.js";
 import { resultCard, skeleton, wallCard } from "./works.js";
 import { activate, cardOf, catalog, edition, known, large, MOST, page, partNames, searching, works } from "./store.js";
-import { busy, say } from "./notes.js";
+import { busy, say, tell } from "./notes.js";
 import { failed, go } from "./route.js";
 import { cool } from "./explain.js";
 import { drawLarge } from "./view.js";
+import { drawMarks, showing } from "./kept.js";
 
 const PAGE = 60; // works of the wall that are fetched together
 const KEPT = 30; // answers kept for the way back
@@ -23,7 +24,8 @@ function latest(key) {
 }
 
 function question() {
-  const { like, unlike, weights, where, text, seed, diversity, collapse, hubness } = page.state;
+  const { like, unlike, selection, weights, where, text, seed, diversity, collapse, hubness } = page.state;
+  if (!like.length && selection.length) return JSON.stringify(["wall", edition(), selection]);
   if (!like.length) return JSON.stringify(["wall", edition(), where, text, text ? 0 : seed]);
   return JSON.stringify(["search", edition(), like, unlike, weights, where, diversity, collapse, hubness, page.k]);
 }
@@ -37,6 +39,12 @@ function remember(key, answer) {
 
 async function ask(key, signal) {
   const options = { signal, busy };
+  if (showing()) {
+    const ids = page.state.selection;
+    const { items, missing } = await post(paths.some(page.state.catalog), { ids }, options);
+    if (missing.length) tell(`${count(missing.length, "work")} of this selection ${missing.length === 1 ? "is" : "are"} not in this collection.`);
+    return { key, kind: "wall", works: items, total: items.length, done: true };
+  }
   if (!searching()) {
     const answer = await request(paths.items(page.state.catalog, wallQuery(0)), options);
     return { key, kind: "wall", works: answer.items, total: answer.total, done: answer.items.length < PAGE || answer.items.length >= answer.total };
@@ -130,6 +138,7 @@ function drawAnswer(answer, fresh) {
   else if (answer.kind === "wall") works.replaceChildren(...answer.works.map((work) => wallCard(page.state.catalog, work)));
   else place(answer, fresh);
   activate($(".work", works), focused);
+  drawMarks();
   drawMore(none);
   say(none ? "" : summary(answer));
   drawFacts(answer);
@@ -148,6 +157,7 @@ export function count(n, word) {
 export function summary(answer) {
   if (answer.kind === "wall") {
     if (!answer.works.length) return "";
+    if (showing()) return count(answer.total, "work");
     return page.state.text ? `${count(answer.total, "work")} with “${page.state.text}”` : count(answer.total, "work");
   }
   if (!answer.works.length) return "";
@@ -220,6 +230,7 @@ export async function extend() {
     before.done = !answer.items.length || before.works.length >= answer.total;
     for (const work of fresh) known.set(work.id, work);
     works.append(...fresh.map((work) => wallCard(page.state.catalog, work)));
+    drawMarks();
   } catch (error) {
     before.done = true;
     failed(error);

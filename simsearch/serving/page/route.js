@@ -3,7 +3,7 @@
 
 import { readAddress, writeAddress } from "./address.js";
 import { Lost, readCatalogs } from "./api.js";
-import { known, page, sameRef } from "./store.js";
+import { known, page, sameImage } from "./store.js";
 import { busy, tell } from "./notes.js";
 
 const scrolls = new Map();
@@ -58,8 +58,9 @@ export function failed(error) {
   if (error.name === "AbortError") return;
   if (error.status === 409) return exchanged();
   if (error instanceof Lost) {
-    const keep = (list) => list.filter((ref) => !error.refs.some(sameRef(ref)));
-    go({ like: keep(page.state.like), unlike: keep(page.state.unlike) }, { replace: true });
+    const keep = (list) => list.filter((ref) => !error.refs.some(sameImage(ref)));
+    const { like, unlike, searches } = page.state;
+    go({ like: keep(like), unlike: keep(unlike), searches: keep(searches) }, { replace: true });
   }
   tell(error.message);
 }

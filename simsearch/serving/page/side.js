@@ -2,8 +2,9 @@
 
 import { $, debounce, h, icon } from "./dom.js";
 import { paths, upload } from "./api.js";
-import { caption, inWords, picture, shape } from "./works.js";
-import { catalog, edition, page, partNames, sameRef, searching, workOf } from "./store.js";
+import { caption, fit, inWords, picture } from "./works.js";
+import { drawOn, place, showRegion } from "./crop.js";
+import { catalog, edition, page, partNames, sameRef, searching, STEP, workOf } from "./store.js";
 import { say } from "./notes.js";
 import { failed, go } from "./route.js";
 
@@ -19,6 +20,38 @@ export function refPicture(ref) {
   return image;
 }
 
+// The whole image in a frame of its shape, with a place for its heat map and the part that is searched with.
+export function refFrame(ref) {
+  const image = refPicture(ref);
+  const canvas = h("canvas", { class: "heat", "aria-hidden": "true" });
+  const frame = h("div", { class: "frame whole" }, image, canvas);
+  if ("id" in ref) workOf(ref.id).then((work) => fit(frame, work.width, work.height), () => {});
+  else fit(frame, upload(ref.upload).width, upload(ref.upload).height);
+  image.addEventListener("load", () => fit(frame, image.naturalWidth, image.naturalHeight));
+  if (ref.region) place(canvas, ref.region); // the map is of the part
+  showRegion(frame, ref.region);
+  return frame;
+}
+
+// The search with another part of one of its images, null for all of it.
+export function withRegion(ref, region) {
+  const { region: _, ...whole } = ref;
+  const next = region ? { ...whole, region } : whole;
+  const other = (list) => list.map((one) => (sameRef(ref)(one) ? next : one));
+  page.k = STEP;
+  go({ like: other(page.state.like), searches: other(page.state.searches), open: null });
+}
+
+// A small picture of what is searched with: of a part, that part where the browser can.
+export function tilePicture(ref) {
+  const image = refPicture(ref);
+  if (ref.region) {
+    const [x, y, width, height] = ref.region.map((value) => 100 * value);
+    image.style.objectViewBox = `inset(${y}% ${100 - x - width}% ${100 - y - height}% ${x}%)`;
+  }
+  return image;
+}
+
 let sideKey = "";
 
 export function drawSide() {
@@ -31,6 +64,7 @@ export function drawSide() {
     drawShelf($("#unlike"), page.state.unlike, "unlike");
     $("#unlike-title").hidden = $("#unlike").hidden = !page.state.unlike.length;
     $("#like-title").textContent = page.state.like.length > 1 ? "Works like all of these" : "Works like";
+    $("#each").hidden = page.state.like.length < 2;
   }
   sideKey = key;
   drawTuning();
@@ -39,22 +73,21 @@ export function drawSide() {
 function drawPrimary() {
   const figure = $("#primary");
   const ref = page.state.like[page.explained];
-  const image = refPicture(ref);
   const text = h("figcaption");
-  const frame = h("div", { class: "frame" }, image, h("canvas", { class: "heat", "aria-hidden": "true" }), page.state.like.length === 1 && remover(ref, "like"));
-  figure.replaceChildren(frame, text);
+  const frame = refFrame(ref);
+  if (page.state.like.length === 1) frame.append(remover(ref, "like"));
+  drawOn(frame, { region: ref.region, done: (region) => withRegion(ref, region) });
+  figure.replaceChildren(frame, text, h("div", { class: "part-acts" },
+    h("button", { type: "button", class: "link", id: "part-open" }, ref.region ? "Another part" : "Search a part"),
+    ref.region ? h("button", { type: "button", class: "link", id: "part-whole", onclick: () => withRegion(ref, null) }, "Whole image") : null));
   if ("id" in ref) {
     workOf(ref.id).then((work) => {
       if (page.state.like[page.explained] !== ref) return;
-      shape(frame, work);
       const { artist, title, year } = caption(work);
       text.replaceChildren(h("strong", {}, artist || title), h("span", {}, artist ? [title, year].filter(Boolean).join(", ") : year));
     }, () => {});
   } else {
-    const { width, height, file } = upload(ref.upload);
-    if (width) shape(frame, { width, height });
-    image.addEventListener("load", () => shape(frame, { width: image.naturalWidth, height: image.naturalHeight }));
-    text.replaceChildren(h("strong", {}, "Your image"), h("span", {}, file?.name ?? ""));
+    text.replaceChildren(h("strong", {}, ref.region ? "Part of your image" : "Your image"), h("span", {}, upload(ref.upload).file?.name ?? ""));
   }
 }
 
@@ -67,7 +100,7 @@ function drawShelf(place, refs, list) {
   const tiles = refs.map((ref, i) => {
     const choose = () => { page.explained = i; drawSide(); };
     const pressed = list === "like" ? String(i === page.explained) : null;
-    return h("li", {}, h("button", { type: "button", class: "tile", "aria-pressed": pressed, "aria-label": list === "like" ? `Show image ${i + 1} large` : `Image ${i + 1} to avoid`, onclick: list === "like" ? choose : null }, refPicture(ref)), remover(ref, list));
+    return h("li", {}, h("button", { type: "button", class: "tile", "aria-pressed": pressed, "aria-label": list === "like" ? `Show image ${i + 1} large` : `Image ${i + 1} to avoid`, onclick: list === "like" ? choose : null }, tilePicture(ref)), remover(ref, list));
   });
   const add = h("li", {}, h("button", { type: "button", class: "tile add", "data-file": list, title: "Add an image", "aria-label": "Add an image to the search" }, icon("plus")));
   place.replaceChildren(...(list === "like" && tiles.length === 1 ? [] : tiles), ...(list === "like" ? [add] : []));

@@ -28,7 +28,8 @@ export const catalog = () => page.catalogs.find((c) => c.name === page.state.cat
 export const edition = () => `${catalog().name} ${catalog().version}`; // what is known of another one holds no more
 export const partNames = () => Object.keys(catalog().parts ?? {});
 export const searching = () => page.state.like.length > 0;
-export const sameRef = (a) => (b) => a.id === b.id && a.upload === b.upload;
+export const sameImage = (a) => (b) => a.id === b.id && a.upload === b.upload;
+export const sameRef = (a) => (b) => sameImage(a)(b) && String(a.region ?? "") === String(b.region ?? "");
 
 export const workOf = async (id) => {
   if (!known.has(id)) known.set(id, await renewing(() => request(paths.item(page.state.catalog, id))));

@@ -2,10 +2,13 @@
 
 import { $, h, icon } from "./dom.js";
 import { withRange, withValue } from "./filters.js";
-import { caption, inWords, picture, scoreBar, shape } from "./works.js";
+import { paths } from "./api.js";
+import { caption, fit, inWords, picture, scoreBar } from "./works.js";
 import { activate, cardOf, catalog, known, large, page, partNames, searching, workOf } from "./store.js";
 import { failed, go } from "./route.js";
-import { refPicture } from "./side.js";
+import { refFrame } from "./side.js";
+import { zoomable } from "./zoom.js";
+import { drawMarks } from "./kept.js";
 import { act, search } from "./acts.js";
 import { cool } from "./explain.js";
 
@@ -29,11 +32,12 @@ export function drawLarge() {
   cool();
   page.pinned = false;
   const { artist, title, year } = caption(work);
-  const figure = $("#large-work");
   const image = picture(page.state.catalog, work, { eager: true });
   image.alt = inWords(work);
-  figure.replaceChildren(h("div", { class: "frame" }, image, h("canvas", { class: "heat", "aria-hidden": "true" })));
-  shape(figure, work);
+  const frame = h("div", { class: "frame whole" }, image, h("canvas", { class: "heat", "aria-hidden": "true" }));
+  fit(frame, work.width, work.height);
+  const sharpen = () => sharper(image, paths.whole(page.state.catalog, work.id));
+  zooms = { work: pane($("#large-work"), frame, searching() ? inWords(work) : "", sharpen) };
   drawLargeQuery();
   const result = work.score !== undefined && searching();
   const button = (label, name, act, strong) => h("button", { type: "button", class: `tool${strong ? " strong" : ""}`, "data-act": act }, icon(name), h("span", {}, label));
@@ -46,8 +50,11 @@ export function drawLarge() {
       button("More like this", "similar", "more", true),
       searching() ? button("Add to the search", "plus", "add") : "",
       searching() ? button("Not like this", "minus", "unlike") : "",
-      searching() && catalog().explains ? button("Matching places", "heat", "heat") : ""),
+      searching() && catalog().explains ? button("Matching places", "heat", "heat") : "",
+      button("Keep", "keep", "keep")),
     attributeList(work));
+  drawMarks();
+  drawZoom();
   const at = page.shown.works.findIndex((other) => other.id === id);
   $("#large-back").hidden = at <= 0;
   $("#large-next").hidden = at < 0 || at >= page.shown.works.length - 1;
@@ -55,14 +62,73 @@ export function drawLarge() {
   $("#large-side").scrollTop = 0;
 }
 
+// A picture in the stage that can be looked at closely, with a line below.
+function pane(figure, frame, text, sharpen) {
+  const box = h("div", { class: "zoomed" }, frame);
+  figure.replaceChildren(box, text ? h("figcaption", {}, text) : "");
+  return zoomable(box, { sharpen, changed: () => drawZoom() });
+}
+
+async function sharper(image, address) {
+  const sharp = new Image();
+  sharp.src = address;
+  try {
+    await sharp.decode();
+    if (sharp.naturalWidth > image.naturalWidth) image.src = address;
+  } catch {
+    // What there is stays.
+  }
+}
+
+let zooms = {}; // of the panes
+
+function drawZoom() {
+  const scale = Math.max(1, ...Object.values(zooms).map((zoom) => zoom.scale()));
+  $("#zoom-value").textContent = `${Math.round(100 * scale)} %`;
+  $("#zoom-out").disabled = scale === 1;
+}
+
+export function zoom(factor) {
+  for (const one of Object.values(zooms)) if (factor) one.by(factor); else one.reset();
+}
+
+const BESIDE = "simsearch beside";
+let beside = remembered();
+
+function remembered() {
+  try {
+    return localStorage.getItem(BESIDE) !== "no";
+  } catch {
+    return true;
+  }
+}
+
+// Query and work side by side at one size, or the work large and the query small.
+export function toggleBeside() {
+  beside = !beside;
+  try {
+    localStorage.setItem(BESIDE, beside ? "yes" : "no");
+  } catch {
+    // It lasts as long as the page.
+  }
+  drawBeside();
+  zoom(null);
+}
+
+function drawBeside() {
+  large.classList.toggle("beside", searching() && beside);
+  $("#beside").hidden = !searching();
+  $("#beside").setAttribute("aria-pressed", String(beside));
+}
+
 function drawLargeQuery() {
   const box = $("#large-query");
   box.hidden = !searching();
+  drawBeside();
   if (!searching()) return box.replaceChildren();
-  const image = refPicture(page.state.like[page.explained]);
-  const frame = h("div", { class: "frame" }, image, h("canvas", { class: "heat", "aria-hidden": "true" }));
-  box.replaceChildren(frame, h("figcaption", {}, "You search with"));
-  image.addEventListener("load", () => shape(box, { width: image.naturalWidth, height: image.naturalHeight }));
+  const ref = page.state.like[page.explained];
+  const frame = refFrame(ref);
+  zooms.query = pane(box, frame, ref.region ? "You search with this part" : "You search with", "id" in ref ? (image) => sharper(image, paths.whole(page.state.catalog, ref.id)) : undefined);
 }
 
 function attributeList(work) {
@@ -110,8 +176,13 @@ export function listenLarge() {
   $("#large-close").addEventListener("click", closeLarge);
   $("#large-back").addEventListener("click", () => step(-1));
   $("#large-next").addEventListener("click", () => step(1));
+  $("#zoom-in").addEventListener("click", () => zoom(1.5));
+  $("#zoom-out").addEventListener("click", () => zoom(1 / 1.5));
+  $("#zoom-value").addEventListener("click", () => zoom(null));
+  $("#beside").addEventListener("click", toggleBeside);
   large.addEventListener("click", (event) => {
-    if (event.target === large || event.target.classList.contains("large-stage")) return closeLarge();
+    const empty = event.target === large || event.target.matches(".large-stage, .large-stage figure, .zoomed");
+    if (empty && !Object.values(zooms).some((one) => one.dragged())) return closeLarge();
     const name = event.target.closest("[data-act]")?.dataset.act;
     if (name === "add") search({ id: page.state.open }, { add: true });
     else if (name) act(name, page.state.open, event);

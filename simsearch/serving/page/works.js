@@ -71,6 +71,11 @@ export function scoreBar(work, names) {
   return h("div", { class: "score" }, bar, h("span", { class: "number" }, work.score.toFixed(2)), names.length > 1 && list);
 }
 
+// A frame of exactly the picture's shape, so that places in it are places in the picture.
+export function fit(frame, width, height) {
+  if (width > 0 && height > 0) frame.style.setProperty("--ratio", (width / height).toFixed(5));
+}
+
 const tool = (label, name, act) =>
   h("button", { type: "button", class: "act", tabindex: "-1", title: label, "aria-label": label, "data-act": act }, icon(name));
 
@@ -81,7 +86,7 @@ export function wallCard(catalog, work) {
     picture(catalog, work),
     h("span", { class: "label", "aria-hidden": "true" }, h("strong", {}, artist || title), h("span", {}, artist ? [title, year].filter(Boolean).join(", ") : year)));
   const card = h("li", { class: "work wall", "data-id": work.id }, frame,
-    h("div", { class: "actions" }, tool("Large view", "search", "open")));
+    h("div", { class: "actions" }, tool("Large view", "search", "open"), tool("Keep in the selection", "keep", "keep")));
   shape(card, work);
   return card;
 }
@@ -99,7 +104,7 @@ export function resultCard(catalog, work, names, explains) {
     h("div", { class: "hold" }, frame,
       h("div", { class: "actions" },
         tool("More like this", "similar", "more"), tool("Not like this", "minus", "unlike"),
-        explains && tool("Which places match", "heat", "heat"))),
+        explains && tool("Which places match", "heat", "heat"), tool("Keep in the selection", "keep", "keep"))),
     h("div", { class: "caption" }, h("strong", {}, artist || title), h("span", {}, artist ? title : year, artist && year && `, ${year}`)),
     scoreBar(work, names),
     shared.length ? h("div", { class: "because", role: "group", "aria-label": "Because of" }, shared) : null);
