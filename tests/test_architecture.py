@@ -173,7 +173,10 @@ def test_the_modules_of_the_page_import_without_a_circle():
     assert set(used) == set(graph), "nothing imports this module"
     assert not any("app.js" in names for names in graph.values())
     drawing = {
-        name for name in graph if name not in ("dom.js", "address.js", "api.js", "notes.js", "store.js", "route.js")
+        name
+        for name in graph
+        if name
+        not in ("dom.js", "address.js", "api.js", "notes.js", "store.js", "route.js", "region.js", "selection.js")
     }
-    for name in ("store.js", "route.js", "notes.js"):
+    for name in ("store.js", "route.js", "notes.js", "region.js", "selection.js"):
         assert not graph[name] & drawing, f"{name} holds or tells the state: it must not know who draws"

@@ -10,6 +10,7 @@ import { failed, go } from "./route.js";
 import { cool } from "./explain.js";
 import { drawLarge } from "./view.js";
 import { drawMarks, showing } from "./kept.js";
+import { drawFound } from "./outlines.js";
 
 const PAGE = 60; // works of the wall that are fetched together
 const KEPT = 30; // answers kept for the way back
@@ -87,6 +88,7 @@ export async function show(scroll) {
   if (fresh) {
     page.anyway = false;
     page.shown = { key: null, works: [], total: 0, done: true };
+    drawFound();
     drawSkeletons();
     if (scroll === null) scrollTo(0, 0);
   }
@@ -139,6 +141,7 @@ function drawAnswer(answer, fresh) {
   else place(answer, fresh);
   activate($(".work", works), focused);
   drawMarks();
+  drawFound();
   drawMore(none);
   say(none ? "" : summary(answer));
   drawFacts(answer);

@@ -3,12 +3,13 @@
 import { $, h, icon } from "./dom.js";
 import { withRange, withValue } from "./filters.js";
 import { paths } from "./api.js";
-import { caption, fit, inWords, picture, scoreBar } from "./works.js";
+import { badgeOf, caption, fit, inWords, picture, scoreBar } from "./works.js";
 import { activate, cardOf, catalog, known, large, page, partNames, searching, workOf } from "./store.js";
 import { failed, go } from "./route.js";
 import { refFrame } from "./side.js";
 import { zoomable } from "./zoom.js";
 import { drawMarks } from "./kept.js";
+import { drawOutlines, drawPoints, places, verified } from "./outlines.js";
 import { act, search } from "./acts.js";
 import { cool } from "./explain.js";
 
@@ -42,7 +43,7 @@ export function drawLarge() {
   const result = work.score !== undefined && searching();
   const button = (label, name, act, strong) => h("button", { type: "button", class: `tool${strong ? " strong" : ""}`, "data-act": act }, icon(name), h("span", {}, label));
   $("#large-side").replaceChildren(
-    work.verdict === "same work" && result ? h("span", { class: "badge" }, "Same work") : "",
+    (result && badgeOf(work)) ?? "",
     h("h2", { id: "large-title" }, title), h("p", { class: "by" }, [artist, year].filter(Boolean).join(", ")),
     result ? scoreBar(work, partNames()) : "",
     h("p", { class: "legend large-legend", "aria-live": "polite" }),
@@ -51,6 +52,7 @@ export function drawLarge() {
       searching() ? button("Add to the search", "plus", "add") : "",
       searching() ? button("Not like this", "minus", "unlike") : "",
       searching() && catalog().explains ? button("Matching places", "heat", "heat") : "",
+      result && work.points && page.state.like.length === 1 ? h("button", { type: "button", class: "tool", id: "points", "aria-pressed": "false", onclick: togglePoints }, icon("points"), h("span", {}, `${work.inliers} matched points`)) : "",
       button("Keep", "keep", "keep")),
     attributeList(work));
   drawMarks();
@@ -128,7 +130,19 @@ function drawLargeQuery() {
   if (!searching()) return box.replaceChildren();
   const ref = page.state.like[page.explained];
   const frame = refFrame(ref);
+  const found = verified();
+  const here = found.filter(({ work }) => work.id === page.state.open);
+  drawOutlines(frame, here.length ? [...here, ...places(found).filter(({ work }) => work.id !== page.state.open)] : [], page.state.open);
   zooms.query = pane(box, frame, ref.region ? "You search with this part" : "You search with", "id" in ref ? (image) => sharper(image, paths.whole(page.state.catalog, ref.id)) : undefined);
+}
+
+// The points of query and work that agree, over both, or no longer.
+export function togglePoints() {
+  const button = $("#points");
+  if (!button) return;
+  const on = button.getAttribute("aria-pressed") !== "true";
+  button.setAttribute("aria-pressed", String(on));
+  drawPoints($("#large-query .frame"), $("#large-work .frame"), on ? openWork().points : [], page.state.like[0].region);
 }
 
 function attributeList(work) {

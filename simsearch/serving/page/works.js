@@ -91,10 +91,17 @@ export function wallCard(catalog, work) {
   return card;
 }
 
+// What is said of a work that is the same, and by what: points that agree, or the score alone.
+export function badgeOf(work) {
+  if (work.verdict !== "same work") return null;
+  const proof = work.inliers ? `${work.inliers} points of both pictures agree` : null;
+  return h("span", { class: "badge", title: proof }, work.inliers ? "The same work" : "Same work");
+}
+
 // A result. `names` are the catalog's parts, `explains` whether it draws heat maps.
 export function resultCard(catalog, work, names, explains) {
   const { artist, title, year } = caption(work);
-  const badge = work.verdict === "same work" ? h("span", { class: "badge" }, "Same work") : null;
+  const badge = badgeOf(work);
   const words = `${work.rank}. ${inWords(work)}. Score ${work.score.toFixed(2)}${work.verdict === "same work" ? ", same work" : ""}`;
   const frame = h("button", { type: "button", class: "frame", tabindex: "-1", "data-act": "open", "aria-label": words },
     picture(catalog, work), h("canvas", { class: "heat", "aria-hidden": "true" }), badge);
