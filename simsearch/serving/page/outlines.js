@@ -2,7 +2,7 @@
 
 import { h, icon, svg, $ } from "./dom.js";
 import { paths } from "./api.js";
-import { caption } from "./works.js";
+import { caption, inWords } from "./works.js";
 import { catalog, page, searching } from "./store.js";
 import { go } from "./route.js";
 import { withRegion } from "./side.js";
@@ -88,8 +88,8 @@ export function drawFound() {
     const [left, top, right, bottom] = box(outline);
     const part = sound([left - MARGIN, top - MARGIN, right - left + 2 * MARGIN, bottom - top + 2 * MARGIN]);
     return h("li", { onpointerenter: () => light(work.id), onpointerleave: () => light(null), onfocusin: () => light(work.id), onfocusout: () => light(null) },
-      h("button", { type: "button", class: "chip on", "data-id": work.id, onclick: () => go({ open: work.id }) },
-        h("img", { src: paths.thumbnail(catalog().name, work.id), alt: "" }), h("span", {}, artist ? `${artist}: ${title}` : title)),
+      h("button", { type: "button", class: "chip on", title: inWords(work), "data-id": work.id, onclick: () => go({ open: work.id }) },
+        h("img", { src: paths.thumbnail(catalog().name, work.id), alt: "" }), h("span", {}, artist ? `${title} — ${artist}` : title)),
       h("button", { type: "button", class: "tool round", title: "Search this part alone", "aria-label": `Search the part with ${title} alone`, onclick: () => withRegion(page.state.like[0], part) }, icon("search")));
   });
   list.replaceChildren(h("h2", {}, `${apart.length} works in this photograph`), h("ul", {}, chips));

@@ -10,6 +10,7 @@ import { failed, go } from "./route.js";
 import { cool } from "./explain.js";
 import { drawLarge } from "./view.js";
 import { drawMarks, showing } from "./kept.js";
+import { MOST_KEPT } from "./selection.js";
 import { drawFound } from "./outlines.js";
 
 const PAGE = 60; // works of the wall that are fetched together
@@ -41,8 +42,13 @@ function remember(key, answer) {
 async function ask(key, signal) {
   const options = { signal, busy };
   if (showing()) {
-    const ids = page.state.selection;
-    const { items, missing } = await post(paths.some(page.state.catalog), { ids }, options);
+    const ids = page.state.selection.slice(0, MOST_KEPT);
+    const [items, missing] = [[], []];
+    for (let at = 0; at < ids.length; at += PAGE) {
+      const some = await post(paths.some(page.state.catalog), { ids: ids.slice(at, at + PAGE) }, options);
+      items.push(...some.items);
+      missing.push(...some.missing);
+    }
     if (missing.length) tell(`${count(missing.length, "work")} of this selection ${missing.length === 1 ? "is" : "are"} not in this collection.`);
     return { key, kind: "wall", works: items, total: items.length, done: true };
   }

@@ -3,7 +3,7 @@
 import { page } from "./store.js";
 
 const KEY = "simsearch selection";
-export const MOST_KEPT = 500; // the server describes so many at once
+export const MOST_KEPT = 500; // of a collection, and of an address
 const listeners = [];
 let selections = read();
 
