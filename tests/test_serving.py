@@ -509,7 +509,7 @@ class TestSearch:
         sent = upload(client, data)
         assert sent.status_code == 201
         token = sent.json().pop("upload")
-        assert sent.json() == {"upload": token, "width": 96, "height": 72, "expires_s": 3600}
+        assert sent.json() == {"upload": token, "width": 96, "height": 72, "expires_s": 604_800}
         by_token = search(client, like=[{"upload": token}], k=3).json()["results"]
         at_once = upload(client, data, "/api/catalogs/art/search/image?k=3").json()["results"]
         assert by_token[0]["id"] == "9"
