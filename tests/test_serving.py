@@ -33,7 +33,7 @@ from PIL import Image
 from starlette.exceptions import HTTPException
 from torch import Tensor, nn
 
-from simsearch import configs
+from simsearch import api, configs
 from simsearch.commands.serve import bind, find_sources, greeting, uploads_line
 from simsearch.files import read_json, write_json
 from simsearch.images import encode_thumbnail, read_image
@@ -42,6 +42,7 @@ from simsearch.search.catalog import CatalogError, item_table, read_catalog, wri
 from simsearch.search.describe import encode
 from simsearch.search.filters import Attributes, Condition
 from simsearch.search.items import write_items
+from simsearch.search.verification import Verification
 from simsearch.serving import service as service_module
 from simsearch.serving.app import PAGE, create_app
 from simsearch.serving.browse import Listing
@@ -1027,6 +1028,83 @@ class TestUploads:
         pixels, size = decoded(buffer.getvalue(), 10, "longest", 10**6)
         assert size == (20, 40)
         assert pixels.shape == (3, 10, 5)
+
+
+# ------------------------------------------------------------------------------------------ verification
+
+
+def textured(i: int) -> Image.Image:
+    """A picture of 240 x 180 with many corners, unlike the others."""
+    generator = np.random.default_rng(i)
+    coarse, fine = (generator.integers(0, 255, (*size, 3), dtype=np.uint8) for size in ((9, 12), (36, 48)))
+    layers = [Image.fromarray(one).resize((240, 180), Image.Resampling.BICUBIC) for one in (coarse, fine)]
+    return Image.blend(*layers, 0.55)
+
+
+OUTLINES = {  # of two works on the wall, in its pixels
+    "1.png": [[30, 40], [270, 40], [270, 220], [30, 220]],
+    "4.png": [[350, 100], [550, 100], [550, 250], [350, 250]],
+}
+
+
+class TestVerification:
+    @pytest.fixture(scope="class")
+    def hall(self, tmp_path_factory, encoder) -> Path:
+        """A catalog that verifies, and a photograph of a wall with works 1 and 4."""
+        folder = tmp_path_factory.mktemp("hall")
+        (folder / "root").mkdir()
+        for i in range(8):
+            textured(i).save(folder / f"root/{i}.png")
+        wall = Image.new("RGB", (600, 300), (200, 190, 170))
+        wall.paste(textured(1), (30, 40))
+        wall.paste(textured(4).resize((200, 150)), (350, 100))
+        wall.save(folder / "wall.png")
+        loaded = api.LoadedEncoder(encoder, {"model": MODEL}, "toy")
+        api.build_catalog(loaded, folder / "root", folder / "catalog", workers=0, verification=Verification())
+        return folder
+
+    def test_works_of_a_photograph_come_first_with_their_outlines(self, hall):
+        wall = (hall / "wall.png").read_bytes()
+        with serving(library({"hall": Source(hall / "catalog", hall / "root")})) as client:
+            example = {"upload": upload(client, wall).json()["upload"]}
+            answer = search(client, "hall", like=[example]).json()
+            assert answer["verdict"] == "same work"
+            assert {result["id"] for result in answer["results"][:2]} == set(OUTLINES)
+            for result in answer["results"][:2]:
+                assert result["verdict"] == "same work"
+                assert result["inliers"] >= 10
+                expected = np.array(OUTLINES[result["id"]]) / (600, 300)
+                np.testing.assert_allclose(result["outline"], expected, atol=0.01)
+                points = np.array(result["points"])
+                assert 10 <= len(points) <= min(200, result["inliers"] + 5)
+                corner, size = expected[0], expected[2] - expected[0]
+                np.testing.assert_allclose(points[:, :2], corner + size * points[:, 2:], atol=0.01)
+            assert all("inliers" not in result for result in answer["results"][2:])
+            again = search(client, "hall", like=[example]).json()
+            assert again["results"] == answer["results"]
+
+            part = {**example, "region": [0.5, 0.2, 0.5, 0.8]}  # the right work alone, in fractions of the part
+            found = search(client, "hall", like=[part]).json()["results"]
+            assert found[0]["id"] == "4.png"
+            assert "inliers" not in found[1]
+            expected = (np.array(OUTLINES["4.png"]) - (300, 60)) / (300, 240)
+            np.testing.assert_allclose(found[0]["outline"], expected, atol=0.015)
+            once = upload(client, wall, "/api/catalogs/hall/search/image?region=0.5,0.2,0.5,0.8").json()["results"]
+            assert once == found
+            of_python = api.open_catalog(hall / "catalog", device="cpu").search(
+                hall / "wall.png", region=(0.5, 0.2, 0.5, 0.8), k=2
+            )
+            assert of_python[0].id == "4.png"
+            np.testing.assert_allclose(of_python[0].outline, found[0]["outline"], atol=1e-3)
+
+            without = search(client, "hall", like=[example], verify=False).json()["results"]
+            assert all("inliers" not in result for result in without)
+            for item in ({"id": "4.png"}, {"id": "4.png", "region": [0.1, 0.1, 0.7, 0.8]}):
+                answered = search(client, "hall", like=[item]).json()
+                assert "4.png" not in [result["id"] for result in answered["results"]]
+                assert answered["verdict"] != "same work"
+        with serving(library({"bare": Source(hall / "catalog")})) as client:  # a part of an item's thumbnail
+            assert search(client, "bare", like=[{"id": "4.png", "region": [0.1, 0.1, 0.7, 0.8]}]).status_code == 200
 
 
 # --------------------------------------------------------------------------------- limits and guards

@@ -84,6 +84,7 @@ class Wanted(Message):
     diversity: float = Field(0.0, ge=0, le=1)
     collapse: bool = True
     hubness: bool = False
+    verify: bool = Field(True, description="compare the best items point by point, if the catalog has local features")
 
 
 class Search(Wanted):

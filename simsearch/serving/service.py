@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from simsearch.data.process_pool import MEMORY, BoundedPool, Closed, Failure
 from simsearch.functional.feedback import query_weights, reweight
+from simsearch.functional.geometry import Match
 from simsearch.functional.regions import Region, crop
 from simsearch.functional.resize import resize_to_fit
 from simsearch.images import ImageError, decode_thumbnail
 from simsearch.models.parts import parts_of
 from simsearch.search.filters import Condition, parse_filters
+from simsearch.search.local_features import query_features
 from simsearch.search.names import POSITION
 from simsearch.search.request import Recommendation
 from simsearch.search.request import Request as Wish
@@ -31,6 +34,7 @@ from simsearch.serving.library import Library, Loaded
 from simsearch.serving.limits import Account, Busy, Limits, Pool, account
 from simsearch.serving.messages import Example, Explained, Filter, Reply, Wanted
 from simsearch.serving.uploads import Upload, UploadFolder, Uploads, decoded, viewable
+from simsearch.types import LocalFeatures
 
 log = logging.getLogger("simsearch.serving")
 
@@ -40,6 +44,7 @@ POLL_SECONDS = 2.0
 SWEEP_SECONDS = 60.0
 VIEW_SIDE = 1600
 ZOOM_SIDE = 6000
+MOST_POINTS = 200
 GONE = "there is no such upload, or it has expired: send the image again"
 
 
@@ -100,6 +105,22 @@ def check_version(loaded: Loaded, version: str, asked: Sequence[Example] = ()) -
             raise HTTPException(422, str(error)) from None
         problem = f"the catalog {loaded.name} was replaced by a new version: repeat the request"
         raise Refusal(409, problem, {"version": loaded.version, "items": items})
+
+
+def evidence(match: Match) -> dict[str, Any]:
+    """What makes an item the same work, as the API returns it.
+
+    - `inliers`: number of points of both images that agree.
+    - `outline`: corners of the item in the query, clockwise from its top left.
+    - `points`: agreeing points, at most 200: x and y in the query, x and y in the item.
+
+    Places are fractions of width and height.
+
+    Args:
+        match: The match.
+    """
+    points = match.points[:MOST_POINTS].round(4).tolist()
+    return {"inliers": match.inliers, "outline": match.outline.round(5).tolist(), "points": points}
 
 
 @dataclass(frozen=True)
@@ -335,6 +356,34 @@ class Service:
             return found
         return known[key]
 
+    async def local(self, given: Given, loaded: Loaded) -> tuple[LocalFeatures, ...]:
+        """The local features of an image, by which the catalog verifies matches. Empty if it has none.
+
+        Args:
+            given: The image.
+            loaded: The catalog.
+        """
+        catalog, image = loaded.catalog, given.image
+        if (verification := catalog.verification) is None:
+            return ()
+        describe = functools.partial(
+            query_features, verification, region=given.region, max_pixels=self.limits.max_pixels
+        )
+        if isinstance(image, Upload):
+            key = repr(verification.config), given.region
+            if key not in image.local:
+                found = await self.decode(describe, image.data)
+                image.local[key] = found
+                image.make_room()
+                return found
+            return image.local[key]
+        if given.region is None:
+            return tuple(await self.searching.run(lambda: catalog.local_features([image])))
+        data = await self.reading.run(lambda: loaded.original(image))
+        if data is None:
+            data = await self.reading.run(lambda: loaded.thumbnails[image])
+        return await self.decode(describe, data)
+
     async def vectors(self, examples: Sequence[Given], loaded: Loaded) -> Tensor:
         """The descriptors (M, D) of images, in order. Those of whole items are the stored ones.
 
@@ -422,6 +471,7 @@ class Service:
         where = conditions(wanted.where, filters)
         encoding = time.perf_counter()
         examples = await self.vectors([*like, *unlike], loaded)
+        local = [await self.local(one, loaded) for one in like] if wanted.verify else []
         ids = [one.image for one in like if isinstance(one.image, int)]
         began = time.perf_counter()
 
@@ -436,6 +486,7 @@ class Service:
                 collapse=wanted.collapse,
                 hubness=wanted.hubness,
                 exclude=tuple(one.image for one in (*like, *unlike) if isinstance(one.image, int)),
+                local=tuple(features for found in local for features in found),
             )
             found = loaded.engine.recommend(wish)
             positions = found.ids.tolist()
@@ -455,6 +506,7 @@ class Service:
                 "verdict": found.verdicts[rank],
                 "parts": {name: round(values[rank], 6) for name, values in parts.items()},
                 "shared": shared[rank],
+                **({} if (match := found.matches[rank]) is None else evidence(match)),
             }
             for rank, item in enumerate(items)
         ]

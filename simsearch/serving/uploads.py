@@ -24,6 +24,7 @@ from simsearch.files import is_temporary, replacing
 from simsearch.functional.regions import Region
 from simsearch.functional.resize import Fit
 from simsearch.images import ImageError, encode_thumbnail, header_shape, read_image
+from simsearch.types import LocalFeatures
 
 log = logging.getLogger("simsearch.serving")
 
@@ -85,20 +86,23 @@ class Upload:
         data: Bytes of the file.
         pixels: Pixels at the size and fit of encoders, by (size, fit) and region.
         descriptors: Descriptors by encoder fingerprint, so that a new encoder computes its own, and region.
+        local: Local features by the config of the verification, and region.
     """
 
     data: bytes
     pixels: dict[tuple[int, Fit, Region | None], Tensor] = field(default_factory=dict)
     descriptors: dict[tuple[str, Region | None], Tensor] = field(default_factory=dict)
+    local: dict[tuple[str, Region | None], tuple[LocalFeatures, ...]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """The size of the upload in memory, in bytes."""
-        return len(self.data) + sum(p.nbytes for p in [*self.pixels.values(), *self.descriptors.values()])
+        local = sum(one.descriptors.nbytes for found in [*self.local.values()] for one in found)
+        return len(self.data) + local + sum(p.nbytes for p in [*self.pixels.values(), *self.descriptors.values()])
 
     def make_room(self) -> None:
         """Forgets the oldest regions, so that drawing many rectangles on one image takes no memory."""
-        for known in (self.pixels, self.descriptors):
+        for known in (self.pixels, self.descriptors, self.local):
             for key in [key for key in known if key[-1] is not None][:-_PARTS]:
                 del known[key]  # type: ignore[arg-type]
 
