@@ -184,6 +184,7 @@ class TestBrowsing:
         assert art["parts"] == {"content": 1.0}
         assert art["calibration"] is None
         assert art["explains"] is True
+        assert art["verifies"] is False
         assert (
             art["bytes_per_item"] == read_catalog(client.service.library.sources["art"].folder).about["bytes_per_item"]
         )
@@ -1066,6 +1067,7 @@ class TestVerification:
     def test_works_of_a_photograph_come_first_with_their_outlines(self, hall):
         wall = (hall / "wall.png").read_bytes()
         with serving(library({"hall": Source(hall / "catalog", hall / "root")})) as client:
+            assert client.get("/api/catalogs").json()[0]["verifies"] is True
             example = {"upload": upload(client, wall).json()["upload"]}
             answer = search(client, "hall", like=[example]).json()
             assert answer["verdict"] == "same work"

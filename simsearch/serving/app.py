@@ -383,6 +383,7 @@ def _about(loaded: Loaded) -> dict[str, Any]:
         "attributes": attributes,
         "calibration": loaded.catalog.calibration,
         "explains": loaded.explains,
+        "verifies": loaded.catalog.verification is not None,
     }
 
 

@@ -178,7 +178,8 @@ function drawFacts(answer) {
   const has = catalog();
   const lines = [count(has.items, "work"), `${has.bytes_per_item} bytes each`];
   if (answer.took) lines.push(`encoded in ${answer.took.encode.toFixed(0)} ms, searched in ${answer.took.search.toFixed(1)} ms`);
-  lines.push(has.calibration ? promise(has.calibration) : "not calibrated: nothing is called similar or the same");
+  const uncalibrated = has.verifies ? "not calibrated: a work is called the same if its points agree, none similar" : "not calibrated: nothing is called similar or the same";
+  lines.push(has.calibration ? promise(has.calibration) : uncalibrated);
   $("#facts").textContent = lines.join(" · ");
 }
 
