@@ -306,12 +306,11 @@ class Service:
         size, fit, most, region = loaded.worker.size, loaded.worker.fit, self.limits.max_pixels, given.region
         if isinstance(given.image, Upload):
             known, key = given.image.pixels, (size, fit, region)
-            if key not in known:
-                known[key] = torch.from_numpy(
-                    (await self.decode(decoded, given.image.data, size, fit, most, region))[0]
-                )
+            if (pixels := known.get(key)) is None:
+                found, _ = await self.decode(decoded, given.image.data, size, fit, most, region)
+                pixels = known[key] = torch.from_numpy(found)
                 given.image.make_room()
-            return known[key]
+            return pixels
         item = given.image
         data = await self.reading.run(lambda: loaded.original(item))
         if data is not None:
@@ -344,17 +343,15 @@ class Service:
         """
         known = given.image.descriptors if isinstance(given.image, Upload) else {}
         key = loaded.catalog.about["encoder_fingerprint"], given.region
-        if key not in known:
+        if (found := known.get(key)) is None:
             pixels = await self.pixels(given, loaded)
             try:
-                known[key] = await asyncio.wrap_future(loaded.worker.describe(pixels))
+                found = known[key] = await asyncio.wrap_future(loaded.worker.describe(pixels))
             except ValueError as error:  # no finite descriptor
                 raise HTTPException(422, str(error)) from None
-            found = known[key]
             if isinstance(given.image, Upload):
                 given.image.make_room()
-            return found
-        return known[key]
+        return found
 
     async def local(self, given: Given, loaded: Loaded) -> tuple[LocalFeatures, ...]:
         """The local features of an image, by which the catalog verifies matches. Empty if it has none.
@@ -371,18 +368,17 @@ class Service:
         )
         if isinstance(image, Upload):
             key = repr(verification.config), given.region
-            if key not in image.local:
-                found = await self.decode(describe, image.data)
-                image.local[key] = found
+            if (found := image.local.get(key)) is None:
+                found = image.local[key] = await self.decode(describe, image.data)
                 image.make_room()
-                return found
-            return image.local[key]
+            return found
         if given.region is None:
             return tuple(await self.searching.run(lambda: catalog.local_features([image])))
         data = await self.reading.run(lambda: loaded.original(image))
-        if data is None:
-            data = await self.reading.run(lambda: loaded.thumbnails[image])
-        return await self.decode(describe, data)
+        if data is not None:
+            with contextlib.suppress(ImageError):
+                return await self.decode(describe, data)
+        return await self.decode(describe, await self.reading.run(lambda: loaded.thumbnails[image]))
 
     async def vectors(self, examples: Sequence[Given], loaded: Loaded) -> Tensor:
         """The descriptors (M, D) of images, in order. Those of whole items are the stored ones.
