@@ -36,8 +36,8 @@ export async function workOf(id) {
   if (known.has(id)) return known.get(id);
   const key = `${edition()} ${id}`;
   if (!asked.has(key)) asked.set(key, renewing(() => request(paths.item(page.state.catalog, id))).finally(() => asked.delete(key)));
-  const [work, now] = [await asked.get(key), `${edition()} ${id}`];
-  if (now === key) known.set(id, work);
+  const work = await asked.get(key);
+  if (key === `${edition()} ${id}`) known.set(id, work); // else the collection was replaced meanwhile
   return work;
 }
 
