@@ -106,6 +106,13 @@ def test_what_an_outline_covers(mirrored):
     assert shown(match) == pytest.approx(0.25)
 
 
+def test_an_outline_beyond_the_image_covers_nothing():
+    outline = np.array([[2, 2], [3, 2], [3, 3], [2, 3]], np.float32)
+    assert shown(Match(10, 0.5, 0.0, outline, np.zeros((0, 4), np.float32))) == 0
+    whole = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32)
+    assert shown(Match(10, 0.5, 0.0, whole, np.zeros((0, 4), np.float32))) == 1
+
+
 @pytest.fixture(scope="module")
 def catalog(works, tmp_path_factory):
     root = tmp_path_factory.mktemp("works")

@@ -740,7 +740,7 @@ class TestHeatMaps:
             assert answer["rest"] == answer["item"]["rest"]
             if of is not None:
                 assert np.sum(answer["query"]["values"]) + answer["query"]["rest"] == pytest.approx(of, abs=1e-5)
-        assert "there are 3 images" in error(
+        assert "which has 3 images" in error(
             client.post("/api/catalogs/art/heatmap", json={**asked, "id": 4, "shown": 3}), 422
         )
 

@@ -624,6 +624,7 @@ def test_an_exchanged_collection_shows_the_same_works(opened, root):
     later = opened(f"#{bookmark}")
     expect(later.locator(".note", has_text="“c/d e.jpg” is not in this collection.")).to_be_visible()
     expect(later.locator("#primary figcaption")).to_have_text("Odd 3")
+    later.wait_for_timeout(1700)  # pictures that are gone are asked for once more
     assert all("409" in text or "404" in text for text in opened.complaints), opened.complaints
     opened.complaints.clear()
     make_odd(root.parent / "odd", root, range(len(ODD)))
@@ -1045,6 +1046,8 @@ def test_a_picture_is_looked_at_closely(opened):
     page.keyboard.press("+")
     page.keyboard.press("ArrowRight")  # another work begins whole
     becomes(page, "#large-work", 1)
+    page.mouse.click(box["x"] - 20, box["y"] + 20)  # beside the pictures
+    expect(page.locator("#large")).to_be_hidden()
 
 
 def test_close_up_the_original_is_fetched(opened, root):

@@ -81,8 +81,22 @@ def shown(match: Match) -> float:
     Args:
         match: The match of the item.
     """
-    view = cv2.intersectConvexConvex(match.outline, np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32))
-    return float(min(1.0, view[0]))
+    inside = match.outline.astype(np.float64)
+    for axis in (0, 1):  # clipped at each border of the query in turn (Sutherland and Hodgman)
+        for sign, border in ((1.0, 0.0), (-1.0, -1.0)):
+            depth = sign * inside[:, axis] - border
+            ahead = np.roll(depth, -1)
+            cut = []
+            for place, (one, other) in enumerate(zip(depth, ahead, strict=True)):
+                if one >= 0:
+                    cut.append(inside[place])
+                if (one >= 0) != (other >= 0):
+                    step = one / (one - other)
+                    cut.append((1 - step) * inside[place] + step * inside[(place + 1) % len(inside)])
+            if not cut:
+                return 0.0
+            inside = np.array(cut)
+    return min(1.0, _area(inside))
 
 
 def mutual_pairs(query: np.ndarray, items: Sequence[np.ndarray], ratio: float) -> list[tuple[np.ndarray, np.ndarray]]:

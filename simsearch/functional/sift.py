@@ -90,8 +90,8 @@ class Sift:
 def spread_out(places: np.ndarray, strength: np.ndarray, cells: int = 6) -> np.ndarray:
     """The order of features, int64 (n,), in which the first of them lie all over the image.
 
-    The strongest feature of each cell comes first, then the second of each cell, and so on; among those of one rank, the
-    strongest. One busy picture on a wall then does not take all features from the others.
+    The strongest feature of each cell comes first, then the second of each cell, and so on; among those of one rank,
+    the strongest. One busy picture on a wall then does not take all features from the others.
 
     Args:
         places: (n, 2), x and y as fractions of the image's width and height.

@@ -61,7 +61,7 @@ const find = debounce(({ like, unlike }) => {
 }, 250);
 
 function home() {
-  if (!searching() && !page.state.text && !page.state.where.length && !page.state.selection.length) return scrollTo({ top: 0, behavior: still() ? "auto" : "smooth" });
+  if (!searching() && !page.state.text && !page.state.where.length && !page.state.selection.length && !page.state.searches.length) return scrollTo({ top: 0, behavior: still() ? "auto" : "smooth" });
   $("#text").value = "";
   go({ like: [], unlike: [], searches: [], selection: [], text: "", where: [], open: null });
 }

@@ -31,10 +31,15 @@ export const searching = () => page.state.like.length > 0;
 export const sameImage = (a) => (b) => a.id === b.id && a.upload === b.upload;
 export const sameRef = (a) => (b) => sameImage(a)(b) && String(a.region ?? "") === String(b.region ?? "");
 
-export const workOf = async (id) => {
-  if (!known.has(id)) known.set(id, await renewing(() => request(paths.item(page.state.catalog, id))));
-  return known.get(id);
-};
+const asked = new Map(); // edition and id -> the work to come
+export async function workOf(id) {
+  if (known.has(id)) return known.get(id);
+  const key = `${edition()} ${id}`;
+  if (!asked.has(key)) asked.set(key, renewing(() => request(paths.item(page.state.catalog, id))).finally(() => asked.delete(key)));
+  const work = await asked.get(key);
+  if (key === `${edition()} ${id}`) known.set(id, work); // else the collection was replaced meanwhile
+  return work;
+}
 
 export const cards = () => [...works.querySelectorAll(".work:not(.skeleton)")];
 export const cardOf = (id) => works.querySelector(`.work[data-id="${CSS.escape(id)}"]`);

@@ -195,8 +195,8 @@ export function listenLarge() {
   $("#zoom-value").addEventListener("click", () => zoom(null));
   $("#beside").addEventListener("click", toggleBeside);
   large.addEventListener("click", (event) => {
-    const empty = event.target === large || event.target.matches(".large-stage, .large-stage figure, .zoomed");
-    if (empty && !Object.values(zooms).some((one) => one.dragged())) return closeLarge();
+    const pane = Object.values(zooms).find((one) => one.box === event.target); // beside its picture
+    if (pane ? !pane.dragged() : event.target === large || event.target.matches(".large-stage, .large-stage figure")) return closeLarge();
     const name = event.target.closest("[data-act]")?.dataset.act;
     if (name === "add") search({ id: page.state.open }, { add: true });
     else if (name) act(name, page.state.open, event);

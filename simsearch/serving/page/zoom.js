@@ -5,7 +5,7 @@ const CLOSE = 3; // what a double click makes of it
 const DRAG = 5; // pixels that make a press a drag
 
 // `box` shows the part of its first child, the frame, that fits. `sharpen()` is called when more pixels are wanted than
-// there are. Returns {by(factor), reset(), scale(), dragged()}.
+// there are. Returns {box, by(factor), reset(), scale(), dragged()}.
 export function zoomable(box, { sharpen = () => {}, changed = () => {} } = {}) {
   const frame = box.firstElementChild;
   const pointers = new Map();
@@ -76,6 +76,7 @@ export function zoomable(box, { sharpen = () => {}, changed = () => {} } = {}) {
   });
   for (const kind of ["pointerup", "pointercancel"]) box.addEventListener(kind, (event) => { pointers.delete(event.pointerId); apart = 0; });
   return {
+    box,
     by: (factor) => to(scale * factor, ...middle()),
     reset: () => to(1, ...middle()),
     scale: () => scale,
