@@ -31,13 +31,13 @@ class Photograph:
         path: Relative POSIX path.
         box: The rectangle (x, y, w, h) in pixels of the upright image, x and y of its upper left corner. None for all.
         works: Names of the works. Empty for works without a name, which no catalog has.
-        unit: Name of a unit of chance, such as a visit. None if there is none.
+        units: Names of further units of chance, such as a visit.
     """
 
     path: str
     box: Box | None
     works: tuple[str, ...]
-    unit: str | None = None
+    units: tuple[str, ...] = ()
 
 
 def read_photographs(table: Path) -> list[Photograph]:
@@ -50,7 +50,7 @@ def read_photographs(table: Path) -> list[Photograph]:
         table: The table, a .csv, .tsv, .txt or .parquet file.
 
     Raises:
-        ValueError: If a column is missing, or a row's path, box or unit is wrong. The message names the row.
+        ValueError: If a column is missing, or a row's path or box is wrong. The message names the row.
     """
     read = read_table(table)
     if read.rejected:
@@ -72,11 +72,10 @@ def read_photographs(table: Path) -> list[Photograph]:
         if problem := path_problem(name or ""):
             raise ValueError(f"{where}: the path {name!r} {PATH_PROBLEMS[problem]}; give paths relative to the table")
         key = (name or "", _box(side, where))
-        before = found.get(key, Photograph(*key, (), unit))
-        if before.unit != unit:
-            raise ValueError(f"{where}: {name} has the units {before.unit!r} and {unit!r}: give all its rows the same")
+        before = found.get(key, Photograph(*key, ()))
         names = dict.fromkeys((*before.works, *([work] if work else [])))
-        found[key] = Photograph(*key, tuple(names), unit)
+        visits = dict.fromkeys((*before.units, *([unit] if unit else [])))
+        found[key] = Photograph(*key, tuple(names), tuple(visits))
     if not found:
         raise ValueError(f"{table} lists no photograph")
     return list(found.values())
@@ -136,7 +135,7 @@ def linked(marks: Sequence[Iterable[Hashable]]) -> Tensor:
 
 
 def photograph_units(photographs: Sequence[Photograph]) -> Tensor:
-    """The unit of chance of each photograph, int64 (Q,): its works, its named unit and its file.
+    """The unit of chance of each photograph, int64 (Q,): its works, its named units and its file.
 
     Photographs that share any of them are one unit, directly or through others.
 
@@ -145,7 +144,7 @@ def photograph_units(photographs: Sequence[Photograph]) -> Tensor:
     """
     return linked(
         [
-            [("file", one.path), *(("work", work) for work in one.works), *([("unit", one.unit)] if one.unit else [])]
+            [("file", one.path), *(("work", work) for work in one.works), *(("unit", unit) for unit in one.units)]
             for one in photographs
         ]
     )
