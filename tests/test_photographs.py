@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import simsearch
 from PIL import Image
+from scipy.stats import t as student
 from sklearn.metrics import average_precision_score
 
 from simsearch.data.photographs import (
@@ -27,6 +28,10 @@ from simsearch.data.photographs import (
 from simsearch.evaluation.photographs import Answers, compare_photographs, measure_photographs, measure_queries
 from simsearch.functional.open_set import global_average_precision, jackknifed_average_precision
 from simsearch.functional.significance import jackknife_difference, jackknife_interval
+from simsearch.images import decode_thumbnail
+from simsearch.search.catalog import read_catalog
+from simsearch.search.engine import Engine
+from simsearch.search.photographs import works_named
 
 ROOT = Path(__file__).parent.parent
 SIMULATOR = ROOT / "experiments" / "2026-11-28-photographs" / "simulate.py"
@@ -311,9 +316,7 @@ class TestJackknife:
         values = np.random.default_rng(0).normal(size=50)
         without = torch.from_numpy((values.sum() - values) / 49)
         low, high, _ = jackknife_difference(values.mean(), without, torch.ones(50))
-        from scipy.stats import t
-
-        reach = t.ppf(0.975, 49) * values.std(ddof=1) / 50**0.5
+        reach = student.ppf(0.975, 49) * values.std(ddof=1) / 50**0.5
         assert (low, high) == pytest.approx((values.mean() - reach, values.mean() + reach))
 
     def test_nothing_wrong_is_as_sure_as_the_units_with_something_to_find(self):
@@ -359,3 +362,164 @@ class TestJackknife:
             for name, value in truth.items():
                 held[name] += found[name][0] <= value <= found[name][1]
         assert min(held.values()) >= 182, held
+
+
+class TestCommand:
+    @pytest.fixture(scope="class")
+    def asked(self, small_run, tmp_path_factory):
+        """A catalog, and photographs of its items: 6 as they are, one twice as wide beside another, 2 strange ones."""
+        folder = tmp_path_factory.mktemp("photographs")
+        catalog = read_catalog(small_run / "catalog")
+        names = catalog.items["path"].to_pylist()
+        pictures = [decode_thumbnail(catalog.thumbnails([row])[0]).permute(1, 2, 0).numpy() for row in range(8)]
+        lines = ["path,work,x,y,w,h,unit"]
+        for row in range(6):
+            Image.fromarray(pictures[row]).save(folder / f"{row}.png")
+            lines.append(f"{row}.png,{names[row]},,,,,")
+        height, width = pictures[6].shape[:2]
+        Image.fromarray(np.concatenate([pictures[6], pictures[7]], axis=1)).save(folder / "two.png")
+        lines += [f"two.png,{names[row]},{(row - 6) * width},0,{width},{height}," for row in (6, 7)]
+        rng = np.random.default_rng(0)
+        for name in ("strange", "other"):
+            Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+            lines.append(f"{name}.png,{'' if name == 'other' else 'Guernica'},,,,,visit")
+        return small_run / "catalog", table(folder / "photographs.csv", *lines), names
+
+    def test_photographs_find_their_works(self, asked, tmp_path):
+        catalog, photographs, names = asked
+        given = ("photographs", f"catalog={catalog}", f"photographs={photographs}", "device=cpu")
+        done = simsearch(*given, f"out={tmp_path / 'a'}")
+        assert "1 works of the photographs are not in the catalog (Guernica)" in done.stderr
+        about = json.loads((tmp_path / "a" / "metrics.json").read_text())["test"]
+        assert (about["protocol"], about["unit"], about["units"]) == ("photographs", "work", 8)
+        counts = {name: about["metrics"][name] for name in ("photographs", "matches", "no_match")}
+        assert counts == {"photographs": 10, "matches": 8, "no_match": 2}
+        assert about["metrics"]["R@1"] == 1.0
+        assert set(about["intervals"]) == {"R@1", "R@5", "mAP@20_minRk", "GAP", "microAP"}  # it is not calibrated
+        with (tmp_path / "a" / "per_query.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["first"] for row in rows[:8]] == names[:8]
+        assert [row["rank"] for row in rows] == ["1"] * 8 + [""] * 2
+        assert rows[8]["unit"] == rows[9]["unit"]
+        assert rows[6]["unit"] == rows[7]["unit"]  # one photograph, of which two parts are asked about
+        assert [row["x"] for row in rows[5:7]] == ["", "0.0"]
+
+        done = simsearch(*given, f"out={tmp_path / 'b'}", f"against={tmp_path / 'a'}", "k=5")
+        with (tmp_path / "b" / "paired.csv").open(newline="") as file:
+            pairs = {row["metric"]: row for row in csv.DictReader(file)}
+        assert set(pairs) == {"R@1", "R@5", "mAP@5_minRk", "GAP", "microAP"}
+        assert all(float(row["difference"]) == 0 and float(row["p_holm"]) == 1 for row in pairs.values())
+        assert json.loads((tmp_path / "b" / "metrics.json").read_text())["test"]["fingerprint"] == about["fingerprint"]
+
+    def test_other_photographs_do_not_compare(self, asked, tmp_path):
+        catalog, photographs, _ = asked
+        fewer = table(photographs.parent / "fewer.csv", *photographs.read_text().splitlines()[:5])
+        given = ("photographs", f"catalog={catalog}", "device=cpu")
+        simsearch(*given, f"photographs={fewer}", f"out={tmp_path / 'a'}")
+        done = simsearch(
+            *given, f"photographs={photographs}", f"out={tmp_path / 'b'}", f"against={tmp_path / 'a'}", expect=1
+        )
+        assert "other photographs or other items do not compare" in done.stderr
+        assert not (tmp_path / "b").exists()
+
+    def test_a_missing_file_is_named_before_the_work(self, asked, tmp_path):
+        catalog, photographs, names = asked
+        lacking = table(photographs.parent / "lacking.csv", "path,work", f"gone.png,{names[0]}")
+        done = simsearch("photographs", f"catalog={catalog}", f"photographs={lacking}", f"out={tmp_path}", expect=1)
+        assert "1 of 1 photographs are not in" in done.stderr
+
+
+class TestNames:
+    def test_a_work_is_named_by_its_column_or_by_an_item(self, small_run):
+        engine = Engine(read_catalog(small_run / "catalog"))
+        items = engine.catalog.items
+        value = items[engine.work_attribute][3].as_py()
+        path = items["path"][5].as_py()
+        found = works_named(engine, [value, path, "Guernica"])
+        assert found == {value: int(engine.works[3]), path: int(engine.works[5])}
+
+
+class TestSimulator:
+    @pytest.fixture(scope="class")
+    def simulate(self):
+        pytest.importorskip("cv2", reason="the simulator draws with OpenCV: NOT TESTED")
+        spec = importlib.util.spec_from_file_location("simulate", SIMULATOR)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["simulate"] = module  # where dataclasses look
+        spec.loader.exec_module(module)
+        return module
+
+    @pytest.fixture(scope="class")
+    def art(self, tmp_path_factory):
+        """40 works of smooth random colours, three images of which are of the same work."""
+        folder = tmp_path_factory.mktemp("art")
+        rng = np.random.default_rng(0)
+        lines = ["image_path,title,group_id"]
+        for row in range(42):
+            small = Image.fromarray(rng.integers(0, 256, (8, 7, 3), dtype=np.uint8))
+            small.resize((84, 96), Image.Resampling.BICUBIC).save(folder / f"{row}.png")
+            lines.append(f'{row}.png,"A, {row}",g{max(row, 2)}')
+        return table(folder / "art.csv", *lines)
+
+    def run(self, simulate, monkeypatch, art: Path, out: Path, *more: str) -> None:
+        given = ["simulate.py", "--art", str(art), "--out", str(out), "--size", "320", *more]
+        monkeypatch.setattr(sys, "argv", given)
+        simulate.main()
+
+    def read(self, path: Path) -> list[dict[str, str]]:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def test_it_goes_on_and_gives_the_same_bytes(self, simulate, monkeypatch, art, tmp_path):
+        self.run(simulate, monkeypatch, art, tmp_path / "a", "--count", "7")
+        self.run(simulate, monkeypatch, art, tmp_path / "b", "--count", "4")
+        (tmp_path / "b" / "facts" / "00002.json").unlink()
+        (tmp_path / "b" / "photographs" / "00002.jpg").write_bytes(b"half")
+        self.run(simulate, monkeypatch, art, tmp_path / "b", "--count", "7")
+        files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+        assert len(files) == 7 + 7 + 5
+        for name in files:
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+        with pytest.raises(SystemExit, match="other photographs"):
+            self.run(simulate, monkeypatch, art, tmp_path / "a", "--seed", "2")
+
+    def test_works_are_apart_and_the_painting_is_where_the_table_says(self, simulate, monkeypatch, art, tmp_path):
+        cv2 = pytest.importorskip("cv2")
+        shown = {}
+        for seed in (0, 1):
+            out = tmp_path / str(seed)
+            self.run(simulate, monkeypatch, art, out, "--count", "15", "--seed", str(seed))
+            shown[seed] = self.read(out / "works.csv")
+        left_out = {row["path"] for row in self.read(tmp_path / "0" / "left_out.csv")}
+        assert left_out == {row["path"] for row in self.read(tmp_path / "1" / "left_out.csv")}
+        kept = {row["image_path"] for row in self.read(tmp_path / "0" / "catalog.csv")}
+        assert not kept & left_out
+        assert len(kept | left_out) == 42
+        assert not {row["unit"] for row in shown[0]} & {row["unit"] for row in shown[1]}
+        for row in shown[0] + shown[1]:
+            assert (row["work"] in left_out) == (row["known"] == "0")
+
+        alike = []
+        for seed, row in [(seed, row) for seed in shown for row in shown[seed]]:
+            if float(row["occluded"]) or float(row["glare"]):
+                continue
+            photograph = cv2.imread(str(tmp_path / str(seed) / row["photograph"]))
+            painting = cv2.imread(str(art.parent / row["work"]))
+            height, width = painting.shape[:2]
+            quad = np.float32([[row[f"x{i}"], row[f"y{i}"]] for i in range(1, 5)])
+            flat = np.float32([[0, 0], [width, 0], [width, height], [0, height]])
+            seen = cv2.warpPerspective(photograph, cv2.getPerspectiveTransform(quad, flat), (width, height))
+            alike.append(np.corrcoef(seen[8:-8, 8:-8].ravel(), painting[8:-8, 8:-8].ravel())[0, 1])
+        assert len(alike) >= 8
+        assert min(alike) > 0.6, alike
+
+    def test_a_photograph_of_two_works_has_two_rows(self, simulate, monkeypatch, art, tmp_path):
+        self.run(simulate, monkeypatch, art, tmp_path, "--count", "15")
+        asked = read_photographs(tmp_path / "photographs.csv")
+        assert len(asked) == 15
+        assert [len(one.works) for one in asked] == [1, 1, 0, 1, 1, 0, 2, 1, 0, 1, 1, 0, 1, 2, 0]
+        listed = {}
+        for row in self.read(tmp_path / "works.csv"):
+            listed.setdefault(row["photograph"], []).append(row["work"] if row["known"] == "1" else None)
+        for one in asked:
+            assert [work for work in listed[one.path] if work] == list(one.works)
