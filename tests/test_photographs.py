@@ -500,10 +500,10 @@ class TestSimulator:
             assert (row["work"] in left_out) == (row["known"] == "0")
 
         alike = []
-        for seed, row in [(seed, row) for seed in shown for row in shown[seed]]:
+        for half, row in [(seed, row) for seed, rows in shown.items() for row in rows]:
             if float(row["occluded"]) or float(row["glare"]):
                 continue
-            photograph = cv2.imread(str(tmp_path / str(seed) / row["photograph"]))
+            photograph = cv2.imread(str(tmp_path / str(half) / row["photograph"]))
             painting = cv2.imread(str(art.parent / row["work"]))
             height, width = painting.shape[:2]
             quad = np.float32([[row[f"x{i}"], row[f"y{i}"]] for i in range(1, 5)])

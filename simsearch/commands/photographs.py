@@ -37,7 +37,7 @@ from simsearch.files import checked, digests, read_json, replacing, write_csv, w
 from simsearch.functional.resize import resize_to_fit
 from simsearch.functional.significance import holm
 from simsearch.models.encoder import device
-from simsearch.search.catalog import encoder_fingerprint, read_catalog
+from simsearch.search.catalog import encoder_fingerprint, read_catalog, verifying
 from simsearch.search.describe import encode
 from simsearch.search.engine import Engine
 from simsearch.search.photographs import ask, works_named
@@ -45,7 +45,7 @@ from simsearch.text import cell, warn
 
 PROTOCOL = "photographs"
 _ANSWERS = "answers.parquet"
-_STAGES = ("read", "describe", "search")  # of a query
+_STAGES = ("read", "describe", "features", "search")  # of a query; the search includes the verification
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Asked:
     Attributes:
         items: For each photograph the names of the items, best first.
         answers: The answers by works.
-        milliseconds: float64 (Q, 3), the time of reading the file, describing it and searching.
+        milliseconds: float64 (Q, 4), the times of reading the file, of its descriptor, of its local features, and of
+            searching and verifying.
     """
 
     items: list[list[str]]
@@ -72,6 +73,7 @@ def main(config: DictConfig) -> None:
     """
     table = Path(config.photographs)
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
+    catalog = verifying(catalog, config.verify, top=config.verify_top, mirrored=config.mirrored)
     catalog.encoder.to(device(config.device))
     engine = Engine(catalog, configs.build(config.rerank) if config.get("rerank") else None)
     photographs = read_photographs(table)
@@ -88,6 +90,7 @@ def main(config: DictConfig) -> None:
     about = summary(measured, asked, right)
     about["catalog"] = {"items": len(catalog), "encoder": encoder_fingerprint(catalog.encoder)}
     about["asked"] = {"k": config.k, "rerank": configs.plain(config).get("rerank")}
+    about["asked"]["verify"] = None if catalog.verification is None else catalog.verification.config
     folder = Path(config.out)
     write_results(folder, photographs, right, asked, measured, about)
     terminal.show(results_table(about))
@@ -148,15 +151,17 @@ def ask_all(engine: Engine, photographs: Sequence[Photograph], root: Path, k: in
     Raises:
         ValueError: If a file cannot be read, or a box does not fit. Without it the numbers would be of other queries.
     """
-    encoder = engine.catalog.encoder
+    encoder, verification = engine.catalog.encoder, engine.catalog.verification
     items, rows, times = [], [], []
     for one in tqdm(photographs, unit="photo", desc="photographs", disable=None):
         clock = [time.perf_counter()]
-        image = resize_to_fit(read_photograph(root / one.path, one.box), encoder.input_size, encoder.fit)
+        image = read_photograph(root / one.path, one.box)
         clock.append(time.perf_counter())
-        vector = encode(encoder, image[None])[0]
+        vector = encode(encoder, resize_to_fit(image, encoder.input_size, encoder.fit)[None])[0]
         clock.append(time.perf_counter())
-        ids, confidence, accepted = ask(engine, vector, k)
+        local = () if verification is None else verification.query(image)
+        clock.append(time.perf_counter())
+        ids, confidence, accepted = ask(engine, vector, local, k)
         clock.append(time.perf_counter())
         items.append(engine.names.of(ids.tolist()))
         rows.append((torch.from_numpy(engine.works[ids.numpy()]), confidence, accepted))

@@ -10,6 +10,7 @@ from torch import Tensor
 from simsearch.search.engine import Engine
 from simsearch.search.request import Request
 from simsearch.search.verdicts import SAME_WORK
+from simsearch.types import LocalFeatures
 
 
 def works_named(engine: Engine, names: Iterable[str]) -> dict[str, int]:
@@ -37,25 +38,29 @@ def works_named(engine: Engine, names: Iterable[str]) -> dict[str, int]:
     return found
 
 
-def ask(engine: Engine, vector: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def ask(
+    engine: Engine, vector: Tensor, local: tuple[LocalFeatures, ...], k: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The answer to one photograph, one item of each work, best first.
 
-    The confidence of an item is its score, or that of the item before it if that is lower: re-ranking may put an item
-    before one that scores higher.
+    The confidence of a verified item is its number of inliers, which exceeds every cosine. That of another item is its
+    score, or that of an item before it if that is lower: re-ranking may put an item before one that scores higher.
 
     Args:
         engine: The engine of the catalog.
         vector: The descriptor of the photograph, as `Request.like` has it, (width,).
+        local: The local features of the photograph. Nothing is verified without.
         k: Number of works.
 
     Returns:
         Positions of the items int64 (K,), their confidence float64 (K,), and whether they are called the same work,
-        bool (K,), or None if the catalog is not calibrated.
+        bool (K,), or None if nothing decides that: the catalog is not calibrated, and nothing is verified.
     """
-    answer = engine.recommend(Request(vector[None], k=k))
-    confidence = answer.scores.double()
+    answer = engine.recommend(Request(vector[None], k=k, local=local))
+    found = zip(answer.scores.tolist(), answer.matches, strict=True)
+    confidence = torch.tensor([s if m is None else float(m.inliers) for s, m in found], dtype=torch.float64)
     if len(confidence):
         confidence = confidence.cummin(0).values
     accepted = torch.tensor([said == SAME_WORK for said in answer.verdicts], dtype=torch.bool)
-    calibrated = engine.catalog.calibration is not None
-    return answer.ids, confidence, accepted if calibrated else None
+    decided = engine.catalog.calibration is not None or bool(local)
+    return answer.ids, confidence, accepted if decided else None
