@@ -67,7 +67,7 @@ class TestTable:
             (["path,title", "a.jpg,one"], "needs path and work"),
             (["path,work,x,y", "a.jpg,one,1,2"], "all four"),
             (["path,work", "/etc/a.jpg,one"], "row 1.*absolute"),
-            (["path,work", "a.jpg,one", "../a.jpg,one"], "row 2.*climbs"),
+            (["path,work", "a.jpg,one", "../a.jpg,one"], "row 2.*leaves the root"),
             (["path,work,x,y,w,h", "a.jpg,one,1,2,0,4"], "row 1.*w, h > 0"),
             (["path,work,x,y,w,h", "a.jpg,one,1,2,3,"], "row 1.*w, h > 0"),
             (["path,work,x,y,w,h", "a.jpg,one,1,2,nan,4"], "row 1.*w, h > 0"),
@@ -189,7 +189,7 @@ class TestMeasures:
             for works, own in zip(answers.works.tolist(), right, strict=True)
             if own
         ]
-        assert measure_photographs(answers, right, units).values["mAP@6_minRk"] == pytest.approx(
+        assert measure_photographs(answers, right, units).metrics["mAP@6_minRk"] == pytest.approx(
             np.mean(1 / np.array(ranks))
         )
 
@@ -206,7 +206,7 @@ class TestMeasures:
         total = sum(map(len, right))
         scores, correct = zip(*pairs, strict=True)
         expected = average_precision_score(correct, scores) * sum(correct) / total
-        assert measure_photographs(answers, right, units).values["microAP"] == pytest.approx(expected)
+        assert measure_photographs(answers, right, units).metrics["microAP"] == pytest.approx(expected)
 
     @pytest.mark.parametrize("seed", range(3))
     def test_gap_is_the_mean_over_orders_of_equal_confidence(self, seed):
@@ -225,23 +225,23 @@ class TestMeasures:
                 total += hits / place * correct
             sums.append(total / sum(map(bool, right)))
         error = np.std(sums) / len(sums) ** 0.5
-        assert measure_photographs(answers, right, units).values["GAP"] == pytest.approx(np.mean(sums), abs=5 * error)
+        assert measure_photographs(answers, right, units).metrics["GAP"] == pytest.approx(np.mean(sums), abs=5 * error)
 
     def test_a_distractor_with_more_confidence_costs_precision(self):
         right = [[0], []]
         sure = Answers(torch.tensor([[0], [1]]), torch.tensor([[0.9], [0.8]]).double(), None)
         unsure = Answers(torch.tensor([[0], [1]]), torch.tensor([[0.7], [0.8]]).double(), None)
         units = torch.arange(2)
-        assert measure_photographs(sure, right, units).values == {
+        assert measure_photographs(sure, right, units).metrics == {
             "R@1": 1, "R@5": 1, "mAP@1_minRk": 1, "GAP": 1, "microAP": 1,
         }  # fmt: skip
-        assert measure_photographs(unsure, right, units).values["GAP"] == 0.5
+        assert measure_photographs(unsure, right, units).metrics["GAP"] == 0.5
 
     def test_intervals_come_for_every_number(self):
         measured = measure_photographs(*drawn(1))
-        assert set(measured.intervals) == set(measured.values)
+        assert set(measured.intervals) == set(measured.metrics)
         for name, (low, high) in measured.intervals.items():
-            assert 0 <= low <= measured.values[name] <= high <= 1
+            assert 0 <= low <= measured.metrics[name] <= high <= 1
 
     def test_nothing_to_find_is_an_error(self):
         answers, right, units = drawn(0)
@@ -264,7 +264,7 @@ class TestPairs:
         (ours, right, units), (theirs, _, _) = drawn(4), drawn(5)
         short = Answers(theirs.works[:, :4], theirs.confidence[:, :4], theirs.accepted[:, :4])
         cut = Answers(ours.works[:, :4], ours.confidence[:, :4], ours.accepted[:, :4])
-        a, b = (measure_photographs(one, right, units).values for one in (cut, short))
+        a, b = (measure_photographs(one, right, units).metrics for one in (cut, short))
         found = {pair.metric: pair for pair in compare_photographs(ours, short, right, units)}
         assert set(found) == set(a)
         for name, pair in found.items():

@@ -25,7 +25,7 @@ from simsearch.data.photographs import (
     read_photograph,
     read_photographs,
 )
-from simsearch.evaluation.assessment import Measured
+from simsearch.evaluation.evaluator import Measured
 from simsearch.evaluation.photographs import (
     Answers,
     Paired,
@@ -84,10 +84,10 @@ def main(config: DictConfig) -> None:
 
     asked = ask_all(engine, photographs, root, config.k)
     units = photograph_units(photographs)
-    measured = measure_photographs(asked.answers, right, units, protocol=PROTOCOL, fingerprint=fingerprint)
+    measured = measure_photographs(asked.answers, right, units)
     pairs = [] if baseline is None else compare_photographs(asked.answers, baseline, right, units)
 
-    about = summary(measured, asked, right)
+    about = summary(fingerprint, measured, asked, right)
     about["catalog"] = {"items": len(catalog), "encoder": encoder_fingerprint(catalog.encoder)}
     about["asked"] = {"k": config.k, "rerank": configs.plain(config).get("rerank")}
     about["asked"]["verify"] = None if catalog.verification is None else catalog.verification.config
@@ -191,10 +191,11 @@ def stacked(rows: Sequence[tuple[Tensor, Tensor, Tensor | None]]) -> Answers:
 # ------------------------------------------------------------------------------------------- results
 
 
-def summary(measured: Measured, asked: Asked, right: Sequence[Sequence[int]]) -> dict[str, Any]:
+def summary(fingerprint: str, measured: Measured, asked: Asked, right: Sequence[Sequence[int]]) -> dict[str, Any]:
     """The content of metrics.json.
 
     Args:
+        fingerprint: The fingerprint of the protocol.
         measured: What was measured.
         asked: What was answered.
         right: Numbers of the works that each photograph shows.
@@ -204,11 +205,11 @@ def summary(measured: Measured, asked: Asked, right: Sequence[Sequence[int]]) ->
     cost = {f"{stage}_ms": round(value, 2) for stage, value in zip(_STAGES, times.mean(0).tolist(), strict=True)}
     cost |= {"ms": round(float(times.sum(1).mean()), 2), "ms_95": round(float(times.sum(1).quantile(0.95)), 2)}
     return {
-        "protocol": measured.protocol,
-        "fingerprint": measured.fingerprint,
-        "unit": measured.unit,
+        "protocol": PROTOCOL,
+        "fingerprint": fingerprint,
+        "unit": "work",
         "units": len(measured.units.unique()),
-        "metrics": measured.values | {"photographs": len(right), "matches": matches, "no_match": len(right) - matches},
+        "metrics": measured.metrics | {"photographs": len(right), "matches": matches, "no_match": len(right) - matches},
         "intervals": measured.intervals,
         "cost": cost,
     }
@@ -254,7 +255,7 @@ def write_results(
     if answers.accepted is not None:
         accepted = [answers.accepted[row, : len(items)].tolist() for row, items in enumerate(asked.items)]
         columns["accepted"] = accepted
-    told = pa.table(columns).replace_schema_metadata({"fingerprint": measured.fingerprint})
+    told = pa.table(columns).replace_schema_metadata({"fingerprint": about["fingerprint"]})
     with replacing(folder / _ANSWERS) as temporary:
         pq.write_table(told, temporary)
     write_json(folder / "metrics.json", {"test": about | {"sha256": digests(folder, [_ANSWERS, "per_query.csv"])}})

@@ -31,7 +31,7 @@ class Photograph:
         path: Relative POSIX path.
         box: The rectangle (x, y, w, h) in pixels of the upright image, x and y of its upper left corner. None for all.
         works: Names of the works. Empty for works without a name, which no catalog has.
-        units: Names of further units of chance, such as a visit.
+        units: Names of further sampling units, such as a visit.
     """
 
     path: str
@@ -135,7 +135,7 @@ def linked(marks: Sequence[Iterable[Hashable]]) -> Tensor:
 
 
 def photograph_units(photographs: Sequence[Photograph]) -> Tensor:
-    """The unit of chance of each photograph, int64 (Q,): its works, its named units and its file.
+    """The sampling unit of each photograph, int64 (Q,): its works, its named units and its file.
 
     Photographs that share any of them are one unit, directly or through others.
 

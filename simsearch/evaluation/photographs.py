@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from simsearch.evaluation.assessment import Measured
+from simsearch.evaluation.evaluator import Measured, means
 from simsearch.functional.open_set import global_average_precision, jackknifed_average_precision
 from simsearch.functional.ranking import mean_name
 from simsearch.functional.significance import (
     jackknife_difference,
     jackknife_interval,
-    mean_interval,
     paired_interval,
     paired_permutation,
 )
@@ -119,13 +118,7 @@ def measure_queries(answers: Answers, right: Sequence[Sequence[int]], ks: Sequen
 
 
 def measure_photographs(
-    answers: Answers,
-    right: Sequence[Sequence[int]],
-    units: Tensor,
-    *,
-    protocol: str = "photographs",
-    fingerprint: str = "",
-    ks: Sequence[int] = (1, 5),
+    answers: Answers, right: Sequence[Sequence[int]], units: Tensor, ks: Sequence[int] = (1, 5)
 ) -> Measured:
     """The means of `measure_queries`, and GAP and microAP over the answers to all photographs, with 95% intervals.
 
@@ -139,9 +132,7 @@ def measure_photographs(
     Args:
         answers: The answers.
         right: Numbers of the works that each photograph shows. Empty if the catalog has none of them.
-        units: int64 (Q,), the unit of chance of each photograph.
-        protocol: Name of the protocol.
-        fingerprint: Its fingerprint.
+        units: int64 (Q,), the sampling unit of each photograph.
         ks: Cutoffs of R@k.
 
     Raises:
@@ -151,21 +142,10 @@ def measure_photographs(
         raise ValueError("no photograph shows a work of the catalog: there is nothing to find")
     per_query = measure_queries(answers, right, ks)
     per_query = {name: values for name, values in per_query.items() if not values.isnan().all()}
-    values = {mean_name(name): float(own.nanmean()) for name, own in per_query.items()}
-    bounds = mean_interval(torch.stack(list(per_query.values()), dim=1), units).tolist()
-    intervals = {mean_name(name): (low, high) for name, (low, high) in zip(per_query, bounds, strict=True)}
+    metrics, intervals = means(per_query, units)
     for name, (value, without, sizes) in _pooled(answers, right, units).items():
-        values[name], intervals[name] = value, jackknife_interval(value, without, sizes)
-    return Measured(
-        protocol=protocol,
-        fingerprint=fingerprint,
-        values=values,
-        index=torch.arange(len(units)),
-        unit="work",
-        units=units,
-        intervals=intervals,
-        per_query=per_query,
-    )
+        metrics[name], intervals[name] = value, jackknife_interval(value, without, sizes)
+    return Measured(metrics, units, intervals, per_query)
 
 
 def compare_photographs(
@@ -177,7 +157,7 @@ def compare_photographs(
         ours: Answers.
         theirs: Other answers to the same photographs.
         right: Numbers of the works that each photograph shows.
-        units: int64 (Q,), the unit of chance of each photograph.
+        units: int64 (Q,), the sampling unit of each photograph.
         ks: Cutoffs of R@k.
     """
     length = min(ours.works.shape[1], theirs.works.shape[1])

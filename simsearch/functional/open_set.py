@@ -268,7 +268,7 @@ def global_average_precision(confidence: Tensor, correct: Tensor, total_positive
 
 
 def jackknifed_average_precision(confidence: Tensor, correct: Tensor, units: Tensor, positives: Tensor) -> Tensor:
-    """The micro-average precision without each unit of chance, float64 (U,). NaN where nothing right is left.
+    """The micro-average precision without each sampling unit, float64 (U,). NaN where nothing right is left.
 
     Each value is that of `global_average_precision` over the answers of the other units.
 
