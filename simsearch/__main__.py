@@ -23,6 +23,7 @@ COMMANDS = {
     "assess": "measure a run on an art collection: artist, style, period, work, open set, as a recommender",
     "export": "write a catalog's encoder as ONNX files and check that it finds the same neighbours",
     "instance": "measure a run's encoder on a benchmark with easy, hard and junk items (Revisited Oxford / Paris)",
+    "photographs": "measure what a catalog answers to photographs whose works are known, and to others",
     "compare": "rank runs in a table and on a page, with paired tests against a baseline",
     "reproduce": "train and measure a row of a study again, and compare it with the value that the study states",
     "data ingest": "check, clean and decode a collection of images from anywhere; leaves a report",
@@ -33,8 +34,9 @@ COMMANDS = {
 
 # Keys whose values are text as it is typed, paths above all.
 TEXTS = {
-    *("baseline", "catalog", "folder", "figure", "gnd", "id", "image", "images", "names", "out", "outside", "region"),
-    *("root", "row", "run", "run_dir", "run_root", "runs", "shards", "unlike", "uploads_folder", "where", "without"),
+    *("against", "baseline", "catalog", "folder", "figure", "gnd", "id", "image", "images", "names", "out", "outside"),
+    *("photographs", "region", "root", "row", "run", "run_dir", "run_root", "runs", "shards", "unlike"),
+    *("uploads_folder", "where", "without"),
 }
 TEXTS_OF = {"reproduce": {"rows"}}  # a number for other commands
 _IN_GROUPS = re.compile(r"(.*\.)?backbone\.weights|.+\.(factory|root|source)|model\.(.+\.)?start")

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from simsearch.functional.ties import Rankings, average_precision, harmonic_numbers
 
+_BLOCK = 2**22  # counts that are held together
+
 
 def stand_out(scores: Tensor, works: Tensor, taken: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
     """The best score of each query and the background that it stands out against, (Q,) both.
@@ -260,17 +262,88 @@ def global_average_precision(confidence: Tensor, correct: Tensor, total_positive
     size = level.bincount()
     hits = level[correct].bincount(minlength=len(size))
     held = hits > 0
+    at, above = size.cumsum(0) - size, hits.cumsum(0) - hits
+    sums = _precision_sums(at[held][None], size[held][None], above[held][None], hits[held][None], len(confidence))
+    return float(sums[0]) / total_positive
+
+
+def jackknifed_average_precision(confidence: Tensor, correct: Tensor, units: Tensor, positives: Tensor) -> Tensor:
+    """The micro-average precision without each sampling unit, float64 (U,). NaN where nothing right is left.
+
+    Each value is that of `global_average_precision` over the answers of the other units.
+
+    Args:
+        confidence: Floating point (N,), the confidence of each answer. A query may have several.
+        correct: bool (N,).
+        units: int64 (N,), the unit of each answer, in 0..U-1.
+        positives: int64 (U,), the number of right answers that each unit's queries have, found or not.
+
+    Raises:
+        ValueError: If a shape is wrong, or if a confidence is NaN.
+
+    Example:
+        >>> confidence, correct = torch.tensor([0.9, 0.8, 0.7]), torch.tensor([True, False, True])
+        >>> jackknifed_average_precision(confidence, correct, torch.arange(3), torch.tensor([1, 0, 1]))
+        tensor([0.5000, 1.0000, 1.0000], dtype=torch.float64)
+    """
+    _check_scores("confidence", confidence)
+    if not confidence.shape == correct.shape == units.shape or (len(units) and int(units.max()) >= len(positives)):
+        raise ValueError(
+            f"correct and units must be one an answer, {tuple(confidence.shape)}, with units below {len(positives)}, "
+            f"got {tuple(correct.shape)} and {tuple(units.shape)}"
+        )
+    _, level = (-confidence.double()).unique(return_inverse=True)
+    size = level.bincount()
+    all_hits = level[correct].bincount(minlength=len(size))
+    held = (all_hits > 0).nonzero()[:, 0]  # the levels of equal confidence that hold something right, best first
+    at = (size.cumsum(0) - size)[held]
+    below, place = torch.searchsorted(held, level, right=True), torch.searchsorted(held, level)
+    same = torch.isin(level, held)
+    order = units.argsort(stable=True)
+    ends = [0, *units.bincount(minlength=len(positives)).cumsum(0).tolist()]
+    step = max(1, _BLOCK // (len(held) + 1))
+    sums = []
+    for start in range(0, len(positives), step):
+        stop = min(start + step, len(positives))
+        rows = order[ends[start] : ends[stop]]
+        shape = (stop - start, len(held) + 1)
+
+        def counted(columns: Tensor, rows: Tensor, shape: tuple[int, int] = shape, start: int = start) -> Tensor:
+            """How many answers of each unit are in each column, int64 (units of the block, len(held) + 1)."""
+            flat = (units[rows] - start) * shape[1] + columns[rows]
+            return flat.bincount(minlength=shape[0] * shape[1]).reshape(shape)
+
+        own_above = counted(below, rows).cumsum(1)[:, :-1]
+        own = counted(place, rows[same[rows]])[:, :-1]
+        hits = all_hits[held] - counted(place, rows[correct[rows]])[:, :-1]
+        sums.append(_precision_sums(at - own_above, size[held] - own, hits.cumsum(1) - hits, hits, len(confidence)))
+    left = positives.sum() - positives
+    return torch.cat(sums) / left.double().masked_fill(left == 0, torch.nan)
+
+
+def _precision_sums(at: Tensor, size: Tensor, hits_above: Tensor, hits: Tensor, most: int) -> Tensor:
+    """The expected sum of the precisions at the hits of B rankings, float64 (B,).
+
+    Args:
+        at: int64 (B, L), the number of answers above each level of equal confidence.
+        size: int64 (B, L), the number of answers in it.
+        hits_above: int64 (B, L), the number of hits above it.
+        hits: int64 (B, L), the number of hits in it.
+        most: Number of answers, at least those of each ranking.
+    """
+    held = hits > 0
+    found = hits.sum(1)
     ranking = Rankings(
-        relevant=torch.tensor([found]),
-        above=torch.empty(1, 0, dtype=torch.int64),
-        alone=torch.empty(1, 0, dtype=torch.bool),
-        query=torch.zeros(int(held.sum()), dtype=torch.int64),
-        at=(size.cumsum(0) - size)[held],
+        relevant=found,
+        above=torch.empty(len(hits), 0, dtype=torch.int64),
+        alone=torch.empty(len(hits), 0, dtype=torch.bool),
+        query=held.nonzero()[:, 0],
+        at=at[held],
         size=size[held],
-        hits_above=(hits.cumsum(0) - hits)[held],
+        hits_above=hits_above[held],
         hits=hits[held],
     )
-    return float(average_precision(ranking, harmonic_numbers(len(confidence)))) * found / total_positive
+    return (average_precision(ranking, harmonic_numbers(most)) * found).nan_to_num(0.0)
 
 
 def _check_promise(rate: float, certainty: float) -> None:
