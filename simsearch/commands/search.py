@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
@@ -23,6 +24,7 @@ from simsearch.search.catalog import Catalog, read_catalog, verifying
 from simsearch.search.describe import batches_of, encode
 from simsearch.search.engine import Engine
 from simsearch.search.local_features import describe_queries
+from simsearch.search.request import check_min_score
 from simsearch.search.verdicts import NONE, UNCALIBRATED, best_verdict
 from simsearch.text import cell, warn
 from simsearch.types import SearchResult
@@ -59,6 +61,7 @@ def main(config: DictConfig) -> None:
     """
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
+    check_min_score(config.min_score)
     if min(config.rows, config.batch_size) < 1:
         raise ValueError(f"rows and batch_size must be at least 1, got {config.rows} and {config.batch_size}")
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
@@ -66,7 +69,8 @@ def main(config: DictConfig) -> None:
     catalog = verifying(catalog, chosen.enabled, top=chosen.top, mirrored=chosen.mirrored)
     catalog.encoder.to(device(config.device))
     rerank = configs.build(config.rerank) if config.get("rerank") else None
-    answers, milliseconds = search(Engine(catalog, rerank), Path(config.image), config.k, config.batch_size)
+    engine = Engine(catalog, rerank)
+    answers, milliseconds = search(engine, Path(config.image), config.k, config.batch_size, config.min_score)
     if config.format == "json":
         for answer in answers:
             print(json_line({"query": answer.query, "verdict": answer.verdict, "results": answer.items}))
@@ -81,7 +85,9 @@ def main(config: DictConfig) -> None:
         print(f"picture: {config.figure}", file=sys.stderr)
 
 
-def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[Answer], float]:
+def search(
+    engine: Engine, source: Path, k: int, batch_size: int, min_score: float | None = None
+) -> tuple[list[Answer], float]:
     """The answers for all readable images, and the milliseconds per query.
 
     Unreadable images are listed on standard error.
@@ -91,6 +97,7 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
         source: A file or folder.
         k: Number of items per query.
         batch_size: Number of images per forward pass.
+        min_score: Least score of an item. None for any.
 
     Raises:
         ValueError: If no image can be read.
@@ -106,7 +113,8 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
         errors += unreadable
         if len(images):
             vectors = encode(encoder, images)
-            found = per_query(engine.nearest(vectors, k if verification is None else max(k, verification.top)))
+            nearest = engine.nearest(vectors, k if verification is None else max(k, verification.top))
+            found = per_query(nearest, min_score)
             files = [manifest.root / manifest.paths[row] for row in rows.tolist()]
             local = iter(()) if verification is None else describe_queries(files, verification)
             for image, row, vector, (ids, scores) in zip(images, rows.tolist(), vectors, found, strict=True):
@@ -125,13 +133,15 @@ def search(engine: Engine, source: Path, k: int, batch_size: int) -> tuple[list[
     return [answers[row] for row in sorted(answers)], milliseconds
 
 
-def per_query(found: SearchResult) -> list[tuple[Tensor, Tensor]]:
+def per_query(found: SearchResult, min_score: float | None = None) -> list[tuple[Tensor, Tensor]]:
     """ids (K,) and scores (K,) of each query, without the places that an approximate index left empty.
 
     Args:
         found: The search result.
+        min_score: Least score of an item. None for any.
     """
-    return [(i[i >= 0], s[i >= 0]) for i, s in zip(found.ids, found.scores, strict=True)]
+    kept = (found.ids >= 0) & (found.scores >= (-torch.inf if min_score is None else min_score))
+    return [(i[keep], s[keep]) for i, s, keep in zip(found.ids, found.scores, kept, strict=True)]
 
 
 def rows_of(

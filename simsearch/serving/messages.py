@@ -70,6 +70,7 @@ class Wanted(Message):
     diversity: float = Field(0.0, ge=0, le=1)
     collapse: bool = True
     hubness: bool = False
+    min_score: float | None = Field(None, allow_inf_nan=False, description="least score of a result; null for any")
 
 
 class Search(Wanted):

@@ -350,6 +350,7 @@ class Service:
                 diversity=wanted.diversity,
                 collapse=wanted.collapse,
                 hubness=wanted.hubness,
+                min_score=wanted.min_score,
                 exclude=tuple(one for one in (*like, *unlike) if isinstance(one, int)),
             )
             found = loaded.engine.recommend(wish)
