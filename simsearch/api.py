@@ -173,6 +173,7 @@ class OpenCatalog:
         diversity: float = 0.0,
         collapse: bool = False,
         hubness: bool = False,
+        min_score: float | None = None,
         rerank: Reranker | None = None,
         verify: bool = True,
     ) -> Answer:
@@ -194,6 +195,7 @@ class OpenCatalog:
             diversity: Trade-off in [0, 1]: 0 ranks by score alone, 1 by diversity alone.
             collapse: Return at most one item per work, and no item of an example's work.
             hubness: Correct the ranking for items that are close to every query (hubs).
+            min_score: Return only items with at least this score. None returns items with any score.
             rerank: The re-ranking method, such as simsearch.search.rerank.AlphaQE(). It changes the order, not the
                 scores.
             verify: Compare the best items with the examples point by point, if the catalog has local features.
@@ -228,6 +230,7 @@ class OpenCatalog:
                 diversity=diversity,
                 collapse=collapse,
                 hubness=hubness,
+                min_score=min_score,
                 exclude=tuple(one.position for one in (*examples, *counters) if one.position is not None),
                 local=tuple(found for one in examples for found in one.local),
                 regions=joined([one.regions for one in examples]),

@@ -20,6 +20,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
+from scipy.stats import binomtest
 
 from simsearch.__main__ import quoted
 from simsearch.commands.recommend import answer_table
@@ -129,8 +130,10 @@ def test_a_long_path_is_never_cut(catalog):
 
 
 def test_calibrated_it_says_no(catalog, outside):
-    (catalog / "calibration.json").write_text('{"same_work": 0.9, "similar": 0.4}')  # of another version
-    assert "or calibrate again" in simsearch("recommend", f"catalog={catalog}", "id=position:0", expect=1).stderr
+    (catalog / "calibration.json").write_text('{"same_work": 0.9, "similar": 0.4}')  # of an earlier method
+    done = simsearch("recommend", f"catalog={catalog}", "id=position:0", "format=json")
+    assert json.loads(done.stdout)["verdict"] == "uncalibrated"
+    assert "was made by an earlier method" in done.stderr
     shutil.copy(outside / "0.png", outside / "copy.png")
     done = simsearch("calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.2", "workers=0")
     assert "the same work" in done.stdout
@@ -143,6 +146,15 @@ def test_calibrated_it_says_no(catalog, outside):
     assert calibration["rate"] == {"same_work": pytest.approx(max(0.2, 1 - 0.05 ** (1 / units))), "similar": 0.2}
     assert (calibration["asked"], calibration["certainty"]) == (0.2, 0.95)
     assert f'"same work" is calibrated at a rate of {calibration["rate"]["same_work"]:.3g}, not 0.2' in done.stderr
+    for kind, held in calibration["held_out"].items():
+        found, of = held["found"], held["matches"]
+        least = calibration["coverage"][kind]
+        assert least == pytest.approx(binomtest(found, of, alternative="greater").proportion_ci(0.95).low)
+        assert f"{least:.4f}" in done.stdout
+    assert calibration["of"] == {
+        "same_work": "works that are not in the catalog, asked for by one image each",
+        "similar": "images from outside, one of each work where the table names works",
+    }
     assert calibration["weights"] == {"content": 1.0}
     assert calibration["neighbours"] == max(1, len(read_catalog(catalog)) // 20)
     assert calibration["units"]["similar"] + calibration["held_out"]["similar"]["of"] == 60  # a copy counts once
@@ -158,6 +170,78 @@ def test_calibrated_it_says_no(catalog, outside):
     answer = json.loads(done.stdout)
     assert answer["verdict"] in ("none", "similar")  # one in five may be taken for similar
     assert bool(answer["results"]) == (answer["verdict"] == "similar")
+
+
+def test_photographs_whose_works_are_known(catalog, outside, small_run, tmp_path):
+    """Of works of the catalog (by work and by path), of none, and of one that has a name and is not there."""
+    items = read_catalog(catalog).items
+    engine = Engine(read_catalog(catalog, calibrated=False))
+    shutil.copytree(outside, tmp_path / "photographs")
+    queries = sorted((small_run / "figures/queries").iterdir())[:2]
+    rows = []
+    for number, query in enumerate(queries):
+        shutil.copy(query, tmp_path / "photographs" / f"q{number}.png")
+        found = json.loads(simsearch("search", f"catalog={catalog}", f"image={query}", "k=1", "format=json").stdout)
+        rows.append((f"q{number}.png", found["results"][0]["path"]))
+    rows += [("0.png", ""), ("1.png", "elsewhere"), ("2.png", "elsewhere"), ("broken.png", "")]
+    table = tmp_path / "photographs" / "works.csv"
+    table.write_text("path,work\n" + "".join(f"{path},{work}\n" for path, work in rows))
+    arguments = ("calibrate", f"catalog={catalog}", "rate=0.3", "workers=0")
+    done = simsearch(*arguments, f"photographs={table}")
+    assert "1 works of the photographs are not in the catalog (elsewhere)" in done.stderr
+    assert "broken.png" in done.stderr
+    with (catalog / "calibration/photographs.csv").open() as file:
+        told = {row["path"]: row for row in csv.DictReader(file)}
+    assert list(told) == [path for path, _ in rows[:5]]
+    calibrated = Engine(read_catalog(catalog))
+    paths = items["path"].to_pylist()
+    for path, work in rows[:5]:
+        image = f"image={tmp_path}/photographs/{path}"
+        said = simsearch("recommend", f"catalog={catalog}", image, "k=20", "force=true", "format=json").stdout
+        results = json.loads(said)["results"]
+        own = engine.works[paths.index(work)] if work in paths else None
+        works = {engine.works[paths.index(r["attributes"]["path"])] for r in results if r["verdict"] == "same work"}
+        expected = "false" if works - {own} else "found" if works else "unknown"
+        assert (told[path]["outcome"], told[path]["work"]) == (expected, work)
+        assert (told[path]["first"], told[path]["verdict"]) == (results[0]["id"], results[0]["verdict"])
+    groups = calibrated.catalog.calibration["photographs"]
+    assert (groups["in_catalog"]["photographs"], groups["elsewhere"]["photographs"]) == (2, 3)
+    assert groups["elsewhere"]["works"] == 2
+    for name, picked in (("in_catalog", rows[:2]), ("elsewhere", rows[2:5])):
+        for outcome, (share, low, high) in groups[name]["shares"].items():
+            assert share == pytest.approx(sum(told[path]["outcome"] == outcome for path, _ in picked) / len(picked))
+            assert low <= share <= high
+    assert "in the catalog" in done.stdout
+    assert "elsewhere" in done.stdout
+    simsearch(*arguments)
+    assert not (catalog / "calibration/photographs.csv").exists()
+    (tmp_path / "photographs" / "works.csv").write_text("path\n0.png\n")
+    done = simsearch(*arguments, f"photographs={table}", expect=1)
+    assert "does not say which work each photograph shows" in done.stderr
+
+
+def test_images_from_outside_of_one_work_count_once(catalog, outside, tmp_path):
+    shutil.copytree(outside, tmp_path / "outside")
+    rows = [f"{i}.png,{i // 6 if i < 30 else ''}" for i in range(60)]
+    table = tmp_path / "outside" / "works.csv"
+    table.write_text("\n".join(["path,work", *rows]))
+    simsearch("calibrate", f"catalog={catalog}", f"outside={table}", "rate=0.3", "workers=0")
+    calibration = json.loads((catalog / "calibration.json").read_text())
+    assert calibration["units"]["similar"] + calibration["held_out"]["similar"]["of"] == 5 + 30
+
+
+def test_the_least_score_cuts(catalog):
+    arguments = [f"catalog={catalog}", "format=json"]
+    whole = json.loads(simsearch("recommend", *arguments, "id=position:0", "k=8", "force=true").stdout)["results"]
+    least = f"min_score={whole[3]['score'] - 1e-4}"
+    cut = json.loads(simsearch("recommend", *arguments, "id=position:0", "k=8", "force=true", least).stdout)["results"]
+    assert [result["id"] for result in cut] == [result["id"] for result in whole[:4]]
+    none = simsearch("recommend", f"catalog={catalog}", "id=position:0", "min_score=1.5").stdout
+    assert "is left to recommend: relax min_score=" in none
+    assert (
+        "min_score must be a finite number"
+        in simsearch("recommend", *arguments, "id=position:0", "min_score=nan", expect=1).stderr
+    )
 
 
 def test_a_second_try_describes_nothing_again(catalog, outside, monkeypatch):
@@ -186,6 +270,9 @@ def test_search_says_what_recommend_says(catalog, outside, small_run, tmp_path):
         assert found["verdict"] == told["verdict"]
         assert [r["path"] for r in found["results"]] == [r["attributes"]["path"] for r in told["results"]]
         assert [r["verdict"] for r in found["results"]] == [r["verdict"] for r in told["results"]]
+        least = f"min_score={found['results'][2]['score'] - 1e-4}"
+        cut = json.loads(simsearch("search", *arguments, least, "format=json").stdout)
+        assert cut["results"] == found["results"][:3]
         seen |= {r["verdict"] for r in found["results"]}
     assert len(seen) > 1
     table = simsearch("search", *arguments, f"figure={tmp_path}/f.png").stdout

@@ -6,10 +6,12 @@ import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsearch.functional.codes import pack_codes
@@ -23,6 +25,7 @@ from simsearch.search.calibration import (
     image_a_work,
     leave_work_out,
     neighbours_of,
+    verify_without_work,
     wilson,
 )
 from simsearch.search.catalog import Catalog, CatalogError, item_table, read_catalog, write_calibration, write_catalog
@@ -351,6 +354,54 @@ class TestReasons:
         )
         assert all(score >= 0 for score, v in zip(far.scores, far.verdicts, strict=True) if v == "similar")
 
+    def test_nothing_far_behind_the_neighbours_is_similar(self):
+        """An item at .3 beside twenty at .6, where strangers come to .2: the neighbours do not make it similar."""
+        rows = torch.zeros(N, N)
+        rows[torch.arange(N), torch.arange(N)] = 1.0
+        rows[:, 0] = 0.3 / 0.91**0.5
+        rows[:40, 0] = 0.6 / 0.64**0.5
+        rows[0] = 0.0
+        rows[0, 0] = -1.0
+        index = FaissIndex("Flat")
+        index.add(F.normalize(rows))
+        calibration = {"same_work": [2.0], "similar": [0.5], "floor": 0.2, "neighbours": 20}
+        engine = Engine(Catalog(Path("c"), index, attributes(N), {}, calibration=calibration))
+        answer = engine.recommend(Request(torch.eye(N)[:1], k=N, collapse=False))
+        wanted = {
+            round(score, 3): verdict for score, verdict in zip(answer.scores.tolist(), answer.verdicts, strict=True)
+        }
+        assert wanted == {0.6: "similar", 0.3: "none", -1.0: "none"}
+        assert float(similarity(torch.tensor(0.3), torch.tensor(0.6))) == pytest.approx(0.45)
+        assert float(similarity(torch.tensor(0.6), torch.tensor(0.3))) == pytest.approx(0.75)
+
+    def test_nothing_at_the_floor_by_its_score_is_similar(self):
+        """Counter-examples take from the score, not from the cosine to the example."""
+        calibration = {"same_work": [2.0], "similar": [-3.0], "floor": 0.25, "neighbours": 5}
+        engine = opened(calibration=calibration)
+        like, unlike = described(1, seed=3), described(1, seed=4)
+        plain = engine.recommend(Request(like, k=N, collapse=False))
+        answer = engine.recommend(Request(like, unlike, k=N, collapse=False))
+        close = dict(zip(plain.ids.tolist(), (plain.scores > 0.25).tolist(), strict=True))
+        both = [close[i] and score > 0.25 for i, score in zip(answer.ids.tolist(), answer.scores.tolist(), strict=True)]
+        assert answer.verdicts == ["similar" if one else "none" for one in both]
+        assert both != [close[i] for i in answer.ids.tolist()]
+
+    @pytest.mark.parametrize("more", [{}, {"hubness": True}, {"diversity": 0.5}, {"weights": {"style": 3}}])
+    @pytest.mark.parametrize("collapse", [True, False])
+    def test_a_least_score_cuts_what_is_below(self, recommender, collapse, more):
+        like, unlike = described(2, seed=3), described(1, seed=4)
+        whole = recommender.recommend(Request(like, unlike, k=N, collapse=collapse, weights=more.get("weights")))
+        least = float(whole.scores.sort().values[-12]) - 1e-6  # below a value, not at it, where rounding decides
+        answer = recommender.recommend(Request(like, unlike, k=N, collapse=collapse, min_score=least, **more))
+        expected = {i for i, score in zip(whole.ids.tolist(), whole.scores.tolist(), strict=True) if score >= least}
+        assert set(answer.ids.tolist()) == expected
+        assert len(expected) >= 12
+        assert answer.candidates == N
+        weights = more.get("weights")
+        few = recommender.recommend(Request(like, unlike, k=5, collapse=collapse, weights=weights, min_score=least))
+        assert few.ids.tolist() == whole.ids.tolist()[:5]
+        assert recommender.recommend(Request(like, min_score=1.1)).verdicts == []
+
     def test_several_examples_must_agree(self):
         stored = described(N, seed=2)
         calibration = {"same_work": [0.0, 9.0], "similar": None, "neighbours": 5}  # any of two: never
@@ -382,6 +433,8 @@ class TestReasons:
         (lambda r: Request(r.vectors([0]), k=0), "k must be at least 1"),
         (lambda r: Request(r.vectors([0]), diversity=1.5), r"diversity must lie in \[0, 1\]"),
         (lambda r: Request(r.vectors([])), "no example"),
+        (lambda r: Request(r.vectors([0]), min_score=math.nan), "min_score must be a finite number"),
+        (lambda r: Request(r.vectors([0]), min_score="a"), "min_score must be a finite number"),
         (lambda r: r.recommend(Request(r.vectors([0]), exclude=(N,))), "exclude must hold positions from 0 to 399"),
         (lambda r: r.recommend(Request(r.vectors([0]), weights={"colour": 1})), "no part 'colour'"),
         (lambda r: r.recommend(Request(torch.ones(1, 7))), "descriptors of 7 columns"),
@@ -440,7 +493,6 @@ class TestCalibrationFile:
             "{}",
             json.dumps({"same_work": ["x"], "similar": None, "neighbours": 1}),
             json.dumps({"same_work": [], "similar": None, "neighbours": 1}),
-            json.dumps({"same_work": 0.9, "similar": 0.4, "neighbours": 20}),  # as it was once
             json.dumps({"same_work": [0.9], "similar": [0.4], "neighbours": 1}),
             json.dumps({"same_work": [0.9], "similar": [0.4], "floor": 0.1, "neighbours": 0}),
         ],
@@ -450,6 +502,22 @@ class TestCalibrationFile:
         (folder / "calibration.json").write_text(text)
         with pytest.raises(CatalogError, match=r"is damaged .* delete it, or calibrate again"):
             read_catalog(folder)
+
+    def test_of_an_earlier_method_it_is_left_out_with_a_word(self, tmp_path, capsys):
+        folder = written(tmp_path / "c")
+        (folder / "calibration.json").write_text(json.dumps({"same_work": 0.9, "similar": 0.4, "neighbours": 20}))
+        assert read_catalog(folder).calibration is None
+        said = capsys.readouterr().err
+        assert f"note: {folder}/calibration.json was made by an earlier method" in said
+        assert "simsearch calibrate makes it anew" in said
+
+    def test_without_what_came_later(self, tmp_path, capsys):
+        """A calibration of 0.2: it has no coverage."""
+        stated = {"same_work": [0.9], "similar": [0.4], "floor": 0.1, "neighbours": 20, "units": {"same_work": 20}}
+        folder = written(tmp_path / "c")
+        write_calibration(folder, stated)
+        assert read_catalog(folder).calibration == stated
+        assert not capsys.readouterr().err
 
 
 class TestCalibration:
@@ -467,7 +535,7 @@ class TestCalibration:
             behind = [scores[j] for j in order if works[j] != works[order[0]]][:7]
             return order[0], scores[order[0]], sum(behind) / 7
 
-        for place, (i, got) in enumerate(zip(positions.tolist(), match.tolist(), strict=True)):
+        for place, (i, got) in enumerate(zip(positions.tolist(), match.sameness.tolist(), strict=True)):
             scores = {j: float(unit[j] @ unit[i]) for j in range(N) if j != i}
             _, top, background = led({j: s for j, s in scores.items() if works[j] != works[i]})
             assert float(own.top[place]) == pytest.approx(top, abs=1e-5)
@@ -479,23 +547,71 @@ class TestCalibration:
                 leader, best, behind = led(scores)
                 assert works[leader] == works[i]
                 assert got == pytest.approx(float(sameness(torch.tensor(best), torch.tensor(behind))), abs=1e-5)
+                assert float(match.top[place]) == pytest.approx(best, abs=1e-5)
+                assert float(match.background[place]) == pytest.approx(behind, abs=1e-5)
             elif max(mates) < top - 1e-5:
                 assert got == -math.inf
+
+    def test_evidence_against_loops(self):
+        """Inliers from a table stand for geometry: of the eight nearest, the item with most that is of another work."""
+        inliers = torch.randint(0, 20, (N, N), generator=torch.Generator().manual_seed(5)).tolist()
+
+        class Verifying(Engine):
+            def verified(self, ids, local, known=None):
+                given = {i: inliers[local[0]][i] for i in ids[:8].tolist() if inliers[local[0]][i] > 12}
+                order = sorted(range(len(ids)), key=lambda place: -given.get(int(ids[place]), 0))
+                matches = [given.get(int(ids[place])) for place in order]
+                return torch.tensor(order), [one and SimpleNamespace(inliers=one) for one in matches]
+
+        stored = F.normalize(described(N, seed=2) + described(N, seed=9)[torch.arange(N) // 4])
+        index = FaissIndex("Flat")
+        index.add(stored)
+        verification = SimpleNamespace(top=8)
+        engine = Verifying(Catalog(Path("c"), index, attributes(N), {}, verification=verification))
+        works = [f"w{i // 4}" if i < N - 10 else i for i in range(N)]
+        positions = torch.cat([torch.arange(0, N - 12, 9), torch.tensor([N - 1])])
+        strangers, matches = verify_without_work(engine, positions, [(i,) for i in positions.tolist()])
+        kinds = set()
+        for i, stranger, match in zip(positions.tolist(), strangers.tolist(), matches.tolist(), strict=True):
+            order = sorted((j for j in range(N) if j != i), key=lambda j: -float(stored[j] @ stored[i]))
+            others = [j for j in order if works[j] != works[i]][:8]
+            assert stranger == max([inliers[i][j] for j in others if inliers[i][j] > 12], default=0)
+            best = max((inliers[i][j], -place) for place, j in enumerate(order[:8]))
+            leader = order[-best[1]]
+            led = best[0] > 12 and works[leader] == works[i]
+            assert math.isnan(match) if i == N - 1 else match == (best[0] if led else -math.inf)
+            kinds.add("alone" if i == N - 1 else "led" if led else "not")
+        assert kinds == {"alone", "led", "not"}
+
+    def test_inliers_must_exceed_what_is_calibrated(self):
+        matches = [SimpleNamespace(inliers=count) for count in (10, 14, 30)]
+        given = [None, *matches]
+        calibration = {"same_work": [0.0], "similar": None, "neighbours": 5}
+
+        def said(examples, **more):
+            like = described(examples, seed=3)
+            return opened(calibration=calibration | more).verdicts(torch.arange(4), like, None, given)
+
+        same = [verdict == "same work" for verdict in said(1)]
+        assert same == [False, True, True, True]  # not calibrated: any match
+        assert [verdict == "same work" for verdict in said(1, verified=[12.0, 20.0])] == [False, False, True, True]
+        assert [verdict == "same work" for verdict in said(2, verified=[12.0, 20.0])] == [False, False, False, True]
+        assert "same work" not in said(3, verified=[12.0, 20.0])  # for so many no rate is promised
 
     def test_a_match_is_led_by_its_work(self):
         stored = described(N, seed=2)
         stored[1] = stored[0]
         own, match = leave_work_out(opened(stored=stored), torch.tensor([0, 1]), 1)
-        assert (match > own.sameness).all()
-        assert match[0] == pytest.approx(float(match[1]), abs=1e-5)
+        assert (match.sameness > own.sameness).all()
+        assert match.top[0] == pytest.approx(float(match.top[1]), abs=1e-5)
 
     def test_one_image_a_work(self):
         recommender = opened()
-        positions = image_a_work(recommender, N, 0)
+        positions = image_a_work(recommender.works, N, 0)
         assert len(positions) == 98 + 10  # 390 items of works of four (the last of two) and ten of their own
         assert len(set(recommender.works[positions].tolist())) == len(positions)
         assert positions.tolist() == sorted(positions.tolist())
-        few = [image_a_work(recommender, 5, seed).tolist() for seed in range(300)]
+        few = [image_a_work(recommender.works, 5, seed).tolist() for seed in range(300)]
         assert {len(one) for one in few} == {5}
         assert {i % 4 for one in few for i in one if i < 388} == {0, 1, 2, 3}  # any of its images
 
@@ -508,6 +624,7 @@ class TestCalibration:
         assert (found.units, found.of, found.per_unit, found.rate) == (250, 500, 2, 0.05)
         assert found.false == int((scores[501:] > found.values[0]).sum())
         assert (found.found, found.matches) == (1, 2)
+        assert found.coverage == pytest.approx(1 - 0.95**0.5)  # at which one or both of two are found in one of 20
         alone = calibrate(match, scores, of_match, first, 0.05, 0.95, paired=False)
         assert (alone.units, alone.per_unit, alone.values) == (501, 1, thresholds_at(scores[:501], 0.05))
 

@@ -531,6 +531,13 @@ class TestSearch:
         assert both.json()["total_candidates"] == 2 * N // 3 - 3
         assert search(client, like=[{"id": 0}], k=50, weights={"content": 2}).status_code == 200
 
+    def test_the_least_score_cuts(self, client):
+        whole = search(client, like=[{"id": 0}], k=10).json()["results"]
+        least = whole[3]["score"] - 1e-5
+        cut = search(client, like=[{"id": 0}], k=10, min_score=least).json()["results"]
+        assert [result["id"] for result in cut] == [result["id"] for result in whole[:4]]
+        assert search(client, like=[{"id": 0}], min_score=1.5).json()["results"] == []
+
     def test_verdicts_come_from_the_calibration(self, root, encoder, tmp_path):
         place = make_catalog(tmp_path / "c", root, encoder)
         stated = {"rate": {"same_work": 0.01}, "same_work": [-1.0, 0.4], "similar": None, "neighbours": 1}
@@ -557,6 +564,7 @@ class TestSearch:
             ({"like": [{"id": 1}], "k": 0}, 422, "k: "),
             ({"like": [{"id": 1}], "k": 10**9}, 422, "k: "),
             ({"like": [{"id": 1}], "diversity": 2}, 422, "diversity: "),
+            ({"like": [{"id": 1}], "min_score": "a"}, 422, "min_score: "),
             ({"like": [{"id": 1}] * 17}, 422, "like: "),
             ({"like": [{"id": 1}], "colour": 1}, 422, "colour: Extra inputs"),
         ],

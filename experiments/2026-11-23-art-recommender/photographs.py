@@ -88,7 +88,7 @@ def main() -> None:
     manifest = read_manifest(arguments.images)
     first = read_catalog(arguments.catalogs[0])
     row = {path: number for number, path in enumerate(manifest.paths)}
-    taken = image_a_work(Engine(first), arguments.count, 0)
+    taken = image_a_work(Engine(first).works, arguments.count, 0)
     rows = sorted(row[path] for path in first.items["path"].take(taken.numpy()).to_pylist())
     with arguments.out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
 from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
@@ -25,11 +28,29 @@ from simsearch.search.calibration import (
     leave_work_out,
     neighbours_of,
     promised,
+    verify_without_work,
     wilson,
 )
-from simsearch.search.calibration_sample import Describer, exact_vectors, outside_likeness, outside_sample, work_names
+from simsearch.search.calibration_sample import (
+    Describer,
+    exact_vectors,
+    local_queries,
+    outside_likeness,
+    outside_sample,
+    work_names,
+)
 from simsearch.search.catalog import read_catalog, write_calibration
 from simsearch.search.engine import Engine
+from simsearch.search.local_features import describe_queries
+from simsearch.search.outcomes import OUTCOMES, Photographs, Shares, ask, read_photographs, shares
+
+# What the rate of each kind of match is a rate of.
+_UNITS = {
+    "same_work": "works that are not in the catalog, asked for by one image each",
+    "verified": "works that are not in the catalog, asked for by one image each",
+    "similar": "images from outside, one of each work where the table names works",
+}
+T = TypeVar("T")
 
 
 @program.command("calibrate")
@@ -42,10 +63,11 @@ def main(config: DictConfig) -> None:
     least_scores(config.rate, config.certainty)  # checks rate and certainty
     catalog = read_catalog(Path(config.catalog), calibrated=False, trusted=configs.trusts(config))
     engine = Engine(catalog)
-    positions = image_a_work(engine, config.sample, config.seed)
+    positions = image_a_work(engine.works, config.sample, config.seed)
     first = halves(work_names(engine, positions))
     outside = outside_sample(Path(config.outside), config.sample, config.seed) if config.outside else None
-    announce(config, engine, first, outside)
+    photographs = read_photographs(Path(config.photographs), engine) if config.photographs else None
+    announce(config, engine, first, outside, photographs)
     describer = Describer(
         catalog,
         cache=config.cache,
@@ -60,20 +82,30 @@ def main(config: DictConfig) -> None:
         positions, vectors = exact_vectors(catalog, config.images, positions, describer)
         first = halves(work_names(engine, positions))
     own, match = leave_work_out(engine, positions, neighbours, vectors)
-    alone = match.isnan()
-    same_work = calibrate(match[~alone], own.sameness, first[~alone], first, config.rate, config.certainty, paired=True)
-    thresholds = {"same_work": same_work}
+    alone = match.top.isnan()
+    same, floor = match.sameness, None
+    thresholds: dict[str, Threshold] = {}
     curves = {}
-    if (~alone & ~first).any():
-        curves["same_work"] = curve(match[~alone & ~first], own.sameness[~first])
-    floor = None
     if outside is not None:
         unrelated, names = outside_likeness(engine, outside, neighbours, describer)
         of_outside, at_home, away = halves(names), own.similarity, unrelated.similarity
         floor = max(0.0, float(unrelated.top.median()))  # half of them exceed it
-        thresholds["similar"] = calibrate(at_home, away, first, of_outside, config.rate, config.certainty, paired=False)
-        curves["similar"] = curve(at_home[~first], away[~of_outside])
-        copies = (unrelated.sameness > same_work.values[0]).nonzero()[:, 0].tolist()
+        similar = calibrate(at_home, away, first, of_outside, config.rate, config.certainty, paired=False)
+        thresholds["similar"], curves["similar"] = similar, curve(at_home[~first], away[~of_outside])
+        same = same.masked_fill(~match.similar(similar, floor), -torch.inf)  # not called the same work
+    thresholds["same_work"] = calibrate(
+        same[~alone], own.sameness, first[~alone], first, config.rate, config.certainty, paired=True
+    )
+    if catalog.verification is not None and config.images:
+        local = local_queries(catalog, catalog.verification, config.images, positions, config.workers)
+        strangers, verified = verify_without_work(engine, positions, local, vectors)
+        thresholds["verified"] = calibrate(
+            verified[~alone], strangers, first[~alone], first, config.rate, config.certainty, paired=True
+        )
+    if (~alone & ~first).any():
+        curves["same_work"] = curve(same[~alone & ~first], own.sameness[~first])
+    if outside is not None:
+        copies = (unrelated.sameness > thresholds["same_work"].values[0]).nonzero()[:, 0].tolist()
         if len(copies) > thresholds["similar"].rate * len(names):
             say(
                 f"{len(copies)} of {len(names)} images from outside are as close as the same work: they may be in "
@@ -81,35 +113,59 @@ def main(config: DictConfig) -> None:
                 f"({', '.join(names[row] for row in copies[:3])}, ...). If they are, give others"
             )
 
-    write_calibration(
-        catalog.folder,
-        {
-            "catalog": catalog.fingerprint,
-            "asked": config.rate,
-            "rate": {name: t.rate for name, t in thresholds.items()},
-            "certainty": config.certainty,
-            "same_work": same_work.values,
-            "similar": thresholds["similar"].values if "similar" in thresholds else None,
-            "floor": floor,
-            "neighbours": neighbours,
-            "weights": {name: part.weight for name, part in catalog.parts.items()},
-            "units": {name: t.units for name, t in thresholds.items()},
-            "held_out": {
-                name: {"false": t.false, "of": t.of, "found": t.found, "matches": t.matches}
-                for name, t in thresholds.items()
-            },
+    thresholds, curves = in_order(thresholds), in_order(curves)
+    calibration = {
+        "catalog": catalog.fingerprint,
+        "asked": config.rate,
+        "rate": {name: t.rate for name, t in thresholds.items()},
+        "of": {name: _UNITS[name] for name in thresholds},
+        "certainty": config.certainty,
+        "same_work": thresholds["same_work"].values,
+        "similar": thresholds["similar"].values if "similar" in thresholds else None,
+        "floor": floor,
+        "neighbours": neighbours,
+        "weights": {name: part.weight for name, part in catalog.parts.items()},
+        "units": {name: t.units for name, t in thresholds.items()},
+        "held_out": {
+            name: {"false": t.false, "of": t.of, "found": t.found, "matches": t.matches}
+            for name, t in thresholds.items()
         },
-    )
+        "coverage": {name: t.coverage for name, t in thresholds.items()},
+    }
+    if "verified" in thresholds:
+        calibration["verified"] = thresholds["verified"].values
     folder = catalog.folder / "calibration"
-    terminal.show(results(thresholds))
+    tables = [results(thresholds, config.certainty)]
+    (folder / "photographs.csv").unlink(missing_ok=True)  # of an earlier calibration
+    if photographs is not None:
+        calibrated = Engine(replace(catalog, calibration=calibration))
+        groups = measure_photographs(calibrated, photographs, describer, folder / "photographs.csv")
+        calibration["photographs"] = {name: asdict(group) for name, group in groups.items()}
+        tables.append(photographs_table(groups))
+    write_calibration(catalog.folder, calibration)
+    for table in tables:
+        terminal.show(table)
     print(f"thresholds: {catalog.folder / 'calibration.json'}")
+    if photographs is not None:
+        print(f"photographs: {folder / 'photographs.csv'}")
     if curves:
         write_curves(folder / "curve.csv", curves)
         plot_curves(folder / "curve.png", curves, thresholds)
         print(f"curves: {folder / 'curve.csv'}, {folder / 'curve.png'}")
 
 
-def announce(config: DictConfig, engine: Engine, first: Tensor, outside: Manifest | None) -> None:
+def in_order(kinds: Mapping[str, T]) -> dict[str, T]:
+    """The values by kind of match, the same work first.
+
+    Args:
+        kinds: Values by kind of match.
+    """
+    return {name: kinds[name] for name in _UNITS if name in kinds}
+
+
+def announce(
+    config: DictConfig, engine: Engine, first: Tensor, outside: Manifest | None, photographs: Photographs | None
+) -> None:
     """Prints on standard error, before the work starts, what the calibration will lack and which rates it can promise.
 
     Args:
@@ -117,11 +173,22 @@ def announce(config: DictConfig, engine: Engine, first: Tensor, outside: Manifes
         engine: The engine of the catalog.
         first: bool (n,), which works belong to the calibrating half.
         outside: Unrelated images, or None.
+        photographs: Photographs whose works are known, or None.
     """
     if engine.work_attribute is None:
         say(
             "the catalog does not record which items show the same work (column work or group_id): copies count as "
             "other works and raise the threshold of the same work"
+        )
+    if photographs is not None and (names := photographs.strangers):
+        say(
+            f"{len(names)} works of the photographs are not in the catalog ({', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}): whatever is called the same work as they are is false"
+        )
+    if engine.catalog.verification is not None and not config.images:
+        say(
+            "the rate is that of cosines alone: what verification calls the same work needs images=<what the catalog "
+            "was made of> to be calibrated, since queries are described from whole images"
         )
     counted = {"same work": (int(first.sum()), True, "works")}
     if outside is None:
@@ -145,6 +212,72 @@ def say(what: str) -> None:
         what: The text.
     """
     print(f"note: {what}", file=sys.stderr, flush=True)
+
+
+def measure_photographs(
+    engine: Engine, photographs: Photographs, describer: Describer, path: Path
+) -> dict[str, Shares]:
+    """How often photographs of works are found, by whether the catalog has the work. Writes the outcome of each as CSV.
+
+    Args:
+        engine: The engine of the calibrated catalog.
+        photographs: The photographs.
+        describer: Describes files.
+        path: The CSV file to write.
+
+    Raises:
+        ValueError: If no photograph can be read.
+    """
+    rows, vectors = describer(photographs.manifest)
+    if not rows:
+        raise ValueError(f"no photograph of {photographs.manifest.root} could be read")
+    own = [photographs.works[row] for row in rows]
+    verification = engine.catalog.verification
+    files = [photographs.manifest.root / photographs.manifest.paths[row] for row in rows]
+    local = None if verification is None else describe_queries(files, verification)
+    answers, outcomes = ask(engine, vectors, own, local)
+    names = [photographs.manifest.paths[row] for row in rows]
+    works = [photographs.names[row] or name for row, name in zip(rows, names, strict=True)]
+    table = []
+    for row, name, answer, said in zip(rows, names, answers, outcomes, strict=True):
+        best = engine.names.of(answer.ids[:1].tolist())
+        score = [f"{value:.6f}" for value in answer.scores[:1].tolist()]
+        table.append(
+            [name, photographs.names[row] or "", said, *(best or [""]), *(score or [""]), *answer.verdicts[:1]]
+        )
+    write_csv(path, ["path", "work", "outcome", "first", "score", "verdict"], table)
+    groups = {}
+    for group, kept in (
+        ("in_catalog", [work is not None for work in own]),
+        ("elsewhere", [work is None for work in own]),
+    ):
+        if any(kept):
+            picked = ([one for one, keep in zip(values, kept, strict=True) if keep] for values in (outcomes, works))
+            groups[group] = shares(*picked)
+    return groups
+
+
+def photographs_table(groups: Mapping[str, Shares]) -> Table:
+    """A table of the outcomes of photographs.
+
+    Args:
+        groups: The shares of the outcomes, as `measure_photographs` returns them.
+    """
+    table = Table(title="Photographs whose works are known: what the catalog says (95%, by work)")
+    table.add_column("works are", no_wrap=True)
+    for name in ("works", "photographs", *OUTCOMES):
+        table.add_column(name, justify="right")
+    names = {"in_catalog": "in the catalog", "elsewhere": "elsewhere"}
+    for name, group in groups.items():
+        said = {key: f"{mean:.4f} ({low:.4f}-{high:.4f})" for key, (mean, low, high) in group.shares.items()}
+        if name == "elsewhere":
+            said["found"] = "-"
+        table.add_row(names[name], f"{group.works}", f"{group.photographs}", *said.values())
+    table.caption = (
+        "false: another work is called the same. found: the photograph's own work is, and no other. "
+        "unknown: nothing is called the same work"
+    )
+    return table
 
 
 def write_curves(path: Path, curves: Mapping[str, np.ndarray]) -> None:
@@ -185,26 +318,29 @@ def plot_curves(path: Path, curves: Mapping[str, np.ndarray], thresholds: Mappin
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def results(thresholds: Mapping[str, Threshold]) -> Table:
+def results(thresholds: Mapping[str, Threshold], certainty: float) -> Table:
     """A table of the thresholds and their effect on the held-out half.
 
     Args:
         thresholds: The thresholds by kind of match.
+        certainty: Probability of the promises.
     """
     table = Table(title="Thresholds for a rate of false matches, and their effect on the held-out half (95%)")
-    for name in ("match", "rate", "threshold", "calibrated on", "false matches", "found", "examples"):
+    for name in ("match", "rate", "threshold", "calibrated on", "false matches", "found", "at least", "examples"):
         table.add_column(name, justify="left" if name == "match" else "right")
-    names = {"same_work": "the same work", "similar": "similar"}
+    names = {"same_work": "the same work", "verified": "... by inliers", "similar": "similar"}
     for name, t in thresholds.items():
         units = f"{t.units} {'pairs of works' if t.per_unit == 2 else 'images'}"
         false, found = _share(t.false, t.of, t.per_unit), _share(t.found, t.matches)
-        table.add_row(names[name], f"{t.rate:.3g}", f"{t.values[0]:.4f}", units, false, found, f"{len(t.values)}")
+        least = f"{t.coverage:.4f}" if t.matches else "-"
+        values = (f"{t.rate:.3g}", f"{t.values[0]:.4f}", units, false, found, least, f"{len(t.values)}")
+        table.add_row(names[name], *values)
     table.caption = (
         "Each work counts with one image. The same work: found are works with several images; false matches are "
         "measured without the work itself. Similar: found are images that are like other works of the collection; "
-        "false "
-        "matches are images from outside. Examples: up to this number, a match of any example keeps the rate; of more "
-        "examples, several must agree."
+        "false matches are images from outside. At least: the share that new queries find, with a certainty of "
+        f"{certainty:g}. Examples: up to this number, a match of any example keeps the rate; of more examples, several "
+        "must agree."
     )
     return table
 

@@ -99,6 +99,7 @@ def main(config: DictConfig) -> None:
         exclude=tuple(positions),
         local=tuple(one for example in like for one in example.local),
         regions=joined([example.regions for example in like]),
+        min_score=config.min_score,
     )
     answer = engine.recommend(request)
     kept = list(range(len(answer.ids))) if config.force or answer.verdict != NONE else []
@@ -112,7 +113,8 @@ def main(config: DictConfig) -> None:
         }
         print(json_line({**query, **about, "results": items}))
     elif not len(answer.ids):
-        print(f"none of {len(catalog)} items is left to recommend: relax where=")
+        relaxed = "min_score=" if answer.candidates else "where="
+        print(f"none of {len(catalog)} items is left to recommend: relax {relaxed}")
     elif not kept:
         print(
             "no similar work: the nearest works are no closer than they are to unrelated images. The best of "

@@ -26,6 +26,7 @@ from simsearch.search.describe import batches_of, encode
 from simsearch.search.engine import Engine
 from simsearch.search.local_features import describe_queries
 from simsearch.search.photograph import regions_of
+from simsearch.search.request import check_min_score
 from simsearch.search.verdicts import NONE, UNCALIBRATED, best_verdict
 from simsearch.text import cell, warn
 from simsearch.types import SearchResult
@@ -62,6 +63,7 @@ def main(config: DictConfig) -> None:
     """
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
+    check_min_score(config.min_score)
     if min(config.rows, config.batch_size) < 1:
         raise ValueError(f"rows and batch_size must be at least 1, got {config.rows} and {config.batch_size}")
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
@@ -72,7 +74,7 @@ def main(config: DictConfig) -> None:
     rerank = configs.build(config.rerank) if config.get("rerank") else None
     region = read_region(configs.plain(config)["region"])
     engine, source = Engine(catalog, rerank), Path(config.image)
-    answers, milliseconds = search(engine, source, config.k, config.batch_size, region)
+    answers, milliseconds = search(engine, source, config.k, config.batch_size, region, config.min_score)
     if config.format == "json":
         for answer in answers:
             print(json_line({"query": answer.query, "verdict": answer.verdict, "results": answer.items}))
@@ -88,7 +90,12 @@ def main(config: DictConfig) -> None:
 
 
 def search(
-    engine: Engine, source: Path, k: int, batch_size: int, region: Region | None = None
+    engine: Engine,
+    source: Path,
+    k: int,
+    batch_size: int,
+    region: Region | None = None,
+    min_score: float | None = None,
 ) -> tuple[list[Answer], float]:
     """The answers for all readable images, and the milliseconds per query.
 
@@ -100,6 +107,7 @@ def search(
         k: Number of items per query.
         batch_size: Number of images per forward pass.
         region: The part of each image to search with. None searches with whole images.
+        min_score: Least score of an item. None for any.
 
     Raises:
         ValueError: If no image can be read.
@@ -115,7 +123,8 @@ def search(
         errors += unreadable
         if len(images):
             vectors = encode(encoder, images)
-            found = per_query(engine.nearest(vectors, k if verification is None else max(k, verification.top)))
+            nearest = engine.nearest(vectors, k if verification is None else max(k, verification.top))
+            found = per_query(nearest, min_score)
             files = [manifest.root / manifest.paths[row] for row in rows.tolist()]
             local = iter(()) if verification is None else describe_queries(files, verification, region=region)
             for image, row, vector, (ids, scores) in zip(images, rows.tolist(), vectors, found, strict=True):
@@ -124,9 +133,10 @@ def search(
                     regions = regions_of(manifest.root / manifest.paths[row], encoder, verification, region)
                     before = dict(zip(ids.tolist(), scores.tolist(), strict=True))
                     ids, matches = engine.verified(ids, next(local), regions)
-                    ids, matches = ids[:k], matches[:k]
                     own = engine.scores(vector, ids).tolist()  # for those that regions brought
                     scores = torch.tensor([before.get(i, one) for i, one in zip(ids.tolist(), own, strict=True)])
+                    kept = (scores >= (-torch.inf if min_score is None else min_score)).nonzero()[:k, 0]
+                    ids, scores, matches = ids[kept], scores[kept], [matches[place] for place in kept.tolist()]
                 verdicts = engine.verdicts(ids, vector[None], None, matches)
                 items, positions = rows_of(engine.catalog, ids, scores, verdicts, matches)
                 answers[row] = Answer(manifest.paths[row], best_verdict(verdicts), items, positions, image)
@@ -138,13 +148,15 @@ def search(
     return [answers[row] for row in sorted(answers)], milliseconds
 
 
-def per_query(found: SearchResult) -> list[tuple[Tensor, Tensor]]:
+def per_query(found: SearchResult, min_score: float | None = None) -> list[tuple[Tensor, Tensor]]:
     """ids (K,) and scores (K,) of each query, without the places that an approximate index left empty.
 
     Args:
         found: The search result.
+        min_score: Least score of an item. None for any.
     """
-    return [(i[i >= 0], s[i >= 0]) for i, s in zip(found.ids, found.scores, strict=True)]
+    kept = (found.ids >= 0) & (found.scores >= (-torch.inf if min_score is None else min_score))
+    return [(i[keep], s[keep]) for i, s, keep in zip(found.ids, found.scores, kept, strict=True)]
 
 
 def rows_of(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
 
 from simsearch.functional.ties import Rankings, average_precision, harmonic_numbers
@@ -188,6 +189,24 @@ def least_rate(units: int, certainty: float = 0.95) -> float:
     """
     least = -math.expm1(math.log1p(-certainty) / units) if units else 1.0
     return min(1.0, least * (1 + 1e-9))  # by a hair more than what rounding takes
+
+
+def least_share(found: int, of: int, certainty: float = 0.95) -> float:
+    """The largest share that the true share reaches with a certainty, after some draws; 0 if nothing was found.
+
+    Args:
+        found: Number of draws that count.
+        of: Number of independent draws.
+        certainty: Probability that the true share is as large as the result, in (0, 1).
+
+    Source:
+        The lower limit of Clopper and Pearson: The use of confidence or fiducial limits. Biometrika 1934.
+
+    Example:
+        >>> round(least_share(59, of=59), 3), least_share(0, of=59)
+        (0.95, 0.0)
+    """
+    return float(betaincinv(found, of - found + 1, 1 - certainty)) if found else 0.0
 
 
 def false_match_curve(match_scores: Tensor, no_match_scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,22 +1,34 @@
 """Calibration: score thresholds above which an answer is a match.
 
-The thresholds are chosen from the scores of queries that have no match, and hold for new queries.
+The thresholds are chosen from the scores of queries that have no match, and hold for new queries. What is promised is a
+rate of queries, of which each comes from a thing of its own: one image of a work that is not in the catalog ("the same
+work"), one image from outside ("similar"). Works are the units of chance, since images of one work are no independent
+queries. `calibrate` takes any scores, one for each unit, higher for a better match.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simsearch.functional.open_set import false_match_curve, least_rate, pairs_once, stand_out, thresholds_at
+from simsearch.functional.geometry import Match
+from simsearch.functional.open_set import (
+    false_match_curve,
+    least_rate,
+    least_share,
+    pairs_once,
+    stand_out,
+    thresholds_at,
+)
 from simsearch.search.engine import Engine
 from simsearch.search.verdicts import sameness, similarity
+from simsearch.types import LocalFeatures
 
 _BLOCK = 256  # queries that are searched together
 
@@ -35,6 +47,8 @@ class Threshold:
         per_unit: Number of these queries that count as one independent draw.
         found: Number of held-out matches that exceed the first threshold.
         matches: Number of held-out queries with a match.
+        coverage: With the certainty of the promise, the first threshold finds at least this share of the matches of new
+            queries.
     """
 
     values: list[float]
@@ -45,6 +59,7 @@ class Threshold:
     per_unit: int
     found: int
     matches: int
+    coverage: float
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,15 @@ class Likeness:
         """(Q,), the values that the thresholds of "similar" apply to."""
         return similarity(self.top, self.background)
 
+    def similar(self, threshold: Threshold, floor: float) -> Tensor:
+        """bool (Q,), which queries find something similar, as `Engine.verdicts` decides it.
+
+        Args:
+            threshold: The thresholds of "similar".
+            floor: The cosine that a similar item must exceed.
+        """
+        return (self.similarity > threshold.values[0]) & (self.top > floor)
+
 
 def neighbours_of(count: int) -> int:
     """The number of neighbours that a background averages over: a twentieth of the items, at most 20.
@@ -79,28 +103,29 @@ def neighbours_of(count: int) -> int:
     return min(20, max(1, count // 20))
 
 
-def image_a_work(engine: Engine, at_most: int, seed: int) -> Tensor:
-    """One random image of each of at most `at_most` random works: ascending positions, int64 (n,).
+def image_a_work(works: np.ndarray, at_most: int, seed: int) -> Tensor:
+    """One random image of each of at most `at_most` random works: ascending rows, int64 (n,).
 
     Images of one work are not independent queries. This choice is distributed as a new image of a new work is.
 
     Args:
-        engine: The engine of the catalog.
+        works: (N,), the work of each image: numbers or texts.
         at_most: Largest number of works.
         seed: Seed of the random choice.
     """
-    order = np.random.default_rng(seed).permutation(len(engine.works))
-    _, first = np.unique(engine.works[order], return_index=True)
+    order = np.random.default_rng(seed).permutation(len(works))
+    _, first = np.unique(works[order], return_index=True)
     return torch.from_numpy(np.sort(order[np.sort(first)[:at_most]]))
 
 
 def leave_work_out(
     engine: Engine, positions: Tensor, neighbours: int, vectors: Tensor | None = None
-) -> tuple[Likeness, Tensor]:
-    """Compares items with the catalog without their own work.
+) -> tuple[Likeness, Likeness]:
+    """Compares items with the catalog without their own work, and with the catalog without themselves.
 
-    A match is an answer whose first item is another image of the same work. The scores of matches are -inf if the first
-    item is something else, and NaN for a work with one item. Works of more than about a hundred items make this slow.
+    A match is an answer whose first item is another image of the same work. The best cosines of matches are -inf if the
+    first item is something else, and NaN for a work with one item. Works of more than about a hundred items make this
+    slow.
 
     Args:
         engine: The engine of the catalog.
@@ -109,12 +134,12 @@ def leave_work_out(
         vectors: Descriptors of the items as queries have them. Needed if the index does not store them exactly.
 
     Returns:
-        The likeness of the items and the rest of the catalog, and the score of the match with the own work, (Q,).
+        The likeness of the items and the rest of the catalog, and that of the items and their matches.
     """
     works = torch.from_numpy(engine.works)
     _, work, sizes = works.unique(return_inverse=True, return_counts=True)
     depth = 2 * int(sizes.max()) + neighbours  # enough are left without the own work and the leader's
-    tops, backgrounds, matches = [], [], []
+    tops, backgrounds, matches, behinds = [], [], [], []
     for block in torch.arange(len(positions)).split(_BLOCK):
         at = positions[block]
         found = engine.search(engine.as_queries(engine.vectors(at) if vectors is None else vectors[block]), depth)
@@ -125,9 +150,46 @@ def leave_work_out(
         backgrounds.append(background)
         best, behind = stand_out(found.scores, of, itself, neighbours)
         led = own.gather(1, itself.to(torch.uint8).argsort(dim=1, stable=True))[:, 0]
-        match = torch.where(led, sameness(best, behind), -torch.inf)
-        matches.append(match.masked_fill(sizes[work[at]] == 1, torch.nan))
-    return Likeness(torch.cat(tops), torch.cat(backgrounds)), torch.cat(matches)
+        matches.append(best.masked_fill(~led, -torch.inf).masked_fill(sizes[work[at]] == 1, torch.nan))
+        behinds.append(behind)
+    return Likeness(torch.cat(tops), torch.cat(backgrounds)), Likeness(torch.cat(matches), torch.cat(behinds))
+
+
+def verify_without_work(
+    engine: Engine, positions: Tensor, local: Iterable[Sequence[LocalFeatures]], vectors: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The evidence of verification for items as queries: without their own work, and of their matches, (Q,) each.
+
+    The evidence is the largest number of inliers of a verified item, 0 if no item is verified. A match is an answer
+    whose first verified item is another image of the same work. The evidence of matches is -inf if there is none, and
+    NaN for a work with one item. As in a search, the best items by cosine are compared, as many as the catalog's
+    verification says.
+
+    Args:
+        engine: The engine of a catalog with local features.
+        positions: int64 (Q,), positions of the items.
+        local: The local features of each item as a query.
+        vectors: Descriptors of the items as queries have them. Needed if the index does not store them exactly.
+    """
+    works = torch.from_numpy(engine.works)
+    _, work, sizes = works.unique(return_inverse=True, return_counts=True)
+    verification = engine.catalog.verification
+    assert verification is not None
+    depth = verification.top + int(sizes.max())
+    strangers, matches = [], []
+    for row, (position, features) in enumerate(zip(positions.tolist(), local, strict=True)):
+        query = engine.as_queries(engine.vectors([position]) if vectors is None else vectors[row : row + 1])
+        ids = engine.search(query, depth).ids[0]
+        ids = ids[(ids >= 0) & (ids != position)]
+        own = work[ids] == work[position]
+        known: dict[int, Match | None] = {}
+        first, *_ = [*engine.verified(ids[~own], features, known)[1], None]
+        strangers.append(0.0 if first is None else float(first.inliers))
+        order, found = engine.verified(ids, features, known)
+        leads = bool(len(ids)) and found[0] is not None and bool(own[order[0]])
+        evidence = float(found[0].inliers) if leads and found[0] is not None else -math.inf
+        matches.append(math.nan if sizes[work[position]] == 1 else evidence)
+    return torch.tensor(strangers, dtype=torch.float64), torch.tensor(matches, dtype=torch.float64)
 
 
 def halves(names: Sequence[str]) -> Tensor:
@@ -187,6 +249,7 @@ def calibrate(
         )
     values = thresholds_at(pairs_once(known) if paired else known, rate, certainty)
     held, matches = no_match[~of_no_match], match[~of_match]
+    found = int((matches > values[0]).sum())
     return Threshold(
         values=values,
         rate=rate,
@@ -194,8 +257,9 @@ def calibrate(
         false=int((held > values[0]).sum()),
         of=len(held),
         per_unit=2 if paired else 1,
-        found=int((matches > values[0]).sum()),
+        found=found,
         matches=len(matches),
+        coverage=least_share(found, len(matches), certainty),
     )
 
 

@@ -17,10 +17,13 @@ from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.data.presence import Presence
 from simsearch.images import MAX_BYTES
 from simsearch.models.encoder import device
-from simsearch.search.calibration import Likeness
+from simsearch.search.calibration import Likeness, image_a_work
 from simsearch.search.catalog import Catalog
 from simsearch.search.describe import batches_of, describe
-from simsearch.search.engine import Engine
+from simsearch.search.engine import WORK_ATTRIBUTES, Engine
+from simsearch.search.local_features import describe_queries
+from simsearch.search.verification import Verification
+from simsearch.types import LocalFeatures
 
 _BLOCK = 256  # queries that are searched together
 
@@ -52,7 +55,7 @@ def work_names(engine: Engine, positions: Tensor) -> list[str]:
 
 
 def outside_sample(source: Path, at_most: int, seed: int) -> Manifest:
-    """A random choice of the unrelated images, without duplicates by content.
+    """A random choice of the unrelated images, one of each work where they name works, without duplicates by content.
 
     Args:
         source: Their folder or table.
@@ -60,8 +63,14 @@ def outside_sample(source: Path, at_most: int, seed: int) -> Manifest:
         seed: Seed of the random choice.
     """
     manifest = read_manifest(source)
+    column = next((manifest.attributes[name] for name in WORK_ATTRIBUTES if name in manifest.attributes), None)
+    if column is None:
+        rows = chosen(len(manifest), at_most, seed)
+    else:
+        works = np.array([f"work {work}" if work else path for work, path in zip(column, manifest.paths, strict=True)])
+        rows = image_a_work(works, at_most, seed)
     once: dict[str, str] = {}
-    for row in chosen(len(manifest), at_most, seed).tolist():
+    for row in rows.tolist():
         once.setdefault(content_digest(manifest.root / manifest.paths[row]), manifest.paths[row])
     return Manifest(manifest.root, tuple(once.values()))
 
@@ -168,6 +177,27 @@ def exact_vectors(
     if not rows:
         raise ValueError(f"no item of the catalog {catalog.folder} is in {images}: give what it was made of")
     return positions[rows], vectors
+
+
+def local_queries(
+    catalog: Catalog, verification: Verification, images: str, positions: Tensor, workers: int
+) -> Iterator[tuple[LocalFeatures, ...]]:
+    """The local features of items as queries, from their files.
+
+    Args:
+        catalog: The catalog.
+        verification: What describes them.
+        images: The folder or table of images that the catalog was made of.
+        positions: int64 (n,), positions of the items.
+        workers: Number of processes; at least one is used.
+
+    Raises:
+        ImageError: If a file cannot be read.
+    """
+    root = read_manifest(Path(images)).root
+    files = [root / path for path in catalog.items["path"].take(positions.numpy()).to_pylist()]
+    found = describe_queries(files, verification, workers=workers)
+    yield from tqdm(found, total=len(files), unit="img", desc="verify", disable=None)
 
 
 def outside_likeness(

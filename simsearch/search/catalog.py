@@ -52,6 +52,7 @@ from simsearch.search.items import THUMBNAIL, ThumbnailGroups, read_items, write
 from simsearch.search.local_features import NAME as LOCAL_FEATURES
 from simsearch.search.local_features import StoredFeatures, write_local_features
 from simsearch.search.verification import Verification
+from simsearch.text import warn
 from simsearch.trust import VERIFIERS, Untrusted, check_config, check_links
 from simsearch.types import Encoder, LocalFeatures, Part
 
@@ -478,11 +479,19 @@ def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
     - `catalog`: fingerprint of the catalog that the calibration belongs to; another catalog refuses it.
     - `same_work`, `similar`: thresholds, as `thresholds_at` returns them (see `Engine.verdicts`). `similar` is None if
       it was not calibrated.
+    - `verified`: thresholds of the number of inliers, by which an item is the same work where it is verified by local
+      features. Missing if they were not calibrated.
     - `floor`: the cosine that a similar item must exceed.
     - `neighbours`: number of neighbours that a background averages over.
-    - `rate`: the promised rate of false matches of each kind. `asked`: the requested rate.
+    - `rate`: the promised rate of false matches of each kind; `of`: what it is a rate of. `asked`: the requested rate.
+    - `certainty`: the probability with which each promise holds.
     - `weights`: weights of the descriptor's parts.
     - `units`: number of independent draws behind the thresholds.
+    - `held_out`: what the first threshold does to held-out queries. `coverage`: the share of true matches that it
+      finds, at least, with the certainty.
+    - `photographs`: outcomes of photographs whose works are known (see `simsearch.search.outcomes.Shares`), if any.
+
+    Only the thresholds, `floor` and `neighbours` are needed; calibrations of earlier versions have fewer entries.
 
     Args:
         folder: The catalog's folder.
@@ -495,7 +504,14 @@ def _read_calibration(catalog: Catalog) -> dict[str, Any] | None:
     path = catalog.folder / "calibration.json"
     try:
         calibration = read_json(path)
+        if isinstance(calibration.get("same_work"), (int, float)):
+            warn(
+                f"note: {path} was made by an earlier method, which counted images of one work as independent and kept "
+                "its rate less often than stated: it is not used. simsearch calibrate makes it anew"
+            )
+            return None
         kinds = ["same_work"] if calibration["similar"] is None else ["same_work", "similar"]
+        kinds += ["verified"] if "verified" in calibration else []
         if not all(len(calibration[kind]) and [float(value) for value in calibration[kind]] for kind in kinds):
             raise ValueError("no threshold")
         if "similar" in kinds:

@@ -32,6 +32,7 @@ from simsearch.search.verdicts import (
     UNCALIBRATED,
     best_verdict,
     exceeds,
+    exceeds_inliers,
     sameness,
     similarity,
 )
@@ -242,6 +243,10 @@ class Engine:
             among[taken] = False
         candidates = len(self.catalog) - len(taken) if among is None else int(among.sum())
         ids, scores, rows, matches = self._shortlist(request, query, among, taken, candidates)
+        if request.min_score is not None:
+            near = self._exact(rows @ query).clamp(-1, 1) >= request.min_score
+            ids, scores, rows = ids[near], scores[near], rows[near]
+            matches = [match for match, one in zip(matches, near.tolist(), strict=True) if one]
 
         ranked = scores
         if request.hubness and len(ids):
@@ -256,8 +261,9 @@ class Engine:
         of_parts = {name: self._exact(part) for name, part in contributions(query, rows[chosen], self.parts).items()}
         total, of_parts = _bounded(sum(of_parts.values(), torch.zeros(len(chosen))), of_parts)
         judged = self.verdicts(ids[chosen], request.like, taken, matches if request.local else None)
+        floor = max(0.0, (self.catalog.calibration or {}).get("floor") or 0.0)
         verdicts = [
-            NONE if verdict == SIMILAR and score < 0 else verdict
+            NONE if verdict == SIMILAR and score <= floor else verdict
             for verdict, score in zip(judged, total.tolist(), strict=True)
         ]
         return Recommendation(ids[chosen], total, of_parts, verdicts, best_verdict(verdicts), candidates, matches)
@@ -345,14 +351,16 @@ class Engine:
             ids: int64 (K,), positions of the items.
             like: The examples, as in `Request`.
             taken: int64, positions of items that are examples themselves.
-            matches: The matches of the items, if they were verified: then an item is the same work if it has one.
+            matches: The matches of the items, if they were verified. Then an item is the same work if its match has
+                more inliers than calibrated, or has any match if that is not calibrated.
         """
         calibration = self.catalog.calibration
         if matches is not None:
             unverified = UNCALIBRATED if calibration is None or calibration["similar"] is None else SIMILAR
             by_cosine = self.verdicts(ids, like, taken)
             others = [unverified if verdict == SAME_WORK else verdict for verdict in by_cosine]
-            return [SAME_WORK if match else verdict for match, verdict in zip(matches, others, strict=True)]
+            enough = exceeds_inliers(matches, (calibration or {}).get("verified"), len(like))
+            return [SAME_WORK if one else verdict for one, verdict in zip(enough, others, strict=True)]
         if calibration is None or not len(ids):
             return [UNCALIBRATED] * len(ids)
         queries = self.as_queries(like)

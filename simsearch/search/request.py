@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,20 @@ from simsearch.search.filters import Condition
 from simsearch.types import LocalFeatures
 
 Regions = Callable[[], Tensor]
+
+
+def check_min_score(value: float | None) -> None:
+    """Raises a ValueError unless a least score of items is None or a finite number.
+
+    Args:
+        value: The least score.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(
+            f"min_score must be a finite number such as 0.3, or null for items with any score, got {value}"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,9 +51,11 @@ class Request:
             by them. Nothing is verified without.
         regions: The descriptors of the examples' regions, (R, D) in the form of `like`. Their nearest items are
             verified too. It is called only if they are needed.
+        min_score: Return only items with at least this score. None returns items with any score.
 
     Raises:
-        ValueError: If `k` is below 1, `diversity` lies outside [0, 1], or there is no example.
+        ValueError: If `k` is below 1, `diversity` lies outside [0, 1], `min_score` is no finite number, or there is no
+            example.
     """
 
     like: Tensor
@@ -52,6 +69,7 @@ class Request:
     exclude: tuple[int, ...] = ()
     local: tuple[LocalFeatures, ...] = ()
     regions: Regions | None = None
+    min_score: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, Integral):
@@ -60,6 +78,7 @@ class Request:
             raise ValueError(f"k must be at least 1, got {self.k}")
         if not 0 <= self.diversity <= 1:
             raise ValueError(f"diversity must lie in [0, 1] (0: by score alone), got {self.diversity}")
+        check_min_score(self.min_score)
         if len(self.like) == 0:
             raise ValueError("no example: give at least one image or item to be like")
 
@@ -72,7 +91,8 @@ class Recommendation:
         ids: int64 (K,), positions.
         scores: float32 (K,), inner products with the combined query: weighted means of the cosines of the parts.
         parts: For each part, its contribution to the scores, (K,).
-        verdicts: The verdict on each item (see `Engine.verdicts`). An item with a negative score is never "similar".
+        verdicts: The verdict on each item (see `Engine.verdicts`). An item whose score is negative, or no higher than
+            the calibration's floor, is never "similar".
         verdict: The best of the verdicts. "none" if there is no item.
         candidates: Number of items that were searched, after filters and exclusions.
         matches: For each item, the match of a verified item, else None. Verified items come first, those with most

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from simsearch.functional.geometry import Match
 from simsearch.functional.open_set import agreeing
 
 SAME_WORK, SIMILAR, NONE, UNCALIBRATED = "same work", "similar", "none", "uncalibrated"
@@ -27,11 +30,14 @@ def sameness(cosines: Tensor, background: Tensor) -> Tensor:
 def similarity(cosines: Tensor, background: Tensor) -> Tensor:
     """The values that the thresholds of "similar" apply to: cosines plus a fraction of the background.
 
+    A background above an item's cosine counts no more than that cosine. An item far behind the query's neighbours is
+    not similar for their sake. The best item of a query is never behind them.
+
     Args:
         cosines: (..., Q), cosines to the queries.
         background: (Q,), background of the queries.
     """
-    return cosines + _BACKGROUND * background.clamp(min=-1)
+    return cosines + _BACKGROUND * torch.minimum(cosines, background).clamp(min=-1)
 
 
 def exceeds(values: Tensor, thresholds: Sequence[float]) -> Tensor:
@@ -43,6 +49,22 @@ def exceeds(values: Tensor, thresholds: Sequence[float]) -> Tensor:
     """
     needed, of = agreeing(values.shape[1], len(thresholds))
     return values.topk(needed, dim=1).values[:, -1] > thresholds[of - 1]
+
+
+def exceeds_inliers(matches: Sequence[Match | None], thresholds: Sequence[float] | None, examples: int) -> list[bool]:
+    """Which matches have more inliers than calibrated. A match is that of the example with most inliers.
+
+    Args:
+        matches: The matches of items, None for one that is not verified.
+        thresholds: Thresholds, as `thresholds_at` returns them. None if they are not calibrated: any match is enough.
+        examples: Number of examples. If no threshold promises the rate for so many, no match is enough.
+    """
+    if thresholds is None:
+        least = 0.0
+    else:
+        needed, of = agreeing(examples, len(thresholds))
+        least = thresholds[of - 1] if needed == 1 else math.inf
+    return [match is not None and match.inliers > least for match in matches]
 
 
 def best_verdict(verdicts: Sequence[str]) -> str:

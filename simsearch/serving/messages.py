@@ -85,6 +85,7 @@ class Wanted(Message):
     collapse: bool = True
     hubness: bool = False
     verify: bool = Field(True, description="compare the best items point by point, if the catalog has local features")
+    min_score: float | None = Field(None, allow_inf_nan=False, description="least score of a result; null for any")
 
 
 class Search(Wanted):

@@ -511,6 +511,7 @@ class Service:
                 exclude=tuple(one.image for one in (*like, *unlike) if isinstance(one.image, int)),
                 local=tuple(features for found in local for features in found),
                 regions=(lambda: torch.cat(seen)) if seen else None,
+                min_score=wanted.min_score,
             )
             found = loaded.engine.recommend(wish)
             positions = found.ids.tolist()

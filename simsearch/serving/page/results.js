@@ -183,11 +183,14 @@ function drawFacts(answer) {
   $("#facts").textContent = lines.join(" · ");
 }
 
-// What a calibration promises, of the kind of match that it knows.
-function promise({ rate }) {
+// What a calibration promises, of the kinds of match that it knows.
+function promise({ rate, coverage }) {
   const percent = (value) => `${+(100 * value).toFixed(2)} %`;
-  return rate.similar === undefined ? `“same work” is wrong for at most ${percent(rate.same_work)} of other works`
-    : `“similar” is wrong for at most ${percent(rate.similar)} of unrelated images`;
+  const by = rate.verified === undefined ? "same_work" : "verified";
+  const found = coverage?.[by] ? ` and finds at least ${percent(coverage[by])} of true ones` : "";
+  const lines = [`“same work” is wrong for at most ${percent(rate[by])} of other works${found}`];
+  if (rate.similar !== undefined) lines.push(`“similar” is wrong for at most ${percent(rate.similar)} of unrelated images`);
+  return lines.join(" · ");
 }
 
 function drawNone(answer, none) {

@@ -97,12 +97,13 @@ export function badgeOf(work) {
   const proof = work.inliers ? `${work.inliers} points of both pictures agree` : null;
   return h("span", { class: "badge", title: proof }, work.inliers ? "The same work" : "Same work");
 }
+const VERDICTS = { "same work": ", same work", similar: ", similar", none: ", not similar" };
 
 // A result. `names` are the catalog's parts, `explains` whether it draws heat maps.
 export function resultCard(catalog, work, names, explains) {
   const { artist, title, year } = caption(work);
   const badge = badgeOf(work);
-  const words = `${work.rank}. ${inWords(work)}. Score ${work.score.toFixed(2)}${work.verdict === "same work" ? ", same work" : ""}`;
+  const words = `${work.rank}. ${inWords(work)}. Score ${work.score.toFixed(2)}${VERDICTS[work.verdict] ?? ""}`;
   const frame = h("button", { type: "button", class: "frame", tabindex: "-1", "data-act": "open", "aria-label": words },
     picture(catalog, work), h("canvas", { class: "heat", "aria-hidden": "true" }), badge);
   const shared = Object.entries(work.shared ?? {}).map(([attribute, value]) =>
