@@ -23,7 +23,8 @@ from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import Backbone
 from simsearch.models.colour import ColourLayout
-from simsearch.models.exported import ExportedEncoder, write_exported
+from simsearch.models.export import write_exported
+from simsearch.models.exported import ExportedEncoder
 from simsearch.models.onnx import OnnxFile, OnnxNetwork, export_network
 from simsearch.search.catalog import item_table, write_catalog
 from simsearch.search.describe import encode

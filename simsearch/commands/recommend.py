@@ -68,7 +68,8 @@ def main(config: DictConfig) -> None:
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
     values = configs.plain(config)
-    catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
+    exported = Path(config.encoder) if config.encoder else None
+    catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config), exported=exported)
     chosen = config.verification
     catalog = verifying(catalog, chosen.enabled, top=chosen.top, mirrored=chosen.mirrored)
     engine = Engine(catalog)

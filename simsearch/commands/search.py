@@ -61,7 +61,8 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"format must be table or json, got {config.format!r}")
     if min(config.rows, config.batch_size) < 1:
         raise ValueError(f"rows and batch_size must be at least 1, got {config.rows} and {config.batch_size}")
-    catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
+    exported = Path(config.encoder) if config.encoder else None
+    catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config), exported=exported)
     chosen = config.verification
     catalog = verifying(catalog, chosen.enabled, top=chosen.top, mirrored=chosen.mirrored)
     catalog.encoder.to(device(config.device))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, TensorProto
 
 _STRIDE = 32
 _OPSET = 17
@@ -98,6 +101,54 @@ def _angle(g: Any, y: Any, x: Any) -> Any:
 
 
 _SYMBOLIC = {"aten::adaptive_avg_pool2d": _adaptive_average, "aten::atan2": _angle}
+
+
+def parse(data: bytes, name: str) -> ModelProto:
+    """The ONNX model in the bytes of a file, which holds all of its tensors itself.
+
+    Args:
+        data: The bytes.
+        name: Name of the file, for messages.
+
+    Raises:
+        ValueError: If the bytes are no ONNX model, or if a tensor lies in another file, whose path the model chooses.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model_from_string(data)
+    except DecodeError as error:
+        raise ValueError(f"{name} is no ONNX file, or a damaged one ({error})") from error
+    if not model.graph.node:
+        raise ValueError(f"{name} is no ONNX file, or one without a graph")
+    for tensor in tensors_of(model):
+        if onnx.external_data_helper.uses_external_data(tensor):
+            raise ValueError(f"{name} keeps tensors in another file (first {tensor.name!r}): save it as one file")
+    return model
+
+
+def tensors_of(model: ModelProto) -> Iterator[TensorProto]:
+    """Yields all constant tensors of an ONNX model, those of nested graphs and functions included.
+
+    Args:
+        model: The model.
+    """
+    graphs: list[GraphProto] = [model.graph]
+    nodes = [node for function in model.functions for node in function.node]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            nodes += graph.node
+        for attribute in (attribute for node in nodes for attribute in node.attribute):
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            graphs += [attribute.g, *attribute.graphs]
+        nodes = []
 
 
 class OnnxFile:

@@ -19,7 +19,6 @@ from simsearch.data.process_pool import MEMORY, BoundedPool, Closed, Failure
 from simsearch.functional.feedback import query_weights, reweight
 from simsearch.functional.resize import resize_to_fit
 from simsearch.images import ImageError, decode_thumbnail
-from simsearch.models.parts import parts_of
 from simsearch.search.filters import Condition, parse_filters
 from simsearch.search.names import POSITION
 from simsearch.search.request import Recommendation
@@ -28,6 +27,7 @@ from simsearch.serving.library import Library, Loaded
 from simsearch.serving.limits import Account, Busy, Limits, Pool, account
 from simsearch.serving.messages import Example, Explained, Filter, Reply, Wanted
 from simsearch.serving.uploads import Upload, Uploads, decoded, viewable
+from simsearch.types import parts_of
 
 log = logging.getLogger("simsearch.serving")
 
