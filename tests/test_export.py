@@ -233,7 +233,7 @@ def test_a_failed_check_leaves_what_was_there(catalog, tmp_path, monkeypatch, ca
     out = tmp_path / "out"
     with pytest.raises(SystemExit):
         run(f"catalog={catalog}", f"out={out}", "tolerance=0", monkeypatch=monkeypatch)
-    assert "other descriptors than torch: they differ by up to" in capsys.readouterr().err
+    assert "other descriptors than torch; they differ by up to" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -125,7 +125,7 @@ def test_damage_is_named(catalog, copied, images):
     data = bytearray((copied / "content.onnx").read_bytes())
     data[len(data) // 2] ^= 1
     (copied / "content.onnx").write_bytes(data)
-    with pytest.raises(CatalogError, match=r"content\.onnx is damaged or of another folder"):
+    with pytest.raises(CatalogError, match=r"content\.onnx is damaged or belongs to another folder"):
         simsearch.open_catalog(catalog, encoder=copied).search(images / "0.png")
     (copied / "content.onnx").write_bytes(b"no network")
     change(copied)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -15,7 +16,8 @@ from simsearch.models.backbones import Backbone
 from simsearch.models.dir import RegionNetwork
 from simsearch.models.exported import ABOUT, FORMAT, SAMPLES
 from simsearch.models.frozen import DescriptorHead, FrozenRetriever, Whitening
-from simsearch.models.onnx import OnnxFile, check_shapes, export_network
+from simsearch.models.onnx import OnnxFile, check_shapes, export_after, export_network
+from simsearch.models.onnx_model import OnnxModel
 from simsearch.models.parts import PartsRetriever, TrainedPart
 from simsearch.models.pooling import RMAC
 from simsearch.types import Encoder, parts_of
@@ -123,6 +125,9 @@ def _write_part(folder: Path, name: str, encoder: Encoder) -> dict[str, Any]:
 def _write_network(path: Path, network: nn.Module, backbone: Backbone, size: int) -> None:
     min_side = backbone.min_side if backbone.fit == "longest" else None
     try:
+        if isinstance(network, Description) and isinstance(model := network.network, OnnxModel):
+            path.write_bytes(export_after(model.data, network.head, model(torch.zeros(2, 3, size, size))))
+            return
         path.write_bytes(export_network(network, size, min_side))
         if min_side is not None:
             check_shapes(OnnxFile(path, one_shape=False), network, min_side)

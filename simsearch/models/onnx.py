@@ -31,15 +31,45 @@ def export_network(network: nn.Module, size: int, min_side: int | None = None) -
     Raises:
         RuntimeError: If the exporter fails. The message says what to do.
     """
-    buffer = io.BytesIO()
     axes = {0: "batch"} if min_side is None else {0: "batch", 2: "height", 3: "width"}
     # The sides differ, so that the exporter cannot confuse them.
     example = torch.zeros(2, 3, size, size if min_side is None else size + 32)
     with torch.no_grad():
         # Besides the batch, only maps have sides that depend on the image.
         outputs = axes if network(example).ndim == 4 else {0: "batch"}
-    for name, symbolic in _SYMBOLIC.items():
-        torch.onnx.register_custom_op_symbolic(name, symbolic, _OPSET)
+    return _export(network, example, "pixels", {"pixels": axes, "features": outputs}, _OPSET)
+
+
+def export_after(model: bytes, head: nn.Module, maps: Tensor) -> bytes:
+    """A model followed by a head, as one ONNX file with input "pixels" and output "features" (B, D) for any B.
+
+    Args:
+        model: An ONNX model with input "pixels" and output "features", whose other names begin with "network/" or
+            "standard/".
+        head: Maps the features to vectors (B, D).
+        maps: Features of two images, as an example.
+
+    Raises:
+        RuntimeError: If the exporter fails.
+    """
+    before = parse(model, "the model")
+    opset = next(entry.version for entry in before.opset_import if entry.domain in ("", "ai.onnx"))
+    axes = {"maps": {0: "batch"}, "features": {0: "batch"}}
+    after = parse(_export(head, maps, "maps", axes, opset), "the head")
+    for node in before.graph.node:
+        node.output[:] = ["maps" if name == "features" else name for name in node.output]
+    before.graph.node.extend(after.graph.node)
+    before.graph.initializer.extend(after.graph.initializer)
+    del before.graph.output[:]
+    before.graph.output.extend(after.graph.output)
+    return before.SerializeToString()
+
+
+def _export(network: nn.Module, example: Tensor, name: str, axes: dict[str, dict[int, str]], opset: int) -> bytes:
+    """A network as an ONNX file, with the input `name` and the output "features", whose `axes` are dynamic."""
+    buffer = io.BytesIO()
+    for operator, symbolic in _SYMBOLIC.items():
+        torch.onnx.register_custom_op_symbolic(operator, symbolic, opset)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -47,17 +77,17 @@ def export_network(network: nn.Module, size: int, min_side: int | None = None) -
                 network,
                 (example,),
                 buffer,  # type: ignore[arg-type]
-                input_names=["pixels"],
+                input_names=[name],
                 output_names=["features"],
-                dynamic_axes={"pixels": axes, "features": outputs},
-                opset_version=_OPSET,
+                dynamic_axes=axes,
+                opset_version=opset,
                 dynamo=False,
             )
     except Exception as error:
         raise RuntimeError(f"cannot export the network to ONNX ({error}): set backbone.runtime=torch") from error
     finally:
-        for name in _SYMBOLIC:
-            torch.onnx.unregister_custom_op_symbolic(name, _OPSET)
+        for operator in _SYMBOLIC:
+            torch.onnx.unregister_custom_op_symbolic(operator, opset)
     return buffer.getvalue()
 
 

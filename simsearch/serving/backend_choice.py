@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from simsearch.models.backbones import Backbone, Runtime
 from simsearch.models.exported import ExportedEncoder
+from simsearch.models.onnx_model import OnnxModel
 from simsearch.types import Encoder
 
 AGREE = 1e-3  # L2 distance of descriptors of norm 1; of codes relative to theirs
@@ -56,6 +57,9 @@ def choose_runtime(encoder: Encoder, batch_size: int, wanted: Runtime = "auto") 
             )
         return Choice("onnx", f"the files in {encoder.folder}")
     networks = [module for module in encoder.modules() if isinstance(module, Backbone)]
+    if networks and all(isinstance(network.network, OnnxModel) for network in networks):
+        return Choice("onnx", "its network is an ONNX file")
+    networks = [network for network in networks if not isinstance(network.network, OnnxModel)]
     _set(networks, "torch")
     if wanted == "torch":
         return Choice("torch", "runtime=torch")
