@@ -74,7 +74,9 @@ def test_an_image_is_described_into_a_catalog_without_what_trains(small_run, tmp
 def exported(small_run, tmp_path_factory) -> Path:
     """The encoder of the small run as ONNX files."""
     folder = tmp_path_factory.mktemp("exported") / "onnx"
-    simsearch("export", f"catalog={small_run}/catalog", f"out={folder}", "sample=8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("simsearch.commands.export.speed", lambda describe, image, batch: 1.0)  # it takes seconds
+        simsearch("export", f"catalog={small_run}/catalog", f"out={folder}", "sample=8")
     return folder
 
 
