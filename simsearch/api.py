@@ -27,6 +27,7 @@ from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import device as device_of
 from simsearch.models.encoder import encoder_config
+from simsearch.models.exported import ExportedEncoder
 from simsearch.search.answer import Answer
 from simsearch.search.build import check_kind, check_not_fewer, filling_of, write_filled
 from simsearch.search.catalog import Catalog, path_table, read_catalog
@@ -296,7 +297,9 @@ def _local_features(
     return verification.query(crop(source, region))
 
 
-def open_catalog(folder: str | Path, *, trusted: bool = False, device: str = "auto") -> OpenCatalog:
+def open_catalog(
+    folder: str | Path, *, trusted: bool = False, device: str = "auto", encoder: str | Path | None = None
+) -> OpenCatalog:
     """The catalog in a folder, open for searching.
 
     Args:
@@ -305,15 +308,18 @@ def open_catalog(folder: str | Path, *, trusted: bool = False, device: str = "au
         trusted: Allow the catalog's encoder to run code and its links to lead out of the folder. Set it only if you
             trust whoever made the catalog.
         device: Device of the encoder: auto, cpu or cuda.
+        encoder: Output of `simsearch export`: its files describe images in ONNX Runtime on the CPU, and neither timm
+            nor the catalog's own encoder is loaded. None means the catalog's own encoder.
 
     Raises:
-        CatalogError: If the folder holds no catalog, or a damaged one.
+        CatalogError: If the folder holds no catalog, or a damaged one, or if the export is of another encoder.
         Untrusted: If a link leads out of the folder and `trusted` is False.
     """
     folder = Path(folder).expanduser()
     if not (folder / "catalog.json").is_file() and (folder / "catalog" / "catalog.json").is_file():
         folder = folder / "catalog"
-    return OpenCatalog(read_catalog(folder, trusted=trusted), device_of(device))
+    exported = None if encoder is None else Path(encoder).expanduser()
+    return OpenCatalog(read_catalog(folder, trusted=trusted, exported=exported), device_of(device))
 
 
 def load_encoder(run: str | Path, *, trusted: bool = False, device: str = "auto") -> LoadedEncoder:
@@ -367,7 +373,7 @@ def build_catalog(
             simsearch.search.verification.Verification().
 
     Raises:
-        ValueError: If no image can be read, or if the index does not fit the encoder.
+        ValueError: If no image can be read, if the index does not fit the encoder, or if the encoder is exported.
         FileExistsError: If `out` holds something other than a catalog.
 
     Example:
@@ -375,6 +381,8 @@ def build_catalog(
         >>> catalog.search("a.jpg", k=2).scores[0] > 0.99
         True
     """
+    if isinstance(encoder.encoder, ExportedEncoder):
+        raise ValueError("a catalog keeps its encoder, which exported files are not: give one of load_encoder(run)")
     source, place = Path(images).expanduser().resolve(), Path(out).expanduser()
     manifest = read_manifest(source, None if root is None else Path(root).expanduser())
     path_table(manifest)  # refuses columns before the work

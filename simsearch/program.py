@@ -25,25 +25,31 @@ from simsearch import configs, launch, usage
 from simsearch.models.backbones import WeightsError
 from simsearch.text import warn
 
-try:
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException  # its error for a user's mistake
-except ModuleNotFoundError:  # it comes with simsearch[train]
-
-    class MisconfigurationException(Exception):  # type: ignore[no-redef]
-        """Raised by nothing, where Lightning is not installed."""
-
-
-USER_ERRORS = (
+USER_ERRORS: tuple[type[Exception], ...] = (
     *(ValueError, OSError, WeightsError, InstantiationException, OmegaConfBaseException),
-    MisconfigurationException,
     ModuleNotFoundError,  # something is not installed
 )
+
+
+def user_errors(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """The kinds of errors that a user can fix: USER_ERRORS, Lightning's own, and `others`.
+
+    Args:
+        others: More kinds.
+    """
+    return (*USER_ERRORS, *_lightning_errors(), *others)
+
+
+def _lightning_errors() -> tuple[type[Exception], ...]:
+    """Lightning's error for a user's mistake. Empty where Lightning is not loaded: a search should not load it."""
+    module = sys.modules.get("pytorch_lightning.utilities.exceptions")
+    return () if module is None else (module.MisconfigurationException,)
 
 
 def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """A decorator that turns `task(config)` into a Hydra command composed from conf/<name>.yaml.
 
-    An error that a user can fix (USER_ERRORS: a wrong value, a missing file) is one line without a traceback.
+    An error that a user can fix (`user_errors`: a wrong value, a missing file) is one line without a traceback.
     SIMSEARCH_DEBUG=1 shows the traceback. A sweeper optimises the value that the task returns.
 
     Args:
@@ -64,7 +70,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             except Exception as error:
                 if (log := logging.getLogger("simsearch")).handlers:  # where a command keeps a log, not the terminal
                     log.info("failed", exc_info=True)
-                expected = isinstance(error, (*USER_ERRORS, launch.RankError))
+                expected = isinstance(error, user_errors(launch.RankError))
                 if not expected or os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
                 if isinstance(error, launch.RankError) and error.details:
@@ -85,7 +91,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             try:
                 sys.argv[1:] = [without_null(argument) for argument in sys.argv[1:]]
                 program()
-            except (*USER_ERRORS, launch.RankError, HydraException) as error:
+            except user_errors(launch.RankError, HydraException) as error:
                 if os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise
                 if not reported:
@@ -152,7 +158,7 @@ def reason(error: BaseException, command: str = "") -> str:
         return f"{key}: {reason(cause, command)}" if key and key != str(error) else reason(cause, command)
     if isinstance(error, InterpolationResolutionError):  # an error of our resolvers comes in three lines
         return re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).splitlines()[0])
-    if isinstance(error, MisconfigurationException):
+    if isinstance(error, _lightning_errors()):
         return str(error).strip().split("\n")[0]
     if isinstance(error, ModuleNotFoundError):
         return usage.missing(error)

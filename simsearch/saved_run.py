@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -18,7 +18,9 @@ from simsearch import trust
 from simsearch.errors import SimsearchError
 from simsearch.files import Damaged, check_zip, note_change, read_json
 from simsearch.models import encoder
-from simsearch.models.steps import DescribesBatches
+
+if TYPE_CHECKING:  # it brings Lightning, which a search does without
+    from simsearch.models.steps import DescribesBatches
 
 
 class RunError(SimsearchError, ValueError):

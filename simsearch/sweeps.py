@@ -337,7 +337,7 @@ class Sweep(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError(f"the folder {folder} is not writable")
-        except program.USER_ERRORS as error:
+        except program.user_errors() as error:
             warn(f"simsearch train: {program.reason(error)}: give another run_dir")
             raise SystemExit(1) from None
 
@@ -350,7 +350,7 @@ class Sweep(Callback):
         """
         try:
             self._start(config)
-        except program.USER_ERRORS as error:  # Hydra would make a warning of it and go on
+        except program.user_errors() as error:  # Hydra would make a warning of it and go on
             warn(f"simsearch train: {program.reason(error)}")
             raise SystemExit(1) from None
 

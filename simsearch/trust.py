@@ -78,6 +78,7 @@ ALLOWED = frozenset(
         "simsearch.models.frozen.LearnedWhitening",
         "simsearch.models.frozen.Whitening",
         "simsearch.models.hashing.HashNetwork",
+        "simsearch.models.onnx_model.onnx_backbone",
         "simsearch.models.parts.PartsRetriever",
         "simsearch.models.parts.TrainedPart",
         "simsearch.models.pooling.Average",

@@ -26,8 +26,7 @@ class Encoder(Protocol):
     """A torch module of any family that describes images, as a catalog stores it.
 
     An encoder whose descriptors have several parts also has `parts`. An encoder that can attribute a similarity to
-    regions of an image also has `explains` and `heat_map`. Use simsearch.models.parts.parts_of and can_explain to find
-    out.
+    regions of an image also has `explains` and `heat_map`. Use `parts_of` and `can_explain` to find out.
 
     Attributes:
         provenance: Plain facts about the weights, which accompany every result. Whoever loads the tensors sets them.
@@ -272,6 +271,25 @@ class Part:
     start: int
     stop: int
     weight: float
+
+
+def parts_of(encoder: Encoder) -> dict[str, Part]:
+    """The parts of an encoder's descriptors by name, in column order. Without parts, all columns are `content`.
+
+    Args:
+        encoder: The encoder.
+    """
+    parts = getattr(encoder, "parts", None)
+    return {"content": Part(0, encoder.dimension, 1.0)} if parts is None else dict(parts)
+
+
+def can_explain(encoder: Encoder | nn.Module) -> bool:
+    """Whether an encoder has `heat_map(image, vector)`: its descriptors, or a part of them, are sums over regions.
+
+    Args:
+        encoder: The encoder.
+    """
+    return bool(getattr(encoder, "explains", False))
 
 
 @dataclass(frozen=True)

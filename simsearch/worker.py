@@ -40,7 +40,7 @@ def main() -> None:
         except Exception as error:
             if reports is None:
                 raise
-            expected = isinstance(error, program.USER_ERRORS)
+            expected = isinstance(error, program.user_errors())
             message = program.reason(error) if expected else f"{type(error).__name__}: {error}"
             launch.report_error(reports, message, "" if expected else traceback.format_exc())
             raise SystemExit(1) from None

@@ -21,6 +21,7 @@ OPTIONS = [(g, p.stem) for g in GROUPS for p in sorted((CONF / g).glob("*.yaml")
 NEEDS_A_NAME = {
     "torchvision": ["backbone.name=resnet18"],
     "timm": ["backbone.name=resnet10t"],
+    "onnx": ["backbone.weights=random", "backbone.channels=512"],
     "factory": ["index.factory=Flat"],
     "files": ["data.source=images"],
     "art": ["data.source=images"],

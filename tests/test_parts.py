@@ -26,10 +26,10 @@ from simsearch.models.colour import colour_backbone
 from simsearch.models.dir import RegionNetwork
 from simsearch.models.encoder import build_encoder, encoder_config
 from simsearch.models.frozen import FrozenRetriever, Whitening
-from simsearch.models.parts import PartsRetriever, TrainedPart, can_explain, parts_of
+from simsearch.models.parts import PartsRetriever, TrainedPart
 from simsearch.models.pooling import RMAC, Average, GeM
 from simsearch.search.catalog import encoder_fingerprint, load_tensors, write_encoder
-from simsearch.types import Part
+from simsearch.types import Part, can_explain, parts_of
 
 N, SIDE = 60, 48
 

@@ -112,7 +112,7 @@ def pictures(
         first = line.results[0]
         config = first.config if trusted else saved_run.admitted(first.config, first.place)
         judge = Judge.of(configs.build_data(config).collection, line)
-    except (*program.USER_ERRORS, LookupError) as error:
+    except program.user_errors(LookupError) as error:
         reason = program.reason(error)
         print(f"no pictures: {reason}", file=sys.stderr)
         return None, {e.name: f"no pictures: the data cannot be read ({reason})" for e in compared}

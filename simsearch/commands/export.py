@@ -20,7 +20,8 @@ from simsearch.functional.ragged import ragged, stacks
 from simsearch.functional.resize import resize_to_fit
 from simsearch.images import decode_thumbnail
 from simsearch.models.backbones import Backbone
-from simsearch.models.exported import ABOUT, ExportedEncoder, write_exported
+from simsearch.models.export import write_exported, write_samples
+from simsearch.models.exported import ABOUT, ExportedEncoder
 from simsearch.search.calibration_sample import chosen
 from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.describe import batches_of, encode
@@ -74,7 +75,9 @@ def main(config: DictConfig) -> None:
         about = write_exported(temporary, encoder)
         exported = ExportedEncoder(temporary)
         batches = list(sample_images(config, catalog, encoder))
-        agreement = compare(catalog, encoder, exported, batches, config.k)
+        expected = torch.cat([encode(encoder, images) for images in batches])
+        about["sha256"] |= write_samples(temporary, batches, expected)
+        agreement = compare(catalog, expected, exported, batches, config.k)
         check(agreement, config.tolerance)
         speeds = {n: [speed(describe, batches[0][:1], n) for describe in (encoder.embed, exported.embed)]
                   for n in BATCHES}  # fmt: skip
@@ -141,18 +144,17 @@ def sample_images(config: DictConfig, catalog: Catalog, encoder: Encoder) -> Ite
         raise ValueError(f"no image of {config.images} could be read")
 
 
-def compare(catalog: Catalog, encoder: Encoder, exported: ExportedEncoder, batches: list[Tensor], k: int) -> Agreement:
+def compare(catalog: Catalog, expected: Tensor, exported: ExportedEncoder, batches: list[Tensor], k: int) -> Agreement:
     """How well the files agree with torch, on descriptors and on the neighbours of the images.
 
     Args:
         catalog: The catalog.
-        encoder: Its encoder.
+        expected: The descriptors of the images by torch, float32 (N, D).
         exported: The exported files.
         batches: Batches of images (B, 3, H, W).
         k: Number of neighbours.
     """
     k = min(k, len(catalog))
-    expected = torch.cat([encode(encoder, images) for images in batches])
     found = torch.cat([exported.embed(images) for images in batches])
     one, other = catalog.index.search(expected, k), catalog.index.search(found, k)
     ids = list(zip(one.ids, other.ids, strict=True))

@@ -72,7 +72,8 @@ def main(config: DictConfig) -> None:
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
     values = configs.plain(config)
-    catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
+    exported = Path(config.encoder) if config.encoder else None
+    catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config), exported=exported)
     chosen = config.verification
     settings = {"top": chosen.top, "regions": chosen.regions, "mirrored": chosen.mirrored}
     catalog = verifying(catalog, chosen.enabled, **settings)

@@ -66,7 +66,8 @@ def main(config: DictConfig) -> None:
     check_min_score(config.min_score)
     if min(config.rows, config.batch_size) < 1:
         raise ValueError(f"rows and batch_size must be at least 1, got {config.rows} and {config.batch_size}")
-    catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
+    exported = Path(config.encoder) if config.encoder else None
+    catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config), exported=exported)
     chosen = config.verification
     settings = {"top": chosen.top, "regions": chosen.regions, "mirrored": chosen.mirrored}
     catalog = verifying(catalog, chosen.enabled, **settings)

@@ -36,7 +36,7 @@ def main(config: DictConfig) -> None:
     """
     values = configs.plain(config)
     trusted = configs.trusts(config)
-    sources = find_sources(values["catalog"], values["root"])
+    sources = find_sources(values["catalog"], values["root"], values["encoder"])
     limits = configs.build(values["limits"])
     if values["threads"] is not None:
         torch.set_num_threads(values["threads"])
@@ -114,16 +114,17 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def find_sources(catalog: str | Sequence[str] | Mapping[str, str], root: Any) -> dict[str, Source]:
+def find_sources(catalog: str | Sequence[str] | Mapping[str, str], root: Any, encoder: Any = None) -> dict[str, Source]:
     """The catalogs by name.
 
     Args:
         catalog: A folder, several folders, or {name: folder}.
         root: The image root of all catalogs, {name: root}, or None.
+        encoder: The exported encoder of all catalogs, {name: folder}, or None.
 
     Raises:
-        ValueError: If a name cannot be part of an address or occurs twice, or if a root does not exist or belongs to no
-            catalog.
+        ValueError: If a name cannot be part of an address or occurs twice, or if a root or encoder does not exist or
+            belongs to no catalog.
     """
     if isinstance(catalog, Mapping):
         named = [(str(name), Path(folder)) for name, folder in catalog.items()]
@@ -142,13 +143,20 @@ def find_sources(catalog: str | Sequence[str] | Mapping[str, str], root: Any) ->
             )
         if names.count(name) > 1:
             raise ValueError(f"two catalogs are named {name}: name them by catalog={{one: <folder>, two: <folder>}}")
-    roots = root if isinstance(root, Mapping) else dict.fromkeys(names, root)
-    if unknown := sorted(set(roots) - set(names)):
-        raise ValueError(f"root names {unknown[0]}, which is not a catalog here: there are {', '.join(names)}")
-    for path in roots.values():
-        if path is not None and not Path(path).is_dir():
-            raise ValueError(f"the image root {path} is not a folder")
-    return {name: Source(folder, Path(roots[name]) if roots.get(name) else None) for name, folder in named}
+    roots, encoders = _by_name("root", root, names), _by_name("encoder", encoder, names)
+    return {name: Source(folder, roots.get(name), encoders.get(name)) for name, folder in named}
+
+
+def _by_name(option: str, given: Any, names: Sequence[str]) -> dict[str, Path]:
+    """The folders of an option by the names of the catalogs. Raises ValueError if one is missing or of no catalog."""
+    folders = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
+    if unknown := sorted(set(folders) - set(names)):
+        raise ValueError(f"{option} names {unknown[0]}, which is not a catalog here: there are {', '.join(names)}")
+    found = {str(name): Path(folder) for name, folder in folders.items() if folder}
+    for path in found.values():
+        if not path.is_dir():
+            raise ValueError(f"{option}={path} is not a folder")
+    return found
 
 
 def bind(host: str, port: int) -> socket.socket:

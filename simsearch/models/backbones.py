@@ -63,6 +63,7 @@ class Backbone(nn.Module):
         fit: "square" takes the centre square. "longest" takes the whole image with its longest side at `size`, for
             convolutional networks: the shape of the map follows that of the image, and all images of a batch have one
             shape (simsearch.data.manifest.load_images makes such batches).
+        channels: C, for a network whose tensors come later, so that it cannot run yet. None runs it to find out.
 
     Raises:
         ValueError: If `runtime` or `fit` is unknown, the network gives no feature maps at this size, or it takes square
@@ -83,6 +84,7 @@ class Backbone(nn.Module):
         provenance: dict[str, str],
         runtime: Runtime = "auto",
         fit: Fit = "square",
+        channels: int | None = None,
     ) -> None:
         super().__init__()
         if runtime not in ("auto", "torch", "onnx"):
@@ -96,6 +98,9 @@ class Backbone(nn.Module):
         self._onnx: dict[int | None, OnnxNetwork] = {}  # None: for all sizes
         self._seen = 0
         self.register_load_state_dict_post_hook(_drop_exported)
+        if channels is not None:
+            self.channels, self.min_side = channels, 1
+            return
         training = network.training
         features = _features_of(network.eval(), size, name)
         if not isinstance(features, Tensor) or features.ndim != 4:

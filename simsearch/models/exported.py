@@ -1,156 +1,60 @@
-"""An encoder of descriptors exported as ONNX files, with a description of all steps around them."""
+"""An encoder of descriptors exported as ONNX files, with a description of all steps around them.
+
+    encoder.json          steps, sizes and files; the fingerprint of the catalog's encoder; what was checked
+    <part>.onnx           a network, one for each size of a part
+    <part>.safetensors    a head, where the ONNX file ends with maps
+    samples.safetensors   a few images and their descriptors by torch, which every machine that uses the files compares
+
+There is no code: ONNX Runtime computes the networks, and `ExportedEncoder` or a program in another language the rest.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from simsearch.files import checked, digests, read_json, write_json
+from simsearch.files import Damaged, checked, read_json
 from simsearch.functional.pooling import rmac
 from simsearch.functional.resize import resize_to_fit
-from simsearch.models.backbones import Backbone
-from simsearch.models.dir import RegionNetwork
-from simsearch.models.frozen import DescriptorHead, FrozenRetriever, Whitening
-from simsearch.models.onnx import OnnxFile, check_shapes, export_network
-from simsearch.models.parts import PartsRetriever, TrainedPart, parts_of
-from simsearch.models.pooling import RMAC
-from simsearch.types import Encoder
+from simsearch.models.onnx import OnnxFile, parse
+from simsearch.types import Fit, Part
 
 FORMAT = 1
 ABOUT = "encoder.json"
-_STEPS = (
-    "An image is decoded to RGB as its file has it, upright by its EXIF orientation, alpha on white, and scaled as "
-    "`image` says, to uint8. For each part and each of its scales:",
-    "1. scale it again, to the scale's size: fit square takes the centre square, fit longest the whole image with "
-    "its longest side at that size, the other rounded half up; bicubic (a = -0.5) with antialiasing, as Pillow "
-    "does, rounded to uint8; an image that has the size already stays as it is",
-    "2. pixels float32 (B, 3, H, W): (value in 0..255 - mean) / std, per channel R, G, B; where a side is shorter than "
-    "min_side, repeat the borders on both sides, the odd pixel after the image",
-    "3. run the file: input `pixels`, output `features`: L2-normalised vectors (B, D), or, where the part has a "
-    "`head`, maps (B, C, h, w), of which the head makes them: R-MAC regions' maxima, each L2-normalised (with "
-    "whiten_regions false: summed and L2-normalised), times weight (D, C) transposed plus bias where the head has a "
-    "file, L2-normalised, summed, L2-normalised",
-    "4. add the vectors of the part's scales, L2-normalise, multiply by the square root of the part's weight",
-    "These, in the columns start..stop of the parts, are the descriptor: the inner product of two is the similarity.",
-    "R-MAC regions of a map of sides short <= long: at level l = 1.. squares of side floor(2 short / (l + 1)), l along "
-    "the short side and l + n along the long one, their starts spread evenly over what room there is and rounded down. "
-    "n = 0 where short = long, else that of 1..6 for which (short^2 - short (long - short) / n) / short^2 is closest "
-    "to `overlap`, the least of equals. With `whole` the whole map is one more region.",
-)
+SAMPLES = "samples.safetensors"
+SAME = 0.9999  # least cosine of the files' descriptor of an image with that by torch
 
 
-class Description(nn.Module):
-    """L2-normalised descriptors (B, D) of normalised pixels (B, 3, H, W) at one scale, as one module.
+def read_about(folder: Path) -> dict[str, Any]:
+    """The content of the encoder.json of an export.
 
     Args:
-        network: Maps pixels to feature maps (B, C, h, w).
-        head: Maps feature maps to descriptors.
-    """
-
-    def __init__(self, network: nn.Module, head: DescriptorHead) -> None:
-        super().__init__()
-        self.network, self.head = network, head
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """L2-normalised descriptors float32 (B, D).
-
-        Args:
-            pixels: Normalised images float32 (B, 3, H, W).
-        """
-        return self.head(self.network(pixels))
-
-
-def write_exported(folder: Path, encoder: Encoder) -> dict[str, Any]:
-    """Writes an ONNX file for each part and size of an encoder, and encoder.json. Returns what encoder.json holds.
-
-    The regions of R-MAC depend on the shape of the image. With fit "longest" the ONNX file therefore ends with the
-    maps, and the head's tensors lie beside it.
-
-    Args:
-        folder: An existing folder.
-        encoder: An encoder of descriptors, on the CPU.
+        folder: The folder of the exported files.
 
     Raises:
-        ValueError: If the encoder gives codes, is of another kind, or has a network that cannot be exported.
+        ValueError: If the folder holds no export, one of another format, or one that is damaged.
     """
-    about: dict[str, Any] = {
-        "format": FORMAT,
-        "steps": _STEPS,
-        "image": {"size": encoder.input_size, "fit": encoder.fit},
-        "dimension": encoder.dimension,
-        "parts": {},
-    }
-    for name, part in parts_of(encoder).items():
-        member = encoder.members[name] if isinstance(encoder, PartsRetriever) else encoder
-        about["parts"][name] = {**asdict(part), **_write_part(folder, name, member)}
-    about["sha256"] = digests(folder, sorted(path.name for path in folder.iterdir() if path.name != ABOUT))
-    write_json(folder / ABOUT, about)
+    try:
+        about = read_json(folder / ABOUT)
+    except OSError as error:
+        raise ValueError(
+            f"no exported encoder in {folder} ({error}): make one by `simsearch export catalog=... out=...`"
+        ) from error
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{folder / ABOUT} has format {about.get('format')}, this version reads {FORMAT}")
     return about
 
 
-def _write_part(folder: Path, name: str, encoder: Encoder) -> dict[str, Any]:
-    if isinstance(encoder, TrainedPart):
-        encoder = encoder.network
-    if not isinstance(encoder, FrozenRetriever | RegionNetwork) or encoder.bits is not None:
-        raise ValueError(
-            "only descriptors of a backbone can be exported (model=frozen, dir, and parts of these); this encoder is "
-            f"{'of codes' if getattr(encoder, 'bits', None) else 'of another kind'} ({type(encoder).__name__})"
-        )
-    backbone = encoder.backbone
-    head = encoder.head if isinstance(encoder, FrozenRetriever) else encoder.descriptor
-    longest = backbone.fit == "longest"
-    apart = longest and isinstance(head.pooling, RMAC)
-    network = backbone.network if apart else Description(backbone.network, head).eval()
-    files: dict[int, str] = {}
-    for size in encoder.sizes:
-        if size not in files:
-            files[size] = f"{name}.onnx" if longest or len(set(encoder.sizes)) == 1 else f"{name}-{size}.onnx"
-            if not (folder / files[size]).exists():
-                _write_network(folder / files[size], network, backbone, size)
-    return {
-        "scales": [{"file": files[size], "size": size} for size in encoder.sizes],
-        "mean": backbone.mean.flatten().tolist(),
-        "std": backbone.std.flatten().tolist(),
-        "min_side": backbone.min_side,
-        "head": _write_head(folder / f"{name}.safetensors", head) if apart else None,
-        "backbone": {"name": backbone.name, **backbone.provenance},
-    }
+class ExportedEncoder(nn.Module):
+    """An Encoder that runs in ONNX Runtime on the CPU, using only the files that `write_exported` left in a folder.
 
-
-def _write_network(path: Path, network: nn.Module, backbone: Backbone, size: int) -> None:
-    min_side = backbone.min_side if backbone.fit == "longest" else None
-    try:
-        path.write_bytes(export_network(network, size, min_side))
-        if min_side is not None:
-            check_shapes(OnnxFile(path, one_shape=False), network, min_side)
-    except RuntimeError as error:
-        reason = str(error).removesuffix(": set backbone.runtime=torch")
-        raise ValueError(f"{path.stem} ({backbone.name}): {reason}") from error
-
-
-def _write_head(path: Path, head: DescriptorHead) -> dict[str, Any]:
-    pooling, last = head.pooling, head.whitening
-    assert isinstance(pooling, RMAC)
-    about = {"levels": pooling.levels, "overlap": pooling.overlap, "whole": pooling.whole}
-    if last is None:
-        return {**about, "whiten_regions": head.whiten_regions, "file": None}
-    if isinstance(last, Whitening):
-        weight, bias = last.projection, -(last.projection @ last.mean)
-    else:  # a fully connected layer that learns
-        weight, bias = last.weight, last.bias
-    path.write_bytes(save({"weight": weight.detach().contiguous(), "bias": bias.detach().contiguous()}))
-    return {**about, "whiten_regions": head.whiten_regions, "file": path.name}
-
-
-class ExportedEncoder:
-    """Describes images in ONNX Runtime, using only the files that `write_exported` left in a folder.
+    It describes queries. It has no tensors of torch, so no catalog can keep it.
 
     Args:
         folder: The folder.
@@ -159,15 +63,62 @@ class ExportedEncoder:
         ValueError: If the files are of another format or damaged.
     """
 
+    bits = None
+
     def __init__(self, folder: Path) -> None:
-        about = read_json(folder / ABOUT)
-        if about.get("format") != FORMAT:
-            raise ValueError(f"{folder / ABOUT} has format {about.get('format')}, this version reads {FORMAT}")
-        self.fit, self.parts = about["image"]["fit"], about["parts"]
-        names = {scale["file"] for part in self.parts.values() for scale in part["scales"]}
-        self._files = {name: OnnxFile(checked(folder, name, about), self.fit == "square") for name in names}
-        heads = {name: part["head"]["file"] for name, part in self.parts.items() if part["head"]}
-        self._tensors = {name: load_file(checked(folder, file, about)) for name, file in heads.items() if file}
+        super().__init__()
+        about = read_about(folder)
+        self.folder, self._about = folder, about
+        try:
+            self.input_size = int(about["image"]["size"])
+            self.fit: Fit = about["image"]["fit"]
+            self.dimension = int(about["dimension"])
+            self._steps: dict[str, dict[str, Any]] = about["parts"]
+            self.parts = {name: Part(part["start"], part["stop"], part["weight"]) for name, part in self._steps.items()}
+            names = {scale["file"] for part in self._steps.values() for scale in part["scales"]}
+            heads = {name: part["head"]["file"] for name, part in self._steps.items() if part["head"]}
+        except (LookupError, TypeError) as error:
+            raise Damaged(f"{folder / ABOUT} is damaged ({error!r}): export the encoder again") from error
+        self.provenance = {"weights": "exported", "encoder": str(about.get("encoder", ""))}
+        self._files = {name: OnnxFile(self._model(name), self.fit == "square") for name in sorted(names)}
+        self._tensors = {name: load_file(self._path(file)) for name, file in heads.items() if file}
+
+    def _path(self, name: str) -> Path:
+        """The path of a file of the export, after a comparison with its digest."""
+        if Path(name).name != name:
+            raise Damaged(f"{self.folder / ABOUT} names the file {name!r}, which is not in the folder")
+        return checked(self.folder, name, self._about)
+
+    def _model(self, name: str) -> bytes:
+        path = self._path(name)
+        data = path.read_bytes()
+        parse(data, str(path))  # refuses tensors in other files
+        return data
+
+    def check_samples(self) -> None:
+        """Checks that the files give the stored images their descriptors by torch, on this machine.
+
+        Raises:
+            ValueError: If they do not, or if there are no stored images.
+        """
+        if SAMPLES not in self._about.get("sha256", {}):
+            raise ValueError(
+                f"{self.folder} holds no {SAMPLES} to check the files by: export the encoder again by this version"
+            )
+        samples = load_file(self._path(SAMPLES))
+        expected = samples.pop("vectors")
+        found = torch.cat([self.embed(samples[f"image.{i}"][None]) for i in range(len(expected))])
+        cosines = F.cosine_similarity(found, expected)
+        if not (cosines >= SAME).all():  # nan too
+            raise ValueError(
+                f"the files in {self.folder} give other descriptors here than torch gave when they were written: the "
+                f"cosine of one image is {float(cosines.nan_to_num(-1).min()):.6f}, at least {SAME} is asked. Export "
+                "the encoder again"
+            )
+
+    def identity(self) -> dict[str, object]:
+        """The fingerprint of the encoder that the files were exported from, as plain values."""
+        return {"family": "exported", "encoder": self.provenance["encoder"]}
 
     def embed(self, image: Tensor) -> Tensor:
         """L2-normalised descriptors float32 (B, D).
@@ -176,13 +127,13 @@ class ExportedEncoder:
             image: uint8 (B, 3, H, W).
         """
         vectors = []
-        for name, part in self.parts.items():
+        for name, part in self._steps.items():
             scales = [self._scale(image, name, scale) for scale in part["scales"]]
             vectors.append(math.sqrt(part["weight"]) * F.normalize(torch.stack(scales).sum(0), dim=1))
         return torch.cat(vectors, dim=1)
 
     def _scale(self, image: Tensor, name: str, scale: dict[str, Any]) -> Tensor:
-        part = self.parts[name]
+        part = self._steps[name]
         mean, std = (torch.tensor(part[key])[:, None, None] for key in ("mean", "std"))
         pixels = (resize_to_fit(image, scale["size"], self.fit).float() - mean) / std
         if self.fit == "longest":

@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, TensorProto
 
 _STRIDE = 32
 _OPSET = 17
@@ -28,15 +31,45 @@ def export_network(network: nn.Module, size: int, min_side: int | None = None) -
     Raises:
         RuntimeError: If the exporter fails. The message says what to do.
     """
-    buffer = io.BytesIO()
     axes = {0: "batch"} if min_side is None else {0: "batch", 2: "height", 3: "width"}
     # The sides differ, so that the exporter cannot confuse them.
     example = torch.zeros(2, 3, size, size if min_side is None else size + 32)
     with torch.no_grad():
         # Besides the batch, only maps have sides that depend on the image.
         outputs = axes if network(example).ndim == 4 else {0: "batch"}
-    for name, symbolic in _SYMBOLIC.items():
-        torch.onnx.register_custom_op_symbolic(name, symbolic, _OPSET)
+    return _export(network, example, "pixels", {"pixels": axes, "features": outputs}, _OPSET)
+
+
+def export_after(model: bytes, head: nn.Module, maps: Tensor) -> bytes:
+    """A model followed by a head, as one ONNX file with input "pixels" and output "features" (B, D) for any B.
+
+    Args:
+        model: An ONNX model with input "pixels" and output "features", whose other names begin with "network/" or
+            "standard/".
+        head: Maps the features to vectors (B, D).
+        maps: Features of two images, as an example.
+
+    Raises:
+        RuntimeError: If the exporter fails.
+    """
+    before = parse(model, "the model")
+    opset = next(entry.version for entry in before.opset_import if entry.domain in ("", "ai.onnx"))
+    axes = {"maps": {0: "batch"}, "features": {0: "batch"}}
+    after = parse(_export(head, maps, "maps", axes, opset), "the head")
+    for node in before.graph.node:
+        node.output[:] = ["maps" if name == "features" else name for name in node.output]
+    before.graph.node.extend(after.graph.node)
+    before.graph.initializer.extend(after.graph.initializer)
+    del before.graph.output[:]
+    before.graph.output.extend(after.graph.output)
+    return before.SerializeToString()
+
+
+def _export(network: nn.Module, example: Tensor, name: str, axes: dict[str, dict[int, str]], opset: int) -> bytes:
+    """A network as an ONNX file, with the input `name` and the output "features", whose `axes` are dynamic."""
+    buffer = io.BytesIO()
+    for operator, symbolic in _SYMBOLIC.items():
+        torch.onnx.register_custom_op_symbolic(operator, symbolic, opset)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -44,17 +77,17 @@ def export_network(network: nn.Module, size: int, min_side: int | None = None) -
                 network,
                 (example,),
                 buffer,  # type: ignore[arg-type]
-                input_names=["pixels"],
+                input_names=[name],
                 output_names=["features"],
-                dynamic_axes={"pixels": axes, "features": outputs},
-                opset_version=_OPSET,
+                dynamic_axes=axes,
+                opset_version=opset,
                 dynamo=False,
             )
     except Exception as error:
         raise RuntimeError(f"cannot export the network to ONNX ({error}): set backbone.runtime=torch") from error
     finally:
-        for name in _SYMBOLIC:
-            torch.onnx.unregister_custom_op_symbolic(name, _OPSET)
+        for operator in _SYMBOLIC:
+            torch.onnx.unregister_custom_op_symbolic(operator, opset)
     return buffer.getvalue()
 
 
@@ -98,6 +131,54 @@ def _angle(g: Any, y: Any, x: Any) -> Any:
 
 
 _SYMBOLIC = {"aten::adaptive_avg_pool2d": _adaptive_average, "aten::atan2": _angle}
+
+
+def parse(data: bytes, name: str) -> ModelProto:
+    """The ONNX model in the bytes of a file, which holds all of its tensors itself.
+
+    Args:
+        data: The bytes.
+        name: Name of the file, for messages.
+
+    Raises:
+        ValueError: If the bytes are no ONNX model, or if a tensor lies in another file, whose path the model chooses.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load_model_from_string(data)
+    except DecodeError as error:
+        raise ValueError(f"{name} is no ONNX file, or a damaged one ({error})") from error
+    if not model.graph.node:
+        raise ValueError(f"{name} is no ONNX file, or one without a graph")
+    for tensor in tensors_of(model):
+        if onnx.external_data_helper.uses_external_data(tensor):
+            raise ValueError(f"{name} keeps tensors in another file (first {tensor.name!r}): save it as one file")
+    return model
+
+
+def tensors_of(model: ModelProto) -> Iterator[TensorProto]:
+    """Yields all constant tensors of an ONNX model, those of nested graphs and functions included.
+
+    Args:
+        model: The model.
+    """
+    graphs: list[GraphProto] = [model.graph]
+    nodes = [node for function in model.functions for node in function.node]
+    while graphs or nodes:
+        if graphs:
+            graph = graphs.pop()
+            yield from graph.initializer
+            for sparse in graph.sparse_initializer:
+                yield from (sparse.values, sparse.indices)
+            nodes += graph.node
+        for attribute in (attribute for node in nodes for attribute in node.attribute):
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            graphs += [attribute.g, *attribute.graphs]
+        nodes = []
 
 
 class OnnxFile:

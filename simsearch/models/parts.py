@@ -15,28 +15,9 @@ from simsearch.functional.ragged import by_shape
 from simsearch.models.backbones import WeightsError, load_state, state_fingerprint
 from simsearch.models.frozen import FrozenRetriever
 from simsearch.models.steps import DescribesBatches
-from simsearch.types import Batch, Encoder, Fit, HeatMap, Part
+from simsearch.types import Batch, Encoder, Fit, HeatMap, Part, can_explain
 
 _AT_ONCE = 64  # images at a time in any batch, since shallow maps are large
-
-
-def parts_of(encoder: Encoder) -> dict[str, Part]:
-    """The parts of an encoder's descriptors by name, in column order. Without parts, all columns are `content`.
-
-    Args:
-        encoder: The encoder.
-    """
-    parts = getattr(encoder, "parts", None)
-    return {"content": Part(0, encoder.dimension, 1.0)} if parts is None else dict(parts)
-
-
-def can_explain(encoder: Encoder | nn.Module) -> bool:
-    """Whether an encoder has `heat_map(image, vector)`: its descriptors, or a part of them, are sums over regions.
-
-    Args:
-        encoder: The encoder.
-    """
-    return bool(getattr(encoder, "explains", False))
 
 
 class TrainedPart(nn.Module):

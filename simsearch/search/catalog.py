@@ -48,6 +48,7 @@ from simsearch.images import ImageError
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import state_fingerprint
 from simsearch.models.encoder import build, build_encoder
+from simsearch.models.exported import ExportedEncoder, read_about
 from simsearch.search.items import THUMBNAIL, ThumbnailGroups, read_items, write_items
 from simsearch.search.local_features import NAME as LOCAL_FEATURES
 from simsearch.search.local_features import StoredFeatures, write_local_features
@@ -94,6 +95,7 @@ class Catalog:
         trusted: True if the user trusts whoever made the catalog.
         local: The local features of the items. None if the catalog has none.
         verification: How matches are verified by local features. None if the catalog has none.
+        exported: Folder of exported files that describe queries in place of the stored encoder, or None.
     """
 
     folder: Path
@@ -104,6 +106,7 @@ class Catalog:
     trusted: bool = False
     local: StoredFeatures | None = None
     verification: Verification | None = None
+    exported: Path | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -156,12 +159,14 @@ class Catalog:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The encoder that filled the catalog. The first access builds, loads and checks it.
+        """The encoder that filled the catalog, or its exported files. The first access builds, loads and checks it.
 
         Raises:
             CatalogError: If the encoder is not available, or is a different one.
             Untrusted: If the encoder's config would run code and the catalog is not trusted.
         """
+        if self.exported is not None:
+            return read_exported(self.exported)
         return read_encoder(self.folder, self.about, trusted=self.trusted)
 
 
@@ -233,6 +238,36 @@ def read_encoder(folder: Path, about: Mapping[str, Any], *, trusted: bool = Fals
         raise CatalogError(f"{folder} does not record how its encoder is built: {error!r}") from error
     load_tensors(folder, about, encoder)
     return encoder
+
+
+def read_exported(folder: Path) -> ExportedEncoder:
+    """The encoder that `simsearch export` wrote to a folder, after a check that it describes images as torch did.
+
+    Args:
+        folder: The folder of the exported files.
+
+    Raises:
+        CatalogError: If a file is missing or damaged, or if ONNX Runtime gives other descriptors here.
+    """
+    try:
+        encoder = ExportedEncoder(folder)
+        encoder.check_samples()
+    except Exception as error:  # onnxruntime has many kinds
+        raise CatalogError(f"cannot use the exported encoder in {folder}: {error}") from error
+    return encoder
+
+
+def _check_exported(exported: Path, folder: Path, about: Mapping[str, Any]) -> None:
+    """Checks that exported files come from the encoder of a catalog. Raises CatalogError."""
+    try:
+        other = read_about(exported).get("encoder")
+    except ValueError as error:
+        raise CatalogError(str(error)) from error
+    if other != (own := about["encoder_fingerprint"]):
+        raise CatalogError(
+            f"{exported} was exported from encoder {other}, the catalog {folder} was filled by {own}: their "
+            f"descriptors do not compare. Export its own: simsearch export catalog={folder} out=..."
+        )
 
 
 def load_tensors(folder: Path, about: Mapping[str, Any], encoder: Encoder) -> None:
@@ -405,16 +440,20 @@ def calibrated_for(folder: Path) -> str | None:
         return "" if (folder / "calibration.json").exists() else None
 
 
-def read_catalog(folder: Path, *, calibrated: bool = True, trusted: bool = False) -> Catalog:
+def read_catalog(
+    folder: Path, *, calibrated: bool = True, trusted: bool = False, exported: Path | None = None
+) -> Catalog:
     """The catalog in a folder.
 
     Args:
         folder: The catalog's folder.
         calibrated: Also read the calibration, if there is one.
         trusted: Allow links to lead out of the folder.
+        exported: Folder of `simsearch export`, whose files describe queries in ONNX Runtime in place of the stored
+            encoder. None for the stored encoder.
 
     Raises:
-        CatalogError: If the folder holds no catalog, or a damaged one.
+        CatalogError: If the folder holds no catalog, or a damaged one, or if `exported` is of another encoder.
         Untrusted: If a link leads out of the folder, or the verification would run code, and `trusted` is False.
     """
     folder = Path(folder)
@@ -445,7 +484,11 @@ def read_catalog(folder: Path, *, calibrated: bool = True, trusted: bool = False
         raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
     if len(index) != len(items):
         raise CatalogError(f"the catalog {folder} is damaged: {len(index)} vectors for {len(items)} items")
-    catalog = _with_local_features(Catalog(folder, index, items, about, trusted=trusted))
+    if exported is not None:
+        if not trusted and exported.is_dir():
+            check_links(exported)
+        _check_exported(exported, folder, about)
+    catalog = _with_local_features(Catalog(folder, index, items, about, trusted=trusted, exported=exported))
     return replace(catalog, calibration=_read_calibration(catalog)) if calibrated else catalog
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from simsearch.models.backbones import Backbone, Runtime
+from simsearch.models.exported import ExportedEncoder
+from simsearch.models.onnx_model import OnnxModel
 from simsearch.types import Encoder
 
 AGREE = 1e-3  # L2 distance of descriptors of norm 1; of codes relative to theirs
@@ -43,11 +45,21 @@ def choose_runtime(encoder: Encoder, batch_size: int, wanted: Runtime = "auto") 
         wanted: auto, torch or onnx.
 
     Raises:
-        ValueError: If `wanted` is "onnx" and a network must stay on torch, or if `wanted` is none of the three.
+        ValueError: If `wanted` is "onnx" and a network must stay on torch, "torch" and the encoder is exported, or none
+            of the three.
     """
     if wanted not in ("auto", "torch", "onnx"):
         raise ValueError(f"runtime must be auto, torch or onnx, got {wanted!r}")
+    if isinstance(encoder, ExportedEncoder):
+        if wanted == "torch":
+            raise ValueError(
+                f"runtime=torch: the files in {encoder.folder} run in ONNX Runtime alone; use runtime=auto"
+            )
+        return Choice("onnx", f"the files in {encoder.folder}")
     networks = [module for module in encoder.modules() if isinstance(module, Backbone)]
+    if networks and all(isinstance(network.network, OnnxModel) for network in networks):
+        return Choice("onnx", "its network is an ONNX file")
+    networks = [network for network in networks if not isinstance(network.network, OnnxModel)]
     _set(networks, "torch")
     if wanted == "torch":
         return Choice("torch", "runtime=torch")

@@ -21,7 +21,6 @@ import torch
 from simsearch.files import Damaged
 from simsearch.images import MAX_BYTES, header_shape
 from simsearch.models.backbones import Runtime
-from simsearch.models.parts import can_explain
 from simsearch.search.catalog import Catalog, CatalogError, read_catalog
 from simsearch.search.engine import Engine
 from simsearch.search.items import ThumbnailGroups
@@ -31,6 +30,7 @@ from simsearch.serving.backend_choice import Choice, choose_runtime
 from simsearch.serving.browse import Listing, whole
 from simsearch.serving.encoder import EncoderWorker
 from simsearch.serving.limits import Limits
+from simsearch.types import can_explain
 
 _FILES = (
     *("catalog.json", "calibration.json", "items.parquet", "encoder.safetensors"),
@@ -48,10 +48,12 @@ class Source:
     Attributes:
         folder: The catalog's folder.
         root: Folder of the original images, if they may be shown.
+        exported: Folder of exported files that describe queries, or None for the catalog's own encoder.
     """
 
     folder: Path
     root: Path | None = None
+    exported: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +216,9 @@ class Library:
         self._trusted = trusted
         self._lock = threading.Lock()
         # Weak references: once no catalog uses an encoder, it is freed.
-        self._workers: weakref.WeakValueDictionary[str, EncoderWorker] = weakref.WeakValueDictionary()
+        self._workers: weakref.WeakValueDictionary[tuple[str, Path | None], EncoderWorker] = (
+            weakref.WeakValueDictionary()
+        )
         self._loaded: dict[str, Loaded] = {}
         self._stamps: dict[str, Stamp] = {}
         for name in self.sources:
@@ -292,7 +296,7 @@ class Library:
         raise CatalogError(f"the catalog {source.folder} keeps changing while it is read")
 
     def _open(self, name: str, source: Source) -> Loaded:
-        catalog = read_catalog(source.folder, trusted=self._trusted)
+        catalog = read_catalog(source.folder, trusted=self._trusted, exported=source.exported)
         engine = Engine(catalog)
         engine.position(*engine.names.of([0]))
         engine.recommend(Request(like=engine.vectors([0]), k=1, exclude=(0,)))  # loads what is loaded lazily
@@ -316,8 +320,8 @@ class Library:
 
     def _worker(self, catalog: Catalog) -> EncoderWorker:
         """The worker of the catalog's encoder, retained once more."""
-        fingerprint = catalog.about["encoder_fingerprint"]
-        known = self._workers.get(fingerprint)
+        key = (catalog.about["encoder_fingerprint"], catalog.exported)
+        known = self._workers.get(key)
         if known is not None and known.retain():
             return known
         encoder, limits = catalog.encoder.to(self._device), self._limits
@@ -333,7 +337,7 @@ class Library:
         except Exception:
             worker.release()
             raise
-        self._workers[fingerprint] = worker
+        self._workers[key] = worker
         return worker
 
 

@@ -24,7 +24,6 @@ from simsearch.functional.geometry import Match
 from simsearch.functional.regions import Region, crop
 from simsearch.functional.resize import resize_to_fit
 from simsearch.images import ImageError, decode_thumbnail
-from simsearch.models.parts import parts_of
 from simsearch.search.filters import Condition, parse_filters
 from simsearch.search.local_features import query_features
 from simsearch.search.names import POSITION
@@ -35,7 +34,7 @@ from simsearch.serving.library import Library, Loaded
 from simsearch.serving.limits import Account, Busy, Limits, Pool, account
 from simsearch.serving.messages import Example, Explained, Filter, Reply, Wanted
 from simsearch.serving.uploads import Upload, UploadFolder, Uploads, decoded, viewable
-from simsearch.types import LocalFeatures
+from simsearch.types import LocalFeatures, parts_of
 
 log = logging.getLogger("simsearch.serving")
 
