@@ -36,7 +36,7 @@ from simsearch.search.engine import Engine
 from simsearch.search.filters import Condition, parse_filters
 from simsearch.search.given import Given, given_images, pixels_of
 from simsearch.search.local_features import describe_queries
-from simsearch.search.photograph import joined, regions_of
+from simsearch.search.query_regions import joined, regions_of
 from simsearch.search.request import Hit, Regions, Request
 from simsearch.search.verification import Verification
 from simsearch.text import printable

@@ -125,6 +125,11 @@ def test_option_composes_and_builds(group, option, tmp_path):
         assert node
         assert all(callable(configs.build(one)) for one in node.values())
         return
+    if group == "verify":  # of commands that make a catalog or measure
+        node = compose(f"verify={option}", name="index")["verify"]
+        trust.check_config(node, "verify", trust.VERIFIERS)
+        assert configs.build(node).config == node
+        return
     overrides = [f"{group}={option}", *(NEEDS_A_NAME.get(option, []) if group not in ("model", "loss") else [])]
     if group == "experiment" and option.startswith("art-"):
         overrides += NEEDS_A_NAME["art"]

@@ -18,7 +18,7 @@ from simsearch.functional.proposals import proposals, rectified
 from simsearch.models.encoder import build_encoder
 from simsearch.search.catalog import read_catalog, verifying
 from simsearch.search.engine import Engine
-from simsearch.search.photograph import region_pixels, regions_of
+from simsearch.search.query_regions import region_pixels, regions_of
 from simsearch.search.request import Request
 from simsearch.search.verdicts import SAME_WORK
 from simsearch.search.verification import Verification

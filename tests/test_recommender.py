@@ -553,30 +553,36 @@ class TestCalibration:
                 assert got == -math.inf
 
     def test_evidence_against_loops(self):
-        """Inliers from a table stand for geometry: of the eight nearest, the item with most that is of another work."""
+        """Inliers from a table stand for geometry: of the six nearest, the item with most that is of another work."""
         inliers = torch.randint(0, 20, (N, N), generator=torch.Generator().manual_seed(5)).tolist()
 
-        class Verifying(Engine):
-            def verified(self, ids, local, known=None):
-                given = {i: inliers[local[0]][i] for i in ids[:8].tolist() if inliers[local[0]][i] > 12}
-                order = sorted(range(len(ids)), key=lambda place: -given.get(int(ids[place]), 0))
-                matches = [given.get(int(ids[place])) for place in order]
-                return torch.tensor(order), [one and SimpleNamespace(inliers=one) for one in matches]
+        class Table:
+            top, regions, region_top = 3, 0, 1
+
+            def changed(self, *, top, regions, mirrored):
+                other = Table()
+                other.top = top
+                return other
+
+            def verify(self, local, items):
+                found = [inliers[local[0]][i] for i in items]
+                return [SimpleNamespace(inliers=one) if one > 12 else None for one in found]
 
         stored = F.normalize(described(N, seed=2) + described(N, seed=9)[torch.arange(N) // 4])
         index = FaissIndex("Flat")
         index.add(stored)
-        verification = SimpleNamespace(top=8)
-        engine = Verifying(Catalog(Path("c"), index, attributes(N), {}, verification=verification))
+        local = SimpleNamespace(take=lambda positions: positions)
+        engine = Engine(Catalog(Path("c"), index, attributes(N), {}, local=local, verification=Table()))
         works = [f"w{i // 4}" if i < N - 10 else i for i in range(N)]
         positions = torch.cat([torch.arange(0, N - 12, 9), torch.tensor([N - 1])])
         strangers, matches = verify_without_work(engine, positions, [(i,) for i in positions.tolist()])
         kinds = set()
         for i, stranger, match in zip(positions.tolist(), strangers.tolist(), matches.tolist(), strict=True):
-            order = sorted((j for j in range(N) if j != i), key=lambda j: -float(stored[j] @ stored[i]))
-            others = [j for j in order if works[j] != works[i]][:8]
+            # Three are compared as in a search, and as many as the largest work has, less the query itself.
+            order = sorted((j for j in range(N) if j != i), key=lambda j: -float(stored[j] @ stored[i]))[:6]
+            others = [j for j in order if works[j] != works[i]]
             assert stranger == max([inliers[i][j] for j in others if inliers[i][j] > 12], default=0)
-            best = max((inliers[i][j], -place) for place, j in enumerate(order[:8]))
+            best = max((inliers[i][j], -place) for place, j in enumerate(order))
             leader = order[-best[1]]
             led = best[0] > 12 and works[leader] == works[i]
             assert math.isnan(match) if i == N - 1 else match == (best[0] if led else -math.inf)

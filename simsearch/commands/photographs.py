@@ -41,6 +41,7 @@ from simsearch.search.catalog import encoder_fingerprint, read_catalog, verifyin
 from simsearch.search.describe import encode
 from simsearch.search.engine import Engine
 from simsearch.search.photographs import ask, works_named
+from simsearch.search.query_regions import regions_of
 from simsearch.text import cell, warn
 
 PROTOCOL = "photographs"
@@ -73,7 +74,9 @@ def main(config: DictConfig) -> None:
     """
     table = Path(config.photographs)
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
-    catalog = verifying(catalog, config.verify, top=config.verify_top, mirrored=config.mirrored)
+    chosen = config.verification
+    settings = {"top": chosen.top, "regions": chosen.regions, "mirrored": chosen.mirrored}
+    catalog = verifying(catalog, chosen.enabled, **settings)
     catalog.encoder.to(device(config.device))
     engine = Engine(catalog, configs.build(config.rerank) if config.get("rerank") else None)
     photographs = read_photographs(table)
@@ -161,7 +164,8 @@ def ask_all(engine: Engine, photographs: Sequence[Photograph], root: Path, k: in
         clock.append(time.perf_counter())
         local = () if verification is None else verification.query(image)
         clock.append(time.perf_counter())
-        ids, confidence, accepted = ask(engine, vector, local, k)
+        regions = None if verification is None else regions_of(image, encoder, verification)
+        ids, confidence, accepted = ask(engine, vector, local, k, regions)
         clock.append(time.perf_counter())
         items.append(engine.names.of(ids.tolist()))
         rows.append((torch.from_numpy(engine.works[ids.numpy()]), confidence, accepted))

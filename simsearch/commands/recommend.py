@@ -29,7 +29,7 @@ from simsearch.search.describe import encode
 from simsearch.search.engine import Engine
 from simsearch.search.filters import parse_filters
 from simsearch.search.local_features import describe_queries
-from simsearch.search.photograph import joined, regions_of
+from simsearch.search.query_regions import joined, regions_of
 from simsearch.search.request import Recommendation, Regions, Request
 from simsearch.search.verdicts import NONE, UNCALIBRATED
 from simsearch.text import cell

@@ -25,7 +25,7 @@ from simsearch.search.catalog import Catalog, read_catalog, verifying
 from simsearch.search.describe import batches_of, encode
 from simsearch.search.engine import Engine
 from simsearch.search.local_features import describe_queries
-from simsearch.search.photograph import regions_of
+from simsearch.search.query_regions import regions_of
 from simsearch.search.request import check_min_score
 from simsearch.search.verdicts import NONE, UNCALIBRATED, best_verdict
 from simsearch.text import cell, warn

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsearch.functional.geometry import Match
 from simsearch.functional.open_set import (
     false_match_curve,
     least_rate,
@@ -26,6 +25,7 @@ from simsearch.functional.open_set import (
     stand_out,
     thresholds_at,
 )
+from simsearch.search.catalog import verifying
 from simsearch.search.engine import Engine
 from simsearch.search.verdicts import sameness, similarity
 from simsearch.types import LocalFeatures
@@ -162,8 +162,8 @@ def verify_without_work(
 
     The evidence is the largest number of inliers of a verified item, 0 if no item is verified. A match is an answer
     whose first verified item is another image of the same work. The evidence of matches is -inf if there is none, and
-    NaN for a work with one item. As in a search, the best items by cosine are compared, as many as the catalog's
-    verification says.
+    NaN for a work with one item. The best items by cosine are compared, as many as a search compares for the image and
+    its regions.
 
     Args:
         engine: The engine of a catalog with local features.
@@ -175,20 +175,19 @@ def verify_without_work(
     _, work, sizes = works.unique(return_inverse=True, return_counts=True)
     verification = engine.catalog.verification
     assert verification is not None
-    depth = verification.top + int(sizes.max())
+    depth = verification.top + verification.regions * verification.region_top + int(sizes.max())
+    deep = Engine(verifying(engine.catalog, top=depth, regions=0))
     strangers, matches = [], []
     for row, (position, features) in enumerate(zip(positions.tolist(), local, strict=True)):
         query = engine.as_queries(engine.vectors([position]) if vectors is None else vectors[row : row + 1])
         ids = engine.search(query, depth).ids[0]
         ids = ids[(ids >= 0) & (ids != position)]
-        own = work[ids] == work[position]
-        known: dict[int, Match | None] = {}
-        first, *_ = [*engine.verified(ids[~own], features, known)[1], None]
-        strangers.append(0.0 if first is None else float(first.inliers))
-        order, found = engine.verified(ids, features, known)
-        leads = bool(len(ids)) and found[0] is not None and bool(own[order[0]])
-        evidence = float(found[0].inliers) if leads and found[0] is not None else -math.inf
-        matches.append(math.nan if sizes[work[position]] == 1 else evidence)
+        order, found = deep.verified(ids, features)
+        own = (work[order] == work[position]).tolist()
+        evidence = [0.0 if match is None else float(match.inliers) for match in found]
+        strangers.append(max((one for one, same in zip(evidence, own, strict=True) if not same), default=0.0))
+        leads = bool(evidence) and evidence[0] > 0 and own[0]
+        matches.append(math.nan if sizes[work[position]] == 1 else evidence[0] if leads else -math.inf)
     return torch.tensor(strangers, dtype=torch.float64), torch.tensor(matches, dtype=torch.float64)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from simsearch.search.engine import Engine
-from simsearch.search.request import Request
+from simsearch.search.request import Regions, Request
 from simsearch.search.verdicts import SAME_WORK
 from simsearch.types import LocalFeatures
 
@@ -39,7 +39,7 @@ def works_named(engine: Engine, names: Iterable[str]) -> dict[str, int]:
 
 
 def ask(
-    engine: Engine, vector: Tensor, local: tuple[LocalFeatures, ...], k: int
+    engine: Engine, vector: Tensor, local: tuple[LocalFeatures, ...], k: int, regions: Regions | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The answer to one photograph, one item of each work, best first.
 
@@ -51,12 +51,13 @@ def ask(
         vector: The descriptor of the photograph, as `Request.like` has it, (width,).
         local: The local features of the photograph. Nothing is verified without.
         k: Number of works.
+        regions: The descriptors of the photograph's regions.
 
     Returns:
         Positions of the items int64 (K,), their confidence float64 (K,), and whether they are called the same work,
         bool (K,), or None if nothing decides that: the catalog is not calibrated, and nothing is verified.
     """
-    answer = engine.recommend(Request(vector[None], k=k, local=local))
+    answer = engine.recommend(Request(vector[None], k=k, local=local, regions=regions))
     found = zip(answer.scores.tolist(), answer.matches, strict=True)
     confidence = torch.tensor([s if m is None else float(m.inliers) for s, m in found], dtype=torch.float64)
     if len(confidence):

@@ -27,7 +27,7 @@ from simsearch.images import ImageError, decode_thumbnail
 from simsearch.search.filters import Condition, parse_filters
 from simsearch.search.local_features import query_features
 from simsearch.search.names import POSITION
-from simsearch.search.photograph import region_pixels
+from simsearch.search.query_regions import region_pixels
 from simsearch.search.request import Recommendation
 from simsearch.search.request import Request as Wish
 from simsearch.serving.library import Library, Loaded

@@ -13,7 +13,7 @@ from torch import Tensor
 from simsearch.data.process_pool import MEMORY, SECONDS, Failure, bounded_map
 from simsearch.functional.proposals import proposals, rectified
 from simsearch.functional.regions import Region, crop
-from simsearch.functional.resize import resize_to_fit
+from simsearch.functional.resize import resize_longest, resize_to_fit
 from simsearch.images import MAX_PIXELS, ImageError, read_image
 from simsearch.search.describe import encode
 from simsearch.search.request import Regions
@@ -36,10 +36,9 @@ def regions_of(
         return None
 
     def describe() -> Tensor:
-        given = {"size": encoder.input_size, "fit": encoder.fit, "region": region}
+        one = partial(region_pixels, verification, size=encoder.input_size, fit=encoder.fit, region=region)
         if isinstance(source, Tensor):
-            return described(encoder, region_pixels(verification, source, **given))
-        one = partial(region_pixels, verification, **given)
+            return described(encoder, one(source))
         (found,) = bounded_map(one, [source], workers=1, seconds=SECONDS, memory=MEMORY)
         if isinstance(found, Failure):
             raise ImageError(source, found.reason, found.detail)
@@ -85,6 +84,7 @@ def region_pixels(
     side = verification.query_side
     if isinstance(source, Tensor):
         image = crop(source, region)
+        image = resize_longest(image, side) if max(image.shape[1:]) > side else image
     else:
         image = read_image(source, size=side, fit="longest", enlarge=False, region=region, max_pixels=max_pixels)
     quads = proposals(image, most=verification.regions) if verification.regions else []
