@@ -241,6 +241,17 @@ class TestSearch:
         assert {hit.attributes["work"] for hit in answer if hit.verdict == SAME_WORK} == {"w0"}
         assert NONE not in {hit.verdict for hit in answer}
 
+    def test_a_server_may_verify_otherwise_than_its_catalogs_say(self, built):
+        from functools import partial
+
+        from simsearch.serving.library import Library, Limits, Source
+
+        given = {"device": torch.device("cpu"), "limits": Limits()}
+        library = Library({"c": Source(built)}, settings=partial(verifying, top=7, regions=0), **given)
+        chosen = library.catalogs[0].catalog.verification
+        library.close()
+        assert (chosen.top, chosen.regions) == (7, 0)
+
     def test_catalogs_without_local_features_say_so(self, built):
         catalog = verifying(read_catalog(built), verify=False)
         with pytest.raises(CatalogError, match="verify=sift"):

@@ -88,7 +88,7 @@ def make(images: Path | None, outside: Path | None, out: Path, size: int) -> Non
     if done := done and (catalog / "catalog.json").is_file():
         print(f"exists already: {catalog}")
     else:
-        step("describe all images", "index", f"run={run}", f"images={collection}", f"out={catalog}")
+        step("describe all images", "index", f"run={run}", f"images={collection}", "verify=sift", f"out={catalog}")
     if not done or not (catalog / "calibration.json").is_file():
         arguments = [f"catalog={catalog}"]
         if outside is None:

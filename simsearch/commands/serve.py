@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from omegaconf import DictConfig
 
 from simsearch import configs, program
 from simsearch.models.encoder import device
+from simsearch.search.catalog import verifying
 from simsearch.serving.app import create_app
 from simsearch.serving.guard import LOOPBACK, is_loopback
 from simsearch.serving.library import Library, Source
@@ -41,12 +43,21 @@ def main(config: DictConfig) -> None:
     if values["threads"] is not None:
         torch.set_num_threads(values["threads"])
     bound = bind(values["host"], values["port"])  # before the catalogs, which take their time
+    chosen = values["verification"]
+    settings = partial(
+        verifying,
+        verify=chosen["enabled"],
+        top=chosen["top"],
+        regions=chosen["regions"],
+        mirrored=chosen["mirrored"],
+    )
     library = Library(
         sources,
         trusted=trusted,
         device=device(values["device"]),
         limits=limits,
         runtime=values["runtime"],
+        settings=settings,
     )
     hosts = values["allow_hosts"] or None
     if is_loopback(values["host"]):

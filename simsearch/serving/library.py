@@ -8,7 +8,7 @@ import stat
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -196,6 +196,7 @@ class Library:
         limits: The limits of the server.
         runtime: Runtime of the networks (simsearch.serving.backend_choice). None leaves it to the catalogs' configs.
         trusted: True if the user trusts whoever made the catalogs.
+        settings: Function that returns a catalog with other settings, such as those of its verification.
 
     Raises:
         ValueError: If a catalog cannot be loaded (CatalogError).
@@ -209,11 +210,12 @@ class Library:
         limits: Limits,
         runtime: Runtime | None = None,
         trusted: bool = False,
+        settings: Callable[[Catalog], Catalog] | None = None,
     ) -> None:
         self.sources = dict(sources)
         self.problems: dict[str, str] = {}
         self._device, self._limits, self._runtime = device, limits, runtime
-        self._trusted = trusted
+        self._trusted, self._settings = trusted, settings
         self._lock = threading.Lock()
         # Weak references: once no catalog uses an encoder, it is freed.
         self._workers: weakref.WeakValueDictionary[tuple[str, Path | None], EncoderWorker] = (
@@ -297,6 +299,7 @@ class Library:
 
     def _open(self, name: str, source: Source) -> Loaded:
         catalog = read_catalog(source.folder, trusted=self._trusted, exported=source.exported)
+        catalog = catalog if self._settings is None else self._settings(catalog)
         engine = Engine(catalog)
         engine.position(*engine.names.of([0]))
         engine.recommend(Request(like=engine.vectors([0]), k=1, exclude=(0,)))  # loads what is loaded lazily
