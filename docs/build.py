@@ -133,7 +133,7 @@ def _nav() -> list[Any]:
     def of(folder: str) -> list[str]:
         return [address for address in generated() if address.startswith(folder)]
 
-    guides = ("search", "art", "train", "compare", "cluster", "serve", "python", "embeddings", "extend")
+    guides = ("search", "art", "photographs", "train", "compare", "cluster", "serve", "python", "embeddings", "extend")
     return [
         "index.md",
         "start.md",
