@@ -1,4 +1,4 @@
-"""Rankings with verified items, measured and compared with loops over queries and items; the commands."""
+"""Rankings with verified items, compared with loops over queries and items."""
 
 from __future__ import annotations
 
