@@ -28,7 +28,6 @@ from simsearch.types import LocalFeatures, RetrievalTask, SearchResult
 T = TypeVar("T")
 R = TypeVar("R")
 
-_TIMED = 200  # queries that are verified one at a time
 _TESTED = ("AP", "R@1")
 
 
@@ -48,8 +47,8 @@ class Verified:
       `verify/microAP`: the average precision of all pairs of a query and one of its first `top` items together, of all
       relevant pairs. `verify/GAP_without` and `verify/microAP_without` order by cosine alone. With verification, any
       verified pair stands before all others, by inliers and then by cosine; the others follow by cosine.
-    - `verify/features_ms`, `verify/matching_ms` and `verify/fitting_ms`: milliseconds of one core that a query takes,
-      the mean of at most 200 queries, one at a time, and their sum `verify/ms_per_query`. `verify/items_s`: seconds to
+    - `verify/features_ms`, `verify/matching_ms` and `verify/fitting_ms`: milliseconds of one core (processor time)
+      that a query takes, the mean over queries, and their sum `verify/ms_per_query`. `verify/items_s`: seconds to
       describe the items.
 
     The images are those of the collection. A larger one than the verifier asks for is scaled down, a smaller one stays
@@ -123,12 +122,11 @@ class Verified:
         compare = partial(_compare, self.verifier, self.images, known)
         first = ([item for item in of if item >= 0] for of in items.tolist())
         pairs = list(zip(queries.tolist(), first, strict=True))
-        alone = list(self._map(compare, pairs[:_TIMED], "queries, one at a time", 1))
-        others = self._map(compare, pairs[_TIMED:], "queries", self.workers)
-        inliers = torch.zeros_like(items)
-        for place, (counts, _) in enumerate((*alone, *others)):
+        inliers, seconds = torch.zeros_like(items), torch.zeros(len(items), 3, dtype=torch.float64)
+        for place, (counts, took) in enumerate(self._map(compare, pairs, "queries", self.workers)):
             inliers[place, items[place] >= 0] = torch.tensor(counts, dtype=torch.int64)
-        parts = 1e3 * torch.tensor([seconds for _, seconds in alone], dtype=torch.float64).mean(0)
+            seconds[place] = torch.tensor(took)
+        parts = 1e3 * seconds.mean(0)
         costs |= dict(zip(("features_ms", "matching_ms", "fitting_ms"), parts.tolist(), strict=True))
         return inliers, costs | {"ms_per_query": float(parts.sum())}
 
@@ -162,16 +160,16 @@ def _item(verifier: Verifier, images: Tensor | Ragged, row: int) -> LocalFeature
 def _compare(
     verifier: Verifier, images: Tensor | Ragged, known: Mapping[int, LocalFeatures], pair: tuple[int, Sequence[int]]
 ) -> tuple[list[int], tuple[float, float, float]]:
-    """The inliers of a query's items, and the seconds that features, matching and fitting took."""
+    """The inliers of a query's items, and the seconds of one core that features, matching and fitting took."""
     row, rows = pair
     items = [known[item] for item in rows]
-    times = [time.perf_counter()]
+    times = [time.thread_time()]
     queries = verifier.query(images[row])
-    times.append(time.perf_counter())
+    times.append(time.thread_time())
     pairs = verifier.pair(queries, items)
-    times.append(time.perf_counter())
+    times.append(time.thread_time())
     matches = verifier.fit(queries, items, pairs)
-    times.append(time.perf_counter())
+    times.append(time.thread_time())
     features, matching, fitting = (after - before for before, after in pairwise(times))
     return [0 if match is None else match.inliers for match in matches], (features, matching, fitting)
 
