@@ -249,14 +249,16 @@ def preprocessing() -> tuple:
 def verification() -> tuple:
     """Seconds of one core to verify 20 items for one query, a photograph of a work: ours, and a loop of OpenCV's calls.
 
-    Both describe the query at most 640 pixels wide with 500 features, and have 300 features of each item ready: ours
-    in 32 bytes each, the usual ones in 128 floats. Floor: finding the query's features, by OpenCV alone.
+    Both find 500 features of the query, and have 300 features of each item ready: ours in 32 bytes each, the usual ones
+    in 128 floats. Floor: finding the query's features, by OpenCV alone.
     """
     import cv2
 
     works = torch.from_numpy(np.stack([paint_work(0, 1 + n % 6, n // 6, 0, size=384) for n in range(20)]))
-    shot = photograph(works[7:8], keys=[(0, 0, 7, 0)], seed=0, size=640)[0]
-    ours_by, detector = Verification(), cv2.SIFT.create(nfeatures=500, contrastThreshold=0.02)
+    ours_by = Verification()
+    side = ours_by.query_side
+    shot = photograph(works[7:8], keys=[(0, 0, 7, 0)], seed=0, size=side)[0]
+    detector = cv2.SIFT.create(nfeatures=500, contrastThreshold=0.02)
     stored = [ours_by.item(work) for work in works]
 
     def described(image: torch.Tensor, most: int) -> tuple:
@@ -288,7 +290,7 @@ def verification() -> tuple:
                 continue
             from_ = np.float32([item_points[match.trainIdx].pt for match in near])
             to = np.float32([points[match.queryIdx].pt for match in near])
-            homography, inlier = cv2.findHomography(from_, to, cv2.RANSAC, 0.006 * 640)
+            homography, inlier = cv2.findHomography(from_, to, cv2.RANSAC, 0.006 * side)
             if homography is not None and inlier.sum() >= 10:
                 verified.append(place)
         return verified
@@ -306,7 +308,7 @@ def verification() -> tuple:
     finally:
         torch.set_num_threads(threads)
     print("verification:", ", ".join(f"{name} {1e3 * statistics.median(t):.1f} ms" for name, t in parts.items()))
-    return ("verify-20-items-640px", mine, peer, "OpenCV pair by pair", peer / mine, floor, "s")
+    return (f"verify-20-items-{side}px", mine, peer, "OpenCV pair by pair", peer / mine, floor, "s")
 
 
 def training_dsh() -> tuple:
