@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,15 +21,15 @@ RESULT_COLUMNS = (
 
 
 def results_table(
-    stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "test"), also: tuple[str, ...] = ("rerank",)
+    stages: Mapping[str, Any], only: tuple[str, ...] = ("val", "test"), also: tuple[str, ...] = ("rerank", "verify")
 ) -> Table:
     """The headline numbers of metrics.json as a table: values, 95% intervals, bytes and latency.
 
     Args:
         stages: Content of metrics.json.
         only: Stages to show.
-        also: Further rows to show if they were measured: "rerank" for results after re-ranking, "index" for the lists
-            that the index returns.
+        also: Further rows to show if they were measured: "rerank" for results after re-ranking, "verify" for those
+            after geometric verification, "index" for the lists that the index returns.
     """
     table = Table(title="Retrieval results (95% intervals by sampling unit)")
     table.add_column("protocol", no_wrap=True)
@@ -48,7 +49,15 @@ def results_table(
         for name in also:
             cells = _headlines(about, f"{name}/", dash)
             if set(cells) != {"-"}:
-                table.add_row({"rerank": "  re-ranked", "index": "  by the index"}[name], "", *cells, "", "")
+                table.add_row(
+                    {"rerank": "  re-ranked", "verify": "  verified", "index": "  by the index"}[name],
+                    "",
+                    *cells,
+                    "",
+                    "",
+                )
+        if "verify" in also and metrics.get("verify/ms_per_query") is not None:
+            notes[verification_note(metrics)] = None
         if "index" in also and metrics.get("index/recall@10") is not None:
             notes[f"the index returns {metrics['index/recall@10']:.1%} of the ten nearest by exact search"] = None
         if (about.get("model") or {}).get("weights") == "random":
@@ -57,6 +66,21 @@ def results_table(
             notes[f"{about['protocol']}: each query is in its own ranking: P@1 and R@k count it"] = None
     table.caption = "\n".join(notes) or None
     return table
+
+
+def verification_note(metrics: Mapping[str, Any]) -> str:
+    """What geometric verification changes and costs, in one sentence.
+
+    Args:
+        metrics: The metrics of a stage, with those under `verify/`.
+    """
+    v = {name: math.nan if value is None else value for name, value in metrics.items()}
+    gains = ", ".join(
+        f"{name} {v[f'verify/{name}_without']:.4f} to {v[f'verify/{name}']:.4f}" for name in ("GAP", "microAP")
+    )
+    costs = ", ".join(f"{part} {v[f'verify/{part}_ms']:.0f}" for part in ("features", "matching", "fitting"))
+    tested = f"mAP {v['verify/mAP_gain']:+.4f}, p {v['verify/mAP_p']:.4f}; " if "verify/mAP_gain" in v else ""
+    return f"verification: {tested}{gains}; it adds {v['verify/ms_per_query']:.0f} ms a query ({costs})"
 
 
 def _headlines(about: Mapping[str, Any], prefix: str, dash: str) -> list[str]:

@@ -251,7 +251,7 @@ def test_assess(runs, tmp_path):
     for i in range(3):
         Image.new("RGB", (20, 20), (80 * i, 0, 0)).save(outside / f"{i}.png")
     out = tmp_path / "out"
-    done = simsearch("assess", f"runs=[{runs[0]},{runs[1]}]", f"outside={outside}", f"out={out}")
+    done = simsearch("assess", f"runs=[{runs[0]},{runs[1]}]", f"outside={outside}", "verify=sift", f"out={out}")
     assert "left out: protocol art-genre needs the attribute 'genre'" in done.stderr
     assert "colour - content, art-artist mAP: -" in done.stdout
     with (out / "results.csv").open() as file:
@@ -265,6 +265,12 @@ def test_assess(runs, tmp_path):
     assert named["content", "art-artist", "mAP"] > named["colour", "art-artist", "mAP"] > 0
     assert named["content", "art-work", "outside"] == 3
     assert 0 < named["content", "art-work", "GAP_outside"] <= named["content", "art-work", "GAP"] <= 1
+    for run in ("content", "colour"):
+        assert 0 < named[run, "art-work", "verify/GAP"] <= 1
+        gain = named[run, "art-work", "verify/R@1"] - named[run, "art-work", "R@1"]
+        assert named[run, "art-work", "verify/R@1_gain"] == pytest.approx(gain, abs=1e-9)
+    assert not any(metric.startswith("verify/") for _, protocol, metric in named if protocol != "art-work")
+    assert "the best items verified by geometry" in done.stdout
     with (out / "paired.csv").open() as file:
         (paired,) = (row for row in csv.DictReader(file) if row["protocol"] == "art-artist")
     difference = named["colour", "art-artist", "mAP"] - named["content", "art-artist", "mAP"]

@@ -232,11 +232,21 @@ class TestEvaluate:
                 assert after["metrics"][name] == value, name
 
     def test_takes_another_protocol_and_index(self, small_run, tmp_path):
-        simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e", "protocol=rendered-work", "index=sq8")
+        done = simsearch(
+            *("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e", "protocol=rendered-work", "index=sq8"),
+            "verify=sift",
+        )
         stage = json.loads((tmp_path / "e/metrics.json").read_text())["test"]
         assert stage["protocol"] == "rendered-work"
         assert stage["queries_trained_on"] == 0
         assert stage["metrics"]["bytes_per_item"] == 16
+        for part in ("verified", "verification: mAP", "GAP", "ms a query"):
+            assert part in done.stdout
+        values = pq.read_table(tmp_path / "e/per_query.parquet")
+        for name, mean in (("verify/AP", "verify/mAP"), ("verify/accepted", "verify/accepted")):
+            assert np.nanmean(values[name].to_numpy()) == pytest.approx(stage["metrics"][mean], abs=1e-12)
+        low, high = stage["intervals"]["verify/mAP_gain"]
+        assert low <= stage["metrics"]["verify/mAP_gain"] <= high
 
     def test_names_what_is_no_run(self, tmp_path):
         done = simsearch("evaluate", f"run={tmp_path}", expect=1)

@@ -12,10 +12,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
 
-from simsearch.evaluation.evaluate import Evaluation, Search, check_kind, check_rerank
+from simsearch.evaluation.evaluate import Evaluation, Search, check_kind, check_rerank, check_verify
 from simsearch.evaluation.evaluator import Evaluator
 from simsearch.evaluation.record import plain_metrics, write_record
+from simsearch.evaluation.verification import Verified
 from simsearch.files import read_json
+from simsearch.functional.geometry import Verifier
 from simsearch.functional.reranking import Reranker
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.metrics.retrieval import RetrievalMetrics
@@ -38,6 +40,8 @@ class RetrievalEvaluation(pl.Callback):
         seed: Seed of the choice of queries for the recall of the index.
         rerank: Also measure after this re-ranking, at test and in a validation on its own. The epochs of a training
             leave it out, since it would slow them down. None for no re-ranking.
+        verify: Also measure after this verification of the first items by geometry, in the same stages as `rerank`.
+            None for no verification.
         evaluators: Further measures, by any names. Their numbers join those of the index and the full ranking.
 
     Raises:
@@ -51,11 +55,12 @@ class RetrievalEvaluation(pl.Callback):
         seed: int = 0,
         rerank: Reranker | None = None,
         evaluators: Mapping[str, Evaluator] | None = None,
+        verify: Verifier | None = None,
     ) -> None:
         if isinstance(ks, int) or not list(ks) or min(ks) < 1:
             raise ValueError(f"ks must be a list of ranks from 1, such as [1, 10], got {ks}")
         self.index, self.ks, self.seed, self.rerank = index, tuple(ks), seed, rerank
-        self.evaluators = dict(evaluators or {})
+        self.verify, self.evaluators = verify, dict(evaluators or {})
         self.results: dict[str, Evaluation] = {}
         self._metrics: RetrievalMetrics | None = None
 
@@ -63,6 +68,8 @@ class RetrievalEvaluation(pl.Callback):
         check_kind(self.index, getattr(pl_module, "bits", None))  # before hours of work, not after
         if self.rerank is not None:
             check_rerank(trainer.world_size)
+        if self.verify is not None:
+            check_verify(trainer.world_size)
 
     def _start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if trainer.sanity_checking:
@@ -94,8 +101,11 @@ class RetrievalEvaluation(pl.Callback):
                     f"{len(got)} {role} items were collected, the protocol {task.name} has {len(expected)}: "
                     "a loader left out or added some"
                 )
-        rerank = None if trainer.state.fn == TrainerFn.FITTING else self.rerank
-        result = Search(self.index, self.ks, rerank, self.seed)(query, gallery, task)
+        rerank, verify = (None, None) if trainer.state.fn == TrainerFn.FITTING else (self.rerank, self.verify)
+        verified = None
+        if verify is not None:
+            verified = Verified(verify, data.collection.images, self.ks, data.num_workers)
+        result = Search(self.index, self.ks, rerank, self.seed, verified)(query, gallery, task)
         result.metrics.update(health)
         for name, evaluator in self.evaluators.items():
             result.add(evaluator(query, gallery, task), name)

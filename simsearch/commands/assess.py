@@ -18,6 +18,7 @@ from simsearch.data.protocols import Everything
 from simsearch.evaluation import assessment
 from simsearch.evaluation.assessment import Assessed, Finding
 from simsearch.evaluation.evaluator import Measured
+from simsearch.evaluation.verification import Verified
 from simsearch.figures import spared
 from simsearch.files import write_csv
 from simsearch.search.describe import describe_files
@@ -27,6 +28,7 @@ from simsearch.types import RetrievalTask
 
 SHOWN = (("art-artist", "mAP"), ("art-artist", "P@10"), ("art-style", "mAP"), ("art-style", "P@10"))
 INSTANCE = (("art-work", "R@1"), ("art-work", "GAP"), ("art-work", "GAP_outside"), ("art-artist", "NDCG@10_graded"))
+VERIFIED = tuple(("art-work", f"verify/{name}") for name in ("R@1", "mAP", "mAP_p", "GAP_without", "GAP", "microAP"))
 AS_LISTS = ("P@10", "coverage", "gini", "long_tail", "diversity", "novelty")
 
 
@@ -51,19 +53,24 @@ def main(config: DictConfig) -> None:
     if values["part"] == "all":
         check_unknown(given, runs)
     further = [configs.build(node) for node in (values.get("evaluators") or {}).values()]
-    described, collection, tasks = [], None, {}
+    verifier = configs.build(values["verify"]) if values.get("verify") else None
+    described, collection, tasks, verified = [], None, {}, None
     for name, run in zip(names, runs, strict=True):
         data = configs.build_data({"data": fitted(given, run.config["data"])}, Everything())
         if collection is None:
             collection = data.collection
             tasks = split(collection, values["protocols"], whole=values["part"] == "all")
+            if verifier is not None:
+                if "work" not in tasks:
+                    raise ValueError("verify= measures the protocol work, which does not fit the collection")
+                verified = Verified(verifier, collection.images, workers=data.num_workers)
         elif data.collection.fingerprint != collection.fingerprint:
             raise ValueError(f"{run.folder} has other data than {runs[0].folder}: give data= to measure all runs on")
         described.append(describe(name, run, data, values["outside"], values["outside_limit"]))
         gc.collect()  # trainer and model hold each other, and sessions of ONNX Runtime gigabytes
     assert collection is not None
 
-    found = {run.name: assessment.measure(run, collection, tasks, further) for run in described}
+    found = {run.name: assessment.measure(run, collection, tasks, further, verified) for run in described}
     recommended = assessment.recommend(described, collection, tasks["artist"]) if "artist" in tasks else {}
     compared = assessment.compare(found)
     out = Path(values["out"])
@@ -89,6 +96,8 @@ def show(
     """
     for title, columns in (("By attribute", SHOWN), ("Same work, open set and graded", INSTANCE)):
         terminal.show(values_table(title, columns, found))
+    if any(name.startswith("verify/") for findings in found.values() for f in findings for name in f.measured.metrics):
+        terminal.show(values_table("Same work, the best items verified by geometry", VERIFIED, found))
     terminal.show(lists_table(recommended))
     for line in compared:
         print(

@@ -106,8 +106,9 @@ def pictures(
     compared = [entry for entry in entries if entry.paired is not None][:DETAILED]
     if count < 1 or not compared:
         return None, {}
-    if metric.startswith("rerank/"):
-        return None, {e.name: "no pictures: runs do not keep the neighbours after re-ranking" for e in compared}
+    if metric.startswith(("rerank/", "verify/")):
+        way = "re-ranking" if metric.startswith("rerank/") else "verification"
+        return None, {e.name: f"no pictures: runs do not keep the neighbours after {way}" for e in compared}
     try:
         first = line.results[0]
         config = first.config if trusted else saved_run.admitted(first.config, first.place)

@@ -37,6 +37,8 @@ def main(config: DictConfig) -> None:
     }
     merged["logger"] = values.get("logger")
     evaluation = merged["callbacks"]["evaluation"] | {"index": merged["index"], "rerank": merged.get("rerank")}
+    if values.get("verify"):
+        evaluation["verify"] = values["verify"]
     if further := {**(evaluation.get("evaluators") or {}), **(values.get("evaluators") or {})}:
         evaluation["evaluators"] = further
     merged["callbacks"] = {"evaluation": evaluation}
@@ -90,7 +92,7 @@ def measure(
     trainer = configs.build_trainer(config, folder, loggers)
     run_stage = trainer.test if stage == "test" else trainer.validate
     run_stage(model, data, verbose=False)
-    asked = ("rerank", "index") if by_index else ("rerank",)
+    asked = ("rerank", "verify", *(("index",) if by_index else ()))
     terminal.show(results.results_table(read_json(folder / "metrics.json"), also=asked))
     print(f"results: {folder / 'metrics.json'}")
 

@@ -17,6 +17,7 @@ from simsearch.evaluation.ndcg import GradedNDCG, column_or_unknown
 from simsearch.evaluation.open_set import OpenSet
 from simsearch.evaluation.ranking import FullRanking
 from simsearch.evaluation.recommendation import Recommend, Recommendations, nearest_lists, popular_lists, random_lists
+from simsearch.evaluation.verification import Verified
 from simsearch.figures import Tile, save_grid
 from simsearch.functional.significance import holm, paired_interval, paired_permutation
 from simsearch.types import RetrievalTask
@@ -66,6 +67,7 @@ def measure(
     collection: Collection,
     tasks: Mapping[str, RetrievalTask],
     further: Iterable[Evaluator] = (),
+    verified: Verified | None = None,
 ) -> list[Finding]:
     """All findings of a run, except its recommendations.
 
@@ -74,12 +76,14 @@ def measure(
         collection: The collection.
         tasks: The test tasks by name: `artist` is also measured with grades, `work` as an open set.
         further: Evaluators that measure each task too.
+        verified: The measure of verified rankings, of the task `work`, or None.
     """
     planned: list[tuple[Evaluator, RetrievalTask]] = [(FullRanking(), task) for task in tasks.values()]
     if "artist" in tasks:
         planned.append((GradedNDCG(collection), tasks["artist"]))
     if "work" in tasks:
         planned.append((OpenSet(run.outside), tasks["work"]))
+        planned += [] if verified is None else [(verified, tasks["work"])]
     planned += [(evaluator, task) for evaluator in further for task in tasks.values()]
     return [Finding(task, run_evaluator(evaluator, run, collection, task)) for evaluator, task in planned]
 

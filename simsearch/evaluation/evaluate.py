@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simsearch.evaluation.evaluator import Measured, means
 from simsearch.evaluation.sharded_index import ShardedIndex, whole_index
+from simsearch.evaluation.verification import Verified
 from simsearch.functional.definitions import average_precision_definitions
 from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, measure_ranking
 from simsearch.functional.reranking import Reranker, unit_vectors
@@ -33,7 +34,8 @@ class Evaluation(Measured):
 
     Attributes:
         metrics: Name -> mean over queries, or another number. Names under `index/` describe the answers of the index,
-            names under `rerank/` the full ranking after re-ranking, names under `code/` the health of codes.
+            names under `rerank/` the full ranking after re-ranking, names under `verify/` that after verification (see
+            `Verified`), names under `code/` the health of codes.
             `code/empty_ball@2` is the share of queries with no other item within distance 2.
         query: The queries. Their label and index are those of all ranks, the vectors those of this rank.
         gallery: The gallery, likewise.
@@ -78,12 +80,14 @@ class Search:
         ks: Cutoffs k, 1 or more.
         rerank: A way of re-ranking that is measured too, or None.
         seed: Seed of the choice of queries for the recall of the index.
+        verified: The measure of what the index stores after geometric verification, or None.
     """
 
     index: FaissIndex
     ks: Sequence[int] = (1, 10, 100)
     rerank: Reranker | None = None
     seed: int = 0
+    verified: Verified | None = None
 
     def __call__(self, query: Sharded, gallery: Sharded, task: RetrievalTask) -> Evaluation:
         """The metrics of a task. Where several ranks measure, every rank must call.
@@ -93,7 +97,7 @@ class Search:
             gallery: The gallery of the task.
             task: The task.
         """
-        return evaluate(
+        result = evaluate(
             query,
             gallery,
             copy.deepcopy(self.index),
@@ -104,6 +108,11 @@ class Search:
             rerank=self.rerank,
             seed=self.seed,
         )
+        if self.verified is not None:
+            stored = ShardedIndex(result.index, gallery).stored
+            shown = gallery if result.index.is_binary else gallery.with_vectors(stored)
+            result.add(self.verified(query, shown, task), "verify")
+        return result
 
 
 def evaluate(
@@ -226,10 +235,26 @@ def check_rerank(world: int) -> None:
     Raises:
         ValueError: If there are several processes.
     """
+    _check_one(world, "re-ranking", "rerank")
+
+
+def check_verify(world: int) -> None:
+    """Checks that matches can be verified, which needs the whole gallery in one process.
+
+    Args:
+        world: Number of processes.
+
+    Raises:
+        ValueError: If there are several processes.
+    """
+    _check_one(world, "verification", "verify")
+
+
+def _check_one(world: int, what: str, key: str) -> None:
     if world > 1:
         raise ValueError(
-            f"re-ranking needs the whole gallery in one process, but there are {world}: train with rerank=null, then "
-            "`simsearch evaluate run=... rerank=...`"
+            f"{what} needs the whole gallery in one process, but there are {world}: train with {key}=null, then "
+            f"`simsearch evaluate run=... {key}=...`"
         )
 
 

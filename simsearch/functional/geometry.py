@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 
 from simsearch.types import LocalFeatures
+
+Pairs = tuple[np.ndarray, np.ndarray]  # places of paired features in the query and in an item, int64 (p,) each
 
 _FEWEST = 5  # pairs to fit a homography, of which 4 pairs determine one
 _ITERATIONS = 1000
@@ -43,6 +47,30 @@ class Match:
     outline: np.ndarray
     points: np.ndarray
     mirrored: bool = False
+
+
+class Verifier(Protocol):
+    """What verifies the first items of a ranking, in four steps, so that each can be done where it belongs and timed.
+
+    Attributes:
+        top: Number of items that are verified.
+    """
+
+    top: int
+
+    def item(self, image: Tensor) -> LocalFeatures:
+        """The local features of an item, from its image uint8 (3, H, W)."""
+
+    def query(self, image: Tensor) -> tuple[LocalFeatures, ...]:
+        """The local features of a query, one or more sets of them, from its image uint8 (3, H, W)."""
+
+    def pair(self, queries: Sequence[LocalFeatures], items: Sequence[LocalFeatures]) -> list[list[Pairs]]:
+        """The pairs of features of each query and each item."""
+
+    def fit(
+        self, queries: Sequence[LocalFeatures], items: Sequence[LocalFeatures], pairs: Sequence[Sequence[Pairs]]
+    ) -> list[Match | None]:
+        """The verified matches of the items; None for an item that is not verified."""
 
 
 def verify(
@@ -99,10 +127,11 @@ def shown(match: Match) -> float:
     return min(1.0, _area(inside))
 
 
-def mutual_pairs(query: np.ndarray, items: Sequence[np.ndarray], ratio: float) -> list[tuple[np.ndarray, np.ndarray]]:
+def mutual_pairs(query: np.ndarray, items: Sequence[np.ndarray], ratio: float) -> list[Pairs]:
     """The pairs of features of the query and each item that are each other's nearest and pass the ratio test.
 
-    All items are compared in one product of matrices.
+    One product of matrices gives the distances to an item's features. They stay in a core's cache while they are looked
+    at, and the second direction is looked at only for what passed the ratio test.
 
     Args:
         query: int8 (n, d), the descriptors of the query.
@@ -112,29 +141,32 @@ def mutual_pairs(query: np.ndarray, items: Sequence[np.ndarray], ratio: float) -
     Returns:
         For each item, the places of the paired features in the query and in the item, int64 (p,) each.
     """
-    counts = [len(item) for item in items]
-    longest = max(counts, default=0)
-    none = np.zeros(0, np.int64)
-    if len(query) == 0 or longest < 2:
+    n, none = len(query), np.zeros(0, np.int64)
+    longest = max((len(item) for item in items), default=0)
+    if n == 0 or longest < 2:
         return [(none, none)] * len(items)
-    ours = torch.from_numpy(query.astype(np.float32))
-    theirs = torch.zeros(len(items), longest, ours.shape[1])
-    for place, item in enumerate(items):
-        theirs[place, : len(item)] = torch.from_numpy(item.astype(np.float32))
-    missing = torch.arange(longest) >= torch.tensor(counts)[:, None]
-    lengths = theirs.square().sum(2).masked_fill(missing, torch.inf)
-    # Squared distances (M, longest, n) without the squared length of the query's features.
-    products = (theirs.flatten(0, 1) @ ours.T).unflatten(0, missing.shape)
-    gaps = torch.add(lengths[:, :, None], products, alpha=-2.0)
-    own = ours.square().sum(1)
-    first, nearest = gaps.min(dim=1)  # (M, n), over the item's features
-    back = (gaps + own).argmin(dim=2)  # (M, longest), over the query's features
-    places = torch.arange(len(ours)).expand_as(nearest)
-    gaps.scatter_(1, nearest[:, None], torch.inf)
-    second = gaps.amin(dim=1)
-    near = (first + own).clamp(min=0) <= ratio**2 * (second + own).clamp(min=0)
-    kept = near & (back.gather(1, nearest) == places) & second.isfinite()
-    return [(np.flatnonzero(one), of[one].numpy()) for one, of in zip(kept.numpy(), nearest, strict=True)]
+    own = query.astype(np.float32)
+    # A row (x, 1, |x|^2) times a column (-2 y, |y|^2, 1) is the squared distance.
+    left = torch.from_numpy(np.hstack([own, np.ones((n, 1), np.float32), np.square(own).sum(1, keepdims=True)]))
+    memory = torch.empty(n * longest)  # fresh memory for each item would take longer than the product
+    places, pairs = np.arange(n), []
+    for item in items:
+        m = len(item)
+        if m < 2:
+            pairs.append((none, none))
+            continue
+        columns = item.T.astype(np.float32)
+        right = np.vstack([-2 * columns, np.square(columns).sum(0, keepdims=True), np.ones((1, m), np.float32)])
+        gaps = torch.mm(left, torch.from_numpy(right), out=memory[: n * m].view(n, m)).numpy()
+        nearest = gaps.argmin(1)
+        first = gaps[places, nearest]
+        gaps[places, nearest] = np.inf
+        second = gaps.min(1)
+        gaps[places, nearest] = first
+        near = np.flatnonzero(first.clip(0) <= ratio**2 * second.clip(0))
+        kept = near[gaps[:, nearest[near]].argmin(0) == near]
+        pairs.append((kept, nearest[kept]))
+    return pairs
 
 
 def fit(

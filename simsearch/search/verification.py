@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from simsearch.functional import geometry
-from simsearch.functional.geometry import Match
+from simsearch.functional.geometry import Match, Pairs
 from simsearch.functional.sift import Sift
 from simsearch.types import LocalDescriber, LocalFeatures
 
@@ -46,7 +46,7 @@ class Verification:
         *,
         item_side: int = 448,
         item_features: int = 300,
-        query_side: int = 640,
+        query_side: int = 512,
         query_features: int = 500,
         top: int = 20,
         ratio: float = 0.85,
@@ -136,10 +136,34 @@ class Verification:
             queries: The local features of the queries, as `query` returns them.
             items: The local features of the items.
         """
+        return self.fit(queries, items, self.pair(queries, items))
+
+    def pair(self, queries: Sequence[LocalFeatures], items: Sequence[LocalFeatures]) -> list[list[Pairs]]:
+        """The pairs of features of each query and each item, as `mutual_pairs` finds them.
+
+        Args:
+            queries: The local features of the queries.
+            items: The local features of the items.
+        """
+        stored = [item.descriptors for item in items]
+        return [geometry.mutual_pairs(query.descriptors, stored, self.ratio) for query in queries]
+
+    def fit(
+        self, queries: Sequence[LocalFeatures], items: Sequence[LocalFeatures], pairs: Sequence[Sequence[Pairs]]
+    ) -> list[Match | None]:
+        """The verified matches of the items, from their pairs of features; None for an item that is not verified.
+
+        Args:
+            queries: The local features of the queries.
+            items: The local features of the items.
+            pairs: What `pair` returned.
+        """
         best: list[Match | None] = [None] * len(items)
-        for query in queries:
-            found = geometry.verify(query, items, ratio=self.ratio, tolerance=self.tolerance)
-            for place, match in enumerate(found):
+        for query, of_items in zip(queries, pairs, strict=True):
+            for place, (item, pair) in enumerate(zip(items, of_items, strict=True)):
+                if len(pair[0]) < self.inliers:
+                    continue  # not enough, whatever the homography
+                match = geometry.fit(query, item, *pair, tolerance=self.tolerance)
                 if match is not None and self.accepts(match):
                     known = best[place]
                     best[place] = match if known is None or match.inliers > known.inliers else known
