@@ -48,6 +48,11 @@ class Match:
     points: np.ndarray
     mirrored: bool = False
 
+    @property
+    def least_share(self) -> float:
+        """Share of the area that the inliers span, in the query or the item, whichever is less."""
+        return float(self.spread * min(1.0, _area(self.outline)))
+
 
 class Verifier(Protocol):
     """What verifies the first items of a ranking, in four steps, so that each can be done where it belongs and timed.
