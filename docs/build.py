@@ -41,6 +41,7 @@ GROUPS = {  # what an option of each decides; the order is that of a training
     "scheduler": "The learning rate over time.",
     "index": "What answers queries.",
     "rerank": "What is done to a ranking afterwards.",
+    "verify": "How the first items of a ranking are verified by geometry.",
     "evaluators": "What is measured beside the metrics of every evaluation.",
     "callbacks": "What is measured, kept and drawn while a run goes on.",
     "logger": "Where a run is logged.",
