@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,16 @@ from tqdm import tqdm
 from simsearch import configs, program
 from simsearch.cache import cache_key
 from simsearch.data.image_folder import DecodedFiles, files_collection
+from simsearch.data.ingest.decisions import COLUMNS, Decisions, group_rows, read_decisions
 from simsearch.data.ingest.grouping import (
+    FEWEST,
+    INLIERS,
+    SHARE,
+    Evidence,
     SameWork,
+    agreement,
     cliques,
+    is_weak,
     least_correlation,
 )
 from simsearch.data.ingest.pipeline import (
@@ -36,7 +46,7 @@ from simsearch.data.ingest.pipeline import (
     keep,
     write_results,
 )
-from simsearch.data.ingest.pixel_store import images_of
+from simsearch.data.ingest.pixel_store import images_of, tensors_sha256
 from simsearch.data.ingest.report import SUSPICIOUS_BAND, markdown, summarise
 from simsearch.data.ingest.source import read_listing
 from simsearch.data.manifest import Manifest
@@ -44,11 +54,14 @@ from simsearch.data.near_duplicates import hash_pairs_within, pixel_correlations
 from simsearch.data.protocols import ByHash
 from simsearch.figures import Tile, save_grid, spared
 from simsearch.files import Damaged, read_array, replacing, write_array, write_csv
+from simsearch.functional.geometry import Match, verify
 from simsearch.functional.pooling import gem
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.reranking import gallery_neighbours
 from simsearch.functional.resize import resize
-from simsearch.types import SearchResult
+from simsearch.functional.sift import Sift
+from simsearch.search.local_features import features_of, record, record_type
+from simsearch.types import LocalFeatures, SearchResult
 
 MOST_DESCRIBED = 200_000
 _NEIGHBOURS = 20  # of each image that may be of its work
@@ -56,6 +69,8 @@ _OF_ONE_WORK = 5  # of them that may well be: the others tell how alike unlike i
 _PROPOSED = 200  # pairs for each image that hashes may propose
 _BACKGROUND = 2000  # pairs that do
 _BATCH = 64
+_SIDE, _FEATURES = 256, 300  # longest side at which an image is described by local features, and their number
+_MATCH = np.dtype([("features", "<u2"), ("inliers", "<u2"), ("share", "<f4")])
 _COLUMNS = 12  # of the contact sheet
 
 
@@ -107,7 +122,9 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
     begin(out, listing, decoding, source)
     files = gather(decode(out, listing, decoding, values["workers"]))
     images = images_of(out / "pixels", files.shapes)
-    works = same_work(out, files, images, backbone, values["near"], decoding.chunk)
+    paths = [listing.paths[row] for row in files.rows.tolist()]
+    decisions = Decisions() if values["decisions"] is None else read_decisions(Path(values["decisions"]), paths)
+    works = same_work(out, files, images, backbone, values["near"], decisions, decoding.chunk)
     kept = keep(listing, files, works.pairs, groups=values["groups"], categorical=values["categorical"])
     report = summarise(listing, files, kept, works, decoding.size)
     about = {name: values[name] for name in ("groups", "categorical", "near")}
@@ -115,6 +132,8 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
     with replacing(out / "report.md") as temporary:
         temporary.write_text(markdown(report, source.name), encoding="utf-8")
     write_suspicious(out / "suspicious.csv", report["suspicious"]["groups"])
+    listed = [*(("large", group) for group in works.suspicious), *(("weak", group) for group in works.weak)]
+    write_groups(out / "groups.csv", group_rows(listed, works.evidence, paths, decisions))
     with spared():
         contact_sheet(out / "contact-sheet.png", files, kept, images)
     write_results(out, listing, files, kept, about, report)
@@ -127,6 +146,8 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
             f"{len(groups)} groups of images look like one work each, but are too large to be joined: "
             f"{out / 'suspicious.csv'}"
         )
+    if weak := report["suspicious"]["weak"]:
+        print(f"{len(weak)} works rest on weak evidence: confirm or cut their pairs in {out / 'groups.csv'}")
     print(f"look at {out / 'report.md'} and {out / 'contact-sheet.png'}")
     print(f"try next: {shlex.join(['simsearch', 'train', 'data=art', f'data.source={out}', *fitting_protocol(kept)])}")
 
@@ -163,16 +184,36 @@ def write_suspicious(path: Path, groups: Sequence[Sequence[str]]) -> None:
     write_csv(path, ["group", "path"], rows)
 
 
+def write_groups(path: Path, rows: Sequence[Sequence[object]]) -> None:
+    """Writes groups.csv, or no file if there are no rows.
+
+    Args:
+        path: The file to write.
+        rows: Its rows, as `group_rows` returns them.
+    """
+    if rows:
+        write_csv(path, COLUMNS, rows)
+    else:
+        path.unlink(missing_ok=True)
+
+
 # --------------------------------------------------------------------------------------------- same works
 
 
 def same_work(
-    out: Path, files: Files, images: Ragged, backbone: nn.Module | None, near: dict[str, Any], chunk: int
+    out: Path,
+    files: Files,
+    images: Ragged,
+    backbone: nn.Module | None,
+    near: dict[str, Any],
+    decisions: Decisions,
+    chunk: int,
 ) -> SameWork:
     """Groups the files that show the same work.
 
-    Hashes and descriptors propose pairs. A pair is confirmed by its pixels: their correlation must exceed that of
-    unrelated images of this collection. A group also needs the agreement of its pairs.
+    Hashes and descriptors propose pairs. Geometry confirms a pair, or, without verification and for images of few
+    features, its pixels do: their correlation must exceed that of unrelated images of this collection. A group also
+    needs the agreement of its pairs.
 
     Args:
         out: Output folder.
@@ -180,6 +221,7 @@ def same_work(
         images: Their pixels.
         backbone: The network that proposes pairs, or None.
         near: The config of the search for near-duplicates.
+        decisions: What a person decided.
         chunk: Number of images per piece of descriptors.
 
     Raises:
@@ -196,26 +238,106 @@ def same_work(
         vectors = describe(out / "descriptors", images, backbone, near["size"], chunk)
         neighbours = gallery_neighbours(vectors, _NEIGHBOURS)
         near_enough = neighbours.scores >= near["cosine"]
-        rows = torch.arange(len(images))[:, None].expand_as(neighbours.ids)[near_enough]
-        columns = neighbours.ids[near_enough]
+        if near["verify"]:
+            near_enough[:, : near["neighbours"]] = True
+        rows = torch.arange(len(images))[:, None].expand_as(neighbours.ids)
+        near_enough &= neighbours.ids >= 0  # -1: fewer neighbours than that
+        rows, columns = rows[near_enough], neighbours.ids[near_enough]
         found = torch.stack([torch.minimum(rows, columns), torch.maximum(rows, columns), torch.zeros_like(rows)], 1)
         proposed["by descriptor"] = found.unique(dim=0)
-    pairs, which = torch.cat(list(proposed.values())).unique(dim=0, return_inverse=True)
-    least = least_correlation(background(images, neighbours), len(pairs))
-    correlation = pixel_correlations(images, *pairs.unbind(1), progress=True)
-    kept = correlation >= least
+    turned, which = torch.cat(list(proposed.values())).unique(dim=0, return_inverse=True)
+    least = least_correlation(background(images, neighbours), len(turned))
+    correlation = pixel_correlations(images, *turned.unbind(1), progress=True)
+    # Of a pair that several turns propose, the best counts.
+    pairs, place = turned[:, :2].unique(dim=0, return_inverse=True)
+    best = torch.full((len(pairs),), -1.0).scatter_reduce(0, place, correlation, "amax")
+    none = torch.zeros(len(pairs), dtype=torch.int64)
+    evidence = Evidence(pairs, best, none, none, none.float(), best >= least)
+    if near["verify"]:
+        evidence = verified(out / "local_features", files, images, evidence, least, chunk)
     parts = zip(proposed, which.split([len(part) for part in proposed.values()]), strict=True)
-    counts = {name: int(kept[part].sum()) for name, part in parts}
-    order = torch.argsort(correlation[kept], descending=True, stable=True)
-    surest = dict.fromkeys((one, other) for one, other, _ in pairs[kept][order].tolist())
+    counts = {name: int(evidence.same[place[part]].sum()) for name, part in parts}
+    order = torch.argsort(evidence.inliers + evidence.correlation.double(), descending=True, stable=True)
+    surest = [(one, other) for one, other in pairs[order][evidence.same[order]].tolist()]
     groups: dict[int, list[int]] = defaultdict(list)
-    for place, root in enumerate(cliques(len(images), list(surest))):
-        groups[root].append(place)
+    for row, root in enumerate(cliques(len(images), surest, decisions.confirmed, decisions.cut)):
+        groups[root].append(row)
     several = [group for group in groups.values() if len(group) > 1]
     contents = [len({files.sha256[place] for place in group}) for group in several]  # equal files are one
-    tied = [group for group, n in zip(several, contents, strict=True) if n <= near["largest"]]
+    small = [group for group, n in zip(several, contents, strict=True) if n <= near["largest"]]
     suspicious = [group for group, n in zip(several, contents, strict=True) if n > near["largest"]]
-    return SameWork([(group[0], place) for group in tied for place in group[1:]], counts, least, suspicious)
+    ties = [(group[0], place) for group in small for place in group[1:]] + decisions.confirmed
+    doubtful = [group for group in small if near["verify"] and is_weak(group, evidence, decisions.confirmed)]
+    return SameWork(ties, counts, least, suspicious, doubtful, evidence, near["verify"])
+
+
+def verified(folder: Path, files: Files, images: Ragged, known: Evidence, least: float, chunk: int) -> Evidence:
+    """The evidence of pairs by geometry, beside that of their pixels.
+
+    Local features are described once for each image, and matched in pieces of `chunk` pairs. Both are stored, so that
+    an interruption loses one piece.
+
+    Args:
+        folder: Folder of the pieces.
+        files: The files.
+        images: Their pixels.
+        known: The evidence of pixels.
+        least: The least correlation of pixels that confirms a pair.
+        chunk: Number of images, or of pairs, per piece.
+    """
+    sift = Sift()
+    kind = record_type(_FEATURES, sift.dimension)
+    wanted = torch.zeros(len(images), dtype=torch.bool)
+    wanted[known.pairs.flatten()] = True
+    pixels = hashlib.sha256("".join(files.sha256).encode()).hexdigest()
+    settings = {"pixels": pixels, "side": _SIDE, "features": _FEATURES, "contrast": sift.contrast, "chunk": chunk}
+    settings |= {"wanted": tensors_sha256({"wanted": wanted})}
+
+    def described(start: int, stop: int, bar: tqdm) -> np.ndarray:
+        found = np.zeros(stop - start, kind)
+        for place in range(start, stop):
+            if wanted[place]:
+                found[place - start] = record(sift.describe(images[place], side=_SIDE, most=_FEATURES), kind)
+            bar.update()
+        return found
+
+    pieces = in_pieces(folder / cache_key(settings)[:16], len(images), chunk, kind, described, "local features", "img")
+
+    def features(place: int) -> LocalFeatures:
+        return features_of(pieces[place // chunk][place % chunk])
+
+    alike = known.correlation >= least
+
+    def matched(start: int, stop: int, bar: tqdm) -> np.ndarray:
+        found = np.zeros(stop - start, _MATCH)
+        for one, group in groupby(range(start, stop), key=lambda number: int(known.pairs[number, 0])):
+            numbers = list(group)
+            items = [features(int(known.pairs[number, 1])) for number in numbers]
+            own = features(one)
+            matches = verify(own, items)
+            # Pixels found mirrored copies; only they are worth a second look.
+            doubted = [k for k, number in enumerate(numbers) if alike[number] and not _agree(matches[k])]
+            if doubted and len(own) >= FEWEST:
+                mirrored = replace(sift.describe(images[one].flip(2), side=_SIDE, most=_FEATURES), mirrored=True)
+                for k, match in zip(doubted, verify(mirrored, [items[k] for k in doubted]), strict=True):
+                    matches[k] = match if _agree(match) else matches[k]
+            for number, item, match in zip(numbers, items, matches, strict=True):
+                inliers, share = (match.inliers, match.least_share) if match else (0, 0.0)
+                found[number - start] = (min(len(own), len(item)), inliers, share)
+            bar.update(len(numbers))
+        return found
+
+    settings |= {"pairs": tensors_sha256({"pairs": known.pairs, "alike": alike})}
+    parts = in_pieces(folder / cache_key(settings)[:16], len(known.pairs), chunk, _MATCH, matched, "verify", "pair")
+    found = np.concatenate([np.zeros(0, _MATCH), *parts])
+    count, inliers = (torch.from_numpy(found[name].astype(np.int64)) for name in ("features", "inliers"))
+    share = torch.from_numpy(found["share"].copy())
+    same = agreement(known.correlation, count, inliers, share, least)
+    return Evidence(known.pairs, known.correlation, count, inliers, share, same)
+
+
+def _agree(match: Match | None) -> bool:
+    return match is not None and match.inliers >= INLIERS and match.least_share >= SHARE
 
 
 def by_hash(files: Files, bits: int) -> dict[str, Tensor]:
@@ -270,25 +392,53 @@ def describe(folder: Path, images: Ragged, backbone: nn.Module, size: int, chunk
         chunk: Number of images per piece.
     """
     folder = folder / cache_key({"backbone": backbone.identity(size), "images": len(images), "chunk": chunk})[:16]  # type: ignore[operator]
+
+    def described(start: int, stop: int, bar: tqdm) -> np.ndarray:
+        piece, found = images[start:stop], []
+        for first in range(0, len(piece), _BATCH):
+            squares = torch.stack([resize(image, size, size) for image in piece[first : first + _BATCH]])
+            with torch.inference_mode():
+                found.append(F.normalize(gem(backbone(squares, size), 3.0)))
+            bar.update(len(squares))
+        return torch.cat(found).half().numpy()
+
+    parts = in_pieces(folder, len(images), chunk, np.dtype("float16"), described, "describe", "img")
+    return F.normalize(torch.from_numpy(np.concatenate(parts)).float())
+
+
+def in_pieces(
+    folder: Path,
+    count: int,
+    chunk: int,
+    dtype: np.dtype[Any],
+    make: Callable[[int, int, tqdm], np.ndarray],
+    title: str,
+    unit: str,
+) -> list[np.ndarray]:
+    """Arrays of `chunk` rows each, memory-mapped. Those that are missing or damaged in a folder are made.
+
+    Args:
+        folder: Folder of the pieces.
+        count: Number of rows of all.
+        chunk: Number of rows of a piece.
+        dtype: The dtype of the arrays.
+        make: Returns rows `start` to `stop`, and updates the progress bar.
+        title: Title of the progress bar.
+        unit: Its unit.
+    """
     parts = []
-    with tqdm(total=len(images), unit="img", desc="describe") as bar:
-        for number, start in enumerate(range(0, len(images), chunk)):
-            piece = images[start : start + chunk]
+    with tqdm(total=count, unit=unit, desc=title) as bar:
+        for number, start in enumerate(range(0, count, chunk)):
+            stop = min(start + chunk, count)
             path = folder / f"{number:06d}.npy"
             try:
-                described = read_array(path, np.dtype("float16"))
-                bar.update(len(piece))
+                if len(read_array(path, dtype)) != stop - start:
+                    raise Damaged(f"{path} has another number of rows")
+                bar.update(stop - start)
             except (OSError, Damaged):  # not there yet, or of no use
-                found = []
-                for first in range(0, len(piece), _BATCH):
-                    squares = torch.stack([resize(image, size, size) for image in piece[first : first + _BATCH]])
-                    with torch.inference_mode():
-                        found.append(F.normalize(gem(backbone(squares, size), 3.0)))
-                    bar.update(len(squares))
-                described = torch.cat(found).half().numpy()
-                write_array(path, described)
-            parts.append(torch.from_numpy(described))
-    return F.normalize(torch.cat(parts).float())
+                write_array(path, make(start, stop, bar))
+            parts.append(np.load(path, mmap_mode="r", allow_pickle=False))
+    return parts
 
 
 # ----------------------------------------------------------------------------------------------- pictures

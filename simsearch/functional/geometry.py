@@ -44,6 +44,11 @@ class Match:
     points: np.ndarray
     mirrored: bool = False
 
+    @property
+    def least_share(self) -> float:
+        """Share of the area that the inliers span, in the query or the item, whichever is less."""
+        return float(self.spread * min(1.0, _area(self.outline)))
+
 
 def verify(
     query: LocalFeatures, items: Sequence[LocalFeatures], *, ratio: float = 0.85, tolerance: float = 0.006

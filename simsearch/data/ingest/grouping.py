@@ -20,14 +20,49 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from simsearch.data.near_duplicates import MIN_CORRELATION
 
+FEWEST = 20  # local features of an image that geometry may judge
+INLIERS = 10  # features of two images of one picture that agree on one homography, at least
+SHARE = 0.05  # of the area of each of the two images, which these features span at least
+STRONG = 20  # inliers that leave no doubt
 _BY_CHANCE = 0.001  # expected pairs of different images that are grouped, if correlations are normally distributed
 _LEAST_BACKGROUND = 30  # pairs needed to estimate how alike different images are
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What speaks for P candidate pairs of images that they show one picture.
+
+    Attributes:
+        pairs: int64 (P, 2), positions of two files, the smaller first, each pair once.
+        correlation: float32 (P,), the best correlation of their pixels.
+        features: int64 (P,), local features of the image that has fewer. 0 without verification.
+        inliers: int64 (P,), features that agree on one homography.
+        share: float32 (P,), share of the area that the inliers span, in the image where it is less.
+        same: bool (P,), whether the evidence is enough.
+    """
+
+    pairs: Tensor
+    correlation: Tensor
+    features: Tensor
+    inliers: Tensor
+    share: Tensor
+    same: Tensor
+
+    def within(self, group: Iterable[int]) -> list[int]:
+        """Places of the pairs whose two images are in a group.
+
+        Args:
+            group: Positions of files.
+        """
+        members = torch.tensor(sorted(group))
+        return torch.isin(self.pairs, members).all(1).nonzero()[:, 0].tolist()
 
 
 @dataclass(frozen=True)
@@ -36,15 +71,51 @@ class SameWork:
 
     Attributes:
         pairs: Positions of files that show one work. They connect the files of the work.
-        counts: Number of near-duplicates that each criterion proposed and pixels confirmed.
+        counts: Number of near-duplicates that each criterion proposed and that were confirmed.
         least: The least correlation that confirmed a pair.
         suspicious: Groups that are too large to be plausible. They are not grouped.
+        weak: Groups that are grouped on weak evidence.
+        evidence: The evidence of all candidate pairs.
+        verified: Whether geometry was asked.
     """
 
     pairs: list[tuple[int, int]]
     counts: dict[str, int]
     least: float
     suspicious: list[list[int]]
+    weak: list[list[int]]
+    evidence: Evidence
+    verified: bool
+
+
+def agreement(correlation: Tensor, features: Tensor, inliers: Tensor, share: Tensor, least: float) -> Tensor:
+    """Whether pairs of images show one picture by their evidence, bool (P,).
+
+    Geometry decides: INLIERS features must agree on one homography and span SHARE of both images. Of images with fewer
+    than FEWEST features, the correlation of pixels decides.
+
+    Args:
+        correlation: float32 (P,), as in Evidence, like the next three.
+        features: int64 (P,).
+        inliers: int64 (P,).
+        share: float32 (P,).
+        least: The least correlation that confirms a pair.
+    """
+    return torch.where(features >= FEWEST, (inliers >= INLIERS) & (share >= SHARE), correlation >= least)
+
+
+def is_weak(group: Sequence[int], evidence: Evidence, confirmed: Iterable[tuple[int, int]] = ()) -> bool:
+    """Whether a person should look at a group: one of its pairs has few inliers, and nobody confirmed that pair.
+
+    Args:
+        group: Positions of files.
+        evidence: The evidence of all candidate pairs.
+        confirmed: Pairs that a person confirmed.
+    """
+    known = set(confirmed)
+    inside = evidence.within(group)
+    pairs, inliers = evidence.pairs[inside].tolist(), evidence.inliers[inside].tolist()
+    return any(n < STRONG and (one, other) not in known for (one, other), n in zip(pairs, inliers, strict=True))
 
 
 def connected(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
@@ -93,7 +164,12 @@ def least_correlation(background: Tensor, pairs: int) -> float:
     return max(MIN_CORRELATION, middle + NormalDist().inv_cdf(1 - _BY_CHANCE / max(1, pairs)) * spread)
 
 
-def cliques(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
+def cliques(
+    count: int,
+    pairs: Sequence[tuple[int, int]],
+    confirmed: Iterable[tuple[int, int]] = (),
+    cut: Iterable[tuple[int, int]] = (),
+) -> list[int]:
     """For each row the smallest row of its group. Two groups merge if at least half of all pairs between them agree.
 
     This is average linkage on agreeing pairs. It splits chains, in which each image is like the next one only.
@@ -101,19 +177,26 @@ def cliques(count: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
     Args:
         count: Number of rows.
         pairs: Pairs of rows that agree, the most certain first, each once.
+        confirmed: Pairs of rows that are in one group whatever the others say.
+        cut: Pairs of rows that are never in one group. Confirmed pairs do not tie them.
 
     Source:
         Sokal, Michener: A statistical method for evaluating systematic relationships. 1958.
     """
     agreed = {(min(pair), max(pair)) for pair in pairs}
-    group = {row: [row] for pair in agreed for row in pair}
+    apart = {(min(pair), max(pair)) for pair in cut}
+    tied = connected(count, confirmed)
+    members: dict[int, list[int]] = {}
+    for row in range(count):
+        members.setdefault(tied[row], []).append(row)
+    group = {row: members[tied[row]] for row in range(count)}
     for one, other in pairs:
         first, second = group[one], group[other]
         if first is second:
             continue
-        agreeing = sum((min(a, b), max(a, b)) in agreed for a in first for b in second)
-        if 2 * agreeing >= len(first) * len(second):
+        between = [(min(a, b), max(a, b)) for a in first for b in second]
+        if 2 * sum(pair in agreed for pair in between) >= len(between) and apart.isdisjoint(between):
             first += second
             for row in second:
                 group[row] = first
-    return [min(group[row]) if row in group else row for row in range(count)]
+    return [min(group[row]) for row in range(count)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from simsearch.data.ingest.grouping import SameWork
+from simsearch.data.ingest.grouping import INLIERS, SameWork
 from simsearch.data.ingest.pipeline import REASONS as INGEST_REASONS
 from simsearch.data.ingest.pipeline import Files, Kept, rejections
 from simsearch.data.ingest.source import Listing
@@ -73,7 +73,8 @@ def summarise(listing: Listing, files: Files, kept: Kept, same: SameWork, size: 
         },
         "works": _works(kept, same),
         "suspicious": {
-            "groups": suspicious_groups(kept, same),
+            "groups": accepted_groups(kept, same.suspicious),
+            "weak": accepted_groups(kept, same.weak),
             "band_below": [
                 {"path": path, "share": round(share, 2)} for share, path in bands if share >= SUSPICIOUS_BAND
             ],
@@ -103,16 +104,16 @@ def _spread(values: torch.Tensor) -> list[int]:
     return [int(value) for value in _quantiles(values)]
 
 
-def suspicious_groups(kept: Kept, same: SameWork) -> list[list[str]]:
-    """The paths of each group that is too large to be plausible, the largest group first.
+def accepted_groups(kept: Kept, groups: Sequence[Sequence[int]]) -> list[list[str]]:
+    """The paths of the accepted images of each group that has two of them, the largest group first.
 
     Args:
         kept: The accepted images.
-        same: The result of the search for near-duplicates.
+        groups: Positions of files, for each group.
     """
     path = dict(zip(kept.places, kept.columns["path"], strict=True))
-    groups = ([str(path[place]) for place in group if place in path] for group in same.suspicious)
-    return sorted((group for group in groups if len(group) > 1), key=lambda group: (-len(group), group))
+    accepted = ([str(path[place]) for place in group if place in path] for group in groups)
+    return sorted((group for group in accepted if len(group) > 1), key=lambda group: (-len(group), group))
 
 
 def _works(kept: Kept, same: SameWork) -> dict[str, Any]:
@@ -130,6 +131,7 @@ def _works(kept: Kept, same: SameWork) -> dict[str, Any]:
         "sizes": dict(sorted(Counter(map(len, several)).items())),
         "pairs": dict(same.counts),
         "least_correlation": round(same.least, 3),
+        "least_inliers": INLIERS if same.verified else None,
         "largest": [[paths[p] for p in m] for m in several[:_EXAMPLES]],
         "of_two_artists": [
             {"artists": sorted({str(artists[p]) for p in m if artists[p] is not None}), "paths": [paths[p] for p in m]}
