@@ -51,7 +51,7 @@ def tensors(pictures: list[Image.Image]) -> list[torch.Tensor]:
 def candidates(pairs: list[tuple[int, int]], correlation: list[float]) -> Evidence:
     none = torch.zeros(len(pairs), dtype=torch.int64)
     values = torch.tensor(correlation)
-    return Evidence(torch.tensor(pairs), values, none, none, none.float(), values >= 0.7)
+    return Evidence(torch.tensor(pairs), values, none, none, none.float(), none.float(), values >= 0.7)
 
 
 def asked(folder: Path, pictures: list[Image.Image], known: Evidence, chunk: int = 3) -> Evidence:
@@ -77,7 +77,8 @@ def test_geometry_confirms_copies_and_refuses_what_only_looks_alike(tmp_path):
     found = asked(tmp_path, pictures, candidates(pairs, [0.0, 0.0, 0.0, 0.0, 0.9, 0.1, 0.9, 0.9]))
     assert found.same.tolist() == [True] * 5 + [False, False, True]
     assert found.features[-1] == 0
-    assert (found.inliers[:5] >= 10).all()
+    assert (found.inliers[:5] >= 8).all()
+    assert (found.aligned[:5] > 0.7).all()
 
 
 def test_an_interrupted_verification_goes_on_and_gives_the_same(tmp_path, monkeypatch):
@@ -100,7 +101,7 @@ def test_an_interrupted_verification_goes_on_and_gives_the_same(tmp_path, monkey
         asked(tmp_path / "killed", pictures, known, chunk=2)
     found = asked(tmp_path / "killed", pictures, known, chunk=2)
     assert len(calls) == 4 + 3  # the first piece of two images was there
-    for name in ("features", "inliers", "share", "same"):
+    for name in ("features", "inliers", "share", "aligned", "same"):
         assert torch.equal(getattr(found, name), getattr(whole, name))
     damaged = sorted((tmp_path / "killed").glob("*/*.npy"))[0]
     damaged.write_bytes(damaged.read_bytes()[:-5])
@@ -108,18 +109,21 @@ def test_an_interrupted_verification_goes_on_and_gives_the_same(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("correlation", "features", "inliers", "share", "same"),
+    ("correlation", "features", "inliers", "share", "aligned", "least", "same"),
     [
-        (0.99, 300, 9, 0.5, False),  # pixels do not speak where geometry can
-        (0.0, 300, 10, 0.5, True),
-        (0.0, 300, 40, 0.01, False),  # a heading
-        (0.8, 19, 0, 0.0, True),
-        (0.6, 19, 19, 0.9, False),
+        (0.99, 300, 7, 0.5, 0.9, 0.7, False),  # pixels do not speak where geometry can
+        (0.0, 300, 8, 0.5, 0.6, 0.7, True),
+        (0.0, 300, 40, 0.01, 0.9, 0.7, False),  # a heading
+        (0.0, 300, 40, 0.5, 0.3, 0.7, False),  # scattered words
+        (0.0, 300, 140, 0.6, 0.9, 1.02, False),  # coins of one rim
+        (0.0, 300, 140, 0.6, 0.98, 1.02, True),  # two scans of one coin
+        (0.8, 19, 0, 0.0, 0.0, 0.7, True),
+        (0.6, 19, 19, 0.9, 0.9, 0.7, False),
     ],
 )
-def test_what_decides(correlation, features, inliers, share, same):
-    given_ = (torch.tensor([correlation]), torch.tensor([features]), torch.tensor([inliers]), torch.tensor([share]))
-    assert agreement(*given_, 0.7).tolist() == [same]
+def test_what_decides(correlation, features, inliers, share, aligned, least, same):
+    values = [torch.tensor([value]) for value in (correlation, features, inliers, share, aligned)]
+    assert agreement(*values, least).tolist() == [same]
 
 
 @given(st.integers(2, 8), st.data())
@@ -139,7 +143,7 @@ def test_a_group_is_weak_by_one_doubtful_pair_that_nobody_confirmed():
     many = torch.full((3,), 50)
     inliers = torch.tensor([40, 12, 3])
     pairs = torch.tensor([[0, 1], [2, 3], [4, 5]])
-    evidence = Evidence(pairs, many.float(), many, inliers, many.float(), inliers >= 10)
+    evidence = Evidence(pairs, many.float(), many, inliers, many.float(), many.float(), inliers >= 8)
     assert [is_weak(group, evidence) for group in ([0, 1], [2, 3], [0, 1, 4, 5])] == [False, True, True]
     assert not is_weak([2, 3], evidence, [(2, 3)])
 

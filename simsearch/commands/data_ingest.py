@@ -54,6 +54,7 @@ from simsearch.data.near_duplicates import hash_pairs_within, pixel_correlations
 from simsearch.data.protocols import ByHash
 from simsearch.figures import Tile, save_grid, spared
 from simsearch.files import Damaged, read_array, replacing, write_array, write_csv
+from simsearch.functional.correlation import aligned_correlation
 from simsearch.functional.geometry import Match, verify
 from simsearch.functional.pooling import gem
 from simsearch.functional.ragged import Ragged
@@ -70,7 +71,7 @@ _PROPOSED = 200  # pairs for each image that hashes may propose
 _BACKGROUND = 2000  # pairs that do
 _BATCH = 64
 _SIDE, _FEATURES = 256, 300  # longest side at which an image is described by local features, and their number
-_MATCH = np.dtype([("features", "<u2"), ("inliers", "<u2"), ("share", "<f4")])
+_MATCH = np.dtype([("features", "<u2"), ("inliers", "<u2"), ("share", "<f4"), ("aligned", "<f4")])
 _COLUMNS = 12  # of the contact sheet
 
 
@@ -252,7 +253,7 @@ def same_work(
     pairs, place = turned[:, :2].unique(dim=0, return_inverse=True)
     best = torch.full((len(pairs),), -1.0).scatter_reduce(0, place, correlation, "amax")
     none = torch.zeros(len(pairs), dtype=torch.int64)
-    evidence = Evidence(pairs, best, none, none, none.float(), best >= least)
+    evidence = Evidence(pairs, best, none, none, none.float(), none.float(), best >= least)
     if near["verify"]:
         evidence = verified(out / "local_features", files, images, evidence, least, chunk)
     parts = zip(proposed, which.split([len(part) for part in proposed.values()]), strict=True)
@@ -322,8 +323,11 @@ def verified(folder: Path, files: Files, images: Ragged, known: Evidence, least:
                 for k, match in zip(doubted, verify(mirrored, [items[k] for k in doubted]), strict=True):
                     matches[k] = match if _agree(match) else matches[k]
             for number, item, match in zip(numbers, items, matches, strict=True):
-                inliers, share = (match.inliers, match.least_share) if match else (0, 0.0)
-                found[number - start] = (min(len(own), len(item)), inliers, share)
+                inliers, share, aligned = (match.inliers, match.least_share, 0.0) if match else (0, 0.0, 0.0)
+                if match is not None and _agree(match):
+                    other, outline = images[int(known.pairs[number, 1])], torch.from_numpy(match.outline)
+                    aligned = aligned_correlation(images[one], other, outline)
+                found[number - start] = (min(len(own), len(item)), inliers, share, aligned)
             bar.update(len(numbers))
         return found
 
@@ -331,9 +335,9 @@ def verified(folder: Path, files: Files, images: Ragged, known: Evidence, least:
     parts = in_pieces(folder / cache_key(settings)[:16], len(known.pairs), chunk, _MATCH, matched, "verify", "pair")
     found = np.concatenate([np.zeros(0, _MATCH), *parts])
     count, inliers = (torch.from_numpy(found[name].astype(np.int64)) for name in ("features", "inliers"))
-    share = torch.from_numpy(found["share"].copy())
-    same = agreement(known.correlation, count, inliers, share, least)
-    return Evidence(known.pairs, known.correlation, count, inliers, share, same)
+    share, aligned = (torch.from_numpy(found[name].copy()) for name in ("share", "aligned"))
+    same = agreement(known.correlation, count, inliers, share, aligned, least)
+    return Evidence(known.pairs, known.correlation, count, inliers, share, aligned, same)
 
 
 def _agree(match: Match | None) -> bool:

@@ -82,3 +82,63 @@ def best_correlations(first: Tensor, second: Tensor, shift: int) -> Tensor:
                 correlation = product / (own * its).clamp(min=least**2).sqrt()
                 best = torch.maximum(best, torch.where((own < least) | (its < least), 0.0, correlation))
     return best.clamp(max=1)
+
+
+def aligned_correlation(query: Tensor, item: Tensor, outline: Tensor, side: int = 64) -> float:
+    """The correlation of the details of an item with those of the part of a query that shows it, in [-1, 1].
+
+    The query is drawn into the item's frame by the homography that puts the item's corners where the outline says. Only
+    what lies in the query is compared. 0 if that is too small or plain.
+
+    Args:
+        query: uint8 (3, H, W).
+        item: uint8 (3, h, w).
+        outline: float (4, 2), the item's corners in the query, clockwise from the top left, as fractions of its sides.
+        side: Pixels of a side of the compared squares.
+
+    Example:
+        >>> picture = torch.randint(256, (3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        >>> whole = torch.tensor([[0.0, 0], [1, 0], [1, 1], [0, 1]])
+        >>> round(aligned_correlation(picture, picture, whole), 2)
+        1.0
+        >>> aligned_correlation(picture, picture.flip(0), whole) < 0.5
+        True
+    """
+    first, second = (_grey(image).float() for image in (query, item))
+    places = _perspective(outline.double(), side)
+    inside = ((places > 0) & (places < 1)).all(2)
+    # What is smaller than a pixel of the square must not alias: the query is first reduced to the item's scale.
+    wide, high = outline.double().amax(0) - outline.double().amin(0)
+    reduced = [
+        min(n, max(2, round(side / max(float(part), 1e-3)))) for n, part in zip(first.shape, (high, wide), strict=True)
+    ]
+    first = F.interpolate(first[None, None], reduced, mode="bilinear", antialias=True, align_corners=False)
+    drawn = F.grid_sample(
+        first, (2 * places - 1)[None].float(), mode="bilinear", align_corners=False, padding_mode="border"
+    )
+    square = F.interpolate(second[None, None], (side, side), mode="bilinear", antialias=True, align_corners=False)
+    ours, theirs = (details(one[0])[0][inside] for one in (drawn, square))
+    if len(ours) < side * side / 50 or min(ours.std(), theirs.std()) < PLAIN:
+        return 0.0
+    return float(torch.corrcoef(torch.stack([ours, theirs]))[0, 1])
+
+
+def _perspective(corners: Tensor, side: int) -> Tensor:
+    """Where the centres of a square's pixels lie under the homography to four corners, (side, side, 2).
+
+    Source:
+        Heckbert: Fundamentals of texture mapping and image warping. 1989.
+    """
+    a, b, c, d = corners
+    first, second, third = b - c, d - c, a - b + c - d
+    cross = first[0] * second[1] - first[1] * second[0]
+    g = (third[0] * second[1] - third[1] * second[0]) / cross
+    h = (first[0] * third[1] - first[1] * third[0]) / cross
+    centre = (torch.arange(side, dtype=corners.dtype) + 0.5) / side
+    y, x = torch.meshgrid(centre, centre, indexing="ij")
+    x, y = x[:, :, None], y[:, :, None]
+    return ((b - a + g * b) * x + (d - a + h * d) * y + a) / (g * x + h * y + 1)
+
+
+def _grey(image: Tensor) -> Tensor:
+    return (image.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)

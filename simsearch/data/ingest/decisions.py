@@ -10,7 +10,7 @@ from simsearch.data.ingest.grouping import Evidence, connected
 from simsearch.data.tables import read_table
 from simsearch.text import csv_cell
 
-COLUMNS = ("group", "why", "path_a", "path_b", "inliers", "share", "correlation", "same", "decision")
+COLUMNS = ("group", "why", "path_a", "path_b", "inliers", "share", "aligned", "correlation", "same", "decision")
 CONFIRM, CUT = "confirm", "cut"
 _Pair = tuple[int, int]
 
@@ -87,12 +87,9 @@ def group_rows(
     for number, (why, group) in enumerate(groups, start=1):
         for place in evidence.within(group):
             one, other = evidence.pairs[place].tolist()
-            scores = (
-                int(evidence.inliers[place]),
-                f"{evidence.share[place]:.3f}",
-                f"{evidence.correlation[place]:.3f}",
-            )
+            shares = (evidence.share, evidence.aligned, evidence.correlation)
+            scores = (int(evidence.inliers[place]), *(f"{float(values[place]):.3f}" for values in shares))
             same = "yes" if evidence.same[place] else "no"
             rows.append((number, why, paths[one], paths[other], *scores, same, known.pop((one, other), "")))
-    rest = (("", "decided", paths[one], paths[other], *[""] * 4, said) for (one, other), said in known.items())
+    rest = (("", "decided", paths[one], paths[other], *[""] * 5, said) for (one, other), said in known.items())
     return [*rows, *rest]

@@ -28,8 +28,10 @@ from torch import Tensor
 from simsearch.data.near_duplicates import MIN_CORRELATION
 
 FEWEST = 20  # local features of an image that geometry may judge
-INLIERS = 10  # features of two images of one picture that agree on one homography, at least
+INLIERS = 8  # features of two images of one picture that agree on one homography, at least
 SHARE = 0.05  # of the area of each of the two images, which these features span at least
+ALIGNED = 0.55  # correlation of what the homography lays on each other, at least
+EXACT = 0.97  # such a correlation that pixels are almost the same
 STRONG = 20  # inliers that leave no doubt
 _BY_CHANCE = 0.001  # expected pairs of different images that are grouped, if correlations are normally distributed
 _LEAST_BACKGROUND = 30  # pairs needed to estimate how alike different images are
@@ -45,6 +47,7 @@ class Evidence:
         features: int64 (P,), local features of the image that has fewer. 0 without verification.
         inliers: int64 (P,), features that agree on one homography.
         share: float32 (P,), share of the area that the inliers span, in the image where it is less.
+        aligned: float32 (P,), correlation of the pixels that the homography lays on each other. 0 without one.
         same: bool (P,), whether the evidence is enough.
     """
 
@@ -53,6 +56,7 @@ class Evidence:
     features: Tensor
     inliers: Tensor
     share: Tensor
+    aligned: Tensor
     same: Tensor
 
     def within(self, group: Iterable[int]) -> list[int]:
@@ -88,20 +92,27 @@ class SameWork:
     verified: bool
 
 
-def agreement(correlation: Tensor, features: Tensor, inliers: Tensor, share: Tensor, least: float) -> Tensor:
+def agreement(
+    correlation: Tensor, features: Tensor, inliers: Tensor, share: Tensor, aligned: Tensor, least: float
+) -> Tensor:
     """Whether pairs of images show one picture by their evidence, bool (P,).
 
-    Geometry decides: INLIERS features must agree on one homography and span SHARE of both images. Of images with fewer
-    than FEWEST features, the correlation of pixels decides.
+    Geometry decides: INLIERS features must agree on one homography and span SHARE of both images, and the pixels that
+    it lays on each other must correlate by ALIGNED. That is raised to `least`, at most EXACT, in collections of pages
+    or coins, where equal headings or rims agree on a homography too. Of images with fewer than FEWEST features, the
+    correlation of pixels decides.
 
     Args:
-        correlation: float32 (P,), as in Evidence, like the next three.
+        correlation: float32 (P,), as in Evidence, like the next four.
         features: int64 (P,).
         inliers: int64 (P,).
         share: float32 (P,).
-        least: The least correlation that confirms a pair.
+        aligned: float32 (P,).
+        least: The least correlation that confirms a pair, as `least_correlation` returns it.
     """
-    return torch.where(features >= FEWEST, (inliers >= INLIERS) & (share >= SHARE), correlation >= least)
+    enough = ALIGNED if least <= MIN_CORRELATION else min(least, EXACT)
+    geometry = (inliers >= INLIERS) & (share >= SHARE) & (aligned >= enough)
+    return torch.where(features >= FEWEST, geometry, correlation >= least)
 
 
 def is_weak(group: Sequence[int], evidence: Evidence, confirmed: Iterable[tuple[int, int]] = ()) -> bool:
