@@ -116,6 +116,7 @@ def test_an_interrupted_verification_goes_on_and_gives_the_same(tmp_path, monkey
         (0.0, 300, 40, 0.01, 0.9, 0.7, False),  # a heading
         (0.0, 300, 40, 0.5, 0.3, 0.7, False),  # scattered words
         (0.0, 300, 140, 0.6, 0.9, 1.02, False),  # coins of one rim
+        (0.9, 300, 140, 0.6, 0.8, 0.85, True),  # the whole pictures are alike enough
         (0.0, 300, 140, 0.6, 0.98, 1.02, True),  # two scans of one coin
         (0.8, 19, 0, 0.0, 0.0, 0.7, True),
         (0.6, 19, 19, 0.9, 0.9, 0.7, False),

@@ -98,9 +98,9 @@ def agreement(
     """Whether pairs of images show one picture by their evidence, bool (P,).
 
     Geometry decides: INLIERS features must agree on one homography and span SHARE of both images, and the pixels that
-    it lays on each other must correlate by ALIGNED. That is raised to `least`, at most EXACT, in collections of pages
-    or coins, where equal headings or rims agree on a homography too. Of images with fewer than FEWEST features, the
-    correlation of pixels decides.
+    it lays on each other must correlate by ALIGNED, or the whole images by `least`. ALIGNED is raised to `least`, at
+    most EXACT, in collections of pages or coins, where equal headings or rims agree on a homography too. Of images with
+    fewer than FEWEST features, the correlation of the whole images decides.
 
     Args:
         correlation: float32 (P,), as in Evidence, like the next four.
@@ -111,8 +111,9 @@ def agreement(
         least: The least correlation that confirms a pair, as `least_correlation` returns it.
     """
     enough = ALIGNED if least <= MIN_CORRELATION else min(least, EXACT)
-    geometry = (inliers >= INLIERS) & (share >= SHARE) & (aligned >= enough)
-    return torch.where(features >= FEWEST, geometry, correlation >= least)
+    whole = correlation >= least
+    geometry = (inliers >= INLIERS) & (share >= SHARE) & ((aligned >= enough) | whole)
+    return torch.where(features >= FEWEST, geometry, whole)
 
 
 def is_weak(group: Sequence[int], evidence: Evidence, confirmed: Iterable[tuple[int, int]] = ()) -> bool:
