@@ -13,6 +13,9 @@ the whole images decides:
 - Among 120 drawn pages of text, pages under one heading, coins, night skies and line sketches each, of which 15 have a
   second scan: all scans (of coins none, else all), and no two different images.
 
+These figures are of the strongest 300 features of each image; spread over the image, as `Sift` chooses them now, 83 of
+the 85 pairs are confirmed.
+
 Views of one motif (a series of haystacks) become works of their own unless a column groups them.
 """
 
