@@ -8,7 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simsearch.functional.correlation import COARSE, FINE, _blurred, best_correlations, details
+from simsearch.functional.correlation import (
+    COARSE,
+    FINE,
+    _blurred,
+    _perspective,
+    aligned_correlation,
+    best_correlations,
+    details,
+)
 
 
 def grey(count: int, seed: int, side: int = 20) -> Tensor:
@@ -73,3 +81,33 @@ def test_wrong_input_is_named() -> None:
     for shift in (-1, 4):
         with pytest.raises(ValueError, match=rf"shift={shift} leaves nothing"):
             best_correlations(torch.zeros(2, 8, 8), torch.zeros(2, 8, 8), shift)
+
+
+def test_a_perspective_puts_pixels_where_the_homography_through_its_corners_does() -> None:
+    corners = np.array([[0.1, 0.2], [0.9, 0.15], [0.8, 0.95], [0.2, 0.7]])
+    unit = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
+    rows = []
+    for (x, y), (u, v) in zip(unit, corners, strict=True):
+        rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]
+    homography = np.append(np.linalg.solve(rows, corners.ravel()), 1).reshape(3, 3)
+    got = _perspective(torch.from_numpy(corners), 4).numpy()
+    for y in range(4):
+        for x in range(4):
+            u, v, w = homography @ [(x + 0.5) / 4, (y + 0.5) / 4, 1]
+            np.testing.assert_allclose(got[y, x], [u / w, v / w])
+
+
+def test_a_part_of_a_picture_is_alike_where_its_outline_says_and_nowhere_else() -> None:
+    noise = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    picture = (255 * F.interpolate(noise, (240, 240), mode="bicubic")[0]).clamp(0, 255).to(torch.uint8)
+    part = picture[:, 60:160, 80:200]  # y 60 to 160, x 80 to 200
+    left, right, top, bottom = 80 / 240, 200 / 240, 60 / 240, 160 / 240
+    outline = torch.tensor([[left, top], [right, top], [right, bottom], [left, bottom]])
+    assert aligned_correlation(picture, part, outline) > 0.95
+    assert aligned_correlation(picture, part.rot90(1, (1, 2)), outline.roll(-1, 0)) > 0.95
+    assert aligned_correlation(picture, part.flip(2), outline[[1, 0, 3, 2]]) > 0.95
+    assert aligned_correlation(picture, part, outline + 0.05) < 0.5
+    beyond = torch.tensor([[-1.0, 0], [1, 0], [1, 1], [-1, 1]])  # half of what it shows lies outside
+    assert aligned_correlation(picture, torch.cat([255 - picture, picture], 2), beyond) > 0.9
+    assert aligned_correlation(picture, torch.full_like(part, 90), outline) == 0
+    assert aligned_correlation(picture, part, outline + 5) == 0  # outside of the picture

@@ -128,7 +128,7 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
     works = same_work(out, files, images, backbone, values["near"], decisions, decoding.chunk)
     kept = keep(listing, files, works.pairs, groups=values["groups"], categorical=values["categorical"])
     report = summarise(listing, files, kept, works, decoding.size)
-    about = {name: values[name] for name in ("groups", "categorical", "near")}
+    about = {name: values[name] for name in ("groups", "categorical", "near", "decisions")}
     about["backbone"] = None if backbone is None else backbone.identity(values["near"]["size"])  # type: ignore[operator]
     with replacing(out / "report.md") as temporary:
         temporary.write_text(markdown(report, source.name), encoding="utf-8")

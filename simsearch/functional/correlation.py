@@ -101,7 +101,7 @@ def aligned_correlation(query: Tensor, item: Tensor, outline: Tensor, side: int 
         >>> whole = torch.tensor([[0.0, 0], [1, 0], [1, 1], [0, 1]])
         >>> round(aligned_correlation(picture, picture, whole), 2)
         1.0
-        >>> aligned_correlation(picture, picture.flip(0), whole) < 0.5
+        >>> aligned_correlation(picture, picture.flip(1), whole) < 0.5
         True
     """
     first, second = (_grey(image).float() for image in (query, item))

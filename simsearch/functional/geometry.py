@@ -64,18 +64,37 @@ class Verifier(Protocol):
     top: int
 
     def item(self, image: Tensor) -> LocalFeatures:
-        """The local features of an item, from its image uint8 (3, H, W)."""
+        """The local features of an item.
+
+        Args:
+            image: uint8 (3, H, W).
+        """
 
     def query(self, image: Tensor) -> tuple[LocalFeatures, ...]:
-        """The local features of a query, one or more sets of them, from its image uint8 (3, H, W)."""
+        """The local features of a query, one or more sets of them.
+
+        Args:
+            image: uint8 (3, H, W).
+        """
 
     def pair(self, queries: Sequence[LocalFeatures], items: Sequence[LocalFeatures]) -> list[list[Pairs]]:
-        """The pairs of features of each query and each item."""
+        """The pairs of features of each query and each item.
+
+        Args:
+            queries: The local features of the queries.
+            items: The local features of the items.
+        """
 
     def fit(
         self, queries: Sequence[LocalFeatures], items: Sequence[LocalFeatures], pairs: Sequence[Sequence[Pairs]]
     ) -> list[Match | None]:
-        """The verified matches of the items; None for an item that is not verified."""
+        """The verified matches of the items; None for an item that is not verified.
+
+        Args:
+            queries: The local features of the queries.
+            items: The local features of the items.
+            pairs: The pairs of features of each query and each item.
+        """
 
 
 def verify(
@@ -99,7 +118,7 @@ def verify(
         >>> item = LocalFeatures(places, rng.integers(-127, 128, (30, 32), dtype=np.int8), (200, 200))
         >>> query = LocalFeatures(places / 2 + 40, item.descriptors, (200, 200))  # the item at half its size
         >>> (match,) = verify(query, [item])
-        >>> match.inliers, match.outline.round(2).tolist()[0]
+        >>> match.inliers, match.outline.astype(float).round(2).tolist()[0]
         (30, [0.2, 0.2])
     """
     if not 0 < ratio <= 1 or not tolerance > 0:

