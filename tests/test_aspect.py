@@ -490,7 +490,7 @@ def test_instance_keeps_the_order_of_the_benchmark(longest, small_run, tmp_path)
     scaled, _ = again("fit=longest", "size=48", "scales=[1.0,1.5]")
     assert [b["size"] for b in scaled["model"]["identity"]["backbones"]] == [48, 72]
     assert config == (small_run / "config.yaml").read_text()
-    with pytest.raises(ValueError, match="size=64: the network of this run has no size to change"):
+    with pytest.raises(ValueError, match="size=64: the network of this run has no setting size"):
         seen_otherwise({"model": {"network": {"bits": 12}}}, 64, None, None)
 
 

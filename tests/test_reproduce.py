@@ -148,7 +148,7 @@ class TestRun:
         (folder / "metrics.json").unlink()
         (folder / "run.json").write_text("{}")
         done = run(rows, "row=dsh-tiny")
-        assert "going on in" in done.stderr
+        assert "continuing in" in done.stderr
         assert launched.lines[-1] == ("train", [f"run_dir={folder}", "resume=true"])
 
     def test_an_evaluation_older_than_the_checkpoint_is_done_again(self, rows, launched):

@@ -420,7 +420,7 @@ def test_queries_are_cropped_and_the_gallery_is_whole(oxford):
 
 @pytest.mark.parametrize(
     ("box", "message"),
-    [((0, 0, 300, 20), "192 x 144 pixels"), ((200, 0, 250, 20), "192 x 144"), ((0.1, 0.1, 0.2, 0.2), "does not lie")],
+    [((0, 0, 300, 20), "192 x 144 pixels"), ((200, 0, 250, 20), "192 x 144"), ((0.1, 0.1, 0.2, 0.2), "is not inside")],
 )
 def test_boxes_that_do_not_fit_their_image_are_refused(box, message, oxford):
     benchmark = Benchmark("toy", ("image_0",), (Query("query_0", box, (0,), (), ()),))

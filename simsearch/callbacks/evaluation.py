@@ -40,9 +40,9 @@ class RetrievalEvaluation(pl.Callback):
         seed: Seed of the choice of queries for the recall of the index.
         rerank: Also measure after this re-ranking, at test and in a validation on its own. The epochs of a training
             leave it out, since it would slow them down. None for no re-ranking.
+        evaluators: Further measures, by any names. Their numbers join those of the index and the full ranking.
         verify: Also measure after this verification of the first items by geometry, in the same stages as `rerank`.
             None for no verification.
-        evaluators: Further measures, by any names. Their numbers join those of the index and the full ranking.
 
     Raises:
         ValueError: If `ks` is not a list of ranks from 1.

@@ -30,13 +30,12 @@ _RECALL_QUERIES = 1000
 class Evaluation(Measured):
     """The measurement of a task with an index.
 
-    All values except the vectors and the index are equal on all ranks.
+    All values except the vectors and the index are equal on all ranks. Of the metrics, names under `index/` describe
+    the answers of the index, names under `rerank/` the full ranking after re-ranking, names under `verify/` that after
+    verification (see `Verified`), names under `code/` the health of codes: `code/empty_ball@2` is the share of queries
+    with no other item within distance 2.
 
     Attributes:
-        metrics: Name -> mean over queries, or another number. Names under `index/` describe the answers of the index,
-            names under `rerank/` the full ranking after re-ranking, names under `verify/` that after verification (see
-            `Verified`), names under `code/` the health of codes.
-            `code/empty_ball@2` is the share of queries with no other item within distance 2.
         query: The queries. Their label and index are those of all ranks, the vectors those of this rank.
         gallery: The gallery, likewise.
         found: The answers of the index without junk; ids are gallery positions.
