@@ -353,7 +353,7 @@ class TestEncoder:
         later = build({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5}, None)
         assert later.keywords == {"lr": 0.5}
         assert build({"_target_": "pathlib.Path.cwd"}, None) == Path.cwd()
-        with pytest.raises(ValueError, match="nowhere does not exist"):
+        with pytest.raises(ValueError, match=r"nowhere\.Nothing does not exist"):
             build({"_target_": "nowhere.Nothing"}, None)
 
     def test_weights_that_are_loaded_over_are_not_hashed(self, monkeypatch):

@@ -189,11 +189,11 @@ def test_thumbnails_of_a_server(tmp_path, flips):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("index", "index is of another catalog"),
+        ("index", "index belongs to another catalog"),
         ("items.parquet", r"items.parquet is damaged or belongs to another catalog"),
         ("encoder.safetensors", r"encoder.safetensors is damaged or belongs to another folder"),
-        ("calibration.json", r"calibration.json is of another catalog"),
-        ("catalog.json", "is of another catalog"),
+        ("calibration.json", r"calibration.json belongs to another catalog"),
+        ("catalog.json", "belongs to another catalog"),
     ],
 )
 def test_files_of_two_catalogs(name, message, tmp_path):
@@ -210,7 +210,9 @@ def test_a_calibration_ends_with_its_catalog(tmp_path):
     kept = (folder / "calibration.json").read_bytes()
     catalog(tmp_path / "c", "other ", seed=1)
     (folder / "calibration.json").write_bytes(kept)
-    with pytest.raises(CatalogError, match=r"calibration.json is of another catalog, whose scores differ: delete it"):
+    with pytest.raises(
+        CatalogError, match=r"calibration.json belongs to another catalog, whose scores differ: delete it"
+    ):
         read_catalog(folder)
     assert len(read_catalog(folder, calibrated=False)) == N  # so that it can be calibrated again
 
@@ -573,7 +575,13 @@ def test_exported_encoder(tmp_path, flips, monkeypatch):
     (tmp_path / "content.onnx").write_bytes(np.random.default_rng(0).bytes(500))
     tensors = {"weight": torch.eye(5), "bias": torch.ones(5)}
     (tmp_path / "content.safetensors").write_bytes(save(tensors))
-    part = {"scales": [{"file": "content.onnx", "size": 32}], "mean": [0.1, 0.2, 0.3], "weight": 1.0}
+    part = {
+        "scales": [{"file": "content.onnx", "size": 32}],
+        "mean": [0.1, 0.2, 0.3],
+        "weight": 1.0,
+        "start": 0,
+        "stop": 5,
+    }
     about = {"format": 1, "image": {"size": 32, "fit": "longest"}, "dimension": 5}
     about["parts"] = {"content": {**part, "head": {"file": "content.safetensors", "levels": 3}}}
     names = ["content.onnx", "content.safetensors"]

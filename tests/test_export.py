@@ -262,7 +262,7 @@ def test_other_folders_are_left_alone(tmp_path):
 
 def test_codes_are_refused(tmp_path):
     binarizer = {"_target_": "simsearch.index.binarize.ITQ", "bits": 8}
-    with pytest.raises(ValueError, match="this one is of codes"):
+    with pytest.raises(ValueError, match="this encoder is of codes"):
         write_exported(tmp_path, build(content(binarizer=binarizer)))
 
 

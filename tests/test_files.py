@@ -251,9 +251,9 @@ def test_nothing_to_read_is_an_error(tmp_path):
 def test_the_collection_holds_what_can_be_read_with_its_columns(table, capsys):
     collection = data(table).collection
     message = capsys.readouterr().err
-    assert "left out 2 files, truncated" in message
+    assert "left out 2 files: truncated" in message
     assert "04.png" in message
-    assert "left out 1 files, missing" in message
+    assert "left out 1 files: missing" in message
     rows = [i for i in range(36) if i not in (4, 7, 9)]
     assert collection.attributes == ("artist", "work", "year")
     assert collection.paths == tuple(f"{i:02}.png" for i in rows)
@@ -418,7 +418,7 @@ def test_a_training_on_files_of_any_aspect_and_what_it_leaves(table, tmp_path):
         "data.eval_batch_size=4", f"run_dir={run}", "+data.augment.padding=2", "+data.augment.flip=true",
         "+data.augment._target_=simsearch.data.transforms.RandomCropFlip", f"data.cache={tmp_path / 'cache'}",
     )  # fmt: skip
-    assert "left out 2 files, truncated" in done.stderr
+    assert "left out 2 files: truncated" in done.stderr
     assert {"val", "test"} <= set(json.loads((run / "metrics.json").read_text()))
     with (run / "metrics.csv").open() as file:
         assert any(row.get("mining/active") for row in csv.DictReader(file))

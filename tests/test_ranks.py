@@ -587,7 +587,7 @@ class TestInterruption:
             with Interruption(0) as stop:
                 stop.on_train_start(FakeTrainer(), None)
                 signal.raise_signal(signal.SIGINT)
-                assert "stopping after this batch, with a checkpoint" in capsys.readouterr().err
+                assert "stopping after this batch with a checkpoint" in capsys.readouterr().err
                 signal.raise_signal(signal.SIGINT)
 
         with pytest.raises(SystemExit) as error:
