@@ -108,7 +108,7 @@ def test_goes_on_where_it_failed_and_refuses_other_images(steps, tmp_path):
 
 
 def test_too_few_works(steps, tmp_path):
-    with pytest.raises(ValueError, match="3 works are too few for a recommender: give 4 or more"):
+    with pytest.raises(ValueError, match="3 works are too few for a recommender: give at least 4"):
         art.make(paint(tmp_path / "in", 3), None, tmp_path / "out", 224)
 
 

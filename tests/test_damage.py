@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -572,7 +573,9 @@ def test_shards_and_their_plan(tmp_path, flips):
 
 def test_exported_encoder(tmp_path, flips, monkeypatch):
     monkeypatch.setattr(exported, "OnnxFile", lambda path, one_shape: path.read_bytes())
-    (tmp_path / "content.onnx").write_bytes(np.random.default_rng(0).bytes(500))
+    kind = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [5])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [kind], [kind])
+    (tmp_path / "content.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
     tensors = {"weight": torch.eye(5), "bias": torch.ones(5)}
     (tmp_path / "content.safetensors").write_bytes(save(tensors))
     part = {

@@ -159,7 +159,7 @@ def test_index_stops_and_keeps_the_catalog_that_was_there(run, images, tmp_path,
     simsearch(*command("index", run, images, out))
     lose(2, lambda: images.rename(tmp_path / "away"), monkeypatch)
     failed = simsearch(*command("index", run, images, out), expect=1)
-    assert "are gone" in failed.stderr
+    assert "have disappeared" in failed.stderr
     assert len(read_catalog(out)) == COUNT
 
 
@@ -172,7 +172,7 @@ def test_a_catalog_is_not_replaced_by_far_fewer_items(run, images, tmp_path):
     assert "has 24 items, but the new one would have 21. Check that all images are there" in failed.stderr
     shutil.rmtree(images / "a")
     failed = simsearch(*command("index", run, images, out), expect=1)
-    assert "has 24 items, the new one would have 12" in failed.stderr
+    assert "has 24 items, but the new one would have 12" in failed.stderr
     assert len(read_catalog(out)) == COUNT
     simsearch(*command("index", run, images, out, "fewer=true"))
     assert len(read_catalog(out)) == 12
@@ -187,7 +187,7 @@ def test_ingest_and_decoded_files_stop_and_go_on(run, images, tmp_path, monkeypa
     real = Presence.check
     with monkeypatch.context() as patch:
         patch.setattr("simsearch.data.ingest.pipeline.tqdm.update", losing(images, away))
-        assert "are gone" in simsearch(*say, expect=1).stderr
+        assert "have disappeared" in simsearch(*say, expect=1).stderr
     away.rename(images)
     assert f"{COUNT} images of {COUNT} works" in simsearch(*say).stdout
 
@@ -341,6 +341,6 @@ def test_describing_images_from_outside_stops_too(run, images, tmp_path, monkeyp
     say.append(f"cache={tmp_path / 'cache'}")
     with monkeypatch.context() as patch:
         lose(1, lambda: outside.rename(tmp_path / "away"), patch)
-        assert "are gone" in simsearch(*say, expect=1).stderr
+        assert "have disappeared" in simsearch(*say, expect=1).stderr
     (tmp_path / "away").rename(outside)
     assert "could not" not in simsearch(*say).stderr
