@@ -7,6 +7,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -481,7 +482,7 @@ def test_a_checkpoint_that_an_earlier_version_left_cut_off_is_named(kept, whole,
     path = run / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:kept])
     done = simsearch("train", "resume=true", f"run_dir={run}", expect=1)
-    assert f"simsearch train: {path} is not a checkpoint or is damaged: " in done.stderr
+    assert re.search(rf"simsearch train: {re.escape(str(path))} is (not a checkpoint or is )?damaged: ", done.stderr)
 
 
 def _train_and_die(arguments: Sequence[str], count: int) -> None:
