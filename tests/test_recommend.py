@@ -217,7 +217,19 @@ def test_photographs_whose_works_are_known(catalog, outside, small_run, tmp_path
     assert not (catalog / "calibration/photographs.csv").exists()
     (tmp_path / "photographs" / "works.csv").write_text("path\n0.png\n")
     done = simsearch(*arguments, f"photographs={table}", expect=1)
-    assert "does not say which work each photograph shows" in done.stderr
+    assert "it needs path and work" in done.stderr
+
+
+def test_a_photograph_of_two_works_may_be_called_either():
+    from types import SimpleNamespace
+
+    from simsearch.search.outcomes import outcome
+
+    answer = SimpleNamespace(verdicts=["same work", "same work", "none"])
+    assert outcome(answer, [3, 5, 7], {3, 5}) == "found"
+    assert outcome(answer, [3, 5, 7], {3}) == "false"
+    assert outcome(answer, [3, 5, 7], set()) == "false"
+    assert outcome(SimpleNamespace(verdicts=["none"]), [3], {3}) == "unknown"
 
 
 def test_images_from_outside_of_one_work_count_once(catalog, outside, tmp_path):

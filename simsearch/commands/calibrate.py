@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
@@ -43,6 +43,9 @@ from simsearch.search.catalog import read_catalog, write_calibration
 from simsearch.search.engine import Engine
 from simsearch.search.local_features import describe_queries
 from simsearch.search.outcomes import OUTCOMES, Photographs, Shares, ask, read_photographs, shares
+from simsearch.search.query_regions import regions_of
+from simsearch.search.request import Regions
+from simsearch.types import LocalFeatures
 
 # What the rate of each kind of match is a rate of.
 _UNITS = {
@@ -180,7 +183,7 @@ def announce(
             "the catalog does not record which items show the same work (column work or group_id): copies count as "
             "other works and raise the threshold of the same work"
         )
-    if photographs is not None and (names := photographs.strangers):
+    if photographs is not None and (names := photographs.missing(engine)):
         say(
             f"{len(names)} works of the photographs are not in the catalog ({', '.join(names[:3])}"
             f"{', ...' if len(names) > 3 else ''}): whatever is called the same work as they are is false"
@@ -234,25 +237,29 @@ def measure_photographs(
     own = [photographs.works[row] for row in rows]
     verification = engine.catalog.verification
     files = [photographs.manifest.root / photographs.manifest.paths[row] for row in rows]
-    local = None if verification is None else describe_queries(files, verification)
-    answers, outcomes = ask(engine, vectors, own, local)
+    local: Iterable[tuple[LocalFeatures, ...]] = ()
+    regions: Iterable[Regions | None] = ()
+    if verification is not None:
+        local = describe_queries(files, verification)
+        regions = [regions_of(file, engine.catalog.encoder, verification) for file in files]
+    answers, outcomes = ask(engine, vectors, own, local, regions)
     names = [photographs.manifest.paths[row] for row in rows]
-    works = [photographs.names[row] or name for row, name in zip(rows, names, strict=True)]
+    units = photographs.units[rows].tolist()
     table = []
     for row, name, answer, said in zip(rows, names, answers, outcomes, strict=True):
         best = engine.names.of(answer.ids[:1].tolist())
         score = [f"{value:.6f}" for value in answer.scores[:1].tolist()]
         table.append(
-            [name, photographs.names[row] or "", said, *(best or [""]), *(score or [""]), *answer.verdicts[:1]]
+            [name, "; ".join(photographs.names[row]), said, *(best or [""]), *(score or [""]), *answer.verdicts[:1]]
         )
     write_csv(path, ["path", "work", "outcome", "first", "score", "verdict"], table)
     groups = {}
     for group, kept in (
-        ("in_catalog", [work is not None for work in own]),
-        ("elsewhere", [work is None for work in own]),
+        ("in_catalog", [bool(works) for works in own]),
+        ("elsewhere", [not works for works in own]),
     ):
         if any(kept):
-            picked = ([one for one, keep in zip(values, kept, strict=True) if keep] for values in (outcomes, works))
+            picked = ([one for one, keep in zip(values, kept, strict=True) if keep] for values in (outcomes, units))
             groups[group] = shares(*picked)
     return groups
 

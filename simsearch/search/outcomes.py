@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from simsearch.data.manifest import Manifest, read_manifest
+from simsearch.data import photographs
+from simsearch.data.manifest import Manifest
 from simsearch.functional.significance import mean_interval
-from simsearch.search.engine import WORK_ATTRIBUTES, Engine
-from simsearch.search.request import Recommendation, Request
+from simsearch.search.engine import Engine
+from simsearch.search.photographs import works_named
+from simsearch.search.request import Recommendation, Regions, Request
 from simsearch.search.verdicts import SAME_WORK
 from simsearch.types import LocalFeatures
 
@@ -23,22 +25,28 @@ _DEPTH = 20  # works of an answer that are looked at
 
 @dataclass(frozen=True)
 class Photographs:
-    """Photographs, and the work that each of them shows.
+    """Photographs, and the works that each of them shows.
 
     Attributes:
         manifest: The files.
-        names: The names of the works, as the table has them. None for a work without a name, which the catalog lacks.
-        works: The works as in `Engine.works`. None for a work that the catalog lacks.
+        names: The names of the works, as the table has them. Empty for works without a name, which no catalog has.
+        works: The works as in `Engine.works`. Empty if the catalog has none of them.
+        units: int64 (n,), the sampling units: photographs of one work are not independent.
     """
 
     manifest: Manifest
-    names: tuple[str | None, ...]
-    works: tuple[int | None, ...]
+    names: tuple[tuple[str, ...], ...]
+    works: tuple[frozenset[int], ...]
+    units: Tensor
 
-    @property
-    def strangers(self) -> list[str]:
-        """The names of works that the catalog lacks, sorted."""
-        return sorted({name for name, work in zip(self.names, self.works, strict=True) if name and work is None})
+    def missing(self, engine: Engine) -> list[str]:
+        """The names of works that the catalog lacks, sorted.
+
+        Args:
+            engine: The engine of the catalog.
+        """
+        names = {name for of in self.names for name in of}
+        return sorted(names - works_named(engine, names).keys())
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,7 @@ class Shares:
 
     Attributes:
         photographs: Number of photographs.
-        works: Number of works that they show, the unit of chance.
+        works: Number of sampling units: the works that they show.
         shares: For each outcome its share of the photographs, and the 95 % interval: share, low, high.
     """
 
@@ -57,77 +65,73 @@ class Shares:
 
 
 def read_photographs(source: Path, engine: Engine) -> Photographs:
-    """The photographs that a table lists.
-
-    A column `work` (or `group_id`) names the work of each photograph: by the catalog's own column of works, or by the
-    id or path of one of its items. A name that the catalog lacks, or none, stands for a work that is not in the
-    catalog.
+    """The photographs that a table lists (see simsearch.data.photographs), without boxes.
 
     Args:
-        source: The table, as `read_manifest` reads it.
+        source: The table.
         engine: The engine of the catalog.
 
     Raises:
-        ValueError: If the table has no column of works, or names an id that several items have.
+        ValueError: If the table is wrong or has boxes, or names an id that several items have.
     """
-    manifest = read_manifest(source)
-    names = next((manifest.attributes[name] for name in WORK_ATTRIBUTES if name in manifest.attributes), None)
-    if names is None:
-        raise ValueError(
-            f"{source} does not say which work each photograph shows: give a table with the columns path and "
-            f"{WORK_ATTRIBUTES[0]}, empty for a work that is not in the catalog"
-        )
-    known: dict[str, int] = {}
-    if engine.work_attribute is not None:
-        values = engine.catalog.items[engine.work_attribute].cast("string").to_pylist()
-        known = {value: work for value, work in zip(values, engine.works.tolist(), strict=True) if value}
-    for name in {name for name in names if name} - set(known):
-        if (item := engine.names.find(name)) is not None:
-            known[name] = int(engine.works[item])
-    return Photographs(manifest, names, tuple(known.get(name) if name else None for name in names))
+    listed = photographs.read_photographs(source)
+    if any(one.box is not None for one in listed):
+        raise ValueError(f"{source} has boxes: leave x, y, w and h out, or measure them with simsearch photographs")
+    known = works_named(engine, (name for one in listed for name in one.works))
+    return Photographs(
+        Manifest(source.parent, tuple(one.path for one in listed)),
+        tuple(one.works for one in listed),
+        tuple(frozenset(known[name] for name in one.works if name in known) for one in listed),
+        photographs.photograph_units(listed),
+    )
 
 
-def outcome(answer: Recommendation, works: Sequence[int], own: int | None) -> str:
+def outcome(answer: Recommendation, works: Sequence[int], own: Collection[int]) -> str:
     """The outcome of one photograph.
 
-    It is "false" if any item of another work is called the same work, else "found" if an item of its own is, else
+    It is "false" if any item of another work is called the same work, else "found" if an item of its own works is, else
     "unknown".
 
     Args:
         answer: The answer to the photograph.
         works: The works of the answer's items.
-        own: The work of the photograph. None if the catalog lacks it.
+        own: The works of the photograph that the catalog has.
     """
     called = {work for work, verdict in zip(works, answer.verdicts, strict=True) if verdict == SAME_WORK}
-    return FALSE if called - {own} else FOUND if called else UNKNOWN
+    return FALSE if called - set(own) else FOUND if called else UNKNOWN
 
 
 def ask(
     engine: Engine,
     vectors: Tensor,
-    works: Sequence[int | None],
-    local: Iterable[tuple[LocalFeatures, ...]] | None = None,
+    works: Sequence[Collection[int]],
+    local: Iterable[tuple[LocalFeatures, ...]] = (),
+    regions: Iterable[Regions | None] = (),
 ) -> tuple[list[Recommendation], list[str]]:
     """The answers of a calibrated catalog to photographs, and the outcomes.
 
     Args:
         engine: The engine of the catalog.
         vectors: Descriptors of the photographs, as `Request.like` has them.
-        works: The work of each photograph. None for a work that the catalog lacks.
+        works: The works of each photograph that the catalog has.
         local: The local features of each photograph as a query, for a catalog with local features.
+        regions: The descriptors of each photograph's regions.
     """
-    given = iter(() if local is None else local)
-    answers = [engine.recommend(Request(vector[None], k=_DEPTH, local=next(given, ()))) for vector in vectors]
+    of_points, of_regions = iter(local), iter(regions)
+    answers = [
+        engine.recommend(Request(vector[None], k=_DEPTH, local=next(of_points, ()), regions=next(of_regions, None)))
+        for vector in vectors
+    ]
     own = [engine.works[answer.ids.numpy()].tolist() for answer in answers]
     return answers, [outcome(*one) for one in zip(answers, own, works, strict=True)]
 
 
-def shares(outcomes: Sequence[str], works: Sequence[str]) -> Shares:
+def shares(outcomes: Sequence[str], works: Sequence[Hashable]) -> Shares:
     """How often photographs get each outcome, with intervals by work.
 
     Args:
         outcomes: n outcomes, at least one.
-        works: The name of the work of each photograph.
+        works: The sampling unit of each photograph: its work.
 
     Example:
         >>> shares(["found", "found", "unknown", "found"], ["a", "a", "b", "c"]).shares["found"][0]
