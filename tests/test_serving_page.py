@@ -1055,10 +1055,11 @@ def test_close_up_the_original_is_fetched(opened, root):
     results(page).first.locator(".frame").click()
     expect(page.locator("#large-work img")).to_be_visible()
     page.wait_for_function("() => document.querySelector('#large-work img').naturalWidth > 0")
-    with page.expect_response(lambda r: "side=6000" in r.url and r.ok) as waiting:
+    own = page.locator(".result").first.get_attribute("data-id")  # the query beside it fetches its original too
+    with page.expect_response(lambda r: "side=6000" in r.url and f"id={own}&" in r.url and r.ok) as waiting:
         page.click("#zoom-in")
     with Image.open(io.BytesIO(waiting.value.body())) as image:
-        assert image.size == SHAPES[int(page.locator(".result").first.get_attribute("data-id")) % 4]
+        assert image.size == SHAPES[int(own) % 4]
 
 
 def test_two_fingers_bring_it_closer(opened):
