@@ -46,7 +46,7 @@ class Verification:
         *,
         item_side: int = 448,
         item_features: int = 300,
-        query_side: int = 512,
+        query_side: int = 448,
         query_features: int = 500,
         top: int = 20,
         ratio: float = 0.85,
