@@ -133,10 +133,11 @@ def test_option_composes_and_builds(group, option, tmp_path):
     overrides = [f"{group}={option}", *(NEEDS_A_NAME.get(option, []) if group not in ("model", "loss") else [])]
     if group == "experiment" and option.startswith("art-"):
         overrides += NEEDS_A_NAME["art"]
-    if (group, option) == ("model", "art-trained"):  # the network of a run, which is all that is read of it here
+    part = {"art-trained": "content", "art-copy": "copy"}.get(option) if group == "model" else None
+    if part is not None:  # the network of a run, which is all that is read of it here
         network = compose("model=dir", "backbone.weights=random", "backbone.size=64")["model"]["network"]
         OmegaConf.save(OmegaConf.create({"model": {"network": network}}), tmp_path / "config.yaml")
-        overrides += [f"model.encoders.content.start='{tmp_path}'"]
+        overrides += [f"model.encoders.{part}.start='{tmp_path}'"]
     if group == "backbone":
         size = 70 if option == "dinov2-small" else 32  # transformers take multiples of their patch
         weights = [] if option == "colour" else ["backbone.weights=random"]

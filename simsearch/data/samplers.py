@@ -174,6 +174,37 @@ class ShuffledBatches(Batches):
         return self.drop_last or (self.whole and 1 < world <= self.count // self.batch_size)
 
 
+class ViewBatches(ShuffledBatches):
+    """Each training row once per epoch, in random order, several times in a row: its views, once augmented.
+
+    A batch that is not full may divide the views of a row between processes.
+
+    Args:
+        labels: Labels of the training rows, int64 (N,).
+        images: Different rows for each batch and process, from 2. A batch holds images x views rows.
+        views: Number of times that a batch holds each row, from 2.
+        seed: Seed of the order.
+
+    Raises:
+        ValueError: If a number is below 2.
+    """
+
+    def __init__(self, labels: Tensor, images: int, views: int = 2, seed: int = 0) -> None:
+        if images < 2 or views < 2:
+            raise ValueError(f"images={images} x views={views}: use 2 or more of both")
+        super().__init__(labels, images, seed)
+        self.views = views
+
+    def global_batch(self, number: int, world: int) -> np.ndarray:
+        """Positions of a global batch of the current epoch, in rank order.
+
+        Args:
+            number: Number of the batch in the epoch.
+            world: Number of processes.
+        """
+        return super().global_batch(number, world).repeat(self.views)
+
+
 class PKBatches(Batches):
     """Batches of random classes with random rows of each, for each process, with the rows of a class together.
 

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from simsearch.functional.camera import blur, perspective_grid
+
 Array = NDArray[np.floating]
 
 _TRAITS = ("scale", "angle", "weight", "order", "spread", "grain")
@@ -122,10 +124,10 @@ def photograph(works: Tensor, *, keys: Sequence[tuple[int, ...]], seed: int, siz
         values = torch.from_numpy(np.stack([shot[name] for shot in shots]).astype(np.float32))
         return values.reshape(len(shots), -1, 1, 1)
 
-    grid = _homography_grid(torch.from_numpy(np.stack([shot["corners"] for shot in shots])), size)
+    grid = perspective_grid(torch.from_numpy(np.stack([shot["corners"] for shot in shots])), size)
     image = F.grid_sample(works.float() / 255, grid, mode="bilinear", padding_mode="border", align_corners=False)
     # Only sums and products from here: their rounding does not depend on how a block is split.
-    image = _blur(image, column("kernel"))
+    image = blur(image, column("kernel"))
     axis = torch.linspace(-1.0, 1.0, size)
     y, x = axis[:, None], axis[None, :]
     slope = column("slope")
@@ -169,37 +171,6 @@ def _aim(rng: np.random.Generator) -> dict[str, np.ndarray]:
         "glare": np.array([rng.uniform(0.3, 0.8) * strength * (rng.random() < 0.2)]),
         "quality": np.array(rng.integers(25, 85) if rng.random() < 1 / 3 else 0),
     }
-
-
-def _homography_grid(corners: Tensor, size: int) -> Tensor:
-    """Sampling grid float32 (B, size, size, 2) that spreads the quadrilaterals (B, 4, 2) over the image.
-
-    It is the projective map of the unit square in closed form (Heckbert, "Fundamentals of texture mapping", 1989,
-    section 2.2.3).
-    """
-    p0, p1, p2, p3 = corners.unbind(1)
-    d1, d2, d3 = p1 - p2, p3 - p2, p0 - p1 + p2 - p3
-
-    def cross(a: Tensor, b: Tensor) -> Tensor:
-        return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
-
-    g, h = cross(d3, d2) / cross(d1, d2), cross(d1, d3) / cross(d1, d2)
-    a = p1 - p0 + g[:, None] * p1
-    b = p3 - p0 + h[:, None] * p3
-    at = (torch.arange(size, dtype=corners.dtype) + 0.5) / size
-    v, u = at[:, None, None], at[None, :, None]
-    above = a[:, None, None] * u + b[:, None, None] * v + p0[:, None, None]
-    below = g[:, None, None, None] * u + h[:, None, None, None] * v + 1.0
-    return (above / below).float()
-
-
-def _blur(image: Tensor, kernel: Tensor) -> Tensor:
-    """Images (B, C, H, W), each blurred by its own separable kernel (B, K, 1, 1), edges repeated."""
-    taps = kernel.shape[1]
-    height, width = image.shape[-2:]
-    padded = F.pad(image, [taps // 2] * 4, mode="replicate")
-    rows: Tensor = sum((kernel[:, t : t + 1] * padded[:, :, t : t + height] for t in range(taps)), torch.zeros(()))
-    return sum((kernel[:, t : t + 1] * rows[..., t : t + width] for t in range(taps)), torch.zeros(()))
 
 
 def _through_jpeg(image: Tensor, quality: int) -> Tensor:
