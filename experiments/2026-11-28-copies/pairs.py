@@ -5,8 +5,8 @@
 Queries are the images of the pairs, the gallery is the whole collection without the query. R@1: the share of queries
 whose nearest image is a partner. Micro-AP: the average precision of all pairs of images in one ranking by score, of
 which the known ones are right (Pizzi et al. 2022). Both are given for all pairs and for those of the artists that no run
-was trained on (protocol art-artist), and with scores less the mean of the nearest background images, those of
-the artists that were trained on.
+was trained on (protocol art-artist); and once more with scores from which the means over the nearest images of the
+background are taken off. The background are the images of the other artists.
 """
 
 from __future__ import annotations
