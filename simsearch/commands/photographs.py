@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simsearch import configs, program, terminal
-from simsearch.data.photographs import (
+from simsearch.data.photograph_tables import (
     Photograph,
     photograph_units,
     photographs_fingerprint,
@@ -40,8 +40,8 @@ from simsearch.models.encoder import device
 from simsearch.search.catalog import encoder_fingerprint, read_catalog, verifying
 from simsearch.search.describe import encode
 from simsearch.search.engine import Engine
-from simsearch.search.photographs import ask, works_named
 from simsearch.search.query_regions import regions_of
+from simsearch.search.works import ask, works_named
 from simsearch.text import cell, warn
 
 PROTOCOL = "photographs"
