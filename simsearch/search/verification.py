@@ -57,12 +57,14 @@ class Verification:
         region_top: int = 10,
         mirrored: bool = False,
     ) -> None:
-        least = {"item_side": 16, "item_features": 5, "query_side": 16, "query_features": 5, "top": 1, "region_top": 1}
-        least |= {"inliers": 5, "regions": 0}
-        given = locals()
-        for name, value in least.items():
-            if given[name] < value:
-                raise ValueError(f"{name} must be at least {value}, got {given[name]}")
+        _check_least("item_side", item_side, 16)
+        _check_least("item_features", item_features, 5)
+        _check_least("query_side", query_side, 16)
+        _check_least("query_features", query_features, 5)
+        _check_least("top", top, 1)
+        _check_least("inliers", inliers, 5)
+        _check_least("regions", regions, 0)
+        _check_least("region_top", region_top, 1)
         if item_features > _MOST_FEATURES:
             raise ValueError(f"item_features must be at most {_MOST_FEATURES}, got {item_features}")
         if not 0 <= spread <= 1:
@@ -98,13 +100,12 @@ class Verification:
         Raises:
             ValueError: If `top` is below 1 or `regions` below 0.
         """
-        for name, value, least in (("top", top, 1), ("regions", regions, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
         other = copy(self)
         other.top = self.top if top is None else top
         other.regions = self.regions if regions is None else regions
         other.mirrored = self.mirrored if mirrored is None else mirrored
+        _check_least("top", other.top, 1)
+        _check_least("regions", other.regions, 0)
         return other
 
     def item(self, image: Tensor) -> LocalFeatures:
@@ -176,6 +177,11 @@ class Verification:
             match: The evidence.
         """
         return match.inliers >= self.inliers and match.spread >= self.spread
+
+
+def _check_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _path(thing: object) -> str:
