@@ -16,12 +16,14 @@ from torch import Tensor
 
 import simsearch
 from simsearch import api
+from simsearch.data.manifest import Manifest
+from simsearch.data.presence import Presence, Vanished
 from simsearch.data.rendered.paint import paint_work, photograph
 from simsearch.files import read_json, write_json
 from simsearch.models.encoder import build_encoder
 from simsearch.search.catalog import CatalogError, read_catalog, verifying
 from simsearch.search.engine import Engine
-from simsearch.search.local_features import NAME, features_of, record, record_type
+from simsearch.search.local_features import NAME, describe_items, features_of, record, record_type
 from simsearch.search.request import Request
 from simsearch.search.verdicts import NONE, SAME_WORK, UNCALIBRATED
 from simsearch.search.verification import Verification
@@ -91,6 +93,21 @@ class TestStore:
         about = read_catalog(built).about["local_features"]
         kind = np.load(built / NAME, mmap_mode="r", allow_pickle=False).dtype
         assert about["bytes_per_item"] == kind.itemsize <= 12_000
+
+    def test_images_that_vanish_end_the_work(self, works, tmp_path):
+        """One that is gone has no features; a folder that drops ends it, instead of a catalog without features."""
+        names = tuple(f"{n}.png" for n in range(N))
+        for name, work in zip(names, works, strict=True):
+            saved(work[:, ::4, ::4], tmp_path / "images" / name)
+        manifest = Manifest(tmp_path / "images", names)
+        presence = Presence(manifest.root, names)
+        (manifest.root / names[1]).unlink()
+        verification = Verification(item_features=20)
+        records = [*describe_items(manifest, range(4), verification, workers=1, presence=presence)]
+        assert [int(one["count"]) > 0 for one in records] == [True, False, True, True]
+        shutil.move(manifest.root, tmp_path / "elsewhere")
+        with pytest.raises(Vanished, match="images have disappeared"):
+            list(describe_items(manifest, range(4), verification, workers=1, presence=presence))
 
     def test_features_are_those_of_the_files(self, built, works):
         catalog = read_catalog(built)

@@ -259,9 +259,9 @@ def write_results(
     if answers.accepted is not None:
         accepted = [answers.accepted[row, : len(items)].tolist() for row, items in enumerate(asked.items)]
         columns["accepted"] = accepted
-    told = pa.table(columns).replace_schema_metadata({"fingerprint": about["fingerprint"]})
+    table = pa.table(columns).replace_schema_metadata({"fingerprint": about["fingerprint"]})
     with replacing(folder / _ANSWERS) as temporary:
-        pq.write_table(told, temporary)
+        pq.write_table(table, temporary)
     write_json(folder / "metrics.json", {"test": about | {"sha256": digests(folder, [_ANSWERS, "per_query.csv"])}})
 
 

@@ -102,12 +102,14 @@ def filling_of(
         skipped=manifest.skipped,
         source={"run": run, "images": str(manifest.root)},
         verification=verification,
-        local=() if verification is None else _local(manifest, found.rows.tolist(), verification, workers),
+        local=() if verification is None else _local(manifest, found.rows.tolist(), verification, workers, presence),
     )
 
 
-def _local(manifest: Manifest, rows: list[int], verification: Verification, workers: int) -> Iterator[np.ndarray]:
-    records = describe_items(manifest, rows, verification, workers=workers)
+def _local(
+    manifest: Manifest, rows: list[int], verification: Verification, workers: int, presence: Presence
+) -> Iterator[np.ndarray]:
+    records = describe_items(manifest, rows, verification, workers=workers, presence=presence)
     return iter(tqdm(records, total=len(rows), unit="img", desc="local features"))
 
 
