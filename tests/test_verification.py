@@ -282,12 +282,19 @@ class TestSettings:
         "given",
         [
             {"top": 0}, {"ratio": 0}, {"ratio": 1.5}, {"tolerance": 0}, {"inliers": 4}, {"spread": 2},
-            {"item_features": 4}, {"item_features": 10**6}, {"item_side": 3},
+            {"item_features": 4}, {"item_features": 10**6}, {"item_side": 3}, {"query_features": 2**31},
+            {"top": 20.5}, {"regions": "8"}, {"query_side": True},
         ],
     )  # fmt: skip
     def test_impossible_numbers_are_named(self, given):
-        with pytest.raises(ValueError, match=next(iter(given))):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} must"):
             Verification(**given)
+
+    def test_impossible_changes_are_named(self):
+        for given in ({"top": 0}, {"regions": -1}, {"regions": 1.5}):
+            with pytest.raises(ValueError, match=f"{next(iter(given))} must"):
+                Verification().changed(**given)
+        assert Verification(top=7).changed(regions=0).config == Verification(top=7, regions=0).config
 
     def test_the_config_builds_an_equal_one(self):
         from simsearch.models.encoder import build
