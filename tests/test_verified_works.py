@@ -239,3 +239,8 @@ def test_a_person_confirms_and_cuts_groups(tmp_path):
     assert "6 images of 5 works" in said
     with (out / "groups.csv").open(newline="") as file:
         assert [line["decision"] for line in csv.DictReader(file)].count("cut") == 1  # no decision is lost
+
+
+def test_a_cut_that_a_column_undoes_is_told():
+    kept = SimpleNamespace(places=(0, 1, 3), columns={"work": ("a", "a", "b")})
+    assert data_ingest.still_tied(kept, [(0, 1), (0, 2), (0, 3), (2, 4)]) == [(0, 1)]

@@ -62,6 +62,7 @@ from simsearch.functional.reranking import gallery_neighbours
 from simsearch.functional.resize import resize
 from simsearch.functional.sift import Sift
 from simsearch.search.local_features import features_of, record, record_type
+from simsearch.text import printable, warn
 from simsearch.types import LocalFeatures, SearchResult
 
 MOST_DESCRIBED = 200_000
@@ -127,6 +128,12 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
     decisions = Decisions() if values["decisions"] is None else read_decisions(Path(values["decisions"]), paths)
     works = same_work(out, files, images, backbone, values["near"], decisions, decoding.chunk)
     kept = keep(listing, files, works.pairs, groups=values["groups"], categorical=values["categorical"])
+    if tied := still_tied(kept, decisions.cut):
+        one, other = (paths[place] for place in tied[0])
+        warn(
+            f"{len(tied)} pairs that are cut stay one work (first {printable(one)} and {printable(other)}): equal "
+            f"files, or a column of groups=[{','.join(values['groups'])}], tie them: correct it, or leave it out"
+        )
     report = summarise(listing, files, kept, works, decoding.size)
     about = {name: values[name] for name in ("groups", "categorical", "near", "decisions")}
     about["backbone"] = None if backbone is None else backbone.identity(values["near"]["size"])  # type: ignore[operator]
@@ -151,6 +158,17 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
         print(f"{len(weak)} works rest on weak evidence: confirm or cut their pairs in {out / 'groups.csv'}")
     print(f"look at {out / 'report.md'} and {out / 'contact-sheet.png'}")
     print(f"try next: {shlex.join(['simsearch', 'train', 'data=art', f'data.source={out}', *fitting_protocol(kept)])}")
+
+
+def still_tied(kept: Kept, cut: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The pairs that a person cut and that are of one work all the same.
+
+    Args:
+        kept: The images of the collection.
+        cut: Pairs of positions of files.
+    """
+    work = dict(zip(kept.places, kept.columns["work"], strict=True))
+    return [(one, other) for one, other in cut if one in work and work[one] == work.get(other)]
 
 
 def fitting_protocol(kept: Kept) -> list[str]:
