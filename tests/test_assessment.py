@@ -24,8 +24,9 @@ from simsearch.evaluation.ndcg import GradedNDCG
 from simsearch.evaluation.open_set import OpenSet
 from simsearch.evaluation.ranking import FullRanking
 from simsearch.evaluation.recommendation import Recommend, nearest_lists, popular_lists, random_lists
-from simsearch.functional.significance import mean_interval
-from simsearch.types import RetrievalTask
+from simsearch.functional.sharded import Sharded
+from simsearch.functional.significance import jackknife_difference, mean_interval
+from simsearch.types import Descriptors, RetrievalTask
 
 ATTRIBUTES = ("artist", "style", "period", "work")
 N, D = 40, 6
@@ -156,6 +157,76 @@ def test_open_set(collection, vectors):
     assert measured.metrics["GAP_outside"] == pytest.approx(gap(pairs + others), abs=1e-6)
     assert measured.metrics["accuracy"] == pytest.approx(sum(r for _, r, has in pairs if has) / positives)
     assert measured.metrics["outside"] == 20
+
+
+@pytest.mark.parametrize(("beta", "neighbours"), [(0.5, 3), (1.0, 1), (0.25, 1000)])
+def test_open_set_with_normalised_scores(beta, neighbours, collection, vectors):
+    """Each query's best score less a share of the mean of the best scores of other works, by a loop; GAP by a loop."""
+    asked = replace(task("work", None), unit="artist", units=collection.column("artist"))
+    outside = F.normalize(torch.randn(20, D, generator=torch.Generator().manual_seed(2)), dim=1)
+    work = [-1 - row if name < 0 else name for row, name in enumerate(collection.column("work").tolist())]
+    rows = asked.gallery.tolist()
+
+    def answer(vector: torch.Tensor, allowed: list[int]) -> tuple[int, float, float]:
+        ranked = sorted(((float(vector @ vectors[g]), g) for g in allowed), key=lambda pair: -pair[0])
+        score, first = ranked[0]
+        others = [s for s, g in ranked if work[g] != work[first]][:neighbours]
+        return first, score, score - beta * sum(others) / len(others)
+
+    def gap(pairs: list[tuple[float, bool]], positives: int) -> float:
+        ranked = [right for _, right in sorted(pairs, key=lambda pair: -pair[0])]
+        return sum(sum(ranked[: i + 1]) / (i + 1) for i, right in enumerate(ranked) if right) / positives
+
+    found = [answer(vectors[q], [g for g in rows if g != q]) for q in rows]
+    has = [[work[g] for g in rows].count(work[q]) > 1 for q in rows]
+    right = [work[one[0]] == work[q] for one, q in zip(found, rows, strict=True)]
+    normal = [(one[2], r) for one, r in zip(found, right, strict=True)]
+    others = [(answer(vector, rows)[2], False) for vector in outside]
+    metrics = measure(OpenSet(outside, beta, neighbours), vectors, collection, asked)
+    got, positives = metrics.metrics, sum(has)
+    assert got["GAP_normalised"] == pytest.approx(gap(normal, positives), abs=1e-6)
+    assert got["GAP-_normalised"] == pytest.approx(gap([p for p, h in zip(normal, has, strict=True) if h], positives))
+    assert got["GAP_outside_normalised"] == pytest.approx(gap(normal + others, positives), abs=1e-6)
+    plain = measure(OpenSet(outside), vectors, collection, asked).metrics
+    assert plain == {name: got[name] for name in plain}
+    assert not any("normalised" in name or "gain" in name for name in plain)
+
+    # Each artist left out in turn: the gain without it.
+    units = asked.units[asked.gallery].tolist()
+    before = [(one[1], r) for one, r in zip(found, right, strict=True)]
+    gain = gap(normal, positives) - gap(before, positives)
+    without, held = [], []
+    for name in sorted(set(units)):
+        kept = [place for place, unit in enumerate(units) if unit != name]
+        left = sum(has[place] for place in kept)
+        without.append(gap([normal[p] for p in kept], left) - gap([before[p] for p in kept], left))
+        held.append(positives - left)
+    low, high, p = jackknife_difference(gain, torch.tensor(without, dtype=torch.float64), torch.tensor(held))
+    assert got["GAP_gain"] == pytest.approx(gain, abs=1e-6)
+    assert metrics.intervals == {"GAP_gain": pytest.approx((low, high), abs=1e-5)}
+    assert got["GAP_gain_p"] == pytest.approx(p, abs=1e-4)
+
+
+def test_a_query_that_is_like_everything_is_trusted_less():
+    """Without a match it scores higher than some with one; against its background it stands out least."""
+    hub, axes = torch.full((8,), 8**-0.5), torch.eye(8)
+    near = [axes[i] + 1.5 * hub + of * 0.1 * axes[6] for i in range(3) for of in (0, 1)]  # three works like the hub
+    apart = [axes[i] + 0.2 * hub + of * 0.6 * axes[7] for i in range(3, 6) for of in (0, 1)]  # two photographs each
+    vectors = F.normalize(torch.stack([*near, *apart, hub]))
+    label = torch.tensor([*torch.arange(6).repeat_interleave(2).tolist(), -1])
+    rows = torch.arange(13)
+    both = Sharded.of(Descriptors(vectors, label, rows))
+    asked = RetrievalTask("works", rows, rows, "work", None, True, "0" * 16)
+    got = OpenSet(beta=1.0, neighbours=3)(both, both, asked).metrics
+    assert got["GAP"] < 0.96
+    assert got["GAP_normalised"] == got["GAP-"] == got["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("wrong", [{"beta": -0.1}, {"beta": math.nan}, {"neighbours": 0}])
+def test_wrong_numbers_of_an_open_set_are_named(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        OpenSet(**wrong)
 
 
 def test_lists(collection, vectors):

@@ -7,7 +7,10 @@ much their images differ, as real ones do: some are easily taken for others, and
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.open_set import threshold_at
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.search.calibration import Threshold, calibrate, halves, image_a_work, leave_work_out
+from simsearch.search.calibration import Threshold, calibrate, halves, image_a_work, leave_work_out, verify_without_work
 from simsearch.search.catalog import Catalog
 from simsearch.search.engine import Engine
 from simsearch.search.verdicts import exceeds, sameness, similarity
@@ -209,3 +212,134 @@ def test_similar_holds_for_new_images_from_outside():
         at_home.append(float((similarity(*own) > threshold.values[0]).float().mean()))
     assert kept(over, draws)
     assert sum(at_home) / draws > 0.3
+
+
+# ------------------------------------------------------------------------------ what verification finds
+
+TOP, REGIONS, REGION_TOP, ACCEPTED = 20, 3, 10, 12
+HALF = 12  # dimensions that describe one half of an image
+
+
+class HalvedWorld:
+    """A catalog of works whose images have two halves, new works, and the inliers between any of them.
+
+    Each half of a work lies around one that others share: two works may have only their left halves alike. A descriptor
+    is of the whole image. A region sees more of one half. `by` says what local features agree on: the whole, or the
+    half that is most alike (a motif, an armour), which the descriptor of the whole hardly sees.
+    """
+
+    def __init__(self, kind: str, by: str, count: int, seed: int, fresh: int) -> None:
+        self.by = by
+        generator = torch.Generator().manual_seed(seed)
+        motifs = F.normalize(torch.randn(2, 3 * ARTISTS, HALF, generator=generator), dim=2)
+        sizes = sizes_of(kind, count, generator)
+        self.works = torch.arange(count).repeat_interleave(sizes).numpy()
+        own, busy = self.drawn(count, motifs, generator)
+        self.images, self.busy = self.seen(own[:, self.works], generator), busy[self.works].numpy()
+        new, busy = self.drawn(fresh, motifs, generator)
+        self.fresh, self.fresh_busy = self.seen(new, generator), busy.numpy()
+        self.named = halves([f"{seed}-{work}" for work in range(count)]).numpy()
+        self.positions = image_a_work(self.works, 10**6, 0).numpy()
+
+    @staticmethod
+    def drawn(count: int, motifs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The halves of works, (2, count, HALF), and how many features each has."""
+        chosen = torch.randint(motifs.shape[1], (2, count), generator=generator)
+        around = torch.stack([own[of] for own, of in zip(motifs, chosen, strict=True)])
+        noise = torch.randn(2, count, HALF, generator=generator) / HALF**0.5
+        own = F.normalize(around + hardness(count, generator) * noise, dim=2)
+        return own, torch.exp(0.2 * torch.randn(count, generator=generator))
+
+    @staticmethod
+    def seen(own: Tensor, generator: torch.Generator) -> np.ndarray:
+        """An image of each work (2, n, HALF)."""
+        return F.normalize(own + 0.3 * torch.randn(own.shape, generator=generator) / HALF**0.5, dim=2).numpy()
+
+    def nearest(self, given: np.ndarray, depth: int, left: float = 0.5) -> np.ndarray:
+        """(Q, depth), the items nearest to queries (2, Q, HALF) that see so much of their left half, in any order."""
+        seen = np.concatenate([left * given[0], (1 - left) * given[1]], 1)
+        cosines = seen @ np.concatenate([self.images[0], self.images[1]], 1).T
+        places = max(0, cosines.shape[1] - depth)
+        return np.argpartition(cosines, places, axis=1)[:, places:]
+
+    def inliers(self, given: np.ndarray, busy: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """(Q, M), of queries (2, Q, HALF) and their items (Q, M); 0 where an item is not verified."""
+        halves_alike = np.einsum("hqd,hqmd->hqm", given, self.images[:, items])
+        alike = halves_alike.mean(0) if self.by == "the whole" else halves_alike.max(0)
+        counts = np.floor(np.exp(4 * alike) * np.sqrt(busy[:, None] * self.busy[items]))
+        return np.where(counts < ACCEPTED, 0, counts)
+
+    def strangers(self, positions: np.ndarray, depth: int) -> np.ndarray:
+        """(Q,), the most inliers of an item of another work, as `verify_without_work` finds them."""
+        given = self.images[:, positions]
+        items = self.nearest(given, depth + int(np.bincount(self.works).max()))
+        found = self.inliers(given, self.busy[positions], items)
+        return np.where(self.works[items] == self.works[positions][:, None], 0, found).max(1)
+
+    def evidence(self) -> np.ndarray:
+        """(fresh,), the most inliers of an item that a search by a new work compares: nearest, and near its regions."""
+        looks = [self.nearest(self.fresh, TOP)]
+        looks += [self.nearest(self.fresh, REGION_TOP, left) for left in (0.85, 0.5, 0.15)]
+        return self.inliers(self.fresh, self.fresh_busy, np.concatenate(looks, 1)).max(1)
+
+    def exceeded(self, depth: int = TOP + REGIONS * REGION_TOP, images: bool = False) -> bool:
+        """Whether new works exceed the threshold more often than promised; by works, or by images as if independent."""
+        chosen = np.arange(len(self.works)) if images else self.positions
+        scores, first = (
+            torch.from_numpy(self.strangers(chosen, depth)),
+            torch.from_numpy(self.named[self.works[chosen]]),
+        )
+        if images:
+            value = threshold_at(scores[first], RATE, units=torch.arange(int(first.sum())))
+        else:
+            value = calibrate(NOTHING, scores, NOTHING.bool(), first, RATE, CERTAINTY, paired=True).values[0]
+        return float((self.evidence() > value).mean()) > RATE
+
+
+def broken_by_inliers(kind: str, by: str, count: int, draws: int, fresh: int, **how: Any) -> int:
+    return sum(HalvedWorld(kind, by, count, seed, fresh).exceeded(**how) for seed in range(draws))
+
+
+def test_the_simulated_evidence_is_that_of_the_calibration():
+    """The simulation's numbers are those of `verify_without_work` on the same catalog."""
+    world = HalvedWorld("1 to 3", "a half", 90, 0, 10)
+
+    class Table:
+        top, regions, region_top = TOP, REGIONS, REGION_TOP
+
+        def changed(self, *, top, regions, mirrored):
+            other = Table()
+            other.top = top
+            return other
+
+        def verify(self, local, items):
+            found = world.inliers(world.images[:, list(local)], world.busy[list(local)], np.array([items]))[0]
+            return [SimpleNamespace(inliers=int(one)) if one else None for one in found.tolist()]
+
+    index = FaissIndex("Flat")
+    index.add(torch.from_numpy(np.concatenate([world.images[0], world.images[1]], 1) / 2**0.5))
+    table = pa.table({"path": [f"{i}" for i in range(len(world.works))], "work": [f"w{w}" for w in world.works]})
+    local = SimpleNamespace(take=lambda positions: positions)
+    engine = Engine(Catalog(Path("c"), index, table, {}, local=local, verification=Table()))
+    positions = torch.from_numpy(world.positions)
+    strangers, _ = verify_without_work(engine, positions, [(position,) for position in positions.tolist()])
+    assert strangers.tolist() == world.strangers(world.positions, TOP + REGIONS * REGION_TOP).tolist()
+    assert len(set(strangers.tolist())) > 5
+
+
+@pytest.mark.parametrize("kind", ["1", "1 to 20"])
+def test_the_rate_of_inliers_holds_in_a_few_draws(kind):
+    assert kept(broken_by_inliers(kind, "the whole", 260, 12, 400), 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["the whole", "a half"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rate_of_inliers_holds_for_new_works(kind, by):
+    assert kept(broken_by_inliers(kind, by, 300, 200, 1_000), 200)
+
+
+@pytest.mark.slow
+def test_images_as_units_break_the_rate_of_inliers():
+    """So that the simulation sees what is wrong with them."""
+    assert not kept(broken_by_inliers("20", "the whole", 100, 60, 1_000, images=True), 60)

@@ -345,13 +345,19 @@ class TestCatalog:
         run = make_run(tmp_path / "run", fit=fit, bits=bits)
         given = [f"run={run}", f"images={folder}/images", "workers=0", "device=cpu", "thumbnail=40"]
         simsearch("extract", *given, f"out={tmp_path}/s", f"chunk={CHUNK}")
-        simsearch("index", f"shards={tmp_path}/s", f"index={index}", f"out={tmp_path}/of-shards")
-        simsearch("index", *given, f"index={index}", f"out={tmp_path}/direct")
+        more = ["verify=sift", "verify.item_features=20"] if index == "hnsw" else []
+        again = [f"images={folder}/images"] if more else []
+        simsearch("index", f"shards={tmp_path}/s", f"index={index}", f"out={tmp_path}/of-shards", *more, *again)
+        simsearch("index", *given, f"index={index}", f"out={tmp_path}/direct", *more)
         one, other = read_catalog(tmp_path / "of-shards"), read_catalog(tmp_path / "direct")
         for about in (one.about, other.about):
             if index == "hnsw":  # threads build a graph in any order
                 del about["sha256"]["index/index.faiss"]
         assert one.about == other.about
+        assert (one.verification is not None) == bool(more)
+        if more:
+            found = sum(len(features) for features in one.local_features(range(len(one))))
+            assert found > 2 * len(one)  # and their digests are equal
         assert one.items.equals(other.items)
         positions = range(len(one))
         assert one.thumbnails(positions) == other.thumbnails(positions)
@@ -366,6 +372,16 @@ class TestCatalog:
         assert (stored[found.ids[0, 0]] == stored[7]).all()
         assert torch.equal(found.ids, expected.ids)
         torch.testing.assert_close(found.scores, expected.scores, rtol=0, atol=1e-6)
+
+    def test_local_features_are_of_images_that_the_user_gives(self, whole, tmp_path):
+        """Not of a folder that shards name, which somebody else may have made."""
+        (tmp_path / "other").mkdir()
+        Image.new("RGB", (40, 40)).save(tmp_path / "other/a.png")
+        given = ("index", f"shards={whole}", f"out={tmp_path}/c", "verify=sift")
+        assert "verify= needs images=<what they were made of>" in simsearch(*given, expect=1).stderr
+        said = simsearch(*given, f"images={tmp_path}/other", expect=1).stderr
+        assert "images of the shards are not in images=" in said
+        assert not (tmp_path / "c").exists()
 
     def test_nothing_readable(self, run, tmp_path):
         (tmp_path / "images").mkdir()

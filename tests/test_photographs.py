@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.stats import t as student
 from sklearn.metrics import average_precision_score
 
-from simsearch.data.photographs import (
+from simsearch.data.photograph_tables import (
     Photograph,
     linked,
     photograph_units,
@@ -31,7 +31,7 @@ from simsearch.functional.significance import jackknife_difference, jackknife_in
 from simsearch.images import decode_thumbnail
 from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import Engine
-from simsearch.search.photographs import works_named
+from simsearch.search.works import works_named
 
 ROOT = Path(__file__).parent.parent
 SIMULATOR = ROOT / "experiments" / "2026-11-28-photographs" / "simulate.py"

@@ -18,7 +18,7 @@ from simsearch.functional.proposals import proposals, rectified
 from simsearch.models.encoder import build_encoder
 from simsearch.search.catalog import read_catalog, verifying
 from simsearch.search.engine import Engine
-from simsearch.search.query_regions import region_pixels, regions_of
+from simsearch.search.query_regions import described, region_pixels, regions_of
 from simsearch.search.request import Request
 from simsearch.search.verdicts import SAME_WORK
 from simsearch.search.verification import Verification
@@ -177,6 +177,18 @@ class TestSearch:
         ids, matches = engine.verified(torch.tensor([3, 4]), local, never)
         assert ids.tolist() == [3, 4]
         assert shown(matches[0]) > 0.95
+
+    def test_a_region_without_a_finite_descriptor_is_left_out(self):
+        class Encoder(torch.nn.Module):
+            bits, input_size = None, 8
+
+            def embed(self, images):
+                grey = images.float().mean((2, 3))
+                return grey / grey.norm(dim=1, keepdim=True)  # of a black image 0 / 0
+
+        black, white = np.zeros((3, 8, 8), np.uint8), np.full((3, 8, 8), 255, np.uint8)
+        assert described(Encoder(), [black, white]).shape == (1, 3)
+        assert described(Encoder(), [black]).shape == (0, 3)
 
     def test_files_and_pixels_give_the_same_regions(self, catalog, wall, tmp_path):
         path = saved(wall, tmp_path / "wall.png")

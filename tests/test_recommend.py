@@ -23,6 +23,7 @@ from rich.console import Console
 from scipy.stats import binomtest
 
 from simsearch.__main__ import quoted
+from simsearch.commands.calibrate import OUTCOMES
 from simsearch.commands.recommend import answer_table
 from simsearch.files import read_json, write_json
 from simsearch.search.catalog import read_catalog
@@ -183,53 +184,50 @@ def test_photographs_whose_works_are_known(catalog, outside, small_run, tmp_path
         shutil.copy(query, tmp_path / "photographs" / f"q{number}.png")
         found = json.loads(simsearch("search", f"catalog={catalog}", f"image={query}", "k=1", "format=json").stdout)
         rows.append((f"q{number}.png", found["results"][0]["path"]))
-    rows += [("0.png", ""), ("1.png", "elsewhere"), ("2.png", "elsewhere"), ("broken.png", "")]
+    rows += [("0.png", ""), ("1.png", "elsewhere"), ("2.png", "elsewhere")]
     table = tmp_path / "photographs" / "works.csv"
     table.write_text("path,work\n" + "".join(f"{path},{work}\n" for path, work in rows))
     arguments = ("calibrate", f"catalog={catalog}", "rate=0.3", "workers=0")
     done = simsearch(*arguments, f"photographs={table}")
     assert "1 works of the photographs are not in the catalog (elsewhere)" in done.stderr
-    assert "broken.png" in done.stderr
     with (catalog / "calibration/photographs.csv").open() as file:
         told = {row["path"]: row for row in csv.DictReader(file)}
-    assert list(told) == [path for path, _ in rows[:5]]
+    assert list(told) == [path for path, _ in rows]
     calibrated = Engine(read_catalog(catalog))
     paths = items["path"].to_pylist()
-    for path, work in rows[:5]:
+    for path, work in rows:
         image = f"image={tmp_path}/photographs/{path}"
         said = simsearch("recommend", f"catalog={catalog}", image, "k=20", "force=true", "format=json").stdout
         results = json.loads(said)["results"]
         own = engine.works[paths.index(work)] if work in paths else None
         works = {engine.works[paths.index(r["attributes"]["path"])] for r in results if r["verdict"] == "same work"}
         expected = "false" if works - {own} else "found" if works else "unknown"
-        assert (told[path]["outcome"], told[path]["work"]) == (expected, work)
-        assert (told[path]["first"], told[path]["verdict"]) == (results[0]["id"], results[0]["verdict"])
+        assert {name: told[path][name] for name in OUTCOMES} == {name: f"{name == expected:d}" for name in OUTCOMES}
+        assert (told[path]["work"], told[path]["first"]) == (work, results[0]["id"])
+        assert float(told[path]["confidence"]) == pytest.approx(results[0]["score"], abs=1e-5)
     groups = calibrated.catalog.calibration["photographs"]
     assert (groups["in_catalog"]["photographs"], groups["elsewhere"]["photographs"]) == (2, 3)
     assert groups["elsewhere"]["works"] == 2
-    for name, picked in (("in_catalog", rows[:2]), ("elsewhere", rows[2:5])):
+    assert groups["elsewhere"]["shares"].keys() == {"false", "unknown"}  # there is nothing to find
+    for name, picked in (("in_catalog", rows[:2]), ("elsewhere", rows[2:])):
         for outcome, (share, low, high) in groups[name]["shares"].items():
-            assert share == pytest.approx(sum(told[path]["outcome"] == outcome for path, _ in picked) / len(picked))
+            assert share == pytest.approx(sum(float(told[path][outcome]) for path, _ in picked) / len(picked))
             assert low <= share <= high
     assert "in the catalog" in done.stdout
     assert "elsewhere" in done.stdout
     simsearch(*arguments)
     assert not (catalog / "calibration/photographs.csv").exists()
+    assert "photographs" not in read_catalog(catalog).calibration
+    with table.open("a") as file:
+        file.write("broken.png,\n")
+    (catalog / "calibration.json").unlink()
+    assert "broken.png" in simsearch(*arguments, f"photographs={table}", expect=1).stderr
+    assert read_catalog(catalog).calibration["units"]  # the thresholds are kept
+    (tmp_path / "photographs" / "broken.png").unlink()
+    assert "first broken.png" in simsearch(*arguments, f"photographs={table}", expect=1).stderr
     (tmp_path / "photographs" / "works.csv").write_text("path\n0.png\n")
     done = simsearch(*arguments, f"photographs={table}", expect=1)
     assert "it needs path and work" in done.stderr
-
-
-def test_a_photograph_of_two_works_may_be_called_either():
-    from types import SimpleNamespace
-
-    from simsearch.search.outcomes import outcome
-
-    answer = SimpleNamespace(verdicts=["same work", "same work", "none"])
-    assert outcome(answer, [3, 5, 7], {3, 5}) == "found"
-    assert outcome(answer, [3, 5, 7], {3}) == "false"
-    assert outcome(answer, [3, 5, 7], set()) == "false"
-    assert outcome(SimpleNamespace(verdicts=["none"]), [3], {3}) == "unknown"
 
 
 def test_images_from_outside_of_one_work_count_once(catalog, outside, tmp_path):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -588,6 +589,30 @@ class TestCalibration:
             assert math.isnan(match) if i == N - 1 else match == (best[0] if led else -math.inf)
             kinds.add("alone" if i == N - 1 else "led" if led else "not")
         assert kinds == {"alone", "led", "not"}
+
+    def test_a_deeper_search_verifies_nothing_again(self):
+        """A large work that collapses makes the search go deeper; what was verified stays."""
+        asked = []
+
+        class Table:
+            top, regions, region_top = 5, 1, 1
+
+            def verify(self, local, items):
+                asked.append(list(items))
+                return [SimpleNamespace(inliers=20, outline=np.zeros((4, 2))) if i == 3 else None for i in items]
+
+        stored = described(N, seed=2)
+        stored[:300] = stored[0] + 1e-3 * described(300, seed=4)
+        index = FaissIndex("Flat")
+        index.add(F.normalize(stored))
+        works = attributes(N).set_column(3, "work", pa.array(["one" if i < 300 else f"w{i}" for i in range(N)]))
+        local = SimpleNamespace(take=lambda positions: positions)
+        engine = Engine(Catalog(Path("c"), index, works, {}, local=local, verification=Table()))
+        regions: list[int] = []
+        one = Request(engine.vectors([0]), k=5, local=(0,), regions=lambda: regions.append(1) or engine.vectors([3]))
+        answer = engine.recommend(one)
+        assert (len(answer.ids), answer.ids[0], len(regions)) == (5, 3, 1)
+        assert len(asked) == 2  # the nearest, and those of the region
 
     def test_inliers_must_exceed_what_is_calibrated(self):
         matches = [SimpleNamespace(inliers=count) for count in (10, 14, 30)]

@@ -16,12 +16,14 @@ from torch import Tensor
 
 import simsearch
 from simsearch import api
+from simsearch.data.manifest import Manifest
+from simsearch.data.presence import Presence, Vanished
 from simsearch.data.rendered.paint import paint_work, photograph
 from simsearch.files import read_json, write_json
 from simsearch.models.encoder import build_encoder
 from simsearch.search.catalog import CatalogError, read_catalog, verifying
 from simsearch.search.engine import Engine
-from simsearch.search.local_features import NAME, features_of, record, record_type
+from simsearch.search.local_features import NAME, describe_items, features_of, record, record_type
 from simsearch.search.request import Request
 from simsearch.search.verdicts import NONE, SAME_WORK, UNCALIBRATED
 from simsearch.search.verification import Verification
@@ -91,6 +93,21 @@ class TestStore:
         about = read_catalog(built).about["local_features"]
         kind = np.load(built / NAME, mmap_mode="r", allow_pickle=False).dtype
         assert about["bytes_per_item"] == kind.itemsize <= 12_000
+
+    def test_images_that_vanish_end_the_work(self, works, tmp_path):
+        """One that is gone has no features; a folder that drops ends it, instead of a catalog without features."""
+        names = tuple(f"{n}.png" for n in range(N))
+        for name, work in zip(names, works, strict=True):
+            saved(work[:, ::4, ::4], tmp_path / "images" / name)
+        manifest = Manifest(tmp_path / "images", names)
+        presence = Presence(manifest.root, names)
+        (manifest.root / names[1]).unlink()
+        verification = Verification(item_features=20)
+        records = [*describe_items(manifest, range(4), verification, workers=1, presence=presence)]
+        assert [int(one["count"]) > 0 for one in records] == [True, False, True, True]
+        shutil.move(manifest.root, tmp_path / "elsewhere")
+        with pytest.raises(Vanished, match="images have disappeared"):
+            list(describe_items(manifest, range(4), verification, workers=1, presence=presence))
 
     def test_features_are_those_of_the_files(self, built, works):
         catalog = read_catalog(built)
@@ -265,12 +282,19 @@ class TestSettings:
         "given",
         [
             {"top": 0}, {"ratio": 0}, {"ratio": 1.5}, {"tolerance": 0}, {"inliers": 4}, {"spread": 2},
-            {"item_features": 4}, {"item_features": 10**6}, {"item_side": 3},
+            {"item_features": 4}, {"item_features": 10**6}, {"item_side": 3}, {"query_features": 2**31},
+            {"top": 20.5}, {"regions": "8"}, {"query_side": True},
         ],
     )  # fmt: skip
     def test_impossible_numbers_are_named(self, given):
-        with pytest.raises(ValueError, match=next(iter(given))):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} must"):
             Verification(**given)
+
+    def test_impossible_changes_are_named(self):
+        for given in ({"top": 0}, {"regions": -1}, {"regions": 1.5}):
+            with pytest.raises(ValueError, match=f"{next(iter(given))} must"):
+                Verification().changed(**given)
+        assert Verification(top=7).changed(regions=0).config == Verification(top=7, regions=0).config
 
     def test_the_config_builds_an_equal_one(self):
         from simsearch.models.encoder import build

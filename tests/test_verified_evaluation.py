@@ -14,7 +14,9 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor
 
 from simsearch.callbacks.evaluation import RetrievalEvaluation
+from simsearch.data.process_pool import Failure
 from simsearch.data.rendered.paint import paint_work, photograph
+from simsearch.evaluation import verification
 from simsearch.evaluation.evaluate import Search
 from simsearch.evaluation.evaluator import Measured
 from simsearch.evaluation.verification import Verified
@@ -209,3 +211,10 @@ def test_photographs_of_works_are_verified_by_sift():
     parts = [got[f"verify/{part}_ms"] for part in ("features", "matching", "fitting")]
     assert min(parts) > 0
     assert got["verify/ms_per_query"] == pytest.approx(sum(parts))
+
+
+def test_an_image_that_cannot_be_verified_is_named(monkeypatch):
+    failed = Failure("too-slow", "more than 30 s")
+    monkeypatch.setattr(verification, "bounded_map", lambda function, todo, **_: (failed for _ in todo))
+    with pytest.raises(ValueError, match=r"row 7 of the collection cannot be verified \(too-slow: more than 30 s\)"):
+        Verified(StandIn(), IMAGES).inliers(torch.tensor([3]), torch.tensor([[7, 9]]))

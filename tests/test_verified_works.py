@@ -20,6 +20,8 @@ from simsearch.data.ingest.grouping import Evidence, agreement, cliques, connect
 from simsearch.files import write_csv
 from simsearch.functional.ragged import ragged
 
+SAMPLE = 2  # images that are described to name the algorithm
+
 
 def painting(seed: int) -> Image.Image:
     """Random shapes with many corners."""
@@ -92,7 +94,7 @@ def test_an_interrupted_verification_goes_on_and_gives_the_same(tmp_path, monkey
 
     def interrupted(self, image, **settings):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == SAMPLE + 4:
             raise KeyboardInterrupt
         return described(self, image, **settings)
 
@@ -100,12 +102,46 @@ def test_an_interrupted_verification_goes_on_and_gives_the_same(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         asked(tmp_path / "killed", pictures, known, chunk=2)
     found = asked(tmp_path / "killed", pictures, known, chunk=2)
-    assert len(calls) == 4 + 3  # the first piece of two images was there
+    assert len(calls) == SAMPLE + 4 + SAMPLE + 3  # the first piece of two images was there
     for name in ("features", "inliers", "share", "aligned", "same"):
         assert torch.equal(getattr(found, name), getattr(whole, name))
     damaged = sorted((tmp_path / "killed").glob("*/*.npy"))[0]
     damaged.write_bytes(damaged.read_bytes()[:-5])
     assert torch.equal(asked(tmp_path / "killed", pictures, known, chunk=2).inliers, whole.inliers)
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "described"),
+    [
+        ("functional.sift._SCALE", 128.0, 2),  # coarser descriptors: everything anew
+        ("functional.sift._CANDIDATES", 1, 2),  # other features
+        ("functional.geometry._MOST_STRETCH", 1.0, 0),  # another rule of matching: features stay
+        ("commands.data_ingest.INLIERS", 9, 0),
+    ],
+)
+def test_what_an_earlier_algorithm_stored_is_not_used(changed, value, described, tmp_path, monkeypatch):
+    pictures, known = [painting(3), painting(3).rotate(10)], candidates([(0, 1)], [0.0])
+    asked(tmp_path, pictures, known)
+    before = set(tmp_path.glob("*"))
+    asked(tmp_path, pictures, known)
+    assert set(tmp_path.glob("*")) == before  # the same algorithm
+    monkeypatch.setattr(f"simsearch.{changed}", value)
+    calls: list[int] = []
+    describe = data_ingest.Sift.describe
+    monkeypatch.setattr(data_ingest.Sift, "describe", lambda *a, **b: calls.append(1) or describe(*a, **b))
+    asked(tmp_path, pictures, known)
+    assert len(calls) == SAMPLE + described
+    assert len(set(tmp_path.glob("*")) - before) == (2 if described else 1)
+
+
+@given(st.integers(2, 12), st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_pairs_of_a_group_are_those_of_a_loop(count, draw):
+    pair = st.tuples(st.integers(0, count - 1), st.integers(0, count - 1)).filter(lambda p: p[0] < p[1])
+    pairs = draw.draw(st.lists(pair, unique=True, min_size=1, max_size=30))
+    group = draw.draw(st.lists(st.integers(0, count - 1), unique=True))
+    expected = [place for place, (one, other) in enumerate(pairs) if one in group and other in group]
+    assert candidates(pairs, [0.0] * len(pairs)).within(group) == expected
 
 
 @pytest.mark.parametrize(
@@ -203,3 +239,8 @@ def test_a_person_confirms_and_cuts_groups(tmp_path):
     assert "6 images of 5 works" in said
     with (out / "groups.csv").open(newline="") as file:
         assert [line["decision"] for line in csv.DictReader(file)].count("cut") == 1  # no decision is lost
+
+
+def test_a_cut_that_a_column_undoes_is_told():
+    kept = SimpleNamespace(places=(0, 1, 3), columns={"work": ("a", "a", "b")})
+    assert data_ingest.still_tied(kept, [(0, 1), (0, 2), (0, 3), (2, 4)]) == [(0, 1)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,9 +16,14 @@ from torch import Tensor
 
 from simsearch import configs, program, terminal
 from simsearch.commands.index import report_errors
+from simsearch.commands.photographs import Asked, ask_all, protocol_fingerprint, shown_works
 from simsearch.data.manifest import Manifest
+from simsearch.data.photograph_tables import Photograph, photograph_units, read_photographs
+from simsearch.evaluation.evaluator import means
+from simsearch.evaluation.photographs import measure_queries
 from simsearch.files import replacing, write_csv
 from simsearch.functional.open_set import least_scores
+from simsearch.models.encoder import device
 from simsearch.search.calibration import (
     Threshold,
     calibrate,
@@ -41,11 +46,6 @@ from simsearch.search.calibration_sample import (
 )
 from simsearch.search.catalog import read_catalog, write_calibration
 from simsearch.search.engine import Engine
-from simsearch.search.local_features import describe_queries
-from simsearch.search.outcomes import OUTCOMES, Photographs, Shares, ask, read_photographs, shares
-from simsearch.search.query_regions import regions_of
-from simsearch.search.request import Regions
-from simsearch.types import LocalFeatures
 
 # What the rate of each kind of match is a rate of.
 _UNITS = {
@@ -53,7 +53,24 @@ _UNITS = {
     "verified": "works that are not in the catalog, asked for by one image each",
     "similar": "images from outside, one of each work where the table names works",
 }
+OUTCOMES = ("found", "false", "unknown")
+_DEPTH = 20  # works of an answer to a photograph that are looked at
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How often photographs are found, false and unknown.
+
+    Attributes:
+        photographs: Number of photographs.
+        works: Number of sampling units: the works that they show.
+        shares: For each of the three its mean over the photographs, and the 95 % interval by work: share, low, high.
+    """
+
+    photographs: int
+    works: int
+    shares: dict[str, tuple[float, float, float]]
 
 
 @program.command("calibrate")
@@ -69,8 +86,13 @@ def main(config: DictConfig) -> None:
     positions = image_a_work(engine.works, config.sample, config.seed)
     first = halves(work_names(engine, positions))
     outside = outside_sample(Path(config.outside), config.sample, config.seed) if config.outside else None
-    photographs = read_photographs(Path(config.photographs), engine) if config.photographs else None
-    announce(config, engine, first, outside, photographs)
+    announce(config, engine, first, outside)
+    photographs: list[Photograph] = []
+    if config.photographs:
+        table = Path(config.photographs)
+        photographs = read_photographs(table)
+        right = shown_works(engine, photographs)
+        fingerprint = protocol_fingerprint(engine, photographs, table.parent, right)
     describer = Describer(
         catalog,
         cache=config.cache,
@@ -140,20 +162,25 @@ def main(config: DictConfig) -> None:
     folder = catalog.folder / "calibration"
     tables = [results(thresholds, config.certainty)]
     (folder / "photographs.csv").unlink(missing_ok=True)  # of an earlier calibration
-    if photographs is not None:
-        calibrated = Engine(replace(catalog, calibration=calibration))
-        groups = measure_photographs(calibrated, photographs, describer, folder / "photographs.csv")
-        calibration["photographs"] = {name: asdict(group) for name, group in groups.items()}
-        tables.append(photographs_table(groups))
     write_calibration(catalog.folder, calibration)
-    for table in tables:
-        terminal.show(table)
-    print(f"thresholds: {catalog.folder / 'calibration.json'}")
-    if photographs is not None:
-        print(f"photographs: {folder / 'photographs.csv'}")
     if curves:
         write_curves(folder / "curve.csv", curves)
         plot_curves(folder / "curve.png", curves, thresholds)
+    if photographs:
+        calibrated = Engine(replace(catalog, calibration=calibration))
+        calibrated.catalog.encoder.to(device(config.device))
+        asked = ask_all(calibrated, photographs, table.parent, _DEPTH)
+        write_photographs(folder / "photographs.csv", photographs, right, asked)
+        groups = photograph_shares(asked, right, photograph_units(photographs))
+        known = {"fingerprint": fingerprint} | {name: asdict(group) for name, group in groups.items()}
+        write_calibration(catalog.folder, calibration | {"photographs": known})
+        tables.append(photographs_table(groups))
+    for shown in tables:
+        terminal.show(shown)
+    print(f"thresholds: {catalog.folder / 'calibration.json'}")
+    if photographs:
+        print(f"photographs: {folder / 'photographs.csv'}")
+    if curves:
         print(f"curves: {folder / 'curve.csv'}, {folder / 'curve.png'}")
 
 
@@ -166,9 +193,7 @@ def in_order(kinds: Mapping[str, T]) -> dict[str, T]:
     return {name: kinds[name] for name in _UNITS if name in kinds}
 
 
-def announce(
-    config: DictConfig, engine: Engine, first: Tensor, outside: Manifest | None, photographs: Photographs | None
-) -> None:
+def announce(config: DictConfig, engine: Engine, first: Tensor, outside: Manifest | None) -> None:
     """Prints on standard error, before the work starts, what the calibration will lack and which rates it can promise.
 
     Args:
@@ -176,17 +201,11 @@ def announce(
         engine: The engine of the catalog.
         first: bool (n,), which works belong to the calibrating half.
         outside: Unrelated images, or None.
-        photographs: Photographs whose works are known, or None.
     """
     if engine.work_attribute is None:
         say(
             "the catalog does not record which items show the same work (column work or group_id): copies count as "
             "other works and raise the threshold of the same work"
-        )
-    if photographs is not None and (names := photographs.missing(engine)):
-        say(
-            f"{len(names)} works of the photographs are not in the catalog ({', '.join(names[:3])}"
-            f"{', ...' if len(names) > 3 else ''}): whatever is called the same work as they are is false"
         )
     if engine.catalog.verification is not None and not config.images:
         say(
@@ -217,58 +236,65 @@ def say(what: str) -> None:
     print(f"note: {what}", file=sys.stderr, flush=True)
 
 
-def measure_photographs(
-    engine: Engine, photographs: Photographs, describer: Describer, path: Path
-) -> dict[str, Shares]:
-    """How often photographs of works are found, by whether the catalog has the work. Writes the outcome of each as CSV.
+def photograph_shares(asked: Asked, right: Sequence[Sequence[int]], units: Tensor) -> dict[str, Shares]:
+    """How often photographs are found, false and unknown: those of works "in_catalog", and those of works "elsewhere".
 
     Args:
-        engine: The engine of the calibrated catalog.
-        photographs: The photographs.
-        describer: Describes files.
-        path: The CSV file to write.
-
-    Raises:
-        ValueError: If no photograph can be read.
+        asked: What a calibrated catalog answered to Q photographs.
+        right: Numbers of the works of the catalog that each photograph shows.
+        units: int64 (Q,), the sampling unit of each photograph.
     """
-    rows, vectors = describer(photographs.manifest)
-    if not rows:
-        raise ValueError(f"no photograph of {photographs.manifest.root} could be read")
-    own = [photographs.works[row] for row in rows]
-    verification = engine.catalog.verification
-    files = [photographs.manifest.root / photographs.manifest.paths[row] for row in rows]
-    local: Iterable[tuple[LocalFeatures, ...]] = ()
-    regions: Iterable[Regions | None] = ()
-    if verification is not None:
-        local = describe_queries(files, verification)
-        regions = [regions_of(file, engine.catalog.encoder, verification) for file in files]
-    answers, outcomes = ask(engine, vectors, own, local, regions)
-    names = [photographs.manifest.paths[row] for row in rows]
-    units = photographs.units[rows].tolist()
-    table = []
-    for row, name, answer, said in zip(rows, names, answers, outcomes, strict=True):
-        best = engine.names.of(answer.ids[:1].tolist())
-        score = [f"{value:.6f}" for value in answer.scores[:1].tolist()]
-        table.append(
-            [name, "; ".join(photographs.names[row]), said, *(best or [""]), *(score or [""]), *answer.verdicts[:1]]
-        )
-    write_csv(path, ["path", "work", "outcome", "first", "score", "verdict"], table)
+    measured = measure_queries(asked.answers, right)
+    wrong = measured["no_match/false"]
+    kinds = {"in_catalog": {name: measured[name] for name in OUTCOMES}, "elsewhere": {"false": wrong}}
+    kinds["elsewhere"]["unknown"] = 1 - wrong
     groups = {}
-    for group, kept in (
-        ("in_catalog", [bool(works) for works in own]),
-        ("elsewhere", [not works for works in own]),
-    ):
-        if any(kept):
-            picked = ([one for one, keep in zip(values, kept, strict=True) if keep] for values in (outcomes, units))
-            groups[group] = shares(*picked)
+    for kind, values in kinds.items():
+        picked = ~values["false"].isnan()
+        if picked.any():
+            found, ends = means({name: value[picked] for name, value in values.items()}, units[picked])
+            shares = {name: (share, *ends[name]) for name, share in found.items()}
+            groups[kind] = Shares(int(picked.sum()), len(units[picked].unique()), shares)
     return groups
 
 
-def photographs_table(groups: Mapping[str, Shares]) -> Table:
-    """A table of the outcomes of photographs.
+def write_photographs(
+    path: Path, photographs: Sequence[Photograph], right: Sequence[Sequence[int]], asked: Asked
+) -> None:
+    """Writes what was answered to each photograph as CSV.
 
     Args:
-        groups: The shares of the outcomes, as `measure_photographs` returns them.
+        path: The file to write.
+        photographs: The photographs.
+        right: Numbers of the works of the catalog that each photograph shows.
+        asked: What was answered.
+    """
+    measured = measure_queries(asked.answers, right)
+    false = measured["false"].nan_to_num(0.0) + measured["no_match/false"].nan_to_num(0.0)
+    found = measured["found"].nan_to_num(0.0)
+    rows = []
+    for row, one in enumerate(photographs):
+        shares = (found[row], false[row], 1 - found[row] - false[row])
+        first = (
+            (asked.items[row][0], f"{float(asked.answers.confidence[row, 0]):.6f}") if asked.items[row] else ("", "")
+        )
+        rows.append(
+            [
+                one.path,
+                *(one.box or [""] * 4),
+                "; ".join(one.works),
+                *(f"{float(share):.6g}" for share in shares),
+                *first,
+            ]
+        )
+    write_csv(path, ["path", "x", "y", "w", "h", "work", *OUTCOMES, "first", "confidence"], rows)
+
+
+def photographs_table(groups: Mapping[str, Shares]) -> Table:
+    """A table of what is found, false and unknown of photographs.
+
+    Args:
+        groups: Their shares, as `photograph_shares` returns them.
     """
     table = Table(title="Photographs whose works are known: what the catalog says (95%, by work)")
     table.add_column("works are", no_wrap=True)
@@ -277,12 +303,11 @@ def photographs_table(groups: Mapping[str, Shares]) -> Table:
     names = {"in_catalog": "in the catalog", "elsewhere": "elsewhere"}
     for name, group in groups.items():
         said = {key: f"{mean:.4f} ({low:.4f}-{high:.4f})" for key, (mean, low, high) in group.shares.items()}
-        if name == "elsewhere":
-            said["found"] = "-"
-        table.add_row(names[name], f"{group.works}", f"{group.photographs}", *said.values())
+        values = (said.get(key, "-") for key in OUTCOMES)
+        table.add_row(names[name], f"{group.works}", f"{group.photographs}", *values)
     table.caption = (
-        "false: another work is called the same. found: the photograph's own work is, and no other. "
-        "unknown: nothing is called the same work"
+        "false: another work is called the same. found: the photograph's own work is, and no other; of several works, "
+        "their share. unknown: the rest"
     )
     return table
 

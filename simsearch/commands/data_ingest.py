@@ -62,6 +62,7 @@ from simsearch.functional.reranking import gallery_neighbours
 from simsearch.functional.resize import resize
 from simsearch.functional.sift import Sift
 from simsearch.search.local_features import features_of, record, record_type
+from simsearch.text import printable, warn
 from simsearch.types import LocalFeatures, SearchResult
 
 MOST_DESCRIBED = 200_000
@@ -127,6 +128,12 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
     decisions = Decisions() if values["decisions"] is None else read_decisions(Path(values["decisions"]), paths)
     works = same_work(out, files, images, backbone, values["near"], decisions, decoding.chunk)
     kept = keep(listing, files, works.pairs, groups=values["groups"], categorical=values["categorical"])
+    if tied := still_tied(kept, decisions.cut):
+        one, other = (paths[place] for place in tied[0])
+        warn(
+            f"{len(tied)} pairs that are cut stay one work (first {printable(one)} and {printable(other)}): equal "
+            f"files, or a column of groups=[{','.join(values['groups'])}], tie them: correct it, or leave it out"
+        )
     report = summarise(listing, files, kept, works, decoding.size)
     about = {name: values[name] for name in ("groups", "categorical", "near", "decisions")}
     about["backbone"] = None if backbone is None else backbone.identity(values["near"]["size"])  # type: ignore[operator]
@@ -151,6 +158,17 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
         print(f"{len(weak)} works rest on weak evidence: confirm or cut their pairs in {out / 'groups.csv'}")
     print(f"look at {out / 'report.md'} and {out / 'contact-sheet.png'}")
     print(f"try next: {shlex.join(['simsearch', 'train', 'data=art', f'data.source={out}', *fitting_protocol(kept)])}")
+
+
+def still_tied(kept: Kept, cut: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The pairs that a person cut and that are of one work all the same.
+
+    Args:
+        kept: The images of the collection.
+        cut: Pairs of positions of files.
+    """
+    work = dict(zip(kept.places, kept.columns["work"], strict=True))
+    return [(one, other) for one, other in cut if one in work and work[one] == work.get(other)]
 
 
 def fitting_protocol(kept: Kept) -> list[str]:
@@ -291,8 +309,9 @@ def verified(folder: Path, files: Files, images: Ragged, known: Evidence, least:
     wanted = torch.zeros(len(images), dtype=torch.bool)
     wanted[known.pairs.flatten()] = True
     pixels = hashlib.sha256("".join(files.sha256).encode()).hexdigest()
+    sample_features, sample_match = algorithms(sift)
     settings = {"pixels": pixels, "side": _SIDE, "features": _FEATURES, "contrast": sift.contrast, "chunk": chunk}
-    settings |= {"wanted": tensors_sha256({"wanted": wanted})}
+    settings |= {"wanted": tensors_sha256({"wanted": wanted}), "algorithm": sample_features}
 
     def described(start: int, stop: int, bar: tqdm) -> np.ndarray:
         found = np.zeros(stop - start, kind)
@@ -331,13 +350,38 @@ def verified(folder: Path, files: Files, images: Ragged, known: Evidence, least:
             bar.update(len(numbers))
         return found
 
-    settings |= {"pairs": tensors_sha256({"pairs": known.pairs, "alike": alike})}
+    settings |= {"pairs": tensors_sha256({"pairs": known.pairs, "alike": alike}), "matching": sample_match}
+    settings |= {"fewest": FEWEST, "inliers": INLIERS, "share": SHARE}
     parts = in_pieces(folder / cache_key(settings)[:16], len(known.pairs), chunk, _MATCH, matched, "verify", "pair")
     found = np.concatenate([np.zeros(0, _MATCH), *parts])
     count, inliers = (torch.from_numpy(found[name].astype(np.int64)) for name in ("features", "inliers"))
     share, aligned = (torch.from_numpy(found[name].copy()) for name in ("share", "aligned"))
     same = agreement(known.correlation, count, inliers, share, aligned, least)
     return Evidence(known.pairs, known.correlation, count, inliers, share, aligned, same)
+
+
+def algorithms(sift: Sift) -> tuple[str, str]:
+    """Digests of the features of a sample picture, and of its match with the same picture turned and cut.
+
+    They name the algorithms that made what is stored: after a change of SIFT or of the matching they differ.
+
+    Args:
+        sift: What describes images.
+    """
+    steps = torch.arange(64)
+    cells = (steps[:, None] ** 2 * 7 + steps**2 * 13 + steps[:, None] * steps * 5) % 251
+    picture = cells.to(torch.uint8).repeat_interleave(5, 0).repeat_interleave(5, 1).expand(3, -1, -1)
+    own, other = (
+        sift.describe(one, side=_SIDE, most=_FEATURES) for one in (picture, picture.rot90(1, (1, 2))[:, 40:, 60:])
+    )
+    (match,) = verify(own, [other])
+    features = {"points": own.points, "descriptors": own.descriptors}
+    matched = {} if match is None else {"points": match.points, "outline": match.outline}
+    digests = [
+        tensors_sha256({name: torch.from_numpy(values).contiguous() for name, values in one.items()})
+        for one in (features, matched)
+    ]
+    return digests[0], digests[1]
 
 
 def _agree(match: Match | None) -> bool:

@@ -5,21 +5,30 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig
 from tqdm import tqdm
 
 from simsearch import configs, program, saved_run
 from simsearch.data.manifest import read_manifest
-from simsearch.data.presence import MOST_GONE
+from simsearch.data.presence import MOST_GONE, Presence
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import device, encoder_config
-from simsearch.search.build import Filling, check_kind, check_not_fewer, filling_of, write_filled
+from simsearch.search.build import (
+    Filling,
+    check_kind,
+    check_not_fewer,
+    filling_of,
+    local_records,
+    write_filled,
+)
 from simsearch.search.catalog import calibrated_for, path_table
 from simsearch.search.shards import ShardError, open_shards
+from simsearch.search.verification import Verification
 from simsearch.text import printable, warn
 
 
@@ -110,10 +119,11 @@ def from_shards(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
     Raises:
         ValueError: If the arguments contradict each other, or if shards are missing, damaged or without images.
     """
-    if config.run or config.images:
+    verification = configs.build(config.verify) if config.get("verify") else None
+    if config.run or (config.images and verification is None):
         raise ValueError("shards= record their run and images: leave run= and images= out")
-    if config.get("verify"):
-        raise ValueError("shards hold no local features: make the catalog with run= and images= for verify=")
+    if verification is not None and not config.images:
+        raise ValueError("shards hold no local features: verify= needs images=<what they were made of> too")
     trusted = configs.trusts(config)
     shards = open_shards(Path(config.shards), trusted=trusted)
     if missing := shards.missing():
@@ -140,6 +150,10 @@ def from_shards(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
     filled = [(number, count) for number, count in checked if count]
     if not filled:
         raise ValueError(f"none of the {len(shards.items)} images of the shards could be read: {errors[0]}")
+    local: Iterable[np.ndarray] = ()
+    if verification is not None:
+        described = [path for number, _ in filled for path in shards.described(number)]
+        local = local_of_shards(config, described, verification)
     filling = Filling(
         encoder=shards.encoder,
         config=shards.about["config"],
@@ -150,8 +164,32 @@ def from_shards(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
         rejected=(),
         skipped=shards.about["skipped"],
         source=shards.about["source"],
+        verification=verification,
+        local=local,
     )
     return filling, out
+
+
+def local_of_shards(config: DictConfig, paths: Sequence[str], verification: Verification) -> Iterator[np.ndarray]:
+    """The records of the local features of images that shards describe, read from the images that the user gave.
+
+    Args:
+        config: The command's config.
+        paths: Paths of the images, in the order of the index.
+        verification: What describes them.
+
+    Raises:
+        ValueError: If an image is not among those that the user gave.
+    """
+    manifest = read_manifest(Path(config.images), Path(config.root) if config.root else None)
+    rows = {path: row for row, path in enumerate(manifest.paths)}
+    if lacking := [path for path in paths if path not in rows]:
+        raise ValueError(
+            f"{len(lacking)} of {len(paths)} images of the shards are not in images={config.images}, first "
+            f"{printable(lacking[0])}: give what the shards were made of"
+        )
+    presence = Presence(manifest.root, manifest.paths)
+    return local_records(manifest, [rows[path] for path in paths], verification, config.workers, presence)
 
 
 def report(out: Path, count: int, code_bytes: int, errors: Sequence[Any], skipped: dict[str, int]) -> None:

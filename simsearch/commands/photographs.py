@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from simsearch import configs, program, terminal
-from simsearch.data.photographs import (
+from simsearch.data.photograph_tables import (
     Photograph,
     photograph_units,
     photographs_fingerprint,
@@ -40,8 +40,8 @@ from simsearch.models.encoder import device
 from simsearch.search.catalog import encoder_fingerprint, read_catalog, verifying
 from simsearch.search.describe import encode
 from simsearch.search.engine import Engine
-from simsearch.search.photographs import ask, works_named
 from simsearch.search.query_regions import regions_of
+from simsearch.search.works import ask, works_named
 from simsearch.text import cell, warn
 
 PROTOCOL = "photographs"
@@ -259,9 +259,9 @@ def write_results(
     if answers.accepted is not None:
         accepted = [answers.accepted[row, : len(items)].tolist() for row, items in enumerate(asked.items)]
         columns["accepted"] = accepted
-    told = pa.table(columns).replace_schema_metadata({"fingerprint": about["fingerprint"]})
+    table = pa.table(columns).replace_schema_metadata({"fingerprint": about["fingerprint"]})
     with replacing(folder / _ANSWERS) as temporary:
-        pq.write_table(told, temporary)
+        pq.write_table(table, temporary)
     write_json(folder / "metrics.json", {"test": about | {"sha256": digests(folder, [_ANSWERS, "per_query.csv"])}})
 
 

@@ -115,7 +115,7 @@ class Verified:
         """
         rows = items[items >= 0].unique().tolist()
         start = time.perf_counter()
-        described = self._map(partial(_item, self.verifier, self.images), rows, "items", self.workers)
+        described = self._map(partial(_item, self.verifier, self.images), rows, rows, "items")
         known = dict(zip(rows, described, strict=True))
         costs = {"items_s": time.perf_counter() - start}
 
@@ -123,18 +123,23 @@ class Verified:
         first = ([item for item in of if item >= 0] for of in items.tolist())
         pairs = list(zip(queries.tolist(), first, strict=True))
         inliers, seconds = torch.zeros_like(items), torch.zeros(len(items), 3, dtype=torch.float64)
-        for place, (counts, took) in enumerate(self._map(compare, pairs, "queries", self.workers)):
+        for place, (counts, took) in enumerate(self._map(compare, pairs, queries.tolist(), "queries")):
             inliers[place, items[place] >= 0] = torch.tensor(counts, dtype=torch.int64)
             seconds[place] = torch.tensor(took)
         parts = 1e3 * seconds.mean(0)
         costs |= dict(zip(("features_ms", "matching_ms", "fitting_ms"), parts.tolist(), strict=True))
         return inliers, costs | {"ms_per_query": float(parts.sum())}
 
-    def _map(self, function: Callable[[T], R], todo: Sequence[T], name: str, workers: int) -> Iterator[R]:
-        results = bounded_map(function, todo, workers=max(1, workers), seconds=SECONDS, memory=MEMORY)
-        for result in tqdm(results, total=len(todo), desc=f"verify: {name}", unit="img", leave=False):
+    def _map(self, function: Callable[[T], R], todo: Sequence[T], rows: Sequence[int], name: str) -> Iterator[R]:
+        """function(one) for each of `todo`, which is about the image at the collection row of the same place."""
+        results = bounded_map(function, todo, workers=max(1, self.workers), seconds=SECONDS, memory=MEMORY)
+        shown = tqdm(results, total=len(todo), desc=f"verify: {name}", unit="img", leave=False)
+        for row, result in zip(rows, shown, strict=True):
             if isinstance(result, Failure):
-                raise RuntimeError(f"an image cannot be verified: {result.detail}")
+                raise ValueError(
+                    f"the image at row {row} of the collection cannot be verified ({result.reason}: {result.detail}): "
+                    "leave verify= out, or give a smaller verify.query_side and verify.item_side"
+                )
             yield result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,25 @@ def filling_of(
         skipped=manifest.skipped,
         source={"run": run, "images": str(manifest.root)},
         verification=verification,
-        local=() if verification is None else _local(manifest, found.rows.tolist(), verification, workers),
+        local=()
+        if verification is None
+        else local_records(manifest, found.rows.tolist(), verification, workers, presence),
     )
 
 
-def _local(manifest: Manifest, rows: list[int], verification: Verification, workers: int) -> Iterator[np.ndarray]:
-    records = describe_items(manifest, rows, verification, workers=workers)
+def local_records(
+    manifest: Manifest, rows: Sequence[int], verification: Verification, workers: int, presence: Presence
+) -> Iterator[np.ndarray]:
+    """The records of `describe_items`, with a progress bar.
+
+    Args:
+        manifest: The images.
+        rows: Rows of the manifest, in the order of the index.
+        verification: What describes the images.
+        workers: Number of processes; at least one is used.
+        presence: The images that existed when the work began.
+    """
+    records = describe_items(manifest, rows, verification, workers=workers, presence=presence)
     return iter(tqdm(records, total=len(rows), unit="img", desc="local features"))
 
 

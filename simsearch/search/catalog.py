@@ -532,7 +532,7 @@ def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
     - `units`: number of independent draws behind the thresholds.
     - `held_out`: what the first threshold does to held-out queries. `coverage`: the share of true matches that it
       finds, at least, with the certainty.
-    - `photographs`: outcomes of photographs whose works are known (see `simsearch.search.outcomes.Shares`), if any.
+    - `photographs`: what is found, false and unknown of photographs whose works are known, if any.
 
     Only the thresholds, `floor` and `neighbours` are needed; calibrations of earlier versions have fewer entries.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import zip_longest
 from numbers import Integral
@@ -293,6 +293,17 @@ class Engine:
         Raises:
             CatalogError: If the catalog has no local features, or damaged ones.
         """
+        return _verified_first(ids, self._matches(ids, local, regions, among, taken))
+
+    def _matches(
+        self,
+        ids: Tensor,
+        local: Sequence[LocalFeatures],
+        regions: Regions | None,
+        among: Tensor | None,
+        taken: Tensor | None,
+    ) -> dict[int, Match]:
+        """The match of each verified item, by position. The arguments are those of `verified`."""
         verification = self.catalog.verification
         if verification is None:
             raise CatalogError(
@@ -309,9 +320,7 @@ class Engine:
         if regions is not None and not any(shown(match) >= _FILLS for match in matches.values()):
             others = self._of_regions(regions(), among, torch.empty(0) if taken is None else taken)
             matches |= compare([position for position in others if position not in set(first)])
-        ahead = sorted(matches, key=lambda position: -matches[position].inliers)
-        order = ahead + [position for position in ids.tolist() if position not in matches]
-        return torch.tensor(order, dtype=torch.int64), [matches.get(position) for position in order]
+        return matches
 
     def _of_regions(self, vectors: Tensor, among: Tensor | None, taken: Tensor) -> list[int]:
         """Positions of the nearest permitted items of each region, each once, the nearest of all regions first."""
@@ -504,13 +513,16 @@ class Engine:
         """
         top = self.catalog.verification.top if request.local and self.catalog.verification else 0
         depth = min(max(_SHORTLIST, 10 * request.k, top), candidates)
+        verified: dict[int, Match] | None = None  # does not depend on the depth
         while True:
             found = self._nearest(query, depth, among, taken)
             ids, scores = found.ids[0], found.scores[0]
             matches: list[Match | None] = [None] * len(ids)
             if request.local:
                 before = dict(zip(ids.tolist(), scores.tolist(), strict=True))
-                ids, matches = self.verified(ids, request.local, request.regions, among=among, taken=taken)
+                if verified is None:
+                    verified = self._matches(ids, request.local, request.regions, among, taken)
+                ids, matches = _verified_first(ids, verified)
                 own = self._exact(self._stored(self.vectors(ids)) @ query).tolist()  # for those that regions brought
                 scores = torch.tensor([before.get(i, score) for i, score in zip(ids.tolist(), own, strict=True)])
             if request.collapse:
@@ -557,6 +569,13 @@ class Engine:
         others = (found.ids != ids[:, None]) & (found.ids >= 0)
         others &= others.cumsum(1) <= _HUB_NEIGHBOURS
         return found.scores.masked_fill(~others, 0.0).sum(1) / others.sum(1).clamp(min=1)
+
+
+def _verified_first(ids: Tensor, matches: Mapping[int, Match]) -> tuple[Tensor, list[Match | None]]:
+    """Verified items, most inliers first, then the other `ids` (S,) in their order; and the match of each or None."""
+    ahead = sorted(matches, key=lambda position: -matches[position].inliers)
+    order = ahead + [position for position in ids.tolist() if position not in matches]
+    return torch.tensor(order, dtype=torch.int64), [matches.get(position) for position in order]
 
 
 def _bounded(scores: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

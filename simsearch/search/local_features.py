@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from simsearch.data.manifest import ImageFiles, Manifest
+from simsearch.data.presence import Presence
 from simsearch.data.process_pool import MEMORY, SECONDS, Failure, bounded_map
 from simsearch.files import Damaged
 from simsearch.functional.regions import Region
@@ -71,7 +72,7 @@ def features_of(one: np.void | np.ndarray) -> LocalFeatures:
 
 
 def describe_items(
-    manifest: Manifest, rows: Sequence[int], verification: Verification, *, workers: int
+    manifest: Manifest, rows: Sequence[int], verification: Verification, *, workers: int, presence: Presence
 ) -> Iterator[np.ndarray]:
     """The records of some images of a manifest, described in processes that can be ended.
 
@@ -82,12 +83,19 @@ def describe_items(
         rows: Rows of the manifest.
         verification: What describes the images.
         workers: Number of processes; at least one is used.
+        presence: The images that existed when the work began.
+
+    Raises:
+        Vanished: If images disappear during the work.
     """
     kind = record_type(verification.item_features, verification.features.dimension)
     memory = ImageFiles(manifest, size=verification.item_side).memory
     one = partial(_described, manifest, verification, kind)
-    for found in bounded_map(one, rows, workers=max(1, workers), seconds=SECONDS, memory=memory):
-        yield np.zeros((), kind) if isinstance(found, Failure) else found
+    results = bounded_map(one, rows, workers=max(1, workers), seconds=SECONDS, memory=memory)
+    for row, found in zip(rows, results, strict=True):
+        if isinstance(found, str):
+            presence.check(manifest.paths[row], found)
+        yield found if isinstance(found, np.ndarray) else np.zeros((), kind)
 
 
 def describe_queries(
@@ -132,14 +140,15 @@ def query_features(
     return verification.query(image)
 
 
-def _described(manifest: Manifest, verification: Verification, kind: np.dtype[Any], row: int) -> np.ndarray:
+def _described(manifest: Manifest, verification: Verification, kind: np.dtype[Any], row: int) -> np.ndarray | str:
+    """The record of an image, or the reason why it cannot be read."""
     path = manifest.root / manifest.paths[row]
     try:
         image = read_image(
             path, size=verification.item_side, fit="longest", enlarge=False, max_pixels=manifest.max_pixels
         )
-    except ImageError:
-        return np.zeros((), kind)
+    except ImageError as error:
+        return error.reason
     return record(verification.item(image), kind)
 
 

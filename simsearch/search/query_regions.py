@@ -94,11 +94,15 @@ def region_pixels(
 def described(encoder: Encoder, pixels: Sequence[np.ndarray]) -> Tensor:
     """The descriptors of regions in the form that an index stores, (R, width).
 
+    A region whose descriptor is not finite, such as one of a single colour, is left out.
+
     Args:
         encoder: The encoder.
-        pixels: The regions, uint8 (3, h, w) each.
+        pixels: The regions, uint8 (3, h, w) each, one or more.
     """
     images = [torch.from_numpy(one) for one in pixels]
     if len({image.shape for image in images}) == 1:
-        return encode(encoder, torch.stack(images))
-    return torch.cat([encode(encoder, image[None]) for image in images])
+        found = encode(encoder, torch.stack(images))
+    else:
+        found = torch.cat([encode(encoder, image[None]) for image in images])
+    return found[found.isfinite().all(1)]

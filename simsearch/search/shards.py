@@ -216,6 +216,14 @@ class Shards:
         """
         return self._read(number, "vectors")[0]
 
+    def described(self, number: int) -> list[str]:
+        """Paths of the images that a checked shard has vectors of, in their order.
+
+        Args:
+            number: Number of the chunk.
+        """
+        return self.items["path"].take(self._read(number, "rows")[0].numpy()).to_pylist()
+
     def catalog_items(self, number: int) -> pa.Table:
         """Path, attributes and thumbnail of the images that a checked shard has vectors of.
 

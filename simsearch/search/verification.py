@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -37,7 +38,7 @@ class Verification:
         mirrored: Find mirrored items too, at twice the cost.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or not whole where it must be.
     """
 
     def __init__(
@@ -57,14 +58,14 @@ class Verification:
         region_top: int = 10,
         mirrored: bool = False,
     ) -> None:
-        least = {"item_side": 16, "item_features": 5, "query_side": 16, "query_features": 5, "top": 1, "region_top": 1}
-        least |= {"inliers": 5, "regions": 0}
-        given = locals()
-        for name, value in least.items():
-            if given[name] < value:
-                raise ValueError(f"{name} must be at least {value}, got {given[name]}")
-        if item_features > _MOST_FEATURES:
-            raise ValueError(f"item_features must be at most {_MOST_FEATURES}, got {item_features}")
+        _check_whole("item_side", item_side, 16)
+        _check_whole("item_features", item_features, 5, _MOST_FEATURES)
+        _check_whole("query_side", query_side, 16)
+        _check_whole("query_features", query_features, 5, _MOST_FEATURES)
+        _check_whole("top", top, 1)
+        _check_whole("inliers", inliers, 5)
+        _check_whole("regions", regions, 0)
+        _check_whole("region_top", region_top, 1)
         if not 0 <= spread <= 1:
             raise ValueError(f"spread must lie in [0, 1], got {spread}")
         if not 0 < ratio <= 1:
@@ -96,15 +97,14 @@ class Verification:
             mirrored: Find mirrored items too. None keeps it.
 
         Raises:
-            ValueError: If `top` is below 1 or `regions` below 0.
+            ValueError: If `top` is below 1 or `regions` below 0, or either is not whole.
         """
-        for name, value, least in (("top", top, 1), ("regions", regions, 0)):
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
         other = copy(self)
         other.top = self.top if top is None else top
         other.regions = self.regions if regions is None else regions
         other.mirrored = self.mirrored if mirrored is None else mirrored
+        _check_whole("top", other.top, 1)
+        _check_whole("regions", other.regions, 0)
         return other
 
     def item(self, image: Tensor) -> LocalFeatures:
@@ -176,6 +176,12 @@ class Verification:
             match: The evidence.
         """
         return match.inliers >= self.inliers and match.spread >= self.spread
+
+
+def _check_whole(name: str, value: int, least: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least or (most and value > most):
+        limits = f"at least {least}" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name} must be a whole number, {limits}, got {value!r}")
 
 
 def _path(thing: object) -> str:

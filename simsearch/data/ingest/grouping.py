@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
@@ -66,13 +67,22 @@ class Evidence:
     same: Tensor
 
     def within(self, group: Iterable[int]) -> list[int]:
-        """Places of the pairs whose two images are in a group.
+        """Places of the pairs whose two images are in a group, ascending.
 
         Args:
             group: Positions of files.
         """
-        members = torch.tensor(sorted(group))
-        return torch.isin(self.pairs, members).all(1).nonzero()[:, 0].tolist()
+        members = set(group)
+        found = (pair for one in members for pair in self._partners.get(one, ()))
+        return sorted(place for place, other in found if other in members)
+
+    @cached_property
+    def _partners(self) -> dict[int, list[tuple[int, int]]]:
+        """For each file that is the first of a pair, the places of these pairs and their second files."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for place, (one, other) in enumerate(self.pairs.tolist()):
+            found.setdefault(one, []).append((place, other))
+        return found
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def read_photographs(table: Path) -> list[Photograph]:
     """
     read = read_table(table)
     if read.rejected:
-        raise ValueError(f"{table}: {read.rejected[0].detail or read.rejected[0].reason}: mend this line")
+        raise ValueError(f"{table}: {read.rejected[0].detail or read.rejected[0].reason}: correct this line")
     columns, _ = plain_names(read.columns)
     path = path_name(read.columns)
     if path is None or "work" not in columns:

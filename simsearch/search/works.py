@@ -1,4 +1,4 @@
-"""Asks a catalog about photographs whose works are known: the works that a name stands for, and the answers."""
+"""Works of a catalog: those that a name stands for, and those that answer a photograph, one item of each."""
 
 from __future__ import annotations
 
