@@ -7,6 +7,7 @@ import importlib.util
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -243,10 +244,15 @@ class TestMeasures:
         for name, (low, high) in measured.intervals.items():
             assert 0 <= low <= measured.metrics[name] <= high <= 1
 
-    def test_nothing_to_find_is_an_error(self):
+    def test_without_a_match_only_false_answers_are_measured(self):
         answers, right, units = drawn(0)
+        answers = replace(answers, accepted=answers.confidence > answers.confidence.median())
+        measured = measure_photographs(answers, [[] for _ in right], units)
+        assert set(measured.metrics) == set(measured.intervals) == {"no_match/false"}
+        taken = (answers.accepted & (answers.works >= 0)).any(1).double().mean()
+        assert measured.metrics["no_match/false"] == pytest.approx(float(taken))
         with pytest.raises(ValueError, match="no photograph shows"):
-            measure_photographs(answers, [[] for _ in right], units)
+            measure_photographs(replace(answers, accepted=None), [[] for _ in right], units)
 
     @pytest.mark.parametrize("wrong", [[[0.5, 0.6]], [[torch.nan, 0.0]]])
     def test_confidence_falls_along_a_list(self, wrong):
@@ -421,6 +427,12 @@ class TestCommand:
         )
         assert "other photographs or other items do not compare" in done.stderr
         assert not (tmp_path / "b").exists()
+
+    def test_photographs_of_no_work_need_a_catalog_that_says_no(self, asked, tmp_path):
+        catalog, photographs, _ = asked
+        none = table(photographs.parent / "none.csv", "path,work", "other.png,")
+        given = ("photographs", f"catalog={catalog}", f"photographs={none}", "device=cpu", f"out={tmp_path / 'none'}")
+        assert "simsearch calibrate" in simsearch(*given, expect=1).stderr
 
     def test_a_missing_file_is_named_before_the_work(self, asked, tmp_path):
         catalog, photographs, names = asked

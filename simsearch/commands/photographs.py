@@ -27,6 +27,7 @@ from simsearch.data.photograph_tables import (
 )
 from simsearch.evaluation.evaluator import Measured
 from simsearch.evaluation.photographs import (
+    NOTHING,
     Answers,
     Paired,
     compare_photographs,
@@ -82,6 +83,8 @@ def main(config: DictConfig) -> None:
     photographs = read_photographs(table)
     root = Path(config.root) if config.root else table.parent
     right = shown_works(engine, photographs)
+    if not any(right) and catalog.verification is None and catalog.calibration is None:
+        raise ValueError(NOTHING)
     fingerprint = protocol_fingerprint(engine, photographs, root, right)
     baseline = read_answers(Path(config.against), photographs, fingerprint, engine) if config.against else None
 

@@ -18,6 +18,10 @@ from simsearch.functional.significance import (
     paired_permutation,
 )
 
+NOTHING = (
+    "no photograph shows a work of the catalog, and the catalog does not say which answers are the same work: there is "
+    "nothing to measure; run `simsearch calibrate`, or make the catalog with verify=sift"
+)
 POOLED = ("GAP", "microAP")  # over the answers to all photographs together: no mean over photographs
 
 
@@ -122,7 +126,8 @@ def measure_photographs(
 ) -> Measured:
     """The means of `measure_queries`, and GAP and microAP over the answers to all photographs, with 95% intervals.
 
-    Photographs without a match are distractors: what is answered to them counts as wrong in both.
+    Photographs without a match are distractors: what is answered to them counts as wrong in both. Where no photograph
+    has a match, only `no_match/false` is measured.
 
     - `GAP`: the first answers to all photographs in one ranking by confidence, divided by the number of photographs
       with a match (Weyand et al. 2020).
@@ -136,10 +141,10 @@ def measure_photographs(
         ks: Cutoffs of R@k.
 
     Raises:
-        ValueError: If no photograph has a match.
+        ValueError: If no photograph has a match, and nothing was accepted or refused.
     """
-    if not any(right):
-        raise ValueError("no photograph shows a work of the catalog: there is nothing to find")
+    if not any(right) and answers.accepted is None:
+        raise ValueError(NOTHING)
     per_query = measure_queries(answers, right, ks)
     per_query = {name: values for name, values in per_query.items() if not values.isnan().all()}
     metrics, intervals = means(per_query, units)
@@ -190,7 +195,9 @@ def _pooled(answers: Answers, right: Sequence[Sequence[int]], units: Tensor) -> 
     number = int(unit.max()) + 1
     hits = judge(answers, right)
     count = torch.tensor([len(set(shown)) for shown in right])
-    found = {}
+    found: dict[str, tuple[float, Tensor, Tensor]] = {}
+    if not any(right):
+        return found
     for name, depth, own in (("GAP", 1, count.clamp(max=1)), ("microAP", answers.works.shape[1], count)):
         there = answers.works[:, :depth] >= 0
         confidence, correct = answers.confidence[:, :depth][there], hits[:, :depth][there]
