@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import multiprocessing
 import os
 import sys
@@ -37,6 +38,16 @@ SMALL = (
     "backbone.size=64",
     "model.whitening.dimension=16",
 )
+
+
+@pytest.fixture(autouse=True)
+def _own_log():
+    """A rank logs into the folder of its run, which is gone after its test."""
+    logger = logging.getLogger("simsearch")
+    handlers, level = list(logger.handlers), logger.level
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)
