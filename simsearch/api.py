@@ -31,7 +31,9 @@ from simsearch.models.exported import ExportedEncoder
 from simsearch.search.answer import Answer
 from simsearch.search.build import check_kind, check_not_fewer, filling_of, write_filled
 from simsearch.search.catalog import Catalog, path_table, read_catalog
+from simsearch.search.change import Change, compact, problems, remove, takes, update, usual_root
 from simsearch.search.describe import describe, encode
+from simsearch.search.drift import Standing, standing
 from simsearch.search.engine import Engine
 from simsearch.search.filters import Condition, parse_filters
 from simsearch.search.given import Given, given_images, pixels_of
@@ -44,10 +46,12 @@ from simsearch.types import Encoder, LocalFeatures
 
 __all__ = [
     "Answer",
+    "Change",
     "Hit",
     "LoadedEncoder",
     "OpenCatalog",
     "Report",
+    "Standing",
     "build_catalog",
     "evaluate",
     "load_encoder",
@@ -139,7 +143,7 @@ class OpenCatalog:
 
     @property
     def ids(self) -> list[str]:
-        """The ids of the items, in the order of `items`."""
+        """The ids of the items, in the order of `items`. They stay when items are added and removed."""
         return self._engine.names.of(range(len(self)))
 
     @property
@@ -244,6 +248,85 @@ class OpenCatalog:
         pictures = (shown, tuple(self._catalog.thumbnails(ids)))
         return Answer(tuple(names), tuple(hits), found.verdict, found.candidates, pictures)
 
+    def add(
+        self,
+        images: str | Path,
+        *,
+        root: str | Path | None = None,
+        batch_size: int = 64,
+        workers: int = 2,
+    ) -> Change:
+        """Adds images to the catalog on disk, and describes again those that are there and have changed.
+
+        This object has the new version afterwards. Others that are open keep theirs.
+
+        Args:
+            images: A folder, an image, or a table (.csv, .parquet) with a column `path`, whose other columns become
+                attributes.
+            root: Folder that paths are relative to. None means where the catalog's own images lie, if these lie in it,
+                else the images' own folder.
+            batch_size: Number of images per forward pass, 1 or more.
+            workers: Number of processes that decode files, 0 or more.
+
+        Returns:
+            The numbers of the items that were added and changed, and the errors of images that could not be read.
+
+        Raises:
+            CatalogError: If the catalog is damaged, or if another process changes it.
+            ValueError: If the images or their columns do not fit the catalog.
+        """
+        source = Path(images).expanduser().resolve()
+        base = usual_root(self.folder, source) if root is None else Path(root).expanduser().resolve()
+        manifest = read_manifest(source, base)
+        settings: dict[str, int] = {"batch_size": batch_size, "workers": workers}
+        encoder = self._catalog.encoder.to(self._device)
+        if isinstance(encoder, ExportedEncoder):
+            raise ValueError("exported files describe queries only: open the catalog without encoder= to add to it")
+        change = update(self.folder, manifest, encoder, remove=False, trusted=self._catalog.trusted, **settings)
+        self._reopen()
+        return change
+
+    def remove(self, items: str | int | Sequence[str | int]) -> Change:
+        """Removes items from the catalog on disk. Their ids are never given again.
+
+        This object has the new version afterwards. Others that are open keep theirs.
+
+        Args:
+            items: Ids or paths of the items.
+
+        Raises:
+            CatalogError: If the catalog is damaged, or if another process changes it.
+            ValueError: If there is no such item, or if none would be left.
+        """
+        names = [items] if isinstance(items, str | int) else list(items)
+        change = remove(self.folder, names, trusted=self._catalog.trusted)
+        self._reopen()
+        return change
+
+    def compact(self) -> None:
+        """Merges the segments of the catalog on disk into one. Ids and answers stay.
+
+        Raises:
+            CatalogError: If the catalog is damaged, or if another process changes it.
+        """
+        compact(self.folder, trusted=self._catalog.trusted)
+        self._reopen()
+
+    def verify(self) -> list[str]:
+        """Compares each file of the catalog on disk with its digest. Returns what is wrong, one line each."""
+        return problems(self.folder)
+
+    def standing(self) -> Standing | None:
+        """What has changed since the catalog was calibrated. None if it is not calibrated."""
+        return standing(self._catalog)
+
+    def _reopen(self) -> None:
+        before = self._catalog
+        catalog = read_catalog(before.folder, trusted=before.trusted, exported=before.exported)
+        if "encoder" in vars(before) and catalog.about["encoder_fingerprint"] == before.about["encoder_fingerprint"]:
+            vars(catalog)["encoder"] = before.encoder  # it is loaded already
+        self._catalog, self._engine, self._reranked = catalog, Engine(catalog), None
+
     def _with(self, rerank: Reranker) -> Engine:
         if self._reranked is None or self._reranked[0] is not rerank:
             self._reranked = rerank, Engine(self._catalog, rerank)
@@ -253,7 +336,9 @@ class OpenCatalog:
         """One example. Raises ValueError if `given` is neither an item nor an image nor a descriptor."""
         verification = self._catalog.verification if verify else None
         if isinstance(given, str) and not Path(given).expanduser().is_file():
-            if (position := self._engine.names.find(given)) is None:
+            if (position := self._engine.names.find(given)) is None and self._engine.names.is_gone(given):
+                raise ValueError(f"the item {given} was removed from the catalog {self.folder}")
+            if position is None:
                 raise ValueError(f"{given!r} is neither a file nor an item of the catalog {self.folder}")
             (name,) = self._engine.names.of([position])
             (picture,) = self._catalog.thumbnails([position])
@@ -362,7 +447,9 @@ def build_catalog(
     Args:
         encoder: The encoder that describes the images. A copy is stored in the catalog.
         images: A folder, or a table (.csv, .parquet) with a column `path`. The other columns become attributes.
-        out: Folder of the catalog. A catalog that is already there is replaced.
+        out: Folder of the catalog. A catalog of the same encoder, index and local features that is already there is
+            brought up to date: only images that are new or have changed are described, and ids stay. Any other is
+            replaced.
         root: Folder that the table's paths are relative to. None means the table's own folder.
         index: A FAISS factory string such as "HNSW32", or an empty FaissIndex. None means exact search.
         thumbnail: Longest side in pixels of the thumbnail that the catalog stores per image.
@@ -392,18 +479,23 @@ def build_catalog(
     )
     check_kind(made, encoder.encoder)
     settings: dict[str, int] = {"thumbnail": thumbnail, "batch_size": batch_size, "workers": workers}
+    parameter = next(iter(encoder.encoder.parameters()), torch.empty(0))
+    if takes(place, encoder.encoder, made, verification):
+        change = update(place, manifest, encoder.encoder, remove=True, fewer=fewer, **settings)
+        _warn_unreadable(place, len(change.errors), len(manifest))
+        return OpenCatalog(read_catalog(place), parameter.device)
     filling = filling_of(
         manifest, encoder.encoder, encoder.config, run=encoder.run, verification=verification, **settings
     )
     check_not_fewer(place, sum(filling.counts), fewer)
     write_filled(place, made, filling)
-    if filling.errors:
-        warnings.warn(
-            f"{len(filling.errors)} of {len(manifest)} images could not be read: see {place / 'skipped.csv'}",
-            stacklevel=2,
-        )
-    parameter = next(iter(encoder.encoder.parameters()), torch.empty(0))
+    _warn_unreadable(place, len(filling.errors), len(manifest))
     return OpenCatalog(read_catalog(place), parameter.device)
+
+
+def _warn_unreadable(place: Path, count: int, of: int) -> None:
+    if count:
+        warnings.warn(f"{count} of {of} images could not be read: see {place / 'skipped.csv'}", stacklevel=3)
 
 
 def _several(given: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -20,6 +21,10 @@ from hypothesis import settings
 from PIL import Image
 
 from simsearch.__main__ import main
+from simsearch.files import write_json
+from simsearch.search.catalog import read_catalog, with_thumbnails
+from simsearch.search.names import Names
+from simsearch.search.segments import with_ids, write_segment
 
 torch.set_num_threads(1)
 os.environ.pop("COLUMNS", None)  # the width of the terminal that the tests were started in
@@ -103,6 +108,18 @@ def simsearch(*arguments: str, cwd: Path | None = None, expect: int = 0) -> Done
         sys.argv = old
     assert code == expect, f"exit {code}\n{out.getvalue()}\n{err.getvalue()}"
     return Done(out.getvalue(), err.getvalue())
+
+
+def change_items(folder: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Gives a catalog other attributes: `change` gets and returns the table of its items without thumbnails."""
+    catalog = read_catalog(folder, calibrated=False)
+    items = change(catalog.items)
+    table = with_thumbnails(items, catalog.thumbnails(range(len(catalog))))
+    number = catalog.about["version"] + 1
+    tables = [with_ids(table, catalog.names.numbers)]
+    segment = write_segment(folder, number, index=catalog.index, items=tables)
+    about = catalog.about | {"version": number, "segments": [segment], "columns": items.column_names}
+    write_json(folder / "catalog.json", about | {"own_ids": Names(items).own})
 
 
 def start_forkserver() -> None:

@@ -95,13 +95,39 @@ def brute_force(encoder: api.LoadedEncoder, folder: Path, paths: list[str], quer
 # --------------------------------------------------------------------------------------------- searching
 
 
+class TestGrowing:
+    def test_images_come_and_go_and_ids_stay(self, folder, encoder, tmp_path):
+        images = Path(shutil.copytree(folder, tmp_path / "images"))
+        catalog = simsearch.build_catalog(encoder, images, tmp_path / "c", workers=0)
+        other = simsearch.open_catalog(tmp_path / "c")
+        Image.fromarray(pictures(20)[19]).save(images / "late.png")
+        change = catalog.add(images / "late.png", workers=0)
+        assert (change.added, change.version) == ((N,), 2)
+        assert catalog.items["path"].to_pylist()[-1] == "late.png"
+        assert catalog.search(images / "late.png", k=1).ids == [str(N)]
+        assert (len(catalog), len(other)) == (N + 1, N)
+        before = catalog.search("3", k=5)
+        assert catalog.remove([N, "0"]).removed == (0, N)
+        catalog.compact()
+        assert catalog.ids == [str(i) for i in range(1, N)]
+        assert catalog.search("3", k=3).ids == [i for i in before.ids if i not in ("0", str(N))][:3]
+        with pytest.raises(ValueError, match=r"the item 12 was removed from the catalog"):
+            catalog.search(str(N))
+        assert catalog.verify() == []
+        assert catalog.standing() is None
+        again = simsearch.build_catalog(encoder, images, tmp_path / "c", workers=0)
+        assert again.ids == [*(str(i) for i in range(1, N)), str(N + 1), str(N + 2)]
+        assert len(other.search(other.ids[0], k=3)) == 3  # of the version that it has opened
+
+
 class TestSearch:
     def test_finds_what_brute_force_finds(self, catalog, encoder, folder):
         paths = catalog.items["path"].to_pylist()
         query = folder / paths[4]
         expected = brute_force(encoder, folder, paths, read_image(query, size=32))
         answer = catalog.search(query, k=5)
-        assert answer.ids == [path for path, _ in expected[:5]]
+        assert [hit.attributes["path"] for hit in answer] == [path for path, _ in expected[:5]]
+        assert answer.ids == [str(paths.index(path)) for path, _ in expected[:5]]
         np.testing.assert_allclose(answer.scores, [cosine for _, cosine in expected[:5]], atol=1e-5)
         assert [hit.rank for hit in answer] == [1, 2, 3, 4, 5]
         assert answer.verdict == "uncalibrated"

@@ -113,9 +113,11 @@ class TestWriting:
         assert files == [
             "catalog.json",
             "encoder.safetensors",
-            "index/index.faiss",
-            "index/index.json",
-            "items.parquet",
+            "segments/1/index/index.faiss",
+            "segments/1/index/index.json",
+            "segments/1/items.arrow",
+            "segments/1/segment.json",
+            "segments/1/thumbnails.parquet",
         ]
         for path in folder.rglob("*"):
             if path.is_file():
@@ -153,7 +155,11 @@ class TestWriting:
         real = os.replace
 
         def fail(source: Path, target: Path) -> None:
-            if Path(target) == folder and (Path(source) / "items.parquet").is_file() and "-old" not in str(source):
+            if (
+                Path(target) == folder
+                and (Path(source) / "segments/1/items.arrow").is_file()
+                and "-old" not in str(source)
+            ):
                 raise OSError("device gone")
             real(source, target)
 
@@ -220,18 +226,22 @@ class TestReading:
             (lambda c: (c / "catalog.json").unlink(), "no catalog in .* make one by `simsearch index"),
             (lambda c: (c / "catalog.json").write_text('{"format": 1'), "is damaged .*is not JSON"),
             (lambda c: (c / "catalog.json").write_text("[1]"), "is damaged .*is not a mapping"),
-            (lambda c: (c / "catalog.json").write_text('{"format": 9}'), "catalog format 9, this version reads 1"),
+            (
+                lambda c: (c / "catalog.json").write_text('{"format": 9}'),
+                "catalog format 9, this version reads 1 and",
+            ),
             (
                 lambda c: (c / "catalog.json").write_text('{"format": 1}'),
                 "does not have backbone, config, encoder_fingerprint",
             ),
-            (lambda c: (c / "items.parquet").unlink(), "is damaged"),
-            (lambda c: (c / "items.parquet").write_bytes(b"PAR1"), "is damaged"),
-            (lambda c: (c / "index/index.faiss").unlink(), "is damaged"),
-            (lambda c: (c / "index/index.json").write_text("{}"), "is damaged"),
+            (lambda c: (c / "segments/1/items.arrow").unlink(), "is damaged"),
+            (lambda c: (c / "segments/1/items.arrow").write_bytes(b"ARROW1"), "is damaged"),
+            (lambda c: (c / "segments/1/segment.json").write_text("{}"), "is damaged"),
+            (lambda c: (c / "segments/1/index/index.faiss").unlink(), "is damaged"),
+            (lambda c: (c / "segments/1/index/index.json").write_text("{}"), "is damaged"),
             (
-                lambda c: pq.write_table(table(3), c / "items.parquet"),
-                "items.parquet is damaged or belongs to another catalog",
+                lambda c: pq.write_table(table(3), c / "segments/1/thumbnails.parquet"),
+                "thumbnails.parquet is damaged or belongs to another catalog",
             ),
         ],
     )

@@ -366,7 +366,7 @@ class TestIndexAndSearch:
         import shutil
 
         shutil.copytree(small_run / "catalog", tmp_path / "c")
-        (tmp_path / "c/index/index.faiss").write_bytes(b"damaged")
+        (tmp_path / "c/segments/1/index/index.faiss").write_bytes(b"damaged")
         with pytest.raises(CatalogError, match="damaged"):
             read_catalog(tmp_path / "c")
 

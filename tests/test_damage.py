@@ -48,7 +48,7 @@ from simsearch.search.catalog import (
     write_calibration,
     write_catalog,
 )
-from simsearch.search.items import write_items
+from simsearch.search.items import ThumbnailGroups, write_items
 from simsearch.search.shards import begin, open_shards
 from simsearch.serving.library import Library, Source, Thumbnails
 from simsearch.serving.limits import Limits
@@ -164,13 +164,13 @@ def test_catalog(tmp_path, flips):
 
 def test_thumbnails_of_a_server(tmp_path, flips):
     folder = catalog(tmp_path / "c")
-    about = read_catalog(folder).about
+    file = folder / "segments/1/thumbnails.parquet"
+    about = read_json(folder / "segments/1/segment.json")
 
     def read() -> list[Any]:
-        held = Thumbnails(folder / "items.parquet", about, held_bytes=1)
+        held = Thumbnails(ThumbnailGroups(file, about), held_bytes=1)
         return [held[position] for position in range(0, N, 100)]
 
-    file = folder / "items.parquet"
     content, want = file.read_bytes(), read()
     spans = about["items_sha256"]["thumbnails"]
     random, named = np.random.default_rng(0), 0
@@ -179,7 +179,7 @@ def test_thumbnails_of_a_server(tmp_path, flips):
         changed = bytearray(content)
         changed[int(random.integers(span["start"], span["stop"]))] ^= int(random.integers(1, 256))
         file.write_bytes(changed)
-        with pytest.raises(Damaged, match=r"items\.parquet"):
+        with pytest.raises(Damaged, match=r"thumbnails\.parquet"):
             read()
         named += 1
     file.write_bytes(content)
@@ -190,8 +190,10 @@ def test_thumbnails_of_a_server(tmp_path, flips):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("index", "index belongs to another catalog"),
-        ("items.parquet", r"items.parquet is damaged or belongs to another catalog"),
+        ("segments/1/index", "index.* belongs to another catalog"),
+        ("segments/1/items.arrow", r"items.arrow is damaged or belongs to another catalog"),
+        ("segments/1/thumbnails.parquet", r"thumbnails.parquet is damaged or belongs to another catalog"),
+        ("segments/1", r"segment.json is damaged or belongs to another catalog"),
         ("encoder.safetensors", r"encoder.safetensors is damaged or belongs to another folder"),
         ("calibration.json", r"calibration.json belongs to another catalog"),
         ("catalog.json", "belongs to another catalog"),
@@ -199,8 +201,9 @@ def test_thumbnails_of_a_server(tmp_path, flips):
 )
 def test_files_of_two_catalogs(name, message, tmp_path):
     one, other = catalog(tmp_path / "one"), catalog(tmp_path / "other", "other ", seed=1)
-    shutil.rmtree(one / name) if name == "index" else (one / name).unlink()
-    (shutil.copytree if name == "index" else shutil.copy)(other / name, one / name)
+    is_folder = (one / name).is_dir()
+    shutil.rmtree(one / name) if is_folder else (one / name).unlink()
+    (shutil.copytree if is_folder else shutil.copy)(other / name, one / name)
     with pytest.raises(CatalogError, match=message):
         everything(one)
 
@@ -222,12 +225,13 @@ def test_a_catalog_without_digests_opens(tmp_path):
     """As older versions wrote them."""
     folder = catalog(tmp_path / "c")
     want = everything(folder)
-    older = {"sha256", "items_sha256"}
+    older = {"sha256"}
     about = {name: value for name, value in read_json(folder / "catalog.json").items() if name not in older}
     write_json(folder / "catalog.json", about)
     calibration = read_json(folder / "calibration.json")
     write_json(folder / "calibration.json", {name: v for name, v in calibration.items() if name != "catalog"})
-    for path in (folder / "catalog.json", folder / "calibration.json", folder / "index/index.json"):
+    inner = folder / "segments/1/index/index.json"
+    for path in (folder / "catalog.json", folder / "calibration.json", inner):
         lines = path.read_text().replace(',\n  "checksum"', '\n  "checksum"').splitlines()
         path.write_text("\n".join(line for line in lines if "checksum" not in line))
     got = everything(folder)
@@ -249,7 +253,8 @@ def test_a_server_keeps_what_it_has(tmp_path, monkeypatch):
         with library.lease("c") as before:
             want = before.describe([3, 1400]), before.thumbnails[1400]
         catalog(folder, "new ", seed=1)
-        for name in ("items.parquet", "index/index.faiss", "encoder.safetensors", "catalog.json"):
+        inside = ("segments/1/items.arrow", "segments/1/index/index.faiss", "segments/1/segment.json")
+        for name in (*inside, "encoder.safetensors", "catalog.json"):
             path = folder / name
             content = path.read_bytes()
             path.write_bytes(content[:200] + bytes([content[200] ^ 1]) + content[201:])

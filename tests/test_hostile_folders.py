@@ -498,7 +498,7 @@ def test_a_link_inside_and_those_of_wandb(small_run, tmp_path):
         saved_run.open_run(run)
 
 
-@pytest.mark.parametrize("name", ["catalog.json", "items.parquet", "index", "index/index.faiss", "encoder.safetensors"])
+@pytest.mark.parametrize("name", ["catalog.json", "segments", "segments/1/index/index.faiss", "encoder.safetensors"])
 def test_a_link_out_of_a_catalog(name, small_run, tmp_path):
     catalog = tmp_path / "catalog"
     shutil.copytree(small_run / "catalog", catalog)

@@ -14,6 +14,8 @@ import pytest
 from conftest import simsearch
 
 from simsearch import configs, saved_run, trust
+from simsearch.search import change
+from simsearch.search.catalog import read_catalog
 
 OLD = Path(__file__).parent / "fixtures" / "version-0.1"
 ANSWER = [("images/000008.png", 1.0), ("images/000000.png", 0.9992), ("images/000013.png", 0.9523)]
@@ -58,3 +60,33 @@ def test_what_its_config_names_is_where_it_is_now(old_run):
 def test_moved_names_lead_to_what_is_allowed():
     assert set(trust.MOVED.values()) <= trust.ALLOWED
     assert not set(trust.MOVED) & trust.ALLOWED
+
+
+def test_a_catalog_of_format_1_opens_as_it_is_and_migrates(tmp_path):
+    old = Path(shutil.copytree(OLD / "catalog", tmp_path / "catalog"))
+    before = read_catalog(old)
+    assert (before.about["format"], before.names.of(range(3))) == (1, ["0", "1", "2"])
+    thumbnails, paths = before.thumbnails(range(8)), before.items["path"].to_pylist()
+    assert change.problems(old) == []
+    assert json.loads((old / "catalog.json").read_text())["format"] == 1
+    simsearch("catalog", "migrate", f"catalog={old}")
+    catalog = read_catalog(old)
+    assert catalog.about["format"] == 2
+    assert catalog.fingerprint == before.fingerprint
+    assert catalog.items.to_pydict() == before.items.to_pydict()
+    assert catalog.thumbnails(range(8)) == thumbnails == before.thumbnails(range(8))
+    assert catalog.names.of(range(8)) == [str(i) for i in range(8)]
+    assert answer(old, OLD / "query.png") == ANSWER
+    assert {path.name for path in old.iterdir()} == {"catalog.json", "encoder.safetensors", "segments"}
+    change.remove(old, [paths[0]])
+    assert change.problems(old) == []
+    assert read_catalog(old).names.is_gone("0")
+
+
+def test_the_first_change_of_a_catalog_migrates_it(tmp_path):
+    old = Path(shutil.copytree(OLD / "catalog", tmp_path / "catalog"))
+    change.remove(old, ["3"])
+    assert read_catalog(old).about["format"] == 2
+    assert len(read_catalog(old)) == 7
+    (path, _), *_ = answer(old, OLD / "query.png")
+    assert path == ANSWER[0][0]

@@ -131,10 +131,10 @@ class TestSearch:
     def test_two_works_in_a_photograph_are_found_by_its_regions(self, catalog, wall):
         opened = simsearch.open_catalog(catalog.folder)
         answer = opened.search(wall, k=5)
-        assert set(answer.ids[:2]) == {"01.png", "07.png"}
+        assert {hit.attributes["path"] for hit in answer[:2]} == {"01.png", "07.png"}
         assert [hit.verdict == SAME_WORK for hit in answer] == [True, True, False, False, False]
         for hit in answer[:2]:
-            place = quad(*PLACES[["01.png", "07.png"].index(hit.id)])
+            place = quad(*PLACES[["01.png", "07.png"].index(hit.attributes["path"])])
             assert overlap(np.array(hit.outline), place) > 0.9
 
     def test_without_regions_the_whole_image_is_searched_alone(self, catalog, wall):

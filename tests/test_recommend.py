@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from conftest import simsearch
+from conftest import change_items, simsearch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
@@ -25,10 +24,8 @@ from scipy.stats import binomtest
 from simsearch.__main__ import quoted
 from simsearch.commands.calibrate import OUTCOMES
 from simsearch.commands.recommend import answer_table
-from simsearch.files import read_json, write_json
 from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import Engine
-from simsearch.search.items import write_items
 from simsearch.search.request import Request
 
 
@@ -67,14 +64,16 @@ def test_recommend_by_images_and_items(catalog, small_run, tmp_path):
         "format=json",
     )
     answer = json.loads(done.stdout)
-    assert answer["like"] == [str(image), path]
-    assert answer["unlike"] == [other]
+    names = read_catalog(catalog).names
+    number, of_other = names.of([names.find(path), names.find(other)])
+    assert answer["like"] == [str(image), number]
+    assert answer["unlike"] == [of_other]
     assert answer["verdict"] == "uncalibrated"
     assert [result["rank"] for result in answer["results"]] == [1, 2, 3, 4]
     for result in answer["results"]:
-        assert result["attributes"]["path"] == result["id"]
+        assert names.find(result["attributes"]["path"]) == names.find(result["id"])
         assert sum(result["parts"].values()) == pytest.approx(result["score"], abs=1e-5)
-        assert result["id"] not in (path, other)
+        assert result["id"] not in (number, of_other)
     with Image.open(tmp_path / "answer.png") as picture:
         assert picture.width > 500
         assert picture.height > 3 * 128  # two examples and a counter-example
@@ -85,10 +84,7 @@ def test_ids_go_first_and_positions_where_asked_for(catalog, tmp_path):
     items = read_catalog(catalog).items
     ids = ["1e3", "7", "007", "0007", "true", "[x].jpg", "a, b", "2", "1", *(f"x{i}" for i in range(len(items) - 9))]
     renamed = Path(shutil.copytree(catalog, tmp_path / "catalog"))
-    table = pq.read_table(renamed / "items.parquet").add_column(0, "id", pa.array(ids))
-    write_json(
-        renamed / "catalog.json", read_json(renamed / "catalog.json") | write_items(renamed / "items.parquet", [table])
-    )
+    change_items(renamed, lambda table: table.add_column(0, "id", pa.array(ids)))
     (renamed / "calibration.json").unlink(missing_ok=True)
 
     def like(*names: str, key: str = "id") -> list[str]:

@@ -28,20 +28,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import uvicorn
-from conftest import scan_bomb, start_forkserver
+from conftest import change_items, scan_bomb, start_forkserver
 from PIL import Image
 from starlette.exceptions import HTTPException
 from torch import Tensor, nn
 
 from simsearch import api, configs
 from simsearch.commands.serve import bind, find_sources, greeting, uploads_line
-from simsearch.files import read_json, write_json
+from simsearch.data.manifest import read_manifest
 from simsearch.images import encode_thumbnail, read_image
 from simsearch.index.faiss_index import FaissIndex
+from simsearch.search import change
 from simsearch.search.catalog import CatalogError, item_table, read_catalog, write_calibration, write_catalog
 from simsearch.search.describe import encode
 from simsearch.search.filters import Attributes, Condition
-from simsearch.search.items import write_items
+from simsearch.search.items import ThumbnailGroups
 from simsearch.search.verification import Verification
 from simsearch.serving import service as service_module
 from simsearch.serving.app import PAGE, create_app
@@ -316,12 +317,10 @@ class TestImages:
         (images / "inner.png").symlink_to(images / "real.png")
         Image.new("RGB", (60, 20), "blue").save(images / "real.png")
         os.mkfifo(images / "pipe.png")
-        table = pq.read_table(place / "items.parquet")
         paths = ["../secret.png", str(root.parent / "secret.png"), "link.png", "folder/secret.png", "pipe.png",
                  "inner.png"]  # fmt: skip
         (images.parent / "secret.png").write_bytes((root.parent / "secret.png").read_bytes())
-        digests = write_items(place / "items.parquet", [table.set_column(0, "path", pa.array(paths))])
-        write_json(place / "catalog.json", read_json(place / "catalog.json") | digests)
+        change_items(place, lambda table: table.set_column(0, "path", pa.array(paths)))
         with serving(library({"c": Source(place, images)})) as client:
             thumbnails = read_catalog(place).thumbnails(range(6))
             for i in range(5):
@@ -356,10 +355,8 @@ class TestImages:
         images.mkdir()
         for kind, make in kinds.items():
             make(images / f"{kind}.png")
-        table = pq.read_table(place / "items.parquet")
         paths = pa.array([f"{kind}.png" for kind in kinds])
-        digests = write_items(place / "items.parquet", [table.set_column(0, "path", paths)])
-        write_json(place / "catalog.json", read_json(place / "catalog.json") | digests)
+        change_items(place, lambda table: table.set_column(0, "path", paths))
         thumbnails = read_catalog(place).thumbnails(range(len(kinds)))
         with serving(library({"c": Source(place, images)})) as client:
             for i, kind in enumerate(kinds):
@@ -1051,8 +1048,8 @@ def textured(i: int) -> Image.Image:
 
 
 OUTLINES = {  # of two works on the wall, in its pixels
-    "1.png": [[30, 40], [270, 40], [270, 220], [30, 220]],
-    "4.png": [[350, 100], [550, 100], [550, 250], [350, 250]],
+    "1": [[30, 40], [270, 40], [270, 220], [30, 220]],
+    "4": [[350, 100], [550, 100], [550, 250], [350, 250]],
 }
 
 
@@ -1095,26 +1092,54 @@ class TestVerification:
 
             part = {**example, "region": [0.5, 0.2, 0.5, 0.8]}  # the right work alone, in fractions of the part
             found = search(client, "hall", like=[part]).json()["results"]
-            assert found[0]["id"] == "4.png"
+            assert found[0]["id"] == "4"
             assert "inliers" not in found[1]
-            expected = (np.array(OUTLINES["4.png"]) - (300, 60)) / (300, 240)
+            expected = (np.array(OUTLINES["4"]) - (300, 60)) / (300, 240)
             np.testing.assert_allclose(found[0]["outline"], expected, atol=0.015)
             once = upload(client, wall, "/api/catalogs/hall/search/image?region=0.5,0.2,0.5,0.8").json()["results"]
             assert once == found
             of_python = api.open_catalog(hall / "catalog", device="cpu").search(
                 hall / "wall.png", region=(0.5, 0.2, 0.5, 0.8), k=2
             )
-            assert of_python[0].id == "4.png"
+            assert of_python[0].id == "4"
             np.testing.assert_allclose(of_python[0].outline, found[0]["outline"], atol=1e-3)
 
             without = search(client, "hall", like=[example], verify=False).json()["results"]
             assert all("inliers" not in result for result in without)
             for item in ({"id": "4.png"}, {"id": "4.png", "region": [0.1, 0.1, 0.7, 0.8]}):
                 answered = search(client, "hall", like=[item]).json()
-                assert "4.png" not in [result["id"] for result in answered["results"]]
+                assert "4" not in [result["id"] for result in answered["results"]]
                 assert answered["verdict"] != "same work"
         with serving(library({"bare": Source(hall / "catalog")})) as client:  # a part of an item's thumbnail
             assert search(client, "bare", like=[{"id": "4.png", "region": [0.1, 0.1, 0.7, 0.8]}]).status_code == 200
+
+
+# ------------------------------------------------------------------------------------------- growing
+
+
+def test_a_new_picture_appears_and_a_removed_one_is_said_to_be_gone(tmp_path, encoder):
+    root, place = tmp_path / "root", tmp_path / "c"
+    root.mkdir()
+    for i in range(8):
+        textured(i).save(root / f"{i}.png")
+    api.build_catalog(api.LoadedEncoder(encoder, {"model": MODEL}, "toy"), root, place, workers=0)
+    with serving(library({"c": Source(place, root)})) as client:
+        before = search(client, "c", like=[{"id": "3"}], k=10).json()
+        textured(9).save(root / "new.png")
+        change.update(place, read_manifest(root / "new.png", root), encoder, remove=False)
+        change.remove(place, ["2"])
+        assert client.service.library.refresh() == ["c"]
+        after = search(client, "c", like=[{"id": "3"}], k=10).json()
+        assert {result["id"] for result in after["results"]} == {"0", "1", "4", "5", "6", "7", "8"}
+        scores = {result["id"]: result["score"] for result in before["results"]}
+        for result in after["results"]:
+            assert result["id"] == "8" or result["score"] == pytest.approx(scores[result["id"]], abs=2e-6)
+        assert client.get("/api/catalogs/c/image?id=8").content != client.get("/api/catalogs/c/image?id=7").content
+        assert search(client, "c", like=[{"id": "8"}]).json()["results"]
+        assert error(search(client, "c", like=[{"id": "2"}]), 404) == "the item 2 was removed from c"
+        assert error(client.get("/api/catalogs/c/image?id=2"), 404) == "the item 2 was removed from c"
+        old = client.post(f"/api/catalogs/c/search?v={before['version']}", json={"like": [{"id": "2"}, {"id": "3"}]})
+        assert (old.status_code, old.json()["items"]) == (409, {"2": None, "3": "3"})
 
 
 # --------------------------------------------------------------------------------- limits and guards
@@ -1521,14 +1546,14 @@ class TestLibrary:
         books = library({"c": Source(place)})
         with serving(books) as client:
             assert books.refresh() == []
-            good = (place / "index/index.faiss").read_bytes()
+            good = (place / "segments/1/index/index.faiss").read_bytes()
             with books.lease("c") as before:
-                (place / "index/index.faiss").write_bytes(b"damaged")
+                (place / "segments/1/index/index.faiss").write_bytes(b"damaged")
                 assert books.refresh() == []
                 assert "damaged" in client.get("/api/health").json()["catalogs"]["c"]["error"]
                 assert search(client, "c", like=[{"id": 1}]).status_code == 200
                 assert client.get("/api/catalogs/c/thumbnail?id=1").status_code == 200
-                (place / "index/index.faiss").write_bytes(good)
+                (place / "segments/1/index/index.faiss").write_bytes(good)
                 assert books.refresh() == ["c"]
                 assert "error" not in client.get("/api/health").json()["catalogs"]["c"]
                 assert before.thumbnails[3] == books.catalogs[0].thumbnails[3]
@@ -1543,7 +1568,7 @@ class TestLibrary:
 
     def test_an_old_catalog_shows_its_own_thumbnails(self, root, encoder, tmp_path):
         place = make_catalog(tmp_path / "c", root, encoder)
-        small = Thumbnails(place / "items.parquet", {}, held_bytes=1)
+        small = Thumbnails(read_catalog(place).pictures, held_bytes=1)
         expected = read_catalog(place).thumbnails(range(N))
         make_catalog(place, root, encoder, count=5)
         assert [small[i] for i in (23, 0, 7)] == [expected[i] for i in (23, 0, 7)]
@@ -1553,7 +1578,7 @@ class TestLibrary:
         data = [f"thumbnail {i}".encode() for i in range(n)]
         pq.write_table(pa.table({"thumbnail": pa.array(data, pa.binary())}), tmp_path / "t", row_group_size=1024)
         for held in (1, 10**9):
-            found = Thumbnails(tmp_path / "t", {}, held_bytes=held)
+            found = Thumbnails(ThumbnailGroups(tmp_path / "t", {}), held_bytes=held)
             assert [found[i] for i in (0, 1023, 1024, 2499, 5)] == [data[i] for i in (0, 1023, 1024, 2499, 5)]
 
 

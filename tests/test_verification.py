@@ -213,7 +213,7 @@ class TestSearch:
 
     def test_an_item_finds_its_copy(self, built):
         answer = simsearch.open_catalog(built).search("05.png", k=3)
-        assert answer.ids[0] == "05-small.png"
+        assert answer[0].attributes["path"] == "05-small.png"
         assert answer[0].verdict == SAME_WORK
 
     def test_filters_hold(self, built, shots):

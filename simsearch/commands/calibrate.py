@@ -141,6 +141,8 @@ def main(config: DictConfig) -> None:
     thresholds, curves = in_order(thresholds), in_order(curves)
     calibration = {
         "catalog": catalog.fingerprint,
+        "items": len(catalog),
+        "next_id": catalog.names.given,
         "asked": config.rate,
         "rate": {name: t.rate for name, t in thresholds.items()},
         "of": {name: _UNITS[name] for name in thresholds},

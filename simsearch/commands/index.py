@@ -26,10 +26,14 @@ from simsearch.search.build import (
     local_records,
     write_filled,
 )
-from simsearch.search.catalog import calibrated_for, path_table
+from simsearch.search.catalog import CatalogError, calibrated_for, path_table, read_catalog
+from simsearch.search.change import Change, takes, update
+from simsearch.search.drift import standing
 from simsearch.search.shards import ShardError, open_shards
 from simsearch.search.verification import Verification
 from simsearch.text import printable, warn
+
+MANY_SEGMENTS = 16
 
 
 @program.command("index")
@@ -40,7 +44,10 @@ def main(config: DictConfig) -> None:
         config: The config of conf/index.yaml.
     """
     index = configs.build(configs.plain(config)["index"])
-    filling, out = from_shards(config, index) if config.shards else from_images(config, index)
+    found = from_shards(config, index) if config.shards else from_images(config, index)
+    if found is None:
+        return
+    filling, out = found
     check_not_fewer(out, sum(filling.counts), config.fewer)
     before = calibrated_for(out)
     write_filled(out, index, filling)
@@ -55,8 +62,7 @@ def main(config: DictConfig) -> None:
 def place(config: DictConfig, usual: Path, count: int) -> Path:
     """The catalog's folder.
 
-    Checks, before the work starts, that a catalog of at most `count` items may replace the one in the folder, and warns
-    if a calibration would be lost.
+    Checks, before the work starts, that a catalog of at most `count` items may replace the one in the folder.
 
     Args:
         config: The command's config.
@@ -68,13 +74,24 @@ def place(config: DictConfig, usual: Path, count: int) -> Path:
     """
     out = Path(config.out) if config.out else usual
     check_not_fewer(out, count, config.fewer)
-    if calibrated_for(out) is not None:
-        warn(f"note: the catalog {out} is calibrated; its replacement has to be calibrated again")
     return out
 
 
-def from_images(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
+def note_replaced(out: Path) -> None:
+    """Warns before a catalog is made anew that its calibration will be lost.
+
+    Args:
+        out: The catalog's folder.
+    """
+    if calibrated_for(out) is not None:
+        warn(f"note: the catalog {out} is calibrated; its replacement has to be calibrated again")
+
+
+def from_images(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path] | None:
     """Describes the images of a folder or manifest now. Returns them and the catalog's folder.
+
+    If the folder holds a catalog of the same encoder, index and local features, only what is new or has changed is
+    described, the catalog is changed, and None is returned.
 
     Args:
         config: The command's config.
@@ -96,15 +113,19 @@ def from_images(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
     encoder = saved_run.load_model(run).encoder.to(device(config.device))
     check_kind(index, encoder)
     verification = configs.build(config.verify) if config.get("verify") else None
+    settings = {"thumbnail": config.thumbnail, "batch_size": config.batch_size, "workers": config.workers}
+    if takes(out, encoder, index, verification):
+        change = update(out, manifest, encoder, remove=True, fewer=config.fewer, **settings)
+        report_change(out, change, manifest.skipped)
+        return None
+    note_replaced(out)
     filling = filling_of(
         manifest,
         encoder,
         encoder_config(run.config),
         run=run.folder.name,
-        thumbnail=config.thumbnail,
-        batch_size=config.batch_size,
-        workers=config.workers,
         verification=verification,
+        **settings,
     )
     return filling, out
 
@@ -132,6 +153,7 @@ def from_shards(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
             f"{shards.about['command']}"
         )
     out = place(config, shards.folder / "catalog", len(shards.items))
+    note_replaced(out)
     check_kind(index, shards.encoder)
     numbers = tqdm(range(len(shards)), unit="shard", desc="check")
     try:
@@ -166,6 +188,7 @@ def from_shards(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
         source=shards.about["source"],
         verification=verification,
         local=local,
+        thumbnail=shards.about["thumbnail"],
     )
     return filling, out
 
@@ -190,6 +213,30 @@ def local_of_shards(config: DictConfig, paths: Sequence[str], verification: Veri
         )
     presence = Presence(manifest.root, manifest.paths)
     return local_records(manifest, [rows[path] for path in paths], verification, config.workers, presence)
+
+
+def report_change(out: Path, change: Change, skipped: dict[str, int], *, trusted: bool = False) -> None:
+    """Prints what a change did to a catalog, and whether its calibration still stands.
+
+    Args:
+        out: The catalog's folder.
+        change: The change.
+        skipped: Number of files left out, by reason.
+        trusted: Allow links to lead out of the folder.
+    """
+    catalog = read_catalog(out, calibrated=False, trusted=trusted)
+    report(out, len(catalog), catalog.index.code_bytes, change.errors, skipped)
+    print(change)
+    if len(catalog.segments) >= MANY_SEGMENTS:
+        merge = f"simsearch catalog compact {shlex.quote(f'catalog={out}')}"
+        print(f"{len(catalog.segments)} segments: {merge} merges them")
+    try:
+        found = standing(read_catalog(out, trusted=trusted))
+    except CatalogError as error:  # of a calibration that is damaged
+        warn(f"note: {error}")
+        return
+    if found is not None and not found.stands:
+        warn(f"note: the calibration {found}")
 
 
 def report(out: Path, count: int, code_bytes: int, errors: Sequence[Any], skipped: dict[str, int]) -> None:

@@ -10,7 +10,7 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _ADVISED_PER_CENTROID = 39  # ClusteringParameters.min_points_per_centroid
 _MORE_LISTS, _MORE_KEPT, _KEPT_ROWS, _FEW = 4, 16, 5, 1000
 _BLOCK = 2**14  # stored rows that are decoded together
 _FIRST_READ = threading.Lock()  # of all indexes: one of its own could not be copied with the index
-_SETTINGS = ("factory", "metric", "nprobe", "ef_search", "train_size", "seed")
+SETTINGS = ("factory", "metric", "nprobe", "ef_search", "train_size", "seed")
 
 
 class FaissIndex:
@@ -96,6 +96,7 @@ class FaissIndex:
         self.train_size = train_size
         self.seed = seed
         self._index: Any = None  # FAISS's own index, once the dimension is known
+        self._file: Path | None = None  # that the index is mapped from
         self._codes: Tensor | None = None  # of a binary index, for `rows`
         self._empty_bytes = 0
         # A misspelt factory should not wait for hours of feature extraction to be noticed; what
@@ -157,10 +158,13 @@ class FaissIndex:
 
     def emptied(self) -> FaissIndex:
         """An index with the same settings and the same training, without items."""
-        other = FaissIndex(**{name: getattr(self, name) for name in _SETTINGS})
+        other = FaissIndex(**{name: getattr(self, name) for name in SETTINGS})
         if self._index is not None and not _new_index(self.factory, self.metric, self._index.d).is_trained:
-            clone = faiss.clone_binary_index if self.is_binary else faiss.clone_index  # type: ignore[attr-defined]
-            empty = clone(self._index)
+            if self._file is not None:  # what is mapped cannot be emptied
+                empty = (faiss.read_index_binary if self.is_binary else faiss.read_index)(str(self._file))
+            else:
+                clone = faiss.clone_binary_index if self.is_binary else faiss.clone_index  # type: ignore[attr-defined]
+                empty = clone(self._index)
             empty.reset()
             other._finish(empty)
         return other
@@ -185,6 +189,30 @@ class FaissIndex:
         """
         read = faiss.deserialize_index_binary if self.is_binary else faiss.deserialize_index
         self._finish(read(state.numpy()))
+
+    @staticmethod
+    def joined(choices: Sequence[tuple[FaissIndex, Tensor]]) -> FaissIndex:
+        """A new index of some items of several indexes, in the order given, with the training of the first.
+
+        Codes are copied, so that scores stay what they are. Where FAISS does not give codes out (fast-scan), and in a
+        graph, which is made anew, the decoded vectors are added.
+
+        Args:
+            choices: Indexes of equal settings and training, each with the ascending positions int64 (n,) of its items.
+
+        Raises:
+            ValueError: If there is no index, or if FAISS cannot decode the factory.
+        """
+        if not choices:
+            raise ValueError("there is no index to take items of: give at least one")
+        made = choices[0][0].emptied()
+        if made._index is not None and all(_copied(made._index, one._index, rows) for one, rows in choices):
+            return made
+        made = choices[0][0].emptied()
+        for one, rows in choices:
+            for block in rows.split(_BLOCK):
+                made.add(one.rows(block))
+        return made
 
     def add(self, vectors: Tensor) -> None:
         """Adds vectors at the positions len(index), len(index) + 1, ...
@@ -392,16 +420,18 @@ class FaissIndex:
         with replacing(folder / "index.faiss") as data:
             write = faiss.write_index_binary if self.is_binary else faiss.write_index
             write(self._index, str(data))
-            content = {name: getattr(self, name) for name in _SETTINGS}
+            content = {name: getattr(self, name) for name in SETTINGS}
             content |= {"empty_bytes": self._empty_bytes, "sha256": sha256(data)}
         write_json(folder / "index.json", content)
 
     @classmethod
-    def load(cls, path: str | Path) -> FaissIndex:
+    def load(cls, path: str | Path, *, mapped: bool = False) -> FaissIndex:
         """The index that `save` wrote into a folder.
 
         Args:
             path: The folder.
+            mapped: Read codes, lists and graphs from the disk when they are needed, where FAISS can (Flat, SQ, PQ,
+                HNSW, IVF; not binary codes and fast-scan lists). The file's digest is not checked.
 
         Raises:
             FileNotFoundError: If a file is missing.
@@ -413,19 +443,21 @@ class FaissIndex:
                 raise FileNotFoundError(f"no index file {file}: save an index there first")
         try:
             content = read_json(settings)
-            index = cls(**{name: content[name] for name in _SETTINGS})
+            index = cls(**{name: content[name] for name in SETTINGS})
             index._empty_bytes = content["empty_bytes"]
             digest = content["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"damaged index settings {settings} ({error}): save the index again") from None
-        if sha256(data) != digest:
+        if not mapped and sha256(data) != digest:
             raise ValueError(
                 f"damaged index file {data}: its SHA-256 is not the one in {settings.name}; save the index again"
             )
+        flags = _mapping_flags(index.factory) if mapped else 0
         try:
-            index._index = (faiss.read_index_binary if index.is_binary else faiss.read_index)(str(data))
+            index._index = (faiss.read_index_binary if index.is_binary else faiss.read_index)(str(data), flags)
         except RuntimeError as error:
             raise ValueError(f"FAISS cannot read {data}: {_reason(error)}") from None
+        index._file = data if flags else None
         index._configure(index._index)
         return index
 
@@ -554,6 +586,58 @@ def _parts(index: Any) -> Iterator[Any]:
         inner = getattr(index, name, None)
         if isinstance(inner, faiss.Index | faiss.IndexBinary):
             yield from _parts(inner)
+
+
+def _mapping_flags(factory: str) -> int:
+    """How FAISS reads a file without reading all of it. 0 where it cannot."""
+    if re.search(r"x\d+fs|RaBitQfs", factory):  # these lists are arranged anew when they are read
+        return 0
+    return getattr(faiss, "IO_FLAG_MMAP" if "IVF" in factory else "IO_FLAG_MMAP_IFC", 0)
+
+
+def _copied(target: Any, source: Any, rows: Tensor) -> bool:
+    """Copies the codes of ascending rows to the end of an index of the same training. False if this kind cannot."""
+    target, source = next(_parts(target)), next(_parts(source))
+    if type(target) is not type(source):
+        return False
+    done = False
+    if isinstance(target, faiss.IndexPreTransform):
+        done = _copied(target.index, source.index, rows)
+    elif isinstance(target, faiss.IndexRefine):
+        done = _copied(target.base_index, source.base_index, rows)
+        done = done and _copied(target.refine_index, source.refine_index, rows)
+    elif type(target) in _LISTS:
+        done = True
+        first, places = int(target.ntotal), np.full(int(source.ntotal), -1, dtype=np.int64)
+        places[rows.numpy()] = np.arange(len(rows))
+        own, others = target.invlists, source.invlists
+        for number in range(target.nlist):
+            if not (size := others.list_size(number)):
+                continue
+            ids = others.get_ids(number)
+            codes = others.get_codes(number)
+            try:
+                new = places[faiss.rev_swig_ptr(ids, size)]  # type: ignore[attr-defined]
+                kept = faiss.rev_swig_ptr(codes, size * others.code_size).reshape(size, -1)[new >= 0]  # type: ignore
+                if len(kept):
+                    kept, new = np.ascontiguousarray(kept), np.ascontiguousarray(new[new >= 0] + first)
+                    own.add_entries(number, len(kept), faiss.swig_ptr(new), faiss.swig_ptr(kept))  # type: ignore
+            finally:
+                others.release_ids(number, ids)
+                others.release_codes(number, codes)
+    elif type(target) in _CODES:
+        done = True
+        codes = faiss.rev_swig_ptr(source.codes.data(), source.ntotal * source.code_size)  # type: ignore[attr-defined]
+        kept = np.ascontiguousarray(codes.reshape(source.ntotal, -1)[rows.numpy()])
+        target.add_sa_codes(kept)
+    if done:
+        target.ntotal = int(target.ntotal) + (0 if type(target) in _CODES else len(rows))
+    return done
+
+
+_CODES = (faiss.IndexFlat, faiss.IndexFlatIP, faiss.IndexFlatL2, faiss.IndexPQ, faiss.IndexScalarQuantizer)
+_LISTS = (faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
+_LISTS += tuple(getattr(faiss, name) for name in ("IndexIVFRaBitQ",) if hasattr(faiss, name))  # of releases from 1.12
 
 
 def _centroids(part: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from tqdm import tqdm
 from simsearch.data.manifest import Manifest
 from simsearch.data.presence import MOST_GONE, Presence
 from simsearch.data.tables import Rejected
-from simsearch.files import read_json
+from simsearch.files import read_json, sha256
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import fill_index, path_table, with_thumbnails, write_catalog
 from simsearch.search.describe import batches_of, describe
 from simsearch.search.local_features import describe_items
+from simsearch.search.segments import CONTENT
 from simsearch.search.verification import Verification
 from simsearch.types import Encoder
+
+_READERS = 8  # threads that read files, which a network folder sends slowly
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Filling:
         source: Names of the `run` and of the `images`.
         verification: How matches will be verified by local features, or None.
         local: The records of the items' local features.
+        thumbnail: Longest side in pixels of the thumbnails.
     """
 
     encoder: Encoder
@@ -54,6 +59,7 @@ class Filling:
     source: dict[str, str]
     verification: Verification | None = None
     local: Iterable[np.ndarray] = ()
+    thumbnail: int | None = None
 
 
 def filling_of(
@@ -85,7 +91,9 @@ def filling_of(
         ValueError: If no image can be read, or if a column's name is reserved.
         Vanished: If images disappear during the work.
     """
-    table, presence = path_table(manifest), Presence(manifest.root, manifest.paths)
+    presence = Presence(manifest.root, manifest.paths)
+    contents = content_digests(manifest.root, manifest.paths)  # before they are described: a later change is seen
+    table = path_table(manifest).append_column(CONTENT, pa.array(contents, pa.string()))
     batches = batches_of(encoder, manifest, batch_size=batch_size, workers=workers)
     with tqdm(total=len(manifest), unit="img", desc="index") as bar:
         found = describe(encoder, batches, thumbnail=thumbnail, presence=presence, advance=bar.update)
@@ -105,7 +113,26 @@ def filling_of(
         local=()
         if verification is None
         else local_records(manifest, found.rows.tolist(), verification, workers, presence),
+        thumbnail=thumbnail,
     )
+
+
+def content_digests(root: Path, paths: Sequence[str]) -> list[str | None]:
+    """The SHA-256 (hex) of each file, None where it is missing, no regular file, or unreadable.
+
+    Args:
+        root: The folder.
+        paths: N paths below the root.
+    """
+
+    def digest(path: str) -> str | None:
+        try:
+            return sha256(root / path) if (root / path).is_file() else None
+        except OSError:
+            return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(digest, paths))
 
 
 def local_records(
@@ -140,7 +167,7 @@ def write_filled(out: Path, index: FaissIndex, filling: Filling) -> None:
         items=filling.items,
         encoder=filling.encoder,
         config=filling.config,
-        about={"source": filling.source, "skipped": reasons | filling.skipped},
+        about={"source": filling.source, "skipped": reasons | filling.skipped, "thumbnail": filling.thumbnail},
         errors=[*filling.errors, *filling.rejected],  # type: ignore[list-item]
         verification=filling.verification,
         local=filling.local,

@@ -1,26 +1,35 @@
 """A catalog: an index, its items and the encoder that filled it, in one folder.
 
-    catalog.json          format, encoder fingerprint and config, provenance, counts, digests of the other files
-    index/                the FAISS index
-    items.parquet         one row per item, in index order: path, attributes, thumbnail (image bytes)
+    catalog.json          format, version, encoder fingerprint and config, provenance, counts; segments, removed items
+    segments/3/           some of the items with their index and thumbnails (simsearch.search.segments)
+    removed/5.npy         the rows of the segments that version 5 removed or replaced
     encoder.safetensors   all tensors of the encoder
-    local_features.npy    local features of each item, if matches are verified by geometry
     calibration.json      thresholds of `simsearch calibrate`; its curves are in calibration/
 
-There are no pickles. A catalog is written beside its place and then moved there as a whole. A file whose digest differs
-from the recorded one is never used, so damage and files of another catalog are reported. Catalogs of older versions
-have no digests.
+There are no pickles. Segments and lists of removed rows never change. A new version is a new catalog.json, which takes
+the place of the old one at once (simsearch.search.change). A whole catalog is written beside its place and then moved
+there. Damage and files of another catalog are reported: small files are compared with their digests when they are
+opened, all files by `simsearch catalog verify`.
+
+An item has an id, which no other item of the catalog ever gets. Positions count the items of one version.
+
+A catalog of format 1 has index/, items.parquet and local_features.npy in place of segments. It opens as it is;
+`simsearch catalog migrate`, and the first change, bring it to this format.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,10 +43,12 @@ from simsearch.data.manifest import Manifest
 from simsearch.data.tables import Rejected
 from simsearch.errors import SimsearchError
 from simsearch.files import (
+    Damaged,
     checked,
     checksum,
     digests,
     is_temporary,
+    read_array,
     read_json,
     replacing_folder,
     restore,
@@ -49,20 +60,36 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import state_fingerprint
 from simsearch.models.encoder import build, build_encoder
 from simsearch.models.exported import ExportedEncoder, read_about
-from simsearch.search.items import THUMBNAIL, ThumbnailGroups, read_items, write_items
+from simsearch.search.items import THUMBNAIL
 from simsearch.search.local_features import NAME as LOCAL_FEATURES
-from simsearch.search.local_features import StoredFeatures, write_local_features
+from simsearch.search.names import OWN_ID, Names
+from simsearch.search.segments import (
+    CONTENT,
+    ID,
+    ItemFeatures,
+    Places,
+    Segment,
+    SegmentedFeatures,
+    SegmentedIndex,
+    SegmentedThumbnails,
+    items_of,
+    read_old,
+    read_segment,
+    regroup,
+    with_ids,
+    write_segment,
+)
 from simsearch.search.verification import Verification
 from simsearch.text import warn
 from simsearch.trust import VERIFIERS, Untrusted, check_config, check_links
 from simsearch.types import Encoder, LocalFeatures, Part
 
-FORMAT = 1
-_ENTRIES = {"catalog.json", "index", "items.parquet", "encoder.safetensors", "skipped.csv"}
-_ENTRIES |= {"calibration.json", "calibration", LOCAL_FEATURES}
-_GROUP = 1024  # items whose thumbnails are read together
+FORMAT = 2
+OF_FORMAT_1 = ("index", "items.parquet", LOCAL_FEATURES)
+_ENTRIES = {"catalog.json", "segments", "removed", "encoder.safetensors", "skipped.csv", *OF_FORMAT_1}
+_ENTRIES |= {"calibration.json", "calibration"}
 _ADDED = 2**16  # vectors that an index is given together
-Rows = TypeVar("Rows", Tensor, pa.Table)
+_TRIES = 3  # to read a catalog that changes while it is read
 
 
 class CatalogError(SimsearchError, ValueError):
@@ -71,6 +98,11 @@ class CatalogError(SimsearchError, ValueError):
 
 def _fingerprint(about: Mapping[str, Any]) -> str:
     return checksum(about)[:16]
+
+
+def _identity(about: Mapping[str, Any]) -> str:
+    """The fingerprint of a catalog's first version."""
+    return _fingerprint(about) if about["format"] == 1 else str(about["first"]["catalog"])
 
 
 def encoder_fingerprint(encoder: Encoder) -> str:
@@ -88,7 +120,7 @@ class Catalog:
 
     Attributes:
         folder: The catalog's folder.
-        index: The FAISS index.
+        index: The index of the items, by position.
         items: Path and attributes, one row per item, without thumbnails.
         about: The content of catalog.json.
         calibration: The thresholds of a match (see `write_calibration`). None if the catalog is not calibrated.
@@ -96,25 +128,63 @@ class Catalog:
         local: The local features of the items. None if the catalog has none.
         verification: How matches are verified by local features. None if the catalog has none.
         exported: Folder of exported files that describe queries in place of the stored encoder, or None.
+        ids: int64 (N,), the ids of the items. None if they are the positions.
+        contents: The SHA-256 (hex) of each item's image file, or null. None if none is known.
+        pictures: The thumbnails. None for a catalog that was not read from a folder.
+        segments: The segments.
+        places: Where the items lie in the segments.
     """
 
     folder: Path
-    index: FaissIndex
+    index: FaissIndex | SegmentedIndex
     items: pa.Table
     about: dict[str, Any]
     calibration: dict[str, Any] | None = None
     trusted: bool = False
-    local: StoredFeatures | None = None
+    local: ItemFeatures | None = None
     verification: Verification | None = None
     exported: Path | None = None
+    ids: np.ndarray | None = None
+    contents: pa.ChunkedArray | None = None
+    pictures: SegmentedThumbnails | None = None
+    segments: tuple[Segment, ...] = ()
+    places: Places | None = None
 
     def __len__(self) -> int:
         return len(self.items)
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits over the catalog's description, which includes the digests of its files."""
-        return _fingerprint(self.about)
+        """16 hex digits over the description of the catalog's first version, with the digests of its files.
+
+        They stay when items are added and removed.
+        """
+        return _identity(self.about)
+
+    @cached_property
+    def names(self) -> Names:
+        """The names of the items."""
+        own, count = self.about.get("own_ids"), int(self.about.get("next_id", len(self)))
+        return Names(self.items, self.ids, own=own, given=count)
+
+    def position(self, name: str) -> int:
+        """The position of an item by id or path, as in `Names.find`.
+
+        Args:
+            name: The item's id or path.
+
+        Raises:
+            ValueError: If the catalog has no such item, or none any more.
+        """
+        found = self.names.find(name)
+        if found is None and self.names.is_gone(name):
+            raise ValueError(f"the item {name} was removed from the catalog {self.folder}")
+        if found is None:
+            hint = f", or position:{name} for the item at that place" if re.fullmatch(r"[0-9]+", name) else ""
+            raise ValueError(
+                f"no item {name!r} in the catalog {self.folder}: give an id or path as the catalog has it{hint}"
+            )
+        return found
 
     @property
     def parts(self) -> dict[str, Part]:
@@ -133,13 +203,12 @@ class Catalog:
         Raises:
             CatalogError: If the file is damaged.
         """
+        if self.pictures is None:
+            raise CatalogError(f"the catalog {self.folder} has no thumbnails")
         try:
-            with ThumbnailGroups(self.folder / "items.parquet", self.about) as file:
-                places = [file.place(position) for position in positions]
-                groups = {group: file.group(group) for group in {group for group, _ in places}}
+            return self.pictures.take(positions)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise CatalogError(f"the catalog {self.folder} is damaged ({error}): make it again") from error
-        return [groups[group][place].as_py() for group, place in places]
 
     def local_features(self, positions: Sequence[int]) -> list[LocalFeatures]:
         """The local features of the items at some positions.
@@ -332,29 +401,6 @@ def _take(rows: Tensor, counts: Sequence[int], read: Callable[[int], Tensor]) ->
     return found
 
 
-def regroup(parts: Iterable[Rows], size: int, join: Callable[[list[Rows]], Rows]) -> Iterator[Rows]:
-    """Yields all rows of the parts, in order, in groups of `size`. The last group may be smaller.
-
-    Args:
-        parts: Tables or tensors with rows.
-        size: Number of rows per group.
-        join: Function that concatenates a list of rows.
-    """
-    waiting: list[Rows] = []
-    count = 0
-    for part in parts:
-        waiting.append(part)
-        count += len(part)
-        if count >= size:
-            whole = join(waiting)
-            full = count - count % size
-            for start in range(0, full, size):
-                yield whole[start : start + size]
-            waiting, count = [whole[full:]], count - full
-    if count:
-        yield join(waiting)
-
-
 def write_catalog(
     folder: Path,
     *,
@@ -369,12 +415,13 @@ def write_catalog(
 ) -> None:
     """Writes a catalog of the items in an index. It replaces a catalog that is already in `folder`.
 
-    A calibration is kept if the catalog is unchanged, and removed otherwise.
+    An item keeps the id that an item of the same path had there. A calibration is kept if the catalog is unchanged, and
+    removed otherwise.
 
     Args:
         folder: The catalog's folder.
         index: The filled index.
-        items: One row per item, in one table or several.
+        items: One row per item, in one table or several: attributes, perhaps the column CONTENT, thumbnails.
         encoder: The encoder that filled the index.
         config: The plain config that builds the encoder.
         about: Further plain facts for catalog.json (protocol, skipped files, ...).
@@ -390,6 +437,49 @@ def write_catalog(
     if folder.is_file():
         raise FileExistsError(f"{folder} is a file: give another out=")
     restore(folder)
+    with locked(folder):
+        _write_catalog(
+            folder, index=index, items=items, encoder=encoder, config=config, about=about, errors=errors,
+            verification=verification, local=local,
+        )  # fmt: skip
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lets no other process change the catalog in a folder inside the block. Nothing is locked if there is no folder.
+
+    Args:
+        folder: The catalog's folder.
+
+    Raises:
+        CatalogError: If another process changes the catalog.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+        yield
+    except BlockingIOError:
+        raise CatalogError(f"another process changes the catalog {folder}: wait until it is done") from None
+    finally:
+        os.close(descriptor)
+
+
+def _write_catalog(
+    folder: Path,
+    *,
+    index: FaissIndex,
+    items: pa.Table | Iterable[pa.Table],
+    encoder: Encoder,
+    config: Mapping[str, Any],
+    about: Mapping[str, Any],
+    errors: Sequence[ImageError | Rejected],
+    verification: Verification | None,
+    local: Iterable[np.ndarray],
+) -> None:
     entries = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if entries and "catalog.json" not in entries:
         raise FileExistsError(f"{folder} exists and is not a catalog: give another out=")
@@ -397,32 +487,88 @@ def write_catalog(
         raise FileExistsError(
             f"the catalog {folder} also holds other files ({', '.join(foreign[:3])}): give another out="
         )
+    numbering = _Numbering(folder)
     with replacing_folder(folder) as temporary:
-        index.save(temporary / "index")
-        groups = regroup([items] if isinstance(items, pa.Table) else items, _GROUP, pa.concat_tables)
-        of_items = write_items(temporary / "items.parquet", groups)
-        if len(index) != of_items["items"]:
-            raise ValueError(f"the index holds {len(index)} items, the table {of_items['items']}")
-        if verification is not None:
-            of_local = write_local_features(temporary / LOCAL_FEATURES, len(index), local, verification)
-            about = {**about, "local_features": of_local}
+        tables = map(numbering.numbered, [items] if isinstance(items, pa.Table) else items)
+        segment = write_segment(temporary, 1, index=index, items=tables, verification=verification, local=local)
+        of_local = {} if verification is None else {"local_features": {"verification": verification.config}}
         about = {
             "format": FORMAT,
+            "version": 1,
             **write_encoder(temporary, encoder),
             "bytes_per_item": index.code_bytes,
             "config": dict(config),
             **about,
-            **of_items,
-            "sha256": digests(temporary, ["encoder.safetensors"]) | _index_digest(temporary),
+            **of_local,
+            "items": len(index),
+            "columns": numbering.columns,
+            "own_ids": numbering.own_ids,
+            "next_id": numbering.next_id,
+            "segments": [segment],
+            "removed": None,
+            "sha256": digests(temporary, ["encoder.safetensors"]),
         }
+        about["first"] = {"catalog": _fingerprint(about), "items": len(index), "next_id": about["next_id"]}
         write_json(temporary / "catalog.json", about)
         if errors:
-            rows = ((str(error.path), error.reason, error.detail) for error in errors)
-            write_csv(temporary / "skipped.csv", ["path", "reason", "detail"], rows)
-        if calibrated_for(folder) == _fingerprint(read_json(temporary / "catalog.json")):
+            write_skipped(temporary, errors)
+        if calibrated_for(folder) == _identity(about):
             shutil.copy(folder / "calibration.json", temporary)
             if (folder / "calibration").is_dir():
                 shutil.copytree(folder / "calibration", temporary / "calibration")
+
+
+def write_skipped(folder: Path, errors: Sequence[ImageError | Rejected]) -> None:
+    """Writes the skipped.csv of a catalog.
+
+    Args:
+        folder: The catalog's folder.
+        errors: Errors of files that could not be read.
+    """
+    rows = ((str(error.path), error.reason, error.detail) for error in errors)
+    write_csv(folder / "skipped.csv", ["path", "reason", "detail"], rows)
+
+
+class _Numbering:
+    """Gives ids to the items of a new catalog. A path keeps the id that it had in the catalog in the same folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._before: dict[str, int] = {}
+        self.next_id = 0
+        try:
+            old = read_catalog(folder, calibrated=False, trusted=True)
+        except (ValueError, OSError, KeyError, TypeError):  # there is none, or none that can be read
+            old = None
+        if old is not None and "path" in old.items.column_names:
+            paths, ids = old.items["path"].to_pylist(), old.names.numbers
+            self._before = dict(zip(paths, ids.tolist(), strict=True))
+            self.next_id = old.names.given
+        self.columns: list[str] = []
+        self._own: list[pa.ChunkedArray] = []
+        self._counted = 0
+
+    def numbered(self, table: pa.Table) -> pa.Table:
+        """A table of items with their ids."""
+        contents = table[CONTENT].to_pylist() if CONTENT in table.column_names else None
+        table = table.drop_columns([CONTENT]) if contents is not None else table
+        self.columns = [name for name in table.column_names if name != THUMBNAIL]
+        paths = table["path"].to_pylist() if "path" in table.column_names else [None] * len(table)
+        ids = np.empty(len(table), dtype=np.int64)
+        for row, path in enumerate(paths):
+            known = self._before.pop(path, None)
+            ids[row] = self.next_id if known is None else known
+            self.next_id += known is None
+        self._counted += len(table)
+        if OWN_ID in table.column_names:
+            self._own.append(table[OWN_ID])
+        return with_ids(table, ids, contents)
+
+    @property
+    def own_ids(self) -> bool:
+        """Whether each item has an id of its own in the column `id`."""
+        if sum(map(len, self._own)) < self._counted or not self._own:
+            return False
+        return Names(pa.table({OWN_ID: pa.chunked_array([c for one in self._own for c in one.chunks])})).own
 
 
 def calibrated_for(folder: Path) -> str | None:
@@ -460,6 +606,32 @@ def read_catalog(
     restore(folder)
     if not trusted and folder.is_dir():
         check_links(folder)
+    for left in reversed(range(_TRIES)):
+        about = read_manifest(folder)
+        try:
+            catalog = _opened(folder, about, trusted)
+        except CatalogError:
+            if left and _has_changed(folder, about):  # its segments were merged and deleted meanwhile
+                continue
+            raise
+        break
+    if exported is not None:
+        if not trusted and exported.is_dir():
+            check_links(exported)
+        _check_exported(exported, folder, about)
+        catalog = replace(catalog, exported=exported)
+    return replace(catalog, calibration=_read_calibration(catalog)) if calibrated else catalog
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The content of the catalog.json in a folder.
+
+    Args:
+        folder: The catalog's folder.
+
+    Raises:
+        CatalogError: If there is none, or a damaged one, or one of an unknown format.
+    """
     try:
         about = read_json(folder / "catalog.json")
     except OSError as error:
@@ -469,49 +641,89 @@ def read_catalog(
         ) from error
     except ValueError as error:
         raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
-    if about.get("format") != FORMAT:
-        raise CatalogError(f"{folder} has catalog format {about.get('format')}, this version reads {FORMAT}")
-    if missing := sorted({"encoder_fingerprint", "backbone", "config"} - set(about)):
+    if about.get("format") not in (1, FORMAT):
+        raise CatalogError(f"{folder} has catalog format {about.get('format')}, this version reads 1 and {FORMAT}")
+    needed = {"encoder_fingerprint", "backbone", "config"}
+    if about["format"] == FORMAT:
+        needed |= {"version", "segments", "removed", "columns", "items", "next_id", "own_ids", "first"}
+    if missing := sorted(needed - set(about)):
         raise CatalogError(
             f"the catalog {folder} is damaged (catalog.json does not have {', '.join(missing)}): make it again"
         )
+    return about
+
+
+def _has_changed(folder: Path, about: Mapping[str, Any]) -> bool:
     try:
-        index = FaissIndex.load(folder / "index")
-        if (known := about.get("sha256")) is not None and _index_digest(folder).items() - known.items():
-            raise ValueError("its index belongs to another catalog")
-        items = read_items(folder / "items.parquet", about)
-    except (OSError, ValueError, pa.ArrowException) as error:
+        return read_json(folder / "catalog.json") != about
+    except (OSError, ValueError):
+        return False
+
+
+def _opened(folder: Path, about: dict[str, Any], trusted: bool) -> Catalog:
+    """The catalog that `about` describes. Raises CatalogError if it is damaged."""
+    verification = _verification(folder, about, trusted)
+    try:
+        if about["format"] == 1:
+            segments = [read_old(folder, about, verification)]
+            places = Places([len(segments[0])], np.empty(0, dtype=np.int64))
+            columns = [name for name in segments[0].items.column_names if name not in (ID, CONTENT)]
+        else:
+            segments = [read_segment(folder, entry, verification) for entry in about["segments"]]
+            places, columns = Places(list(map(len, segments)), read_removed(folder, about)), list(about["columns"])
+        if not segments or len(places) != int(about.get("items", len(places))):
+            raise ValueError(f"it holds {len(places)} items, not {about.get('items')}")
+        table = items_of(segments, places)
+        one = len(segments) == 1 and not len(places.removed)
+        index = segments[0].index if one else SegmentedIndex([segment.index for segment in segments], places)
+        for name in set(columns) - set(table.column_names):  # of a table in which nobody has a value
+            table = table.append_column(name, pa.nulls(len(table), pa.string()))
+        items = table.select(columns)
+    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
         raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
-    if len(index) != len(items):
-        raise CatalogError(f"the catalog {folder} is damaged: {len(index)} vectors for {len(items)} items")
-    if exported is not None:
-        if not trusted and exported.is_dir():
-            check_links(exported)
-        _check_exported(exported, folder, about)
-    catalog = _with_local_features(Catalog(folder, index, items, about, trusted=trusted, exported=exported))
-    return replace(catalog, calibration=_read_calibration(catalog)) if calibrated else catalog
+    stored = [segment.local for segment in segments if segment.local is not None]
+    local = None if verification is None else SegmentedFeatures(stored, places)
+    pictures = SegmentedThumbnails([segment.thumbnails for segment in segments], places)
+    ids = None if about["format"] == 1 else table[ID].to_numpy()
+    return Catalog(
+        folder, index, items, about, trusted=trusted, local=local, verification=verification, ids=ids,
+        contents=table[CONTENT], pictures=pictures, segments=tuple(segments), places=places,
+    )  # fmt: skip
 
 
-def _with_local_features(catalog: Catalog) -> Catalog:
-    """The catalog with its local features, if it has any. Raises CatalogError if they are damaged."""
-    if (about := catalog.about.get("local_features")) is None:
-        return catalog
+def read_removed(folder: Path, about: Mapping[str, Any]) -> np.ndarray:
+    """The rows of a catalog's segments that were removed, int64, ascending.
+
+    Args:
+        folder: The catalog's folder.
+        about: The content of catalog.json.
+
+    Raises:
+        Damaged: If the file is not the one that was written.
+        OSError: If it is missing.
+    """
+    if (known := about["removed"]) is None:
+        return np.empty(0, dtype=np.int64)
+    name = f"removed/{int(known['version'])}.npy"
+    removed = read_array(checked(folder, name, {"sha256": {name: known["sha256"]}}), np.dtype(np.int64))
+    if removed.shape != (known["rows"],):
+        raise Damaged(f"{folder / name} holds {removed.shape} rows, not {known['rows']}")
+    return removed
+
+
+def _verification(folder: Path, about: Mapping[str, Any], trusted: bool) -> Verification | None:
+    """How a catalog verifies matches, or None. Raises CatalogError if that is damaged."""
+    if (of_local := about.get("local_features")) is None:
+        return None
     try:
-        config = {"verification": about["verification"]}
-        if not catalog.trusted:
-            check_config(config, f"the catalog {catalog.folder}", VERIFIERS)
-        verification = build(config, None if catalog.trusted else VERIFIERS)["verification"]
-        local = StoredFeatures(catalog.folder / LOCAL_FEATURES, about, verification, len(catalog))
+        config = {"verification": of_local["verification"]}
+        if not trusted:
+            check_config(config, f"the catalog {folder}", VERIFIERS)
+        return build(config, None if trusted else VERIFIERS)["verification"]
     except Untrusted:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CatalogError(f"the catalog {catalog.folder} is damaged ({error}): make it again") from error
-    return replace(catalog, local=local, verification=verification)
-
-
-def _index_digest(folder: Path) -> dict[str, str]:
-    """The digest of index.faiss, read from index.json so that a large index is read once. Other settings may change."""
-    return {"index/index.faiss": read_json(folder / "index" / "index.json")["sha256"]}
+        raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
 
 
 def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
@@ -520,6 +732,7 @@ def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
     The calibration has these entries:
 
     - `catalog`: fingerprint of the catalog that the calibration belongs to; another catalog refuses it.
+    - `items`, `next_id`: number of its items then, and the id that the next one got (see simsearch.search.drift).
     - `same_work`, `similar`: thresholds, as `thresholds_at` returns them (see `Engine.verdicts`). `similar` is None if
       it was not calibrated.
     - `verified`: thresholds of the number of inliers, by which an item is the same work where it is verified by local
@@ -591,7 +804,7 @@ def path_table(manifest: Manifest) -> pa.Table:
     Raises:
         ValueError: If a column has a name that search results use themselves.
     """
-    if reserved := sorted({"rank", "score", "verdict", THUMBNAIL} & set(manifest.attributes)):
+    if reserved := sorted({"rank", "score", "verdict", THUMBNAIL, ID, CONTENT} & set(manifest.attributes)):
         raise ValueError(
             f"the images have the columns {', '.join(reserved)}, whose names results use already: rename them"
         )

@@ -101,10 +101,10 @@ class Engine:
         counts = {name: len(self.attributes.column(name).values) for name in names}
         return [name for name in names if 1 < counts[name] <= max(2, len(self.catalog) // 2)]
 
-    @cached_property
+    @property
     def names(self) -> Names:
         """The names of the items."""
-        return Names(self.catalog.items)
+        return self.catalog.names
 
     def position(self, name: str | int) -> int:
         """The position of an item by id or path, as in `Names.find`.
@@ -113,16 +113,9 @@ class Engine:
             name: The item's id or path.
 
         Raises:
-            ValueError: If the catalog has no such item.
+            ValueError: If the catalog has no such item, or none any more.
         """
-        found = self.names.find(str(name))
-        if found is None:
-            hint = f", or position:{name} for the item at that place" if re.fullmatch(r"[0-9]+", str(name)) else ""
-            raise ValueError(
-                f"no item {str(name)!r} in the catalog {self.catalog.folder}: give an id or path as the catalog "
-                f"has it{hint}"
-            )
-        return found
+        return self.catalog.position(str(name))
 
     def vectors(self, ids: Sequence[int] | Tensor) -> Tensor:
         """The stored vectors of some items, ready for a request: float32 (M, D), or packed codes uint8.

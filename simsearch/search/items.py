@@ -1,14 +1,15 @@
-"""The items.parquet of a catalog. Attributes are read when it is opened, thumbnails one row group at a time.
+"""The files that hold a catalog's items: attributes, read when it is opened, and thumbnails, one row group at a time.
 
-catalog.json holds digests of the thumbnails of each row group and of all other bytes. Parquet's own checksums cover
-pages only, not their headers or the footer.
+Digests cover the thumbnails of each row group and all other bytes. Parquet's own checksums cover pages only, not their
+headers or the footer. Catalogs of format 1 have one file for both.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ THUMBNAIL = "thumbnail"
 
 
 def write_items(path: Path, groups: Iterable[pa.Table]) -> dict[str, Any]:
-    """Writes the items and returns the entries for catalog.json.
+    """Writes tables as row groups of a parquet file and returns their number of rows and digests.
 
     Args:
         path: The file to write.
@@ -59,12 +60,12 @@ def _sha256_outside(path: Path, spans: Iterable[tuple[int, int]]) -> str:
     return sha256(path, *zip(cuts[::2], cuts[1::2], strict=True))
 
 
-def read_items(path: Path, about: Mapping[str, Any]) -> pa.Table:
-    """The items without their thumbnails.
+def check_outside(path: Path, about: Mapping[str, Any]) -> None:
+    """Compares all bytes of a file but its thumbnails with their digest.
 
     Args:
         path: The file.
-        about: The content of catalog.json. Older versions have no digests.
+        about: Entries of `write_items`. Older versions have no digests.
 
     Raises:
         Damaged: If the file differs from what was written.
@@ -73,48 +74,52 @@ def read_items(path: Path, about: Mapping[str, Any]) -> pa.Table:
         spans = [(group["start"], group["stop"]) for group in known["thumbnails"]]
         if _sha256_outside(path, spans) != known["others"]:
             raise Damaged(f"{path} is damaged or belongs to another catalog: its SHA-256 is not the recorded one")
+
+
+def read_items(path: Path, about: Mapping[str, Any]) -> pa.Table:
+    """The items in a parquet file without their thumbnails.
+
+    Args:
+        path: The file.
+        about: Entries of `write_items`. Older versions have no digests.
+
+    Raises:
+        Damaged: If the file differs from what was written.
+    """
+    check_outside(path, about)
     names = [name for name in pq.read_schema(path).names if name != THUMBNAIL]
     return pq.read_table(path, columns=names)
 
 
 class ThumbnailGroups:
-    """The thumbnails of items, one row group at a time. Use it as a context manager, or call `close`.
+    """The thumbnails of the rows of a file, one row group at a time. Several threads may use it at once.
 
     The file stays open, so the object keeps working after another file has taken its place. `sizes` holds the number of
     bytes of each row group.
 
     Args:
-        path: The items.parquet.
-        about: The content of catalog.json.
+        path: The parquet file.
+        about: Entries of `write_items`. Older versions have no digests.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self._path, self._known = path, about.get("items_sha256", {}).get("thumbnails")
         self._source = pa.OSFile(str(path))
         self._file = pq.ParquetFile(self._source)
+        self._lock = threading.Lock()  # one place in the file at a time
         groups = [self._file.metadata.row_group(group) for group in range(self._file.num_row_groups)]
         column = self._file.schema_arrow.get_field_index(THUMBNAIL)
         self.sizes = [group.column(column).total_uncompressed_size for group in groups]
         self._starts = [0, *accumulate(group.num_rows for group in groups)]
 
-    def __enter__(self) -> ThumbnailGroups:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._source.close()
-
-    def place(self, position: int) -> tuple[int, int]:
-        """The row group of an item, and the item's place in it.
+    def place(self, row: int) -> tuple[int, int]:
+        """The row group of a row, and the row's place in it.
 
         Args:
-            position: Position of the item.
+            row: The row.
         """
-        group = bisect_right(self._starts, position) - 1
-        return group, position - self._starts[group]
+        group = bisect_right(self._starts, row) - 1
+        return group, row - self._starts[group]
 
     def group(self, number: int) -> pa.ChunkedArray:
         """The thumbnails of a row group.
@@ -125,10 +130,24 @@ class ThumbnailGroups:
         Raises:
             Damaged: If the bytes differ from what was written.
         """
-        if self._known is not None:
-            known = self._known[number]
-            self._source.seek(known["start"])
-            content = self._source.read(known["stop"] - known["start"])
-            if hashlib.sha256(content).hexdigest() != known["sha256"]:
-                raise Damaged(f"{self._path} is damaged: the SHA-256 of its thumbnails is not the recorded one")
-        return self._file.read_row_group(number, columns=[THUMBNAIL]).column(THUMBNAIL)
+        with self._lock:
+            if self._known is not None:
+                known = self._known[number]
+                self._source.seek(known["start"])
+                content = self._source.read(known["stop"] - known["start"])
+                if hashlib.sha256(content).hexdigest() != known["sha256"]:
+                    raise Damaged(f"{self._path} is damaged: the SHA-256 of its thumbnails is not the recorded one")
+            return self._file.read_row_group(number, columns=[THUMBNAIL]).column(THUMBNAIL)
+
+    def take(self, rows: Sequence[int]) -> list[bytes]:
+        """The thumbnails of some rows. Reads only the row groups that contain them.
+
+        Args:
+            rows: The rows.
+
+        Raises:
+            Damaged: If the bytes differ from what was written.
+        """
+        places = [self.place(row) for row in rows]
+        groups = {group: self.group(group) for group in {group for group, _ in places}}
+        return [groups[group][place].as_py() for group, place in places]

@@ -216,9 +216,25 @@ class StoredFeatures:
         Raises:
             Damaged: If the file is damaged.
         """
+        self._check(positions)
+        return [features_of(self._records[position]) for position in positions]
+
+    def records(self, positions: Sequence[int]) -> Iterator[np.ndarray]:
+        """The records of the items at some positions, as they are stored.
+
+        Args:
+            positions: Positions of the items.
+
+        Raises:
+            Damaged: If the file is damaged.
+        """
+        for position in positions:
+            self._check([position])
+            yield self._records[position]
+
+    def _check(self, positions: Sequence[int]) -> None:
         for number in {position // self._block for position in positions} - self._checked:
             content = self._records[number * self._block : (number + 1) * self._block].tobytes()
             if hashlib.sha256(content).hexdigest() != self._known[number]:
                 raise Damaged(f"{self._path} is damaged: the SHA-256 of its records is not the recorded one")
             self._checked.add(number)
-        return [features_of(self._records[position]) for position in positions]

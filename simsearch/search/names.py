@@ -1,4 +1,4 @@
-"""The names of a catalog's items. A name stays valid if the catalog is rebuilt."""
+"""The names of a catalog's items: ids, which no other item ever gets."""
 
 from __future__ import annotations
 
@@ -7,44 +7,72 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 POSITION = "position:"
+OWN_ID = "id"  # the column of ids that a collection brings along
 _POSITION = re.compile(rf"{POSITION}(\d{{1,18}})", re.ASCII)
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}", re.ASCII)
 
 
 class Names:
     """Maps the items of a catalog to names and back. Several threads may use it at once.
 
-    An item's name is its `id` if the catalog has a column `id` with a distinct value for each item, else its `path`.
-    Names are strings and compared exactly: 7, 007 and 0007 differ. If a catalog is rebuilt, names stay and positions
-    change, so a position must be requested explicitly, as `position:12`.
+    If the collection has a column `id` with a distinct value for each item, these are the ids. Otherwise the catalog
+    has given each item a number, and a name that is written as a number means this id and nothing else. Items are found
+    by their `path` too. Names are strings and compared exactly: 7, 007 and 0007 differ. Positions change from version
+    to version of a catalog, so a position must be requested explicitly, as `position:12`.
 
     Args:
         items: A table with one row per item.
+        numbers: int64 (N,), the numbers that the catalog gave. None if they are the positions.
+        own: Whether the column `id` holds the ids. None looks at its values.
+        given: Number of numbers that the catalog has given so far. None if no item was ever removed.
     """
 
-    def __init__(self, items: pa.Table) -> None:
-        self._count = len(items)
-        self._columns = [_Sorted(items[name]) for name in ("id", "path") if name in items.column_names]
+    def __init__(
+        self,
+        items: pa.Table,
+        numbers: np.ndarray | None = None,
+        *,
+        own: bool | None = None,
+        given: int | None = None,
+    ) -> None:
+        self._count, self._numbers, self._known = len(items), numbers, own
+        self.given = len(items) if given is None else given
+        self._columns = {name: _Sorted(items[name]) for name in (OWN_ID, "path") if name in items.column_names}
 
     def __len__(self) -> int:
         return self._count
 
     @cached_property
-    def _naming(self) -> _Sorted | None:
-        return next((column for column in self._columns if column.names_each), None)
+    def own(self) -> bool:
+        """Whether the column `id` holds the ids."""
+        if self._known is None:
+            return OWN_ID in self._columns and self._columns[OWN_ID].names_each
+        return self._known and OWN_ID in self._columns
+
+    @cached_property
+    def numbers(self) -> np.ndarray:
+        """int64 (N,), the numbers that the catalog gave to the items."""
+        return np.arange(self._count) if self._numbers is None else self._numbers
+
+    @cached_property
+    def _order(self) -> np.ndarray | None:
+        """Positions in the order of the numbers. None if that is their own."""
+        return None if bool(np.all(np.diff(self.numbers) > 0)) else np.argsort(self.numbers, kind="stable")
 
     def of(self, positions: Sequence[int]) -> list[str]:
-        """The names of the items at some positions. `find` maps each name back to its item.
+        """The ids of the items at some positions. `find` maps each id back to its item.
 
         Args:
             positions: Positions of the items.
         """
-        if self._naming is None:
-            return [f"{POSITION}{position}" for position in positions]
-        return [self._naming.values[position].as_py() for position in positions]
+        if self.own:
+            return [self._columns[OWN_ID].values[position].as_py() for position in positions]
+        return [str(number) for number in self.numbers[np.asarray(positions, dtype=np.int64)].tolist()]
 
     def find(self, name: str) -> int | None:
         """The position of an item. None if there is no such item.
@@ -53,9 +81,11 @@ class Names:
             name: The item's id or path, or `position:<number>`.
 
         Raises:
-            ValueError: If several items have this id.
+            ValueError: If several items have this name.
         """
-        for column in sorted(self._columns, key=lambda column: column is not self._naming):
+        if not self.own and _NUMBER.fullmatch(name):
+            return self._numbered(int(name))
+        for column in self._columns.values():
             found = column.find(name)
             if len(found) > 1:
                 raise ValueError(f"{len(found)} items have the id {name!r}: give the path of the one that you mean")
@@ -63,6 +93,22 @@ class Names:
                 return found[0]
         asked = _POSITION.fullmatch(name)
         return int(asked[1]) if asked and int(asked[1]) < self._count else None
+
+    def is_gone(self, name: str) -> bool:
+        """Whether an item had this id that is not there any more.
+
+        Args:
+            name: The name.
+        """
+        is_number = not self.own and bool(_NUMBER.fullmatch(name))
+        return is_number and int(name) < self.given and self._numbered(int(name)) is None
+
+    def _numbered(self, number: int) -> int | None:
+        place = int(np.searchsorted(self.numbers, number, sorter=self._order))
+        if place == self._count:
+            return None
+        position = place if self._order is None else int(self._order[place])
+        return position if int(self.numbers[position]) == number else None
 
 
 class _Sorted:

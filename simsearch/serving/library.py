@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from simsearch.files import Damaged
+from simsearch.files import Damaged, read_json
 from simsearch.images import MAX_BYTES, header_shape
 from simsearch.models.backbones import Runtime
 from simsearch.search.catalog import Catalog, CatalogError, read_catalog
@@ -26,6 +26,7 @@ from simsearch.search.engine import Engine
 from simsearch.search.items import ThumbnailGroups
 from simsearch.search.names import Names
 from simsearch.search.request import Request
+from simsearch.search.segments import SEGMENT_FILES, SegmentedThumbnails
 from simsearch.serving.backend_choice import Choice, choose_runtime
 from simsearch.serving.browse import Listing, whole
 from simsearch.serving.encoder import EncoderWorker
@@ -133,22 +134,20 @@ class Loaded:
 
 
 class Thumbnails:
-    """The thumbnails in an items.parquet, by position.
+    """The thumbnails of a catalog, by position.
 
-    They are held in memory if they take at most `held_bytes` altogether. The file stays open, so the object keeps
-    working after another catalog has taken its place.
+    They are held in memory if they take at most `held_bytes` altogether.
 
     Args:
-        path: The items.parquet.
-        about: The content of catalog.json, with the digests.
+        file: The stored thumbnails, whose files stay open.
         held_bytes: Largest total size in bytes to hold in memory.
 
     Raises:
         Damaged: If the thumbnails differ from what was written.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any], held_bytes: int = _HELD_BYTES) -> None:
-        self._file = ThumbnailGroups(path, about)
+    def __init__(self, file: ThumbnailGroups | SegmentedThumbnails, held_bytes: int = _HELD_BYTES) -> None:
+        self._file = file
         self._lock = threading.Lock()
         sizes = self._file.sizes
         self._most = max(1, held_bytes // max(1, max(sizes, default=1)))
@@ -304,7 +303,8 @@ class Library:
         engine.position(*engine.names.of([0]))
         engine.recommend(Request(like=engine.vectors([0]), k=1, exclude=(0,)))  # loads what is loaded lazily
         listing = Listing(engine.attributes)
-        thumbnails, version = Thumbnails(source.folder / "items.parquet", catalog.about), _version(source.folder)
+        assert catalog.pictures is not None
+        thumbnails, version = Thumbnails(catalog.pictures), _version(source.folder)
         worker = self._worker(catalog)
         return Loaded(
             name=name,
@@ -371,7 +371,7 @@ def read_inside(root: Path, path: str, most: int = MAX_BYTES) -> bytes | None:
 def _stamp(folder: Path) -> Stamp:
     """A value that changes whenever the catalog in the folder changes."""
     found: list[tuple[int, int, int] | None] = []
-    for name in _FILES:
+    for name in (*_FILES, *_segment_files(folder)):
         try:
             about = (folder / name).stat()
             found.append((about.st_ino, about.st_mtime_ns, about.st_size))
@@ -380,11 +380,21 @@ def _stamp(folder: Path) -> Stamp:
     return tuple(found)
 
 
+def _segment_files(folder: Path) -> list[str]:
+    """The files of the segments that a catalog's present version names."""
+    try:
+        entries = read_json(folder / "catalog.json").get("segments", ())
+        return [f"{entry['folder']}/{name}" for entry in entries for name in SEGMENT_FILES]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+
+
 def _version(folder: Path) -> str:
     digest = hashlib.sha256()
     for name in ("catalog.json", "calibration.json", "index/index.json"):
         path = folder / name
         digest.update(path.read_bytes() if path.is_file() else b"-")
-    about = (folder / "items.parquet").stat()
-    digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
+    with suppress(OSError):  # of format 1, which may have no digests
+        about = (folder / "items.parquet").stat()
+        digest.update(f"{about.st_size} {about.st_mtime_ns}".encode())
     return digest.hexdigest()[:16]

@@ -448,6 +448,8 @@ class Service:
     def _refuse(missing: Sequence[Example], loaded: Loaded) -> None:
         if missing:
             problem = GONE if missing[0].upload is not None else f"no item {name_of(missing[0])!r} in {loaded.name}"
+            if missing[0].upload is None and loaded.engine.names.is_gone(name_of(missing[0])):
+                problem = f"the item {name_of(missing[0])} was removed from {loaded.name}"
             raise Refusal(404, problem, {"missing": [one.model_dump(exclude_none=True) for one in missing]})
 
     @staticmethod

@@ -1,0 +1,636 @@
+"""Changes of a catalog: items are added, described again and removed, segments merged. Readers are not disturbed.
+
+A change writes new files beside the old ones. Then a new catalog.json takes the place of the old one, in one step, and
+files that it does not name are deleted. A process that is killed leaves the old version or the new one, and perhaps
+files that the next change deletes. Whoever has opened an older version goes on to read it, since open files stay.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from tqdm import tqdm
+
+from simsearch.data.manifest import Manifest
+from simsearch.data.presence import Presence
+from simsearch.data.tables import Rejected
+from simsearch.files import clear_leftovers, sha256, write_array, write_json
+from simsearch.images import ImageError
+from simsearch.index.faiss_index import SETTINGS, FaissIndex
+from simsearch.search.build import check_not_fewer, content_digests
+from simsearch.search.catalog import (
+    FORMAT,
+    OF_FORMAT_1,
+    Catalog,
+    CatalogError,
+    encoder_fingerprint,
+    locked,
+    path_table,
+    read_catalog,
+    read_manifest,
+    read_removed,
+    with_thumbnails,
+    write_skipped,
+)
+from simsearch.search.describe import batches_of, describe
+from simsearch.search.local_features import describe_items
+from simsearch.search.names import OWN_ID
+from simsearch.search.segments import Places, damaged_files, with_ids, write_segment
+from simsearch.search.verification import Verification
+from simsearch.types import Encoder
+
+THUMBNAIL_SIDE = 256  # of catalogs that do not say theirs
+_BLOCK = 1024  # items that are copied together
+_NUMBERED = {"segments": re.compile(r"[0-9]+"), "removed": re.compile(r"[0-9]+\.npy")}
+_OF_FORMAT_1 = ("items_sha256", "bytes_per_item", "sha256", "local_features", "format", "items")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a change did to a catalog. Items are named by the numbers that the catalog gave them.
+
+    Attributes:
+        version: The version of the catalog afterwards.
+        added: Items that are new.
+        changed: Items whose image has changed, so that they were described again.
+        edited: Items whose path or attributes have changed, but not their image.
+        removed: Items that are gone.
+        kept: Number of items that stayed as they were.
+        errors: Errors of the images that could not be read.
+    """
+
+    version: int
+    added: tuple[int, ...] = ()
+    changed: tuple[int, ...] = ()
+    edited: tuple[int, ...] = ()
+    removed: tuple[int, ...] = ()
+    kept: int = 0
+    errors: tuple[ImageError | Rejected, ...] = ()
+
+    def __str__(self) -> str:
+        counts = {"added": self.added, "changed": self.changed, "edited": self.edited, "removed": self.removed}
+        said = [f"{len(ids)} {name}" for name, ids in counts.items() if ids]
+        return f"version {self.version}: {', '.join([*said, f'{self.kept} as they were'])}"
+
+
+@contextmanager
+def changing(folder: Path, *, trusted: bool = False) -> Iterator[Catalog]:
+    """Yields the catalog in a folder, in the present format. No other process can change it meanwhile.
+
+    Args:
+        folder: The catalog's folder.
+        trusted: Allow links to lead out of the folder.
+
+    Raises:
+        CatalogError: If there is no catalog, or a damaged one, or if another process changes it.
+        OSError: If the folder cannot be written to.
+    """
+    folder = Path(folder)
+    read_manifest(folder)
+    with locked(folder):
+        catalog = read_catalog(folder, calibrated=False, trusted=trusted)
+        if catalog.about["format"] != FORMAT:
+            _rewrite_old(catalog)
+            catalog = read_catalog(folder, calibrated=False, trusted=trusted)
+        _clean(folder, catalog.about)
+        yield catalog
+
+
+def takes(folder: Path, encoder: Encoder, index: FaissIndex, verification: Verification | None) -> bool:
+    """Whether a folder holds a catalog that `update` can bring to what a new catalog would be.
+
+    Args:
+        folder: The folder.
+        encoder: The encoder that would describe the images.
+        index: The empty index of the new catalog.
+        verification: How matches would be verified. None leaves it to the catalog.
+    """
+    try:
+        catalog = read_catalog(folder, calibrated=False)
+    except (OSError, ValueError):
+        return False
+    own = catalog.segments[0].index
+    if "path" not in catalog.items.column_names or any(getattr(own, n) != getattr(index, n) for n in SETTINGS):
+        return False
+    known = None if catalog.verification is None else catalog.verification.config
+    if verification is not None and verification.config != known:
+        return False
+    return catalog.about["encoder_fingerprint"] == encoder_fingerprint(encoder)
+
+
+def usual_root(folder: Path, source: Path) -> Path | None:
+    """The folder that paths of new images are relative to: that of the catalog's images, if they lie in it, else None.
+
+    Args:
+        folder: The catalog's folder.
+        source: A folder, an image, or a table.
+    """
+    known = (read_manifest(folder).get("source") or {}).get("images")
+    root = None if known is None else Path(known)
+    return root if root is not None and root.is_dir() and source.is_relative_to(root) else None
+
+
+def migrate(folder: Path, *, trusted: bool = False) -> bool:
+    """Brings a catalog of format 1 to the present format, and returns whether it was of format 1. Ids are positions.
+
+    Args:
+        folder: The catalog's folder.
+        trusted: Allow links to lead out of the folder.
+
+    Raises:
+        CatalogError: As `changing` does.
+    """
+    old = read_manifest(folder)["format"] != FORMAT
+    with changing(folder, trusted=trusted):
+        return old
+
+
+def update(
+    folder: Path,
+    manifest: Manifest,
+    encoder: Encoder | None = None,
+    *,
+    remove: bool,
+    fewer: bool = False,
+    thumbnail: int | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    device: torch.device | None = None,
+    trusted: bool = False,
+) -> Change:
+    """Adds the images of a manifest that a catalog does not have, and describes again those whose files have changed.
+
+    An image is known by its path, and a file by its SHA-256; one that was not recorded counts as changed. Items keep
+    their ids, and so does, with `remove`, an image whose path has changed. Only what is new or changed is described.
+
+    Args:
+        folder: The catalog's folder.
+        manifest: The images and their attributes.
+        encoder: The catalog's encoder, if it is loaded already.
+        remove: The manifest lists the whole collection: other items are removed, and attributes that it does not have.
+        fewer: Allow far fewer items than before.
+        thumbnail: Longest side in pixels of thumbnails. None means what the catalog was made with.
+        batch_size: Number of images per forward pass, 1 or more.
+        workers: Number of additional processes that decode files, 0 or more.
+        device: Device of the catalog's encoder, if it has to be loaded. None means the CPU.
+        trusted: Allow the encoder's config to build any object, and links to lead out of the folder.
+
+    Raises:
+        CatalogError: As `changing` does.
+        ValueError: If a column's name is reserved, if ids would not be distinct, or if far fewer items would be left.
+        Vanished: If images disappear during the work.
+    """
+    table = path_table(manifest)
+    with changing(folder, trusted=trusted) as catalog:
+        if "path" not in catalog.items.column_names:
+            raise ValueError(f"the items of the catalog {folder} have no paths: make it again to add to it")
+        plan = _Plan.of(catalog, table, content_digests(manifest.root, manifest.paths), remove=remove)
+        side = thumbnail or int(catalog.about.get("thumbnail") or THUMBNAIL_SIDE)
+        described = _Described.of(catalog, manifest, plan, encoder, device, side, batch_size, workers)
+        failed = set(plan.describe) - set(described.rows)
+        lost = {plan.position[row] for row in failed if plan.position[row] is not None} if remove else set()
+        gone = [*plan.gone, *lost]
+        changed = [plan.position[row] for row in described.rows if plan.position[row] is not None]
+        new = [row for row in described.rows if plan.position[row] is None]
+        left = len(catalog) - len(gone) + len(new)
+        if remove:
+            check_not_fewer(folder, left, fewer)
+        if left == 0:
+            raise ValueError(f"no item of the catalog {folder} would be left")
+        errors = (*described.errors, *manifest.rejected)
+        numbers = catalog.names.numbers
+        next_id = int(catalog.about["next_id"])
+        ids = _ids(plan, described.rows, numbers, next_id)
+        edited = sorted(plan.edits)
+        outcome = Change(
+            version=int(catalog.about["version"]),
+            added=tuple(one for one, row in zip(ids, described.rows, strict=True) if plan.position[row] is None),
+            changed=tuple(int(numbers[position]) for position in changed),
+            edited=tuple(int(numbers[position]) for position in edited),
+            removed=tuple(int(numbers[position]) for position in gone),
+            kept=len(catalog) - len(gone) - len(changed) - len(edited),
+            errors=errors,  # type: ignore[arg-type]
+        )
+        if errors:
+            write_skipped(folder, errors)  # type: ignore[arg-type]
+        elif remove:
+            (folder / "skipped.csv").unlink(missing_ok=True)
+        if not (new or changed or edited or gone):
+            return outcome
+        tables = _tables(catalog, plan, table, described, ids, edited)
+        _check_own_ids(catalog, tables, [*gone, *changed, *edited])
+        entry = _write(catalog, manifest, tables, described, edited, workers) if tables else None
+        changes: dict[str, Any] = {"columns": plan.columns, "next_id": next_id + len(new)}
+        if remove:
+            changes["skipped"] = manifest.skipped | _reasons(described.errors)
+        return replace(outcome, version=_commit(catalog, [*gone, *changed, *edited], entry, changes))
+
+
+def remove(folder: Path, names: Sequence[str | int], *, trusted: bool = False) -> Change:
+    """Removes items of a catalog.
+
+    Args:
+        folder: The catalog's folder.
+        names: Their ids or paths.
+        trusted: Allow links to lead out of the folder.
+
+    Raises:
+        CatalogError: As `changing` does.
+        ValueError: If there is no such item, or if none would be left.
+    """
+    with changing(folder, trusted=trusted) as catalog:
+        gone = sorted({catalog.position(str(name)) for name in names})
+        if len(gone) == len(catalog):
+            raise ValueError(f"no item of the catalog {folder} would be left: delete the folder instead")
+        if not gone:
+            raise ValueError("no item is named: give ids or paths")
+        ids = tuple(int(number) for number in catalog.names.numbers[gone])
+        return Change(_commit(catalog, gone, None, {}), removed=ids, kept=len(catalog) - len(gone))
+
+
+def compact(folder: Path, *, trusted: bool = False) -> Change:
+    """Merges the segments of a catalog into one, without what was removed. Ids, order and answers stay.
+
+    Args:
+        folder: The catalog's folder.
+        trusted: Allow links to lead out of the folder.
+
+    Raises:
+        CatalogError: As `changing` does.
+    """
+    with changing(folder, trusted=trusted) as catalog:
+        version = int(catalog.about["version"])
+        if len(catalog.segments) > 1 or catalog.about["removed"] is not None:
+            everything = np.arange(len(catalog))
+            version = _commit(catalog, everything, _copied(catalog, everything, version + 1), {})
+        return Change(version, kept=len(catalog))
+
+
+def problems(folder: Path) -> list[str]:
+    """Compares each file of a catalog with its digest, and returns what is wrong, one line each.
+
+    Args:
+        folder: The catalog's folder.
+    """
+    try:
+        about = read_manifest(folder)
+    except CatalogError as error:
+        return [str(error)]
+    found = []
+    if about["format"] == FORMAT:
+        for entry in about["segments"]:
+            found += list(damaged_files(folder, entry))
+        try:
+            read_removed(folder, about)
+        except (OSError, ValueError) as error:
+            found.append(str(error))
+    if (digest := about.get("sha256", {}).get("encoder.safetensors")) is not None:
+        try:
+            if sha256(folder / "encoder.safetensors") != digest:
+                found.append(f"{folder / 'encoder.safetensors'} is damaged: its SHA-256 is not the recorded one")
+        except OSError as error:
+            found.append(str(error))
+    if not found:  # what is whole must fit together
+        try:
+            catalog = read_catalog(folder, trusted=True)
+            numbers = catalog.names.numbers
+            if len(np.unique(numbers)) < len(numbers) or (numbers >= catalog.names.given).any():
+                found.append(f"{folder}: two items have one id, or an id that was never given")
+            if about["format"] != FORMAT:
+                for start in range(0, len(catalog), _BLOCK):
+                    block = range(start, min(start + _BLOCK, len(catalog)))
+                    catalog.thumbnails(block)
+                    _ = None if catalog.local is None else catalog.local_features(block)
+        except (OSError, ValueError) as error:
+            found.append(str(error))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- plans
+
+
+@dataclass
+class _Plan:
+    """What to do with the rows of a table of images and the items of a catalog.
+
+    Attributes:
+        columns: The columns that the items will have.
+        position: The position of each row's item, None if there is none.
+        contents: The digest of each row's file.
+        describe: Rows that are described.
+        edits: Rows whose item gets another path or other attributes, by position.
+        gone: Positions of the items that are removed.
+        partial: Whether the table may lack attributes, which stay.
+    """
+
+    columns: list[str]
+    position: list[int | None]
+    contents: list[str | None]
+    describe: list[int] = field(default_factory=list)
+    edits: dict[int, int] = field(default_factory=dict)
+    gone: list[int] = field(default_factory=list)
+    partial: bool = False
+
+    @classmethod
+    def of(cls, catalog: Catalog, table: pa.Table, contents: list[str | None], *, remove: bool) -> _Plan:
+        before = list(catalog.about["columns"])
+        added = [name for name in table.column_names if name not in before]
+        columns = list(table.column_names) if remove else [*before, *added]
+        at = {path: position for position, path in enumerate(catalog.items["path"].to_pylist())}
+        assert catalog.contents is not None
+        known = catalog.contents.to_pylist()
+        paths = table["path"].to_pylist()
+        plan = cls(columns, [at.get(path) for path in paths], contents, partial=not remove)
+        if remove:
+            listed = {position for position in plan.position if position is not None}
+            plan.gone = [position for position in range(len(catalog)) if position not in listed]
+            moved = {known[position]: position for position in reversed(plan.gone) if known[position] is not None}
+            for row, position in enumerate(plan.position):
+                if position is None and (found := moved.pop(contents[row], None)) is not None:
+                    plan.position[row] = found
+                    plan.edits[found] = row
+            plan.gone = [position for position in plan.gone if position not in plan.edits]
+        compared = columns if remove else table.column_names
+        old = {n: _texts(catalog.items[n]) for n in compared if n in before}
+        new = {n: table[n].to_pylist() for n in compared if n in table.column_names}
+        nothing = [None] * max(len(catalog), len(table))
+        if remove:  # what the table does not have is taken away
+            old |= {n: _texts(catalog.items[n]) for n in before}
+        pairs = [(old.get(n, nothing), new.get(n, nothing)) for n in {**old, **new}]
+        for row, position in enumerate(plan.position):
+            if position is None or contents[row] is None or contents[row] != known[position]:
+                plan.describe.append(row)
+            elif any(was[position] != now[row] for was, now in pairs):
+                plan.edits[position] = row
+        return plan
+
+
+def _texts(column: pa.ChunkedArray) -> list[str | None]:
+    return column.cast(pa.string()).to_pylist()
+
+
+def _ids(plan: _Plan, rows: Sequence[int], numbers: np.ndarray, next_id: int) -> list[int]:
+    """The ids of described rows: those of their items, or new ones."""
+    ids = []
+    for row in rows:
+        position = plan.position[row]
+        ids.append(next_id if position is None else int(numbers[position]))
+        next_id += position is None
+    return ids
+
+
+def _check_own_ids(catalog: Catalog, tables: Sequence[pa.Table], replaced: Sequence[int]) -> None:
+    """Raises ValueError if the column `id` holds the ids of a catalog, and would not do so after a change."""
+    if not catalog.names.own:
+        return
+    left = np.ones(len(catalog), dtype=bool)
+    left[list(replaced)] = False
+    seen = set(_texts(catalog.items[OWN_ID].filter(pa.array(left))))
+    for table in tables:
+        for one in table[OWN_ID].to_pylist() if OWN_ID in table.column_names else [None]:
+            if not one:
+                raise ValueError(f"an image has no id, but all items of {catalog.folder} have: fill the column id")
+            if one in seen:
+                raise ValueError(f"two images have the id {one!r}, but ids of {catalog.folder} are distinct")
+            seen.add(one)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """Images of a manifest that were described: their rows, vectors, thumbnails, and the errors of the others."""
+
+    rows: list[int]
+    vectors: torch.Tensor
+    thumbnails: list[bytes]
+    errors: list[ValueError]
+
+    @classmethod
+    def of(
+        cls,
+        catalog: Catalog,
+        manifest: Manifest,
+        plan: _Plan,
+        encoder: Encoder | None,
+        device: torch.device | None,
+        thumbnail: int,
+        batch_size: int,
+        workers: int,
+    ) -> _Described:
+        if not plan.describe:
+            return cls([], torch.empty(0), [], [])
+        encoder = catalog.encoder.to(device or torch.device("cpu")) if encoder is None else encoder
+        some = _subset(manifest, plan.describe)
+        batches = batches_of(encoder, some, batch_size=batch_size, workers=workers)
+        with tqdm(total=len(some), unit="img", desc="index") as bar:
+            presence = Presence(some.root, some.paths)
+            found = describe(encoder, batches, thumbnail=thumbnail, presence=presence, advance=bar.update)
+        rows = [plan.describe[place] for place in found.rows.tolist()]
+        return cls(rows, found.vectors, found.thumbnails, found.errors)
+
+
+def _subset(manifest: Manifest, rows: Sequence[int]) -> Manifest:
+    attributes = {name: tuple(column[row] for row in rows) for name, column in manifest.attributes.items()}
+    return replace(manifest, paths=tuple(manifest.paths[row] for row in rows), attributes=attributes)
+
+
+def _reasons(errors: Sequence[ValueError]) -> dict[str, int]:
+    reasons = [error.reason for error in errors]  # type: ignore[attr-defined]
+    return {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)}
+
+
+# --------------------------------------------------------------------------------------------- writing
+
+
+def _tables(
+    catalog: Catalog,
+    plan: _Plan,
+    table: pa.Table,
+    described: _Described,
+    ids: Sequence[int],
+    edited: Sequence[int],
+) -> list[pa.Table]:
+    """The items of a new segment: edited ones, then those that were described."""
+
+    def values(name: str, rows: Sequence[int], positions: Sequence[int | None]) -> list[str | None]:
+        given = table[name].take(pa.array(rows, pa.int64())).to_pylist() if name in table.column_names else None
+        if given is not None or not plan.partial or name not in catalog.items.column_names:
+            return [None] * len(rows) if given is None else given
+        known = [position for position in positions if position is not None]
+        old = iter(_texts(catalog.items[name].take(pa.array(known, pa.int64()))))
+        return [None if position is None else next(old) for position in positions]
+
+    def items(rows: Sequence[int], positions: Sequence[int | None], thumbnails: list[bytes]) -> pa.Table:
+        columns = {name: pa.array(values(name, rows, positions), pa.string()) for name in plan.columns}
+        return with_thumbnails(pa.table(columns), thumbnails)
+
+    found = []
+    if edited:
+        rows = [plan.edits[position] for position in edited]
+        own = items(rows, edited, catalog.thumbnails(edited))
+        found.append(with_ids(own, catalog.names.numbers[list(edited)], [plan.contents[row] for row in rows]))
+    if described.rows:
+        own = items(described.rows, [plan.position[row] for row in described.rows], described.thumbnails)
+        contents = [plan.contents[row] for row in described.rows]
+        found.append(with_ids(own, np.array(ids, dtype=np.int64), contents))
+    return found
+
+
+def _write(
+    catalog: Catalog,
+    manifest: Manifest,
+    tables: Sequence[pa.Table],
+    described: _Described,
+    edited: Sequence[int],
+    workers: int,
+) -> dict[str, Any]:
+    """Writes a segment of edited items, whose vectors are copied, and described images. Returns its entry."""
+    index = _joined(catalog, edited)
+    if described.rows:
+        index.add(described.vectors)
+
+    def local() -> Iterator[np.ndarray]:
+        assert catalog.verification is not None
+        yield from _records(catalog, edited)
+        records = describe_items(manifest, described.rows, catalog.verification, workers=workers)
+        yield from tqdm(records, total=len(described.rows), unit="img", desc="local features")
+
+    return write_segment(
+        catalog.folder,
+        int(catalog.about["version"]) + 1,
+        index=index,
+        items=tables,
+        verification=catalog.verification,
+        local=() if catalog.verification is None else local(),
+    )
+
+
+def _joined(catalog: Catalog, positions: Sequence[int] | np.ndarray) -> FaissIndex:
+    """An index of the items at ascending positions, with their codes."""
+    assert catalog.places is not None
+    parts = catalog.places.split(positions) if len(positions) else []
+    if not parts:
+        return catalog.segments[0].index.emptied()
+    return FaissIndex.joined([(catalog.segments[n].index, torch.from_numpy(rows)) for n, _, rows in parts])
+
+
+def _records(catalog: Catalog, positions: Sequence[int] | np.ndarray) -> Iterator[np.ndarray]:
+    """The records of local features of the items at ascending positions."""
+    assert catalog.places is not None
+    for number, _, rows in catalog.places.split(positions) if len(positions) else []:
+        local = catalog.segments[number].local
+        assert local is not None
+        yield from local.records(rows.tolist())
+
+
+def _copied(catalog: Catalog, positions: np.ndarray, number: int) -> dict[str, Any]:
+    """Writes a segment of items at ascending positions. Returns its entry."""
+    assert catalog.contents is not None
+
+    def tables() -> Iterator[pa.Table]:
+        contents = catalog.contents
+        assert contents is not None
+        for block in np.split(positions, range(_BLOCK, len(positions), _BLOCK)):
+            at = pa.array(block, pa.int64())
+            table = with_thumbnails(catalog.items.take(at), catalog.thumbnails(block.tolist()))
+            yield with_ids(table, catalog.names.numbers[block], contents.take(at).to_pylist())
+
+    return write_segment(
+        catalog.folder,
+        number,
+        index=_joined(catalog, positions),
+        items=tables(),
+        verification=catalog.verification,
+        local=() if catalog.verification is None else _records(catalog, positions),
+    )
+
+
+def _commit(
+    catalog: Catalog, gone: Sequence[int] | np.ndarray, entry: Mapping[str, Any] | None, changes: Mapping[str, Any]
+) -> int:
+    """Makes a new version without the items at some positions and with a new segment. Returns its number."""
+    assert catalog.places is not None
+    about, folder = catalog.about, catalog.folder
+    version = int(about["version"]) + 1
+    counts = [int(one["items"]) for one in about["segments"]]
+    rows = np.union1d(catalog.places.removed, catalog.places.rows(np.array(sorted(gone), dtype=np.int64)))
+    places = Places(counts, rows)
+    segments, removed, start = [], [], 0
+    for number, one in enumerate(about["segments"]):
+        own = places.removed_of(number)
+        if len(own) < counts[number]:  # else nothing of it is left
+            segments.append(one)
+            removed.append(own + start)
+            start += counts[number]
+    left = np.concatenate([*removed, np.empty(0, dtype=np.int64)]).astype(np.int64)
+    if entry is not None:
+        segments.append(dict(entry))
+    of_removed = None
+    if len(left):
+        write_array(folder / "removed" / f"{version}.npy", left)
+        of_removed = {"version": version, "rows": len(left), "sha256": sha256(folder / "removed" / f"{version}.npy")}
+    count = sum(int(one["items"]) for one in segments) - len(left)
+    made = {**about, **changes, "version": version, "items": count, "segments": segments, "removed": of_removed}
+    if read_manifest(folder) != about:
+        raise CatalogError(f"the catalog {folder} was replaced meanwhile: nothing was changed; give the command again")
+    write_json(folder / "catalog.json", made)
+    _clean(folder, made)
+    return version
+
+
+def _rewrite_old(catalog: Catalog) -> None:
+    """Brings an opened catalog of format 1 to the present format."""
+    shutil.rmtree(catalog.folder / "segments", ignore_errors=True)  # of a process that was killed
+    entry = _copied(catalog, np.arange(len(catalog)), 1)
+    about = {name: value for name, value in catalog.about.items() if name not in _OF_FORMAT_1}
+    if catalog.verification is not None:
+        about["local_features"] = {"verification": catalog.about["local_features"]["verification"]}
+    if (digest := catalog.about.get("sha256", {}).get("encoder.safetensors")) is not None:
+        about["sha256"] = {"encoder.safetensors": digest}
+    made = {
+        "format": FORMAT,
+        "version": 1,
+        **about,
+        "bytes_per_item": catalog.about.get("bytes_per_item", catalog.index.code_bytes),
+        "items": len(catalog),
+        "columns": catalog.items.column_names,
+        "own_ids": catalog.names.own,
+        "next_id": len(catalog),
+        "segments": [entry],
+        "removed": None,
+        "first": {"catalog": catalog.fingerprint, "items": len(catalog), "next_id": len(catalog)},
+    }
+    write_json(catalog.folder / "catalog.json", made)
+    _clean(catalog.folder, made)
+
+
+def _clean(folder: Path, about: Mapping[str, Any]) -> None:
+    """Deletes the files of a catalog that its present version does not name."""
+    for name in ("catalog.json", "calibration.json", "skipped.csv"):
+        clear_leftovers(folder / name)
+    clear_leftovers(folder)
+    named = {str(entry["folder"]) for entry in about["segments"]}
+    if about["removed"] is not None:
+        named.add(f"removed/{about['removed']['version']}.npy")
+    for kind, pattern in _NUMBERED.items():
+        with suppress(FileNotFoundError):
+            for path in (folder / kind).iterdir():
+                if pattern.fullmatch(path.name) and f"{kind}/{path.name}" not in named:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    clear_leftovers(folder / "removed" / f"{int(about['version']) + 1}.npy")
+    with suppress(OSError):  # it holds a file, or is not there
+        (folder / "removed").rmdir()
+    for name in OF_FORMAT_1:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
