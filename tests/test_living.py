@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import simsearch
@@ -101,10 +103,11 @@ def answers(catalog: Catalog) -> list[dict[str, float]]:
     return found
 
 
-def same_answers(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
+def same_answers(one: list[dict[str, float]], other: list[dict[str, float]], *, ties: bool = False) -> None:
+    """ties: codes have equal scores, whose order is that of the positions."""
     assert len(one) == len(other)
     for left, right in zip(one, other, strict=True):
-        assert list(left) == list(right)
+        assert ties or list(left) == list(right)
         np.testing.assert_allclose(list(left.values()), list(right.values()), atol=1e-6)
 
 
@@ -143,7 +146,7 @@ def test_any_sequence_of_changes(factory, bits, seed, whole, tmp_path, monkeypat
     start = {f"{i}.png": (i, random_.choice("ab")) for i in range(10)}
     oracle.set(start)
     made(out, manifest(root, start), encoder, factory)
-    pixels, kinds = 100, set()
+    pixels, kinds = itertools.count(100), set()
     for _ in range(10):
         before = read_catalog(out)
         was = content(before)
@@ -155,16 +158,14 @@ def test_any_sequence_of_changes(factory, bits, seed, whole, tmp_path, monkeypat
             for path in random_.sample(list(rows), random_.randint(0, min(2, len(rows) - 4))):
                 del rows[path]
             for path in random_.sample(list(rows), 2):
-                rows[path] = random_.choice([(pixels, rows[path][1]), (rows[path][0], random_.choice("ab"))])
-                pixels += 1
+                rows[path] = random_.choice([(next(pixels), rows[path][1]), (rows[path][0], random_.choice("ab"))])
             for _ in range(random_.randint(0, 3)):
-                rows[f"{random_.randint(0, 20)}.png"] = (pixels := pixels + 1, random_.choice("ab"))
+                rows[f"{random_.randint(0, 20)}.png"] = (next(pixels), random_.choice("ab"))
             done = change.update(out, manifest(root, rows), encoder, remove=True, fewer=True)
             described = {path for path, row in rows.items() if oracle.rows.get(path, (None,))[0] != row[0]}
             assert len(done.added) + len(done.changed) == len(described)
         elif kind == "add":
-            some = {f"{random_.randint(0, 20)}.png": (pixels + i, "c") for i in range(2)}
-            pixels += 2
+            some = {f"{random_.randint(0, 20)}.png": (next(pixels), "c") for _ in range(2)}
             change.update(out, manifest(root, some), encoder, remove=False)
             rows |= some
         elif kind == "remove":
@@ -186,7 +187,7 @@ def test_any_sequence_of_changes(factory, bits, seed, whole, tmp_path, monkeypat
         of_fresh = {path: thumbnail for path, _, thumbnail in content(fresh).values()}
         assert {path: thumbnail for path, _, thumbnail in found.values()} == of_fresh
         if factory in ("Flat", "BFlat", "HNSW8"):  # for so few, the graph finds all
-            same_answers(answers(catalog), answers(fresh))
+            same_answers(answers(catalog), answers(fresh), ties=bits is not None)
         for number in set(range(oracle.next_id)) - set(oracle.ids.values()):
             assert catalog.names.find(str(number)) is None
             assert catalog.names.is_gone(str(number))
@@ -510,17 +511,15 @@ def test_a_server_takes_a_new_version(living, tmp_path, monkeypatch):
 
 
 def test_the_test_of_scores_is_right_about_as_often_as_it_says(tmp_path):
-    """Old and new items of one distribution: a false alarm in a hundred; of another one: an alarm."""
+    """Old and new items of one distribution: false alarms at the level of the test; of another one: an alarm."""
     generator, alarms, shifted = torch.Generator().manual_seed(0), 0, 0
-    for trial in range(200):
+    for trial in range(60):
         for shift in (0.0, 2.0):
             count, new = 60, 30
             vectors = torch.randn(count + new, 8, generator=generator)
             vectors[count:, 0] += shift * 4
             index = FaissIndex("Flat")
             index.add(nn.functional.normalize(vectors, dim=1))
-            import pyarrow as pa
-
             table = pa.table({"path": [f"{i}" for i in range(count + new)]})
             calibration = {"items": count, "next_id": count, "neighbours": 3}
             about = {"next_id": count + new, "own_ids": False}
@@ -530,8 +529,8 @@ def test_the_test_of_scores_is_right_about_as_often_as_it_says(tmp_path):
             found = drift.standing(catalog, seed=trial)
             alarms += shift == 0 and found.p < 0.05
             shifted += shift > 0 and found.p < 0.05
-    assert alarms <= 22  # of 200; binomial(200, .05) exceeds it once in a thousand
-    assert shifted >= 190
+    assert alarms <= 9  # of 60: binomial(60, .05) exceeds it once in a thousand
+    assert shifted >= 57
 
 
 def test_commands(small_run, tmp_path):

@@ -617,17 +617,17 @@ def _copied(target: Any, source: Any, rows: Tensor) -> bool:
             ids = others.get_ids(number)
             codes = others.get_codes(number)
             try:
-                new = places[faiss.rev_swig_ptr(ids, size)]  # type: ignore[attr-defined]
-                kept = faiss.rev_swig_ptr(codes, size * others.code_size).reshape(size, -1)[new >= 0]  # type: ignore
+                new = places[faiss.rev_swig_ptr(ids, size)]
+                kept = faiss.rev_swig_ptr(codes, size * others.code_size).reshape(size, -1)[new >= 0]
                 if len(kept):
                     kept, new = np.ascontiguousarray(kept), np.ascontiguousarray(new[new >= 0] + first)
-                    own.add_entries(number, len(kept), faiss.swig_ptr(new), faiss.swig_ptr(kept))  # type: ignore
+                    own.add_entries(number, len(kept), faiss.swig_ptr(new), faiss.swig_ptr(kept))
             finally:
                 others.release_ids(number, ids)
                 others.release_codes(number, codes)
     elif type(target) in _CODES:
         done = True
-        codes = faiss.rev_swig_ptr(source.codes.data(), source.ntotal * source.code_size)  # type: ignore[attr-defined]
+        codes = faiss.rev_swig_ptr(source.codes.data(), source.ntotal * source.code_size)
         kept = np.ascontiguousarray(codes.reshape(source.ntotal, -1)[rows.numpy()])
         target.add_sa_codes(kept)
     if done:

@@ -359,17 +359,14 @@ class _Plan:
                     plan.position[row] = found
                     plan.edits[found] = row
             plan.gone = [position for position in plan.gone if position not in plan.edits]
-        compared = columns if remove else table.column_names
-        old = {n: _texts(catalog.items[n]) for n in compared if n in before}
-        new = {n: table[n].to_pylist() for n in compared if n in table.column_names}
+        names = [*table.column_names, *(name for name in before if remove and name not in table.column_names)]
         nothing = [None] * max(len(catalog), len(table))
-        if remove:  # what the table does not have is taken away
-            old |= {n: _texts(catalog.items[n]) for n in before}
-        pairs = [(old.get(n, nothing), new.get(n, nothing)) for n in {**old, **new}]
+        was = {name: _texts(catalog.items[name]) if name in before else nothing for name in names}
+        now = {name: table[name].to_pylist() if name in table.column_names else nothing for name in names}
         for row, position in enumerate(plan.position):
             if position is None or contents[row] is None or contents[row] != known[position]:
                 plan.describe.append(row)
-            elif any(was[position] != now[row] for was, now in pairs):
+            elif any(was[name][position] != now[name][row] for name in names):
                 plan.edits[position] = row
         return plan
 
