@@ -278,11 +278,18 @@ class OpenCatalog:
         source = Path(images).expanduser().resolve()
         base = usual_root(self.folder, source) if root is None else Path(root).expanduser().resolve()
         manifest = read_manifest(source, base)
-        settings: dict[str, int] = {"batch_size": batch_size, "workers": workers}
         encoder = self._catalog.encoder.to(self._device)
         if isinstance(encoder, ExportedEncoder):
             raise ValueError("exported files describe queries only: open the catalog without encoder= to add to it")
-        change = update(self.folder, manifest, encoder, remove=False, trusted=self._catalog.trusted, **settings)
+        change = update(
+            self.folder,
+            manifest,
+            encoder,
+            remove=False,
+            batch_size=batch_size,
+            workers=workers,
+            trusted=self._catalog.trusted,
+        )
         self._reopen()
         return change
 
@@ -481,7 +488,16 @@ def build_catalog(
     settings: dict[str, int] = {"thumbnail": thumbnail, "batch_size": batch_size, "workers": workers}
     parameter = next(iter(encoder.encoder.parameters()), torch.empty(0))
     if takes(place, encoder.encoder, made, verification):
-        change = update(place, manifest, encoder.encoder, remove=True, fewer=fewer, **settings)
+        change = update(
+            place,
+            manifest,
+            encoder.encoder,
+            remove=True,
+            fewer=fewer,
+            thumbnail=thumbnail,
+            batch_size=batch_size,
+            workers=workers,
+        )
         _warn_unreadable(place, len(change.errors), len(manifest))
         return OpenCatalog(read_catalog(place), parameter.device)
     filling = filling_of(

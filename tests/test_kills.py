@@ -132,9 +132,19 @@ COMMANDS = {
     "sweep": (["train", "-m", *RUN, "seed=0,1", "hydra.sweep.dir={}/out"], (), False),
     "evaluate": (["evaluate", "run={}/run", "run_dir={}/out"], ("run",), False),
     "index": (["index", "run={}/run", "images={}/images", "out={}/out", "device=cpu"], ("run", "images"), False),
-    "index again": (
-        ["index", "run={}/run", "images={}/images", "out={}/catalog", "device=cpu"],
+    "index again": (  # made anew as a whole
+        ["index", "run={}/run", "images={}/images", "out={}/catalog", "index=sq8", "device=cpu"],
         ("run", "images", "catalog"),
+        False,
+    ),
+    "index, changed": (  # other attributes
+        ["index", "run={}/run", "images={}/images/manifest.csv", "out={}/catalog", "device=cpu"],
+        ("run", "images", "catalog"),
+        False,
+    ),
+    "catalog add": (
+        ["catalog", "add", "catalog={}/catalog", "images={}/images", "root={}", "device=cpu"],
+        ("images", "catalog"),
         False,
     ),
     "extract": (

@@ -280,16 +280,20 @@ class TestUpdate:
             return Manifest(images.root, images.paths, {"id": tuple(ids.values())})
 
         out = tmp_path / "c"
-        made(out, of({"0.png": "7", "1.png": "0"}), Encoder(), "Flat")
-        assert read_catalog(out).names.of([0, 1]) == ["7", "0"]
+        made(out, of({"0.png": "7", "1.png": "0", "3.png": "x"}), Encoder(), "Flat")
+        assert read_catalog(out).names.of([0, 1, 2]) == ["7", "0", "x"]
         for wrong, message in (({"2.png": "7"}, "two images have the id '7'"), ({"2.png": None}, "has no id")):
             with pytest.raises(ValueError, match=message):
                 change.update(out, of(wrong), Encoder(), remove=False)
         change.update(out, of({"2.png": "1", "1.png": "9"}), Encoder(), remove=False)
         catalog = read_catalog(out)
         assert {catalog.names.of([i])[0]: p for i, p in enumerate(catalog.items["path"].to_pylist())} == {
-            "7": "0.png", "9": "1.png", "1": "2.png",
+            "7": "0.png", "9": "1.png", "1": "2.png", "x": "3.png",
         }  # fmt: skip
+        assert [name for name in ("7", "0", "1", "9", "8") if catalog.names.is_gone(name)] == ["0"]
+        change.remove(out, ["7"])
+        with pytest.raises(ValueError, match="the item 7 was removed from the catalog"):
+            change.remove(out, ["7"])
 
     def test_local_features_move_along(self, tmp_path):
         rows, out = {f"{i}.png": (i, "a") for i in range(4)}, tmp_path / "c"

@@ -165,7 +165,12 @@ class Catalog:
     def names(self) -> Names:
         """The names of the items."""
         own, count = self.about.get("own_ids"), int(self.about.get("next_id", len(self)))
-        return Names(self.items, self.ids, own=own, given=count)
+        removed = None
+        if own and self.places is not None:
+            rows = [pa.array(self.places.removed_of(number)) for number in range(len(self.segments))]
+            known = [s.items[OWN_ID].take(r) for s, r in zip(self.segments, rows, strict=True) if len(r)]
+            removed = pa.chunked_array([chunk for one in known for chunk in one.chunks], pa.string())
+        return Names(self.items, self.ids, own=own, given=count, removed=removed)
 
     def position(self, name: str) -> int:
         """The position of an item by id or path, as in `Names.find`.

@@ -196,11 +196,11 @@ def update(
         plan = _Plan.of(catalog, table, content_digests(manifest.root, manifest.paths), remove=remove)
         side = thumbnail or int(catalog.about.get("thumbnail") or THUMBNAIL_SIDE)
         described = _Described.of(catalog, manifest, plan, encoder, device, side, batch_size, workers)
-        failed = set(plan.describe) - set(described.rows)
-        lost = {plan.position[row] for row in failed if plan.position[row] is not None} if remove else set()
-        gone = [*plan.gone, *lost]
-        changed = [plan.position[row] for row in described.rows if plan.position[row] is not None]
-        new = [row for row in described.rows if plan.position[row] is None]
+        at = {row: position for row, position in enumerate(plan.position) if position is not None}
+        failed = sorted(set(plan.describe) - set(described.rows)) if remove else []
+        gone = [*plan.gone, *(at[row] for row in failed if row in at)]
+        changed = [at[row] for row in described.rows if row in at]
+        new = [row for row in described.rows if row not in at]
         left = len(catalog) - len(gone) + len(new)
         if remove:
             check_not_fewer(folder, left, fewer)
@@ -213,7 +213,7 @@ def update(
         edited = sorted(plan.edits)
         outcome = Change(
             version=int(catalog.about["version"]),
-            added=tuple(one for one, row in zip(ids, described.rows, strict=True) if plan.position[row] is None),
+            added=tuple(one for one, row in zip(ids, described.rows, strict=True) if row not in at),
             changed=tuple(int(numbers[position]) for position in changed),
             edited=tuple(int(numbers[position]) for position in edited),
             removed=tuple(int(numbers[position]) for position in gone),

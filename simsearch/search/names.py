@@ -30,6 +30,7 @@ class Names:
         numbers: int64 (N,), the numbers that the catalog gave. None if they are the positions.
         own: Whether the column `id` holds the ids. None looks at its values.
         given: Number of numbers that the catalog has given so far. None if no item was ever removed.
+        removed: The column `id` of items that were removed, as far as it is known, or None.
     """
 
     def __init__(
@@ -39,20 +40,25 @@ class Names:
         *,
         own: bool | None = None,
         given: int | None = None,
+        removed: pa.ChunkedArray | None = None,
     ) -> None:
         self._count, self._numbers, self._known = len(items), numbers, own
         self.given = len(items) if given is None else given
-        self._columns = {name: _Sorted(items[name]) for name in (OWN_ID, "path") if name in items.column_names}
+        self._removed, self._items = removed, items
 
     def __len__(self) -> int:
         return self._count
+
+    @cached_property
+    def _columns(self) -> dict[str, _Sorted]:
+        return {n: _Sorted(self._items[n]) for n in (OWN_ID, "path") if n in self._items.column_names}
 
     @cached_property
     def own(self) -> bool:
         """Whether the column `id` holds the ids."""
         if self._known is None:
             return OWN_ID in self._columns and self._columns[OWN_ID].names_each
-        return self._known and OWN_ID in self._columns
+        return self._known and OWN_ID in self._items.column_names
 
     @cached_property
     def numbers(self) -> np.ndarray:
@@ -95,13 +101,15 @@ class Names:
         return int(asked[1]) if asked and int(asked[1]) < self._count else None
 
     def is_gone(self, name: str) -> bool:
-        """Whether an item had this id that is not there any more.
+        """Whether an item had this id that is not there any more. Own ids are forgotten when segments are merged.
 
         Args:
             name: The name.
         """
-        is_number = not self.own and bool(_NUMBER.fullmatch(name))
-        return is_number and int(name) < self.given and self._numbered(int(name)) is None
+        if self.own:
+            known = self._removed is not None and bool(pc.any(pc.equal(self._removed, name)).as_py())
+            return known and self.find(name) is None
+        return bool(_NUMBER.fullmatch(name)) and int(name) < self.given and self._numbered(int(name)) is None
 
     def _numbered(self, number: int) -> int | None:
         place = int(np.searchsorted(self.numbers, number, sorter=self._order))
