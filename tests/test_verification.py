@@ -41,6 +41,9 @@ STYLES = (1, 2, 4, 6)  # with corners; SIFT finds none in soft washes
 N = 12
 
 
+FILE = f"segments/1/{NAME}"
+
+
 @pytest.fixture(scope="module")
 def works() -> Tensor:
     places = [(style, 0, work) for style in STYLES for work in range(N // len(STYLES))]
@@ -91,7 +94,7 @@ class TestStore:
 
     def test_an_item_takes_at_most_twelve_kilobytes(self, built):
         about = read_catalog(built).about["local_features"]
-        kind = np.load(built / NAME, mmap_mode="r", allow_pickle=False).dtype
+        kind = np.load(built / FILE, mmap_mode="r", allow_pickle=False).dtype
         assert about["bytes_per_item"] == kind.itemsize <= 12_000
 
     def test_images_that_vanish_end_the_work(self, works, tmp_path):
@@ -126,9 +129,9 @@ class TestStore:
             features_of(one)  # of an image without a pixel
 
     def test_a_changed_byte_is_noticed_when_it_is_read(self, copy, works):
-        data = bytearray((copy / NAME).read_bytes())
+        data = bytearray((copy / FILE).read_bytes())
         data[-40] ^= 1
-        (copy / NAME).write_bytes(data)
+        (copy / FILE).write_bytes(data)
         catalog = simsearch.open_catalog(copy)
         with pytest.raises(CatalogError, match="damaged"):
             catalog.search(works[0])
@@ -136,7 +139,7 @@ class TestStore:
 
     @pytest.mark.parametrize("damage", ["gone", "cut", "other"])
     def test_a_damaged_file_is_named(self, copy, damage):
-        path = copy / NAME
+        path = copy / FILE
         if damage == "gone":
             path.unlink()
         elif damage == "cut":
@@ -151,7 +154,7 @@ class TestStore:
             def __reduce__(self):
                 return os.system, ("touch /tmp/simsearch-was-here",)
 
-        np.save(copy / NAME, np.array([Bad()], dtype=object), allow_pickle=True)
+        np.save(copy / FILE, np.array([Bad()], dtype=object), allow_pickle=True)
         with pytest.raises(CatalogError, match="damaged"):
             read_catalog(copy)
         assert not Path("/tmp/simsearch-was-here").exists()

@@ -62,6 +62,7 @@ from simsearch.models.encoder import build, build_encoder
 from simsearch.models.exported import ExportedEncoder, read_about
 from simsearch.search.items import THUMBNAIL
 from simsearch.search.local_features import NAME as LOCAL_FEATURES
+from simsearch.search.local_features import about_local_features
 from simsearch.search.names import OWN_ID, Names
 from simsearch.search.segments import (
     CONTENT,
@@ -496,7 +497,7 @@ def _write_catalog(
     with replacing_folder(folder) as temporary:
         tables = map(numbering.numbered, [items] if isinstance(items, pa.Table) else items)
         segment = write_segment(temporary, 1, index=index, items=tables, verification=verification, local=local)
-        of_local = {} if verification is None else {"local_features": {"verification": verification.config}}
+        of_local = {} if verification is None else {"local_features": about_local_features(verification)}
         about = {
             "format": FORMAT,
             "version": 1,

@@ -42,7 +42,7 @@ from simsearch.search.catalog import (
     write_skipped,
 )
 from simsearch.search.describe import batches_of, describe
-from simsearch.search.local_features import describe_items
+from simsearch.search.local_features import about_local_features, describe_items
 from simsearch.search.names import OWN_ID
 from simsearch.search.segments import Places, damaged_files, with_ids, write_segment
 from simsearch.search.verification import Verification
@@ -589,7 +589,7 @@ def _rewrite_old(catalog: Catalog) -> None:
     entry = _copied(catalog, np.arange(len(catalog)), 1)
     about = {name: value for name, value in catalog.about.items() if name not in _OF_FORMAT_1}
     if catalog.verification is not None:
-        about["local_features"] = {"verification": catalog.about["local_features"]["verification"]}
+        about["local_features"] = about_local_features(catalog.verification)
     if (digest := catalog.about.get("sha256", {}).get("encoder.safetensors")) is not None:
         about["sha256"] = {"encoder.safetensors": digest}
     made = {

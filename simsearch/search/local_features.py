@@ -1,8 +1,8 @@
 """The local_features.npy of a catalog: the local features of each item, in records of one size.
 
 A record has the features of one item: their number, the size of the described image, the places of the features as
-fractions of that size, and their descriptors. Records are read by position from a memory map. catalog.json holds
-digests of blocks of records; a block is checked when it is first read.
+fractions of that size, and their descriptors. Records are read by position from a memory map. Digests cover
+blocks of records; a block is checked when it is first read.
 """
 
 from __future__ import annotations
@@ -38,6 +38,16 @@ def record_type(features: int, dimension: int) -> np.dtype[Any]:
     """
     fields = [("count", "<u2", ()), ("size", "<u2", (2,)), ("points", "<u2", (features, 2))]
     return np.dtype([*fields, ("descriptors", "i1", (features, dimension))])
+
+
+def about_local_features(verification: Verification) -> dict[str, Any]:
+    """The entry `local_features` of catalog.json: what describes the items, and the size of a record in bytes.
+
+    Args:
+        verification: What describes the items, and verifies them.
+    """
+    size = record_type(verification.item_features, verification.features.dimension).itemsize
+    return {"verification": verification.config, "bytes_per_item": size}
 
 
 def record(found: LocalFeatures, kind: np.dtype[Any]) -> np.ndarray:
@@ -155,7 +165,7 @@ def _described(manifest: Manifest, verification: Verification, kind: np.dtype[An
 def write_local_features(
     path: Path, count: int, records: Iterable[np.ndarray], verification: Verification
 ) -> dict[str, Any]:
-    """Writes the records of all items and returns the entry `local_features` of catalog.json.
+    """Writes the records of all items and returns the digests of its blocks.
 
     Args:
         path: The file to write.
@@ -178,7 +188,7 @@ def write_local_features(
         raise ValueError(f"there are {written} records of local features for {count} items")
     stored.flush()
     blocks = [hashlib.sha256(stored[i : i + _BLOCK].tobytes()).hexdigest() for i in range(0, count, _BLOCK)]
-    return {"verification": verification.config, "block": _BLOCK, "bytes_per_item": kind.itemsize, "sha256": blocks}
+    return {"block": _BLOCK, "sha256": blocks}
 
 
 class StoredFeatures:
@@ -186,7 +196,7 @@ class StoredFeatures:
 
     Args:
         path: The file.
-        about: The entry `local_features` of catalog.json.
+        about: Entries of `write_local_features`.
         verification: What described the items.
         count: Number of items.
 
@@ -204,7 +214,7 @@ class StoredFeatures:
         if self._records.dtype != kind or self._records.shape != (count,):
             raise Damaged(f"{path} holds {self._records.shape} records, not those of the {count} items")
         if self._block < 1 or len(self._known) != -(-count // self._block):
-            raise Damaged(f"catalog.json has the wrong number of digests for {path}")
+            raise Damaged(f"there is a wrong number of digests for {path}")
         self._checked: set[int] = set()
 
     def take(self, positions: Sequence[int]) -> list[LocalFeatures]:
