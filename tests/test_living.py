@@ -389,7 +389,7 @@ def files(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("kind", "kills"),
     [*((kind, 4) for kind in ("sync", "remove", "compact"))]
-    + [pytest.param(kind, 70, marks=pytest.mark.slow) for kind in ("sync", "add", "remove", "compact")],
+    + [pytest.param(kind, 100, marks=pytest.mark.slow) for kind in ("sync", "add", "remove", "compact")],
 )
 def test_a_kill_leaves_the_old_version_or_the_new_one(kind, kills, living, tmp_path):
     base, images, encoder = living("base"), manifest(tmp_path / "i", OTHERS), Encoder()
