@@ -321,7 +321,7 @@ class OpenCatalog:
 
     def verify(self) -> list[str]:
         """Compares each file of the catalog on disk with its digest. Returns what is wrong, one line each."""
-        return problems(self.folder)
+        return problems(self.folder, trusted=self._catalog.trusted)
 
     def standing(self) -> Standing | None:
         """What has changed since the catalog was calibrated. None if it is not calibrated."""

@@ -24,6 +24,7 @@ from test_kills import is_change
 from torch import Tensor, nn
 
 from simsearch.data.manifest import Manifest
+from simsearch.files import sha256, write_json
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search import change, drift, segments
 from simsearch.search.build import filling_of, write_filled
@@ -241,7 +242,7 @@ class TestUpdate:
         assert (done.edited, done.added, done.removed) == ((1,), (), ())
         assert read_catalog(out).names.find("new/1.png") == read_catalog(out).names.find("1")
 
-    def test_a_calibration_stays(self, living, tmp_path):
+    def test_a_calibration_stays(self, living, tmp_path, capsys):
         out = living()
         catalog = read_catalog(out)
         kept = {"catalog": catalog.fingerprint, "same_work": [0.9], "similar": None, "neighbours": 1}
@@ -254,6 +255,7 @@ class TestUpdate:
         assert (found.came, found.went, found.p) == (1, 2, None)
         assert found.share == pytest.approx(3 / 9)
         assert not found.stands
+        assert "1 items of the catalog" in capsys.readouterr().err  # whenever it is opened
         assert "no longer stands for the collection (1 items came and 2 went since, 33.3 % of all)" in str(found)
 
     def test_an_unreadable_image_goes_with_remove_and_stays_without(self, living, tmp_path):
@@ -471,6 +473,44 @@ def test_a_segment_outside_of_the_folder_is_not_opened(living, tmp_path):
         (out / "catalog.json").write_text(json.dumps({k: v for k, v in about.items() if k != "checksum"}))
         with pytest.raises(CatalogError, match="which is none"):
             read_catalog(out)
+
+
+def sign(out: Path, files: dict[str, dict]) -> None:
+    """Gives a catalog digests of other files, so that all are right: as somebody else may write it."""
+    path = out / "segments/1/segment.json"
+    about = json.loads(path.read_text())
+    write_json(path, about | {"files": about["files"] | files})
+    whole = json.loads((out / "catalog.json").read_text())
+    whole["segments"][0]["sha256"] = sha256(path)
+    write_json(out / "catalog.json", whole)
+
+
+def test_a_file_that_no_segment_has_is_not_read(living, tmp_path):
+    out = living()
+    (tmp_path / "secret").write_text("key")
+    sign(out, {"../../../secret": {"bytes": 3, "sha256": "0"}})
+    with pytest.raises(CatalogError, match=r"names the file '../../../secret', which no segment has"):
+        read_catalog(out)
+    assert "which no segment has" in change.problems(out)[0]
+
+
+def test_texts_that_point_outside_of_their_file_are_refused(living):
+    out = living()
+    path = out / "segments/1/items.arrow"
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    offsets, data = (table["path"].chunk(0).buffers()[i] for i in (1, 2))
+    wild = np.frombuffer(offsets, np.int32).copy()
+    wild[3] = 10**9
+    texts = pa.StringArray.from_buffers(len(table), pa.py_buffer(wild), data)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        try:
+            writer.write_table(table.set_column(table.column_names.index("path"), "path", texts))
+        except pa.ArrowInvalid:
+            pytest.skip("this release of Arrow does not write it")
+    sign(out, {"items.arrow": {"bytes": path.stat().st_size, "sha256": sha256(path)}})
+    with pytest.raises(CatalogError, match="damaged .*Invalid"):
+        read_catalog(out)
+    assert any("Invalid" in problem for problem in change.problems(out))
 
 
 def test_a_reader_whose_segments_are_merged_meanwhile_reads_again(living, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from simsearch import program
+from simsearch import configs, program
 from simsearch.search.change import problems
 
 
@@ -20,7 +20,7 @@ def main(config: DictConfig) -> None:
     Raises:
         ValueError: If a file is damaged or missing.
     """
-    found = problems(Path(config.catalog))
+    found = problems(Path(config.catalog), trusted=configs.trusts(config))
     for problem in found:
         print(problem)
     if found:

@@ -90,6 +90,7 @@ OF_FORMAT_1 = ("index", "items.parquet", LOCAL_FEATURES)
 _ENTRIES = {"catalog.json", "segments", "removed", "encoder.safetensors", "skipped.csv", *OF_FORMAT_1}
 _ENTRIES |= {"calibration.json", "calibration"}
 _ADDED = 2**16  # vectors that an index is given together
+MOST_CHANGED = 0.1  # share of the items that may come and go until a calibration does not stand any more
 _TRIES = 3  # to read a catalog that changes while it is read
 
 
@@ -788,7 +789,27 @@ def _read_calibration(catalog: Catalog) -> dict[str, Any] | None:
         ) from error
     if calibration.get("catalog", catalog.fingerprint) != catalog.fingerprint:  # older ones do not say
         raise CatalogError(f"{path} belongs to another catalog, whose scores differ: delete it, or calibrate again")
+    came, went, share = turnover(catalog, calibration)
+    if share > MOST_CHANGED:
+        warn(
+            f"note: {came} items of the catalog {catalog.folder} came and {went} went since it was calibrated: what it "
+            "promises may not hold any more. simsearch calibrate makes the calibration anew"
+        )
     return calibration
+
+
+def turnover(catalog: Catalog, calibration: Mapping[str, Any]) -> tuple[int, int, float]:
+    """The numbers of items that came and went since a calibration, and their share of all items, then and now.
+
+    Args:
+        catalog: The catalog.
+        calibration: Its calibration. One that does not say how many items there were is of the first version.
+    """
+    first = catalog.about.get("first") or {"items": len(catalog), "next_id": len(catalog)}  # of format 1
+    then, next_id = (int(calibration.get(name, first[name])) for name in ("items", "next_id"))
+    came = int((catalog.names.numbers >= next_id).sum())
+    went = then - (len(catalog) - came)
+    return came, went, (came + went) / max(1, then + came)
 
 
 def item_table(columns: Mapping[str, Sequence[Any]], thumbnails: Sequence[bytes]) -> pa.Table:

@@ -46,6 +46,7 @@ from simsearch.search.local_features import about_local_features, describe_items
 from simsearch.search.names import OWN_ID
 from simsearch.search.segments import Places, damaged_files, with_ids, write_segment
 from simsearch.search.verification import Verification
+from simsearch.trust import check_links
 from simsearch.types import Encoder
 
 THUMBNAIL_SIDE = 256  # of catalogs that do not say theirs
@@ -275,15 +276,18 @@ def compact(folder: Path, *, trusted: bool = False) -> Change:
         return Change(version, kept=len(catalog))
 
 
-def problems(folder: Path) -> list[str]:
+def problems(folder: Path, *, trusted: bool = False) -> list[str]:
     """Compares each file of a catalog with its digest, and returns what is wrong, one line each.
 
     Args:
         folder: The catalog's folder.
+        trusted: Allow links to lead out of the folder.
     """
     try:
+        if not trusted and folder.is_dir():
+            check_links(folder)
         about = read_manifest(folder)
-    except CatalogError as error:
+    except ValueError as error:
         return [str(error)]
     found = []
     if about["format"] == FORMAT:
@@ -301,7 +305,7 @@ def problems(folder: Path) -> list[str]:
             found.append(str(error))
     if not found:  # what is whole must fit together
         try:
-            catalog = read_catalog(folder, trusted=True)
+            catalog = read_catalog(folder, trusted=trusted)
             numbers = catalog.names.numbers
             if len(np.unique(numbers)) < len(numbers) or (numbers >= catalog.names.given).any():
                 found.append(f"{folder}: two items have one id, or an id that was never given")

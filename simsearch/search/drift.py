@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from simsearch.search.calibration import image_a_work, leave_work_out
-from simsearch.search.catalog import Catalog
+from simsearch.search.catalog import MOST_CHANGED, Catalog, turnover
 from simsearch.search.engine import Engine
 
-MOST_CHANGED = 0.1  # share of the items that may come and go
 LEAST_P = 0.01  # level of the test on their scores
 _SAMPLE = 500  # works of either kind whose scores are compared
 _LEAST = 8  # works without which the scores are not compared
@@ -64,16 +63,13 @@ def standing(catalog: Catalog, seed: int = 0) -> Standing | None:
     """
     if (calibration := catalog.calibration) is None:
         return None
-    first = catalog.about.get("first") or {"items": len(catalog), "next_id": len(catalog)}  # of format 1
-    then, next_id = (int(calibration.get(name, first[name])) for name in ("items", "next_id"))
-    new = catalog.names.numbers >= next_id
-    came, stayed = int(new.sum()), int((~new).sum())
-    went = then - stayed
+    came, went, share = turnover(catalog, calibration)
     p = None
-    if min(came, stayed) >= _LEAST:
+    if min(came, len(catalog) - came) >= _LEAST:
         from scipy.stats import ks_2samp  # a second that searches need not wait
 
         engine = Engine(catalog)
+        new = np.isin(np.arange(len(catalog)), np.argsort(catalog.names.numbers, kind="stable")[-came:])
         scores = []
         for chosen in (np.flatnonzero(new), np.flatnonzero(~new)):
             at = chosen[image_a_work(engine.works[chosen], _SAMPLE, seed).numpy()]
@@ -81,4 +77,4 @@ def standing(catalog: Catalog, seed: int = 0) -> Standing | None:
             scores.append(own.sameness[torch.isfinite(own.sameness)].numpy())
         if min(map(len, scores)) >= _LEAST:
             p = float(ks_2samp(*scores).pvalue)
-    return Standing(catalog.folder, came, went, (came + went) / max(1, then + came), p)
+    return Standing(catalog.folder, came, went, share, p)

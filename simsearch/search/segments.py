@@ -223,7 +223,10 @@ def _described(catalog: Path, entry: Mapping[str, Any]) -> tuple[Path, dict[str,
     path = catalog / str(entry["folder"]) / _SEGMENT
     if sha256(path) != entry["sha256"]:
         raise Damaged(f"{path} is damaged or belongs to another catalog: its SHA-256 is not the recorded one")
-    return path.parent, read_json(path)
+    about = read_json(path)
+    if foreign := sorted(set(about["files"]) - set(SEGMENT_FILES)):
+        raise Damaged(f"{path} names the file {foreign[0]!r}, which no segment has")
+    return path.parent, about
 
 
 def is_read_whole(folder: Path, name: str, known: Mapping[str, Any]) -> bool:
@@ -244,12 +247,12 @@ def is_read_whole(folder: Path, name: str, known: Mapping[str, Any]) -> bool:
 
 
 def _read_attributes(path: Path, digest: str, whole: bool) -> pa.Table:
-    if not whole:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != digest:
+    source = pa.memory_map(str(path)) if not whole else pa.py_buffer(path.read_bytes())
+    if whole and hashlib.sha256(source).hexdigest() != digest:
         raise Damaged(f"{path} is damaged or belongs to another catalog: its SHA-256 is not the recorded one")
-    return pa.ipc.open_file(pa.py_buffer(content)).read_all()
+    table = pa.ipc.open_file(source).read_all()
+    table.validate(full=whole)  # what somebody else wrote may point anywhere
+    return table
 
 
 def read_old(folder: Path, about: Mapping[str, Any], verification: Verification | None) -> Segment:
@@ -295,7 +298,9 @@ def damaged_files(catalog: Path, entry: Mapping[str, Any]) -> Iterator[str]:
             is_read_whole(folder, name, known)
             if sha256(folder / name) != known["sha256"]:
                 yield f"{folder / name} is damaged: its SHA-256 is not the recorded one"
-        except (OSError, ValueError) as error:
+            elif name == ITEMS:
+                pa.ipc.open_file(pa.memory_map(str(folder / name))).read_all().validate(full=True)
+        except (OSError, ValueError, pa.ArrowException) as error:
             yield str(error)
     try:
         if read_json(folder / "index" / "index.json")["sha256"] != about["files"][INDEX]["sha256"]:
