@@ -508,7 +508,7 @@ def test_texts_that_point_outside_of_their_file_are_refused(living):
         except pa.ArrowInvalid:
             pytest.skip("this release of Arrow does not write it")
     sign(out, {"items.arrow": {"bytes": path.stat().st_size, "sha256": sha256(path)}})
-    with pytest.raises(CatalogError, match="damaged .*Invalid"):
+    with pytest.raises(CatalogError, match=r"damaged .*Invalid"):
         read_catalog(out)
     assert any("Invalid" in problem for problem in change.problems(out))
 

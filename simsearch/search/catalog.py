@@ -104,7 +104,7 @@ def _fingerprint(about: Mapping[str, Any]) -> str:
 
 def _identity(about: Mapping[str, Any]) -> str:
     """The fingerprint of a catalog's first version."""
-    return _fingerprint(about) if about["format"] == 1 else str(about["first"]["catalog"])
+    return str(about["first"]["catalog"]) if "first" in about else _fingerprint(about)
 
 
 def encoder_fingerprint(encoder: Encoder) -> str:
@@ -170,7 +170,9 @@ class Catalog:
         removed = None
         if own and self.places is not None:
             rows = [pa.array(self.places.removed_of(number)) for number in range(len(self.segments))]
-            known = [s.items[OWN_ID].take(r) for s, r in zip(self.segments, rows, strict=True) if len(r)]
+            known = [
+                s.items[OWN_ID].take(r).cast(pa.string()) for s, r in zip(self.segments, rows, strict=True) if len(r)
+            ]
             removed = pa.chunked_array([chunk for one in known for chunk in one.chunks], pa.string())
         return Names(self.items, self.ids, own=own, given=count, removed=removed)
 
@@ -543,7 +545,7 @@ class _Numbering:
         self._before: dict[str, int] = {}
         self.next_id = 0
         try:
-            old = read_catalog(folder, calibrated=False, trusted=True)
+            old = read_catalog(folder, calibrated=False)
         except (ValueError, OSError, KeyError, TypeError):  # there is none, or none that can be read
             old = None
         if old is not None and "path" in old.items.column_names:
