@@ -693,3 +693,44 @@ def test_faiss_before_torch():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().isdigit()
+
+
+KINDS = ["Flat", "SQ8", "PQ4", "IVF4,Flat", "IVF4,PQ4", "OPQ4,IVF4,PQ4", "HNSW8", "PQ4,RFlat", "IVF4,PQ4x4fs"]
+
+
+@pytest.mark.filterwarnings("ignore:.*learns")
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("factory", [*KINDS, "BFlat", "BIVF4"])
+def test_some_items_of_several_indexes_joined(factory, mapped, tmp_path):
+    """The joined index decodes to the same rows, and ranks them as numpy ranks the decoded rows."""
+    generator = torch.Generator().manual_seed(0)
+    if factory[0] == "B":
+        vectors = torch.randint(0, 256, (500, 4), generator=generator, dtype=torch.uint8)
+    else:
+        vectors = torch.randn(500, 16, generator=generator)
+    settings = {"nprobe": 4} if "IVF" in factory else {"ef_search": 500} if "HNSW" in factory else {}
+    one = FaissIndex(factory, **settings)
+    one.add(vectors[:400])
+    other = one.emptied()
+    other.add(vectors[400:])
+    kept = torch.arange(0, 400, 3), torch.arange(1, 100, 2)
+    rows = torch.cat([one.rows(kept[0]), other.rows(kept[1])])
+    if mapped and "fs" not in factory:  # FAISS cannot decode such lists once they were read from a file
+        one.save(tmp_path)
+        one = FaissIndex.load(tmp_path, mapped=True)
+    joined = FaissIndex.joined([(one, kept[0]), (other, kept[1])])
+    assert len(joined) == len(rows)
+    assert torch.equal(joined.rows(torch.arange(len(rows))), rows)
+    joined.add(vectors[:2])  # it goes on with the same training
+    queries, stored = vectors[5:9], torch.cat([rows, joined.rows(torch.arange(len(rows), len(rows) + 2))])
+    found = joined.search(queries, 10)
+    if factory[0] == "B":
+        bits = [np.unpackbits(part.numpy(), axis=1).astype(int) for part in (queries, stored)]
+        scores = -np.abs(bits[0][:, None] - bits[1][None]).sum(2)
+    else:
+        scores = queries.double().numpy() @ stored.double().numpy().T
+    if "fs" not in factory and "RFlat" not in factory:  # fast-scan scores roughly, the other refines what PQ finds
+        np.testing.assert_allclose(found.scores, np.sort(scores)[:, ::-1][:, :10], atol=1e-4)
+    joined.save(tmp_path / "joined")
+    again = FaissIndex.load(tmp_path / "joined", mapped=mapped).search(queries, 10)
+    assert torch.equal(again.ids, found.ids)

@@ -615,3 +615,22 @@ def test_commands(small_run, tmp_path):
     done = simsearch("catalog", "verify", f"catalog={out}", expect=1)
     assert "items.arrow" in done.stdout
     assert "damaged in 1 places" in done.stderr
+
+
+@pytest.mark.parametrize("place", ["save", "write_json", "write_array"])
+def test_a_full_disk_leaves_the_old_version(place, living, tmp_path, monkeypatch):
+    out, images = living(), manifest(tmp_path / "i", OTHERS)
+    old = content(read_catalog(out))
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FaissIndex if place == "save" else change, place, fail)
+    with pytest.raises(OSError, match="No space left"):
+        change.update(out, images, Encoder(), remove=True, fewer=True)
+    monkeypatch.undo()
+    assert content(read_catalog(out)) == old
+    assert change.problems(out) == []
+    change.update(out, images, Encoder(), remove=True, fewer=True)
+    assert files(out) == named(out)
+    assert len(read_catalog(out)) == 7

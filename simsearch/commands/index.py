@@ -26,7 +26,7 @@ from simsearch.search.build import (
     local_records,
     write_filled,
 )
-from simsearch.search.catalog import CatalogError, calibrated_for, path_table, read_catalog
+from simsearch.search.catalog import MOST_CHANGED, CatalogError, calibrated_for, path_table, read_catalog
 from simsearch.search.change import Change, takes, update
 from simsearch.search.drift import standing
 from simsearch.search.shards import ShardError, open_shards
@@ -224,18 +224,18 @@ def report_change(out: Path, change: Change, skipped: dict[str, int], *, trusted
         skipped: Number of files left out, by reason.
         trusted: Allow links to lead out of the folder.
     """
-    catalog = read_catalog(out, calibrated=False, trusted=trusted)
+    try:
+        catalog = read_catalog(out, trusted=trusted)
+    except CatalogError as error:  # of a calibration that is damaged
+        warn(f"note: {error}")
+        catalog = read_catalog(out, calibrated=False, trusted=trusted)
     report(out, len(catalog), catalog.index.code_bytes, change.errors, skipped)
     print(change)
     if len(catalog.segments) >= MANY_SEGMENTS:
         merge = f"simsearch catalog compact {shlex.quote(f'catalog={out}')}"
         print(f"{len(catalog.segments)} segments: {merge} merges them")
-    try:
-        found = standing(read_catalog(out, trusted=trusted))
-    except CatalogError as error:  # of a calibration that is damaged
-        warn(f"note: {error}")
-        return
-    if found is not None and not found.stands:
+    found = standing(catalog)
+    if found is not None and not found.stands and found.share <= MOST_CHANGED:  # else opening it has said so
         warn(f"note: the calibration {found}")
 
 

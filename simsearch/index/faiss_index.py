@@ -207,6 +207,7 @@ class FaissIndex:
             raise ValueError("there is no index to take items of: give at least one")
         made = choices[0][0].emptied()
         if made._index is not None and all(_copied(made._index, one._index, rows) for one, rows in choices):
+            made._drop_maps()  # they know nothing of what was copied
             return made
         made = choices[0][0].emptied()
         for one, rows in choices:

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from simsearch.data.manifest import Manifest
 from simsearch.data.presence import Presence
-from simsearch.data.tables import Rejected
 from simsearch.files import clear_leftovers, sha256, write_array, write_json
 from simsearch.images import ImageError
 from simsearch.index.faiss_index import SETTINGS, FaissIndex
@@ -75,7 +74,7 @@ class Change:
     edited: tuple[int, ...] = ()
     removed: tuple[int, ...] = ()
     kept: int = 0
-    errors: tuple[ImageError | Rejected, ...] = ()
+    errors: tuple[ImageError, ...] = ()
 
     def __str__(self) -> str:
         counts = {"added": self.added, "changed": self.changed, "edited": self.edited, "removed": self.removed}
@@ -207,7 +206,7 @@ def update(
             check_not_fewer(folder, left, fewer)
         if left == 0:
             raise ValueError(f"no item of the catalog {folder} would be left")
-        errors = (*described.errors, *manifest.rejected)
+        errors: list[Any] = [*described.errors, *manifest.rejected]
         numbers = catalog.names.numbers
         next_id = int(catalog.about["next_id"])
         ids = _ids(plan, described.rows, numbers, next_id)
@@ -219,10 +218,10 @@ def update(
             edited=tuple(int(numbers[position]) for position in edited),
             removed=tuple(int(numbers[position]) for position in gone),
             kept=len(catalog) - len(gone) - len(changed) - len(edited),
-            errors=errors,  # type: ignore[arg-type]
+            errors=tuple(described.errors),  # type: ignore[arg-type]
         )
         if errors:
-            write_skipped(folder, errors)  # type: ignore[arg-type]
+            write_skipped(folder, errors)
         elif remove:
             (folder / "skipped.csv").unlink(missing_ok=True)
         if not (new or changed or edited or gone):
