@@ -596,7 +596,7 @@ def test_commands(small_run, tmp_path):
     done = simsearch("catalog", "add", f"catalog={out}", f"images={images}/late.png", "workers=0", "device=cpu")
     assert "version 3: 1 added, 6 as they were" in done.stdout
     done = simsearch("search", f"catalog={out}", f"image={images}/late.png", "k=1", "format=json", "device=cpu")
-    assert json.loads(done.stdout)["results"][0]["path"] == "late.png"
+    assert [json.loads(done.stdout)["results"][0][name] for name in ("id", "path")] == ["7", "late.png"]
     found = json.loads(simsearch("recommend", f"catalog={out}", "id=7", "k=9", "format=json", "force=true").stdout)
     assert found["like"] == ["7"]
     assert {item["id"] for item in found["results"]} == {"1", "2", "3", "4", "5", "6"}

@@ -163,7 +163,7 @@ def per_query(found: SearchResult, min_score: float | None = None) -> list[tuple
 def rows_of(
     catalog: Catalog, ids: Tensor, scores: Tensor, verdicts: list[str], matches: list[Match | None] | None
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Rank, score, verdict and attributes of the items of one query, and their positions in the catalog.
+    """Rank, id, score, verdict and attributes of the items of one query, and their positions in the catalog.
 
     Verified items add their inliers, and the outline in the query.
 
@@ -176,13 +176,16 @@ def rows_of(
     """
     rows = catalog.items.take(ids.numpy()).to_pylist()
     items = [
-        {"rank": rank, "score": score, "verdict": verdict}
-        for rank, (score, verdict) in enumerate(zip(scores.tolist(), verdicts, strict=True), start=1)
+        {"rank": rank, "id": name, "score": score, "verdict": verdict}
+        for rank, (name, score, verdict) in enumerate(
+            zip(catalog.names.of(ids.tolist()), scores.tolist(), verdicts, strict=True), start=1
+        )
     ]
     for item, match in zip(items, matches or (), strict=matches is not None):
         item["inliers"] = None if match is None else match.inliers
         item["outline"] = None if match is None else match.outline.tolist()
-    return [item | row for item, row in zip(items, rows, strict=True)], ids.tolist()
+    others = [{n: v for n, v in row.items() if n != "id"} for row in rows]
+    return [item | other for item, other in zip(items, others, strict=True)], ids.tolist()
 
 
 def answer_table(answer: Answer, width: int = 120) -> Table:
