@@ -114,7 +114,7 @@ class Hit:
 
     Attributes:
         rank: Rank in the answer, from 1.
-        id: The item's id, else its path.
+        id: The item's id.
         score: Cosine to the query, or the weighted mean of the cosines of the parts.
         verdict: "same work", "similar", "none" or "uncalibrated".
         parts: The contribution of each part of the descriptor to the score.

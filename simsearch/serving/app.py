@@ -81,13 +81,13 @@ async def leased(request: Request, c: str) -> AsyncIterator[Loaded]:
 
 
 def asked_item(
-    id: Annotated[Name | None, Query(description="the item's id, or its path if it has none")] = None,
+    id: Annotated[Name | None, Query(description="the item's id or path")] = None,
     position: Annotated[int | None, Query(ge=0, description="its position in this version of the catalog")] = None,
 ) -> Example:
     """The item that an address names.
 
     Args:
-        id: The item's id, else its path.
+        id: The item's id or path.
         position: Its position in this version of the catalog.
 
     Raises:

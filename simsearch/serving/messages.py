@@ -33,7 +33,7 @@ class Message(BaseModel):
 
 
 class Example(Message):
-    """An item of the catalog by `id` (else its path), an item by `position`, or an `upload`; perhaps a part of it.
+    """An item of the catalog by `id` (or its path), an item by `position`, or an `upload`; perhaps a part of it.
 
     `region` is x, y, w, h of the upright image: fractions of its width and height. For an upload, they are pixels if
     one of them is above 1.
@@ -112,7 +112,7 @@ class SearchImage(Wanted):
 
 
 class Some(Message):
-    """Items by their ids, else their paths."""
+    """Items by their ids or paths."""
 
     ids: list[Name] = Field(min_length=1, max_length=MOST_ITEMS)
 
