@@ -25,7 +25,7 @@ from simsearch.data.presence import Presence
 from simsearch.files import clear_leftovers, sha256, write_array, write_json
 from simsearch.images import ImageError
 from simsearch.index.faiss_index import SETTINGS, FaissIndex
-from simsearch.search.build import check_not_fewer, content_digests
+from simsearch.search.build import check_not_fewer, content_digests, local_records
 from simsearch.search.catalog import (
     FORMAT,
     OF_FORMAT_1,
@@ -41,7 +41,7 @@ from simsearch.search.catalog import (
     write_skipped,
 )
 from simsearch.search.describe import batches_of, describe
-from simsearch.search.local_features import about_local_features, describe_items
+from simsearch.search.local_features import about_local_features
 from simsearch.search.names import OWN_ID
 from simsearch.search.segments import Places, damaged_files, with_ids, write_segment
 from simsearch.search.verification import Verification
@@ -500,8 +500,8 @@ def _write(
     def local() -> Iterator[np.ndarray]:
         assert catalog.verification is not None
         yield from _records(catalog, edited)
-        records = describe_items(manifest, described.rows, catalog.verification, workers=workers)
-        yield from tqdm(records, total=len(described.rows), unit="img", desc="local features")
+        presence = Presence(manifest.root, manifest.paths)
+        yield from local_records(manifest, described.rows, catalog.verification, workers, presence)
 
     return write_segment(
         catalog.folder,
