@@ -282,12 +282,17 @@ class TestReasons:
         assert recommender.consensus([0, 1]) == recommender.consensus([0]) == recommender.consensus([]) == {}
 
     def test_position(self, recommender):
-        assert [recommender.position(name) for name in ("7.jpg", "position:7")] == [7, 7]
-        for name in ("x.jpg", 7, f"position:{N}", -1):
+        assert [recommender.position(name) for name in ("7.jpg", "position:7", "7", 7)] == [7, 7, 7, 7]
+        for name in ("x.jpg", N, f"position:{N}", -1, "007"):
             with pytest.raises(ValueError, match=f"no item '{name}' in the catalog c: give an id or path"):
                 recommender.position(name)
+        ids = pa.array([f"{N + i}" for i in range(N)])
+        own = Engine(
+            Catalog(Path("c"), recommender.catalog.index, recommender.catalog.items.append_column("id", ids), {})
+        )
+        assert own.position(N + 7) == 7
         with pytest.raises(ValueError, match="or position:7 for the item at that place"):
-            recommender.position("7")
+            own.position("7")
 
     @pytest.mark.parametrize("collapse", [True, False])
     def test_verdicts_of_items_against_loops(self, collapse):

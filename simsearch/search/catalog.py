@@ -189,7 +189,8 @@ class Catalog:
         if found is None and self.names.is_gone(name):
             raise ValueError(f"the item {name} was removed from the catalog {self.folder}")
         if found is None:
-            hint = f", or position:{name} for the item at that place" if re.fullmatch(r"[0-9]+", name) else ""
+            is_number = self.names.own and re.fullmatch(r"[0-9]+", name)
+            hint = f", or position:{name} for the item at that place" if is_number else ""
             raise ValueError(
                 f"no item {name!r} in the catalog {self.folder}: give an id or path as the catalog has it{hint}"
             )
