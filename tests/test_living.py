@@ -137,7 +137,7 @@ INDEXES = [("Flat", None, True), ("BFlat", 16, True), ("HNSW8", None, False), ("
 @pytest.mark.parametrize(
     ("factory", "bits", "whole", "seed", "rounds"),
     [
-        *((*index, seed, 1) for seed, index in enumerate(INDEXES)),
+        *((*index, seed, 1) for seed, index in enumerate(INDEXES) if index[0] != "HNSW8"),
         *(pytest.param(*index, seed, 4, marks=pytest.mark.slow) for seed in (10, 11, 12) for index in INDEXES),
     ],
 )
