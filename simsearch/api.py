@@ -24,6 +24,7 @@ from simsearch.evaluation.report import Report, evaluate
 from simsearch.functional.regions import Region, crop, read_region
 from simsearch.functional.reranking import Reranker
 from simsearch.images import encode_thumbnail
+from simsearch.index.auto import AutoIndex
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import device as device_of
 from simsearch.models.encoder import encoder_config
@@ -439,7 +440,7 @@ def build_catalog(
     out: str | Path,
     *,
     root: str | Path | None = None,
-    index: str | FaissIndex | None = None,
+    index: str | FaissIndex | AutoIndex | None = None,
     thumbnail: int = 256,
     batch_size: int = 64,
     workers: int = 2,
@@ -458,7 +459,8 @@ def build_catalog(
             brought up to date: only images that are new or have changed are described, and ids stay. Any other is
             replaced.
         root: Folder that the table's paths are relative to. None means the table's own folder.
-        index: A FAISS factory string such as "HNSW32", or an empty FaissIndex. None means exact search.
+        index: A FAISS factory string such as "HNSW32", an empty FaissIndex, or simsearch.index.auto.AutoIndex, which
+            chooses one by a budget. None means exact search.
         thumbnail: Longest side in pixels of the thumbnail that the catalog stores per image.
         batch_size: Number of images per forward pass, 1 or more.
         workers: Number of processes that decode files, 0 or more.
@@ -481,9 +483,8 @@ def build_catalog(
     manifest = read_manifest(source, None if root is None else Path(root).expanduser())
     path_table(manifest)  # refuses columns before the work
     check_not_fewer(place, len(manifest), fewer)
-    made = (
-        index if isinstance(index, FaissIndex) else FaissIndex(index or ("Flat" if encoder.bits is None else "BFlat"))
-    )
+    made = index or ("Flat" if encoder.bits is None else "BFlat")
+    made = FaissIndex(made) if isinstance(made, str) else made
     check_kind(made, encoder.encoder)
     settings: dict[str, int] = {"thumbnail": thumbnail, "batch_size": batch_size, "workers": workers}
     parameter = next(iter(encoder.encoder.parameters()), torch.empty(0))

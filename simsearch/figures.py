@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -120,6 +120,38 @@ def save_curve(path: Path, points: Sequence[tuple[float, float]], *, title: str)
     axes.set_title(plain, size=9, parse_math=False)  # $ is no formula
     axes.grid(alpha=0.3)
     axes.plot(*zip(*points, strict=True), marker=".")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def save_frontier(
+    path: Path,
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    chosen: tuple[float, float, float],
+    *,
+    title: str,
+) -> None:
+    """Writes a PNG of what kinds of index find against what they cost.
+
+    Args:
+        path: The file to write.
+        lines: For each kind, points (recall, milliseconds of a query, bytes of an item).
+        chosen: The point to mark.
+        title: Title of the figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    figure.suptitle(title, size=9, parse_math=False)
+    by_time, by_size = figure.subplots(1, 2)
+    for axes, place, label in ((by_time, 1, "milliseconds of a query alone"), (by_size, 2, "bytes of an item")):
+        for name, points in lines.items():
+            ordered = sorted(points)
+            axes.plot([p[0] for p in ordered], [p[place] for p in ordered], ".", label=name)
+        axes.plot(chosen[0], chosen[place], "o", markersize=11, markerfacecolor="none", color="black")
+        axes.set(xlabel="recall against exact search", ylabel=label, yscale="log")
+        axes.grid(alpha=0.3)
+    figure.legend(*by_time.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 

@@ -163,6 +163,8 @@ def measured_names(config: Mapping[str, Any]) -> set[str]:
     parts = {name: config[name] for name in ("callbacks", "index", "model", "protocol")}
     if not all(target in trust.ALLOWED for _, target in trust.targets(parts)):
         return set()
+    if config["index"]["_target_"].endswith("AutoIndex"):  # of codes or of float vectors
+        return set()
     names = set()
     index = {name: value for name, value in config["index"].items() if name != "_target_"}
     for node in config["callbacks"].values():

@@ -55,6 +55,7 @@ ALLOWED = frozenset(
         "simsearch.data.samplers.ViewBatches",
         "simsearch.data.transforms.RandomCropFlip",
         "simsearch.evaluation.open_set.OpenSet",
+        "simsearch.index.auto.AutoIndex",
         "simsearch.index.binarize.ITQ",
         "simsearch.index.binarize.Sign",
         "simsearch.index.faiss_index.FaissIndex",

@@ -146,17 +146,85 @@ def test_masks_are_a_search_by_hand(column, value, negate):
         assert mask.tolist() == [(text in ("2.5", "10")) != negate for text in column]
 
 
-def test_masks_are_kept_and_not_handed_out():
+WORDS = st.sampled_from(["a", "b", "B", "c d", "1", "2.5", "-3", "10", None, ""])
+
+
+@st.composite
+def tables(draw) -> tuple[pa.Table, list[Condition]]:
+    """A table of two columns and conditions on it; rows repeat, so that some values are rare and some frequent."""
+    rows = draw(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=8))
+    times = draw(st.lists(st.sampled_from([1, 1, 40, 300]), min_size=len(rows), max_size=len(rows)))
+    many = [row for row, count in zip(rows, times, strict=True) for _ in range(count)]
+    order = torch.randperm(len(many), generator=torch.Generator().manual_seed(len(many))).tolist()
+    columns = {name: [many[i][place] for i in order] for place, name in enumerate("xy")}
+    conditions = []
+    for name in draw(st.lists(st.sampled_from("xy"), max_size=3)):
+        known = [*sorted({value.lower() for value in columns[name] if value}), ""]
+        negate, kind = draw(st.booleans()), draw(st.sampled_from(["any", "values", "range"]))
+        if kind == "values":
+            values = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
+            conditions.append(Condition(name, tuple(values), negate=negate))
+        elif kind == "range" and any(number(value) is not None for value in columns[name]):
+            low, high = draw(st.sampled_from([(None, 2.5), (-3.0, 1.0), (2.0, None), (3.0, 4.0)]))
+            conditions.append(Condition(name, (), low, high, negate))
+        else:
+            conditions.append(Condition(name, negate=negate))
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()}), conditions
+
+
+def number(value: str | None) -> float | None:
+    try:
+        return float(value or "none")
+    except ValueError:
+        return None
+
+
+def meets(value: str | None, condition: Condition) -> bool:
+    """By hand, one value."""
+    if condition.values:
+        return ((value or "").lower() in condition.values) != condition.negate
+    if condition.low is None and condition.high is None:
+        return bool(value) != condition.negate
+    n = number(value)
+    inside = n is not None and (condition.low or -9e9) <= n <= (9e9 if condition.high is None else condition.high)
+    return inside != condition.negate
+
+
+@given(tables())
+@settings(deadline=None, max_examples=120)
+def test_selections_are_a_search_by_hand(drawn):
+    table, conditions = drawn
+    columns = table.to_pydict()
+    expected = [all(meets(columns[c.attribute][i], c) for c in conditions) for i in range(len(table))]
+    attributes = Attributes(table)
+    for _ in range(2):  # the second time from what is kept
+        assert attributes.select(conditions).tolist() == expected
+        assert len(attributes.selection(conditions)) == sum(expected)
+
+
+def test_a_rare_value_costs_its_items():
+    """A million items: what a rare value selects is a piece of its column's inverted list, and stays one."""
+    values = torch.randint(2000, (1_000_000,), generator=torch.Generator().manual_seed(0)).numpy()
+    attributes = Attributes(pa.table({"x": values, "y": values % 7}))
+    one = attributes.meeting(Condition("x", ("17",)))
+    assert one.positions.tolist() == (values == 17).nonzero()[0].tolist()
+    assert one.positions.base is attributes.column("x").inverted[0]
+    both = attributes.selection([Condition("y", ("3",)), Condition("x", ("17",))])
+    assert len(both) == int(((values == 17) & (values % 7 == 3)).sum())
+    assert "bitmap" not in both.__dict__ | one.__dict__
+
+
+def test_selections_are_kept_and_masks_are_copies():
     attributes = Attributes(TABLE)
     condition = Condition("year", (), 1800.0)
-    kept = attributes.mask(condition)
-    assert attributes.mask(condition) is kept
+    kept = attributes.meeting(condition)
+    assert attributes.meeting(condition) is kept
     attributes.select([condition]).fill_(False)
-    assert attributes.mask(condition).sum() == 4
+    assert len(attributes.meeting(condition)) == 4
     for year in range(70):
-        attributes.mask(Condition("year", (), float(year)))
-    assert attributes.mask(condition) is not kept
-    assert torch.equal(attributes.mask(condition), kept)
+        attributes.meeting(Condition("year", (), float(year)))
+    assert attributes.meeting(condition) is not kept
+    assert torch.equal(attributes.meeting(condition).mask(), kept.mask())
 
 
 def test_columns_tell_what_they_hold():
@@ -175,7 +243,7 @@ def test_columns_tell_what_they_hold():
     text = Attributes(
         pa.table({"x": ["1", " -2.5 ", "+3e1", ".5", "7.", "1e400", "nan", "0x1F", "１", "1 2", " ", ""]})
     )
-    numbers = text.column("x").numbers.tolist()
+    numbers = text.column("x").of_values.tolist()
     assert [number for number in numbers if number == number] == [1, -2.5, 30, 0.5, 7]
     assert attributes.column("empty").counted() == []
 

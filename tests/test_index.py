@@ -19,7 +19,9 @@ from torch import Tensor
 
 from simsearch.files import read_json, write_json
 from simsearch.index import faiss_index
+from simsearch.index.auto import Budget
 from simsearch.index.faiss_index import FaissIndex
+from simsearch.index.selection import Selection
 
 CONFIGS = sorted((Path(__file__).parents[1] / "conf" / "index").glob("*.yaml"))
 FLOAT_FAMILIES = [
@@ -309,6 +311,7 @@ class TestAmong:
         """Where there are too many to compare all: the more selective, the wider the search."""
         monkeypatch.setattr(faiss_index, "_FEW", 0)
         monkeypatch.setattr(faiss_index, "_KEPT_ROWS", 0)
+        monkeypatch.setattr(faiss_index, "_DECODE", math.inf)
         monkeypatch.setattr(FaissIndex, "_search_rows", None)
         items, queries = clustered(2000), clustered(30, seed=1)
         index = filled(factory, items, **options)
@@ -340,6 +343,123 @@ class TestAmong:
     def test_wrong(self, among):
         with pytest.raises(ValueError, match=r"among must be bool \(20,\)"):
             filled("Flat", clustered(20)).search(clustered(1), 3, among)
+
+
+class TestAmongMany:
+    """Of many items: what is compared is what was selected, and exact."""
+
+    REFINED = ("IVF16,PQ8x4fsr,Refine(SQ8)", "IVF16,RaBitQfs,Refine(SQ8)", "IVF16,PQ8x4fsr,RFlat")
+
+    def test_few_are_compared_alone(self, monkeypatch):
+        items, queries = clustered(5000), clustered(4, seed=1)
+        index, read = filled("IVF16,Flat", items, nprobe=1), []
+        original = FaissIndex.rows
+        monkeypatch.setattr(FaissIndex, "rows", lambda self, at: read.append(len(at)) or original(self, at))
+        few = Selection(5000, np.arange(7, 5000, 250))
+        found = index.search(queries, 5, few)
+        assert read == [20]
+        scores = similarities(queries, items[few.positions], "ip")
+        assert torch.equal(found.ids, torch.from_numpy(few.positions)[ranked(scores, 5)[0]])
+
+    @pytest.mark.parametrize("factory", [*REFINED, "HNSW16_SQ8"])
+    def test_selecting_inside_refined_and_quantised(self, factory, monkeypatch):
+        """All lists and all candidates: nothing is lost but what the codes lose."""
+        items, queries = clustered(3000), clustered(20, seed=1)
+        index = filled(factory, items, **({} if "HNSW" in factory else {"nprobe": 16}))
+        if "Refine" in factory or "RFlat" in factory:
+            index.tune(k_factor=20)
+        monkeypatch.setattr(faiss_index, "_FEW", 0)
+        monkeypatch.setattr(faiss_index, "_KEPT_ROWS", 0)
+        monkeypatch.setattr(faiss_index, "_DECODE", math.inf)
+        monkeypatch.setattr(FaissIndex, "_search_rows", None)
+        mask = torch.rand(3000, generator=torch.Generator().manual_seed(3)) < 0.3
+        found = index.search(queries, 10, mask)
+        assert mask[found.ids].all()
+        scores = similarities(queries, items, "ip").masked_fill(~mask, -math.inf)
+        assert recall(found.ids, ranked(scores, 10)[0]) > 0.93
+
+    def test_another_index_selects_from_others(self):
+        with pytest.raises(ValueError, match="among selects from 19 items, the index has 20"):
+            filled("Flat", clustered(20)).search(clustered(1), 3, Selection.everything(19))
+
+
+class TestRefinement:
+    @pytest.mark.parametrize("factory", ["IVF8,PQ8x4fsr,Refine(SQ8)", "IVF8,PQ8x4fsr,RFlat"])
+    def test_with_all_candidates_it_ranks_what_it_stores(self, factory):
+        items, queries = clustered(600), clustered(20, seed=1)
+        index = filled(factory, items, nprobe=8, k_factor=60)
+        expected = ranked(similarities(queries, index.reconstruct(), "ip"), 10)[1]
+        torch.testing.assert_close(index.search(queries, 10).scores.double(), expected, atol=2e-5, rtol=1e-4)
+        assert torch.allclose(index.rows(torch.tensor([5, 17])), items[[5, 17]], atol=0.02)
+
+    def test_it_is_kept(self, tmp_path):
+        index = filled("IVF8,PQ8x4fsr,Refine(SQ8)", clustered(600), nprobe=4, k_factor=7)
+        index.save(tmp_path)
+        read = FaissIndex.load(tmp_path)
+        queries = clustered(20, seed=1)
+        assert read.k_factor == 7
+        assert torch.equal(read.search(queries, 10).ids, index.search(queries, 10).ids)
+        read.tune(k_factor=1)
+        assert not torch.equal(read.search(queries, 10).scores, index.search(queries, 10).scores)
+
+    def test_an_index_of_before_has_none(self, tmp_path):
+        filled("Flat", clustered(50)).save(tmp_path)
+        settings_ = read_json(tmp_path / "index.json")
+        del settings_["k_factor"]
+        write_json(tmp_path / "index.json", settings_)
+        assert FaissIndex.load(tmp_path).k_factor is None
+
+    def test_it_needs_one(self):
+        with pytest.raises(ValueError, match="k_factor=4 has no meaning for 'IVF8,Flat', which has no Refine"):
+            FaissIndex("IVF8,Flat", k_factor=4)
+
+    @pytest.mark.parametrize("factory", ["IVF8,RaBitQ", "IVF8,RaBitQ4", "IVF8,RaBitQfs4", "RaBitQ"])
+    def test_what_cannot_be_decoded_is_refused(self, factory):
+        """Engines and filters compare decoded items: FAISS's of RaBitQ rank next to nothing right."""
+        plain = faiss.index_factory(32, "IVF8,RaBitQ4", faiss.METRIC_INNER_PRODUCT)
+        items = clustered(600).numpy()
+        plain.train(items)
+        plain.add(items)
+        plain.make_direct_map()
+        decoded = plain.reconstruct_batch(np.arange(600))
+        assert ((items * decoded).sum(1) / np.linalg.norm(decoded, axis=1)).mean() < 0.95  # 4 bits keep more
+        with pytest.raises(ValueError, match="cannot be decoded"):
+            FaissIndex(factory)
+
+
+class TestListsThatFollow:
+    @pytest.mark.parametrize(
+        ("count", "lists"), [(1, 1), (100, 2), (3964, 64), (60_000, 1024), (10**6, 4096), (10**7, 16384)]
+    )
+    def test_lists(self, count, lists):
+        assert faiss_index.lists_for(count) == lists
+        assert count < 39 or lists <= count / 39
+
+    @pytest.mark.parametrize(("factory", "settled"), [("IVF,Flat", "IVF1024,Flat"), ("BIVF", "BIVF1024")])
+    def test_they_are_named_once_there_are_items(self, factory, settled):
+        index = FaissIndex(factory)
+        index.settle(60_000)
+        assert (index.factory, index.nprobe, index.train_size) == (settled, 32, 100_000)
+        index.settle(10**6)
+        assert index.factory == settled
+        index = FaissIndex("IVF,PQ16", nprobe=5)
+        index.settle(10**6)
+        assert (index.factory, index.nprobe, index.train_size) == ("IVF4096,PQ16", 5, 39 * 4096)
+
+    def test_those_that_are_given_stay(self):
+        index = FaissIndex("IVF256,Flat")
+        index.settle(10**6)
+        assert (index.factory, index.nprobe, index.train_size) == ("IVF256,Flat", None, 100_000)
+
+    def test_it_is_the_index_that_is_named(self, tmp_path):
+        items, queries = clustered(2000), clustered(20, seed=1)
+        index = filled("IVF,Flat", items)
+        named = filled("IVF32,Flat", items, nprobe=6)
+        assert index.factory == "IVF32,Flat"
+        assert torch.equal(index.search(queries, 5).ids, named.search(queries, 5).ids)
+        assert index.emptied().factory == "IVF32,Flat"
+        index.save(tmp_path)
+        assert read_json(tmp_path / "index.json")["factory"] == "IVF32,Flat"
 
 
 class TestRows:
@@ -655,6 +775,9 @@ class TestErrors:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config(path):
     config = OmegaConf.load(path)
+    if path.stem == "auto":  # of tests/test_auto.py
+        assert instantiate(config).budget == Budget()
+        return
     assert path.read_text().startswith("# ")
     if OmegaConf.is_missing(config, "factory"):
         config.factory = "PCA64,IVF8,PQ16"

@@ -88,13 +88,13 @@ def plain(index: FaissIndex, queries: Tensor, mask: Tensor) -> Tensor:
 
 def wider(index: FaissIndex, queries: Tensor, mask: Tensor) -> Tensor:
     """ids (Q, K) by our rule without its exact comparison of few items."""
-    with mock.patch.multiple(faiss_index, _FEW=0, _KEPT_ROWS=0):
+    with mock.patch.multiple(faiss_index, _FEW=0, _KEPT_ROWS=0, _DECODE=math.inf):
         return index.search(queries, K, mask).ids
 
 
 def exact(index: FaissIndex, queries: Tensor, mask: Tensor) -> Tensor:
     """ids (Q, K) by comparing all selected rows."""
-    return index._search_rows(queries, K, mask.nonzero()[:, 0]).ids
+    return index._search_rows(queries.numpy(), K, mask.nonzero()[:, 0].numpy()).ids
 
 
 def ours(index: FaissIndex, queries: Tensor, mask: Tensor) -> Tensor:

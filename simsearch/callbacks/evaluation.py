@@ -14,11 +14,13 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from simsearch.evaluation.evaluate import Evaluation, Search, check_kind, check_rerank, check_verify
 from simsearch.evaluation.evaluator import Evaluator
+from simsearch.evaluation.frontier import write_frontier
 from simsearch.evaluation.record import plain_metrics, write_record
 from simsearch.evaluation.verification import Verified
 from simsearch.files import read_json
 from simsearch.functional.geometry import Verifier
 from simsearch.functional.reranking import Reranker
+from simsearch.index.auto import AutoIndex
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.metrics.retrieval import RetrievalMetrics
 from simsearch.types import RetrievalTask
@@ -35,7 +37,8 @@ class RetrievalEvaluation(pl.Callback):
     one entry a stage, and per_query.parquet for the test.
 
     Args:
-        index: The index to fill. Each evaluation fills a fresh copy.
+        index: The index to fill. Each evaluation fills a fresh copy, or chooses one by its budget for the gallery's
+            descriptors: frontier/<stage>.csv and .png say from what.
         ks: Cutoffs of the metrics, ranks from 1.
         seed: Seed of the choice of queries for the recall of the index.
         rerank: Also measure after this re-ranking, at test and in a validation on its own. The epochs of a training
@@ -50,7 +53,7 @@ class RetrievalEvaluation(pl.Callback):
 
     def __init__(
         self,
-        index: FaissIndex,
+        index: FaissIndex | AutoIndex,
         ks: Sequence[int] = (1, 10, 100),
         seed: int = 0,
         rerank: Reranker | None = None,
@@ -120,7 +123,10 @@ class RetrievalEvaluation(pl.Callback):
             _LOG.info("step %d, epoch %d, %s: %s", trainer.global_step, trainer.current_epoch, stage, headline)
             known = hasattr(module, "provenance")
             about = {"identity": module.identity(), **module.provenance} if known else {}  # type: ignore[operator,dict-item]
-            write_results(Path(trainer.default_root_dir), prefix, task, result, about)
+            folder = Path(trainer.default_root_dir)
+            write_results(folder, prefix, task, result, about)
+            if result.frontier is not None:
+                write_frontier(folder / "frontier", prefix, result.frontier)
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._start(trainer, pl_module, "validate")
@@ -185,6 +191,8 @@ def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluat
         "metrics": plain_metrics(result.metrics),
         "intervals": result.intervals,
     }
+    if result.frontier is not None:
+        about["index"] = result.index.settings
     columns: dict[str, Any] | None = None
     if stage == "test":
         columns = {"index": result.query.index.numpy(), "label": result.query.label.numpy(), "unit": units.numpy()}

@@ -16,6 +16,8 @@ from tqdm import tqdm
 from simsearch import configs, program, saved_run
 from simsearch.data.manifest import read_manifest
 from simsearch.data.presence import MOST_GONE, Presence
+from simsearch.evaluation.frontier import write_frontier
+from simsearch.index.auto import AutoIndex
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import device, encoder_config
 from simsearch.search.build import (
@@ -50,7 +52,10 @@ def main(config: DictConfig) -> None:
     filling, out = found
     check_not_fewer(out, sum(filling.counts), config.fewer)
     before = calibrated_for(out)
-    write_filled(out, index, filling)
+    index, frontier = write_filled(out, index, filling)
+    if frontier is not None:
+        write_frontier(out / "index", "frontier", frontier)
+        print(f"chose {frontier.chosen.described()} of those in {out / 'index' / 'frontier.csv'}: {described(index)}")
     report(out, len(index), index.code_bytes, filling.errors, filling.skipped)
     if before is not None and calibrated_for(out) is None:
         warn(
@@ -87,7 +92,7 @@ def note_replaced(out: Path) -> None:
         warn(f"note: the catalog {out} is calibrated; its replacement has to be calibrated again")
 
 
-def from_images(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path] | None:
+def from_images(config: DictConfig, index: FaissIndex | AutoIndex) -> tuple[Filling, Path] | None:
     """Describes the images of a folder or manifest now. Returns them and the catalog's folder.
 
     If the folder holds a catalog of the same encoder, index and local features, only what is new or has changed is
@@ -95,7 +100,7 @@ def from_images(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path] |
 
     Args:
         config: The command's config.
-        index: The empty index.
+        index: The empty index, or what chooses one.
 
     Raises:
         ValueError: If run or images are missing.
@@ -126,16 +131,29 @@ def from_images(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path] |
         run=run.folder.name,
         verification=verification,
         **settings,
+        label=(run.config.get("protocol") or {}).get("attribute"),
     )
     return filling, out
 
 
-def from_shards(config: DictConfig, index: FaissIndex) -> tuple[Filling, Path]:
+def described(index: FaissIndex) -> str:
+    """The settings of an index as the arguments that give it again.
+
+    Args:
+        index: The index.
+    """
+    named = {name: getattr(index, name) for name in ("factory", "metric", "nprobe", "ef_search", "k_factor")}
+    return " ".join(
+        ["index=factory", *(f"index.{name}='{value}'" for name, value in named.items() if value is not None)]
+    )
+
+
+def from_shards(config: DictConfig, index: FaissIndex | AutoIndex) -> tuple[Filling, Path]:
     """The output of `simsearch extract`, read piece by piece when needed, and the catalog's folder.
 
     Args:
         config: The command's config.
-        index: The empty index.
+        index: The empty index, or what chooses one.
 
     Raises:
         ValueError: If the arguments contradict each other, or if shards are missing, damaged or without images.

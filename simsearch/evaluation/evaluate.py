@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ from simsearch.functional.definitions import average_precision_definitions
 from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, measure_ranking
 from simsearch.functional.reranking import Reranker, unit_vectors
 from simsearch.functional.sharded import Sharded
+from simsearch.index.auto import AutoIndex, Frontier
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.metrics.retrieval import RetrievalMetrics
 from simsearch.types import Descriptors, RetrievalTask, SearchResult
 
 _LATENCY_QUERIES = 200
 _RECALL_QUERIES = 1000
+_BLOCK = 4096  # items that travel together
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class Evaluation(Measured):
         gallery: The gallery, likewise.
         found: The answers of the index without junk; ids are gallery positions.
         index: The filled index, with this rank's part of the gallery.
+        frontier: What the index was chosen from, on rank 0, where it was chosen by a budget.
     """
 
     query: Sharded = field(kw_only=True)
     gallery: Sharded = field(kw_only=True)
     found: SearchResult = field(kw_only=True)
     index: FaissIndex = field(kw_only=True)
+    frontier: Frontier | None = field(default=None, kw_only=True)
 
     def add(self, measured: Measured, name: str) -> None:
         """Adds the numbers of a further evaluator.
@@ -75,14 +80,14 @@ class Search:
     """Evaluates what a searcher would get of an index, beside full rankings (see `evaluate`).
 
     Attributes:
-        index: The index to fill. Each call fills a fresh copy.
+        index: The index to fill. Each call fills a fresh copy, or chooses one for the gallery by the budget.
         ks: Cutoffs k, 1 or more.
         rerank: A way of re-ranking that is measured too, or None.
         seed: Seed of the choice of queries for the recall of the index.
         verified: The measure of what the index stores after geometric verification, or None.
     """
 
-    index: FaissIndex
+    index: FaissIndex | AutoIndex
     ks: Sequence[int] = (1, 10, 100)
     rerank: Reranker | None = None
     seed: int = 0
@@ -96,10 +101,14 @@ class Search:
             gallery: The gallery of the task.
             task: The task.
         """
+        if isinstance(self.index, AutoIndex):
+            index, frontier = choose(self.index, gallery)
+        else:
+            index, frontier = copy.deepcopy(self.index), None
         result = evaluate(
             query,
             gallery,
-            copy.deepcopy(self.index),
+            index,
             ks=self.ks,
             exclude_self=task.exclude_self,
             index_order=task.index_order,
@@ -107,6 +116,7 @@ class Search:
             rerank=self.rerank,
             seed=self.seed,
         )
+        result = replace(result, frontier=frontier)
         if self.verified is not None:
             stored = ShardedIndex(result.index, gallery).stored
             shown = gallery if result.index.is_binary else gallery.with_vectors(stored)
@@ -202,6 +212,37 @@ def evaluate(
     return Evaluation(metrics, units, intervals, per_query, query=query, gallery=gallery, found=found, index=index)
 
 
+def choose(auto: AutoIndex, gallery: Sharded) -> tuple[FaissIndex, Frontier | None]:
+    """An empty index for a gallery, and on rank 0 what it was chosen from. Every rank must call.
+
+    Rank 0 chooses, on a sample of the gallery. Queries have no part in it.
+
+    Args:
+        auto: What chooses.
+        gallery: The gallery.
+
+    Raises:
+        NoIndexFits: If no index keeps to the budget.
+    """
+    rows, total = auto.rows(len(gallery)), len(gallery)
+    blocks = [gallery.rows_on_first(positions) for positions in rows.split(_BLOCK)]
+    state, error, frontier = None, None, None
+    if gallery.ranks.rank == 0:
+        vectors = torch.cat([block for block in blocks if block is not None])
+        try:
+            points = auto.measure(vectors, total, gallery.label[rows])
+            best = auto.kinds(points, total, f"items of {vectors.shape[1]} columns")[0]
+        except ValueError as problem:
+            error = problem
+        else:
+            frontier = Frontier(points, best)
+            text = json.dumps(auto.chosen(best, vectors, total).settings)
+            state = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    gallery.ranks.raise_together(error)
+    state = gallery.ranks.from_first(state)
+    return FaissIndex(**json.loads(bytes(state.tolist()))), frontier
+
+
 def _in_own_ranking(query: Sharded, gallery: Sharded) -> int:
     """The number of queries that are gallery items too, and that no group makes junk to themselves."""
     own = torch.isin(query.index, gallery.index)
@@ -210,8 +251,8 @@ def _in_own_ranking(query: Sharded, gallery: Sharded) -> int:
     return int(own.sum())
 
 
-def check_kind(index: FaissIndex, bits: int | None) -> None:
-    """Checks that an index is of the kind of the descriptors.
+def check_kind(index: FaissIndex | AutoIndex, bits: int | None) -> None:
+    """Checks that an index is of the kind of the descriptors. A choice of the index fits both.
 
     Args:
         index: The index.
@@ -220,7 +261,7 @@ def check_kind(index: FaissIndex, bits: int | None) -> None:
     Raises:
         ValueError: If one is for codes and the other is not.
     """
-    if index.is_binary != (bits is not None):
+    if isinstance(index, FaissIndex) and index.is_binary != (bits is not None):
         kind = "codes: use index=binary-flat" if bits is not None else "float descriptors: use index=flat"
         raise ValueError(f"index {index.factory!r} does not fit the model's {kind} (or another index of that kind)")
 

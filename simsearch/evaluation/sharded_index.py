@@ -120,6 +120,7 @@ class ShardedIndex:
         return total / items
 
     def _fill(self) -> None:
+        self.index.settle(len(self.gallery))
         if self.ranks.world > 1 and self.index.learns(self.gallery.columns):
             self._learn()
         if len(self.gallery.own):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from simsearch.files import read_json, replacing, sha256, write_json
+from simsearch.index.selection import Selection
 from simsearch.types import SearchResult, check_vectors
 
 _METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
@@ -28,9 +29,13 @@ _ADVISED_PER_CENTROID = 39  # ClusteringParameters.min_points_per_centroid
 # _MORE_LISTS N / n times its lists, an HNSW graph keeps _MORE_KEPT N / n times its candidates. Where these are so many
 # that they cost more than _KEPT_ROWS rows each, or where there are no more than _FEW items, all of them are compared.
 _MORE_LISTS, _MORE_KEPT, _KEPT_ROWS, _FEW = 4, 16, 5, 1000
+# Nanoseconds, for flat and IVF indexes: each query tests each visited item and compares each selected one that it
+# visits; instead, the selected rows can be decoded once, and each is compared with all queries at once.
+_TEST, _COMPARE, _DECODE, _COMPARE_ROWS = 2, 60, 150, 15
 _BLOCK = 2**14  # stored rows that are decoded together
 _FIRST_READ = threading.Lock()  # of all indexes: one of its own could not be copied with the index
-SETTINGS = ("factory", "metric", "nprobe", "ef_search", "train_size", "seed")
+SETTINGS = ("factory", "metric", "nprobe", "ef_search", "k_factor", "train_size", "seed")
+_LISTS = re.compile(r"IVF(?=[,_(]|$)")  # an IVF whose number of lists follows the number of items
 
 
 class FaissIndex:
@@ -44,16 +49,20 @@ class FaissIndex:
 
     Args:
         factory: A FAISS factory string. For float vectors "Flat", "IVF256,Flat", "PQ16", "IVF256,PQ16", "HNSW32",
-            "SQ8", "OPQ16,PQ16", ... For packed codes it begins with B: "BFlat", "BIVF256", "BHNSW32".
+            "SQ8", "OPQ16,PQ16", ... For packed codes it begins with B: "BFlat", "BIVF256", "BHNSW32". In "IVF,Flat" or
+            "BIVF" the number of lists follows the number of items (see `settle`).
         metric: "ip" (inner product, the cosine of L2-normalised vectors) or "l2" for float vectors. Codes are always
             compared by Hamming distance ("hamming"), whose order is that of "ip" and "l2" on entries of +1 and -1.
-        nprobe: Number of lists that an IVF index visits per query (FAISS: 1).
+        nprobe: Number of lists that an IVF index visits per query (FAISS: 1; where lists follow the items: they too).
         ef_search: Number of candidates that an HNSW graph keeps (FAISS: 16).
+        k_factor: Number of candidates that a refining index ("...,Refine(SQ8)") compares again, in multiples of k
+            (FAISS: 1).
         train_size: Largest number of vectors, a random choice, that train centroids and codebooks.
         seed: Seed of that choice and of k-means.
 
     Raises:
-        ValueError: If FAISS cannot parse the factory string, or if an argument is out of range.
+        ValueError: If FAISS cannot parse the factory string, if it cannot decode the items (RaBitQ without a
+            refinement), or if an argument is out of range.
 
     Example:
         >>> index = FaissIndex("Flat")
@@ -70,6 +79,7 @@ class FaissIndex:
         ef_search: int | None = None,
         train_size: int = 100_000,
         seed: int = 0,
+        k_factor: float | None = None,
     ) -> None:
         if not isinstance(factory, str) or not factory:
             raise ValueError(f"factory must be a FAISS factory string such as 'IVF256,Flat', got {factory!r}")
@@ -80,7 +90,17 @@ class FaissIndex:
             raise ValueError(f"metric of {factory!r} must be one of {', '.join(allowed)}, got {metric!r}")
         if "IDMap" in factory:
             raise ValueError(f"leave IDMap out of {factory!r}: ids are positions in the order of addition")
-        for name, value, part in (("nprobe", nprobe, "IVF|IMI"), ("ef_search", ef_search, "HNSW")):
+        if "RaBitQ" in factory and "Refine" not in factory and "RFlat" not in factory:
+            raise ValueError(
+                f"the codes of {factory!r} cannot be decoded: FAISS decodes one bit of RaBitQ's, or wrongly; add what "
+                "keeps better ones, as in 'IVF256,RaBitQfs,Refine(SQ8)'"
+            )
+        meant = (
+            ("nprobe", nprobe, "IVF|IMI"),
+            ("ef_search", ef_search, "HNSW"),
+            ("k_factor", k_factor, "Refine|RFlat"),
+        )
+        for name, value, part in meant:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
             if value is not None and not re.search(part, factory):
@@ -93,6 +113,7 @@ class FaissIndex:
         self.metric = "hamming" if self.is_binary else metric
         self.nprobe = nprobe
         self.ef_search = ef_search
+        self.k_factor = k_factor
         self.train_size = train_size
         self.seed = seed
         self._index: Any = None  # FAISS's own index, once the dimension is known
@@ -101,13 +122,18 @@ class FaissIndex:
         self._empty_bytes = 0
         # A misspelt factory should not wait for hours of feature extraction to be noticed; what
         # depends on the dimension waits for the vectors.
-        reason = _factory_failure(factory, self.metric, dimension=64)
+        reason = _factory_failure(_LISTS.sub("IVF1", factory), self.metric, dimension=64)
         if reason is not None and re.search("could not parse|did not generate", reason):
             example = "'BFlat', 'BIVF256', 'BHNSW32'" if self.is_binary else "'Flat', 'IVF256,PQ16', 'HNSW32'"
             raise ValueError(f"FAISS cannot parse the factory {factory!r} ({reason}); examples: {example}")
 
     def __len__(self) -> int:
         return 0 if self._index is None else int(self._index.ntotal)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make an index with the same settings."""
+        return {name: getattr(self, name) for name in SETTINGS}
 
     @property
     def dimension(self) -> int | None:
@@ -118,6 +144,37 @@ class FaissIndex:
     def bits(self) -> int | None:
         """The number of bits of the codes with padding; None before the first codes and for a float index."""
         return int(self._index.d) if self._index is not None and self.is_binary else None
+
+    def settle(self, count: int) -> None:
+        """Replaces what follows the number of items by numbers. Training does so by itself with its own vectors.
+
+        Of N items there are about 4 sqrt(N) lists, a power of two, but no more than FAISS can learn from N vectors. If
+        `nprobe` is None, 16 sqrt(lists / 256) of them are visited: 16 of 256, 64 of 4,096. `train_size` is raised to
+        what FAISS advises for as many lists. A factory that names its lists stays as it is.
+
+        Args:
+            count: Number of items that the index will hold.
+        """
+        if self._index is not None or not _LISTS.search(self.factory):
+            return
+        lists = lists_for(count)
+        self.factory = _LISTS.sub(f"IVF{lists}", self.factory)
+        self.nprobe = self.nprobe or min(lists, round(16 * math.sqrt(lists / 256)) or 1)
+        self.train_size = max(self.train_size, _ADVISED_PER_CENTROID * lists)
+
+    def tune(self, nprobe: int | None = None, ef_search: int | None = None, k_factor: float | None = None) -> None:
+        """Sets how thoroughly the index searches.
+
+        Args:
+            nprobe: Number of lists that an IVF index visits. None leaves it as it is, like the others.
+            ef_search: Number of candidates that an HNSW graph keeps.
+            k_factor: Number of candidates that a refining index compares again, in multiples of k.
+        """
+        self.nprobe = self.nprobe if nprobe is None else nprobe
+        self.ef_search = self.ef_search if ef_search is None else ef_search
+        self.k_factor = self.k_factor if k_factor is None else k_factor
+        if self._index is not None:
+            self._configure(self._index)
 
     def train(self, vectors: Tensor) -> None:
         """Trains centroids and codebooks on the vectors, or on a random choice of them. It adds nothing.
@@ -158,7 +215,7 @@ class FaissIndex:
 
     def emptied(self) -> FaissIndex:
         """An index with the same settings and the same training, without items."""
-        other = FaissIndex(**{name: getattr(self, name) for name in SETTINGS})
+        other = FaissIndex(**self.settings)
         if self._index is not None and not _new_index(self.factory, self.metric, self._index.d).is_trained:
             if self._file is not None:  # what is mapped cannot be emptied
                 empty = (faiss.read_index_binary if self.is_binary else faiss.read_index)(str(self._file))
@@ -230,7 +287,7 @@ class FaissIndex:
         self._codes = None
         self._index.add(array)
 
-    def search(self, vectors: Tensor, k: int, among: Tensor | None = None) -> SearchResult:
+    def search(self, vectors: Tensor, k: int, among: Tensor | Selection | None = None) -> SearchResult:
         """The k most similar items of each of Q queries, best first.
 
         Scores are inner products, minus squared L2 distances, or minus Hamming distances. The scores of a compressed
@@ -246,7 +303,7 @@ class FaissIndex:
         Args:
             vectors: float32 (Q, D) or codes uint8 (Q, bits / 8).
             k: Number of items, 1..N.
-            among: bool (N,), the items that may be returned; None for all.
+            among: The items that may be returned, as a selection or bool (N,); None for all.
 
         Returns:
             Positions and scores (Q, k). Where an approximate index finds fewer than k items, or where fewer are chosen,
@@ -264,42 +321,58 @@ class FaissIndex:
             raise ValueError(f"k={k} neighbours are more than the index's {len(self)} items: lower k")
         if among is None:
             return self._result(*self._index.search(array, k))
-        if among.dtype != torch.bool or among.shape != (len(self),):
-            raise ValueError(f"among must be bool ({len(self)},), got {among.dtype} {tuple(among.shape)}")
-        selected = int(among.sum())
-        parameters = self._selecting(among, selected)
+        if isinstance(among, Tensor):
+            if among.dtype != torch.bool or among.shape != (len(self),):
+                raise ValueError(f"among must be bool ({len(self)},), got {among.dtype} {tuple(among.shape)}")
+            among = Selection.of(among)
+        if among.total != len(self):
+            raise ValueError(f"among selects from {among.total} items, the index has {len(self)}: select from its own")
+        parameters = self._selecting(among, len(array))
         if parameters is not None:
             try:
                 return self._result(*self._index.search(array, k, params=parameters))
             except RuntimeError:  # a kind, or a release of FAISS, that takes no selector
                 pass
-        return self._search_rows(vectors, k, among.nonzero()[:, 0])
+        return self._search_rows(array, k, among.positions)
 
-    def _selecting(self, among: Tensor, selected: int) -> Any:
+    def _selecting(self, among: Selection, queries: int) -> Any:
         """FAISS's search parameters that select items; None where all selected rows are to be compared instead."""
-        if selected == 0:
+        if len(among) == 0:
             return None
         api: Any = faiss  # the stubs know nothing of what FAISS's Python layer adds
-        sel = api.IDSelectorBitmap(np.packbits(among.numpy(), bitorder="little"))
-        wider = len(self) / selected
+        wider = len(self) / len(among)
+        visited, refined, arguments = 1.0, None, {}
+        kind = api.SearchParameters
         for part in _parts(self._index):
+            if isinstance(part, faiss.IndexRefine):
+                refined = part.k_factor
             if isinstance(part, faiss.IndexIVF):
                 lists = min(part.nlist, math.ceil(_MORE_LISTS * wider * part.nprobe))
-                return None if selected <= _FEW else api.SearchParametersIVF(sel=sel, nprobe=lists)
+                kind, arguments, visited = api.SearchParametersIVF, {"nprobe": lists}, lists / part.nlist
+                break
             if hasattr(part, "hnsw"):
                 kept = math.ceil(_MORE_KEPT * wider * part.hnsw.efSearch)
-                few = selected <= max(_FEW, _KEPT_ROWS * kept)
-                return None if few else api.SearchParametersHNSW(sel=sel, efSearch=kept)
-        return api.SearchParameters(sel=sel)
+                if len(among) <= _KEPT_ROWS * kept:
+                    return None
+                kind, arguments, visited = api.SearchParametersHNSW, {"efSearch": kept}, 0.0  # of what it tests
+                break
+        by_rows = len(among) * (_DECODE + _COMPARE_ROWS * queries)
+        if len(among) <= _FEW or by_rows <= queries * visited * (_TEST * len(self) + _COMPARE * len(among)):
+            return None
+        sel = api.IDSelectorBitmap(among.bitmap)
+        parameters = kind(sel=sel, **arguments)
+        if refined is not None:
+            parameters = api.IndexRefineSearchParameters(k_factor=refined, base_index_params=parameters)
+        return parameters
 
-    def _search_rows(self, vectors: Tensor, k: int, positions: Tensor) -> SearchResult:
+    def _search_rows(self, array: np.ndarray, k: int, positions: np.ndarray) -> SearchResult:
         """The answer among the items at ascending `positions` (n,), by a comparison with all of them."""
-        ids = torch.full((len(vectors), k), -1, dtype=torch.int64)
-        scores = torch.full((len(vectors), k), -math.inf)
-        for block in positions.split(_BLOCK) if len(positions) else ():
-            rows = FaissIndex("BFlat" if self.is_binary else "Flat", self.metric)
-            rows.add(self.rows(block))
-            found = rows.search(vectors, min(k, len(block)))
+        ids = torch.full((len(array), k), -1, dtype=torch.int64)
+        scores = torch.full((len(array), k), -math.inf)
+        for block in torch.from_numpy(positions.astype(np.int64)).split(_BLOCK) if len(positions) else ():
+            rows = _new_index("BFlat" if self.is_binary else "Flat", self.metric, self._index.d)
+            rows.add(self.rows(block).numpy())
+            found = self._result(*rows.search(array, min(k, len(block))))
             both = torch.cat([scores, found.scores], dim=1)
             # Stable, and earlier blocks first: equal scores stay in the order of addition.
             best = both.argsort(dim=1, descending=True, stable=True)[:, :k]
@@ -363,7 +436,7 @@ class FaissIndex:
             return self._codes[positions]
         try:
             with _FIRST_READ:
-                for part in _parts(self._index):
+                for part in () if isinstance(self._index, faiss.IndexRefine) else _parts(self._index):
                     if isinstance(part, faiss.IndexIVF) and part.direct_map.no():
                         part.make_direct_map()
             return torch.from_numpy(self._index.reconstruct_batch(np.ascontiguousarray(positions.numpy())))
@@ -421,8 +494,7 @@ class FaissIndex:
         with replacing(folder / "index.faiss") as data:
             write = faiss.write_index_binary if self.is_binary else faiss.write_index
             write(self._index, str(data))
-            content = {name: getattr(self, name) for name in SETTINGS}
-            content |= {"empty_bytes": self._empty_bytes, "sha256": sha256(data)}
+            content = self.settings | {"empty_bytes": self._empty_bytes, "sha256": sha256(data)}
         write_json(folder / "index.json", content)
 
     @classmethod
@@ -443,7 +515,7 @@ class FaissIndex:
             if not file.is_file():
                 raise FileNotFoundError(f"no index file {file}: save an index there first")
         try:
-            content = read_json(settings)
+            content = {"k_factor": None} | read_json(settings)  # older ones have none
             index = cls(**{name: content[name] for name in SETTINGS})
             index._empty_bytes = content["empty_bytes"]
             digest = content["sha256"]
@@ -488,6 +560,7 @@ class FaissIndex:
 
     def _train(self, array: np.ndarray) -> None:
         """Allocates an index for the arrays' width and trains it."""
+        self.settle(len(array))
         index = self._allocated(array.shape[1])
         if not index.is_trained:
             count = min(len(array), self.train_size)
@@ -539,6 +612,34 @@ class FaissIndex:
                 part.nprobe = self.nprobe
             if self.ef_search is not None and hasattr(part, "hnsw"):
                 part.hnsw.efSearch = self.ef_search
+            if self.k_factor is not None and isinstance(part, faiss.IndexRefine):
+                part.k_factor = self.k_factor
+
+
+def lists_for(count: int) -> int:
+    """The number of lists of an IVF index: the power of two nearest to 4 sqrt(count), at most count / 39.
+
+    Args:
+        count: Number of items.
+
+    Example:
+        >>> lists_for(1_000), lists_for(1_000_000), lists_for(10_000_000)
+        (16, 4096, 16384)
+    """
+    most = max(1, count // _ADVISED_PER_CENTROID)
+    return min(2 ** round(math.log2(4 * math.sqrt(max(1, count)))), 2 ** (most.bit_length() - 1))
+
+
+def builds(factory: str, metric: str, width: int) -> bool:
+    """Whether this release of FAISS makes such an index.
+
+    Args:
+        factory: A factory string, as in FaissIndex.
+        metric: "ip", "l2" or "hamming".
+        width: Number of columns of the vectors or packed codes.
+    """
+    dimension = 8 * width if metric == "hamming" else width
+    return _factory_failure(_LISTS.sub("IVF1", factory), metric, dimension) is None
 
 
 def _new_index(factory: str, metric: str, dimension: int) -> Any:

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,9 +20,11 @@ from simsearch.data.manifest import Manifest
 from simsearch.data.presence import MOST_GONE, Presence
 from simsearch.data.tables import Rejected
 from simsearch.files import read_json, sha256
+from simsearch.index.auto import AutoIndex, Frontier, NoIndexFits, Point, exact, preferred
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.catalog import fill_index, path_table, with_thumbnails, write_catalog
 from simsearch.search.describe import batches_of, describe
+from simsearch.search.filters import Attributes
 from simsearch.search.local_features import describe_items
 from simsearch.search.segments import CONTENT
 from simsearch.search.verification import Verification
@@ -46,6 +50,8 @@ class Filling:
         verification: How matches will be verified by local features, or None.
         local: The records of the items' local features.
         thumbnail: Longest side in pixels of the thumbnails.
+        labels: int64 (N,), what the run's task calls relevant, -1 where unknown, or None. Only a choice of the index
+            (`AutoIndex`) looks at them.
     """
 
     encoder: Encoder
@@ -60,6 +66,7 @@ class Filling:
     verification: Verification | None = None
     local: Iterable[np.ndarray] = ()
     thumbnail: int | None = None
+    labels: Tensor | None = None
 
 
 def filling_of(
@@ -72,6 +79,7 @@ def filling_of(
     batch_size: int,
     workers: int,
     verification: Verification | None = None,
+    label: str | None = None,
 ) -> Filling:
     """Describes the images of a manifest now, with a progress bar, and returns them as a Filling.
 
@@ -86,6 +94,7 @@ def filling_of(
         batch_size: Number of images per forward pass, 1 or more.
         workers: Number of additional processes that decode files, 0 or more.
         verification: How matches will be verified by local features, or None.
+        label: The attribute that the run's task retrieves by, or None. The manifest may lack it.
 
     Raises:
         ValueError: If no image can be read, or if a column's name is reserved.
@@ -99,12 +108,13 @@ def filling_of(
         found = describe(encoder, batches, thumbnail=thumbnail, presence=presence, advance=bar.update)
     if not len(found):
         raise ValueError(f"none of the {len(manifest)} images of {manifest.root} could be read: {found.errors[0]}")
+    described = table.take(found.rows.numpy())
     return Filling(
         encoder=encoder,
         config=config,
         counts=[len(found)],
         vectors=lambda _: found.vectors,
-        items=[with_thumbnails(table.take(found.rows.numpy()), found.thumbnails)],
+        items=[with_thumbnails(described, found.thumbnails)],
         errors=found.errors,
         rejected=manifest.rejected,
         skipped=manifest.skipped,
@@ -114,6 +124,9 @@ def filling_of(
         if verification is None
         else local_records(manifest, found.rows.tolist(), verification, workers, presence),
         thumbnail=thumbnail,
+        labels=torch.from_numpy(Attributes(described).column(label).codes.astype(np.int64))
+        if label in described.column_names
+        else None,
     )
 
 
@@ -151,15 +164,25 @@ def local_records(
     return iter(tqdm(records, total=len(rows), unit="img", desc="local features"))
 
 
-def write_filled(out: Path, index: FaissIndex, filling: Filling) -> None:
-    """Fills an empty index and writes the catalog to `out`. Raises what `fill_index` and `write_catalog` raise.
+def write_filled(out: Path, index: FaissIndex | AutoIndex, filling: Filling) -> tuple[FaissIndex, Frontier | None]:
+    """Fills an index and writes the catalog to `out`. Returns the index, and what it was chosen from, if it was.
+
+    An index that was chosen is stored like any other.
 
     Args:
         out: Folder of the catalog.
-        index: An empty index.
+        index: An empty index, or what chooses one.
         filling: The content of the catalog.
+
+    Raises:
+        NoIndexFits: If no index keeps to the budget.
+        ValueError: As `fill_index` and `write_catalog` do.
     """
-    fill_index(index, filling.counts, filling.vectors)
+    frontier: Frontier | None = None
+    if isinstance(index, AutoIndex):
+        index, frontier = fill_chosen(index, filling.counts, filling.vectors, filling.labels)
+    else:
+        fill_index(index, filling.counts, filling.vectors)
     reasons = dict(Counter(error.reason for error in filling.errors))  # type: ignore[attr-defined]
     write_catalog(
         out,
@@ -172,10 +195,57 @@ def write_filled(out: Path, index: FaissIndex, filling: Filling) -> None:
         verification=filling.verification,
         local=filling.local,
     )
+    return index, frontier
 
 
-def check_kind(index: FaissIndex, encoder: Encoder) -> None:
-    """Checks that the index and the encoder are both for floats, or both for codes.
+def fill_chosen(
+    auto: AutoIndex, counts: Sequence[int], read: Callable[[int], Tensor], labels: Tensor | None = None
+) -> tuple[FaissIndex, Frontier]:
+    """A filled index that keeps to a budget, and what it was chosen from.
+
+    If the sample is not the whole, the index is tuned again with all items in it, against exact search of all of them.
+    If it does not keep to the budget then, the next kind is filled. Vectors are read part by part.
+
+    Args:
+        auto: What chooses.
+        counts: Number of vectors in each part.
+        read: Function that returns the counts[i] vectors of part i.
+        labels: int64 (N,), the labels of the items, or None.
+
+    Raises:
+        NoIndexFits: If no index keeps to the budget.
+    """
+    total = sum(counts)
+    rows = auto.rows(total)
+    sample = _at(rows, counts, read)
+    points = auto.measure(sample, total, None if labels is None else labels[rows])
+    whole: list[Point] = []
+    for kind in auto.kinds(points, total, f"items of {sample.shape[1]} columns"):
+        index = auto.chosen(kind, sample, total)
+        fill_index(index, counts, read)
+        if len(rows) == total:
+            return index, Frontier(points, kind)
+        own = auto.own(len(rows))
+        parts = (read(part) for part in range(len(counts)))
+        truth = exact(sample[own], parts, auto.k + 1, index.metric)
+        whole += auto.sweep(index, sample[own], rows[own], truth, labels)
+        if (best := preferred(whole, auto.budget)) is not None:
+            index.tune(best.nprobe, best.ef_search, best.k_factor)
+            return index, Frontier(points + whole, best)
+    raise NoIndexFits(auto.failure(whole, f"all {total} items"))
+
+
+def _at(rows: Tensor, counts: Sequence[int], read: Callable[[int], Tensor]) -> Tensor:
+    """The vectors at ascending rows of the concatenated parts."""
+    ends = torch.tensor(counts).cumsum(0)
+    cuts = [0, *torch.searchsorted(rows, ends).tolist()]
+    firsts = (ends - torch.tensor(counts)).tolist()
+    spans = enumerate(pairwise(cuts))
+    return torch.cat([read(i)[rows[start:stop] - firsts[i]] for i, (start, stop) in spans if start < stop])
+
+
+def check_kind(index: FaissIndex | AutoIndex, encoder: Encoder) -> None:
+    """Checks that the index and the encoder are both for floats, or both for codes. A choice of the index fits both.
 
     Args:
         index: The index to fill.
@@ -184,7 +254,7 @@ def check_kind(index: FaissIndex, encoder: Encoder) -> None:
     Raises:
         ValueError: If one is for floats and the other for codes.
     """
-    if index.is_binary != (encoder.bits is not None):
+    if isinstance(index, FaissIndex) and index.is_binary != (encoder.bits is not None):
         kind = "codes: index=binary-flat" if encoder.bits else "float descriptors: index=flat"
         raise ValueError(
             f"index={index.factory} does not fit this run, which gives {kind} (or another index of that kind)"

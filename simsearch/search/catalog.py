@@ -386,6 +386,7 @@ def fill_index(index: FaissIndex, counts: Sequence[int], read: Callable[[int], T
         read: Function that returns the counts[i] vectors of part i.
     """
     total = sum(counts)
+    index.settle(total)
     if total > _ADDED:  # else the index trains by itself
         chosen = torch.arange(total)
         if total > index.train_size:

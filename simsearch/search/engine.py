@@ -21,6 +21,7 @@ from simsearch.functional.geometry import Match, shown
 from simsearch.functional.open_set import agreeing, stand_out
 from simsearch.functional.ranking import Junk, inner_products
 from simsearch.functional.reranking import RerankedGallery, Reranker, nearest, unit_vectors
+from simsearch.index.selection import Selection
 from simsearch.search.catalog import Catalog, CatalogError
 from simsearch.search.filters import Attributes
 from simsearch.search.names import Names
@@ -163,7 +164,7 @@ class Engine:
             return torch.where(query == 0, like[0], query).sign() * like.shape[1] ** -0.5
         return reweight(query, self.parts, weights)
 
-    def search(self, queries: Tensor, k: int, among: Tensor | None = None) -> SearchResult:
+    def search(self, queries: Tensor, k: int, among: Selection | None = None) -> SearchResult:
         """The k items with the largest inner products.
 
         The index decides which items are found. The scores are exact for the stored vectors.
@@ -171,7 +172,7 @@ class Engine:
         Args:
             queries: float32 (Q, D), as `query` returns them.
             k: Number of items. If there are fewer, all are returned.
-            among: bool (N,), the items to search. None searches all.
+            among: The items to search. None searches all.
         """
         coded = pack_codes(queries) if self.catalog.index.is_binary else queries
         found = self.catalog.index.search(coded, min(k, len(self.catalog)), among)
@@ -229,12 +230,12 @@ class Engine:
         """
         weights, query = self._weights(request), self.query(request)
         taken = self._taken(request)
-        among = self.attributes.select(request.where) if request.where else None
+        among = self.attributes.selection(request.where) if request.where else None
         if among is None and len(taken) > _DROPPED:
-            among = torch.ones(len(self.catalog), dtype=torch.bool)
+            among = Selection.everything(len(self.catalog))
         if among is not None:
-            among[taken] = False
-        candidates = len(self.catalog) - len(taken) if among is None else int(among.sum())
+            among = among.without(taken.numpy())
+        candidates = len(self.catalog) - len(taken) if among is None else len(among)
         ids, scores, rows, matches = self._shortlist(request, query, among, taken, candidates)
         if request.min_score is not None:
             near = self._exact(rows @ query).clamp(-1, 1) >= request.min_score
@@ -267,7 +268,7 @@ class Engine:
         local: Sequence[LocalFeatures],
         regions: Regions | None = None,
         *,
-        among: Tensor | None = None,
+        among: Selection | None = None,
         taken: Tensor | None = None,
     ) -> tuple[Tensor, list[Match | None]]:
         """Items and their matches after verification: int64 (S,), verified items first, the others in their order.
@@ -280,7 +281,7 @@ class Engine:
             ids: int64 (S,), positions of the items, best first.
             local: The local features of the query.
             regions: The descriptors of the query's regions, when they are needed.
-            among: bool (N,), the items to search by regions. None searches all.
+            among: The items to search by regions. None searches all.
             taken: int64 (T,), positions of items to leave out.
 
         Raises:
@@ -315,7 +316,7 @@ class Engine:
             matches |= compare([position for position in others if position not in set(first)])
         return matches
 
-    def _of_regions(self, vectors: Tensor, among: Tensor | None, taken: Tensor) -> list[int]:
+    def _of_regions(self, vectors: Tensor, among: Selection | None, taken: Tensor) -> list[int]:
         """Positions of the nearest permitted items of each region, each once, the nearest of all regions first."""
         assert self.catalog.verification is not None
         if not len(vectors):
@@ -498,7 +499,7 @@ class Engine:
         return torch.from_numpy(np.unique(given))
 
     def _shortlist(
-        self, request: Request, query: Tensor, among: Tensor | None, taken: Tensor, candidates: int
+        self, request: Request, query: Tensor, among: Selection | None, taken: Tensor, candidates: int
     ) -> tuple[Tensor, Tensor, Tensor, list[Match | None]]:
         """ids (S,), scores (S,), vectors (S, D) and matches of the best items, one per work if works collapse.
 
@@ -528,7 +529,7 @@ class Engine:
                 matches = [matches[place] for place in kept.tolist()]
             return ids, scores, self._stored(self.vectors(ids)), matches
 
-    def _nearest(self, query: Tensor, depth: int, among: Tensor | None, taken: Tensor) -> SearchResult:
+    def _nearest(self, query: Tensor, depth: int, among: Selection | None, taken: Tensor) -> SearchResult:
         """The best S <= depth items for one query among the permitted items, as a result of shape (1, S)."""
         if depth == 0:
             return SearchResult(torch.empty((1, 0), dtype=torch.int64), torch.empty((1, 0)))
@@ -540,14 +541,14 @@ class Engine:
             kept &= ~torch.isin(found.ids[0], taken)
         return SearchResult(found.ids[:, kept][:, :depth], found.scores[:, kept][:, :depth])
 
-    def _nearest_reranked(self, query: Tensor, depth: int, among: Tensor | None, taken: Tensor) -> SearchResult:
+    def _nearest_reranked(self, query: Tensor, depth: int, among: Selection | None, taken: Tensor) -> SearchResult:
         """The result of `_nearest` in the order of the re-ranker, which sees only the permitted items.
 
         The first item gets the best cosine of all items, the second item the second best, and so on. Later steps
         (diversity, hubness) compare with cosines, whatever scale the re-ranker's own scores have.
         """
         assert self._reranked is not None
-        left_out = taken if among is None else (~among).nonzero()[:, 0]
+        left_out = taken if among is None else torch.from_numpy((~among).positions)
         junk = Junk(torch.zeros_like(left_out), left_out)
         wanted, ahead = self._reranked.rerank(F.normalize(query[None], dim=1), junk)
         found = nearest(wanted, self._reranked.vectors, depth, junk) if ahead is None else ahead

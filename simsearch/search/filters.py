@@ -1,4 +1,4 @@
-"""Filters on the attributes of a catalog's items, from text to a mask.
+"""Filters on the attributes of a catalog's items, from text to a selection.
 
     artist=Claude Monet|Alfred Sisley; style!=Cubism; year=1850..1900; museum=*
 
@@ -20,17 +20,17 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from torch import Tensor
 
+from simsearch.index.selection import Selection
 from simsearch.text import spelling_key, spellings
 
-_CACHED = 64  # masks kept, a byte an item each
+_CACHED = 64  # selections kept, a bit an item each at most
 _UNKNOWN = -1  # the code of an unknown value
 _NUMERIC_SHARE = 0.9
 _TOKEN = re.compile(r'"(?:[^"]|"")*"|!=|[;|=]|[^;|="!]+|!|"')
@@ -118,7 +118,8 @@ def select(items: pa.Table, conditions: Sequence[Condition]) -> Tensor:
 class Attributes:
     """The attribute columns of a catalog's items, prepared for filters. Several threads may use it at once.
 
-    The first access to a column converts it to one integer code per item. The masks of recent conditions are kept.
+    The first access to a column converts it to one integer code per item, and its first filter to the inverted lists of
+    its values, 4 bytes an item. A filter then costs what it selects. The selections of recent conditions are kept.
     Empty text and NaN are unknown values.
 
     Args:
@@ -128,7 +129,7 @@ class Attributes:
     def __init__(self, items: pa.Table) -> None:
         self.items = items
         self._columns: dict[str, _Column] = {}
-        self._masks: OrderedDict[Condition, Tensor] = OrderedDict()
+        self._selections: OrderedDict[Condition, Selection] = OrderedDict()
         self._lock = threading.RLock()
 
     @property
@@ -154,25 +155,25 @@ class Attributes:
                 self._columns[name] = _Column(self.items[name])
             return self._columns[name]
 
-    def mask(self, condition: Condition) -> Tensor:
-        """bool (N,), which items meet a condition. The mask is shared and must not be modified.
+    def meeting(self, condition: Condition) -> Selection:
+        """The items that meet a condition.
 
         Args:
             condition: The condition.
 
         Raises:
-            ValueError: As `select` does.
+            ValueError: As `selection` does.
         """
         with self._lock:
-            if condition not in self._masks:
-                self._masks[condition] = self._mask(condition)
-                while len(self._masks) > _CACHED:
-                    self._masks.popitem(last=False)
-            self._masks.move_to_end(condition)
-            return self._masks[condition]
+            if condition not in self._selections:
+                self._selections[condition] = self._meeting(condition)
+                while len(self._selections) > _CACHED:
+                    self._selections.popitem(last=False)
+            self._selections.move_to_end(condition)
+            return self._selections[condition]
 
-    def select(self, conditions: Sequence[Condition]) -> Tensor:
-        """bool (N,), which items meet all conditions.
+    def selection(self, conditions: Sequence[Condition]) -> Selection:
+        """The items that meet all conditions.
 
         Args:
             conditions: The conditions.
@@ -181,28 +182,41 @@ class Attributes:
             ValueError: If an attribute or a value is unknown (the error suggests similar values), or if a range is
                 given for an attribute without numbers.
         """
-        mask = torch.ones(len(self.items), dtype=torch.bool)
-        for condition in conditions:
-            mask &= self.mask(condition)
-        return mask
+        if not conditions:
+            return Selection.everything(len(self.items))
+        first, *others = sorted(map(self.meeting, conditions), key=len)
+        return reduce(Selection.__and__, others, first)
 
-    def _mask(self, condition: Condition) -> Tensor:
+    def select(self, conditions: Sequence[Condition]) -> Tensor:
+        """bool (N,), which items meet all conditions.
+
+        Args:
+            conditions: The conditions.
+
+        Raises:
+            ValueError: As `selection` does.
+        """
+        return self.selection(conditions).mask()
+
+    def _meeting(self, condition: Condition) -> Selection:
         column = self.column(condition.attribute)
         if condition.low is None and condition.high is None:
-            holds = column.codes >= 0
-            if condition.values:
-                wanted = [code for value in condition.values for code in self._codes(condition.attribute, value)]
-                holds = np.isin(column.codes, wanted)
+            if not condition.values:
+                unknown = column.having([_UNKNOWN])
+                return unknown if condition.negate else ~unknown
+            found = column.having(
+                [code for value in condition.values for code in self._codes(condition.attribute, value)]
+            )
         else:
-            numbers = column.numbers
-            if not np.isfinite(numbers).any():
+            numbers, codes = column.ascending
+            if not len(numbers):
                 raise ValueError(
                     f"{condition.attribute} does not hold numbers, so that it cannot have a range: name values"
                 )
             low = -math.inf if condition.low is None else condition.low
             high = math.inf if condition.high is None else condition.high
-            holds = (numbers >= low) & (numbers <= high)
-        return torch.from_numpy(~holds if condition.negate else holds)
+            found = column.having(codes[np.searchsorted(numbers, low) : np.searchsorted(numbers, high, "right")])
+        return ~found if condition.negate else found
 
     def _codes(self, name: str, value: str) -> list[int]:
         if not value.strip():
@@ -259,9 +273,41 @@ class _Column:
         return np.where(np.isfinite(numbers), numbers, np.nan)
 
     @cached_property
-    def numbers(self) -> np.ndarray:
-        """float64 (N,), the items' values as numbers. NaN if there is none."""
-        return np.append(self.of_values, np.nan)[self.codes]
+    def ascending(self) -> tuple[np.ndarray, np.ndarray]:
+        """float64 (n,) and int64 (n,), the distinct values that are numbers, ascending, and their codes."""
+        codes = np.flatnonzero(np.isfinite(self.of_values))
+        codes = codes[np.argsort(self.of_values[codes], kind="stable")]
+        return self.of_values[codes], codes
+
+    @cached_property
+    def inverted(self) -> tuple[np.ndarray, np.ndarray]:
+        """int32 (N,) and int64 (V + 2,): positions and starts.
+
+        The items with code c are positions[starts[c + 1] : starts[c + 2]], ascending.
+        """
+        codes = self.codes + np.int64(1)
+        starts = np.cumsum(np.bincount(codes, minlength=len(self._distinct) + 1))
+        keys = codes * len(codes) + np.arange(len(codes))
+        keys.sort()  # several times as fast as a stable argsort
+        return (keys % max(1, len(codes))).astype(np.int32), np.append(0, starts)
+
+    def having(self, codes: Sequence[int] | np.ndarray) -> Selection:
+        """The items with one of some codes.
+
+        Args:
+            codes: Codes, -1 for an unknown value.
+        """
+        positions, starts = self.inverted
+        chosen = np.unique(np.asarray(codes, dtype=np.int64)) + 1
+        count = int((starts[chosen + 1] - starts[chosen]).sum())
+        if len(chosen) == 1:
+            return Selection(len(positions), positions[starts[chosen[0]] : starts[chosen[0] + 1]])
+        if count * 8 > len(positions):
+            wanted = np.zeros(len(starts), bool)
+            wanted[chosen] = True
+            return Selection.of(wanted[self.codes + 1])
+        lists = [positions[starts[code] : starts[code + 1]] for code in chosen]
+        return Selection(len(positions), np.sort(np.concatenate([positions[:0], *lists])))
 
     @property
     def is_numeric(self) -> bool:
