@@ -7,7 +7,7 @@ ARGS ?=
 # Test files that run side by side.
 JOBS ?= 2
 
-.PHONY: help run art docs test test-slow test-gpu test-slurm test-browser test-wheel test-lowest wheel bench lint format clean
+.PHONY: help run art docs test test-slow test-gpu test-slurm test-browser test-wheel test-lowest wheel bench bench-scale lint format clean
 
 help:
 	@echo "make run                       the search engine on the embedded sample, from nothing"
@@ -23,6 +23,7 @@ help:
 	@echo "make wheel                     dist/: the source distribution and the wheel;  make test-wheel: installs and tries it"
 	@echo "make test-lowest               the same in an environment of the lowest versions that pyproject.toml allows"
 	@echo "make bench                     speed beside the usual ways;  make lint, make format, make clean"
+	@echo "make bench-scale               indexes of 10^5 vectors beside plain FAISS; ARGS='items=10000000 work=<folder>'"
 
 # torch and torchvision come from the registry together and unpinned, as pyproject.toml says.
 $(READY): pyproject.toml
@@ -72,6 +73,9 @@ test-lowest: $(READY)
 
 bench: $(READY)
 	$(BIN)/python experiments/2026-11-23-bench/bench.py $(ARGS)
+
+bench-scale: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/2026-11-28-index/scale.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

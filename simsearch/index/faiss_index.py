@@ -55,10 +55,10 @@ class FaissIndex:
             compared by Hamming distance ("hamming"), whose order is that of "ip" and "l2" on entries of +1 and -1.
         nprobe: Number of lists that an IVF index visits per query (FAISS: 1; where lists follow the items: they too).
         ef_search: Number of candidates that an HNSW graph keeps (FAISS: 16).
-        k_factor: Number of candidates that a refining index ("...,Refine(SQ8)") compares again, in multiples of k
-            (FAISS: 1).
         train_size: Largest number of vectors, a random choice, that train centroids and codebooks.
         seed: Seed of that choice and of k-means.
+        k_factor: Number of candidates that a refining index ("...,Refine(SQ8)") compares again, in multiples of k
+            (FAISS: 1).
 
     Raises:
         ValueError: If FAISS cannot parse the factory string, if it cannot decode the items (RaBitQ without a
@@ -367,17 +367,22 @@ class FaissIndex:
 
     def _search_rows(self, array: np.ndarray, k: int, positions: np.ndarray) -> SearchResult:
         """The answer among the items at ascending `positions` (n,), by a comparison with all of them."""
-        ids = torch.full((len(array), k), -1, dtype=torch.int64)
-        scores = torch.full((len(array), k), -math.inf)
-        for block in torch.from_numpy(positions.astype(np.int64)).split(_BLOCK) if len(positions) else ():
-            rows = _new_index("BFlat" if self.is_binary else "Flat", self.metric, self._index.d)
-            rows.add(self.rows(block).numpy())
-            found = self._result(*rows.search(array, min(k, len(block))))
-            both = torch.cat([scores, found.scores], dim=1)
-            # Stable, and earlier blocks first: equal scores stay in the order of addition.
-            best = both.argsort(dim=1, descending=True, stable=True)[:, :k]
-            scores, ids = both.gather(1, best), torch.cat([ids, block[found.ids]], dim=1).gather(1, best)
-        return SearchResult(ids, scores)
+        found = [(np.empty((len(array), 0), np.float32), np.empty((len(array), 0), np.int64))]
+        for start in range(0, len(positions), _BLOCK):
+            block = positions[start : start + _BLOCK].astype(np.int64)
+            width = self._index.d
+            flat: Any = (
+                faiss.IndexBinaryFlat(width) if self.is_binary else faiss.IndexFlat(width, _METRICS[self.metric])
+            )
+            flat.add(self.rows(torch.from_numpy(block)).numpy())
+            values, places = flat.search(array, min(k, len(block)))
+            found.append((values, block[places]))
+        values, ids = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+        if len(found) > 2:  # stable, and earlier blocks first: equal scores stay in the order of addition
+            best = np.argsort(-values if self.metric == "ip" else values, axis=1, kind="stable")[:, :k]
+            values, ids = np.take_along_axis(values, best, axis=1), np.take_along_axis(ids, best, axis=1)
+        missing = ((0, 0), (0, k - ids.shape[1]))
+        return self._result(np.pad(values, missing), np.pad(ids, missing, constant_values=-1))
 
     def _result(self, values: np.ndarray, positions: np.ndarray) -> SearchResult:
         ids = torch.from_numpy(positions)
