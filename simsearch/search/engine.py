@@ -294,7 +294,7 @@ class Engine:
         ids: Tensor,
         local: Sequence[LocalFeatures],
         regions: Regions | None,
-        among: Tensor | None,
+        among: Selection | None,
         taken: Tensor | None,
     ) -> dict[int, Match]:
         """The match of each verified item, by position. The arguments are those of `verified`."""
