@@ -486,7 +486,6 @@ def build_catalog(
     made = index or ("Flat" if encoder.bits is None else "BFlat")
     made = FaissIndex(made) if isinstance(made, str) else made
     check_kind(made, encoder.encoder)
-    settings: dict[str, int] = {"thumbnail": thumbnail, "batch_size": batch_size, "workers": workers}
     parameter = next(iter(encoder.encoder.parameters()), torch.empty(0))
     if takes(place, encoder.encoder, made, verification):
         change = update(
@@ -502,7 +501,14 @@ def build_catalog(
         _warn_unreadable(place, len(change.errors), len(manifest))
         return OpenCatalog(read_catalog(place), parameter.device)
     filling = filling_of(
-        manifest, encoder.encoder, encoder.config, run=encoder.run, verification=verification, **settings
+        manifest,
+        encoder.encoder,
+        encoder.config,
+        run=encoder.run,
+        thumbnail=thumbnail,
+        batch_size=batch_size,
+        workers=workers,
+        verification=verification,
     )
     check_not_fewer(place, sum(filling.counts), fewer)
     write_filled(place, made, filling)

@@ -125,7 +125,7 @@ def filling_of(
         else local_records(manifest, found.rows.tolist(), verification, workers, presence),
         thumbnail=thumbnail,
         labels=torch.from_numpy(Attributes(described).column(label).codes.astype(np.int64))
-        if label in described.column_names
+        if label is not None and label in described.column_names
         else None,
     )
 
