@@ -234,13 +234,13 @@ class TestCommands:
             *("index", f"run={small_run}", f"images={own_images(tmp_path)}", f"out={tmp_path}/c", "workers=0"),
             *("index=auto", "budget.recall=0.9"),
         )
-        settings_ = json.loads((tmp_path / "c/index/index.json").read_text())
+        settings_ = json.loads(next((tmp_path / "c").rglob("index.json")).read_text())
         assert set(settings_) >= {"factory", "nprobe", "k_factor"}
         assert "AutoIndex" not in (tmp_path / "c/catalog.json").read_text()
-        with (tmp_path / "c/index/frontier.csv").open() as file:
+        with (tmp_path / "c/frontier.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert [row["factory"] for row in rows if row["chosen"] == "1"] == [settings_["factory"]]
-        assert (tmp_path / "c/index/frontier.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "c/frontier.png").read_bytes().startswith(b"\x89PNG")
         assert read_catalog(tmp_path / "c").index.factory == settings_["factory"]
 
     def test_nothing_fits(self, small_run, tmp_path):

@@ -54,8 +54,8 @@ def main(config: DictConfig) -> None:
     before = calibrated_for(out)
     index, frontier = write_filled(out, index, filling)
     if frontier is not None:
-        write_frontier(out / "index", "frontier", frontier)
-        print(f"chose {frontier.chosen.described()} of those in {out / 'index' / 'frontier.csv'}: {described(index)}")
+        write_frontier(out, "frontier", frontier)
+        print(f"chose {frontier.chosen.described()} of those in {out / 'frontier.csv'}: {described(index)}")
     report(out, len(index), index.code_bytes, filling.errors, filling.skipped)
     if before is not None and calibrated_for(out) is None:
         warn(

@@ -35,7 +35,7 @@ _TEST, _COMPARE, _DECODE, _COMPARE_ROWS = 2, 60, 150, 15
 _BLOCK = 2**14  # stored rows that are decoded together
 _FIRST_READ = threading.Lock()  # of all indexes: one of its own could not be copied with the index
 SETTINGS = ("factory", "metric", "nprobe", "ef_search", "k_factor", "train_size", "seed")
-_LISTS = re.compile(r"IVF(?=[,_(]|$)")  # an IVF whose number of lists follows the number of items
+_FOLLOWS = re.compile(r"IVF(?=[,_(]|$)")  # an IVF whose number of lists follows the number of items
 
 
 class FaissIndex:
@@ -122,7 +122,7 @@ class FaissIndex:
         self._empty_bytes = 0
         # A misspelt factory should not wait for hours of feature extraction to be noticed; what
         # depends on the dimension waits for the vectors.
-        reason = _factory_failure(_LISTS.sub("IVF1", factory), self.metric, dimension=64)
+        reason = _factory_failure(_FOLLOWS.sub("IVF1", factory), self.metric, dimension=64)
         if reason is not None and re.search("could not parse|did not generate", reason):
             example = "'BFlat', 'BIVF256', 'BHNSW32'" if self.is_binary else "'Flat', 'IVF256,PQ16', 'HNSW32'"
             raise ValueError(f"FAISS cannot parse the factory {factory!r} ({reason}); examples: {example}")
@@ -155,10 +155,10 @@ class FaissIndex:
         Args:
             count: Number of items that the index will hold.
         """
-        if self._index is not None or not _LISTS.search(self.factory):
+        if self._index is not None or not _FOLLOWS.search(self.factory):
             return
         lists = lists_for(count)
-        self.factory = _LISTS.sub(f"IVF{lists}", self.factory)
+        self.factory = _FOLLOWS.sub(f"IVF{lists}", self.factory)
         self.nprobe = self.nprobe or min(lists, round(16 * math.sqrt(lists / 256)) or 1)
         self.train_size = max(self.train_size, _ADVISED_PER_CENTROID * lists)
 
@@ -644,7 +644,7 @@ def builds(factory: str, metric: str, width: int) -> bool:
         width: Number of columns of the vectors or packed codes.
     """
     dimension = 8 * width if metric == "hamming" else width
-    return _factory_failure(_LISTS.sub("IVF1", factory), metric, dimension) is None
+    return _factory_failure(_FOLLOWS.sub("IVF1", factory), metric, dimension) is None
 
 
 def _new_index(factory: str, metric: str, dimension: int) -> Any:

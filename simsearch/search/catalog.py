@@ -88,7 +88,7 @@ from simsearch.types import Encoder, LocalFeatures, Part
 FORMAT = 2
 OF_FORMAT_1 = ("index", "items.parquet", LOCAL_FEATURES)
 _ENTRIES = {"catalog.json", "segments", "removed", "encoder.safetensors", "skipped.csv", *OF_FORMAT_1}
-_ENTRIES |= {"calibration.json", "calibration"}
+_ENTRIES |= {"calibration.json", "calibration", "frontier.csv", "frontier.png"}
 _ADDED = 2**16  # vectors that an index is given together
 MOST_CHANGED = 0.1  # share of the items that may come and go until a calibration does not stand any more
 _TRIES = 3  # to read a catalog that changes while it is read

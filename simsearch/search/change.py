@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from simsearch.data.manifest import Manifest
 from simsearch.data.presence import Presence
 from simsearch.files import clear_leftovers, sha256, write_array, write_json
 from simsearch.images import ImageError
+from simsearch.index.auto import AutoIndex
 from simsearch.index.faiss_index import SETTINGS, FaissIndex
 from simsearch.search.build import check_not_fewer, content_digests, local_records
 from simsearch.search.catalog import (
@@ -105,8 +107,10 @@ def changing(folder: Path, *, trusted: bool = False) -> Iterator[Catalog]:
         yield catalog
 
 
-def takes(folder: Path, encoder: Encoder, index: FaissIndex, verification: Verification | None) -> bool:
+def takes(folder: Path, encoder: Encoder, index: FaissIndex | AutoIndex, verification: Verification | None) -> bool:
     """Whether a folder holds a catalog that `update` can bring to what a new catalog would be.
+
+    A choice of the index is made anew, of all items.
 
     Args:
         folder: The folder.
@@ -118,7 +122,10 @@ def takes(folder: Path, encoder: Encoder, index: FaissIndex, verification: Verif
         catalog = read_catalog(folder, calibrated=False)
     except (OSError, ValueError):
         return False
-    own = catalog.segments[0].index
+    if isinstance(index, AutoIndex):
+        return False
+    own, index = catalog.segments[0].index, copy(index)
+    index.settle(len(own))
     if "path" not in catalog.items.column_names or any(getattr(own, n) != getattr(index, n) for n in SETTINGS):
         return False
     known = None if catalog.verification is None else catalog.verification.config

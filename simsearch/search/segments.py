@@ -30,6 +30,7 @@ from torch import Tensor
 
 from simsearch.files import Damaged, read_json, sha256, write_json
 from simsearch.index.faiss_index import FaissIndex
+from simsearch.index.selection import Selection
 from simsearch.search.items import THUMBNAIL, ThumbnailGroups, check_outside, read_items, write_items
 from simsearch.search.local_features import NAME as LOCAL_FEATURES
 from simsearch.search.local_features import StoredFeatures, write_local_features
@@ -399,17 +400,21 @@ class SegmentedIndex:
     def __len__(self) -> int:
         return len(self._places)
 
-    def search(self, vectors: Tensor, k: int, among: Tensor | None = None) -> SearchResult:
+    def search(self, vectors: Tensor, k: int, among: Tensor | Selection | None = None) -> SearchResult:
         """The k most similar items of each query, as `FaissIndex.search` returns them.
 
         Args:
             vectors: float32 (Q, D) or codes uint8 (Q, bits / 8).
             k: Number of items, 1..N.
-            among: bool (N,), the items that may be returned; None for all.
+            among: The items that may be returned, as a selection or bool (N,); None for all.
 
         Raises:
             ValueError: As `FaissIndex.search` does.
         """
+        if isinstance(among, Selection):
+            if len(self._indexes) == 1 and len(self._indexes[0]) == len(self):  # none is removed: positions are its own
+                return self._indexes[0].search(vectors, k, among)
+            among = among.mask()
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         if k > len(self):
