@@ -46,13 +46,13 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def _own_log():
-    """A rank logs into the folder of its run, which is gone after its test."""
-    logger = logging.getLogger("simsearch")
-    handlers, level = list(logger.handlers), logger.level
+def _own_logs():
+    """Commands log into the folders of their runs, which are gone after their test."""
     yield
-    logger.handlers[:] = handlers
-    logger.setLevel(level)
+    for logger in (logging.root, *map(logging.getLogger, list(logging.root.manager.loggerDict))):
+        for handler in [one for one in logger.handlers if isinstance(one, logging.FileHandler)]:
+            logger.removeHandler(handler)
+            handler.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

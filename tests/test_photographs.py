@@ -404,7 +404,8 @@ class TestCommand:
         assert set(about["intervals"]) == {"R@1", "R@5", "mAP@20_minRk", "GAP", "microAP"}  # it is not calibrated
         with (tmp_path / "a" / "per_query.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
-        assert [row["first"] for row in rows[:8]] == names[:8]
+        paths = dict(zip(*(read_catalog(catalog).names.numbers.astype(str), names), strict=True))
+        assert [paths[row["first"]] for row in rows[:8]] == names[:8]
         assert [row["rank"] for row in rows] == ["1"] * 8 + [""] * 2
         assert rows[8]["unit"] == rows[9]["unit"]
         assert rows[6]["unit"] == rows[7]["unit"]  # one photograph, of which two parts are asked about

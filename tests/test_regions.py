@@ -158,7 +158,7 @@ def test_a_part_of_a_wall_finds_its_painting(folder):
         for form in forms:
             for region in (box(i), (x / 180, y / 150, w / 180, h / 150), ",".join(map(str, box(i)))):
                 answer = catalog.search(form, region=region, k=3)
-                assert answer.ids[0] == f"{i}.png"
+                assert answer.rows()[0]["path"] == f"{i}.png"
                 assert answer.scores[0] == pytest.approx(1, abs=1e-5)
     assert catalog.search(wall, k=1).scores[0] < 0.999
     with pytest.raises(ValueError, match="like has no image"):
@@ -174,7 +174,8 @@ def test_commands_search_with_a_part(folder, command):
         for written in (str(box(i)).replace(" ", ""), ",".join(map(str, box(i)))):
             answer = json.loads(simsearch(*given, f"region={written}").stdout)
             assert answer["results"][0]["score"] == pytest.approx(1, abs=1e-5)
-            assert (answer["results"][0].get("id") or answer["results"][0]["path"]) == f"{i}.png"
+            first = answer["results"][0]
+            assert (first.get("path") or first["attributes"]["path"]) == f"{i}.png"
     assert "at most 1" in simsearch(*given, "region=[0.5,0,0.7,1]", expect=1).stderr
     assert "reaches beyond" in simsearch(*given, "region=[0,0,500,20]", expect=1).stderr
     if command == "recommend":

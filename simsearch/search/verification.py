@@ -52,7 +52,7 @@ class Verification:
         top: int = 20,
         ratio: float = 0.85,
         tolerance: float = 0.006,
-        inliers: int = 12,
+        inliers: int = 15,
         spread: float = 0.02,
         regions: int = 8,
         region_top: int = 10,
