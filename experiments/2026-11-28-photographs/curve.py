@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 import matplotlib
-import pyarrow.parquet as pq
 from scipy.stats import beta
 
 from simsearch.files import replacing
@@ -32,16 +31,10 @@ def main() -> None:
     parser.add_argument("--curve", type=Path, required=True)
     parser.add_argument("--figure", type=Path, required=True)
     args = parser.parse_args()
-    with (args.known / "per_query.csv").open(newline="") as file:
-        known = [row for row in csv.DictReader(file) if row["work"] and float(row["rank"] or 0) == 1]
-    with (args.known / "per_query.csv").open(newline="") as file:
-        total = sum(bool(row["work"]) for row in csv.DictReader(file))
-    right = Counter(inliers([float(row["confidence"])]) for row in known)
-    false = Counter(
-        inliers(scores)
-        for folder in args.unknown
-        for scores in pq.read_table(folder / "answers.parquet")["confidence"].to_pylist()
-    )
+    known = [row for row in read(args.known) if row["work"]]
+    total = len(known)
+    right = Counter(inliers(row) for row in known if row["rank"] == "1")
+    false = Counter(inliers(row) for folder in args.unknown for row in read(folder) if not row["work"])
     queries = sum(false.values())
     rows = []
     for least in range(LEAST, MOST + 1):
@@ -69,9 +62,16 @@ def main() -> None:
         print(*row)
 
 
-def inliers(scores: list[float]) -> int:
+def read(folder: Path) -> list[dict[str, str]]:
+    """The rows of each photograph."""
+    with (folder / "per_query.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def inliers(row: dict[str, str]) -> int:
     """The inliers of the best answer, 0 if it is not verified: only verified answers score above 1."""
-    return int(scores[0]) if scores and scores[0] > 1 else 0
+    best = float(row["confidence"] or 0)
+    return int(best) if best > 1 else 0
 
 
 def interval(count: int, of: int) -> tuple[float, float]:
