@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from simsearch.images import ImageError
     from simsearch.models.backbones import WeightsError
     from simsearch.saved_run import RunError
-    from simsearch.search.catalog import CatalogError
+    from simsearch.search.errors import CatalogError
     from simsearch.trust import Untrusted
 
 __version__ = "0.2.0"
@@ -50,7 +50,7 @@ __all__ = [
     "open_catalog",
 ]
 _ERRORS = {
-    "CatalogError": "simsearch.search.catalog",
+    "CatalogError": "simsearch.search.errors",
     "ImageError": "simsearch.images",
     "RunError": "simsearch.saved_run",
     "SimsearchError": "simsearch.errors",

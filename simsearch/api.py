@@ -31,13 +31,14 @@ from simsearch.models.encoder import encoder_config
 from simsearch.models.exported import ExportedEncoder
 from simsearch.search.answer import Answer
 from simsearch.search.build import check_kind, check_not_fewer, filling_of, write_filled
-from simsearch.search.catalog import Catalog, path_table, read_catalog
+from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.change import Change, compact, problems, remove, takes, update, usual_root
 from simsearch.search.describe import describe, encode
 from simsearch.search.drift import Standing, standing
 from simsearch.search.engine import Engine
 from simsearch.search.filters import Condition, parse_filters
 from simsearch.search.given import Given, given_images, pixels_of
+from simsearch.search.item_tables import path_table
 from simsearch.search.local_features import describe_queries
 from simsearch.search.query_regions import joined, regions_of
 from simsearch.search.request import Hit, Regions, Request

@@ -22,7 +22,8 @@ from PIL import Image
 
 from simsearch.__main__ import main
 from simsearch.files import write_json
-from simsearch.search.catalog import read_catalog, with_thumbnails
+from simsearch.search.catalog import read_catalog
+from simsearch.search.item_tables import with_thumbnails
 from simsearch.search.names import Names
 from simsearch.search.segments import with_ids, write_segment
 

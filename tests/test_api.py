@@ -23,7 +23,7 @@ from simsearch.images import read_image
 from simsearch.models import encoder as encoders
 from simsearch.models.backbones import state_fingerprint
 from simsearch.models.encoder import build, build_encoder
-from simsearch.search import catalog as catalog_module
+from simsearch.search import encoder_files
 from simsearch.search.rerank import AlphaQE
 from simsearch.trust import ENCODERS, Untrusted
 
@@ -269,7 +269,7 @@ class TestAnswer:
 class TestCatalog:
     def test_hashes_the_encoder_once(self, catalog, monkeypatch):
         calls = []
-        for module in (catalog_module, encoders, sys.modules["simsearch.models.backbones"]):
+        for module in (encoder_files, encoders, sys.modules["simsearch.models.backbones"]):
             if hasattr(module, "state_fingerprint"):
                 monkeypatch.setattr(module, "state_fingerprint", lambda m: calls.append(m) or state_fingerprint(m))
         opened = simsearch.open_catalog(catalog.folder)

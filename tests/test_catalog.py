@@ -22,19 +22,14 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import timm_backbone
 from simsearch.models.frozen import FrozenRetriever, Whitening
 from simsearch.models.pooling import RMAC, Average, GeM
-from simsearch.search import catalog as module
-from simsearch.search import describe
-from simsearch.search.catalog import (
-    Catalog,
-    CatalogError,
-    encoder_fingerprint,
-    item_table,
-    load_tensors,
-    read_catalog,
-    write_catalog,
-)
+from simsearch.search import describe, encoder_files, writing
+from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.describe import encode
+from simsearch.search.encoder_files import encoder_fingerprint, load_tensors
 from simsearch.search.engine import Engine
+from simsearch.search.errors import CatalogError
+from simsearch.search.item_tables import item_table
+from simsearch.search.writing import write_catalog
 
 N = 40
 
@@ -134,14 +129,22 @@ class TestWriting:
         assert read_catalog(folder).thumbnails([3]) == [b"new thumbnail 3"]
         assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
-    @pytest.mark.parametrize("place", ["ParquetWriter", "save", "write_json", "encoder_fingerprint"])
-    def test_a_failure_while_writing_leaves_the_old_one(self, place, write, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(
+        ("module", "place"),
+        [
+            (pq, "ParquetWriter"),
+            (writing, "write_json"),
+            (encoder_files, "save"),
+            (encoder_files, "encoder_fingerprint"),
+        ],
+    )
+    def test_a_failure_while_writing_leaves_the_old_one(self, module, place, write, tmp_path, monkeypatch):
         folder = write(mark="old")
 
         def fail(*_: object, **__: object) -> None:
             raise OSError("no space left")
 
-        monkeypatch.setattr(pq if place == "ParquetWriter" else module, place, fail)
+        monkeypatch.setattr(module, place, fail)
         with pytest.raises(OSError, match="no space"):
             write(mark="new")
         with pytest.raises(OSError, match="no space"):

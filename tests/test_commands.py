@@ -26,7 +26,9 @@ from simsearch import __version__, configs
 from simsearch.commands import search
 from simsearch.files import read_json, write_json
 from simsearch.models.encoder import build_encoder
-from simsearch.search.catalog import CatalogError, encoder_fingerprint, read_catalog
+from simsearch.search.catalog import read_catalog
+from simsearch.search.encoder_files import encoder_fingerprint
+from simsearch.search.errors import CatalogError
 
 
 def wandb_records(path: Path) -> list[Record]:

@@ -35,8 +35,9 @@ from simsearch.functional.significance import holm, mean_interval, paired_interv
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import build_encoder
-from simsearch.search.catalog import item_table, write_catalog
 from simsearch.search.describe import encode
+from simsearch.search.item_tables import item_table
+from simsearch.search.writing import write_catalog
 from tests.conftest import simsearch
 
 Q, N, CLASSES = 60, 100, ("ant", "bee", "<b>cow</b>")

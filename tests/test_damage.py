@@ -40,16 +40,14 @@ from simsearch.images import ImageError
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models import exported
 from simsearch.models.backbones import load_state
-from simsearch.search.catalog import (
-    CatalogError,
-    item_table,
-    load_tensors,
-    read_catalog,
-    write_calibration,
-    write_catalog,
-)
+from simsearch.search.calibration_file import write_calibration
+from simsearch.search.catalog import read_catalog
+from simsearch.search.encoder_files import load_tensors
+from simsearch.search.errors import CatalogError
+from simsearch.search.item_tables import item_table
 from simsearch.search.items import ThumbnailGroups, write_items
 from simsearch.search.shards import begin, open_shards
+from simsearch.search.writing import write_catalog
 from simsearch.serving.library import Library, Source, Thumbnails
 from simsearch.serving.limits import Limits
 
@@ -247,7 +245,7 @@ def test_a_server_keeps_what_it_has(tmp_path, monkeypatch):
             return nn.functional.normalize(image.float().flatten(1)[:, :64] @ self.weight, dim=1)
 
     folder = catalog(tmp_path / "c")
-    monkeypatch.setattr("simsearch.search.catalog.build_encoder", lambda *_, **__: Described())
+    monkeypatch.setattr("simsearch.search.encoder_files.build_encoder", lambda *_, **__: Described())
     library = Library({"c": Source(folder)}, device=torch.device("cpu"), limits=Limits())
     try:
         with library.lease("c") as before:

@@ -26,8 +26,9 @@ from simsearch.models.colour import ColourLayout
 from simsearch.models.export import write_exported
 from simsearch.models.exported import ExportedEncoder
 from simsearch.models.onnx import OnnxFile, OnnxNetwork, export_network
-from simsearch.search.catalog import item_table, write_catalog
 from simsearch.search.describe import encode
+from simsearch.search.item_tables import item_table
+from simsearch.search.writing import write_catalog
 from simsearch.serving import backend_choice as runtimes
 from simsearch.serving.backend_choice import choose_runtime, seconds
 from simsearch.serving.library import Library, Source

@@ -92,7 +92,7 @@ def test_answers_are_those_of_the_catalogs_own_encoder(catalog, exported, images
 
 
 def test_the_catalogs_own_encoder_is_not_built(catalog, exported, images, monkeypatch):
-    monkeypatch.setattr("simsearch.search.catalog.build_encoder", lambda *_, **__: pytest.fail("it is built"))
+    monkeypatch.setattr("simsearch.search.encoder_files.build_encoder", lambda *_, **__: pytest.fail("it is built"))
     assert len(simsearch.open_catalog(catalog, encoder=exported).search(images / "0.png", k=2)) == 2
 
 

@@ -29,15 +29,17 @@ from simsearch.data.manifest import ImageFiles, Manifest, read_manifest
 from simsearch.files import read_json
 from simsearch.images import ImageError, read_image
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.search import catalog
 from simsearch.search import extract as module
 from simsearch.search import leases as claims
-from simsearch.search.catalog import fill_index, read_catalog, regroup
+from simsearch.search import writing
+from simsearch.search.catalog import read_catalog
 from simsearch.search.describe import encode
 from simsearch.search.engine import Engine
 from simsearch.search.extract import Work
 from simsearch.search.leases import Claims, claimed
+from simsearch.search.segments import regroup
 from simsearch.search.shards import ShardError, Shards, open_shards
+from simsearch.search.writing import fill_index
 
 CHUNK = 4
 IMAGES = 42  # with the broken ones: 10 chunks of 4, and one of 2
@@ -405,7 +407,7 @@ class TestCatalog:
     @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "PQ4x4", "HNSW8", "BFlat", "BIVF4"])
     @pytest.mark.parametrize("total", [300, 90, 33])
     def test_cuts_do_not_change_an_index(self, factory, total, monkeypatch):
-        monkeypatch.setattr(catalog, "_ADDED", 64)
+        monkeypatch.setattr(writing, "_ADDED", 64)
         generator = torch.Generator().manual_seed(total)
         vectors = torch.randn(total, 16, generator=generator)
         if factory[0] == "B":

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from simsearch.files import read_json, write_json
 from simsearch.index import faiss_index
+from simsearch.index.factories import lists_for
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.index.selection import Selection
 
@@ -431,7 +432,7 @@ class TestListsThatFollow:
         ("count", "lists"), [(1, 1), (100, 2), (3964, 64), (60_000, 1024), (10**6, 4096), (10**7, 16384)]
     )
     def test_lists(self, count, lists):
-        assert faiss_index.lists_for(count) == lists
+        assert lists_for(count) == lists
         assert count < 39 or lists <= count / 39
 
     @pytest.mark.parametrize(("factory", "settled"), [("IVF,Flat", "IVF1024,Flat"), ("BIVF", "BIVF1024")])

@@ -28,8 +28,10 @@ from simsearch.files import sha256, write_json
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search import change, drift, segments
 from simsearch.search.build import filling_of, write_filled
-from simsearch.search.catalog import Catalog, CatalogError, read_catalog, write_calibration
+from simsearch.search.calibration_file import write_calibration
+from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.engine import Engine
+from simsearch.search.errors import CatalogError
 from simsearch.search.request import Request
 from simsearch.search.verification import Verification
 from simsearch.serving.library import Library, Source
@@ -533,7 +535,7 @@ def test_a_reader_whose_segments_are_merged_meanwhile_reads_again(living, tmp_pa
 
 
 def test_a_server_takes_a_new_version(living, tmp_path, monkeypatch):
-    monkeypatch.setattr("simsearch.search.catalog.build_encoder", lambda *_, **__: Encoder())
+    monkeypatch.setattr("simsearch.search.encoder_files.build_encoder", lambda *_, **__: Encoder())
     out = living()
     library = Library({"c": Source(out)}, device=torch.device("cpu"), limits=Limits())
     try:

@@ -28,7 +28,7 @@ from simsearch.models.encoder import build_encoder, encoder_config
 from simsearch.models.frozen import FrozenRetriever, Whitening
 from simsearch.models.parts import PartsRetriever, TrainedPart
 from simsearch.models.pooling import RMAC, Average, GeM
-from simsearch.search.catalog import encoder_fingerprint, load_tensors, write_encoder
+from simsearch.search.encoder_files import encoder_fingerprint, load_tensors, write_encoder
 from simsearch.types import Part, can_explain, parts_of
 
 N, SIDE = 60, 48

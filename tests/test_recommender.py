@@ -29,11 +29,15 @@ from simsearch.search.calibration import (
     verify_without_work,
     wilson,
 )
-from simsearch.search.catalog import Catalog, CatalogError, item_table, read_catalog, write_calibration, write_catalog
+from simsearch.search.calibration_file import write_calibration
+from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.engine import Engine
+from simsearch.search.errors import CatalogError
 from simsearch.search.filters import parse_filters
+from simsearch.search.item_tables import item_table
 from simsearch.search.request import Request
 from simsearch.search.verdicts import sameness, similarity
+from simsearch.search.writing import write_catalog
 from simsearch.types import Part
 
 PARTS = {"content": Part(0, 8, 0.6), "style": Part(8, 12, 0.4)}

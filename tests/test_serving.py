@@ -39,11 +39,15 @@ from simsearch.data.manifest import read_manifest
 from simsearch.images import encode_thumbnail, read_image
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search import change
-from simsearch.search.catalog import CatalogError, item_table, read_catalog, write_calibration, write_catalog
+from simsearch.search.calibration_file import write_calibration
+from simsearch.search.catalog import read_catalog
 from simsearch.search.describe import encode
+from simsearch.search.errors import CatalogError
 from simsearch.search.filters import Attributes, Condition
+from simsearch.search.item_tables import item_table
 from simsearch.search.items import ThumbnailGroups
 from simsearch.search.verification import Verification
+from simsearch.search.writing import write_catalog
 from simsearch.serving import service as service_module
 from simsearch.serving.app import PAGE, create_app
 from simsearch.serving.browse import Listing

@@ -25,8 +25,10 @@ from simsearch.commands.serve import bind
 from simsearch.data.rendered.collection import render_collection
 from simsearch.images import encode_thumbnail, read_image
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.search.catalog import item_table, write_calibration, write_catalog
+from simsearch.search.calibration_file import write_calibration
 from simsearch.search.describe import encode
+from simsearch.search.item_tables import item_table
+from simsearch.search.writing import write_catalog
 from simsearch.serving.app import create_app
 from simsearch.serving.library import Library, Source
 from simsearch.serving.limits import Limits

@@ -22,7 +22,8 @@ from simsearch.data.image_folder import decode_files
 from simsearch.data.manifest import read_manifest
 from simsearch.data.presence import Presence, Vanished, file_sizes
 from simsearch.search import describe
-from simsearch.search.catalog import CatalogError, read_catalog
+from simsearch.search.catalog import read_catalog
+from simsearch.search.errors import CatalogError
 
 COUNT = 24
 

@@ -21,8 +21,9 @@ from simsearch.data.presence import Presence, Vanished
 from simsearch.data.rendered.paint import paint_work, photograph
 from simsearch.files import read_json, write_json
 from simsearch.models.encoder import build_encoder
-from simsearch.search.catalog import CatalogError, read_catalog, verifying
+from simsearch.search.catalog import read_catalog, verifying
 from simsearch.search.engine import Engine
+from simsearch.search.errors import CatalogError
 from simsearch.search.local_features import NAME, describe_items, features_of, record, record_type
 from simsearch.search.request import Request
 from simsearch.search.verdicts import NONE, SAME_WORK, UNCALIBRATED

@@ -28,7 +28,8 @@ import torch
 from vectors import BLOCK, HERE, D, block, load
 
 from simsearch.index.auto import AutoIndex, exact
-from simsearch.index.faiss_index import FaissIndex, lists_for
+from simsearch.index.factories import lists_for
+from simsearch.index.faiss_index import FaissIndex
 from simsearch.index.selection import Selection
 from simsearch.search.build import fill_chosen
 

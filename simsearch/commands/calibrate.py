@@ -36,6 +36,7 @@ from simsearch.search.calibration import (
     verify_without_work,
     wilson,
 )
+from simsearch.search.calibration_file import write_calibration
 from simsearch.search.calibration_sample import (
     Describer,
     exact_vectors,
@@ -44,7 +45,7 @@ from simsearch.search.calibration_sample import (
     outside_sample,
     work_names,
 )
-from simsearch.search.catalog import read_catalog, write_calibration
+from simsearch.search.catalog import read_catalog
 from simsearch.search.engine import Engine
 
 # What the rate of each kind of match is a rate of.

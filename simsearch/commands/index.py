@@ -28,9 +28,12 @@ from simsearch.search.build import (
     local_records,
     write_filled,
 )
-from simsearch.search.catalog import MOST_CHANGED, CatalogError, calibrated_for, path_table, read_catalog
+from simsearch.search.calibration_file import calibrated_for
+from simsearch.search.catalog import MOST_CHANGED, read_catalog
 from simsearch.search.change import Change, takes, update
 from simsearch.search.drift import standing
+from simsearch.search.errors import CatalogError
+from simsearch.search.item_tables import path_table
 from simsearch.search.shards import ShardError, open_shards
 from simsearch.search.verification import Verification
 from simsearch.text import printable, warn

@@ -38,8 +38,9 @@ from simsearch.files import checked, digests, read_json, replacing, write_csv, w
 from simsearch.functional.resize import resize_to_fit
 from simsearch.functional.significance import holm
 from simsearch.models.encoder import device
-from simsearch.search.catalog import encoder_fingerprint, read_catalog, verifying
+from simsearch.search.catalog import read_catalog, verifying
 from simsearch.search.describe import encode
+from simsearch.search.encoder_files import encoder_fingerprint
 from simsearch.search.engine import Engine
 from simsearch.search.query_regions import regions_of
 from simsearch.search.works import ask, works_named

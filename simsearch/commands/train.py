@@ -41,7 +41,8 @@ from simsearch.files import Damaged, check_zip, read_json
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import encoder_config
-from simsearch.search.catalog import item_table, write_catalog
+from simsearch.search.item_tables import item_table
+from simsearch.search.writing import write_catalog
 
 THUMBNAIL_SIDE = 128
 _LOG = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from simsearch.errors import SimsearchError
-from simsearch.index.faiss_index import FaissIndex, builds
+from simsearch.index.factories import builds
+from simsearch.index.faiss_index import FaissIndex
 from simsearch.types import SearchResult
 
 _GOAL = 0.95  # the recall that is wanted where nothing is

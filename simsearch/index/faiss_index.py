@@ -10,7 +10,7 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,21 @@ import torch
 from torch import Tensor
 
 from simsearch.files import read_json, replacing, sha256, write_json
+from simsearch.index.factories import (
+    ADVISED_PER_CENTROID,
+    FOLLOWS,
+    METRICS,
+    explained,
+    factory_failure,
+    lists_for,
+    mapping_flags,
+    new_index,
+    reason_of,
+)
+from simsearch.index.parts import centroids_of, code_bytes_of, copied, parts_of, serialised_bytes, train_seeded
 from simsearch.index.selection import Selection
 from simsearch.types import SearchResult, check_vectors
 
-_METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
-_ADVISED_PER_CENTROID = 39  # ClusteringParameters.min_points_per_centroid
 # Searching n selected of N items (measured in experiments/2026-11-23-art-recommender/filters.py): an IVF index visits
 # _MORE_LISTS N / n times its lists, an HNSW graph keeps _MORE_KEPT N / n times its candidates. Where these are so many
 # that they cost more than _KEPT_ROWS rows each, or where there are no more than _FEW items, all of them are compared.
@@ -35,7 +45,6 @@ _TEST, _COMPARE, _DECODE, _COMPARE_ROWS = 2, 60, 150, 15
 _BLOCK = 2**14  # stored rows that are decoded together
 _FIRST_READ = threading.Lock()  # of all indexes: one of its own could not be copied with the index
 SETTINGS = ("factory", "metric", "nprobe", "ef_search", "k_factor", "train_size", "seed")
-_FOLLOWS = re.compile(r"IVF(?=[,_(]|$)")  # an IVF whose number of lists follows the number of items
 
 
 class FaissIndex:
@@ -85,7 +94,7 @@ class FaissIndex:
             raise ValueError(f"factory must be a FAISS factory string such as 'IVF256,Flat', got {factory!r}")
         self.factory = factory
         self.is_binary = factory.startswith("B")
-        allowed = (*_METRICS, "hamming") if self.is_binary else tuple(_METRICS)
+        allowed = (*METRICS, "hamming") if self.is_binary else tuple(METRICS)
         if metric not in allowed:
             raise ValueError(f"metric of {factory!r} must be one of {', '.join(allowed)}, got {metric!r}")
         if "IDMap" in factory:
@@ -122,7 +131,7 @@ class FaissIndex:
         self._empty_bytes = 0
         # A misspelt factory should not wait for hours of feature extraction to be noticed; what
         # depends on the dimension waits for the vectors.
-        reason = _factory_failure(_FOLLOWS.sub("IVF1", factory), self.metric, dimension=64)
+        reason = factory_failure(FOLLOWS.sub("IVF1", factory), self.metric, dimension=64)
         if reason is not None and re.search("could not parse|did not generate", reason):
             example = "'BFlat', 'BIVF256', 'BHNSW32'" if self.is_binary else "'Flat', 'IVF256,PQ16', 'HNSW32'"
             raise ValueError(f"FAISS cannot parse the factory {factory!r} ({reason}); examples: {example}")
@@ -155,12 +164,12 @@ class FaissIndex:
         Args:
             count: Number of items that the index will hold.
         """
-        if self._index is not None or not _FOLLOWS.search(self.factory):
+        if self._index is not None or not FOLLOWS.search(self.factory):
             return
         lists = lists_for(count)
-        self.factory = _FOLLOWS.sub(f"IVF{lists}", self.factory)
+        self.factory = FOLLOWS.sub(f"IVF{lists}", self.factory)
         self.nprobe = self.nprobe or min(lists, round(16 * math.sqrt(lists / 256)) or 1)
-        self.train_size = max(self.train_size, _ADVISED_PER_CENTROID * lists)
+        self.train_size = max(self.train_size, ADVISED_PER_CENTROID * lists)
 
     def tune(self, nprobe: int | None = None, ef_search: int | None = None, k_factor: float | None = None) -> None:
         """Sets how thoroughly the index searches.
@@ -216,7 +225,7 @@ class FaissIndex:
     def emptied(self) -> FaissIndex:
         """An index with the same settings and the same training, without items."""
         other = FaissIndex(**self.settings)
-        if self._index is not None and not _new_index(self.factory, self.metric, self._index.d).is_trained:
+        if self._index is not None and not new_index(self.factory, self.metric, self._index.d).is_trained:
             if self._file is not None:  # what is mapped cannot be emptied
                 empty = (faiss.read_index_binary if self.is_binary else faiss.read_index)(str(self._file))
             else:
@@ -263,7 +272,7 @@ class FaissIndex:
         if not choices:
             raise ValueError("there is no index to take items of: give at least one")
         made = choices[0][0].emptied()
-        if made._index is not None and all(_copied(made._index, one._index, rows) for one, rows in choices):
+        if made._index is not None and all(copied(made._index, one._index, rows) for one, rows in choices):
             made._drop_maps()  # they know nothing of what was copied
             return made
         made = choices[0][0].emptied()
@@ -343,7 +352,7 @@ class FaissIndex:
         wider = len(self) / len(among)
         visited, refined, arguments = 1.0, None, {}
         kind = api.SearchParameters
-        for part in _parts(self._index):
+        for part in parts_of(self._index):
             if isinstance(part, faiss.IndexRefine):
                 refined = part.k_factor
             if isinstance(part, faiss.IndexIVF):
@@ -371,9 +380,7 @@ class FaissIndex:
         for start in range(0, len(positions), _BLOCK):
             block = positions[start : start + _BLOCK].astype(np.int64)
             width = self._index.d
-            flat: Any = (
-                faiss.IndexBinaryFlat(width) if self.is_binary else faiss.IndexFlat(width, _METRICS[self.metric])
-            )
+            flat: Any = faiss.IndexBinaryFlat(width) if self.is_binary else faiss.IndexFlat(width, METRICS[self.metric])
             flat.add(self.rows(torch.from_numpy(block)).numpy())
             values, places = flat.search(array, min(k, len(block)))
             found.append((values, block[places]))
@@ -416,7 +423,7 @@ class FaissIndex:
         try:
             return torch.from_numpy(self._index.reconstruct_n(start, stop - start))
         except RuntimeError as error:
-            raise ValueError(f"FAISS cannot decode the items of {self.factory!r}: {_reason(error)}") from None
+            raise ValueError(f"FAISS cannot decode the items of {self.factory!r}: {reason_of(error)}") from None
 
     def rows(self, positions: Tensor) -> Tensor:
         """The stored items at some positions, float32 (n, D) or codes uint8, as `reconstruct` returns them.
@@ -441,12 +448,12 @@ class FaissIndex:
             return self._codes[positions]
         try:
             with _FIRST_READ:
-                for part in () if isinstance(self._index, faiss.IndexRefine) else _parts(self._index):
+                for part in () if isinstance(self._index, faiss.IndexRefine) else parts_of(self._index):
                     if isinstance(part, faiss.IndexIVF) and part.direct_map.no():
                         part.make_direct_map()
             return torch.from_numpy(self._index.reconstruct_batch(np.ascontiguousarray(positions.numpy())))
         except RuntimeError as error:
-            raise ValueError(f"FAISS cannot decode the items of {self.factory!r}: {_reason(error)}") from None
+            raise ValueError(f"FAISS cannot decode the items of {self.factory!r}: {reason_of(error)}") from None
 
     @property
     def keeps_vectors(self) -> bool:
@@ -467,7 +474,7 @@ class FaissIndex:
         if len(self) == 0:
             raise ValueError("the index is empty: bytes per item are measured on items")
         self._drop_maps()
-        return (_serialised_bytes(self._index) - self._empty_bytes) / len(self)
+        return (serialised_bytes(self._index) - self._empty_bytes) / len(self)
 
     @property
     def code_bytes(self) -> int:
@@ -478,7 +485,7 @@ class FaissIndex:
         """
         if self._index is None:
             raise ValueError("the size of a code is only known once vectors were added")
-        return _code_bytes(self._index)
+        return code_bytes_of(self._index)
 
     def save(self, path: str | Path) -> None:
         """Writes the index into a folder: index.faiss, as FAISS itself writes it, and index.json, the settings.
@@ -530,11 +537,11 @@ class FaissIndex:
             raise ValueError(
                 f"damaged index file {data}: its SHA-256 is not the one in {settings.name}; save the index again"
             )
-        flags = _mapping_flags(index.factory) if mapped else 0
+        flags = mapping_flags(index.factory) if mapped else 0
         try:
             index._index = (faiss.read_index_binary if index.is_binary else faiss.read_index)(str(data), flags)
         except RuntimeError as error:
-            raise ValueError(f"FAISS cannot read {data}: {_reason(error)}") from None
+            raise ValueError(f"FAISS cannot read {data}: {reason_of(error)}") from None
         index._file = data if flags else None
         index._configure(index._index)
         return index
@@ -569,7 +576,7 @@ class FaissIndex:
         index = self._allocated(array.shape[1])
         if not index.is_trained:
             count = min(len(array), self.train_size)
-            needed = max(_centroids(part) for part in _parts(index))
+            needed = max(centroids_of(part) for part in parts_of(index))
             if count < needed:
                 hint = (
                     "give more vectors or choose a factory with fewer centroids"
@@ -579,234 +586,48 @@ class FaissIndex:
                 raise ValueError(f"{self.factory!r} needs at least {needed} vectors to train, got {count}: {hint}")
             if count < len(array):
                 array = array[self.sample(len(array)).numpy()]
-            if count < _ADVISED_PER_CENTROID * needed and needed > 1:
+            if count < ADVISED_PER_CENTROID * needed and needed > 1:
                 warnings.warn(
                     f"{self.factory!r} learns {needed} centroids from {count} vectors: fewer than the "
-                    f"{_ADVISED_PER_CENTROID * needed} that FAISS advises, so they may be poor",
+                    f"{ADVISED_PER_CENTROID * needed} that FAISS advises, so they may be poor",
                     stacklevel=3,
                 )
             try:
-                _train_seeded(index, array, self.seed)
+                train_seeded(index, array, self.seed)
             except RuntimeError as error:
-                raise ValueError(f"FAISS cannot train {self.factory!r} on {count} vectors: {_reason(error)}") from None
+                raise ValueError(
+                    f"FAISS cannot train {self.factory!r} on {count} vectors: {reason_of(error)}"
+                ) from None
         self._finish(index)
 
     def _allocated(self, width: int) -> Any:
         dimension = width * 8 if self.is_binary else width
-        reason = _factory_failure(self.factory, self.metric, dimension)
+        reason = factory_failure(self.factory, self.metric, dimension)
         if reason is not None:
-            raise ValueError(_explain(self.factory, self.metric, dimension, reason))
-        return _new_index(self.factory, self.metric, dimension)
+            raise ValueError(explained(self.factory, self.metric, dimension, reason))
+        return new_index(self.factory, self.metric, dimension)
 
     def _finish(self, index: Any) -> None:
         """Takes a trained index without items."""
         self._configure(index)
-        self._empty_bytes = _serialised_bytes(index)
+        self._empty_bytes = serialised_bytes(index)
         self._index = index
 
     def _drop_maps(self) -> None:
         """Takes away what `rows` made, which FAISS would write too."""
-        for part in _parts(self._index):
+        for part in parts_of(self._index):
             if isinstance(part, faiss.IndexIVF):
                 part.set_direct_map_type(faiss.DirectMap.NoMap)  # type: ignore[attr-defined]
 
     def _configure(self, index: Any) -> None:
         """Sets the search-time options wherever in the index they belong (behind OPQ, refinement, ...)."""
-        for part in _parts(index):
+        for part in parts_of(index):
             if self.nprobe is not None and hasattr(part, "nprobe"):
                 part.nprobe = self.nprobe
             if self.ef_search is not None and hasattr(part, "hnsw"):
                 part.hnsw.efSearch = self.ef_search
             if self.k_factor is not None and isinstance(part, faiss.IndexRefine):
                 part.k_factor = self.k_factor
-
-
-def lists_for(count: int) -> int:
-    """The number of lists of an IVF index: the power of two nearest to 4 sqrt(count), at most count / 39.
-
-    Args:
-        count: Number of items.
-
-    Example:
-        >>> lists_for(1_000), lists_for(1_000_000), lists_for(10_000_000)
-        (16, 4096, 16384)
-    """
-    most = max(1, count // _ADVISED_PER_CENTROID)
-    return min(2 ** round(math.log2(4 * math.sqrt(max(1, count)))), 2 ** (most.bit_length() - 1))
-
-
-def builds(factory: str, metric: str, width: int) -> bool:
-    """Whether this release of FAISS makes such an index.
-
-    Args:
-        factory: A factory string, as in FaissIndex.
-        metric: "ip", "l2" or "hamming".
-        width: Number of columns of the vectors or packed codes.
-    """
-    dimension = 8 * width if metric == "hamming" else width
-    return _factory_failure(_FOLLOWS.sub("IVF1", factory), metric, dimension) is None
-
-
-def _new_index(factory: str, metric: str, dimension: int) -> Any:
-    if metric == "hamming":
-        return faiss.index_binary_factory(dimension, factory)
-    return faiss.index_factory(dimension, factory, _METRICS[metric])
-
-
-def _factory_failure(factory: str, metric: str, dimension: int) -> str | None:
-    """Returns why FAISS refuses the factory at this dimension, None where it does not."""
-    try:
-        _new_index(factory, metric, dimension)
-    except RuntimeError as error:
-        return _reason(error)
-    return None
-
-
-def _reason(error: RuntimeError) -> str:
-    """Returns a FAISS error without the C++ signature and source line in front of it."""
-    return re.sub(r"^Error in .*? at \S+:\d+: (Error: )?", "", str(error), flags=re.DOTALL)
-
-
-def _explain(factory: str, metric: str, dimension: int, reason: str) -> str:
-    parts = re.findall(r"PQ(\d+)", factory)
-    if "subquantizers" in reason and parts:
-        m = int(parts[-1])
-        divisors = ", ".join(str(d) for d in range(1, min(dimension, 128) + 1) if dimension % d == 0)
-        return (
-            f"PQ{m} cuts a vector into {m} equal parts, which {dimension} dimensions (or what a transform "
-            f"in front leaves of them) do not allow: take one of {divisors} parts, or put "
-            f"OPQ{m}_{m * max(1, dimension // m)} in front, which brings the vector to a fitting dimension"
-        )
-    return f"FAISS refuses the factory {factory!r} for dimension {dimension} and metric {metric!r}: {reason}"
-
-
-def _parts(index: Any) -> Iterator[Any]:
-    """Yields an index and every index and transform inside it, each as its own class."""
-    binary = isinstance(index, faiss.IndexBinary)
-    index = faiss.downcast_IndexBinary(index) if binary else faiss.downcast_index(index)
-    yield index
-    if isinstance(index, faiss.IndexPreTransform):
-        chain: Any = index.chain  # FAISS's type stubs call this C++ vector a list
-        for position in range(chain.size()):
-            yield faiss.downcast_VectorTransform(chain.at(position))
-    for name in ("index", "base_index", "refine_index", "storage", "quantizer"):
-        inner = getattr(index, name, None)
-        if isinstance(inner, faiss.Index | faiss.IndexBinary):
-            yield from _parts(inner)
-
-
-def _mapping_flags(factory: str) -> int:
-    """How FAISS reads a file without reading all of it. 0 where it cannot."""
-    if re.search(r"x\d+fs|RaBitQfs", factory):  # these lists are arranged anew when they are read
-        return 0
-    return getattr(faiss, "IO_FLAG_MMAP" if "IVF" in factory else "IO_FLAG_MMAP_IFC", 0)
-
-
-def _copied(target: Any, source: Any, rows: Tensor) -> bool:
-    """Copies the codes of ascending rows to the end of an index of the same training. False if this kind cannot."""
-    target, source = next(_parts(target)), next(_parts(source))
-    if type(target) is not type(source):
-        return False
-    done = False
-    if isinstance(target, faiss.IndexPreTransform):
-        done = _copied(target.index, source.index, rows)
-    elif isinstance(target, faiss.IndexRefine):
-        done = _copied(target.base_index, source.base_index, rows)
-        done = done and _copied(target.refine_index, source.refine_index, rows)
-    elif type(target) in _LISTS:
-        done = True
-        first, places = int(target.ntotal), np.full(int(source.ntotal), -1, dtype=np.int64)
-        places[rows.numpy()] = np.arange(len(rows))
-        own, others = target.invlists, source.invlists
-        for number in range(target.nlist):
-            if not (size := others.list_size(number)):
-                continue
-            ids = others.get_ids(number)
-            codes = others.get_codes(number)
-            try:
-                new = places[faiss.rev_swig_ptr(ids, size)]
-                kept = faiss.rev_swig_ptr(codes, size * others.code_size).reshape(size, -1)[new >= 0]
-                if len(kept):
-                    kept, new = np.ascontiguousarray(kept), np.ascontiguousarray(new[new >= 0] + first)
-                    own.add_entries(number, len(kept), faiss.swig_ptr(new), faiss.swig_ptr(kept))
-            finally:
-                others.release_ids(number, ids)
-                others.release_codes(number, codes)
-    elif type(target) in _CODES:
-        done = True
-        codes = faiss.rev_swig_ptr(source.codes.data(), source.ntotal * source.code_size)
-        kept = np.ascontiguousarray(codes.reshape(source.ntotal, -1)[rows.numpy()])
-        target.add_sa_codes(kept)
-    if done:
-        target.ntotal = int(target.ntotal) + (0 if type(target) in _CODES else len(rows))
-    return done
-
-
-_CODES = (faiss.IndexFlat, faiss.IndexFlatIP, faiss.IndexFlatL2, faiss.IndexPQ, faiss.IndexScalarQuantizer)
-_LISTS = (faiss.IndexIVFFlat, faiss.IndexIVFPQ, faiss.IndexIVFScalarQuantizer)
-_LISTS += tuple(getattr(faiss, name) for name in ("IndexIVFRaBitQ",) if hasattr(faiss, name))  # of releases from 1.12
-
-
-def _centroids(part: Any) -> int:
-    """Returns the largest k-means that training this part runs: FAISS wants as many vectors."""
-    if isinstance(part, faiss.OPQMatrix):
-        return 256  # its own quantiser of 8 bits
-    lists = getattr(part, "nlist", 0) if getattr(part, "quantizer_trains_alone", 0) != 1 else 0
-    pq = getattr(part, "pq", None)
-    return max(1, lists, pq.ksub if pq is not None else 0)
-
-
-def _train_seeded(index: Any, array: np.ndarray, seed: int) -> None:
-    """Trains with k-means seeded wherever FAISS runs one; its other generators have fixed seeds."""
-    clusterings, opqs = [], []
-    for part in _parts(index):
-        if isinstance(part, faiss.OPQMatrix):
-            # FAISS would make its own quantiser, out of reach; it borrows this one.
-            pq = faiss.ProductQuantizer(part.d_out, part.M, 8)
-            part.pq = pq
-            opqs.append((part, pq))
-            clusterings.append(pq.cp)
-        elif getattr(part, "pq", None) is not None:
-            clusterings.append(part.pq.cp)
-        if hasattr(part, "cp"):
-            clusterings.append(part.cp)
-        if hasattr(part, "do_polysemous_training"):
-            # The factory turns on an annealing that reorders the codebooks for Hamming filtering, which no
-            # search here uses: two seconds a sub-quantiser, many times all the rest.
-            part.do_polysemous_training = False
-    for clustering in clusterings:
-        clustering.seed = seed
-        # FAISS warns on stderr for each of its k-means runs, hundreds of lines for OPQ: once is enough.
-        clustering.min_points_per_centroid = 1
-    try:
-        index.train(array)
-    finally:
-        for part, _ in opqs:
-            part.pq = None
-
-
-def _code_bytes(index: Any) -> int:
-    index = next(_parts(index))
-    if isinstance(index, faiss.IndexRefine):
-        return _code_bytes(index.base_index) + _code_bytes(index.refine_index)
-    for name in ("index", "storage"):
-        inner = getattr(index, name, None)
-        if isinstance(inner, faiss.Index | faiss.IndexBinary):
-            return _code_bytes(inner)
-    return int(index.code_size)
-
-
-def _serialised_bytes(index: Any) -> int:
-    """Returns the size FAISS would write, without holding it."""
-    size = 0
-
-    def count(block: bytes) -> None:
-        nonlocal size
-        size += len(block)
-
-    write = faiss.write_index_binary if isinstance(index, faiss.IndexBinary) else faiss.write_index
-    write(index, faiss.PyCallbackIOWriter(count))  # type: ignore[attr-defined]  # missing in the stubs
-    return size
 
 
 def _ties_in_order(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

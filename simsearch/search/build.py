@@ -22,12 +22,13 @@ from simsearch.data.tables import Rejected
 from simsearch.files import read_json, sha256
 from simsearch.index.auto import AutoIndex, Frontier, NoIndexFits, Point, exact, preferred
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.search.catalog import fill_index, path_table, with_thumbnails, write_catalog
 from simsearch.search.describe import batches_of, describe
 from simsearch.search.filters import Attributes
+from simsearch.search.item_tables import path_table, with_thumbnails
 from simsearch.search.local_features import describe_items
 from simsearch.search.segments import CONTENT
 from simsearch.search.verification import Verification
+from simsearch.search.writing import fill_index, write_catalog
 from simsearch.types import Encoder
 
 _READERS = 8  # threads that read files, which a network folder sends slowly

@@ -19,50 +19,23 @@ A catalog of format 1 has index/, items.parquet and local_features.npy in place 
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
 
-from simsearch.cache import cache_key
-from simsearch.data.manifest import Manifest
-from simsearch.data.tables import Rejected
-from simsearch.errors import SimsearchError
-from simsearch.files import (
-    Damaged,
-    checked,
-    checksum,
-    digests,
-    is_temporary,
-    read_array,
-    read_json,
-    replacing_folder,
-    restore,
-    write_csv,
-    write_json,
-)
-from simsearch.images import ImageError
+from simsearch.files import Damaged, checked, checksum, read_array, read_json, restore
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.models.backbones import state_fingerprint
-from simsearch.models.encoder import build, build_encoder
-from simsearch.models.exported import ExportedEncoder, read_about
-from simsearch.search.items import THUMBNAIL
+from simsearch.models.encoder import build
+from simsearch.search.calibration_file import read_calibration
+from simsearch.search.encoder_files import check_exported, read_encoder, read_exported
+from simsearch.search.errors import CatalogError
 from simsearch.search.local_features import NAME as LOCAL_FEATURES
-from simsearch.search.local_features import about_local_features
 from simsearch.search.names import OWN_ID, Names
 from simsearch.search.segments import (
     CONTENT,
@@ -76,9 +49,6 @@ from simsearch.search.segments import (
     items_of,
     read_old,
     read_segment,
-    regroup,
-    with_ids,
-    write_segment,
 )
 from simsearch.search.verification import Verification
 from simsearch.text import warn
@@ -87,33 +57,17 @@ from simsearch.types import Encoder, LocalFeatures, Part
 
 FORMAT = 2
 OF_FORMAT_1 = ("index", "items.parquet", LOCAL_FEATURES)
-_ENTRIES = {"catalog.json", "segments", "removed", "encoder.safetensors", "skipped.csv", *OF_FORMAT_1}
-_ENTRIES |= {"calibration.json", "calibration", "frontier.csv", "frontier.png"}
-_ADDED = 2**16  # vectors that an index is given together
 MOST_CHANGED = 0.1  # share of the items that may come and go until a calibration does not stand any more
 _TRIES = 3  # to read a catalog that changes while it is read
 
 
-class CatalogError(SimsearchError, ValueError):
-    """The folder is not a catalog, the catalog is damaged, or the encoder is not the catalog's own."""
-
-
-def _fingerprint(about: Mapping[str, Any]) -> str:
-    return checksum(about)[:16]
-
-
-def _identity(about: Mapping[str, Any]) -> str:
-    """The fingerprint of a catalog's first version."""
-    return str(about["first"]["catalog"]) if "first" in about else _fingerprint(about)
-
-
-def encoder_fingerprint(encoder: Encoder) -> str:
-    """16 hex digits over the encoder's identity() and its tensors, which together determine the descriptors.
+def first_fingerprint(about: Mapping[str, Any]) -> str:
+    """The fingerprint of a catalog's first version.
 
     Args:
-        encoder: The encoder.
+        about: The content of catalog.json, or what will be the first.
     """
-    return cache_key({"identity": encoder.identity(), "state": state_fingerprint(encoder)})[:16]
+    return str(about["first"]["catalog"]) if "first" in about else checksum(about)[:16]
 
 
 @dataclass(frozen=True)
@@ -161,7 +115,7 @@ class Catalog:
 
         They stay when items are added and removed.
         """
-        return _identity(self.about)
+        return first_fingerprint(self.about)
 
     @cached_property
     def names(self) -> Names:
@@ -274,329 +228,6 @@ def verifying(
     return replace(catalog, verification=catalog.verification.changed(top=top, regions=regions, mirrored=mirrored))
 
 
-def write_encoder(folder: Path, encoder: Encoder) -> dict[str, Any]:
-    """Writes the tensors of an encoder to encoder.safetensors and returns its fingerprint and provenance.
-
-    The digest of the file is not included; the caller adds it.
-
-    Args:
-        folder: Folder to write to.
-        encoder: The encoder.
-    """
-    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-    (folder / "encoder.safetensors").write_bytes(save(state))  # save_file would keep it from other users
-    return {
-        "encoder_fingerprint": encoder_fingerprint(encoder),
-        "backbone": dict(encoder.provenance),
-        **_parts(encoder),
-    }
-
-
-def _parts(encoder: Encoder) -> dict[str, Any]:
-    """The entry `parts` for an encoder with several parts, or with codes (the index cannot tell bits from padding)."""
-    if (parts := getattr(encoder, "parts", None)) is None and encoder.bits is not None:
-        parts = {"content": Part(0, encoder.bits, 1.0)}
-    return {} if parts is None else {"parts": {name: asdict(part) for name, part in parts.items()}}
-
-
-def read_encoder(folder: Path, about: Mapping[str, Any], *, trusted: bool = False) -> Encoder:
-    """The encoder that `write_encoder` wrote to `folder`, checked against `about`.
-
-    Args:
-        folder: Folder of the encoder's tensors.
-        about: The folder's description with config, fingerprint and digests.
-        trusted: Allow the config to build any object.
-
-    Raises:
-        CatalogError: If the encoder cannot be built, or if its tensors are damaged or belong to another encoder.
-        Untrusted: If the config names an object that an encoder may not contain, and `trusted` is False.
-    """
-    try:
-        encoder = build_encoder(about["config"], trusted=trusted)
-    except (LookupError, TypeError) as error:
-        raise CatalogError(f"{folder} does not record how its encoder is built: {error!r}") from error
-    load_tensors(folder, about, encoder)
-    return encoder
-
-
-def read_exported(folder: Path) -> ExportedEncoder:
-    """The encoder that `simsearch export` wrote to a folder, after a check that it describes images as torch did.
-
-    Args:
-        folder: The folder of the exported files.
-
-    Raises:
-        CatalogError: If a file is missing or damaged, or if ONNX Runtime gives other descriptors here.
-    """
-    try:
-        encoder = ExportedEncoder(folder)
-        encoder.check_samples()
-    except Exception as error:  # onnxruntime has many kinds
-        raise CatalogError(f"cannot use the exported encoder in {folder}: {error}") from error
-    return encoder
-
-
-def _check_exported(exported: Path, folder: Path, about: Mapping[str, Any]) -> None:
-    """Checks that exported files come from the encoder of a catalog. Raises CatalogError."""
-    try:
-        other = read_about(exported).get("encoder")
-    except ValueError as error:
-        raise CatalogError(str(error)) from error
-    if other != (own := about["encoder_fingerprint"]):
-        raise CatalogError(
-            f"{exported} was exported from encoder {other}, the catalog {folder} was filled by {own}: their "
-            f"descriptors do not compare. Export its own: simsearch export catalog={folder} out=..."
-        )
-
-
-def load_tensors(folder: Path, about: Mapping[str, Any], encoder: Encoder) -> None:
-    """Loads the tensors in `folder` into an encoder and checks the result against `about`.
-
-    Args:
-        folder: Folder of the encoder's tensors.
-        about: The folder's description with fingerprint and digests.
-        encoder: The encoder to load into.
-
-    Raises:
-        CatalogError: If the tensors are damaged or do not fit, or if the result is a different encoder.
-    """
-    try:
-        encoder.load_state_dict(load_file(checked(folder, "encoder.safetensors", about)))
-    except (RuntimeError, SafetensorError, OSError, ValueError) as error:
-        raise CatalogError(f"cannot load the encoder of {folder}: {error}") from error
-    encoder.provenance = dict(about["backbone"])
-    own, other = about["encoder_fingerprint"], encoder_fingerprint(encoder)
-    if own != other:
-        raise CatalogError(
-            f"{folder} was filled by encoder {own}, but this one is {other}: their descriptors cannot be compared. "
-            "Search with the catalog's own encoder or make a new catalog"
-        )
-
-
-def fill_index(index: FaissIndex, counts: Sequence[int], read: Callable[[int], Tensor]) -> None:
-    """Trains an empty index and adds all vectors to it.
-
-    The result does not depend on how the vectors are split into parts. Many vectors are read twice: first a random
-    choice of at most index.train_size vectors for training, then all of them. Besides the index, memory holds the
-    training vectors, and later one block of _ADDED vectors and one part.
-
-    Args:
-        index: An empty index.
-        counts: Number of vectors in each part.
-        read: Function that returns the counts[i] vectors of part i.
-    """
-    total = sum(counts)
-    index.settle(total)
-    if total > _ADDED:  # else the index trains by itself
-        chosen = torch.arange(total)
-        if total > index.train_size:
-            chosen = torch.randperm(total, generator=torch.Generator().manual_seed(index.seed))[: index.train_size]
-        index.train(_take(chosen, counts, read))
-    for block in regroup(map(read, range(len(counts))), _ADDED, torch.cat):
-        index.add(block)
-
-
-def _take(rows: Tensor, counts: Sequence[int], read: Callable[[int], Tensor]) -> Tensor:
-    """The vectors at some rows of the concatenated parts, in the order of `rows`."""
-    rows, order = rows.sort()
-    ends = torch.tensor(counts).cumsum(0)
-    cuts = [0, *torch.searchsorted(rows, ends).tolist()]
-    found: Tensor | None = None
-    for part, (start, stop) in enumerate(pairwise(cuts)):
-        if start < stop:
-            vectors = read(part)[rows[start:stop] - (ends[part] - counts[part])]
-            if found is None:
-                found = vectors.new_empty(len(rows), vectors.shape[1])
-            found[order[start:stop]] = vectors
-    assert found is not None
-    return found
-
-
-def write_catalog(
-    folder: Path,
-    *,
-    index: FaissIndex,
-    items: pa.Table | Iterable[pa.Table],
-    encoder: Encoder,
-    config: Mapping[str, Any],
-    about: Mapping[str, Any],
-    errors: Sequence[ImageError | Rejected] = (),
-    verification: Verification | None = None,
-    local: Iterable[np.ndarray] = (),
-) -> None:
-    """Writes a catalog of the items in an index. It replaces a catalog that is already in `folder`.
-
-    An item keeps the id that an item of the same path had there. A calibration is kept if the catalog is unchanged, and
-    removed otherwise.
-
-    Args:
-        folder: The catalog's folder.
-        index: The filled index.
-        items: One row per item, in one table or several: attributes, perhaps the column CONTENT, thumbnails.
-        encoder: The encoder that filled the index.
-        config: The plain config that builds the encoder.
-        about: Further plain facts for catalog.json (protocol, skipped files, ...).
-        errors: Errors of files that could not be read, for skipped.csv.
-        verification: How matches will be verified by local features. None stores no local features.
-        local: The records of the items' local features, in the order of the index (see `describe_items`).
-
-    Raises:
-        ValueError: If items, index and local features differ in number.
-        FileExistsError: If `folder` holds something other than a catalog.
-    """
-    folder = Path(folder).resolve()
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file: give another out=")
-    restore(folder)
-    with locked(folder):
-        _write_catalog(
-            folder, index=index, items=items, encoder=encoder, config=config, about=about, errors=errors,
-            verification=verification, local=local,
-        )  # fmt: skip
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lets no other process change the catalog in a folder inside the block. Nothing is locked if there is no folder.
-
-    Args:
-        folder: The catalog's folder.
-
-    Raises:
-        CatalogError: If another process changes the catalog.
-    """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        yield
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
-        yield
-    except BlockingIOError:
-        raise CatalogError(f"another process changes the catalog {folder}: wait until it is done") from None
-    finally:
-        os.close(descriptor)
-
-
-def _write_catalog(
-    folder: Path,
-    *,
-    index: FaissIndex,
-    items: pa.Table | Iterable[pa.Table],
-    encoder: Encoder,
-    config: Mapping[str, Any],
-    about: Mapping[str, Any],
-    errors: Sequence[ImageError | Rejected],
-    verification: Verification | None,
-    local: Iterable[np.ndarray],
-) -> None:
-    entries = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if entries and "catalog.json" not in entries:
-        raise FileExistsError(f"{folder} exists and is not a catalog: give another out=")
-    if foreign := sorted(name for name in entries - _ENTRIES if not is_temporary(name)):
-        raise FileExistsError(
-            f"the catalog {folder} also holds other files ({', '.join(foreign[:3])}): give another out="
-        )
-    numbering = _Numbering(folder)
-    with replacing_folder(folder) as temporary:
-        tables = map(numbering.numbered, [items] if isinstance(items, pa.Table) else items)
-        segment = write_segment(temporary, 1, index=index, items=tables, verification=verification, local=local)
-        of_local = {} if verification is None else {"local_features": about_local_features(verification)}
-        about = {
-            "format": FORMAT,
-            "version": 1,
-            **write_encoder(temporary, encoder),
-            "bytes_per_item": index.code_bytes,
-            "config": dict(config),
-            **about,
-            **of_local,
-            "items": len(index),
-            "columns": numbering.columns,
-            "own_ids": numbering.own_ids,
-            "next_id": numbering.next_id,
-            "segments": [segment],
-            "removed": None,
-            "sha256": digests(temporary, ["encoder.safetensors"]),
-        }
-        about["first"] = {"catalog": _fingerprint(about), "items": len(index), "next_id": about["next_id"]}
-        write_json(temporary / "catalog.json", about)
-        if errors:
-            write_skipped(temporary, errors)
-        if calibrated_for(folder) == _identity(about):
-            shutil.copy(folder / "calibration.json", temporary)
-            if (folder / "calibration").is_dir():
-                shutil.copytree(folder / "calibration", temporary / "calibration")
-
-
-def write_skipped(folder: Path, errors: Sequence[ImageError | Rejected]) -> None:
-    """Writes the skipped.csv of a catalog.
-
-    Args:
-        folder: The catalog's folder.
-        errors: Errors of files that could not be read.
-    """
-    rows = ((str(error.path), error.reason, error.detail) for error in errors)
-    write_csv(folder / "skipped.csv", ["path", "reason", "detail"], rows)
-
-
-class _Numbering:
-    """Gives ids to the items of a new catalog. A path keeps the id that it had in the catalog in the same folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self._before: dict[str, int] = {}
-        self.next_id = 0
-        try:
-            old = read_catalog(folder, calibrated=False)
-        except (ValueError, OSError, KeyError, TypeError):  # there is none, or none that can be read
-            old = None
-        if old is not None and "path" in old.items.column_names:
-            paths, ids = old.items["path"].to_pylist(), old.names.numbers
-            self._before = dict(zip(paths, ids.tolist(), strict=True))
-            self.next_id = old.names.given
-        self.columns: list[str] = []
-        self._own: list[pa.ChunkedArray] = []
-        self._counted = 0
-
-    def numbered(self, table: pa.Table) -> pa.Table:
-        """A table of items with their ids."""
-        contents = table[CONTENT].to_pylist() if CONTENT in table.column_names else None
-        table = table.drop_columns([CONTENT]) if contents is not None else table
-        self.columns = [name for name in table.column_names if name != THUMBNAIL]
-        paths = table["path"].to_pylist() if "path" in table.column_names else [None] * len(table)
-        ids = np.empty(len(table), dtype=np.int64)
-        for row, path in enumerate(paths):
-            known = self._before.pop(path, None)
-            ids[row] = self.next_id if known is None else known
-            self.next_id += known is None
-        self._counted += len(table)
-        if OWN_ID in table.column_names:
-            self._own.append(table[OWN_ID])
-        return with_ids(table, ids, contents)
-
-    @property
-    def own_ids(self) -> bool:
-        """Whether each item has an id of its own in the column `id`."""
-        if sum(map(len, self._own)) < self._counted or not self._own:
-            return False
-        return Names(pa.table({OWN_ID: pa.chunked_array([c for one in self._own for c in one.chunks])})).own
-
-
-def calibrated_for(folder: Path) -> str | None:
-    """The fingerprint of the catalog that the calibration in `folder` belongs to.
-
-    Args:
-        folder: The catalog's folder.
-
-    Returns:
-        The fingerprint, None if there is no calibration, or "" if the calibration does not say.
-    """
-    try:
-        return str(read_json(folder / "calibration.json").get("catalog", ""))
-    except (OSError, ValueError):
-        return "" if (folder / "calibration.json").exists() else None
-
-
 def read_catalog(
     folder: Path, *, calibrated: bool = True, trusted: bool = False, exported: Path | None = None
 ) -> Catalog:
@@ -629,9 +260,17 @@ def read_catalog(
     if exported is not None:
         if not trusted and exported.is_dir():
             check_links(exported)
-        _check_exported(exported, folder, about)
+        check_exported(exported, folder, about)
         catalog = replace(catalog, exported=exported)
-    return replace(catalog, calibration=_read_calibration(catalog)) if calibrated else catalog
+    if calibrated and (calibration := read_calibration(folder, catalog.fingerprint)) is not None:
+        catalog = replace(catalog, calibration=calibration)
+        came, went, share = turnover(catalog, calibration)
+        if share > MOST_CHANGED:
+            warn(
+                f"note: {came} items of the catalog {folder} came and {went} went since it was calibrated: what it "
+                "promises may not hold any more. simsearch calibrate makes the calibration anew"
+            )
+    return catalog
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -737,71 +376,6 @@ def _verification(folder: Path, about: Mapping[str, Any], trusted: bool) -> Veri
         raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
 
 
-def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
-    """Writes the catalog's calibration.json atomically. `read_catalog` reads it.
-
-    The calibration has these entries:
-
-    - `catalog`: fingerprint of the catalog that the calibration belongs to; another catalog refuses it.
-    - `items`, `next_id`: number of its items then, and the id that the next one got (see simsearch.search.drift).
-    - `same_work`, `similar`: thresholds, as `thresholds_at` returns them (see `Engine.verdicts`). `similar` is None if
-      it was not calibrated.
-    - `verified`: thresholds of the number of inliers, by which an item is the same work where it is verified by local
-      features. Missing if they were not calibrated.
-    - `floor`: the cosine that a similar item must exceed.
-    - `neighbours`: number of neighbours that a background averages over.
-    - `rate`: the promised rate of false matches of each kind; `of`: what it is a rate of. `asked`: the requested rate.
-    - `certainty`: the probability with which each promise holds.
-    - `weights`: weights of the descriptor's parts.
-    - `units`: number of independent draws behind the thresholds.
-    - `held_out`: what the first threshold does to held-out queries. `coverage`: the share of true matches that it
-      finds, at least, with the certainty.
-    - `photographs`: what is found, false and unknown of photographs whose works are known, if any.
-
-    Only the thresholds, `floor` and `neighbours` are needed; calibrations of earlier versions have fewer entries.
-
-    Args:
-        folder: The catalog's folder.
-        calibration: The entries above.
-    """
-    write_json(folder / "calibration.json", calibration)
-
-
-def _read_calibration(catalog: Catalog) -> dict[str, Any] | None:
-    path = catalog.folder / "calibration.json"
-    try:
-        calibration = read_json(path)
-        if isinstance(calibration.get("same_work"), (int, float)):
-            warn(
-                f"note: {path} was made by an earlier method, which counted images of one work as independent and kept "
-                "its rate less often than stated: it is not used. simsearch calibrate makes it anew"
-            )
-            return None
-        kinds = ["same_work"] if calibration["similar"] is None else ["same_work", "similar"]
-        kinds += ["verified"] if "verified" in calibration else []
-        if not all(len(calibration[kind]) and [float(value) for value in calibration[kind]] for kind in kinds):
-            raise ValueError("no threshold")
-        if "similar" in kinds:
-            float(calibration["floor"])
-        if int(calibration["neighbours"]) < 1:
-            raise ValueError("neighbours")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CatalogError(
-            f"{path} is damaged or was written by another version ({error!r}): delete it, or calibrate again"
-        ) from error
-    if calibration.get("catalog", catalog.fingerprint) != catalog.fingerprint:  # older ones do not say
-        raise CatalogError(f"{path} belongs to another catalog, whose scores differ: delete it, or calibrate again")
-    came, went, share = turnover(catalog, calibration)
-    if share > MOST_CHANGED:
-        warn(
-            f"note: {came} items of the catalog {catalog.folder} came and {went} went since it was calibrated: what it "
-            "promises may not hold any more. simsearch calibrate makes the calibration anew"
-        )
-    return calibration
-
-
 def turnover(catalog: Catalog, calibration: Mapping[str, Any]) -> tuple[int, int, float]:
     """The numbers of items that came and went since a calibration, and their share of all items, then and now.
 
@@ -814,39 +388,3 @@ def turnover(catalog: Catalog, calibration: Mapping[str, Any]) -> tuple[int, int
     came = int((catalog.names.numbers >= next_id).sum())
     went = then - (len(catalog) - came)
     return came, went, (came + went) / max(1, then + came)
-
-
-def item_table(columns: Mapping[str, Sequence[Any]], thumbnails: Sequence[bytes]) -> pa.Table:
-    """The items of a catalog as a table: the given columns and the thumbnails.
-
-    Args:
-        columns: The values of each column.
-        thumbnails: Image bytes, one per item.
-    """
-    return with_thumbnails(pa.table({n: pa.array(v) for n, v in columns.items()}), thumbnails)
-
-
-def path_table(manifest: Manifest) -> pa.Table:
-    """Path and attributes of a manifest's images, as text.
-
-    Args:
-        manifest: The images and their attributes.
-
-    Raises:
-        ValueError: If a column has a name that search results use themselves.
-    """
-    if reserved := sorted({"rank", "score", "verdict", THUMBNAIL, ID, CONTENT} & set(manifest.attributes)):
-        raise ValueError(
-            f"the images have the columns {', '.join(reserved)}, whose names results use already: rename them"
-        )
-    return pa.table({n: pa.array(v, pa.string()) for n, v in {"path": manifest.paths, **manifest.attributes}.items()})
-
-
-def with_thumbnails(table: pa.Table, thumbnails: Sequence[bytes]) -> pa.Table:
-    """A table with the thumbnails as an additional column.
-
-    Args:
-        table: Path and attributes of the items.
-        thumbnails: Image bytes, one per item.
-    """
-    return table.append_column(THUMBNAIL, pa.array(thumbnails, pa.binary()))

@@ -28,25 +28,16 @@ from simsearch.images import ImageError
 from simsearch.index.auto import AutoIndex
 from simsearch.index.faiss_index import SETTINGS, FaissIndex
 from simsearch.search.build import check_not_fewer, content_digests, local_records
-from simsearch.search.catalog import (
-    FORMAT,
-    OF_FORMAT_1,
-    Catalog,
-    CatalogError,
-    encoder_fingerprint,
-    locked,
-    path_table,
-    read_catalog,
-    read_manifest,
-    read_removed,
-    with_thumbnails,
-    write_skipped,
-)
+from simsearch.search.catalog import FORMAT, OF_FORMAT_1, Catalog, read_catalog, read_manifest, read_removed
 from simsearch.search.describe import batches_of, describe
+from simsearch.search.encoder_files import encoder_fingerprint
+from simsearch.search.errors import CatalogError
+from simsearch.search.item_tables import path_table, with_thumbnails
 from simsearch.search.local_features import about_local_features
 from simsearch.search.names import OWN_ID
 from simsearch.search.segments import Places, damaged_files, with_ids, write_segment
 from simsearch.search.verification import Verification
+from simsearch.search.writing import locked, write_skipped
 from simsearch.trust import check_links
 from simsearch.types import Encoder
 

@@ -22,7 +22,8 @@ from simsearch.functional.open_set import agreeing, stand_out
 from simsearch.functional.ranking import Junk, inner_products
 from simsearch.functional.reranking import RerankedGallery, Reranker, nearest, unit_vectors
 from simsearch.index.selection import Selection
-from simsearch.search.catalog import Catalog, CatalogError
+from simsearch.search.catalog import Catalog
+from simsearch.search.errors import CatalogError
 from simsearch.search.filters import Attributes
 from simsearch.search.names import Names
 from simsearch.search.request import Hit, Recommendation, Regions, Request

@@ -39,7 +39,8 @@ from simsearch.data.presence import Presence, file_sizes
 from simsearch.errors import SimsearchError
 from simsearch.files import checked, digests, read_json, replacing, write_json
 from simsearch.images import ImageError
-from simsearch.search.catalog import encoder_fingerprint, path_table, read_encoder, with_thumbnails, write_encoder
+from simsearch.search.encoder_files import encoder_fingerprint, read_encoder, write_encoder
+from simsearch.search.item_tables import path_table, with_thumbnails
 from simsearch.trust import check_links
 from simsearch.types import Encoder
 

@@ -21,8 +21,9 @@ import torch
 from simsearch.files import Damaged, read_json
 from simsearch.images import MAX_BYTES, header_shape
 from simsearch.models.backbones import Runtime
-from simsearch.search.catalog import Catalog, CatalogError, read_catalog
+from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.engine import Engine
+from simsearch.search.errors import CatalogError
 from simsearch.search.items import ThumbnailGroups
 from simsearch.search.names import Names
 from simsearch.search.request import Request
