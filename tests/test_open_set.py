@@ -200,6 +200,9 @@ def test_gap_counts_distractors_and_misses():
     assert global_average_precision(confidence, correct, 2) == pytest.approx((1 + 2 / 3) / 2)
     assert global_average_precision(confidence, correct, 4) == pytest.approx((1 + 2 / 3) / 4)
     assert global_average_precision(confidence, torch.zeros(4, dtype=torch.bool), 3) == 0.0
+    whole = [global_average_precision(torch.arange(n).float(), torch.ones(n).bool(), n) for n in range(1, 300)]
+    assert max(whole) == 1.0
+    assert min(whole) == pytest.approx(1, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,7 @@ def global_average_precision(confidence: Tensor, correct: Tensor, total_positive
     held = hits > 0
     at, above = size.cumsum(0) - size, hits.cumsum(0) - hits
     sums = _precision_sums(at[held][None], size[held][None], above[held][None], hits[held][None], len(confidence))
-    return float(sums[0]) / total_positive
+    return min(1.0, float(sums[0]) / total_positive)  # precisions of 1 may add up to a rounding more
 
 
 def jackknifed_average_precision(confidence: Tensor, correct: Tensor, units: Tensor, positives: Tensor) -> Tensor:
