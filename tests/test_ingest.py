@@ -36,8 +36,7 @@ from simsearch.data.process_pool import BoundedPool, Closed, Failure, bounded_ma
 from simsearch.data.protocols import ByAttribute
 from simsearch.data.tables import decode_text
 from simsearch.files import is_alive
-from simsearch.functional.ragged import Ragged, ragged
-from simsearch.functional.reranking import gallery_neighbours
+from simsearch.functional.ragged import Ragged
 from simsearch.images import read_image
 
 BASE = ("near.descriptors=false", "workers=1")
@@ -708,11 +707,7 @@ def test_what_to_try_next_fits_a_folder_without_artists(tmp_path):
     data.setup()  # as that command does: it can be divided
 
 
-def test_few_images_and_images_that_are_all_alike():
-    pictures = [torch.from_numpy(np.array(picture(i))).permute(2, 0, 1).contiguous() for i in range(4)]
-    vectors = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)))
-    found = data_ingest.background(ragged(pictures), gallery_neighbours(vectors, 20))  # one has three
-    assert len(found) == 0 or float(found.max()) < 0.7
+def test_images_that_are_all_alike():
     # 3,000 pages of 16 hashes, 8 bits apart at least: too many pairs within 10 bits, not of equal ones.
     hashes = torch.randint(0, 2, (3000, 1), generator=torch.Generator().manual_seed(0)).mul(255).to(torch.uint8)
     hashes = torch.cat([hashes, torch.zeros(3000, 7, dtype=torch.uint8)], 1)

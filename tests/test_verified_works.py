@@ -53,12 +53,12 @@ def tensors(pictures: list[Image.Image]) -> list[torch.Tensor]:
 def candidates(pairs: list[tuple[int, int]], correlation: list[float]) -> Evidence:
     none = torch.zeros(len(pairs), dtype=torch.int64)
     values = torch.tensor(correlation)
-    return Evidence(torch.tensor(pairs), values, none, none, none.float(), none.float(), values >= 0.7)
+    return Evidence(torch.tensor(pairs), values, none, none, none.float(), none.float(), none.float(), values >= 0.7)
 
 
 def asked(folder: Path, pictures: list[Image.Image], known: Evidence, chunk: int = 3) -> Evidence:
     files = SimpleNamespace(sha256=tuple(f"{number:064x}" for number in range(len(pictures))))
-    return data_ingest.verified(folder, files, ragged(tensors(pictures)), known, 0.7, chunk)  # type: ignore[arg-type]
+    return data_ingest.verified(folder, files, ragged(tensors(pictures)), known, chunk)  # type: ignore[arg-type]
 
 
 def test_geometry_confirms_copies_and_refuses_what_only_looks_alike(tmp_path):
@@ -81,6 +81,7 @@ def test_geometry_confirms_copies_and_refuses_what_only_looks_alike(tmp_path):
     assert found.features[-1] == 0
     assert (found.inliers[:5] >= 8).all()
     assert (found.aligned[:5] > 0.7).all()
+    assert (found.support[:5] > 0.15).all()
 
 
 def test_an_interrupted_verification_goes_on_and_gives_the_same(tmp_path, monkeypatch):
@@ -103,7 +104,7 @@ def test_an_interrupted_verification_goes_on_and_gives_the_same(tmp_path, monkey
         asked(tmp_path / "killed", pictures, known, chunk=2)
     found = asked(tmp_path / "killed", pictures, known, chunk=2)
     assert len(calls) == SAMPLE + 4 + SAMPLE + 3  # the first piece of two images was there
-    for name in ("features", "inliers", "share", "aligned", "same"):
+    for name in ("features", "inliers", "share", "aligned", "support", "same"):
         assert torch.equal(getattr(found, name), getattr(whole, name))
     damaged = sorted((tmp_path / "killed").glob("*/*.npy"))[0]
     damaged.write_bytes(damaged.read_bytes()[:-5])
@@ -145,22 +146,20 @@ def test_the_pairs_of_a_group_are_those_of_a_loop(count, draw):
 
 
 @pytest.mark.parametrize(
-    ("correlation", "features", "inliers", "share", "aligned", "least", "same"),
+    ("correlation", "features", "inliers", "share", "aligned", "support", "same"),
     [
-        (0.99, 300, 7, 0.5, 0.9, 0.7, False),  # pixels do not speak where geometry can
-        (0.0, 300, 8, 0.5, 0.6, 0.7, True),
-        (0.0, 300, 40, 0.01, 0.9, 0.7, False),  # a heading
-        (0.0, 300, 40, 0.5, 0.3, 0.7, False),  # scattered words
-        (0.0, 300, 140, 0.6, 0.9, 1.02, False),  # coins of one rim
-        (0.9, 300, 140, 0.6, 0.8, 0.85, True),  # the whole pictures are alike enough
-        (0.0, 300, 140, 0.6, 0.98, 1.02, True),  # two scans of one coin
-        (0.8, 19, 0, 0.0, 0.0, 0.7, True),
-        (0.6, 19, 19, 0.9, 0.9, 0.7, False),
+        (0.99, 300, 7, 0.5, 0.9, 0.5, False),  # pixels do not speak where geometry can
+        (0.0, 300, 8, 0.5, 0.6, 0.1, True),
+        (0.0, 300, 40, 0.01, 0.9, 0.5, False),  # a heading
+        (0.0, 300, 40, 0.5, 0.3, 0.5, False),  # scattered words
+        (0.94, 300, 23, 0.6, 0.86, 0.08, False),  # coins of one rim
+        (0.8, 19, 0, 0.0, 0.0, 0.0, True),
+        (0.6, 19, 19, 0.9, 0.9, 0.9, False),
     ],
 )
-def test_what_decides(correlation, features, inliers, share, aligned, least, same):
-    values = [torch.tensor([value]) for value in (correlation, features, inliers, share, aligned)]
-    assert agreement(*values, least).tolist() == [same]
+def test_what_decides(correlation, features, inliers, share, aligned, support, same):
+    values = [torch.tensor([value]) for value in (correlation, features, inliers, share, aligned, support)]
+    assert agreement(torch.tensor([[0, 1]]), *values).tolist() == [same]
 
 
 @given(st.integers(2, 8), st.data())
@@ -180,7 +179,7 @@ def test_a_group_is_weak_by_one_doubtful_pair_that_nobody_confirmed():
     many = torch.full((3,), 50)
     inliers = torch.tensor([40, 12, 3])
     pairs = torch.tensor([[0, 1], [2, 3], [4, 5]])
-    evidence = Evidence(pairs, many.float(), many, inliers, many.float(), many.float(), inliers >= 8)
+    evidence = Evidence(pairs, many.float(), many, inliers, many.float(), many.float(), many.float(), inliers >= 8)
     assert [is_weak(group, evidence) for group in ([0, 1], [2, 3], [0, 1, 4, 5])] == [False, True, True]
     assert not is_weak([2, 3], evidence, [(2, 3)])
 

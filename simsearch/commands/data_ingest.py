@@ -32,7 +32,7 @@ from simsearch.data.ingest.grouping import (
     agreement,
     cliques,
     is_weak,
-    least_correlation,
+    least_values,
 )
 from simsearch.data.ingest.pipeline import (
     UNPACKED,
@@ -50,12 +50,12 @@ from simsearch.data.ingest.pixel_store import images_of, tensors_sha256
 from simsearch.data.ingest.report import SUSPICIOUS_BAND, markdown, summarise
 from simsearch.data.ingest.source import read_listing
 from simsearch.data.manifest import Manifest
-from simsearch.data.near_duplicates import hash_pairs_within, pixel_correlations, turned_pairs
+from simsearch.data.near_duplicates import MIN_CORRELATION, hash_pairs_within, pixel_correlations, turned_pairs
 from simsearch.data.protocols import ByHash
 from simsearch.figures import Tile, save_grid, spared
 from simsearch.files import Damaged, read_array, replacing, write_array, write_csv
 from simsearch.functional.correlation import aligned_correlation
-from simsearch.functional.geometry import Match, verify
+from simsearch.functional.geometry import Match, support, verify
 from simsearch.functional.pooling import gem
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.reranking import gallery_neighbours
@@ -63,16 +63,14 @@ from simsearch.functional.resize import resize
 from simsearch.functional.sift import Sift
 from simsearch.search.local_features import features_of, record, record_type
 from simsearch.text import printable, warn
-from simsearch.types import LocalFeatures, SearchResult
+from simsearch.types import LocalFeatures
 
 MOST_DESCRIBED = 200_000
 _NEIGHBOURS = 20  # of each image that may be of its work
-_OF_ONE_WORK = 5  # of them that may well be: the others tell how alike unlike images are
 _PROPOSED = 200  # pairs for each image that hashes may propose
-_BACKGROUND = 2000  # pairs that do
 _BATCH = 64
 _SIDE, _FEATURES = 256, 300  # longest side at which an image is described by local features, and their number
-_MATCH = np.dtype([("features", "<u2"), ("inliers", "<u2"), ("share", "<f4"), ("aligned", "<f4")])
+_MATCH = np.dtype([("features", "<u2"), ("inliers", "<u2"), ("share", "<f4"), ("aligned", "<f4"), ("support", "<f4")])
 _COLUMNS = 12  # of the contact sheet
 
 
@@ -231,8 +229,8 @@ def same_work(
     """Groups the files that show the same work.
 
     Hashes and descriptors propose pairs. Geometry confirms a pair, or, without verification and for images of few
-    features, its pixels do: their correlation must exceed that of unrelated images of this collection. A group also
-    needs the agreement of its pairs.
+    features, its pixels do: they must correlate, more so for images that are like many others. A group also needs the
+    agreement of its pairs.
 
     Args:
         out: Output folder.
@@ -265,15 +263,15 @@ def same_work(
         found = torch.stack([torch.minimum(rows, columns), torch.maximum(rows, columns), torch.zeros_like(rows)], 1)
         proposed["by descriptor"] = found.unique(dim=0)
     turned, which = torch.cat(list(proposed.values())).unique(dim=0, return_inverse=True)
-    least = least_correlation(background(images, neighbours), len(turned))
     correlation = pixel_correlations(images, *turned.unbind(1), progress=True)
     # Of a pair that several turns propose, the best counts.
     pairs, place = turned[:, :2].unique(dim=0, return_inverse=True)
     best = torch.full((len(pairs),), -1.0).scatter_reduce(0, place, correlation, "amax")
     none = torch.zeros(len(pairs), dtype=torch.int64)
-    evidence = Evidence(pairs, best, none, none, none.float(), none.float(), best >= least)
+    zero = none.float()
+    evidence = Evidence(pairs, best, none, none, zero, zero, zero, best >= least_values(pairs, best, MIN_CORRELATION))
     if near["verify"]:
-        evidence = verified(out / "local_features", files, images, evidence, least, chunk)
+        evidence = verified(out / "local_features", files, images, evidence, chunk)
     parts = zip(proposed, which.split([len(part) for part in proposed.values()]), strict=True)
     counts = {name: int(evidence.same[place[part]].sum()) for name, part in parts}
     order = torch.argsort(evidence.inliers + evidence.correlation.double(), descending=True, stable=True)
@@ -287,10 +285,10 @@ def same_work(
     suspicious = [group for group, n in zip(several, contents, strict=True) if n > near["largest"]]
     ties = [(group[0], place) for group in small for place in group[1:]] + decisions.confirmed
     doubtful = [group for group in small if near["verify"] and is_weak(group, evidence, decisions.confirmed)]
-    return SameWork(ties, counts, least, suspicious, doubtful, evidence, near["verify"])
+    return SameWork(ties, counts, suspicious, doubtful, evidence, near["verify"])
 
 
-def verified(folder: Path, files: Files, images: Ragged, known: Evidence, least: float, chunk: int) -> Evidence:
+def verified(folder: Path, files: Files, images: Ragged, known: Evidence, chunk: int) -> Evidence:
     """The evidence of pairs by geometry, beside that of their pixels.
 
     Local features are described once for each image, and matched in pieces of `chunk` pairs. Both are stored, so that
@@ -301,7 +299,6 @@ def verified(folder: Path, files: Files, images: Ragged, known: Evidence, least:
         files: The files.
         images: Their pixels.
         known: The evidence of pixels.
-        least: The least correlation of pixels that confirms a pair.
         chunk: Number of images, or of pairs, per piece.
     """
     sift = Sift()
@@ -326,38 +323,39 @@ def verified(folder: Path, files: Files, images: Ragged, known: Evidence, least:
     def features(place: int) -> LocalFeatures:
         return features_of(pieces[place // chunk][place % chunk])
 
-    alike = known.correlation >= least
-
     def matched(start: int, stop: int, bar: tqdm) -> np.ndarray:
         found = np.zeros(stop - start, _MATCH)
         for one, group in groupby(range(start, stop), key=lambda number: int(known.pairs[number, 0])):
             numbers = list(group)
             items = [features(int(known.pairs[number, 1])) for number in numbers]
             own = features(one)
-            matches = verify(own, items)
+            asked, matches = [own] * len(items), verify(own, items)
             # Pixels found mirrored copies; only they are worth a second look.
-            doubted = [k for k, number in enumerate(numbers) if alike[number] and not _agree(matches[k])]
+            doubted = [k for k, number in enumerate(numbers) if known.same[number] and not _agree(matches[k])]
             if doubted and len(own) >= FEWEST:
                 mirrored = replace(sift.describe(images[one].flip(2), side=_SIDE, most=_FEATURES), mirrored=True)
                 for k, match in zip(doubted, verify(mirrored, [items[k] for k in doubted]), strict=True):
-                    matches[k] = match if _agree(match) else matches[k]
-            for number, item, match in zip(numbers, items, matches, strict=True):
-                inliers, share, aligned = (match.inliers, match.least_share, 0.0) if match else (0, 0.0, 0.0)
+                    if _agree(match):
+                        asked[k], matches[k] = mirrored, match
+            for number, query, item, match in zip(numbers, asked, items, matches, strict=True):
+                inliers, share = (match.inliers, match.least_share) if match else (0, 0.0)
+                aligned = agreeing = 0.0
                 if match is not None and _agree(match):
                     other, outline = images[int(known.pairs[number, 1])], torch.from_numpy(match.outline)
                     aligned = aligned_correlation(images[one], other, outline)
-                found[number - start] = (min(len(own), len(item)), inliers, share, aligned)
+                    agreeing = support(match, query, item)
+                found[number - start] = (min(len(own), len(item)), inliers, share, aligned, agreeing)
             bar.update(len(numbers))
         return found
 
-    settings |= {"pairs": tensors_sha256({"pairs": known.pairs, "alike": alike}), "matching": sample_match}
-    settings |= {"fewest": FEWEST, "inliers": INLIERS, "share": SHARE}
+    settings |= {"pairs": tensors_sha256({"pairs": known.pairs, "alike": known.same}), "matching": sample_match}
+    settings |= {"fewest": FEWEST, "inliers": INLIERS, "share": SHARE, "columns": list(_MATCH.names or ())}
     parts = in_pieces(folder / cache_key(settings)[:16], len(known.pairs), chunk, _MATCH, matched, "verify", "pair")
     found = np.concatenate([np.zeros(0, _MATCH), *parts])
     count, inliers = (torch.from_numpy(found[name].astype(np.int64)) for name in ("features", "inliers"))
-    share, aligned = (torch.from_numpy(found[name].copy()) for name in ("share", "aligned"))
-    same = agreement(known.correlation, count, inliers, share, aligned, least)
-    return Evidence(known.pairs, known.correlation, count, inliers, share, aligned, same)
+    share, aligned, agreeing = (torch.from_numpy(found[name].copy()) for name in ("share", "aligned", "support"))
+    same = agreement(known.pairs, known.correlation, count, inliers, share, aligned, agreeing)
+    return Evidence(known.pairs, known.correlation, count, inliers, share, aligned, agreeing, same)
 
 
 def algorithms(sift: Sift) -> tuple[str, str]:
@@ -406,25 +404,6 @@ def by_hash(files: Files, bits: int) -> dict[str, Tensor]:
             if bits == 0:
                 raise
         bits //= 2
-
-
-def background(images: Ragged, neighbours: SearchResult | None) -> Tensor:
-    """Correlations of neighbouring pairs that do not show the same work: how similar the collection is to itself.
-
-    Args:
-        images: The pixels.
-        neighbours: The nearest neighbours of each image, or None.
-    """
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(len(images), (_BACKGROUND,), generator=generator)
-    if neighbours is not None and neighbours.ids.shape[1] > _OF_ONE_WORK:
-        rank = torch.randint(_OF_ONE_WORK, neighbours.ids.shape[1], (_BACKGROUND,), generator=generator)
-        columns = neighbours.ids[rows, rank]
-    else:
-        columns = torch.randint(len(images), (_BACKGROUND,), generator=generator)
-    low, high = torch.minimum(rows, columns), torch.maximum(rows, columns)
-    pairs = torch.stack([low, high], 1)[(low >= 0) & (low < high)].unique(dim=0)  # -1: fewer neighbours than that
-    return pixel_correlations(images, *pairs.unbind(1))
 
 
 def describe(folder: Path, images: Ragged, backbone: nn.Module, size: int, chunk: int) -> Tensor:

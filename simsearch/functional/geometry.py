@@ -151,6 +151,38 @@ def shown(match: Match) -> float:
     return min(1.0, _area(inside))
 
 
+def support(match: Match, query: LocalFeatures, item: LocalFeatures) -> float:
+    """The share in [0, 1] of the features that both pictures could have in common on which they agree.
+
+    These are the features of the query that lie where the item is shown, or the features of the item that lie in the
+    query, whichever are fewer. A copy agrees on many of them. Different coins of one rim, or pages under one heading,
+    agree on few, however many that are.
+
+    Args:
+        match: The match of the two.
+        query: The local features of the query.
+        item: The local features of the item.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> places = rng.uniform(0, 200, (30, 2)).astype(np.float32)
+        >>> item = LocalFeatures(places, rng.integers(-127, 128, (30, 32), dtype=np.int8), (200, 200))
+        >>> other = rng.integers(-127, 128, (30, 32), dtype=np.int8)
+        >>> half = LocalFeatures(places, np.where(places[:, :1] < 100, item.descriptors, other), (200, 200))
+        >>> support(*verify(half, [item]), half, item) == (places[:, 0] < 100).mean()
+        True
+    """
+    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32)
+    outline = match.outline.copy()
+    if query.mirrored:
+        outline[:, 0] = 1 - outline[:, 0]
+    shared = []
+    for picture, corners, aim in ((query, outline, square), (item, square, outline)):
+        there = _projected(cv2.getPerspectiveTransform(corners, aim), picture.points / np.array(picture.size))
+        shared.append(int(((there > 0) & (there < 1)).all(1).sum()))
+    return min(1.0, match.inliers / max(1, min(shared)))
+
+
 def mutual_pairs(query: np.ndarray, items: Sequence[np.ndarray], ratio: float) -> list[Pairs]:
     """The pairs of features of the query and each item that are each other's nearest and pass the ratio test.
 

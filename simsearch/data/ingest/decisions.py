@@ -10,7 +10,8 @@ from simsearch.data.ingest.grouping import Evidence, connected
 from simsearch.data.tables import read_table
 from simsearch.text import csv_cell
 
-COLUMNS = ("group", "why", "path_a", "path_b", "inliers", "share", "aligned", "correlation", "same", "decision")
+_SCORES = ("inliers", "share", "aligned", "support", "correlation")
+COLUMNS = ("group", "why", "path_a", "path_b", *_SCORES, "same", "decision")
 CONFIRM, CUT = "confirm", "cut"
 _Pair = tuple[int, int]
 
@@ -87,9 +88,12 @@ def group_rows(
     for number, (why, group) in enumerate(groups, start=1):
         for place in evidence.within(group):
             one, other = evidence.pairs[place].tolist()
-            shares = (evidence.share, evidence.aligned, evidence.correlation)
+            shares = (evidence.share, evidence.aligned, evidence.support, evidence.correlation)
             scores = (int(evidence.inliers[place]), *(f"{float(values[place]):.3f}" for values in shares))
             same = "yes" if evidence.same[place] else "no"
             rows.append((number, why, paths[one], paths[other], *scores, same, known.pop((one, other), "")))
-    rest = (("", "decided", paths[one], paths[other], *[""] * 5, said) for (one, other), said in known.items())
+    rest = (
+        ("", "decided", paths[one], paths[other], *[""] * (len(_SCORES) + 1), said)
+        for (one, other), said in known.items()
+    )
     return [*rows, *rest]

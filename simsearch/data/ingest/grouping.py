@@ -2,19 +2,13 @@
 
 Perceptual hashes and nearest descriptors (EfficientNet-Lite0 with GeM at 192 pixels) propose pairs of images. Local
 features that agree on one homography, and the pixels that it lays on each other, decide; cliques of pairs become works.
-Measured with the defaults of `simsearch data ingest`, and in brackets with near.verify=false, where the correlation of
-the whole images decides:
+Measured with the defaults of `simsearch data ingest` (experiments/2026-11-28-works):
 
-- Among 3,964 paintings of 224 x 224 pixels with 85 known pairs of other scans or versions of one work: 84 and 25 more
-  (85 and 13). By eye, all of the 25 are the same picture or a replica of it, and the missing pair is of two haystacks.
-- Of 60 copies each among them, found: turned by 10 degrees 57 (0), by 45 degrees 42 (0), by quarters 60 (60); without
-  15 % of each side 58 (0), without 15 % of two sides 60 (0); in a frame 53 (0), with a border of 8 % 59 (0) and of
-  15 % 58 (0); mirrored 60 (60). Of all that were proposed, geometry refused none.
-- Among 120 drawn pages of text, pages under one heading, coins, night skies and line sketches each, of which 15 have a
-  second scan: all scans (of coins none, else all), and no two different images.
-
-These figures are of the strongest 300 features of each image; spread over the image, as `Sift` chooses them now, 83 of
-the 85 pairs are confirmed.
+- Among 3,964 paintings of 224 x 224 pixels with 85 known pairs of other scans or versions of one work: 80, and 20 more.
+- Of 60 copies each, found: turned by 10 degrees 41, by 45 degrees 4 (most are not proposed), by quarters 60; without
+  15 % of each side 59; in a frame 43, with a border of 15 % 54; mirrored 60.
+- Among 120 drawn pages of text, coins, night skies, sketches, stamps and book covers of one series each, of which 20
+  have a second scan: all scans (of night skies 7), and no two different images.
 
 Views of one motif (a series of haystacks) become works of their own unless a column groups them.
 """
@@ -24,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -37,11 +30,12 @@ from simsearch.data.near_duplicates import MIN_CORRELATION
 FEWEST = 20  # local features of an image that geometry may judge
 INLIERS = 8  # features of two images of one picture that agree on one homography, at least
 SHARE = 0.05  # of the area of each of the two images, which these features span at least
+SUPPORT = 0.1  # of the features that both images could share, which agree at least
 ALIGNED = 0.55  # correlation of what the homography lays on each other, at least
 EXACT = 0.97  # such a correlation that pixels are almost the same
 STRONG = 20  # inliers that leave no doubt
-_BY_CHANCE = 0.001  # expected pairs of different images that are grouped, if correlations are normally distributed
-_LEAST_BACKGROUND = 30  # pairs needed to estimate how alike different images are
+_OF_ONE_WORK = 5  # of the pairs of an image that may well be of its work: the others tell how alike unlike images are
+_LEAST_BACKGROUND = 10  # other pairs needed to tell it
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,7 @@ class Evidence:
         inliers: int64 (P,), features that agree on one homography.
         share: float32 (P,), share of the area that the inliers span, in the image where it is less.
         aligned: float32 (P,), correlation of the pixels that the homography lays on each other. 0 without one.
+        support: float32 (P,), share of the features of both pictures that agree (`geometry.support`). 0 without one.
         same: bool (P,), whether the evidence is enough.
     """
 
@@ -64,6 +59,7 @@ class Evidence:
     inliers: Tensor
     share: Tensor
     aligned: Tensor
+    support: Tensor
     same: Tensor
 
     def within(self, group: Iterable[int]) -> list[int]:
@@ -92,7 +88,6 @@ class SameWork:
     Attributes:
         pairs: Positions of files that show one work. They connect the files of the work.
         counts: Number of near-duplicates that each criterion proposed and that were confirmed.
-        least: The least correlation that confirmed a pair.
         suspicious: Groups that are too large to be plausible. They are not grouped.
         weak: Groups that are grouped on weak evidence.
         evidence: The evidence of all candidate pairs.
@@ -101,7 +96,6 @@ class SameWork:
 
     pairs: list[tuple[int, int]]
     counts: dict[str, int]
-    least: float
     suspicious: list[list[int]]
     weak: list[list[int]]
     evidence: Evidence
@@ -109,27 +103,33 @@ class SameWork:
 
 
 def agreement(
-    correlation: Tensor, features: Tensor, inliers: Tensor, share: Tensor, aligned: Tensor, least: float
+    pairs: Tensor,
+    correlation: Tensor,
+    features: Tensor,
+    inliers: Tensor,
+    share: Tensor,
+    aligned: Tensor,
+    support: Tensor,
 ) -> Tensor:
     """Whether pairs of images show one picture by their evidence, bool (P,).
 
-    Geometry decides: INLIERS features must agree on one homography and span SHARE of both images, and the pixels that
-    it lays on each other must correlate by ALIGNED, or the whole images by `least`. ALIGNED is raised to `least`, at
-    most EXACT, in collections of pages or coins, where equal headings or rims agree on a homography too. Of images with
-    fewer than FEWEST features, the correlation of the whole images decides.
+    Geometry decides: INLIERS features, SUPPORT of those that both images could share, must agree on one homography and
+    span SHARE of both images, and the pixels that it lays on each other must correlate by ALIGNED. Of images with fewer
+    than FEWEST features, the correlation of the whole images must reach MIN_CORRELATION. Both correlations must be
+    higher for images that are like many others (`least_values`).
 
     Args:
-        correlation: float32 (P,), as in Evidence, like the next four.
+        pairs: int64 (P, 2), as in Evidence, like the others.
+        correlation: float32 (P,).
         features: int64 (P,).
         inliers: int64 (P,).
         share: float32 (P,).
         aligned: float32 (P,).
-        least: The least correlation that confirms a pair, as `least_correlation` returns it.
+        support: float32 (P,).
     """
-    enough = ALIGNED if least <= MIN_CORRELATION else min(least, EXACT)
-    whole = correlation >= least
-    geometry = (inliers >= INLIERS) & (share >= SHARE) & ((aligned >= enough) | whole)
-    return torch.where(features >= FEWEST, geometry, whole)
+    geometry = (inliers >= INLIERS) & (share >= SHARE) & (support >= SUPPORT)
+    geometry &= aligned >= least_values(pairs, aligned, ALIGNED)
+    return torch.where(features >= FEWEST, geometry, correlation >= least_values(pairs, correlation, MIN_CORRELATION))
 
 
 def is_weak(group: Sequence[int], evidence: Evidence, confirmed: Iterable[tuple[int, int]] = ()) -> bool:
@@ -174,22 +174,37 @@ def equal_pairs(values: Sequence[Hashable | None]) -> list[tuple[int, int]]:
     ]
 
 
-def least_correlation(background: Tensor, pairs: int) -> float:
-    """The least correlation of pixels at which two images are the same picture, given how alike different images are.
+def least_values(pairs: Tensor, values: Tensor, floor: float) -> Tensor:
+    """The least value of each pair at which its two images are one picture, float32 (P,).
 
-    It is MIN_CORRELATION, or higher for collections such as pages, coins or skies, whose images are alike. It is then
-    so far above the median of `background` that among `pairs` pairs of different images, 0.001 are expected to reach it
-    by chance. Centre and spread are medians, so that a few pairs of the same picture do not move them.
+    It is `floor`, or higher for pages, coins or stamps, which have much in common with others of their kind. An image
+    of which 5 pairs, those of the highest values, may be of its work and at least 10 others are known, asks for a value
+    halfway between the highest of these others and 1, at most EXACT. A pair must satisfy both its images. What the rest
+    of the collection is like does not matter.
 
     Args:
-        background: Correlations (n,) of neighbouring but different images.
-        pairs: Number of pairs that are compared.
+        pairs: int64 (P, 2), positions of two files, each pair once.
+        values: float32 (P,), correlations of the pairs.
+        floor: The least value of images that are like few others.
+
+    Example:
+        >>> alike = torch.combinations(torch.arange(17))  # 17 coins
+        >>> least_values(alike, torch.full((len(alike),), 0.8), floor=0.55)[0]
+        tensor(0.9000)
+        >>> least_values(alike[:5], torch.full((5,), 0.8), floor=0.55)[0]
+        tensor(0.5500)
     """
-    if len(background) < _LEAST_BACKGROUND:
-        return MIN_CORRELATION
-    middle = float(background.median())
-    spread = 1.4826 * float((background - middle).abs().median())  # the standard deviation of a normal distribution
-    return max(MIN_CORRELATION, middle + NormalDist().inv_cdf(1 - _BY_CHANCE / max(1, pairs)) * spread)
+    if not len(pairs):
+        return values.clone()
+    ends, of_ends = pairs.T.reshape(-1), values.repeat(2)
+    order = of_ends.argsort(descending=True)
+    order = order[ends[order].argsort(stable=True)]  # by image, the highest value first
+    counts = ends.bincount()
+    raised = counts >= _OF_ONE_WORK + _LEAST_BACKGROUND
+    others = (counts.cumsum(0) - counts + _OF_ONE_WORK)[raised]
+    least = torch.full((len(counts),), floor)
+    least[raised] = ((1 + of_ends[order[others]]) / 2).clamp(floor, EXACT)
+    return least[pairs].amax(1)
 
 
 def cliques(

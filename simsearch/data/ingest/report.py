@@ -130,7 +130,6 @@ def _works(kept: Kept, same: SameWork) -> dict[str, Any]:
         "images_in_them": sum(map(len, several)),
         "sizes": dict(sorted(Counter(map(len, several)).items())),
         "pairs": dict(same.counts),
-        "least_correlation": round(same.least, 3),
         "least_inliers": INLIERS if same.verified else None,
         "largest": [[paths[p] for p in m] for m in several[:_EXAMPLES]],
         "of_two_artists": [
