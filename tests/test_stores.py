@@ -431,7 +431,6 @@ def held(store: Store, catalog: Catalog) -> str | None:
 def growing(tmp_path) -> tuple[Catalog, Catalog]:
     """Two versions of one catalog: items came, went and changed their attributes."""
     first = make(tmp_path / "growing", whole_vectors(200, 4), rows_of(200))
-    change.remove(first.folder, ["3.png", "150.png"])
     rows = [{**row, "artist": "Berthe Morisot" if i % 9 == 0 else row["artist"]} for i, row in enumerate(rows_of(200))]
     by_path = {row["path"]: row for row in rows}
     change_items(
@@ -442,6 +441,7 @@ def growing(tmp_path) -> tuple[Catalog, Catalog]:
             pa.array([by_path[path]["artist"] for path in items["path"].to_pylist()]),
         ),
     )
+    change.remove(first.folder, ["3.png", "150.png"])
     return first, read_catalog(first.folder)
 
 
