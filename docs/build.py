@@ -135,7 +135,19 @@ def _nav() -> list[Any]:
     def of(folder: str) -> list[str]:
         return [address for address in generated() if address.startswith(folder)]
 
-    guides = ("search", "art", "photographs", "train", "compare", "cluster", "stores", "serve", "python", "embeddings", "extend")
+    guides = (
+        "search",
+        "art",
+        "photographs",
+        "train",
+        "compare",
+        "cluster",
+        "stores",
+        "serve",
+        "python",
+        "embeddings",
+        "extend",
+    )
     return [
         "index.md",
         "start.md",

@@ -124,7 +124,9 @@ class Filtered(Selection):
         left_out: int64 (n,), ascending, positions of items that are not chosen whatever they meet.
     """
 
-    def __init__(self, selection: Selection, where: Sequence[Condition] = (), left_out: np.ndarray | None = None) -> None:
+    def __init__(
+        self, selection: Selection, where: Sequence[Condition] = (), left_out: np.ndarray | None = None
+    ) -> None:
         self.__dict__.update(selection.__dict__)  # its positions or its bitmap, whichever it holds
         self.where = tuple(where)
         self.left_out = np.empty(0, dtype=np.int64) if left_out is None else left_out

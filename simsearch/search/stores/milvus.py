@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import sys
 from array import array
@@ -71,6 +72,7 @@ class Milvus:
         self._token, self._database, self._collection = token, database, collection
         self._layout: Layout | None = None
         self._opened: Any = None
+        self._loaded: set[str] = set()  # collections
 
     @property
     def is_lite(self) -> bool:
@@ -126,6 +128,7 @@ class Milvus:
         if self._opened is not None:
             self._opened.close()
             self._opened = None
+            self._loaded.clear()
 
     def snapshot(self) -> str | None:
         """The version of the catalog that the store holds, or None.
@@ -139,7 +142,7 @@ class Milvus:
     def count(self) -> int:
         """The number of items in the store."""
         with self._told() as client:
-            if not client.has_collection(self.collection):
+            if not self._is_loaded(client, self.collection):
                 return 0
             found = client.query(self.collection, filter="", output_fields=["count(*)"], consistency_level="Strong")
             return int(found[0]["count(*)"])
@@ -172,6 +175,7 @@ class Milvus:
         tests += [] if without is None or len(without) == 0 else [f"id not in {without.tolist()}"]
         binary, sign = self.layout.is_binary, 1 if self.layout.metric == "ip" else -1
         with self._told() as client:
+            self._is_loaded(client, self.collection)
             found = client.search(
                 self.collection,
                 data=[query.tobytes() if binary else query.tolist() for query in queries],
@@ -196,10 +200,17 @@ class Milvus:
     def _held(self) -> dict[str, Any] | None:
         """What is noted of the collection: catalog, version ("" while it is being changed) and index; or None."""
         with self._told() as client:
-            if not client.has_collection(_SNAPSHOTS):
+            if not self._is_loaded(client, _SNAPSHOTS):
                 return None
             found = client.get(_SNAPSHOTS, ids=[self.collection], consistency_level="Strong")
             return dict(found[0]) if found else None
+
+    def _is_loaded(self, client: Any, name: str) -> bool:
+        """Loads a collection, which milvus-lite does not do by itself when it opens a file. False if there is none."""
+        if name not in self._loaded and client.has_collection(name):
+            client.load_collection(name)
+            self._loaded.add(name)
+        return name in self._loaded
 
     @contextmanager
     def _told(self) -> Iterator[Any]:
@@ -208,6 +219,8 @@ class Milvus:
 
         try:
             if self._opened is None:
+                # It notes on standard error what milvus-lite does not have, which is no fault of the user's.
+                logging.getLogger("pymilvus.client.iterator.query_iterator").setLevel(logging.ERROR)
                 given = {"token": self._token, "db_name": self._database}
                 self._opened = MilvusClient(self.uri, **{name: value for name, value in given.items() if value})
             yield self._opened
@@ -224,7 +237,7 @@ class _Writer:
         self._index = (kind if store.index == "exact" else store.index, store.build)
         self._held = store._held()
         self._make(_SNAPSHOTS, {"catalog": "VARCHAR", "version": "VARCHAR", "index": "VARCHAR"}, ("FLAT", {}), "L2", 2)
-        if client.has_collection(self._name):
+        if store._is_loaded(client, self._name):
             fields = {field["name"] for field in client.describe_collection(self._name)["fields"]}
             if fields != {"id", "vector", *self._fields} or (self._held or {}).get("index") != self._about_index:
                 self._note("")

@@ -177,11 +177,12 @@ class Pgvector:
         Raises:
             StoreError: If PostgreSQL cannot be reached.
         """
-        from psycopg import sql
 
         statement, values = _statement(self.table, self.layout, self.index, where, among, without)
         found = [self._rows(statement, values | {"k": k, "query": self._text(query)}) for query in queries]
-        to_score = {"ip": lambda d: 0.0 - d, "l2": lambda d: 0.0 - d * d, "hamming": lambda d: 0.0 - d}[self.layout.metric]
+        to_score = {"ip": lambda d: 0.0 - d, "l2": lambda d: 0.0 - d * d, "hamming": lambda d: 0.0 - d}[
+            self.layout.metric
+        ]
         return padded([[(number, to_score(distance)) for number, distance in rows] for rows in found], k)
 
     @contextmanager
@@ -325,7 +326,9 @@ class _Writer:
         from psycopg import sql
 
         gin, hnsw = (sql.Identifier(_short(self._name, kind)) for kind in ("columns", "hnsw"))
-        self._execute("CREATE INDEX IF NOT EXISTS {gin} ON {table} USING gin (columns jsonb_path_ops)", parts={"gin": gin})
+        self._execute(
+            "CREATE INDEX IF NOT EXISTS {gin} ON {table} USING gin (columns jsonb_path_ops)", parts={"gin": gin}
+        )
         if self._store.index == "hnsw":
             self._execute(
                 "CREATE INDEX IF NOT EXISTS {hnsw} ON {table} USING hnsw (vector {ops}) "
@@ -350,7 +353,7 @@ class _Writer:
         from psycopg import sql
 
         named = {"table": self._table, **(parts or {})}
-        self._cursor.execute(sql.SQL(statement).format(**named), values)  # type: ignore[arg-type]
+        self._cursor.execute(sql.SQL(statement).format(**named), values)
 
 
 def _statement(
@@ -377,7 +380,9 @@ def _statement(
         tests.append(sql.SQL("id <> ALL(%(without)s)"))
         values["without"] = without.tolist()
     query = sql.SQL("%(query)s::bit({})" if layout.is_binary else "%(query)s::vector({})")
-    distance = sql.SQL("vector {} {}").format(sql.SQL(_OPERATORS[layout.metric]), query.format(sql.Literal(layout.width)))
+    distance = sql.SQL("vector {} {}").format(
+        sql.SQL(_OPERATORS[layout.metric]), query.format(sql.Literal(layout.width))
+    )
     # A graph answers for a distance alone, so that adding 0 asks for the exact one.
     order = distance if index == "hnsw" else sql.SQL("({}) + 0, id").format(distance)
     nearest = sql.SQL("SELECT id, {distance} AS distance FROM {table} {where} ORDER BY {order} LIMIT %(k)s").format(
@@ -393,7 +398,8 @@ def _test(condition: Condition, name: str) -> tuple[sql.Composable, dict[str, An
     """The test of a condition in SQL, and the values of its placeholders, whose names begin with `name`."""
     from psycopg import sql
 
-    column, values = sql.Placeholder(f"{name}_column"), {f"{name}_column": condition.attribute}
+    column = sql.Placeholder(f"{name}_column")
+    values: dict[str, Any] = {f"{name}_column": condition.attribute}
     known = sql.SQL("jsonb_exists(columns, {})").format(column)
     if condition.low is not None or condition.high is not None:
         test: sql.Composable = sql.SQL(

@@ -12,7 +12,7 @@ from simsearch.functional.codes import unpack_codes
 from simsearch.functional.ranking import inner_products
 from simsearch.index.selection import Selection
 from simsearch.search.catalog import Catalog
-from simsearch.search.filters import Attributes, Filtered
+from simsearch.search.filters import Attributes, Condition, Filtered
 from simsearch.search.segments import SegmentedIndex
 from simsearch.search.stores.push import layout_of, snapshot_of
 from simsearch.search.stores.store import Store, StoreError
@@ -59,7 +59,8 @@ class StoredIndex(SegmentedIndex):
             raise ValueError(f"k={k} neighbours are more than the index's {len(self)} items: lower k")
         if isinstance(among, Tensor):
             among = Selection.of(among)
-        where, only, without = (), None, None
+        where: tuple[Condition, ...] = ()
+        only = without = None
         if isinstance(among, Filtered) and self.store.capabilities.filters:
             where = tuple(map(self._attributes.spelled, among.where))
             without = self._ids[among.left_out] if len(among.left_out) else None
@@ -92,7 +93,9 @@ class StoredIndex(SegmentedIndex):
         places = np.searchsorted(self._ids, ids[known].numpy(), sorter=self._order)
         at = self._order[np.minimum(places, len(self) - 1)]
         if not np.array_equal(self._ids[at], ids[known].numpy()):
-            raise StoreError(f"{self.store.place} holds items that the catalog {self._folder} does not have: push again")
+            raise StoreError(
+                f"{self.store.place} holds items that the catalog {self._folder} does not have: push again"
+            )
         positions = torch.full_like(ids, len(self))  # behind all others
         positions[known] = torch.from_numpy(at.astype(np.int64))
         positions = positions.sort(dim=1).values
