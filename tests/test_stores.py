@@ -28,15 +28,17 @@ from simsearch.functional.codes import pack_codes
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.index.selection import Selection
 from simsearch.search import change
-from simsearch.search.catalog import Catalog, item_table, read_catalog, write_catalog
+from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.engine import Engine
 from simsearch.search.filters import Attributes, Condition, Filtered, parse_filters
+from simsearch.search.item_tables import item_table
 from simsearch.search.request import Request
 from simsearch.search.stores.milvus import Milvus, expression
 from simsearch.search.stores.pgvector import Pgvector
 from simsearch.search.stores.push import CatalogRows, layout_of, push, snapshot_of
 from simsearch.search.stores.store import Layout, Store, StoreError
 from simsearch.search.stores.stored_index import stored
+from simsearch.search.writing import write_catalog
 from simsearch.types import Part
 
 N, D, BITS, K = 800, 16, 24, 10
@@ -521,7 +523,7 @@ def test_a_writer_that_stays_is_named(postgres, growing, monkeypatch):
     monkeypatch.setattr("simsearch.search.stores.pgvector._LOCK_SECONDS", 0.2)
     one, two = Pgvector(postgres, name := table()), Pgvector(postgres, name)
     one.open(layout_of(growing[0]))
-    with one.changing(), pytest.raises(StoreError, match="another process changes the table t_.*: wait"):
+    with one.changing(), pytest.raises(StoreError, match=r"another process changes the table t_.*: wait"):
         push(growing[0], two)
 
 
@@ -586,7 +588,7 @@ def test_settings_of_pgvector(arguments, message):
 
 def test_wide_vectors_have_no_graph():
     store = Pgvector("uri", index="hnsw")
-    with pytest.raises(StoreError, match="at most 2000 columns, got 2001: give store.index=exact"):
+    with pytest.raises(StoreError, match=r"at most 2000 columns, got 2001: give store\.index=exact"):
         store.open(Layout("name", "catalog", 2001, "ip"))
     with pytest.raises(StoreError, match="at most 16000 columns"):
         Pgvector("uri").open(Layout("name", "catalog", 16_001, "ip"))
@@ -724,7 +726,7 @@ def test_a_killed_push_leaves_the_old_version_or_the_new_one_and_the_next_mends(
 
 
 def push_to_lite(folder: Path, path: Path, at: int, counted: Path) -> None:
-    """Pushes a catalog to milvus-lite, in a process that kills itself at its call number `at`, and writes the number."""
+    """Pushes a catalog to milvus-lite in a process that kills itself at its call number `at`; writes their number."""
     catalog, store, count = read_catalog(folder), Milvus(str(path)), 0
 
     def counting(frame: Any, event: str, argument: Any) -> None:
@@ -743,8 +745,8 @@ def push_to_lite(folder: Path, path: Path, at: int, counted: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_push_to_milvus_is_told_and_the_next_mends(growing, tmp_path, kills=40):
-    old, new = growing
+def test_a_killed_push_to_milvus_is_told_and_the_next_mends(growing, tmp_path):
+    (old, new), kills = growing, 40
     store = lite(tmp_path / "old.db")
     push(old, store)
     store.close()

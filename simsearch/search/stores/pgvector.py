@@ -3,8 +3,8 @@
     <table>               one row per item: id, digest, vector, columns, numbers
     simsearch_snapshots   for each table the fingerprint and version of its catalog
 
-`columns` has the attributes as text, so that SQL can ask for them: select id, columns->>'artist' from <table>. A push is
-one transaction: others see the old version until it is whole, and a process that is killed leaves the old version.
+`columns` has the attributes as text, so that SQL can ask for them: select id, columns->>'artist' from <table>. A push
+is one transaction: others see the old version until it is whole, and a process that is killed leaves the old version.
 
 pgvector: https://github.com/pgvector/pgvector
 """
