@@ -41,6 +41,7 @@ GROUPS = {  # what an option of each decides; the order is that of a training
     "scheduler": "The learning rate over time.",
     "index": "What answers queries.",
     "rerank": "What is done to a ranking afterwards.",
+    "store": "Where a catalog is searched, if not in its own index.",
     "verify": "How the first items of a ranking are verified by geometry.",
     "evaluators": "What is measured beside the metrics of every evaluation.",
     "callbacks": "What is measured, kept and drawn while a run goes on.",
@@ -134,7 +135,19 @@ def _nav() -> list[Any]:
     def of(folder: str) -> list[str]:
         return [address for address in generated() if address.startswith(folder)]
 
-    guides = ("search", "art", "photographs", "train", "compare", "cluster", "serve", "python", "embeddings", "extend")
+    guides = (
+        "search",
+        "art",
+        "photographs",
+        "train",
+        "compare",
+        "cluster",
+        "stores",
+        "serve",
+        "python",
+        "embeddings",
+        "extend",
+    )
     return [
         "index.md",
         "start.md",

@@ -28,6 +28,7 @@ COMMANDS = {
     "reproduce": "train and measure a row of a study again, and compare it with the value that the study states",
     "catalog add": "add images to a catalog, describing only what is new or has changed",
     "catalog remove": "remove items from a catalog by their ids or paths",
+    "catalog push": "bring PostgreSQL or Milvus to a catalog's present version, to search there",
     "catalog compact": "merge the segments of a catalog into one, without what was removed",
     "catalog info": "show what a catalog holds, and whether its calibration still stands",
     "catalog verify": "compare each file of a catalog with its digest",
@@ -45,7 +46,7 @@ TEXTS = {
     *("uploads_folder", "where", "without"),
 }
 TEXTS_OF = {"reproduce": {"rows"}}  # a number for other commands
-_IN_GROUPS = re.compile(r"(.*\.)?backbone\.weights|.+\.(factory|root|source)|model\.(.+\.)?start")
+_IN_GROUPS = re.compile(r"(.*\.)?backbone\.weights|.+\.(factory|root|source|uri)|model\.(.+\.)?start")
 # A list of texts too, or a mapping to them.
 SEVERAL = {"catalog", "id", "image", "names", "region", "root", "runs", "unlike"}
 _QUOTED = re.compile(r"""(['"])(?:\\.|(?!\1|\\).)*\1""", re.DOTALL)

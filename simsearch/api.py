@@ -42,6 +42,9 @@ from simsearch.search.item_tables import path_table
 from simsearch.search.local_features import describe_queries
 from simsearch.search.query_regions import joined, regions_of
 from simsearch.search.request import Hit, Regions, Request
+from simsearch.search.stores.push import push
+from simsearch.search.stores.store import Store
+from simsearch.search.stores.stored_index import stored
 from simsearch.search.verification import Verification
 from simsearch.text import printable
 from simsearch.types import Encoder, LocalFeatures
@@ -126,11 +129,12 @@ class OpenCatalog:
     Args:
         catalog: The catalog that `read_catalog` returns.
         device: Device on which the encoder describes images.
+        store: Engine in which the catalog is searched. None searches its own index.
     """
 
-    def __init__(self, catalog: Catalog, device: torch.device) -> None:
-        self._catalog, self._device = catalog, device
-        self._engine = Engine(catalog)
+    def __init__(self, catalog: Catalog, device: torch.device, store: Store | None = None) -> None:
+        self._catalog, self._device, self._store = catalog, device, store
+        self._engine = Engine(stored(catalog, store))
         self._reranked: tuple[Reranker, Engine] | None = None  # the last one that was asked for
 
     @property
@@ -334,11 +338,13 @@ class OpenCatalog:
         catalog = read_catalog(before.folder, trusted=before.trusted, exported=before.exported)
         if "encoder" in vars(before) and catalog.about["encoder_fingerprint"] == before.about["encoder_fingerprint"]:
             vars(catalog)["encoder"] = before.encoder  # it is loaded already
-        self._catalog, self._engine, self._reranked = catalog, Engine(catalog), None
+        if self._store is not None:
+            push(catalog, self._store)
+        self._catalog, self._engine, self._reranked = catalog, Engine(stored(catalog, self._store)), None
 
     def _with(self, rerank: Reranker) -> Engine:
         if self._reranked is None or self._reranked[0] is not rerank:
-            self._reranked = rerank, Engine(self._catalog, rerank)
+            self._reranked = rerank, Engine(self._engine.catalog, rerank)
         return self._reranked[1]
 
     def _example(self, given: Given, region: Region | None = None, verify: bool = False) -> _Example:
@@ -392,7 +398,12 @@ def _local_features(
 
 
 def open_catalog(
-    folder: str | Path, *, trusted: bool = False, device: str = "auto", encoder: str | Path | None = None
+    folder: str | Path,
+    *,
+    trusted: bool = False,
+    device: str = "auto",
+    encoder: str | Path | None = None,
+    store: Store | None = None,
 ) -> OpenCatalog:
     """The catalog in a folder, open for searching.
 
@@ -404,16 +415,19 @@ def open_catalog(
         device: Device of the encoder: auto, cpu or cuda.
         encoder: Output of `simsearch export`: its files describe images in ONNX Runtime on the CPU, and neither timm
             nor the catalog's own encoder is loaded. None means the catalog's own encoder.
+        store: Engine in which the catalog is searched, such as `simsearch.search.stores.pgvector.Pgvector(uri)`, to
+            which `simsearch catalog push` brought it. None searches its own index.
 
     Raises:
         CatalogError: If the folder holds no catalog, or a damaged one, or if the export is of another encoder.
+        StoreError: If the store cannot be reached, or does not hold the catalog's version.
         Untrusted: If a link leads out of the folder and `trusted` is False.
     """
     folder = Path(folder).expanduser()
     if not (folder / "catalog.json").is_file() and (folder / "catalog" / "catalog.json").is_file():
         folder = folder / "catalog"
     exported = None if encoder is None else Path(encoder).expanduser()
-    return OpenCatalog(read_catalog(folder, trusted=trusted, exported=exported), device_of(device))
+    return OpenCatalog(read_catalog(folder, trusted=trusted, exported=exported), device_of(device), store)
 
 
 def load_encoder(run: str | Path, *, trusted: bool = False, device: str = "auto") -> LoadedEncoder:

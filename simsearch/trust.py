@@ -97,6 +97,8 @@ ALLOWED = frozenset(
         "simsearch.search.rerank.DBA",
         "simsearch.search.rerank.Diffusion",
         "simsearch.search.rerank.KReciprocal",
+        "simsearch.search.stores.milvus.Milvus",
+        "simsearch.search.stores.pgvector.Pgvector",
         "simsearch.search.verification.Verification",
         "torch.optim.AdamW",
         "torch.optim.SGD",

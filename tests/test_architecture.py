@@ -74,6 +74,8 @@ ONLY_IN = {
         "simsearch/commands/",
     },
     "wandb": {"simsearch/tracking.py"},
+    "psycopg": {"simsearch/search/stores/pgvector.py"},
+    "pymilvus": {"simsearch/search/stores/milvus.py"},
     "lightning": set(),
     "jinja2": {"simsearch/comparison/templates.py", "simsearch/data/ingest/report.py"},
 }

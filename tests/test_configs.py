@@ -22,6 +22,8 @@ NEEDS_A_NAME = {
     "torchvision": ["backbone.name=resnet18"],
     "timm": ["backbone.name=resnet10t"],
     "onnx": ["backbone.weights=random", "backbone.channels=512"],
+    "milvus": ["store.uri=u"],
+    "pgvector": ["store.uri=u"],
     "factory": ["index.factory=Flat"],
     "files": ["data.source=images"],
     "art": ["data.source=images"],
@@ -57,6 +59,7 @@ def test_there_are_configs():
         "reproduce",
         "catalog_add",
         "catalog_remove",
+        "catalog_push",
         "catalog_compact",
         "catalog_info",
         "catalog_verify",
@@ -96,7 +99,7 @@ def test_primary_composes(name):
         "search": ["catalog=c", "image=i"],
         "catalog_add": ["catalog=c", "images=i"],
         "catalog_remove": ["catalog=c", "id=1"],
-        **{f"catalog_{verb}": ["catalog=c"] for verb in ("compact", "info", "verify", "migrate")},
+        **{f"catalog_{verb}": ["catalog=c"] for verb in ("compact", "info", "push", "verify", "migrate")},
         "data_audit": ["run=r"],
         "data_export": ["out=o"],
         "data_convert": ["gnd=g"],
@@ -138,6 +141,12 @@ def test_option_composes_and_builds(group, option, tmp_path):
         node = compose(f"verify={option}", name="index")["verify"]
         trust.check_config(node, "verify", trust.VERIFIERS)
         assert configs.build(node).config == node
+        return
+    if group == "store":  # of commands that search a catalog
+        needed = NEEDS_A_NAME.get(option, [])
+        node = compose("catalog=c", f"store={option}", *needed, name="catalog_push")["store"]
+        trust.check_config(node or {}, "store")
+        assert option == "none" or configs.build(node).capabilities.filters
         return
     overrides = [f"{group}={option}", *(NEEDS_A_NAME.get(option, []) if group not in ("model", "loss") else [])]
     if group == "experiment" and option.startswith("art-"):

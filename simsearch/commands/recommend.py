@@ -31,6 +31,7 @@ from simsearch.search.filters import parse_filters
 from simsearch.search.local_features import describe_queries
 from simsearch.search.query_regions import joined, regions_of
 from simsearch.search.request import Recommendation, Regions, Request
+from simsearch.search.stores.stored_index import stored
 from simsearch.search.verdicts import NONE, UNCALIBRATED
 from simsearch.text import cell
 from simsearch.types import Encoder, LocalFeatures
@@ -77,6 +78,7 @@ def main(config: DictConfig) -> None:
     chosen = config.verification
     settings = {"top": chosen.top, "regions": chosen.regions, "mirrored": chosen.mirrored}
     catalog = verifying(catalog, chosen.enabled, **settings)
+    catalog = stored(catalog, configs.build(config.store) if config.get("store") else None)
     engine = Engine(catalog)
     reader = Examples(engine, device(config.device))
     region, images = read_region(values["region"]), configs.listed(values["image"])

@@ -27,6 +27,7 @@ from simsearch.search.engine import Engine
 from simsearch.search.local_features import describe_queries
 from simsearch.search.query_regions import regions_of
 from simsearch.search.request import check_min_score
+from simsearch.search.stores.stored_index import stored
 from simsearch.search.verdicts import NONE, UNCALIBRATED, best_verdict
 from simsearch.text import cell, warn
 from simsearch.types import SearchResult
@@ -71,6 +72,7 @@ def main(config: DictConfig) -> None:
     chosen = config.verification
     settings = {"top": chosen.top, "regions": chosen.regions, "mirrored": chosen.mirrored}
     catalog = verifying(catalog, chosen.enabled, **settings)
+    catalog = stored(catalog, configs.build(config.store) if config.get("store") else None)
     catalog.encoder.to(device(config.device))
     rerank = configs.build(config.rerank) if config.get("rerank") else None
     region = read_region(configs.plain(config)["region"])

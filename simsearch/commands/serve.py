@@ -58,6 +58,7 @@ def main(config: DictConfig) -> None:
         limits=limits,
         runtime=values["runtime"],
         settings=settings,
+        store=partial(configs.build, values["store"]) if values.get("store") else None,
     )
     hosts = values["allow_hosts"] or None
     if is_loopback(values["host"]):

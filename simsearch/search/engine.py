@@ -24,7 +24,7 @@ from simsearch.functional.reranking import RerankedGallery, Reranker, nearest, u
 from simsearch.index.selection import Selection
 from simsearch.search.catalog import Catalog
 from simsearch.search.errors import CatalogError
-from simsearch.search.filters import Attributes
+from simsearch.search.filters import Attributes, Filtered
 from simsearch.search.names import Names
 from simsearch.search.request import Hit, Recommendation, Regions, Request
 from simsearch.search.verdicts import (
@@ -231,9 +231,9 @@ class Engine:
         """
         weights, query = self._weights(request), self.query(request)
         taken = self._taken(request)
-        among = self.attributes.selection(request.where) if request.where else None
+        among = Filtered(self.attributes.selection(request.where), request.where) if request.where else None
         if among is None and len(taken) > _DROPPED:
-            among = Selection.everything(len(self.catalog))
+            among = Filtered(Selection.everything(len(self.catalog)))
         if among is not None:
             among = among.without(taken.numpy())
         candidates = len(self.catalog) - len(taken) if among is None else len(among)

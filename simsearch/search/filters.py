@@ -19,7 +19,7 @@ import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 
 import numpy as np
@@ -115,6 +115,31 @@ def select(items: pa.Table, conditions: Sequence[Condition]) -> Tensor:
     return Attributes(items).select(conditions)
 
 
+class Filtered(Selection):
+    """The items that meet conditions, without some. It keeps the conditions, which other engines are told of.
+
+    Args:
+        selection: All chosen items.
+        where: The conditions.
+        left_out: int64 (n,), ascending, positions of items that are not chosen whatever they meet.
+    """
+
+    def __init__(
+        self, selection: Selection, where: Sequence[Condition] = (), left_out: np.ndarray | None = None
+    ) -> None:
+        self.__dict__.update(selection.__dict__)  # its positions or its bitmap, whichever it holds
+        self.where = tuple(where)
+        self.left_out = np.empty(0, dtype=np.int64) if left_out is None else left_out
+
+    def without(self, positions: np.ndarray) -> Filtered:
+        """The selection without some items.
+
+        Args:
+            positions: int64 (n,), ascending, each once.
+        """
+        return Filtered(super().without(positions), self.where, np.union1d(self.left_out, positions))
+
+
 class Attributes:
     """The attribute columns of a catalog's items, prepared for filters. Several threads may use it at once.
 
@@ -197,6 +222,19 @@ class Attributes:
             ValueError: As `selection` does.
         """
         return self.selection(conditions).mask()
+
+    def spelled(self, condition: Condition) -> Condition:
+        """A condition whose values are all spellings that the items have, for engines that compare text exactly.
+
+        Args:
+            condition: The condition.
+
+        Raises:
+            ValueError: As `selection` does.
+        """
+        values = self.column(condition.attribute).values
+        codes = [code for value in condition.values for code in self._codes(condition.attribute, value)]
+        return replace(condition, values=tuple("" if code == _UNKNOWN else values[code] for code in codes))
 
     def _meeting(self, condition: Condition) -> Selection:
         column = self.column(condition.attribute)

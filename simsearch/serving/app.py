@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 import simsearch
 from simsearch.functional.regions import read_region
 from simsearch.images import ImageError
+from simsearch.search.stores.store import StoreError
 from simsearch.serving.documentation import POLICY, documentation
 from simsearch.serving.guard import JSON_BYTES, Guard
 from simsearch.serving.library import Library, Loaded
@@ -38,6 +40,7 @@ from simsearch.serving.messages import (
 from simsearch.serving.service import GONE, VIEW_SIDE, ZOOM_SIDE, Given, Refusal, Service, check_version, conditions
 from simsearch.serving.uploads import status_of
 
+log = logging.getLogger("simsearch.serving")
 PAGE = Path(__file__).parent / "page"
 _IMMUTABLE = "public, max-age=31536000, immutable"
 _PROBLEMS = {
@@ -407,6 +410,12 @@ def _handle_errors(app: FastAPI) -> None:
     async def bad_image(_: Request, error: ImageError) -> Reply:
         about = {"error": f"{error.reason}: {error.detail}", "reason": error.reason}
         return Reply(about, status_code=status_of(error))
+
+    @app.exception_handler(StoreError)
+    async def elsewhere(_: Request, error: StoreError) -> Reply:
+        log.warning("%s", error)
+        problem = "the engine that is searched cannot be reached, or is being brought up to date: try again in a second"
+        return Reply({"error": problem}, status_code=503, headers={"retry-after": "1"})
 
     @app.exception_handler(Busy)
     async def busy(_: Request, error: Busy) -> Reply:

@@ -28,6 +28,9 @@ from simsearch.search.items import ThumbnailGroups
 from simsearch.search.names import Names
 from simsearch.search.request import Request
 from simsearch.search.segments import SEGMENT_FILES, SegmentedThumbnails
+from simsearch.search.stores.push import snapshot_of
+from simsearch.search.stores.store import Store, StoreError
+from simsearch.search.stores.stored_index import stored
 from simsearch.serving.backend_choice import Choice, choose_runtime
 from simsearch.serving.browse import Listing, whole
 from simsearch.serving.encoder import EncoderWorker
@@ -40,7 +43,7 @@ _FILES = (
 )
 _HELD_BYTES = 2**30  # of thumbnails that are held in memory whole, else of groups of rows
 _TRIES = 3  # to read a catalog that changes while it is read
-Stamp = tuple[tuple[int, int, int] | None, ...]
+Stamp = tuple[tuple[int, int, int] | str | None, ...]
 
 
 @dataclass(frozen=True)
@@ -197,9 +200,11 @@ class Library:
         runtime: Runtime of the networks (simsearch.serving.backend_choice). None leaves it to the catalogs' configs.
         trusted: True if the user trusts whoever made the catalogs.
         settings: Function that returns a catalog with other settings, such as those of its verification.
+        store: Function that makes a store, in which each catalog is searched. None searches their own indexes.
 
     Raises:
         ValueError: If a catalog cannot be loaded (CatalogError).
+        StoreError: If a store does not hold its catalog's version.
     """
 
     def __init__(
@@ -211,8 +216,10 @@ class Library:
         runtime: Runtime | None = None,
         trusted: bool = False,
         settings: Callable[[Catalog], Catalog] | None = None,
+        store: Callable[[], Store] | None = None,
     ) -> None:
         self.sources = dict(sources)
+        self._stores = {} if store is None else {name: store() for name in self.sources}
         self.problems: dict[str, str] = {}
         self._device, self._limits, self._runtime = device, limits, runtime
         self._trusted, self._settings = trusted, settings
@@ -259,8 +266,8 @@ class Library:
         A catalog that cannot be read stays as it was, and `problems` says why.
         """
         changed = []
-        for name, source in self.sources.items():
-            stamp = _stamp(source.folder)
+        for name in self.sources:
+            stamp = self._stamp(name)
             if stamp == self._stamps[name]:
                 continue
             try:
@@ -281,6 +288,18 @@ class Library:
         """Releases all catalogs and their encoders."""
         for loaded in self.catalogs:
             loaded.worker.release()
+        for store in self._stores.values():
+            store.close()
+
+    def _stamp(self, name: str) -> Stamp:
+        """A value that changes whenever a catalog or the version in its store changes."""
+        stamp, store = _stamp(self.sources[name].folder), self._stores.get(name)
+        if store is None:
+            return stamp
+        try:
+            return (*stamp, store.snapshot())
+        except StoreError as error:
+            return (*stamp, str(error))
 
     def _load(self, name: str) -> tuple[Loaded, Stamp]:
         source = self.sources[name]
@@ -293,13 +312,15 @@ class Library:
                     continue
                 raise
             if _stamp(source.folder) == stamp:
-                return loaded, stamp
+                held = (snapshot_of(loaded.catalog),) if name in self._stores else ()  # as `stored` found it
+                return loaded, (*stamp, *held)
             loaded.worker.release()
         raise CatalogError(f"the catalog {source.folder} keeps changing while it is read")
 
     def _open(self, name: str, source: Source) -> Loaded:
         catalog = read_catalog(source.folder, trusted=self._trusted, exported=source.exported)
         catalog = catalog if self._settings is None else self._settings(catalog)
+        catalog = stored(catalog, self._stores.get(name))
         engine = Engine(catalog)
         engine.position(*engine.names.of([0]))
         engine.recommend(Request(like=engine.vectors([0]), k=1, exclude=(0,)))  # loads what is loaded lazily
@@ -371,7 +392,7 @@ def read_inside(root: Path, path: str, most: int = MAX_BYTES) -> bytes | None:
 
 def _stamp(folder: Path) -> Stamp:
     """A value that changes whenever the catalog in the folder changes."""
-    found: list[tuple[int, int, int] | None] = []
+    found: list[tuple[int, int, int] | str | None] = []
     for name in (*_FILES, *_segment_files(folder)):
         try:
             about = (folder / name).stat()
