@@ -31,6 +31,7 @@ COMMANDS = {
     "catalog push": "bring PostgreSQL or Milvus to a catalog's present version, to search there",
     "catalog compact": "merge the segments of a catalog into one, without what was removed",
     "catalog info": "show what a catalog holds, and whether its calibration still stands",
+    "catalog export": "write ids, vectors and attributes of a catalog's items as Parquet files",
     "catalog verify": "compare each file of a catalog with its digest",
     "catalog migrate": "bring a catalog of an earlier version to the present format",
     "data ingest": "check, clean and decode a collection of images from anywhere; leaves a report",

@@ -40,6 +40,7 @@ from simsearch.search.filters import Condition, parse_filters
 from simsearch.search.given import Given, given_images, pixels_of
 from simsearch.search.item_tables import path_table
 from simsearch.search.local_features import describe_queries
+from simsearch.search.parquet import ROWS, export_parquet
 from simsearch.search.query_regions import joined, regions_of
 from simsearch.search.request import Hit, Regions, Request
 from simsearch.search.stores.push import push
@@ -328,6 +329,27 @@ class OpenCatalog:
     def verify(self) -> list[str]:
         """Compares each file of the catalog on disk with its digest. Returns what is wrong, one line each."""
         return problems(self.folder, trusted=self._catalog.trusted)
+
+    def export(self, out: str | Path, *, rows: int = ROWS) -> list[Path]:
+        """Writes ids, vectors and attributes of the items as Parquet files, and returns the files in their order.
+
+        LanceDB, DuckDB, Spark, pandas and the bulk import of Milvus read them. An earlier export is replaced at once.
+        The metadata say what the vectors are (see simsearch.search.parquet).
+
+        Args:
+            out: The folder of the files.
+            rows: Largest number of items in a file, 1 or more.
+
+        Raises:
+            ValueError: If `rows` is below 1, or if `out` lies in the catalog.
+            FileExistsError: If `out` holds something other than an export.
+
+        Example:
+            >>> catalog = simsearch.open_catalog("outputs/art-catalog")
+            >>> [path.name for path in catalog.export("outputs/parquet")]
+            ['items-00000.parquet']
+        """
+        return export_parquet(self._catalog, Path(out).expanduser(), rows=rows)
 
     def standing(self) -> Standing | None:
         """What has changed since the catalog was calibrated. None if it is not calibrated."""

@@ -147,6 +147,7 @@ COMMANDS = {
         ("images", "catalog"),
         False,
     ),
+    "catalog export": (["catalog", "export", "catalog={}/catalog", "out={}/out", "rows=1"], ("catalog",), False),
     "extract": (
         ["extract", "run={}/run", "images={}/images", "out={}/out", "chunk=4", "workers=0", "device=cpu"],
         ("run", "images"),
