@@ -438,7 +438,8 @@ def open_catalog(
         encoder: Output of `simsearch export`: its files describe images in ONNX Runtime on the CPU, and neither timm
             nor the catalog's own encoder is loaded. None means the catalog's own encoder.
         store: Engine in which the catalog is searched, such as `simsearch.search.stores.pgvector.Pgvector(uri)`, to
-            which `simsearch catalog push` brought it. None searches its own index.
+            which `simsearch catalog push` brought it. What this object changes is pushed too. None searches the
+            catalog's own index.
 
     Raises:
         CatalogError: If the folder holds no catalog, or a damaged one, or if the export is of another encoder.

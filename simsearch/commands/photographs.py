@@ -43,6 +43,7 @@ from simsearch.search.describe import encode
 from simsearch.search.encoder_files import encoder_fingerprint
 from simsearch.search.engine import Engine
 from simsearch.search.query_regions import regions_of
+from simsearch.search.stores.stored_index import stored
 from simsearch.search.works import ask, works_named
 from simsearch.text import cell, warn
 
@@ -79,6 +80,7 @@ def main(config: DictConfig) -> None:
     chosen = config.verification
     settings = {"top": chosen.top, "regions": chosen.regions, "mirrored": chosen.mirrored}
     catalog = verifying(catalog, chosen.enabled, **settings)
+    catalog = stored(catalog, configs.build(config.store) if config.get("store") else None)
     catalog.encoder.to(device(config.device))
     engine = Engine(catalog, configs.build(config.rerank) if config.get("rerank") else None)
     photographs = read_photographs(table)

@@ -83,7 +83,7 @@ class Milvus:
     def capabilities(self) -> Capabilities:
         """What the store can do."""
         exact = self.index in ("exact", *_EXACT)
-        return Capabilities(binary=not self.is_lite, filters=True, exact=exact, transactions=False)
+        return Capabilities(binary=not self.is_lite, filters=True, exact=exact)
 
     @property
     def layout(self) -> Layout:

@@ -87,7 +87,7 @@ class Pgvector:
     @property
     def capabilities(self) -> Capabilities:
         """What the store can do."""
-        return Capabilities(binary=True, filters=True, exact=self.index == "exact", transactions=True)
+        return Capabilities(binary=True, filters=True, exact=self.index == "exact")
 
     @property
     def layout(self) -> Layout:
@@ -225,16 +225,27 @@ class Pgvector:
 
     def _rows(self, statement: Any, values: Mapping[str, Any] | None = None) -> list[tuple[Any, ...]]:
         """The rows of a statement that reads, on this thread's own connection, which is made anew where it broke."""
+        import psycopg
+
         with self._told():
             connection = getattr(self._own, "connection", None)
-            if connection is None or connection.closed:
-                connection = self._own.connection = self._connect()
-                connection.autocommit = True
-                self._connections.append(connection)
-                settings = {"hnsw.ef_search": self.ef_search, "hnsw.max_scan_tuples": self.max_scan_tuples}
-                for name, value in (settings | {"hnsw.iterative_scan": "strict_order"}).items():
-                    connection.execute("SELECT set_config(%s, %s, false)", [name, str(value)])
-            return connection.execute(statement, values).fetchall()
+            if connection is not None and not connection.closed:
+                try:
+                    return connection.execute(statement, values).fetchall()
+                except psycopg.OperationalError:
+                    if not connection.closed:
+                        raise
+            return self._connected().execute(statement, values).fetchall()
+
+    def _connected(self) -> Connection:
+        """A new connection of this thread, for reading."""
+        connection = self._own.connection = self._connect()
+        connection.autocommit = True
+        self._connections = [*(one for one in self._connections if not one.closed), connection]
+        settings = {"hnsw.ef_search": self.ef_search, "hnsw.max_scan_tuples": self.max_scan_tuples}
+        for name, value in (settings | {"hnsw.iterative_scan": "strict_order"}).items():
+            connection.execute("SELECT set_config(%s, %s, false)", [name, str(value)])
+        return connection
 
     def _connect(self) -> Connection:
         import psycopg

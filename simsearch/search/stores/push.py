@@ -6,7 +6,7 @@ left when it was killed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tqdm import tqdm
@@ -49,10 +49,8 @@ def layout_of(catalog: Catalog) -> Layout:
     index = catalog.index
     width = index.bits if index.is_binary else index.dimension
     assert width is not None
-    attributes = Attributes(catalog.items)
-    numeric = tuple(n for n in attributes.names if np.isfinite(attributes.column(n).of_values).any())
-    names = tuple(attributes.names)
-    return Layout(f"simsearch_{catalog.fingerprint}", catalog.fingerprint, width, index.metric, names, numeric)
+    columns = tuple(catalog.items.column_names)
+    return Layout(f"simsearch_{catalog.fingerprint}", catalog.fingerprint, width, index.metric, columns)
 
 
 def snapshot_of(catalog: Catalog) -> str:
@@ -69,12 +67,16 @@ class CatalogRows:
 
     Args:
         catalog: The catalog.
+
+    Attributes:
+        numeric: The attributes in which an item has a number.
     """
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         attributes = Attributes(catalog.items)
         self._columns = [(name, attributes.column(name)) for name in attributes.names]
+        self.numeric = tuple(name for name, column in self._columns if np.isfinite(column.of_values).any())
 
     def block(self, start: int, stop: int) -> Rows:
         """The items at the positions start..stop-1.
@@ -106,8 +108,8 @@ def push(catalog: Catalog, store: Store) -> Pushed:
     Raises:
         StoreError: If the store cannot be reached, cannot hold the catalog, or is being changed by another process.
     """
-    store.open(layout_of(catalog))
     rows, numbers = CatalogRows(catalog), catalog.names.numbers
+    store.open(replace(layout_of(catalog), numeric=rows.numeric))
     added = changed = 0
     with store.changing() as writer:
         ids, digests = writer.digests()
@@ -117,10 +119,11 @@ def push(catalog: Catalog, store: Store) -> Pushed:
             for start in range(0, len(catalog), _BLOCK):
                 block = rows.block(start, min(start + _BLOCK, len(catalog)))
                 own = block.digests()
-                known = np.isin(block.ids, ids)
-                places = np.searchsorted(ids, block.ids[known])
+                places = np.searchsorted(ids, block.ids)
+                known = places < len(ids)
+                known[known] = ids[places[known]] == block.ids[known]
                 differs = ~known
-                differs[known] = digests[places] != own[known]
+                differs[known] = digests[places[known]] != own[known]
                 if differs.any():
                     writer.upsert(block.take(np.flatnonzero(differs)), own[differs])
                 added += int((~known).sum())

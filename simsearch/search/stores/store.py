@@ -39,7 +39,7 @@ class Layout:
         width: Number of columns of a vector, or of bits of a code.
         metric: "ip" or "l2" for vectors, "hamming" for codes.
         columns: Names of the attributes.
-        numeric: Those of them in which an item has a number.
+        numeric: Those of them in which an item has a number; empty where nothing is written.
     """
 
     name: str
@@ -63,13 +63,11 @@ class Capabilities:
         binary: It holds codes and compares them by Hamming distance.
         filters: It takes conditions on attributes. Without, all ids that meet them are sent.
         exact: It compares a query with all items, so that it finds the nearest ones.
-        transactions: Nobody sees a change before it is whole.
     """
 
     binary: bool
     filters: bool
     exact: bool
-    transactions: bool
 
 
 @dataclass(frozen=True)
