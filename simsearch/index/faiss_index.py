@@ -509,7 +509,7 @@ class FaissIndex:
         Args:
             path: The folder.
             mapped: Read codes, lists and graphs from the disk when they are needed, where FAISS can (Flat, SQ, PQ,
-                HNSW, IVF; not binary codes and fast-scan lists). The file's digest is not checked.
+                HNSW, IVF, what refines; not binary codes and fast-scan lists). The file's digest is not checked.
 
         Raises:
             FileNotFoundError: If a file is missing.
@@ -697,9 +697,12 @@ def _parts(index: Any) -> Iterator[Any]:
 
 def _mapping_flags(factory: str) -> int:
     """How FAISS reads a file without reading all of it. 0 where it cannot."""
+    lists = "IVF" in factory
     if re.search(r"x\d+fs|RaBitQfs", factory):  # these lists are arranged anew when they are read
-        return 0
-    return getattr(faiss, "IO_FLAG_MMAP" if "IVF" in factory else "IO_FLAG_MMAP_IFC", 0)
+        if not re.search("Refine|RFlat", factory):
+            return 0
+        lists = False  # the codes of the refinement lie beside them
+    return getattr(faiss, "IO_FLAG_MMAP" if lists else "IO_FLAG_MMAP_IFC", 0)
 
 
 def _copied(target: Any, source: Any, rows: Tensor) -> bool:
