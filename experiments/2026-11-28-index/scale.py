@@ -4,8 +4,8 @@
     ... methods=auto,usearch                                               some of them
 
 Vectors are those of vectors.py, made block by block; queries are further rows. `auto` is index=auto with at most
-160 bytes an item and a recall of .95, opened and searched as users do, by FaissIndex. The others are plain FAISS factory
-strings, tuned on 200 other queries: the fastest of the tried numbers of lists and candidates (powers of 2) that reaches
+160 bytes an item and a recall of .95, opened and searched as users do, by FaissIndex. The others are plain factories of
+FAISS, tuned on 200 other queries: the fastest of the tried numbers of lists and candidates (powers of 2) that reaches
 .95, or the one that finds most; what index=ivf-pq was (IVF256,PQ16, nprobe 16); and usearch, if it is installed
 (pip install usearch; the least power of 2 of its expansion). Each is filled in this process and saved; a process of its
 own opens and searches it, so that memory is its own. What is built stays in the work folder: a run that was ended goes
@@ -273,7 +273,9 @@ def main() -> None:
     rows = []
     for method in methods:
         done = folder / method / "about.json"
-        settings = {"budget": BUDGET, "sample": SAMPLE} if method == "auto" else {"factory": factories(items).get(method)}
+        settings = (
+            {"budget": BUDGET, "sample": SAMPLE} if method == "auto" else {"factory": factories(items).get(method)}
+        )
         about = read_json(done) if done.is_file() else {}
         if about.pop("settings", None) != settings:
             about = built(method, items, fit, folder / method, tuning, truth_of_tuning)
