@@ -137,6 +137,20 @@ class TestMeasure:
             assert p.recall == pytest.approx(np.mean(hits))
             assert p.precision == pytest.approx(np.mean(right))
 
+    @pytest.mark.parametrize(
+        ("factory", "expected"), [("IVF4,SQ8,Refine(SQ8)", {2, 4}), ("IVF4,PQ4x4fsr,Refine(SQ8)", {32, 64})]
+    )
+    def test_candidates_double_until_they_find_no_more(self, factory, expected):
+        """Codes that hardly differ from those that refine need few candidates, those of 2 bytes of noise very many."""
+        vectors = torch.randn(3000, 32, generator=torch.Generator().manual_seed(0))
+        auto, index = AutoIndex(queries=25), FaissIndex(factory)
+        index.add(vectors)
+        own = auto.own(3000)
+        points = auto.sweep(index, vectors[own], own, exact(vectors[own], [vectors], 11, "ip"))
+        factors = list(dict.fromkeys(p.k_factor for p in points))
+        assert factors == [2 ** (i + 1) for i in range(len(factors))]
+        assert factors[-1] in expected
+
     def test_codes(self):
         packed = codes(800)
         points = AutoIndex(queries=25).measure(packed, 800)

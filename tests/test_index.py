@@ -854,3 +854,24 @@ def test_some_items_of_several_indexes_joined(factory, mapped, tmp_path):
     joined.save(tmp_path / "joined")
     again = FaissIndex.load(tmp_path / "joined", mapped=mapped).search(queries, 10)
     assert torch.equal(again.ids, found.ids)
+
+
+@pytest.mark.filterwarnings("ignore:.*learns")
+@pytest.mark.parametrize("refined", ["SQ8", "Flat"])
+def test_codes_that_refine_fast_scan_lists_stay_on_the_disk(refined, tmp_path):
+    """The file's bytes decide the answer of an index that was opened before they changed, which no copy would do."""
+    vectors = clustered(2000, 64)
+    index = filled(f"IVF4,PQ16x4fsr,Refine({refined})", vectors, nprobe=4, k_factor=8)
+    index.save(tmp_path)
+    mapped = FaissIndex.load(tmp_path, mapped=True)
+    before = index.search(vectors[:9], 10)
+    assert torch.equal(mapped.search(vectors[:9], 10).ids, before.ids)
+    assert torch.equal(mapped.rows(torch.arange(5)), index.rows(torch.arange(5)))
+    some = torch.arange(2000) % 3 == 0
+    assert torch.equal(mapped.search(vectors[:9], 10, some).ids, index.search(vectors[:9], 10, some).ids)
+    assert len(FaissIndex.joined([(mapped, torch.arange(0, 2000, 2))])) == 1000
+    width = 64 if refined == "SQ8" else 256
+    with (tmp_path / "index.faiss").open("r+b") as file:
+        file.seek(-len(vectors) * width - 4, 2)  # the last item's codes end near the end
+        file.write(bytes(len(vectors) * width // 2))
+    assert not torch.equal(mapped.rows(torch.arange(900)), index.rows(torch.arange(900)))

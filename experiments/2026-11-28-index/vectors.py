@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -54,21 +55,31 @@ def load(path: Path) -> Fit:
     return Fit(branches=int(values.pop("branches")), **numbers, **values)
 
 
+def _scales(ratio: float) -> np.ndarray:
+    scales = ratio ** np.arange(LEVELS + 1)
+    return scales / np.sqrt((scales**2).sum())
+
+
+@cache
+def _offsets(spread: bytes, ratio: float, seed: int) -> list[np.ndarray]:
+    """The offsets of children at each level, float32 (TABLE, D) each."""
+    rng = np.random.default_rng([seed, 2**31])
+    offsets = rng.standard_normal((TABLE, D), dtype=np.float32) * np.frombuffer(spread, np.float32)
+    return [np.float32(scale) * offsets for scale in _scales(ratio)[:-1]]
+
+
 def block(fit: Fit, number: int, count: int = BLOCK, seed: int = 0) -> np.ndarray:
     """Rows number * 2^16 .. of the endless matrix, float32 (count, D), unit vectors."""
     rng = np.random.default_rng([seed, number])
-    offsets = np.random.default_rng([seed, 2**31]).standard_normal((TABLE, D), dtype=np.float32) * fit.spread
     shares = fit.shares.astype(np.float64)
     node = rng.choice(CLUSTERS, size=count, p=shares / shares.sum())
     x = fit.centres[node]
-    scales = fit.ratio ** np.arange(LEVELS + 1)
-    scales /= np.sqrt((scales**2).sum())
     key = node.astype(np.uint64) + np.uint64(1)
-    for scale in scales[:-1]:
+    for scaled in _offsets(fit.spread.tobytes(), fit.ratio, seed):
         child = (fit.branches * rng.random(count) ** fit.popularity).astype(np.uint64)
         key = (key * np.uint64(fit.branches) + child + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        x += np.float32(scale) * offsets[(key >> np.uint64(40)) % np.uint64(TABLE)]
-    x += np.float32(scales[-1]) * rng.standard_normal((count, D), dtype=np.float32) * fit.spread
+        x += scaled[((key >> np.uint64(40)) % np.uint64(TABLE)).astype(np.int32)]
+    x += np.float32(_scales(fit.ratio)[-1]) * rng.standard_normal((count, D), dtype=np.float32) * fit.spread
     x = x @ fit.basis + fit.mean
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 

@@ -20,9 +20,9 @@ from simsearch.types import SearchResult
 
 _GOAL = 0.95  # the recall that is wanted where nothing is
 _SAME = 0.01  # recalls that differ by no more are equally good
-_GAIN = 0.002  # a search that visits twice as much and finds no more than this ends the sweep
+_GAIN = 0.002  # a search that visits or refines twice as much and finds no more than this ends the sweep
 _TIMED = 50  # queries that are timed, each alone
-_REFINED = (2, 4, 8, 16)
+_REFINED = (2, 4, 8, 16, 32, 64)
 _BLOCK = 2**14
 
 
@@ -224,7 +224,7 @@ class AutoIndex:
             labels: int64 (N,), the labels of all items, or None.
         """
         points: list[Point] = []
-        size = index.bytes_per_item
+        size, best = index.bytes_per_item, -1.0
         for efforts in _efforts(index):
             before = -1.0
             for effort in efforts:
@@ -245,6 +245,9 @@ class AutoIndex:
                 if point.recall < before + _GAIN:
                     break
                 before = point.recall
+            if before < best + _GAIN:
+                break
+            best = before
         return points
 
     def kinds(self, points: Sequence[Point], total: int, shape: str) -> list[Point]:

@@ -106,6 +106,9 @@ def mapping_flags(factory: str) -> int:
     Args:
         factory: The factory string of the index in the file.
     """
+    lists = "IVF" in factory
     if re.search(r"x\d+fs|RaBitQfs", factory):  # these lists are arranged anew when they are read
-        return 0
-    return getattr(faiss, "IO_FLAG_MMAP" if "IVF" in factory else "IO_FLAG_MMAP_IFC", 0)
+        if not re.search("Refine|RFlat", factory):
+            return 0
+        lists = False  # the codes of the refinement lie beside them
+    return getattr(faiss, "IO_FLAG_MMAP" if lists else "IO_FLAG_MMAP_IFC", 0)

@@ -516,7 +516,7 @@ class FaissIndex:
         Args:
             path: The folder.
             mapped: Read codes, lists and graphs from the disk when they are needed, where FAISS can (Flat, SQ, PQ,
-                HNSW, IVF; not binary codes and fast-scan lists). The file's digest is not checked.
+                HNSW, IVF, what refines; not binary codes and fast-scan lists). The file's digest is not checked.
 
         Raises:
             FileNotFoundError: If a file is missing.
