@@ -52,6 +52,19 @@ def test_pairs_are_those_of_a_naive_loop(seed, n, counts):
         assert set(zip(ours.tolist(), theirs.tolist(), strict=True)) == expected
 
 
+def test_a_feature_that_equals_two_is_paired_with_none():
+    query = np.array([[5, 5], [90, -90]], np.int8)
+    twice = np.array([[5, 5], [5, 5], [80, -90]], np.int8)  # both distances are 0, and 0 / 0 tells nothing
+    once = np.array([[5, 5], [80, -90]], np.int8)
+    found = mutual_pairs(query, [twice, once], 0.85)
+    assert [list(zip(*(places.tolist() for places in pair), strict=True)) for pair in found] == [
+        [(1, 2)],
+        [(0, 0), (1, 1)],
+    ]
+    ((ours, theirs),) = mutual_pairs(query, [twice], 1.0)  # without the ratio test, the nearest is enough
+    assert (ours.tolist(), theirs.tolist()) == ([0, 1], [0, 2])
+
+
 def features(places: np.ndarray, descriptors: np.ndarray, size: int = 200) -> LocalFeatures:
     return LocalFeatures(places.astype(np.float32), descriptors, (size, size))
 

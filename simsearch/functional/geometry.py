@@ -192,7 +192,8 @@ def mutual_pairs(query: np.ndarray, items: Sequence[np.ndarray], ratio: float) -
     Args:
         query: int8 (n, d), the descriptors of the query.
         items: int8 (m, d) for each of M items.
-        ratio: Largest ratio of the distances to the nearest and the second nearest feature of the item.
+        ratio: Largest ratio of the distances to the nearest and the second nearest feature of the item. Below 1, a
+            feature that equals two features of the item is paired with neither.
 
     Returns:
         For each item, the places of the paired features in the query and in the item, int64 (p,) each.
@@ -219,7 +220,7 @@ def mutual_pairs(query: np.ndarray, items: Sequence[np.ndarray], ratio: float) -
         gaps[places, nearest] = np.inf
         second = gaps.min(1)
         gaps[places, nearest] = first
-        near = np.flatnonzero(first.clip(0) <= ratio**2 * second.clip(0))
+        near = np.flatnonzero((first.clip(0) <= ratio**2 * second.clip(0)) & ((second > 0) | (ratio == 1)))
         kept = near[gaps[:, nearest[near]].argmin(0) == near]
         pairs.append((kept, nearest[kept]))
     return pairs
