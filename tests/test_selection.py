@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from simsearch.index.faiss_index import FaissIndex
 from simsearch.index.selection import Selection
+from simsearch.search.segments import Places, SegmentedIndex
 
 
 def held(mask: Tensor, as_positions: bool) -> Selection:
@@ -61,3 +63,40 @@ def test_few_of_many_stay_positions():
     assert (few & other).positions.tolist() == [3]
     assert few.without(np.array([3, 4])).positions.tolist() == [10**8]
     assert "bitmap" not in few.__dict__ | other.__dict__
+
+
+@given(st.integers(0, 999), st.integers(1, 40), st.integers(0, 30), st.integers(1, 12))
+@settings(deadline=None, max_examples=60)
+def test_few_items_of_several_segments(seed, chosen, gone, k):
+    """A sparse selection costs what it chooses, makes no mask, and answers as a naive search does."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 900, 3)
+    vectors = torch.from_numpy(rng.standard_normal((counts.sum(), 4), dtype=np.float32))
+    removed = np.sort(rng.choice(len(vectors), min(gone, len(vectors) - 1), replace=False))
+    indexes = []
+    for part in vectors.split(counts.tolist()):
+        indexes.append(FaissIndex("Flat"))
+        indexes[-1].add(part)
+    left = torch.from_numpy(np.delete(vectors.numpy(), removed, axis=0))
+    index = SegmentedIndex(indexes, Places(counts.tolist(), removed))
+    k = min(k, len(left))
+    positions = np.sort(rng.choice(len(left), min(chosen, -(-len(left) // 32)), replace=False)).astype(np.int32)
+    selection = Selection(len(left), positions)
+    query = torch.from_numpy(rng.standard_normal((2, 4), dtype=np.float32))
+    if sparse := selection.is_sparse:
+        selection.mask = lambda: pytest.fail("it makes a mask of all items")
+    found = index.search(query, k, selection)
+    for row in range(2):
+        scores = [float(query[row] @ left[position]) for position in positions]
+        best = sorted(zip(scores, positions.tolist(), strict=True), reverse=True)[:k]
+        assert found.ids[row].tolist() == [i for _, i in best] + [-1] * (k - len(best)), sparse
+        assert np.allclose(found.scores[row][: len(best)], [score for score, _ in best], atol=1e-5)
+
+
+def test_a_selection_of_another_catalog_is_refused():
+    indexes = [FaissIndex("Flat"), FaissIndex("Flat")]
+    for one in indexes:
+        one.add(torch.eye(4))
+    index = SegmentedIndex(indexes, Places([4, 4], np.empty(0, dtype=np.int64)))
+    with pytest.raises(ValueError, match="among selects from 9 items, the index has 8"):
+        index.search(torch.eye(4)[:1], 1, Selection(9, np.array([8])))

@@ -411,10 +411,20 @@ class SegmentedIndex:
         Raises:
             ValueError: As `FaissIndex.search` does.
         """
+        own: dict[int, Selection] | None = None  # few items, by segment: these cost what they choose
         if isinstance(among, Selection):
             if len(self._indexes) == 1 and len(self._indexes[0]) == len(self):  # none is removed: positions are its own
                 return self._indexes[0].search(vectors, k, among)
-            among = among.mask()
+            if among.total != len(self):
+                raise ValueError(
+                    f"among selects from {among.total} items, the index has {len(self)}: select from its own"
+                )
+            if among.is_sparse:
+                split = self._places.split(among.positions)
+                own = {n: Selection(len(self._indexes[n]), positions=rows) for n, _, rows in split}
+                among = None
+            else:
+                among = among.mask()
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         if k > len(self):
@@ -423,7 +433,12 @@ class SegmentedIndex:
             raise ValueError(f"among must be bool ({len(self)},), got {among.dtype} {tuple(among.shape)}")
         ids, scores = [], []
         for number, index in enumerate(self._indexes):
-            found = self._search_one(number, index, vectors, k, among)
+            if own is None:
+                found = self._search_one(number, index, vectors, k, among)
+            elif number in own:
+                found = self._in_positions(number, index.search(vectors, min(k, len(index)), own[number]))
+            else:
+                continue
             if found is not None:
                 ids.append(found.ids)
                 scores.append(found.scores)
@@ -464,9 +479,13 @@ class SegmentedIndex:
             order = gone.to(torch.uint8).argsort(dim=1, stable=True)  # removed ones go to the end
             ids = ids.masked_fill(gone, -1).gather(1, order)[:, :k]
             scores = scores.masked_fill(gone, -math.inf).gather(1, order)[:, :k]
-        rows = ids.clamp(min=0).numpy() + start
+        return self._in_positions(number, SearchResult(ids, scores))
+
+    def _in_positions(self, number: int, found: SearchResult) -> SearchResult:
+        """The answer of one segment, whose ids are its rows, in positions."""
+        rows = found.ids.clamp(min=0).numpy() + self._places.starts[number]
         positions = torch.from_numpy(self._places.positions(rows))
-        return SearchResult(positions.masked_fill(ids < 0, -1), scores)
+        return SearchResult(positions.masked_fill(found.ids < 0, -1), found.scores)
 
     def rows(self, positions: Tensor) -> Tensor:
         """The stored items at some positions, as `FaissIndex.rows` returns them.
