@@ -169,7 +169,7 @@ def support(match: Match, query: LocalFeatures, item: LocalFeatures) -> float:
         >>> item = LocalFeatures(places, rng.integers(-127, 128, (30, 32), dtype=np.int8), (200, 200))
         >>> other = rng.integers(-127, 128, (30, 32), dtype=np.int8)
         >>> half = LocalFeatures(places, np.where(places[:, :1] < 100, item.descriptors, other), (200, 200))
-        >>> support(*verify(half, [item]), half, item) == (places[:, 0] < 100).mean()
+        >>> bool(support(*verify(half, [item]), half, item) == (places[:, 0] < 100).mean())
         True
     """
     square = np.array([[0, 0], [1, 0], [1, 1], [0, 1]], np.float32)
