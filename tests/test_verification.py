@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -261,6 +262,26 @@ class TestSearch:
         answer = opened.search(shots[0], k=9)
         assert {hit.attributes["work"] for hit in answer if hit.verdict == SAME_WORK} == {"w0"}
         assert NONE not in {hit.verdict for hit in answer}
+
+    def test_calibrates_without_the_images_that_cannot_be_read(self, copy, works, tmp_path):
+        images = tmp_path / "images"
+        for n, work in enumerate(works):
+            saved(work, images / f"{n:02d}.png")
+            saved(work[:, ::2, ::2], images / f"{n:02d}-small.png")
+        for name in ("00.png", "00-small.png", "01.png", "01-small.png"):
+            (images / name).write_bytes(b"no image")
+        for name in ("02.png", "02-small.png"):
+            (images / name).unlink()
+        command = ["calibrate", f"catalog={copy}", f"images={images}", "rate=0.3", "workers=0", "device=cpu"]
+        done = run_command(*command)
+        assert re.search(r"skipped 2 files, .*images/00", done.stderr)
+        assert "skipped 1 files, missing (first " in done.stderr
+        of = read_catalog(copy).calibration["held_out"]
+        assert of["verified"]["of"] < of["same_work"]["of"]
+        shutil.rmtree(images)
+        saved(works[0], images / "other.png")
+        done = run_command(*command, expect=1)
+        assert "no item of the catalog" in done.stderr
 
     def test_a_server_may_verify_otherwise_than_its_catalogs_say(self, built):
         from functools import partial

@@ -123,10 +123,14 @@ def main(config: DictConfig) -> None:
         same[~alone], own.sameness, first[~alone], first, config.rate, config.certainty, paired=True
     )
     if catalog.verification is not None and config.images:
-        local = local_queries(catalog, catalog.verification, config.images, positions, config.workers)
+        local = local_queries(catalog, catalog.verification, config.images, positions, config.workers, describer.report)
         strangers, verified = verify_without_work(engine, positions, local, vectors)
+        read = ~strangers.isnan()
+        several = read & ~alone
+        if not read.any():
+            raise ValueError(f"no item of the catalog {catalog.folder} is in {config.images}: give what it was made of")
         thresholds["verified"] = calibrate(
-            verified[~alone], strangers, first[~alone], first, config.rate, config.certainty, paired=True
+            verified[several], strangers[read], first[several], first[read], config.rate, config.certainty, paired=True
         )
     if (~alone & ~first).any():
         curves["same_work"] = curve(same[~alone & ~first], own.sameness[~first])

@@ -156,7 +156,7 @@ def leave_work_out(
 
 
 def verify_without_work(
-    engine: Engine, positions: Tensor, local: Iterable[Sequence[LocalFeatures]], vectors: Tensor | None = None
+    engine: Engine, positions: Tensor, local: Iterable[Sequence[LocalFeatures] | None], vectors: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The evidence of verification for items as queries: without their own work, and of their matches, (Q,) each.
 
@@ -168,7 +168,7 @@ def verify_without_work(
     Args:
         engine: The engine of a catalog with local features.
         positions: int64 (Q,), positions of the items.
-        local: The local features of each item as a query.
+        local: The local features of each item as a query. None if they are unknown: the evidence is NaN.
         vectors: Descriptors of the items as queries have them. Needed if the index does not store them exactly.
     """
     works = torch.from_numpy(engine.works)
@@ -179,6 +179,10 @@ def verify_without_work(
     deep = Engine(verifying(engine.catalog, top=depth, regions=0))
     strangers, matches = [], []
     for row, (position, features) in enumerate(zip(positions.tolist(), local, strict=True)):
+        if features is None:
+            strangers.append(math.nan)
+            matches.append(math.nan)
+            continue
         query = engine.as_queries(engine.vectors([position]) if vectors is None else vectors[row : row + 1])
         ids = engine.search(query, depth).ids[0]
         ids = ids[(ids >= 0) & (ids != position)]

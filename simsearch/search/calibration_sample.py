@@ -15,13 +15,13 @@ from tqdm import tqdm
 from simsearch.cache import ArrayCache
 from simsearch.data.manifest import Manifest, load_images, read_manifest
 from simsearch.data.presence import Presence
-from simsearch.images import MAX_BYTES
+from simsearch.images import MAX_BYTES, ImageError
 from simsearch.models.encoder import device
 from simsearch.search.calibration import Likeness, image_a_work
 from simsearch.search.catalog import Catalog
 from simsearch.search.describe import batches_of, describe
 from simsearch.search.engine import WORK_ATTRIBUTES, Engine
-from simsearch.search.local_features import describe_queries
+from simsearch.search.local_features import queries_or_errors
 from simsearch.search.verification import Verification
 from simsearch.types import LocalFeatures
 
@@ -180,9 +180,14 @@ def exact_vectors(
 
 
 def local_queries(
-    catalog: Catalog, verification: Verification, images: str, positions: Tensor, workers: int
-) -> Iterator[tuple[LocalFeatures, ...]]:
-    """The local features of items as queries, from their files.
+    catalog: Catalog,
+    verification: Verification,
+    images: str,
+    positions: Tensor,
+    workers: int,
+    report: Callable[[Sequence[ValueError]], None],
+) -> Iterator[tuple[LocalFeatures, ...] | None]:
+    """The local features of items as queries, from their files. None for a file that cannot be read.
 
     Args:
         catalog: The catalog.
@@ -190,14 +195,17 @@ def local_queries(
         images: The folder or table of images that the catalog was made of.
         positions: int64 (n,), positions of the items.
         workers: Number of processes; at least one is used.
-
-    Raises:
-        ImageError: If a file cannot be read.
+        report: Called at the end with the errors of files that cannot be read.
     """
     root = read_manifest(Path(images)).root
     files = [root / path for path in catalog.items["path"].take(positions.numpy()).to_pylist()]
-    found = describe_queries(files, verification, workers=workers)
-    yield from tqdm(found, total=len(files), unit="img", desc="verify", disable=None)
+    errors: list[ValueError] = []
+    results = queries_or_errors(files, verification, workers=workers)
+    for found in tqdm(results, total=len(files), unit="img", desc="verify", disable=None):
+        if isinstance(found, ImageError):
+            errors.append(found)
+        yield None if isinstance(found, ImageError) else found
+    report(errors)
 
 
 def outside_likeness(

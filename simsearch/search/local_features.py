@@ -122,13 +122,36 @@ def describe_queries(
     Raises:
         ImageError: If a file cannot be read.
     """
-    one = partial(query_features, verification, region=region)
-    for path, found in zip(
-        files, bounded_map(one, files, workers=max(1, workers), seconds=SECONDS, memory=MEMORY), strict=True
-    ):
-        if isinstance(found, Failure):
-            raise ImageError(path, found.reason, found.detail)
+    for found in queries_or_errors(files, verification, region=region, workers=workers):
+        if isinstance(found, ImageError):
+            raise found
         yield found
+
+
+def queries_or_errors(
+    files: Sequence[Path], verification: Verification, *, region: Region | None = None, workers: int = 0
+) -> Iterator[tuple[LocalFeatures, ...] | ImageError]:
+    """The local features of each file as of `describe_queries`, or the error of a file that cannot be read.
+
+    Args:
+        files: Image files.
+        verification: What describes the images.
+        region: The part of each image to take alone, or None.
+        workers: Number of processes; at least one is used.
+    """
+    one = partial(_query_or_error, verification, region)
+    results = bounded_map(one, files, workers=max(1, workers), seconds=SECONDS, memory=MEMORY)
+    for path, found in zip(files, results, strict=True):
+        yield ImageError(path, found.reason, found.detail) if isinstance(found, Failure) else found
+
+
+def _query_or_error(
+    verification: Verification, region: Region | None, path: Path
+) -> tuple[LocalFeatures, ...] | ImageError:
+    try:
+        return query_features(verification, path, region=region)
+    except ImageError as error:
+        return error
 
 
 def query_features(
