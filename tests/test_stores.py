@@ -736,7 +736,9 @@ def test_a_killed_push_leaves_the_old_version_or_the_new_one_and_the_next_mends(
     work()  # what is done once in a process is done
     push(old, store)
     total, outcomes = calls_of(work), []
-    for at in random.Random(kills).sample(range(1, int(0.97 * total)), kills):
+    generator, late = random.Random(kills), kills // 4  # some of them about the end of the transaction
+    places = generator.sample(range(1, total - 100), kills - late) + generator.sample(range(total - 100, total), late)
+    for at in places:
         push(old, store)
         assert killed(work, at)
         found = [held(store, catalog) for catalog in (old, new)]
@@ -788,13 +790,16 @@ def test_a_killed_push_to_milvus_is_told_and_the_next_mends(growing, tmp_path):
         return Path(shutil.copytree(tmp_path / "old.db", tmp_path / name))
 
     assert in_a_process(copy("whole.db"), -1) == 0
-    total = int(counted.read_text())
-    for number, at in enumerate(sorted(random.Random(0).sample(range(1, int(0.97 * total)), kills))):
-        path = copy(f"{number}.db")
-        assert in_a_process(path, at) == -signal.SIGKILL, f"call {at} of {total}"
+    total, struck = int(counted.read_text()), 0
+    places = iter(random.Random(0).sample(range(1, total), 3 * kills))
+    while struck < kills:  # how many calls there are differs by what its threads do
+        at = next(places)
+        path = copy(f"{at}.db")
+        struck += (code := in_a_process(path, at)) == -signal.SIGKILL
         store = lite(path)
         found = [held(store, catalog) for catalog in (old, new)]
         assert found.count(None) >= 1
+        assert code != 0 or found[1] is not None
         outcomes.append("unfinished" if found.count(None) == 2 else "new" if found[0] is None else "old")
         push(new, store)
         assert held(store, new) == snapshot_of(new), f"killed at call {at} of {total}"
