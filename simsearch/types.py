@@ -317,9 +317,11 @@ class LocalDescriber(Protocol):
 
     Attributes:
         dimension: Number of bytes in a descriptor.
+        software: Name and version of the library that describes, whose versions may differ in what they find.
     """
 
     dimension: int
+    software: str
 
     def describe(self, image: Tensor, *, side: int, most: int) -> LocalFeatures:
         """The local features of an image, strongest first.

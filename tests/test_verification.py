@@ -21,11 +21,20 @@ from simsearch.data.manifest import Manifest
 from simsearch.data.presence import Presence, Vanished
 from simsearch.data.rendered.paint import paint_work, photograph
 from simsearch.files import read_json, write_json
+from simsearch.functional.sift import Sift
 from simsearch.models.encoder import build_encoder
 from simsearch.search.catalog import read_catalog, verifying
 from simsearch.search.engine import Engine
 from simsearch.search.errors import CatalogError
-from simsearch.search.local_features import NAME, describe_items, features_of, record, record_type
+from simsearch.search.local_features import (
+    NAME,
+    about_local_features,
+    check_software,
+    describe_items,
+    features_of,
+    record,
+    record_type,
+)
 from simsearch.search.request import Request
 from simsearch.search.verdicts import NONE, SAME_WORK, UNCALIBRATED
 from simsearch.search.verification import Verification
@@ -360,3 +369,16 @@ def test_the_commands_index_search_and_recommend(small_run, works, shots, tmp_pa
     assert "inliers" in run_command("search", out, photo).stdout
     run_command("index", f"run={small_run}", f"images={tmp_path / 'works'}", f"out={tmp_path / 'plain'}", "workers=0")
     assert read_catalog(tmp_path / "plain").verification is None
+
+
+def test_other_software_that_finds_other_features_is_said(monkeypatch, capsys):
+    ours, weaker = Verification(), Verification(Sift(contrast=0.05))
+    of_local = about_local_features(ours)
+    check_software(of_local, ours, "c")
+    monkeypatch.setattr(Sift, "software", "OpenCV 9")
+    check_software(of_local, ours, "c")  # another version, the same features
+    check_software({"verification": {}, "bytes_per_item": 1}, ours, "c")  # from before it was recorded
+    assert not capsys.readouterr().err
+    check_software(of_local, weaker, "the catalog c")
+    said = f"the local features of the catalog c were described by {of_local['software']}, and OpenCV 9 finds others"
+    assert said in capsys.readouterr().err

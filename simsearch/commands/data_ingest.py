@@ -61,7 +61,7 @@ from simsearch.functional.ragged import Ragged
 from simsearch.functional.reranking import gallery_neighbours
 from simsearch.functional.resize import resize
 from simsearch.functional.sift import Sift
-from simsearch.search.local_features import features_of, record, record_type
+from simsearch.search.local_features import features_of, record, record_type, sample_picture
 from simsearch.text import printable, warn
 from simsearch.types import LocalFeatures
 
@@ -366,9 +366,7 @@ def algorithms(sift: Sift) -> tuple[str, str]:
     Args:
         sift: What describes images.
     """
-    steps = torch.arange(64)
-    cells = (steps[:, None] ** 2 * 7 + steps**2 * 13 + steps[:, None] * steps * 5) % 251
-    picture = cells.to(torch.uint8).repeat_interleave(5, 0).repeat_interleave(5, 1).expand(3, -1, -1)
+    picture = sample_picture()
     own, other = (
         sift.describe(one, side=_SIDE, most=_FEATURES) for one in (picture, picture.rot90(1, (1, 2))[:, 40:, 60:])
     )

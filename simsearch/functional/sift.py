@@ -47,6 +47,7 @@ class Sift:
     """
 
     dimension = len(_KEPT)
+    software = f"OpenCV {cv2.__version__}"
 
     def __init__(self, contrast: float = 0.02) -> None:
         if contrast < 0:

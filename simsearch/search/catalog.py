@@ -36,6 +36,7 @@ from simsearch.search.calibration_file import read_calibration
 from simsearch.search.encoder_files import check_exported, read_encoder, read_exported
 from simsearch.search.errors import CatalogError
 from simsearch.search.local_features import NAME as LOCAL_FEATURES
+from simsearch.search.local_features import check_software
 from simsearch.search.names import OWN_ID, Names
 from simsearch.search.segments import (
     CONTENT,
@@ -369,7 +370,9 @@ def _verification(folder: Path, about: Mapping[str, Any], trusted: bool) -> Veri
         config = {"verification": of_local["verification"]}
         if not trusted:
             check_config(config, f"the catalog {folder}", VERIFIERS)
-        return build(config, None if trusted else VERIFIERS)["verification"]
+        verification = build(config, None if trusted else VERIFIERS)["verification"]
+        check_software(of_local, verification, f"the catalog {folder}")
+        return verification
     except Untrusted:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:

@@ -590,7 +590,8 @@ def _rewrite_old(catalog: Catalog) -> None:
     entry = _copied(catalog, np.arange(len(catalog)), 1)
     about = {name: value for name, value in catalog.about.items() if name not in _OF_FORMAT_1}
     if catalog.verification is not None:
-        about["local_features"] = about_local_features(catalog.verification)
+        known = about_local_features(catalog.verification)  # but not with which software
+        about["local_features"] = {name: known[name] for name in ("verification", "bytes_per_item")}
     if (digest := catalog.about.get("sha256", {}).get("encoder.safetensors")) is not None:
         about["sha256"] = {"encoder.safetensors": digest}
     made = {

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from simsearch.data.manifest import ImageFiles, Manifest
 from simsearch.data.presence import Presence
@@ -22,6 +24,7 @@ from simsearch.files import Damaged
 from simsearch.functional.regions import Region
 from simsearch.images import MAX_PIXELS, ImageError, read_image
 from simsearch.search.verification import Verification
+from simsearch.text import warn
 from simsearch.types import LocalFeatures
 
 NAME = "local_features.npy"
@@ -47,7 +50,41 @@ def about_local_features(verification: Verification) -> dict[str, Any]:
         verification: What describes the items, and verifies them.
     """
     size = record_type(verification.item_features, verification.features.dimension).itemsize
-    return {"verification": verification.config, "bytes_per_item": size}
+    software = {"software": verification.features.software, "sample": sample_digest(verification)}
+    return {"verification": verification.config, "bytes_per_item": size, **software}
+
+
+def sample_digest(verification: Verification) -> str:
+    """16 hex digits over the local features of a drawn picture. They differ where images are described otherwise.
+
+    Args:
+        verification: What describes items.
+    """
+    found = verification.item(sample_picture())
+    return hashlib.sha256(found.points.tobytes() + found.descriptors.tobytes()).hexdigest()[:16]
+
+
+def sample_picture() -> Tensor:
+    """A drawn picture with many corners, uint8 (3, 320, 320), by which algorithms are compared."""
+    steps = torch.arange(64)
+    cells = (steps[:, None] ** 2 * 7 + steps**2 * 13 + steps[:, None] * steps * 5) % 251
+    return cells.to(torch.uint8).repeat_interleave(5, 0).repeat_interleave(5, 1).expand(3, -1, -1)
+
+
+def check_software(of_local: Mapping[str, Any], verification: Verification, where: str) -> None:
+    """Warns if the local features of items were described otherwise than those of queries will be.
+
+    Args:
+        of_local: The entry `local_features` of catalog.json.
+        verification: What describes queries.
+        where: The catalog, for the message.
+    """
+    known, own = of_local.get("software"), verification.features.software
+    if known not in (None, own) and of_local.get("sample") != sample_digest(verification):
+        warn(
+            f"the local features of {where} were described by {known}, and {own} finds others: right works may not be "
+            "verified. Use that version, or make the catalog again"
+        )
 
 
 def record(found: LocalFeatures, kind: np.dtype[Any]) -> np.ndarray:
