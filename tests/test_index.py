@@ -321,6 +321,22 @@ class TestAmong:
             expected = self.expected(index, queries, mask, 10)
             assert (result.scores >= expected[:, -1:] - 1e-5).double().mean() > 0.97
 
+    @pytest.mark.parametrize(("factory", "options"), [("IVF64,Flat", {"nprobe": 1}), ("IVF64,SQ8", {"nprobe": 2})])
+    def test_what_is_chosen_lies_far_from_the_query(self, factory, options, monkeypatch):
+        """A filter that has to do with the vectors, such as a style: every query still finds k items."""
+        monkeypatch.setattr(faiss_index, "_FEW", 0)
+        monkeypatch.setattr(faiss_index, "_DECODE", 10**9)
+        generator = torch.Generator().manual_seed(0)
+        items = torch.randn(4000, 8, generator=generator)
+        items[:, 0] = 20 * items[:, 0].sign()
+        items /= items.norm(dim=1, keepdim=True)
+        far = items[:, 0] < 0
+        index, queries = filled(factory, items, **options), items[~far][:40]
+        result = index.search(queries, 10, far)
+        assert (result.ids >= 0).all()
+        assert far[result.ids].all()
+        torch.testing.assert_close(result.scores.double(), self.expected(index, queries, far, 10), atol=2e-5, rtol=1e-4)
+
     def test_blocks_and_ties(self, monkeypatch):
         monkeypatch.setattr(faiss_index, "_BLOCK", 7)
         items = codes(100, width=1)  # ties everywhere

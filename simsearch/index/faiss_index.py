@@ -307,7 +307,7 @@ class FaissIndex:
         A choice `among` the items is made inside FAISS, not among its answers. The fewer items are chosen, the more
         lists an IVF index visits and the more candidates an HNSW graph keeps, so that recall holds up. Where few items
         are chosen, or where the kind of index cannot select (PQ, RFlat, IVF of codes, ...), all chosen items are
-        decoded and compared.
+        decoded and compared. A query that finds fewer than k, since what is chosen lies far from it, visits all lists.
 
         Args:
             vectors: float32 (Q, D) or codes uint8 (Q, bits / 8).
@@ -336,7 +336,15 @@ class FaissIndex:
             among = Selection.of(among)
         if among.total != len(self):
             raise ValueError(f"among selects from {among.total} items, the index has {len(self)}: select from its own")
-        parameters = self._selecting(among, len(array))
+        found = self._search_among(array, k, among)
+        short = (found.ids[:, min(k, len(among)) - 1] < 0).nonzero()[:, 0] if len(among) else found.ids[:0, 0]
+        if len(short):  # what is chosen lies far from these queries
+            again = self._search_among(array[short.numpy()], k, among, all_lists=True)
+            found.ids[short], found.scores[short] = again.ids, again.scores
+        return found
+
+    def _search_among(self, array: np.ndarray, k: int, among: Selection, all_lists: bool = False) -> SearchResult:
+        parameters = self._selecting(among, len(array), all_lists)
         if parameters is not None:
             try:
                 return self._result(*self._index.search(array, k, params=parameters))
@@ -344,7 +352,7 @@ class FaissIndex:
                 pass
         return self._search_rows(array, k, among.positions)
 
-    def _selecting(self, among: Selection, queries: int) -> Any:
+    def _selecting(self, among: Selection, queries: int, all_lists: bool) -> Any:
         """FAISS's search parameters that select items; None where all selected rows are to be compared instead."""
         if len(among) == 0:
             return None
@@ -356,12 +364,12 @@ class FaissIndex:
             if isinstance(part, faiss.IndexRefine):
                 refined = part.k_factor
             if isinstance(part, faiss.IndexIVF):
-                lists = min(part.nlist, math.ceil(_MORE_LISTS * wider * part.nprobe))
+                lists = part.nlist if all_lists else min(part.nlist, math.ceil(_MORE_LISTS * wider * part.nprobe))
                 kind, arguments, visited = api.SearchParametersIVF, {"nprobe": lists}, lists / part.nlist
                 break
             if hasattr(part, "hnsw"):
                 kept = math.ceil(_MORE_KEPT * wider * part.hnsw.efSearch)
-                if len(among) <= _KEPT_ROWS * kept:
+                if all_lists or len(among) <= _KEPT_ROWS * kept:
                     return None
                 kind, arguments, visited = api.SearchParametersHNSW, {"efSearch": kept}, 0.0  # of what it tests
                 break
