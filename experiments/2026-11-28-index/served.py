@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import re
 import shutil
@@ -114,8 +115,11 @@ def main() -> None:
     items, folder, images = int(given.get("items", 1_000_000)), work / "catalog", work / "images"
     torch.set_num_threads(1)
     row: dict[str, object] = {"items": items}
+    if (work / "built.json").is_file():
+        row |= json.loads((work / "built.json").read_text())
     if not folder.exists():
         row |= build(source, folder, items)
+        (work / "built.json").write_text(json.dumps(row))
         print(row, flush=True)
     real = read_catalog(source, calibrated=False).items.slice(LEFT_OUT, 1).to_pylist()[0]
     images.mkdir(parents=True, exist_ok=True)
@@ -170,12 +174,14 @@ def serve_and_add(folder: Path, images: Path, table: Path, painting: Path, title
                     stderr=log,
                 )
             cards = page.locator(".wall", has_text=title)
+            while not watch.written and adding.poll() is None:
+                page.wait_for_timeout(50)
             asked = 0
             while not cards.count() and time.perf_counter() - start < 600:
                 page.fill("#text", f"{title} {(asked := asked + 1)}")  # not an answer that the page keeps
-                page.wait_for_timeout(500)
+                page.wait_for_timeout(2000)
                 page.fill("#text", title)
-                page.wait_for_timeout(500)
+                page.wait_for_timeout(2000)
             appeared = time.perf_counter()
             adding.wait(120)
             print(time.strftime("%T"), "it appeared, or the time was over", flush=True)
