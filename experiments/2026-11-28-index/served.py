@@ -7,7 +7,7 @@ columns). One painting is left out. The items of the million are the others, eac
 of a fifth of its length, its thumbnail in 32 pixels, its artist and style, and the number of the copy in its title. The
 catalog is built once, served by `simsearch serve`, and opened in Chromium by playwright. Then `simsearch catalog add`
 adds the painting that was left out, while the page asks for its title until it is there, and then shows the image.
-What happened when goes to served.csv, what was seen to served-title.png and served-similar.png.
+What happened when goes to served.csv, what was seen to served-title.png and served-similar.png of work=.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def serve_and_add(folder: Path, images: Path, table: Path, painting: Path, title
             row["exchange_s"] = appeared - watch.written
             row |= {"command_rc": adding.returncode, "anon_most_mib": watch.most}
             page.wait_for_timeout(1000)
-            page.screenshot(path=str(HERE / "served-title.png"))
+            page.screenshot(path=str(table.parent / "served-title.png"))
             row["found"] = cards.first.inner_text().replace("\n", " ")
             new = int(cards.first.get_attribute("data-id") or -1)
             row["id"] = new
@@ -201,7 +201,7 @@ def serve_and_add(folder: Path, images: Path, table: Path, painting: Path, title
             page.wait_for_selector(".result")
             row["similar_s"] = time.perf_counter() - clock
             page.wait_for_timeout(1500)
-            page.screenshot(path=str(HERE / "served-similar.png"))
+            page.screenshot(path=str(table.parent / "served-similar.png"))
             row["status_after"] = page.inner_text("#status")
             chromium.close()
         after = memory(server.pid)
