@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -831,6 +832,17 @@ def test_commands_answer_from_a_store(kind, request, small_run, tmp_path):
     assert [hit["path"] for hit in one] == [hit["path"] for hit in two]
     assert [hit["score"] for hit in one] == pytest.approx([hit["score"] for hit in two], abs=1e-6)
     assert "give the engine to push to" in simsearch("catalog", "push", catalog, expect=1).stderr
+
+
+def test_what_milvus_lite_logs_is_not_shown(small_run, tmp_path):
+    """It starts a server in the process, whose log has tracebacks of calls that it does not have."""
+    pytest.importorskip("milvus_lite", reason="milvus-lite is not installed: stores in Milvus are NOT TESTED")
+    store = ["store=milvus", f"store.uri={tmp_path / 'own.db'}"]
+    command = [sys.executable, "-m", "simsearch", "catalog", "push", f"catalog={small_run}/catalog", *store]
+    pushed = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "added" in pushed.stdout
+    assert "Traceback" not in pushed.stderr
+    assert "MilvusLite" not in pushed.stderr
 
 
 @pytest.mark.parametrize("name", ["psycopg", "pymilvus"])

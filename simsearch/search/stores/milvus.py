@@ -35,6 +35,13 @@ _MOST_TEXT = 65_535  # bytes of a text
 _SENT = 1000  # items of a request
 _NO_NUMBER = sys.float_info.max  # in place of a number: Milvus and milvus-lite treat null in different ways
 
+# They log that milvus-lite starts and ends, and with tracebacks what it does not have, which is no fault of the user's.
+_QUIET = {
+    "milvus_lite": logging.WARNING,
+    "grpc._server": logging.CRITICAL,
+    "pymilvus.client.iterator.query_iterator": logging.ERROR,
+}
+
 
 class Milvus:
     """A catalog in a collection of Milvus. See `Store` for its methods.
@@ -219,8 +226,8 @@ class Milvus:
 
         try:
             if self._opened is None:
-                # It notes on standard error what milvus-lite does not have, which is no fault of the user's.
-                logging.getLogger("pymilvus.client.iterator.query_iterator").setLevel(logging.ERROR)
+                for name, level in _QUIET.items():
+                    logging.getLogger(name).setLevel(level)
                 given = {"token": self._token, "db_name": self._database}
                 self._opened = MilvusClient(self.uri, **{name: value for name, value in given.items() if value})
             yield self._opened
