@@ -841,8 +841,8 @@ def test_what_milvus_lite_logs_is_not_shown(small_run, tmp_path):
     command = [sys.executable, "-m", "simsearch", "catalog", "push", f"catalog={small_run}/catalog", *store]
     pushed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "added" in pushed.stdout
+    assert len(pushed.stdout.splitlines()) == 1  # Hydra's log would be there
     assert "Traceback" not in pushed.stderr
-    assert "MilvusLite" not in pushed.stderr
 
 
 @pytest.mark.parametrize("name", ["psycopg", "pymilvus"])
