@@ -53,7 +53,7 @@ TRAINING = modules("train", "sweep", "tensorboard")
 def test_the_extras_hold_what_they_are_named_for():
     assert {"pytorch_lightning", "wandb", "torchmetrics", "pytorch_metric_learning"} <= TRAINING
     assert {"fastapi", "uvicorn"} <= modules("serve")
-    assert "simsearch[train,serve,sweep,tensorboard,docs]" in EXTRAS["dev"]
+    assert "simsearch[train,serve,sweep,tensorboard,docs,postgres,milvus]" in EXTRAS["dev"]
 
 
 @pytest.mark.parametrize("command", ["search", "recommend"])
