@@ -989,7 +989,7 @@ def test_a_finger_draws_in_the_dialog(opened):
     finger.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": at(0.4, 0.4)})
     finger.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": at(0.7, 0.9)})
     finger.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
-    body = answers_to(page, lambda: page.tap("#part-search"))
+    body = answers_to(page, lambda: page.click("#part-search"))
     assert region_of(page) == pytest.approx([0.1, 0.2, 0.6, 0.7], abs=0.02)
     assert body["results"]
 
