@@ -10,6 +10,10 @@ import faiss
 
 METRICS = {"ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 ADVISED_PER_CENTROID = 39  # ClusteringParameters.min_points_per_centroid
+if faiss.cvar.distance_compute_blas_threshold == 128_000:
+    # FAISS 1.15 compares Q queries of D columns by a product of matrices from Q D = 128,000 on, which suits tens of
+    # threads. One thread needs 3 to 10 times as long as by BLAS from 800 on (its pull request 5109).
+    faiss.cvar.distance_compute_blas_threshold = 800 * faiss.omp_get_max_threads()
 FOLLOWS = re.compile(r"IVF(?=[,_(]|$)")  # an IVF whose number of lists follows the number of items
 
 

@@ -31,7 +31,7 @@ from simsearch.index.factories import (
     new_index,
     reason_of,
 )
-from simsearch.index.parts import centroids_of, code_bytes_of, copied, parts_of, serialised_bytes, train_seeded
+from simsearch.index.parts import centroids_of, code_bytes_of, copied, decoded, parts_of, serialised_bytes, train_seeded
 from simsearch.index.selection import Selection
 from simsearch.types import SearchResult, check_vectors
 
@@ -40,8 +40,9 @@ from simsearch.types import SearchResult, check_vectors
 # that they cost more than _KEPT_ROWS rows each, or where there are no more than _FEW items, all of them are compared.
 _MORE_LISTS, _MORE_KEPT, _KEPT_ROWS, _FEW = 4, 16, 5, 1000
 # Nanoseconds, for flat and IVF indexes: each query tests each visited item and compares each selected one that it
-# visits; instead, the selected rows can be decoded once, and each is compared with all queries at once.
-_TEST, _COMPARE, _DECODE, _COMPARE_ROWS = 2, 60, 150, 15
+# visits; instead, the selected rows can be decoded once, and each is compared with all queries at once. Fast-scan tests
+# an item for a group of queries together: a query alone pays for the group.
+_TEST, _COMPARE, _DECODE, _COMPARE_ROWS, _GROUP = 2, 100, 300, 4, 8
 _BLOCK = 2**14  # stored rows that are decoded together
 _FIRST_READ = threading.Lock()  # of all indexes: one of its own could not be copied with the index
 SETTINGS = ("factory", "metric", "nprobe", "ef_search", "k_factor", "train_size", "seed")
@@ -374,7 +375,8 @@ class FaissIndex:
                 kind, arguments, visited = api.SearchParametersHNSW, {"efSearch": kept}, 0.0  # of what it tests
                 break
         by_rows = len(among) * (_DECODE + _COMPARE_ROWS * queries)
-        if len(among) <= _FEW or by_rows <= queries * visited * (_TEST * len(self) + _COMPARE * len(among)):
+        test = _TEST + _GROUP / queries * bool(re.search(r"x\d+fs|RaBitQfs", self.factory))
+        if len(among) <= _FEW or by_rows <= queries * visited * (test * len(self) + _COMPARE * len(among)):
             return None
         sel = api.IDSelectorBitmap(among.bitmap)
         parameters = kind(sel=sel, **arguments)
@@ -384,13 +386,17 @@ class FaissIndex:
 
     def _search_rows(self, array: np.ndarray, k: int, positions: np.ndarray) -> SearchResult:
         """The answer among the items at ascending `positions` (n,), by a comparison with all of them."""
+        api: Any = faiss  # the stubs know nothing of what FAISS's Python layer adds
         found = [(np.empty((len(array), 0), np.float32), np.empty((len(array), 0), np.int64))]
         for start in range(0, len(positions), _BLOCK):
             block = positions[start : start + _BLOCK].astype(np.int64)
-            width = self._index.d
-            flat: Any = faiss.IndexBinaryFlat(width) if self.is_binary else faiss.IndexFlat(width, METRICS[self.metric])
-            flat.add(self.rows(torch.from_numpy(block)).numpy())
-            values, places = flat.search(array, min(k, len(block)))
+            rows, few = self.rows(torch.from_numpy(block)).numpy(), min(k, len(block))
+            if self.is_binary:
+                flat: Any = faiss.IndexBinaryFlat(self._index.d)
+                flat.add(rows)
+                values, places = flat.search(array, few)
+            else:
+                values, places = api.knn(array, rows, few, metric=METRICS[self.metric])
             found.append((values, block[places]))
         values, ids = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
         if len(found) > 2:  # stable, and earlier blocks first: equal scores stay in the order of addition
@@ -459,7 +465,7 @@ class FaissIndex:
                 for part in () if isinstance(self._index, faiss.IndexRefine) else parts_of(self._index):
                     if isinstance(part, faiss.IndexIVF) and part.direct_map.no():
                         part.make_direct_map()
-            return torch.from_numpy(self._index.reconstruct_batch(np.ascontiguousarray(positions.numpy())))
+            return torch.from_numpy(decoded(self._index, np.ascontiguousarray(positions.numpy())))
         except RuntimeError as error:
             raise ValueError(f"FAISS cannot decode the items of {self.factory!r}: {reason_of(error)}") from None
 
