@@ -21,7 +21,9 @@ from simsearch.files import read_json, write_json
 from simsearch.index import faiss_index
 from simsearch.index.factories import lists_for
 from simsearch.index.faiss_index import FaissIndex
+from simsearch.index.parts import parts_of
 from simsearch.index.selection import Selection
+from simsearch.index.visits import enough_lists, lists_of_some
 
 CONFIGS = sorted((Path(__file__).parents[1] / "conf" / "index").glob("*.yaml"))
 FLOAT_FAMILIES = [
@@ -397,6 +399,60 @@ class TestAmongMany:
     def test_another_index_selects_from_others(self):
         with pytest.raises(ValueError, match="among selects from 19 items, the index has 20"):
             filled("Flat", clustered(20)).search(clustered(1), 3, Selection.everything(19))
+
+
+class TestFarFromTheQuery:
+    """Selected items that have to do with the vectors, such as a style, and queries everywhere."""
+
+    def world(self):
+        generator = torch.Generator().manual_seed(0)
+        vectors = torch.randn(8000, 24, generator=generator) * torch.linspace(3, 0.5, 24)
+        vectors /= vectors.norm(dim=1, keepdim=True)
+        return vectors, vectors[:, 0] > vectors[:, 0].quantile(0.8)
+
+    def found(self, index, queries, mask, monkeypatch):
+        monkeypatch.setattr(faiss_index, "_DECODE", math.inf)
+        ids = torch.cat([index.search(query, 10, mask).ids for query in queries.split(1)])
+        monkeypatch.undo()
+        assert mask[ids].all()
+        return ids
+
+    def test_recall_holds_up(self, monkeypatch):
+        vectors, mask = self.world()
+        queries = vectors[~mask][:100]
+        index = filled("IVF128,PQ12x4fsr,Refine(SQ8)", vectors, nprobe=2, k_factor=8)
+        truth = ranked(similarities(queries, vectors, "ip").masked_fill(~mask, -math.inf), 10)[0]
+        reached = recall(self.found(index, queries, mask, monkeypatch), truth)
+        monkeypatch.setattr(
+            faiss_index, "enough_lists", lambda ivf, queries, among, some, wanted, first: np.full(len(queries), first)
+        )
+        assert reached > 0.9
+        assert recall(self.found(index, queries, mask, monkeypatch), truth) < reached - 0.1
+
+    @pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64,PQ12x4fs,RFlat", "PCA16,IVF64,SQ8"])
+    def test_lists_until_they_hold_enough(self, factory):
+        vectors, mask = self.world()
+        index = filled(factory, vectors)
+        *transforms, ivf = [p for p in parts_of(index._index) if isinstance(p, faiss.IndexIVF | faiss.VectorTransform)]
+        projected = vectors.numpy()
+        for transform in transforms:
+            projected = transform.apply(projected)
+        items, lists = lists_of_some(ivf)
+        assert items.tolist() == list(range(8000))  # all of them, since they are few
+        nearest = ivf.quantizer.search(projected, 1)[1][:, 0]
+        assert (lists == nearest).all()
+        visits = enough_lists(ivf, projected[:50], Selection.of(mask), (items, lists), wanted=200, first=3)
+        order = np.argsort(-similarities(torch.from_numpy(projected[:50]), centroids(ivf), "ip").numpy(), axis=1)
+        held = np.array([int((mask.numpy() & (lists == number)).sum()) for number in range(64)])
+        for row, visited in zip(order, visits.tolist(), strict=True):
+            width = 3
+            while held[row[:width]].sum() < 100 and width < 64:
+                width = min(64, 4 * width)
+            assert visited == width
+
+
+def centroids(ivf) -> torch.Tensor:
+    return torch.from_numpy(ivf.quantizer.reconstruct_n(0, ivf.nlist))
 
 
 class TestRefinement:

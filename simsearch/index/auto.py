@@ -23,7 +23,7 @@ _SURE = 1.645  # standard errors below the mean, where 95 % of means lie above
 _SAME = 0.01  # recalls that differ by no more are equally good
 _GAIN = 0.002  # a search that visits or refines twice as much and finds no more than this ends the sweep
 _TIMED = 50  # queries that are timed, each alone
-_REFINED = (2, 4, 8, 16, 32, 64)
+_REFINED = (2, 4, 8, 16, 32, 64, 128)
 _BLOCK = 2**14
 
 

@@ -33,6 +33,7 @@ from simsearch.index.factories import (
 )
 from simsearch.index.parts import centroids_of, code_bytes_of, copied, decoded, parts_of, serialised_bytes, train_seeded
 from simsearch.index.selection import Selection
+from simsearch.index.visits import enough_lists, lists_of_some
 from simsearch.types import SearchResult, check_vectors
 
 # Searching n selected of N items (measured in experiments/2026-11-23-art-recommender/filters.py): an IVF index visits
@@ -43,6 +44,7 @@ _MORE_LISTS, _MORE_KEPT, _KEPT_ROWS, _FEW = 4, 16, 5, 1000
 # visits; instead, the selected rows can be decoded once, and each is compared with all queries at once. Fast-scan tests
 # an item for a group of queries together: a query alone pays for the group.
 _TEST, _COMPARE, _DECODE, _COMPARE_ROWS, _GROUP = 2, 100, 300, 4, 8
+_FAR_CANDIDATES = 4  # times more candidates are refined for a query from which the selected items lie far
 _BLOCK = 2**14  # stored rows that are decoded together
 _FIRST_READ = threading.Lock()  # of all indexes: one of its own could not be copied with the index
 SETTINGS = ("factory", "metric", "nprobe", "ef_search", "k_factor", "train_size", "seed")
@@ -129,6 +131,7 @@ class FaissIndex:
         self._index: Any = None  # FAISS's own index, once the dimension is known
         self._file: Path | None = None  # that the index is mapped from
         self._codes: Tensor | None = None  # of a binary index, for `rows`
+        self._some: tuple[np.ndarray, np.ndarray] | None = None  # items and their lists, for filters
         self._empty_bytes = 0
         # A misspelt factory should not wait for hours of feature extraction to be noticed; what
         # depends on the dimension waits for the vectors.
@@ -294,7 +297,7 @@ class FaissIndex:
         array = self._checked(vectors)
         if self._index is None:
             self._train(array)
-        self._codes = None
+        self._codes = self._some = None
         self._index.add(array)
 
     def search(self, vectors: Tensor, k: int, among: Tensor | Selection | None = None) -> SearchResult:
@@ -306,9 +309,10 @@ class FaissIndex:
         the inner product.
 
         A choice `among` the items is made inside FAISS, not among its answers. The fewer items are chosen, the more
-        lists an IVF index visits and the more candidates an HNSW graph keeps, so that recall holds up. Where few items
-        are chosen, or where the kind of index cannot select (PQ, RFlat, IVF of codes, ...), all chosen items are
-        decoded and compared. A query that finds fewer than k, since what is chosen lies far from it, visits all lists.
+        lists an IVF index visits and the more candidates an HNSW graph keeps, so that recall holds up; a query from
+        which the chosen items lie far visits more lists, all of them if it finds fewer than k. Where few items are
+        chosen, or where the kind of index cannot select (PQ, RFlat, IVF of codes, ...), all chosen items are decoded
+        and compared.
 
         Args:
             vectors: float32 (Q, D) or codes uint8 (Q, bits / 8).
@@ -345,43 +349,70 @@ class FaissIndex:
         return found
 
     def _search_among(self, array: np.ndarray, k: int, among: Selection, all_lists: bool = False) -> SearchResult:
-        parameters = self._selecting(among, len(array), all_lists)
-        if parameters is not None:
+        visits, usual = self._visits(array, among, all_lists)
+        if visits is not None:
             try:
-                return self._result(*self._index.search(array, k, params=parameters))
+                ids, scores = torch.empty(len(array), k, dtype=torch.int64), torch.empty(len(array), k)
+                for visited in np.unique(visits):
+                    rows = np.flatnonzero(visits == visited)
+                    parameters = self._selecting(among, int(visited), bool(visited > usual))
+                    part = self._result(*self._index.search(array[rows], k, params=parameters))
+                    ids[rows], scores[rows] = part.ids, part.scores
+                return SearchResult(ids, scores)
             except RuntimeError:  # a kind, or a release of FAISS, that takes no selector
                 pass
         return self._search_rows(array, k, among.positions)
 
-    def _selecting(self, among: Selection, queries: int, all_lists: bool) -> Any:
-        """FAISS's search parameters that select items; None where all selected rows are to be compared instead."""
-        if len(among) == 0:
-            return None
-        api: Any = faiss  # the stubs know nothing of what FAISS's Python layer adds
+    def _visits(self, array: np.ndarray, among: Selection, all_lists: bool) -> tuple[np.ndarray | None, float]:
+        """How many lists each query visits, or candidates it keeps, int64 (Q,), and how many a filter at random needs.
+
+        None, where all selected rows are to be compared.
+        """
+        if len(among) <= _FEW:
+            return None, 0
         wider = len(self) / len(among)
-        visited, refined, arguments = 1.0, None, {}
-        kind = api.SearchParameters
+        rows = len(among) * (_DECODE + _COMPARE_ROWS * len(array))
+        test = _TEST + _GROUP / max(1, len(array)) * bool(re.search(r"x\d+fs|RaBitQfs", self.factory))
+        visited = test * len(self) + _COMPARE * len(among)  # by a query that visits all
         for part in parts_of(self._index):
-            if isinstance(part, faiss.IndexRefine):
-                refined = part.k_factor
-            if isinstance(part, faiss.IndexIVF):
-                lists = part.nlist if all_lists else min(part.nlist, math.ceil(_MORE_LISTS * wider * part.nprobe))
-                kind, arguments, visited = api.SearchParametersIVF, {"nprobe": lists}, lists / part.nlist
-                break
+            if isinstance(part, faiss.VectorTransform):
+                array = part.apply(array)
             if hasattr(part, "hnsw"):
                 kept = math.ceil(_MORE_KEPT * wider * part.hnsw.efSearch)
-                if all_lists or len(among) <= _KEPT_ROWS * kept:
-                    return None
-                kind, arguments, visited = api.SearchParametersHNSW, {"efSearch": kept}, 0.0  # of what it tests
-                break
-        by_rows = len(among) * (_DECODE + _COMPARE_ROWS * queries)
-        test = _TEST + _GROUP / queries * bool(re.search(r"x\d+fs|RaBitQfs", self.factory))
-        if len(among) <= _FEW or by_rows <= queries * visited * (test * len(self) + _COMPARE * len(among)):
-            return None
+                return None if all_lists or len(among) <= _KEPT_ROWS * kept else np.full(len(array), kept), kept
+            if isinstance(part, faiss.IndexIVF):
+                usual = min(part.nlist, math.ceil(_MORE_LISTS * wider * part.nprobe))
+                first = part.nlist if all_lists else usual
+                if rows <= len(array) * visited * first / part.nlist:
+                    return None, usual
+                with _FIRST_READ:
+                    if self._some is None:
+                        self._some = lists_of_some(part)
+                wanted = _MORE_LISTS * part.nprobe * len(self) / part.nlist
+                visits = enough_lists(part, array, among, self._some, wanted, first)
+                return None if rows <= visited * visits.sum() / part.nlist else visits, usual
+        return None if rows <= len(array) * visited else np.ones(len(array), np.int64), 1
+
+    def _selecting(self, among: Selection, visited: int, far: bool) -> Any:
+        """FAISS's search parameters that select items and visit some lists, or keep some candidates.
+
+        Similarities to what lies `far` from a query are so alike that codes order them badly: more is refined.
+        """
+        api: Any = faiss  # the stubs know nothing of what FAISS's Python layer adds
         sel = api.IDSelectorBitmap(among.bitmap)
-        parameters = kind(sel=sel, **arguments)
+        parameters, refined = None, None
+        for part in parts_of(self._index):
+            if isinstance(part, faiss.IndexRefine):
+                refined = part.k_factor * (_FAR_CANDIDATES if far else 1)
+            if isinstance(part, faiss.IndexIVF):
+                parameters = api.SearchParametersIVF(sel=sel, nprobe=visited)
+                break
+            if hasattr(part, "hnsw"):
+                parameters = api.SearchParametersHNSW(sel=sel, efSearch=visited)
+                break
+        parameters = parameters or api.SearchParameters(sel=sel)
         if refined is not None:
-            parameters = api.IndexRefineSearchParameters(k_factor=refined, base_index_params=parameters)
+            return api.IndexRefineSearchParameters(k_factor=refined, base_index_params=parameters)
         return parameters
 
     def _search_rows(self, array: np.ndarray, k: int, positions: np.ndarray) -> SearchResult:
