@@ -4,8 +4,8 @@
 
 A filter takes the items that lie furthest along a direction: an axis of the descriptors, the first or the fourth, or a
 generated item. Queries are everywhere, so that most lie far from what is chosen. `near` counts the tenth of the queries
-that lie furthest along the same direction, `far` the others. Times are processor time of 200 queries in a batch, and the
-median alone.
+that lie furthest along the same direction, `far` the others. Times are processor time of 200 queries in a batch, and
+the median alone.
 """
 
 from __future__ import annotations
