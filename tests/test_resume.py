@@ -180,8 +180,8 @@ CASES = {
     "hashing, lookahead and alternating mirrors": (
         (
             *(*HASHING, "callbacks=lookahead", "callbacks.lookahead.every=2", "loss=greedyhash"),
-            *("data.augment={_target_: simsearch.data.transforms.AlternatingCropFlip, padding: 2}", *STEPS),
-            *("callbacks.lookahead.decay=0.9", "optimizer.lr=0.1", "scheduler=constant", "trainer.precision=32-true"),
+            *("data.augment._target_=simsearch.data.transforms.AlternatingCropFlip", "~data.augment.flip", *STEPS),
+            *("callbacks.lookahead.decay=0.9", "optimizer.lr=1e-3", "scheduler=constant", "trainer.precision=32-true"),
         ),
         5,
         "signal",

@@ -426,7 +426,7 @@ class Before(pl.Callback):
 def test_lookahead_draws_weights_and_statistics_to_their_average(tmp_path):
     run = tmp_path / "run"
     train(
-        run, *HASHING, "callbacks=lookahead", "callbacks.lookahead={_target_: test_trained.Before}",
+        run, *HASHING, "+callbacks.before={_target_: test_trained.Before}",
         "+callbacks.real={_target_: simsearch.callbacks.training.Lookahead, every: 2, decay: 0.9}",
         "+callbacks.twin={_target_: test_trained.Lookahead64, steps: 5}", "trainer.max_steps=5", "scheduler=constant",
         "loss=greedyhash", "optimizer.lr=0.1", FLOAT32,
