@@ -25,6 +25,7 @@ from simsearch.data.collection import Collection
 from simsearch.data.datamodule import CIFAR10DataModule, RenderedDataModule, RetrievalDataModule
 from simsearch.data.protocols import ByAttribute, OfficialSplit, RetrievalProtocol
 from simsearch.data.samplers import ShuffledBatches
+from simsearch.data.transforms import RowAugmentation
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
 PROTOCOL = OfficialSplit("p", gallery="train", exclude_self=True, validation=0.2)
@@ -209,6 +210,33 @@ def test_under_a_trainer(tmp_path):
             task = data.task(stage)
             expected = (task.query, task.gallery)[loader]
             assert torch.equal(rows, expected.repeat(2 if stage == "validate" else 1))
+
+
+class RowAndEpoch(RowAugmentation):
+    """Images whose every value is the row plus 100 times the epoch."""
+
+    def forward(self, images, rows, epoch):
+        return torch.zeros_like(images, dtype=torch.int64) + (rows + 100 * epoch)[:, None, None, None]
+
+
+def test_an_augmentation_by_rows_gets_each_images_row_and_the_epoch(tmp_path):
+    data = ready(augment=RowAndEpoch())
+    model = Recorder()
+    pl.Trainer(
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        default_root_dir=tmp_path,
+    ).fit(model, data)
+    batches = model.seen["train", 0]
+    for number, batch in enumerate(batches):
+        epoch = number // (len(batches) // 3)
+        assert torch.equal(batch["image"][:, 0, 0, 0], batch["index"] + 100 * epoch)
+    assert len(batches) % 3 == 0
 
 
 class RowsOfRanks(Recorder):

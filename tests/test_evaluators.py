@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from simsearch.evaluation.class_means import ClassMeans
 from simsearch.evaluation.evaluate import Search
 from simsearch.evaluation.evaluator import Measured, query_units, sides
 from simsearch.evaluation.ranking import FullRanking
 from simsearch.evaluation.record import plain_metrics
+from simsearch.functional.codes import pack_codes
 from simsearch.functional.sharded import Ranks, Sharded
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.types import Descriptors, RetrievalTask
@@ -98,3 +100,36 @@ def collection_of_two():
     names = (("a", "b"), ("p", "q", "r", "s"))
     images = torch.zeros(6, 3, 1, 1, dtype=torch.uint8)
     return Collection("two", images, labels, ("artist", "work"), names, torch.zeros(6, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("bits", [None, 16])
+def test_the_nearest_class_mean_equals_a_loop(bits):
+    generator = torch.Generator().manual_seed(1)
+    label = torch.randint(0, 4, (60,), generator=generator)
+    label[5], label[6], label[7] = -1, 9, 8  # unknown, alone in the gallery, and only a query
+    real = torch.randn(60, 16, generator=generator) + 0.8 * torch.randn(10, 16, generator=generator)[label]
+    rows = torch.arange(60)
+    vectors = real if bits is None else pack_codes(real)
+    stored = torch.nn.functional.normalize(real) if bits is None else real.sign()
+    inside = torch.cat([rows[:7], rows[8:]])
+
+    def part(chosen: torch.Tensor) -> Sharded:
+        return Sharded.of(Descriptors(vectors[chosen], label[chosen], chosen, bits=bits))
+
+    for exclude in (True, False):
+        expected = []
+        for query in range(20):
+            means = {}
+            for kind in label[inside].unique().tolist():
+                own = [r for r in inside.tolist() if label[r] == kind and not (exclude and r == query)]
+                if kind >= 0 and own:
+                    mean = stored[own].double().mean(0)
+                    means[kind] = float(stored[query].double() @ mean / mean.norm())
+            kind = int(label[query])
+            expected.append(float(max(means, key=means.__getitem__) == kind) if kind in means else math.nan)
+        task = RetrievalTask("toy", rows[:20], inside, "kind", None, exclude, "0" * 16)
+        measured = ClassMeans()(part(rows[:20]), part(inside), task)
+        np.testing.assert_array_equal(measured.per_query["accuracy"].numpy(), expected)
+        assert measured.metrics["accuracy"] == pytest.approx(np.nanmean(expected))
+        assert 0.3 < measured.metrics["accuracy"] < 1
+        assert set(measured.intervals) == {"accuracy"}

@@ -177,6 +177,15 @@ CASES = {
         2,
         "validation",
     ),
+    "hashing, lookahead and alternating mirrors": (
+        (
+            *(*HASHING, "callbacks=lookahead", "callbacks.lookahead.every=2", "loss=greedyhash"),
+            *("data.augment._target_=simsearch.data.transforms.AlternatingCropFlip", "~data.augment.flip", *STEPS),
+            *("callbacks.lookahead.decay=0.9", "optimizer.lr=1e-3", "scheduler=constant", "trainer.precision=32-true"),
+        ),
+        5,
+        "signal",
+    ),
     "hashing, memory bank": (
         (*HASHING, "loss=xbm", "loss.start=1", "loss.size=20", "trainer.max_steps=6", "trainer.precision=32-true"),
         3,

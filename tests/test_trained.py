@@ -6,8 +6,10 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -17,7 +19,9 @@ from test_resume import DATA, DSH, HASHING, checkpoint, numbers
 from torch import Tensor, nn
 
 from simsearch.cache import ArrayCache
+from simsearch.callbacks.training import Lookahead
 from simsearch.files import read_json
+from simsearch.functional.resize import resize_to_fit
 from simsearch.losses.classification import ClassificationLoss
 from simsearch.losses.dsh import DSHLoss
 from simsearch.models.backbones import timm_backbone
@@ -380,6 +384,118 @@ def test_averaged_weights_are_tested_and_cataloged(tmp_path):
     simsearch("evaluate", f"run={run}", f"run_dir={tmp_path / 'again'}", "trust=true")  # for the callback of our own
     again, first = numbers(tmp_path / "again")["test"], numbers(run)["test"]
     assert again["metrics"] == first["metrics"]
+
+
+class Lookahead64(pl.Callback):
+    """Lookahead in double precision beside the callback, which must have run before: d from 0 to 0.9, every 2 steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.moved = steps, 0
+        self.slow: dict[str, Tensor] = {}
+        self.fast: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.slow = {n: v.double().clone() for n, v in self.tensors(module)}
+
+    def tensors(self, module: pl.LightningModule) -> list[tuple[str, Tensor]]:
+        return [(n, v.detach()) for n, v in module.network.state_dict().items() if v.is_floating_point()]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        step, fast = trainer.global_step, self.fast
+        if step % 2 and step < self.steps:
+            return
+        d = 1.0 if step == self.steps else 0.9 * (step / self.steps) ** 3
+        for name, now in self.tensors(module):
+            self.slow[name] = d * self.slow[name] + (1 - d) * fast[name].double()
+            torch.testing.assert_close(now.double(), self.slow[name], rtol=1e-5, atol=1e-7)
+            self.moved += not torch.equal(now, fast[name])
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert self.moved > 100
+        (Path(trainer.default_root_dir) / "checked").touch()
+
+
+class Before(pl.Callback):
+    """Keeps the weights for Lookahead64 before the averaging callback sees them."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        other = next(c for c in trainer.callbacks if isinstance(c, Lookahead64))
+        other.fast = {n: v.clone() for n, v in other.tensors(module)}
+
+
+def test_lookahead_draws_weights_and_statistics_to_their_average(tmp_path):
+    run = tmp_path / "run"
+    train(
+        run, *HASHING, "+callbacks.before={_target_: test_trained.Before}",
+        "+callbacks.real={_target_: simsearch.callbacks.training.Lookahead, every: 2, decay: 0.9}",
+        "+callbacks.twin={_target_: test_trained.Lookahead64, steps: 5}", "trainer.max_steps=5", "scheduler=constant",
+        "loss=greedyhash", "optimizer.lr=0.1", FLOAT32,
+    )  # fmt: skip
+    assert (run / "checked").exists()
+
+
+def test_lookahead_of_accumulated_gradients_averages_once_a_step():
+    module = TrainedRetriever(hashing(), ClassificationLoss(8, 3), SGD)
+    trainer = SimpleNamespace(global_step=0, estimated_stepping_batches=8)
+    lookahead = Lookahead(every=2, decay=0.9)
+    lookahead.on_train_start(trainer, module)
+    start = module.network.head.weight.detach().clone()
+    expected = start.double()
+    for trainer.global_step in (1, 2, 2, 2, 3, 4):
+        module.network.head.weight.data += 1
+        lookahead.on_train_batch_end(trainer, module, None, None, 0)
+    # By hand: two added, averaged at step 2; two more without an average, one at step 3, one at step 4.
+    first = expected + 2 * (1 - 0.9 * (2 / 8) ** 3)
+    second = first + 4 * (1 - 0.9 * (4 / 8) ** 3)
+    torch.testing.assert_close(module.network.head.weight.double(), second, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("arguments", "match"), [({"every": 0}, "every=0"), ({"decay": 1.0}, "decay=1.0")])
+def test_wrong_lookaheads_are_named(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        Lookahead(**arguments)
+
+
+# ------------------------------------------------------------------------------ views
+
+
+def naive_views(image: Tensor, views: str) -> list[tuple[float, Tensor]]:
+    """One image (3, H, W) at a time, by numpy."""
+    one = image.numpy()
+    wide = np.pad(one, ((0, 0), (1, 1), (1, 1)), mode="reflect")
+    seen = {"one": [(1.0, one)], "mirror": [(0.5, one), (0.5, one[..., ::-1])]}
+    down, up = wide[:, :-2, :-2], wide[:, 2:, 2:]
+    sixth = [(0.25, one), (0.25, one[..., ::-1]), *((0.125, w) for v in (down, up) for w in (v, v[..., ::-1]))]
+    return [(w, torch.from_numpy(v.copy())) for w, v in (seen | {"mirror-shift": sixth})[views]]
+
+
+@pytest.mark.parametrize("views", ["one", "mirror", "mirror-shift"])
+def test_codes_are_means_over_views(views):
+    network = hashing(views=views).eval()
+    plain = hashing().eval()
+    batch = images(3)
+    with torch.no_grad():
+        expected = [sum(w * plain(v[None])[0] for w, v in naive_views(image, views)) for image in batch]
+        torch.testing.assert_close(network.embed(batch), torch.stack(expected), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(network(batch), plain(batch))  # training sees one
+    assert (network.identity() == plain.identity()) == (views == "one")
+    assert "views" not in plain.identity()
+
+
+def test_views_are_those_of_the_size_that_the_network_sees():
+    network, plain = hashing(views="mirror-shift").eval(), hashing().eval()
+    large = images(2, side=64)
+    small = resize_to_fit(large, 32, "square")
+    with torch.no_grad():
+        torch.testing.assert_close(network.embed(large), network.embed(small))
+        assert not torch.allclose(network.embed(small), plain.embed(small))
+
+
+def test_unknown_views_and_views_with_a_cache_are_refused():
+    with pytest.raises(ValueError, match="views='all'"):
+        hashing(views="all")
+    with pytest.raises(ValueError, match=r"features of one view.*views=one"):
+        TrainedRetriever(hashing(views="mirror"), ClassificationLoss(8, 3), SGD, cache=ArrayCache("unused"))
 
 
 def test_a_run_shorter_than_the_pause_between_validations_has_a_best_checkpoint(tmp_path):

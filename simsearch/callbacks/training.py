@@ -247,6 +247,67 @@ class WeightAverage(EMAWeightAveraging):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
 
+class Lookahead(pl.Callback):
+    """Draws the weights back to a slow average of themselves every few optimizer steps, less and less of new ones.
+
+    The average a of the weights w becomes d a + (1 - d) w, and the weights go on from a. d rises from 0 to `decay` as
+    the third power of the share of the training that is done, and the training ends with w = a. The statistics of batch
+    normalisation are averaged too, the loss's buffers not. Validations and checkpoints see the weights as they are.
+
+    Args:
+        every: Optimizer steps between two averages, from 1.
+        decay: The last d, from 0 and below 1.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Source:
+        Zhang, Lucas, Hinton, Ba: Lookahead Optimizer. NeurIPS 2019, with the rising d of Jordan: 94% on CIFAR-10 in
+        3.29 Seconds on a Single GPU. 2024, section 3.4.
+    """
+
+    def __init__(self, every: int = 5, decay: float = 0.774) -> None:
+        if every < 1:
+            raise ValueError(f"callbacks.lookahead.every={every}: use 1 or more steps")
+        if not 0 <= decay < 1:
+            raise ValueError(f"callbacks.lookahead.decay={decay} must be from 0 and below 1")
+        self.every, self.decay = every, decay
+        self._slow: dict[str, torch.Tensor] = {}
+        self._averaged = 0  # the step of the last average
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"slow": self._slow, "averaged": self._averaged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._slow, self._averaged = dict(state_dict["slow"]), state_dict["averaged"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not math.isfinite(trainer.estimated_stepping_batches):
+            raise ValueError("callbacks.lookahead needs a length of the training: set trainer.max_steps or max_epochs")
+        state = _learnt(pl_module)
+        self._slow = {name: self._slow.get(name, value).to(value, copy=True) for name, value in state.items()}
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step, steps = trainer.global_step, trainer.estimated_stepping_batches
+        last = step >= steps
+        if step == self._averaged or not (last or step % self.every == 0):
+            return  # between two averages, or within accumulated gradients
+        self._averaged = step
+        decay = 1.0 if last else self.decay * (step / steps) ** 3
+        for name, value in _learnt(pl_module).items():
+            value.copy_(self._slow[name].lerp_(value, 1 - decay))
+
+
+def _learnt(module: pl.LightningModule) -> dict[str, torch.Tensor]:
+    """The floating-point tensors of a module without the buffers of its loss, by name."""
+    own = {name for name, _ in module.named_parameters()}
+    state = module.state_dict()
+    return {n: t for n, t in state.items() if t.is_floating_point() and (n in own or not n.startswith("loss."))}
+
+
 class EpochsAfterResume(pl.Callback):
     """Makes a resumed run begin the next epoch if the checkpoint is from an epoch's end, else finish its epoch.
 

@@ -17,6 +17,7 @@ from simsearch.data.collection import Collection
 from simsearch.data.protocols import RetrievalProtocol, Split
 from simsearch.data.samplers import Batches, ResumableLoader, ShuffledBatches, end_workers_at_exit, leave_signals
 from simsearch.data.smoke import shrunk
+from simsearch.data.transforms import RowAugmentation
 from simsearch.functional.collectives import rank_and_world, world_size
 from simsearch.functional.ragged import Ragged
 from simsearch.types import Batch, RetrievalTask
@@ -90,8 +91,8 @@ class RetrievalDataModule(pl.LightningDataModule):
         sampler: Makes the training batches, as positions 0..N-1, from the training labels, int64 (N,). None for
             shuffled batches of 128.
         eval_batch_size: Number of images in a batch of evaluation, from 1.
-        augment: Maps images uint8 (B, 3, H, W) to the same type, on the device, in training only. None for no
-            augmentation.
+        augment: Maps images uint8 (B, 3, H, W) to the same type, on the device, in training only. A RowAugmentation
+            gets their rows and the epoch too. None for no augmentation.
         num_workers: Number of loader processes.
 
     Attributes:
@@ -227,7 +228,11 @@ class RetrievalDataModule(pl.LightningDataModule):
         """The batch on the device, augmented in training."""
         if self.augment is None or self.trainer is None or not self.trainer.training:
             return batch
-        return Batch(image=self.augment(batch["image"]), label=batch["label"], index=batch["index"])
+        if isinstance(self.augment, RowAugmentation):
+            image = self.augment(batch["image"], batch["index"], self.trainer.current_epoch)
+        else:
+            image = self.augment(batch["image"])
+        return Batch(image=image, label=batch["label"], index=batch["index"])
 
     def _evaluation_loaders(self, stage: Literal["validate", "test"]) -> dict[str, DataLoader]:
         task = self.task(stage)

@@ -176,6 +176,8 @@ class TrainedRetriever(DescribesBatches):
                 )
             if getattr(network, "scales", (1.0,)) != (1.0,):
                 raise ValueError("model.cache keeps maps of one size: set it to null, or model.network.scales=[1.0]")
+            if getattr(network, "views", "one") != "one":
+                raise ValueError("model.cache keeps features of one view: set it to null, or model.network.views=one")
             backbone = cast(OnMaps, network).backbone
             if hasattr(backbone.network, "prepare"):
                 raise ValueError("model.cache: this backbone is fitted to the training images: train it instead")
