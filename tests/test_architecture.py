@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -182,3 +184,15 @@ def test_the_modules_of_the_page_import_without_a_circle():
     }
     for name in ("store.js", "route.js", "notes.js", "region.js", "selection.js"):
         assert not graph[name] & drawing, f"{name} holds or tells the state: it must not know who draws"
+
+
+@pytest.mark.parametrize(
+    "script", sorted(ROOT.glob("experiments/*/*.py")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_what_experiments_take_from_the_package_is_there(script):
+    """Studies are run long after they were written, when what they import may have moved."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "simsearch":
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}"), name.name

@@ -31,7 +31,9 @@ import torch
 from PIL import Image
 
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.search.catalog import fill_index, item_table, read_catalog, write_catalog
+from simsearch.search.catalog import read_catalog
+from simsearch.search.item_tables import item_table
+from simsearch.search.writing import fill_index, write_catalog
 
 HERE = Path(__file__).parent
 BLOCK, NOISE, LEFT_OUT = 2**16, 0.2, 1237
