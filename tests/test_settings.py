@@ -292,16 +292,30 @@ def test_a_backbone_stays_frozen_and_its_statistics_too(tmp_path):
         (math.inf, 1, 1.0, None),
     ],
 )
-def test_a_long_training_is_said_beforehand(steps, accumulate, seconds, told, capsys):
+@pytest.mark.parametrize(
+    ("precision", "device", "arithmetic", "slow"),
+    [
+        ("bf16-mixed", "cpu", False, True),
+        ("bf16-mixed", "cpu", True, False),
+        ("bf16-mixed", "cuda", False, False),
+        ("32-true", "cpu", False, False),
+    ],
+)
+def test_a_long_training_is_said_beforehand(
+    steps, accumulate, seconds, told, precision, device, arithmetic, slow, capsys, monkeypatch
+):
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: arithmetic)
     trainer = SimpleNamespace(
-        is_global_zero=True, estimated_stepping_batches=steps, accumulate_grad_batches=accumulate, global_step=6
-    )
+        is_global_zero=True, estimated_stepping_batches=steps, accumulate_grad_batches=accumulate, global_step=6,
+        precision=precision, strategy=SimpleNamespace(root_device=torch.device(device)),
+    )  # fmt: skip
     throughput = Throughput()
     for batch in range(50):  # the first of which takes long
         throughput._forecast(trainer, 100 + seconds * batch if batch else 0.0)
     said = capsys.readouterr().err
     assert said.count("of training ahead") == (told is not None)
     assert (told or "") in said
+    assert ("trainer.precision=32-true may be several times as fast" in said) == (slow and told is not None)
 
 
 def test_a_step_is_seeded_as_torch_does_without_a_stack_trace(monkeypatch):

@@ -22,6 +22,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from simsearch.files import replacing
 
 _WARM, _TIMED = 2, 4  # batches before the time estimate, and during it
+_SLOW_BF16 = "; this processor has no bf16 arithmetic: trainer.precision=32-true may be several times as fast"
 _WORTH_SAYING_S = 180.0
 
 
@@ -77,12 +78,19 @@ class Throughput(pl.Callback):
             hours, minutes = divmod(round(seconds / 60), 60)
             print(
                 f"about {f'{hours} h ' if hours else ''}{minutes} min of training ahead ({left:.0f} batches, "
-                "plus mining and validation); smoke=true tries the experiment in a minute",
+                "plus mining and validation); smoke=true tries the experiment in a minute"
+                + _SLOW_BF16
+                * (trainer.precision == "bf16-mixed" and not _has_bf16(trainer.strategy.root_device)),
                 file=sys.stderr,
             )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ready = time.perf_counter()
+
+
+def _has_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 itself, as far as torch can say."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class StepSeed(pl.Callback):
