@@ -13,12 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 from conftest import simsearch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from test_kills import is_change
 from torch import Tensor, nn
@@ -32,6 +36,7 @@ from simsearch.search.calibration_file import write_calibration
 from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.engine import Engine
 from simsearch.search.errors import CatalogError
+from simsearch.search.items import rows_at
 from simsearch.search.request import Request
 from simsearch.search.verification import Verification
 from simsearch.serving.library import Library, Source
@@ -634,3 +639,22 @@ def test_a_full_disk_leaves_the_old_version(place, living, tmp_path, monkeypatch
     change.update(out, images, Encoder(), remove=True, fewer=True)
     assert files(out) == named(out)
     assert len(read_catalog(out)) == 7
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+@settings(deadline=None)
+def test_items_without_removed_rows_and_single_rows(lengths, data):
+    total = sum(lengths)
+    rows = pa.table({"path": [f"{i}.jpg" for i in range(total)], "year": [None if i % 3 else i for i in range(total)]})
+    starts = [sum(lengths[:n]) for n in range(len(lengths))]
+    parts = [rows.slice(start, length) for start, length in zip(starts, lengths, strict=True)]
+    removed = data.draw(st.lists(st.integers(0, total - 1), unique=True, max_size=total - 1).map(sorted))
+    places = segments.Places(lengths, np.array(removed, dtype=np.int64))
+    found = []
+    for most in (segments._DROPPED, -1):
+        with mock.patch.object(segments, "_DROPPED", most):
+            found.append(segments.items_of([SimpleNamespace(items=part) for part in parts], places))
+    expected = [row for i, row in enumerate(rows.to_pylist()) if i not in removed]
+    assert found[0].to_pylist() == found[1].to_pylist() == expected
+    positions = data.draw(st.lists(st.integers(0, len(expected) - 1), max_size=9))
+    assert rows_at(found[0], positions) == [expected[position] for position in positions]

@@ -131,10 +131,14 @@ def main() -> None:
         writer.writerows([NAMES, ["new.jpg", *(real[name] or "" for name in NAMES[1:])]])
     row |= serve_and_add(folder, images, work / "new.csv", Path(painting), real["title"])
     print(row, flush=True)
-    with (HERE / "served.csv").open("w", newline="") as file:
-        out = csv.DictWriter(file, row, lineterminator="\n")
+    path, rows = HERE / "served.csv", [{k: f"{v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()}]
+    if path.is_file():
+        with path.open(newline="") as file:
+            rows += [other for other in csv.DictReader(file) if other["items"] != str(items)]
+    with path.open("w", newline="") as file:
+        out = csv.DictWriter(file, list(dict.fromkeys(name for one in rows for name in one)), lineterminator="\n")
         out.writeheader()
-        out.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
+        out.writerows(sorted(rows, key=lambda one: int(one["items"])))
 
 
 def serve_and_add(folder: Path, images: Path, table: Path, painting: Path, title: str) -> dict[str, object]:

@@ -24,6 +24,7 @@ from simsearch.models.encoder import device
 from simsearch.search.catalog import Catalog, read_catalog, verifying
 from simsearch.search.describe import batches_of, encode
 from simsearch.search.engine import Engine
+from simsearch.search.items import rows_at
 from simsearch.search.local_features import describe_queries
 from simsearch.search.query_regions import regions_of
 from simsearch.search.request import check_min_score
@@ -176,7 +177,7 @@ def rows_of(
         verdicts: The verdicts on the items.
         matches: The matches of the items, if they were verified.
     """
-    rows = catalog.items.take(ids.numpy()).to_pylist()
+    rows = rows_at(catalog.items, ids.tolist())
     items = [
         {"rank": rank, "id": name, "score": score, "verdict": verdict}
         for rank, (name, score, verdict) in enumerate(

@@ -25,6 +25,7 @@ from simsearch.index.selection import Selection
 from simsearch.search.catalog import Catalog
 from simsearch.search.errors import CatalogError
 from simsearch.search.filters import Attributes, Filtered
+from simsearch.search.items import rows_at
 from simsearch.search.names import Names
 from simsearch.search.request import Hit, Recommendation, Regions, Request
 from simsearch.search.verdicts import (
@@ -411,7 +412,7 @@ class Engine:
         kept = range(len(found.ids)) if kept is None else kept
         ids = found.ids[list(kept)].tolist()
         matches = [found.matches[place] for place in kept]
-        rows = self.catalog.items.take(ids).to_pylist() if ids else []
+        rows = rows_at(self.catalog.items, ids)
         return [
             Hit(
                 rank=place + 1,

@@ -271,7 +271,7 @@ class Attributes:
 
 
 class _Column:
-    """One attribute. codes: int32 (N,), the index of each item's value in `values`, -1 if unknown."""
+    """One attribute. codes: int32 (N,), the index of each item's value in `distinct`, -1 if unknown."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         if pa.types.is_floating(column.type):
@@ -281,18 +281,18 @@ class _Column:
         encoded = pa.chunked_array(text.dictionary_encode()).unify_dictionaries().combine_chunks()
         if isinstance(encoded, pa.ChunkedArray):  # combine_chunks of older releases
             encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], pa.string()).dictionary_encode()
-        self._distinct = encoded.dictionary
+        self.distinct: pa.Array = encoded.dictionary
         self.codes: np.ndarray = encoded.indices.fill_null(_UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
 
     @cached_property
     def values(self) -> list[str]:
-        """The distinct known values, as text."""
-        return self._distinct.to_pylist()
+        """The distinct known values, as text. Many titles are many strings: `distinct` holds them in an array."""
+        return self.distinct.to_pylist()
 
     @cached_property
     def counts(self) -> np.ndarray:
         """int64 (V,), the number of items with each value."""
-        return np.bincount(self.codes[self.codes >= 0], minlength=len(self._distinct))
+        return np.bincount(self.codes[self.codes >= 0], minlength=len(self.distinct))
 
     @cached_property
     def by_key(self) -> dict[str, list[int]]:
@@ -305,7 +305,7 @@ class _Column:
     @cached_property
     def of_values(self) -> np.ndarray:
         """float64 (V,), the distinct values as finite numbers. NaN if a value is not a number."""
-        text = pc.utf8_trim_whitespace(self._distinct)
+        text = pc.utf8_trim_whitespace(self.distinct)
         like = pc.match_substring_regex(text, f"^{_NUMBER}$")
         numbers = pc.if_else(like, text, None).cast(pa.float64()).to_numpy(zero_copy_only=False)
         return np.where(np.isfinite(numbers), numbers, np.nan)
@@ -324,7 +324,7 @@ class _Column:
         The items with code c are positions[starts[c + 1] : starts[c + 2]], ascending.
         """
         codes = self.codes + np.int64(1)
-        starts = np.cumsum(np.bincount(codes, minlength=len(self._distinct) + 1))
+        starts = np.cumsum(np.bincount(codes, minlength=len(self.distinct) + 1))
         keys = codes * len(codes) + np.arange(len(codes))
         keys.sort()  # several times as fast as a stable argsort
         return (keys % max(1, len(codes))).astype(np.int32), np.append(0, starts)

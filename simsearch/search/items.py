@@ -91,6 +91,19 @@ def read_items(path: Path, about: Mapping[str, Any]) -> pa.Table:
     return pq.read_table(path, columns=names)
 
 
+def rows_at(items: pa.Table, positions: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of a table at some positions, as dictionaries.
+
+    Arrow's `take` of a table in pieces costs as much as the table is long.
+
+    Args:
+        items: The table.
+        positions: Positions of the rows.
+    """
+    columns = [[column[position].as_py() for position in positions] for column in items.columns]
+    return [dict(zip(items.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 class ThumbnailGroups:
     """The thumbnails of the rows of a file, one row group at a time. Several threads may use it at once.
 

@@ -19,7 +19,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -45,7 +45,7 @@ _FOLDER = re.compile(r"segments/[0-9]{1,18}", re.ASCII)
 _READ_WHOLE = 2**26  # bytes of a file that is read and checked when it is opened
 _GROUP = 1024  # items whose thumbnails are read together
 _ROWS = 2**16  # items whose attributes are stored together
-_DROPPED = 1000  # up to this many removed rows are searched too and dropped; more are excluded by a mask
+_DROPPED = 1000  # up to so many removed rows stay in tables and searches and are left out; of more, copies are made
 Rows = TypeVar("Rows", Tensor, pa.Table)
 
 
@@ -602,16 +602,19 @@ def _gathered(places: Places, positions: Sequence[int], take: Callable[[int, lis
 def items_of(segments: Sequence[Segment], places: Places) -> pa.Table:
     """The items of segments that were not removed, in the order of their positions.
 
-    Ids and digests come first. A column that a segment does not have is null there. If nothing was removed, no row is
-    copied.
+    Ids and digests come first. A column that a segment does not have is null there. Unless many were removed, no row
+    is copied.
 
     Args:
         segments: The segments.
         places: Where the items lie.
     """
     table = pa.concat_tables([segment.items for segment in segments], promote_options="permissive")
-    if len(places.removed):
-        kept = np.ones(len(table), dtype=bool)
-        kept[places.removed] = False
-        table = table.filter(pa.array(kept))
-    return table
+    if not len(places.removed):
+        return table
+    if len(places.removed) <= _DROPPED:
+        cuts = [-1, *places.removed.tolist(), len(table)]
+        return pa.concat_tables([table.slice(before + 1, after - before - 1) for before, after in pairwise(cuts)])
+    kept = np.ones(len(table), dtype=bool)
+    kept[places.removed] = False
+    return table.filter(pa.array(kept))

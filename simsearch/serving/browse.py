@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from simsearch.search.filters import Attributes, Condition
+from simsearch.search.items import rows_at
 from simsearch.text import folded
 
 _WORDS = ("title", "artist", "label", "name")  # columns that a search by words looks into, where there are any
 _TECHNICAL = ("path", "sha1", "sha256", "width", "height")
+_BLOCK = 2**16  # values that are strings of Python at once
 _ORDERS = 16  # that are remembered, for the next pages of a list
 
 
@@ -50,7 +52,7 @@ class Listing:
     """
 
     def __init__(self, attributes: Attributes) -> None:
-        self.items, self.filters = attributes.items.combine_chunks(), attributes
+        self.items, self.filters = attributes.items, attributes
         self.attributes = [self._about(name) for name in self.items.column_names if name not in _TECHNICAL]
         words = [n for n in _WORDS if n in self.items.column_names] or [
             n for n in ("path",) if n in self.items.column_names
@@ -112,8 +114,8 @@ class Listing:
         Args:
             positions: Positions of the items.
         """
-        taken = self.items.take(pa.array(positions, pa.int64())).to_pylist()
-        return [{name: value for name, value in row.items() if value is not None} for row in taken]
+        rows = rows_at(self.items, positions)
+        return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
     def _order(self, text: str, where: tuple[Condition, ...], seed: int | None) -> np.ndarray:
         chosen = np.ones(len(self.items), dtype=bool)
@@ -142,7 +144,9 @@ class Listing:
     def _plain(self, name: str) -> pa.Array:
         """The items' values of an attribute as `folded` text, empty if unknown."""
         column = self.filters.column(name)
-        plain = pa.array([*map(folded, column.values), ""], pa.string())
+        blocks = [column.distinct.slice(start, _BLOCK) for start in range(0, len(column.distinct), _BLOCK)]
+        chunks = [pa.array(map(folded, block.to_pylist()), pa.string()) for block in blocks]
+        plain = pa.concat_arrays([*chunks, pa.array([""], pa.string())])
         return plain.take(pa.array(np.where(column.codes < 0, len(plain) - 1, column.codes)))
 
     def _about(self, name: str) -> Attribute:
