@@ -20,30 +20,31 @@ from simsearch import configs
 from simsearch.evaluation.evaluate import evaluate
 from simsearch.functional import reranking
 from simsearch.functional.codes import pack_codes
+from simsearch.functional.diffusion import affinity_graph, conjugate_gradient, diffuse
+from simsearch.functional.k_reciprocal import k_reciprocal, neighbourhoods
 from simsearch.functional.ranking import Junk, find_junk, measure_ranking
 from simsearch.functional.reranking import (
     Reranker,
-    affinity_graph,
     alpha_query_expansion,
     augment_database,
     average_query_expansion,
-    conjugate_gradient,
     csls_gallery,
-    diffuse,
     gallery_neighbours,
-    k_reciprocal,
     nearest,
-    neighbourhoods,
     unit_vectors,
 )
+from simsearch.functional.superglobal import superglobal
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.engine import Engine
-from simsearch.search.rerank import AQE, CSLS, DBA, AlphaQE, Diffusion, KReciprocal
+from simsearch.search.rerank import AQE, CSLS, DBA, AlphaQE, Diffusion, KReciprocal, SuperGlobal
 from simsearch.types import Descriptors, Part, SearchResult
 
 CONF = Path(configs.CONF) / "rerank"
-EVERY = [AQE(3), AlphaQE(4), DBA(4), DBA(3, expand=2), CSLS(5), KReciprocal(6, 3, depth=20), Diffusion(8, 3, depth=20)]
-NAMES = ["aqe", "alpha-qe", "dba", "dba+aqe", "csls", "k-reciprocal", "diffusion"]
+EVERY = [
+    *(AQE(3), AlphaQE(4), DBA(4), DBA(3, expand=2), CSLS(5)),
+    *(KReciprocal(6, 3, depth=20), Diffusion(8, 3, depth=20), SuperGlobal(4, 0.5, depth=20)),
+]
+NAMES = ["aqe", "alpha-qe", "dba", "dba+aqe", "csls", "k-reciprocal", "diffusion", "superglobal"]
 
 
 def units(n: int, d: int = 6, *, seed: int = 0, spread: float = 0.7) -> Tensor:
@@ -401,6 +402,88 @@ def test_diffusion_parts_two_moons():
     assert by_diffusion == 1.0
 
 
+# --------------------------------------------------------------------------------------------- superglobal
+
+
+def naive_superglobal(
+    x: np.ndarray, y: np.ndarray, k: int, beta: float, depth: int, barred: list[set[int]]
+) -> list[dict[int, float]]:
+    """The method by loops over single items: the score of each item of each query's shortlist."""
+    answers = []
+    for q in range(len(x)):
+        shortlist = naive_list(y @ x[q], depth, barred[q])
+        refined = {}
+        for i in shortlist:
+            near = naive_list(y @ y[i], k, {i} | (set(range(len(y))) - set(shortlist)))
+            total, weights = y[i].copy(), 1.0
+            for j in near:
+                weight = beta * max(float(y[i] @ y[j]), 0.0)
+                total, weights = total + weight * y[j], weights + weight
+            refined[i] = total / weights
+        first = {i: float(x[q] @ refined[i]) for i in shortlist}
+        best = sorted(shortlist, key=lambda i: -first[i])[: k + 1]
+        expanded = [max(refined[i][d] for i in best) for d in range(y.shape[1])]
+        answers.append({i: (first[i] + float(np.dot(expanded, refined[i]))) / 2 for i in shortlist})
+    return answers
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2**20])
+@pytest.mark.parametrize(("k", "beta", "depth", "spread"), [(4, 0.5, 20, 0.7), (9, 0.15, 40, 3.0), (30, 2.0, 12, 0.7)])
+def test_superglobal_equals_a_naive_loop(k, beta, depth, spread, block_bytes):
+    query, gallery, junk = units(11, seed=1, spread=spread), units(60, seed=2, spread=spread), some_junk(11, 60)
+    junk = Junk(*(torch.cat(p) for p in zip((junk.rows, junk.columns), bar_all_but(3, 5, 60), strict=True)))
+    barred = [barred_of(junk, q) for q in range(11)]
+    expected = naive_superglobal(query.double().numpy(), gallery.double().numpy(), k, beta, depth, barred)
+    found = nearest(query, gallery, depth, junk)
+    result = superglobal(query, found, gallery, k=k, beta=beta, block_bytes=block_bytes)
+    moved = 0
+    for q, by_item in enumerate(expected):
+        kept = result.ids[q] >= 0
+        assert sorted(result.ids[q][kept].tolist()) == sorted(by_item)
+        assert result.scores[q][kept].tolist() == pytest.approx(
+            [by_item[i] for i in result.ids[q][kept].tolist()], abs=2e-6
+        )
+        assert result.scores[q][kept].tolist() == sorted(result.scores[q][kept].tolist(), reverse=True)
+        assert result.scores[q][~kept].isneginf().all()
+        moved += result.ids[q].tolist() != found.ids[q].tolist()
+    assert 0 < int((result.ids[3] >= 0).sum()) <= 5  # fewer than k + 1 items
+    assert moved > 5
+
+
+def bar_all_but(q: int, few: int, g: int) -> tuple[Tensor, Tensor]:
+    """Pairs that leave query q the first few items."""
+    return torch.full((g - few,), q), torch.arange(few, g)
+
+
+def test_superglobal_equals_the_authors_release():
+    # Recorded from modules/reranking of ShihaoShao-GH/SuperGlobal, run on these vectors in float64 on a CPU with M=6,
+    # K=2, beta=.5. (Its scores on 70 random queries, M=400, K=9, beta=.15, differ by less than 4e-7 in float32.)
+    t = torch.arange(9 * 5, dtype=torch.float64).view(9, 5)
+    vectors = F.normalize(1.2 + torch.cos(2.0 * t * t + t), dim=1).float()
+    query, gallery = vectors[:1], vectors[1:]
+    assert nearest(query, gallery, 8).ids.tolist() == [[0, 4, 2, 7, 5, 3, 6, 1]]
+    found = SuperGlobal(k=2, beta=0.5, depth=6).fit(gallery).search(query, 6)
+    assert found.ids.tolist() == [[2, 0, 4, 5, 7, 3]]
+    expected = [0.965863, 0.939305, 0.92582, 0.876991, 0.859148, 0.844784]
+    assert found.scores[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_superglobal_prefers_an_item_whose_neighbours_agree():
+    # Two items as near as each other: the one at -30 stands alone, the one at 30 has friends that are nearer still.
+    gallery, query = on_circle(-30, 30, 24, 20, 120), on_circle(0)
+    found = SuperGlobal(k=2, beta=1.0, depth=5).fit(gallery).search(query, 5)
+    order = found.ids[0].tolist()
+    assert order.index(1) < order.index(0)
+
+
+def test_superglobal_in_a_gallery_smaller_than_its_lists():
+    query, gallery = units(5, seed=1), units(4, seed=2)
+    found = SuperGlobal().fit(gallery).search(query, 10)
+    assert found.ids.sort().values.tolist() == [[0, 1, 2, 3]] * 5
+    alone = SuperGlobal().fit(gallery[:1]).search(query, 1)
+    assert alone.scores[:, 0].tolist() == pytest.approx(((query @ gallery[0] + 1) / 2).tolist(), abs=1e-6)
+
+
 # -------------------------------------------------------------------------------- shortlists in a ranking
 
 
@@ -634,6 +717,11 @@ def test_the_gallery_is_made_ready_once(monkeypatch):
         (lambda: Diffusion(alpha=1 - 1e-9), "alpha must lie above 0 and at most at 0.99999"),
         (lambda: Diffusion(alpha=math.nan), "alpha must lie above 0"),
         (lambda: Diffusion(gamma=-1), "gamma must be at least 0"),
+        (lambda: SuperGlobal(k=0), "k must be at least 1, got 0"),
+        (lambda: SuperGlobal(k=9, depth=9), "raise depth=9 above k"),
+        (lambda: SuperGlobal(beta=-0.1), r"beta must be a finite number of 0 or more .* got -0\.1"),
+        (lambda: SuperGlobal(beta=math.inf), "beta must be a finite number"),
+        (lambda: SuperGlobal(beta=math.nan), "beta must be a finite number"),
     ],
 )
 def test_wrong_values(make, message):

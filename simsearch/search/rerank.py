@@ -1,13 +1,21 @@
-"""Re-ranking methods with their parameters, for evaluation and search. The mathematics is in functional.reranking."""
+"""Re-ranking methods with their parameters, for evaluation and search.
+
+The mathematics is in functional.reranking and, of those that re-order a shortlist, in a module of their names.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from simsearch.functional import reranking
+from simsearch.functional.diffusion import affinity_graph, diffuse
+from simsearch.functional.k_reciprocal import k_reciprocal, neighbourhoods
 from simsearch.functional.ranking import Junk
 from simsearch.functional.reranking import RerankedGallery, nearest
+from simsearch.functional.superglobal import superglobal
 from simsearch.types import SearchResult
 
 
@@ -164,10 +172,10 @@ class KReciprocal:
         Args:
             gallery: float32 (G, D), L2-normalised.
         """
-        encoded = reranking.neighbourhoods(gallery, self.k1, self.k2)
+        encoded = neighbourhoods(gallery, self.k1, self.k2)
 
         def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, SearchResult]:
-            return query, reranking.k_reciprocal(nearest(query, gallery, self.depth, junk), encoded, self.lambda_)
+            return query, k_reciprocal(nearest(query, gallery, self.depth, junk), encoded, self.lambda_)
 
         return RerankedGallery(gallery, rerank)
 
@@ -213,13 +221,45 @@ class Diffusion:
         Args:
             gallery: float32 (G, D), L2-normalised.
         """
-        graph = reranking.affinity_graph(gallery, self.k, self.gamma)
+        graph = affinity_graph(gallery, self.k, self.gamma)
 
         def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, SearchResult]:
             found = nearest(query, gallery, self.depth, junk)
-            return query, reranking.diffuse(
-                found, graph, seeds=self.seeds, alpha=self.alpha, iterations=self.iterations
-            )
+            return query, diffuse(found, graph, seeds=self.seeds, alpha=self.alpha, iterations=self.iterations)
+
+        return RerankedGallery(gallery, rerank)
+
+
+class SuperGlobal:
+    """Re-ranking of a shortlist by descriptors that are refined from their neighbours.
+
+    Args:
+        k: Number of neighbours that refine an item, 1 or more. The expanded query is made of one item more.
+        beta: Weight of the neighbours, 0 or more. 0 leaves the items as they are.
+        depth: Length of the shortlist, above `k`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, k: int = 9, beta: float = 0.15, depth: int = 400) -> None:
+        _check_counts(("k", k))
+        if depth <= k:
+            raise ValueError(f"the k={k} neighbours are taken from the shortlist: raise depth={depth} above k")
+        if not 0 <= beta < math.inf:
+            raise ValueError(f"beta must be a finite number of 0 or more (0: items as they are), got {beta}")
+        self.k, self.beta, self.depth = k, beta, depth
+
+    def fit(self, gallery: Tensor) -> RerankedGallery:
+        """The gallery, ready to re-rank.
+
+        Args:
+            gallery: float32 (G, D), L2-normalised.
+        """
+
+        def rerank(query: Tensor, junk: Junk | None) -> tuple[Tensor, SearchResult]:
+            found = nearest(query, gallery, self.depth, junk)
+            return query, superglobal(query, found, gallery, k=self.k, beta=self.beta)
 
         return RerankedGallery(gallery, rerank)
 
