@@ -62,6 +62,9 @@ def results_table(
             notes[f"the index returns {metrics['index/recall@10']:.1%} of the ten nearest by exact search"] = None
         if (about.get("model") or {}).get("weights") == "random":
             notes["random weights: these numbers say nothing about a trained network"] = None
+        for prefix in ("", "instance/"):
+            if metrics.get(f"{prefix}GAP") is not None:
+                notes[open_set_note(about, prefix)] = None
         if metrics.get("queries_in_own_ranking"):
             notes[f"{about['protocol']}: each query is in its own ranking: P@1 and R@k count it"] = None
     table.caption = "\n".join(notes) or None
@@ -81,6 +84,27 @@ def verification_note(metrics: Mapping[str, Any]) -> str:
     costs = ", ".join(f"{part} {v[f'verify/{part}_ms']:.0f}" for part in ("features", "matching", "fitting"))
     tested = f"mAP {v['verify/mAP_gain']:+.4f}, p {v['verify/mAP_p']:.4f}; " if "verify/mAP_gain" in v else ""
     return f"verification: {tested}{gains}; it adds {v['verify/ms_per_query']:.0f} ms a query ({costs})"
+
+
+def open_set_note(about: Mapping[str, Any], prefix: str) -> str:
+    """GAP and what belongs to it, with intervals where there are any, in one sentence.
+
+    Args:
+        about: One stage of metrics.json.
+        prefix: What the names start with: "" for the gallery as an open set, "instance/" for the protocol's queries.
+    """
+    metrics, parts = about["metrics"], []
+    named = [f"{prefix}{name}" for name in ("GAP", "GAP-", "accuracy")]
+    named += [name for name in metrics if prefix and name.startswith((f"{prefix}microAP", f"{prefix}mAP@"))]
+    for name in named:
+        if metrics.get(name) is not None:
+            low, high = about["intervals"].get(name) or (None, None)
+            ends = "" if low is None else f" ({low:.4f}-{high:.4f})"
+            parts.append(f"{name.removeprefix(prefix)} {metrics[name]:.4f}{ends}")
+    if not prefix:
+        return f"the gallery as an open set: {', '.join(parts)}"
+    count = f"{metrics['instance/distractors']:.0f} of {metrics['queries']:.0f} queries are distractors"
+    return f"instances: {', '.join(parts)}; {count}"
 
 
 def _headlines(about: Mapping[str, Any], prefix: str, dash: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from tqdm import tqdm
 
 from simsearch.data.process_pool import MEMORY, SECONDS, Failure, bounded_map
 from simsearch.evaluation.evaluator import Measured, query_units
+from simsearch.evaluation.instance import pooled_precision
 from simsearch.functional.geometry import Verifier
-from simsearch.functional.open_set import global_average_precision
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.ranking import find_junk, mean_name, measure_ranking
 from simsearch.functional.reranking import nearest, unit_vectors
@@ -201,17 +200,8 @@ def _gains(
 
 
 def _pooled(scores: Tensor, right: Tensor, relevant: Tensor) -> dict[str, float]:
-    """The GAP of the best item of each query and the average precision of all pairs, from scores and relevance (Q, M).
-
-    NaN where no query has a relevant item.
-    """
-    if not bool((relevant > 0).any()):
-        return {"GAP": math.nan, "microAP": math.nan}
-    best, place = scores.max(1)
-    there = scores.isfinite()
-    gap = global_average_precision(best, right.gather(1, place[:, None])[:, 0], int((relevant > 0).sum()))
-    pairs = global_average_precision(scores[there], right[there], int(relevant.sum()))
-    return {"GAP": gap, "microAP": pairs}
+    values = pooled_precision(scores, right, relevant)
+    return {name: values[name] for name in ("GAP", "microAP")}
 
 
 def _named(values: Mapping[str, T]) -> dict[str, T]:
