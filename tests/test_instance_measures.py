@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import SMALL, simsearch
 
-from simsearch.evaluation import instance
-from simsearch.evaluation.instance import Instance, pooled_precision
+from simsearch.data.revisited import Benchmark, Query
+from simsearch.evaluation.instance import Instance, measure_pooled, pooled_precision
+from simsearch.evaluation.revisited import Revisited, benchmark_sides
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.sharded import Sharded
 from simsearch.results import open_set_note
@@ -60,12 +61,13 @@ def test_values_are_those_of_the_public_code(row):
     assert metrics["instance/distractors"] == (23, 25, 20)[seed]
 
 
-def naive(scores, query, gallery, depth: int, barred=lambda q, g: False) -> dict[str, float]:
-    """The measures by loops over sorted lists."""
+def naive(scores, query, gallery, depth: int, barred=lambda q, g: False, relevant=None) -> dict[str, float]:
+    """The measures by loops over sorted lists. Relevant is what has the query's label, or what `relevant` says."""
     answers, firsts, aps, pairs, found = [], [], [], 0, []
     for q in range(len(query)):
         ranked = sorted((g for g in range(len(gallery)) if not barred(q, g)), key=lambda g: -scores[q, g])
-        right = {g for g in ranked if query[q] >= 0 and gallery[g] == query[q]}
+        same = relevant or (lambda q, g: query[q] >= 0 and gallery[g] == query[q])
+        right = {g for g in ranked if same(q, g)}
         pairs += len(right)
         answers += [(scores[q, g], g in right) for g in ranked[:depth]]
         firsts.append((scores[q, ranked[0]], ranked[0] in right, bool(right)))
@@ -135,6 +137,37 @@ def test_equal_scores_lie_between_the_orders_that_favour_and_disfavour():
     assert ends[0] + 0.01 < metrics["instance/microAP"] < ends[1] - 0.01
 
 
+@pytest.mark.parametrize("depth", [3, 400])
+def test_a_benchmark_has_them_for_each_setup(depth):
+    """Easy, hard and junk lists: what a setup ignores is no answer, and a query with nothing right is a distractor."""
+    r = np.random.default_rng(6)
+    grade = r.choice(4, (20, 50), p=[0.8, 0.07, 0.06, 0.07])  # nothing, easy, hard, junk
+    grade[15:, :], grade[10:15][grade[10:15] == 2] = 0, 0  # five have nothing right, five have nothing hard
+    lists = [[tuple(np.flatnonzero(row == g).tolist()) for g in (1, 2, 3)] for row in grade]
+    queries = tuple(Query(f"q_{i}", None, *listed) for i, listed in enumerate(lists))
+    benchmark = Benchmark("toy", tuple(f"b_{i}" for i in range(50)), queries)
+    vectors = torch.nn.functional.normalize(torch.randn(70, 8, generator=torch.Generator().manual_seed(6)), dim=1)
+    rows = torch.arange(70)
+    task = RetrievalTask("toy", rows[50:], rows[:50], "", None, False, "0" * 16, "landmark", rows)
+    measured = Revisited(benchmark, (1,), depth)(*benchmark_sides(vectors[50:], vectors[:50], task), task)
+    scores = (vectors[50:].double() @ vectors[:50].double().T).numpy()
+    for setup, right in (("easy", (1,)), ("medium", (1, 2)), ("hard", (2,))):
+        expected = naive(
+            scores,
+            np.arange(20),
+            np.arange(50),
+            depth,
+            barred=lambda q, g, right=right: grade[q, g] > 0 and grade[q, g] not in right,
+            relevant=lambda q, g, right=right: grade[q, g] in right,
+        )
+        for name in ("GAP", "GAP-", "microAP", f"mAP@{depth}_minRk"):
+            assert measured.metrics[f"{setup}/{name}"] == pytest.approx(expected[name], abs=1e-9), (setup, name)
+        assert set(measured.intervals) >= {f"{setup}/GAP", f"{setup}/microAP"}
+    plain = Revisited(benchmark, (1,))(*benchmark_sides(vectors[50:], vectors[:50], task), task)
+    assert plain.metrics.items() <= measured.metrics.items()
+    assert not any("GAP" in name for name in plain.metrics)
+
+
 def test_without_any_relevant_item_there_is_no_value():
     scores, query, gallery = example(0, 5, 20)
     metrics = measured(scores, query * 0 + 99, gallery, 10)
@@ -142,6 +175,8 @@ def test_without_any_relevant_item_there_is_no_value():
     assert "instance/GAP" not in metrics.intervals
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         Instance(0)
+    with pytest.raises(ValueError, match="depth must be at least 1, or null to measure without, got 0"):
+        Revisited(Benchmark("toy", ("b",), (Query("q", None, (0,), (), ()),)), depth=0)
 
 
 def test_intervals_hold_the_true_value_as_often_as_they_say():
@@ -160,7 +195,9 @@ def test_intervals_hold_the_true_value_as_often_as_they_say():
     truth = pooled_precision(*answers(100_000))
     held, values, errors = dict.fromkeys(truth, 0), {name: [] for name in truth}, {name: [] for name in truth}
     for _ in range(60):
-        for name, (value, (low, high)) in instance._pooled(*answers(300), torch.arange(300)).items():
+        found, intervals = measure_pooled(*answers(300), torch.arange(300))
+        for name, value in found.items():
+            low, high = intervals[name]
             held[name] += low <= truth[name] <= high
             values[name].append(value)
             errors[name].append((high - low) / 3.92)

@@ -41,6 +41,7 @@ def main(config: DictConfig) -> None:
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
     run = replace(run, config=seen_otherwise(run.config, values["size"], values["fit"], values["scales"]))
     benchmark = read_benchmark(Path(config.gnd))
+    evaluator = Revisited(benchmark, values["ks"], values["depth"])
     root = Path(config.images)
     task = benchmark_task(benchmark, root)  # finds missing files before hours of work
     model = saved_run.load_model(run).to(device(config.device))
@@ -54,7 +55,7 @@ def main(config: DictConfig) -> None:
     images = load_gallery(benchmark, root, size=size, fit=fit, batch_size=batch_size, workers=workers)
     gallery = describe_all(encoder, images, len(benchmark.images), "gallery")
 
-    measured = Revisited(benchmark, values["ks"])(*benchmark_sides(query, gallery, task), task)
+    measured = evaluator(*benchmark_sides(query, gallery, task), task)
     provenance: Any = model.provenance
     about = stage(task, measured, {"identity": encoder.identity(), **provenance})
     about["metrics"] |= {
@@ -64,7 +65,9 @@ def main(config: DictConfig) -> None:
     }
     folder = Path(config.run_dir)
     write_record(folder, {"test": about}, columns(benchmark, measured))
-    terminal.show(results_table(about, values["ks"]))
+    terminal.show(results_table(about, ["mAP", *(f"mP@{k}" for k in values["ks"])]))
+    if values["depth"]:
+        terminal.show(results_table(about, ["GAP", "GAP-", "microAP", f"mAP@{values['depth']}_minRk"]))
     print(f"results: {folder / 'metrics.json'}")
 
 
@@ -99,18 +102,17 @@ def describe_all(encoder: Encoder, batches: Iterator[tuple[Tensor, Tensor]], tot
     return as_floats(found.vectors, encoder.bits)
 
 
-def results_table(about: Mapping[str, Any], ks: list[int]) -> Table:
-    """A table with the setups as rows: means, 95% intervals and number of queries.
+def results_table(about: Mapping[str, Any], names: Sequence[str]) -> Table:
+    """A table with the setups as rows: values, 95% intervals and the number of queries that have something right.
 
     Args:
         about: The content of metrics.json.
-        ks: The ranks k of the metrics at k.
+        names: The metrics to show, without the setup.
     """
     metrics, intervals = about["metrics"], about["intervals"]
     over = f"95% intervals by {about['unit']}: {about['units']}"
     table = Table(title=f"{cell(about['protocol'])} {about['fingerprint']} ({over})")
     table.add_column("setup", no_wrap=True)
-    names = ["mAP", *(f"mP@{k}" for k in ks)]
     for name in (*names, "queries"):
         table.add_column(name, justify="right")
     for setup in SETUPS:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simsearch.evaluation.evaluator import Measured, means, query_units
+from simsearch.evaluation.evaluator import Intervals, Measured, Numbers, means, query_units
 from simsearch.functional.open_set import global_average_precision, jackknifed_average_precision
 from simsearch.functional.ranking import find_junk, measure_ranking
 from simsearch.functional.reranking import nearest, unit_vectors
@@ -75,10 +75,9 @@ class Instance:
 
         units = query_units(query, task)
         metrics, intervals = means(per_query, units)
-        for name, (value, ends) in _pooled(found.scores, right, relevant, units).items():
-            metrics[f"instance/{name}"] = value
-            if ends is not None:
-                intervals[f"instance/{name}"] = ends
+        values, ends = measure_pooled(found.scores, right, relevant, units)
+        metrics |= {f"instance/{name}": value for name, value in values.items()}
+        intervals |= {f"instance/{name}": interval for name, interval in ends.items()}
         metrics["instance/distractors"] = float((relevant == 0).sum())
         return Measured(metrics, units, intervals, per_query)
 
@@ -129,15 +128,19 @@ def pooled_precision(scores: Tensor, right: Tensor, relevant: Tensor) -> dict[st
     return {name: answers.precision for name, answers in _rankings(scores, right, relevant.long()).items()}
 
 
-def _pooled(
-    scores: Tensor, right: Tensor, relevant: Tensor, units: Tensor
-) -> dict[str, tuple[float, tuple[float, float] | None]]:
-    """The values of `pooled_precision` with their intervals over units (Q,), None where there is no value."""
+def measure_pooled(scores: Tensor, right: Tensor, relevant: Tensor, units: Tensor) -> tuple[Numbers, Intervals]:
+    """The values of `pooled_precision` and, where there are any, their 95% intervals over sampling units.
+
+    Args:
+        scores: Floating point (Q, M), the scores of the answers to each query, -inf where there is none.
+        right: bool (Q, M), which answers are right.
+        relevant: int64 (Q,), the number of right answers that each query has, found or not. 0 for a distractor.
+        units: int64 (Q,), the sampling unit of each query.
+    """
+    rankings = _rankings(scores, right, relevant)
+    values = {name: answers.precision for name, answers in rankings.items()}
     known = bool((relevant > 0).any())
-    return {
-        name: (answers.precision, answers.interval(units) if known else None)
-        for name, answers in _rankings(scores, right, relevant).items()
-    }
+    return values, {name: answers.interval(units) for name, answers in rankings.items()} if known else {}
 
 
 def _rankings(scores: Tensor, right: Tensor, relevant: Tensor) -> dict[str, _Answers]:

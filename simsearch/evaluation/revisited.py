@@ -12,7 +12,11 @@ from torch import Tensor
 
 from simsearch.data.revisited import Benchmark, fingerprint, landmarks
 from simsearch.evaluation.evaluator import Measured, query_units
+from simsearch.evaluation.instance import measure_pooled
 from simsearch.evaluation.record import plain_metrics
+from simsearch.functional.definitions import average_precision_definitions
+from simsearch.functional.ranking import Junk
+from simsearch.functional.reranking import nearest
 from simsearch.functional.revisited import GRADES, SETUPS, measure_revisited
 from simsearch.functional.sharded import Sharded
 from simsearch.types import Descriptors, RetrievalTask
@@ -22,13 +26,25 @@ from simsearch.types import Descriptors, RetrievalTask
 class Revisited:
     """Evaluates mAP and mP@k under the setups easy, medium and hard (see `measure_revisited`).
 
+    With `depth`, each setup also has `GAP`, `GAP-`, `microAP` and `mAP@k_minRk` of the first k = `depth` answers, as
+    `Instance` defines them: a query that has nothing right under a setup is a distractor of it.
+
     Attributes:
         benchmark: The benchmark, whose lists say what is right.
         ks: Cutoffs k, 1 or more.
+        depth: Number of answers to a query, 1 or more, or None.
+
+    Raises:
+        ValueError: If `depth` is below 1.
     """
 
     benchmark: Benchmark
     ks: Sequence[int] = (1, 5, 10)
+    depth: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.depth is not None and self.depth < 1:
+            raise ValueError(f"depth must be at least 1, or null to measure without, got {self.depth}")
 
     def __call__(self, query: Sharded, gallery: Sharded, task: RetrievalTask) -> Measured:
         """The metrics of the benchmark, NaN for a setup that has nothing right for any query.
@@ -39,8 +55,35 @@ class Revisited:
             task: Its task (`benchmark_task`).
         """
         listed = (self.benchmark.listed(grade) for grade in GRADES)
-        per_query = measure_revisited(query.whole.vectors, gallery.whole.vectors, *listed, ks=self.ks)
-        return Measured.of(per_query, query_units(query, task), named=_mean_name)
+        vectors, units = (query.whole.vectors, gallery.whole.vectors), query_units(query, task)
+        per_query = measure_revisited(*vectors, *listed, ks=self.ks)
+        pooled = {setup: self._answers(*vectors, setup) for setup in SETUPS} if self.depth else {}
+        for setup, (_, right, relevant) in pooled.items():
+            definitions = average_precision_definitions(right, relevant)
+            name = f"AP@{right.shape[1]}_minRk"  # of a gallery that holds fewer items, all count
+            per_query[f"{setup}/AP@{self.depth}_minRk"] = definitions[name]
+        measured = Measured.of(per_query, units, named=_mean_name)
+        for setup, answers in pooled.items():
+            values, ends = measure_pooled(*answers, units)
+            measured.metrics.update({f"{setup}/{name}": value for name, value in values.items()})
+            measured.intervals.update({f"{setup}/{name}": interval for name, interval in ends.items()})
+        return measured
+
+    def _answers(self, query: Tensor, gallery: Tensor, setup: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores and correctness of the first answers under a setup, (Q, M), and how many are right at all, (Q,)."""
+        positive: list[set[int]] = [set() for _ in query]
+        ignored: list[tuple[int, int]] = []
+        for grade in GRADES:
+            for q, positions in enumerate(self.benchmark.listed(grade)):
+                if grade in SETUPS[setup]:
+                    positive[q].update(int(position) for position in positions)
+                else:
+                    ignored += [(q, int(position)) for position in positions]
+        pairs = torch.tensor(sorted(ignored), dtype=torch.int64).reshape(-1, 2)
+        rows, columns = pairs.T.contiguous()
+        found = nearest(query, gallery, self.depth or 1, Junk(rows, columns))
+        right = [[item in listed for item in items] for items, listed in zip(found.ids.tolist(), positive, strict=True)]
+        return found.scores, torch.tensor(right), torch.tensor([len(listed) for listed in positive])
 
 
 def stage(task: RetrievalTask, measured: Measured, model: Mapping[str, Any]) -> dict[str, Any]:
