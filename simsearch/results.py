@@ -102,9 +102,9 @@ def open_set_note(about: Mapping[str, Any], prefix: str) -> str:
             ends = "" if low is None else f" ({low:.4f}-{high:.4f})"
             parts.append(f"{name.removeprefix(prefix)} {metrics[name]:.4f}{ends}")
     if not prefix:
-        return f"the gallery as an open set: {', '.join(parts)}"
+        return f"the gallery of {about['protocol']} as an open set: {', '.join(parts)}"
     count = f"{metrics['instance/distractors']:.0f} of {metrics['queries']:.0f} queries are distractors"
-    return f"instances: {', '.join(parts)}; {count}"
+    return f"instances of {about['protocol']}: {', '.join(parts)}; {count}"
 
 
 def _headlines(about: Mapping[str, Any], prefix: str, dash: str) -> list[str]:

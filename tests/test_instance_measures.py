@@ -208,9 +208,9 @@ def test_intervals_hold_the_true_value_as_often_as_they_say():
 def test_what_is_printed():
     """In one line, beside the table: the command's end-to-end test is slow."""
     metrics = measured(*example(0), 20)
-    about = {"metrics": metrics.metrics | {"queries": 60.0}, "intervals": metrics.intervals}
+    about = {"protocol": "toy", "metrics": metrics.metrics | {"queries": 60.0}, "intervals": metrics.intervals}
     note = open_set_note(about, "instance/")
-    assert note.startswith("instances: GAP 0.7982 (0.")
+    assert note.startswith("instances of toy: GAP 0.7982 (0.")
     assert "GAP- 0.8612 (" in note
     assert "microAP 0.3451 (" in note
     assert "mAP@20_minRk 0.4468 (" in note
@@ -225,5 +225,5 @@ def test_a_user_reads_them(tmp_path):
     metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())["test"]["metrics"]
     assert {"instance/GAP", "instance/microAP", "instance/mAP@5_minRk"} <= set(metrics)
     said = " ".join(done.stdout.split())
-    assert f"instances: GAP {metrics['instance/GAP']:.4f}" in said
+    assert f"instances of rendered-work: GAP {metrics['instance/GAP']:.4f}" in said
     assert f"0 of {metrics['queries']:.0f} queries are distractors" in said
