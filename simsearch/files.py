@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import hashlib
 import io
 import itertools
@@ -28,6 +29,7 @@ from simsearch.text import csv_cell
 
 CHECKSUM = "checksum"
 _PIECE = 2**20  # bytes per read
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 @contextmanager
@@ -53,8 +55,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yields a new folder beside `folder`. If the block succeeds, it replaces `folder`.
 
-    Leftovers of killed processes are removed first. If the process is killed between the two moves, the old folder
-    remains under another name, and `restore` brings it back.
+    Leftovers of killed processes are removed first. On Linux the two folders are exchanged at once, if the file system
+    can do that. Elsewhere the old one is moved aside before. If the process is killed between the two moves, it remains
+    under another name, and `restore` brings it back.
 
     Args:
         folder: The folder to write.
@@ -66,14 +69,21 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(temporary, folder)
+            if not _exchanged(temporary, folder):
+                if folder.exists():
+                    os.replace(folder, old)
+                os.replace(temporary, folder)
         finally:
             if old.exists() and not folder.exists():
                 os.replace(old, folder)
             for path in (temporary, old):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchanges two paths at once. False, and nothing happens, where the system or the file system cannot do that."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    return rename is not None and rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 def restore(folder: Path) -> None:

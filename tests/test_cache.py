@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import simsearch.cache
+from simsearch import files
 from simsearch.cache import ArrayCache, cache_key
 from simsearch.files import is_temporary, read_json, replacing, replacing_folder, write_json
 
@@ -333,6 +335,33 @@ def test_a_folder_takes_the_place_of_another_whole(tmp_path):
         assert (folder / "x").read_text() == content
     with pytest.raises(KeyboardInterrupt), replacing_folder(folder) as temporary:
         raise KeyboardInterrupt
+    assert (folder / "x").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_that_is_replaced_is_never_missing(at_once, tmp_path, monkeypatch):
+    """Where folders cannot be exchanged, it is missing between two moves, and `restore` brings it back."""
+    folder, missing = tmp_path / "f", []
+    if not at_once:
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    elif not sys.platform.startswith("linux"):
+        pytest.skip("only Linux exchanges folders")
+    is_file, there = os.path.isfile, str(folder / "x")
+
+    def look(frame: object, event: str, argument: object) -> None:
+        if event in ("call", "c_call") and not is_file(there):
+            missing.append(argument)
+
+    with replacing_folder(folder) as temporary:
+        (temporary / "x").write_text("first")
+    sys.setprofile(look)
+    try:
+        with replacing_folder(folder) as temporary:
+            (temporary / "x").write_text("second")
+    finally:
+        sys.setprofile(None)
+    assert bool(missing) != at_once
     assert (folder / "x").read_text() == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import threading
 import tomllib
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,10 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import change_items, simsearch, start_forkserver
+from PIL import Image
 from test_living import Encoder
 
+from simsearch.evaluation.evaluate import check_kind, evaluate
 from simsearch.functional.codes import pack_codes
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.index.selection import Selection
@@ -38,10 +43,11 @@ from simsearch.search.request import Request
 from simsearch.search.stores.milvus import Milvus, expression
 from simsearch.search.stores.pgvector import Pgvector, _statement
 from simsearch.search.stores.push import CatalogRows, layout_of, push, snapshot_of
-from simsearch.search.stores.store import Layout, Store, StoreError
+from simsearch.search.stores.store import Capabilities, Layout, Rows, Store, StoreError, padded
+from simsearch.search.stores.stored_gallery import StoredGallery
 from simsearch.search.stores.stored_index import stored
 from simsearch.search.writing import write_catalog
-from simsearch.types import Part
+from simsearch.types import Descriptors, Part
 
 N, D, BITS, K = 500, 16, 24, 10
 WEIRD = "we\"ird \\ name'; -- %s {} é"
@@ -360,6 +366,18 @@ def test_ids_and_positions_choose_where_no_condition_does(kind, new_store, float
     among = selected(floats, where).without(gone[:200]).without(gone)
     kept = [i for i, row in enumerate(rows_of()) if row["artist"] not in MONETS and i % 3]
     assert index.search(queries, K, among).ids.tolist() == quick(queries, floats.index.reconstruct(), kept, "ip", K)
+
+
+def test_a_store_refuses_what_the_catalog_s_own_index_refuses(new_store, floats):
+    index, query = index_of(floats, new_store("pgvector")), whole_vectors(1, 2)
+    short, numbers = torch.ones(N - 1, dtype=torch.bool), torch.ones(N)
+    for k, among in ((0, None), (N + 1, None), (1, short), (1, numbers), (1, Selection.of(short))):
+        with pytest.raises(
+            ValueError, match=f"must be at least 1|are more than|must be bool|selects from {N - 1}"
+        ) as own:
+            floats.index.search(query, k, among)
+        with pytest.raises(ValueError, match=re.escape(str(own.value))):
+            index.search(query, k, among)
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -686,6 +704,221 @@ def test_an_address_of_milvus_where_nobody_is(floats):
     assert "secret" not in str(caught.value)
 
 
+# ------------------------------------------------------------------------------------------ evaluation
+
+
+def address(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    """The options of a command for an empty store of a kind."""
+    if kind == "pgvector":
+        return ["store=pgvector", f"store.uri={request.getfixturevalue('postgres')}"]
+    return ["store=milvus", f"store.uri={lite(tmp_path / 'own.db').uri}"]
+
+
+def evaluations_in(postgres: str) -> list[str]:
+    """The tables that evaluations left in PostgreSQL."""
+    store = Pgvector(postgres)
+    found = store._rows("SELECT relname FROM pg_class WHERE relname LIKE 'simsearch_evaluation%' AND relkind = 'r'")
+    found += store._rows("SELECT name FROM simsearch_snapshots WHERE name LIKE 'simsearch_evaluation%'")
+    store.close()
+    return [name for (name,) in found]
+
+
+def sides(metric: str, count: int = 300) -> tuple[Descriptors, Descriptors]:
+    """Queries and a gallery in which many scores are equal, with a query that is junk to itself."""
+    make_vectors = codes if metric == "hamming" else whole_vectors
+    bits, labels = (BITS if metric == "hamming" else None), torch.arange(count) % 7
+    vectors = make_vectors(count, 11)
+    gallery = Descriptors(vectors, labels, torch.arange(count), bits=bits)
+    return Descriptors(vectors[:40], labels[:40], torch.arange(40), bits=bits), gallery
+
+
+COSTS = ("index/build_s", "index/queries_per_s", "index/latency", "index/bytes_per_item")
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_run_is_evaluated_in_an_exact_store_as_in_a_flat_index(kind, request, small_run, tmp_path):
+    where = address(kind, request, tmp_path)
+    done = simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e", *where)
+    before, after = (
+        json.loads((folder / "metrics.json").read_text())["test"] for folder in (small_run, tmp_path / "e")
+    )
+    assert before["metrics"].keys() == after["metrics"].keys()
+    for name, value in before["metrics"].items():
+        if not name.startswith(COSTS):
+            assert after["metrics"][name] == value, name
+    assert after["metrics"]["index/recall@10"] == 1
+    assert after["metrics"]["index/bytes_per_item"] is None
+    assert after["metrics"]["index/latency_ms_p50"] > 0
+    assert after["store"]["index"] == "exact"
+    assert "by the index" in done.stdout
+    assert "the index returns 100.0% of the ten nearest by exact search" in done.stdout
+    if kind == "pgvector":
+        assert evaluations_in(where[1].removeprefix("store.uri=")) == []
+    else:
+        store = lite(tmp_path / "own.db")
+        with store._told() as client:
+            assert [name for name in client.list_collections() if "evaluation" in name] == []
+        store.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric"),
+    [
+        ("pgvector", "ip"),
+        ("pgvector", "l2"),
+        ("pgvector", "hamming"),
+        pytest.param("milvus", "l2", marks=pytest.mark.slow),
+    ],
+)
+def test_an_evaluation_finds_the_same_in_an_exact_store(kind, metric, new_store):
+    query, gallery = sides(metric)
+    flat = FaissIndex("BFlat") if metric == "hamming" else FaissIndex("Flat", metric)
+    index = StoredGallery(new_store(kind), metric)
+    one, two = (
+        evaluate(query, gallery, each, ks=(1, 5, 290), exclude_self=True, index_order=True) for each in (flat, index)
+    )
+    assert two.found.ids.tolist() == one.found.ids.tolist()
+    for name, value in one.metrics.items():
+        if not name.startswith(COSTS):
+            assert two.metrics[name] == value, name
+    assert two.metrics["bytes_per_item"] == (BITS // 8 if metric == "hamming" else 4 * D)
+
+
+class Forgetful:
+    """A store in a dictionary that never finds the items whose numbers are divisible by three."""
+
+    index, place, capabilities = "graph", "the memory", Capabilities(binary=True, filters=False, exact=False)
+
+    def __init__(self) -> None:
+        self.items: dict[int, list[float]] = {}
+        self.version: str | None = None
+
+    def open(self, layout: Layout) -> None:
+        pass
+
+    def snapshot(self) -> str | None:
+        return self.version
+
+    def search(self, queries, k, where=(), *, among=None, without=None):
+        found = []
+        for query in queries.tolist():
+            scores = {
+                number: sum(a * b for a, b in zip(query, vector, strict=True))
+                for number, vector in self.items.items()
+                if number % 3
+            }
+            best = sorted(scores, key=lambda number: -scores[number])[:k]
+            found.append([(number, scores[number]) for number in best])
+        return padded(found, k)
+
+    def drop(self) -> None:
+        self.items, self.version = {}, None
+
+    @contextmanager
+    def changing(self) -> Iterator[Any]:
+        yield self
+
+    def upsert(self, rows: Rows, digests: np.ndarray) -> None:
+        self.items |= dict(zip(rows.ids.tolist(), rows.vectors.tolist(), strict=True))
+
+    def finish(self, snapshot: str) -> None:
+        self.version = snapshot
+
+
+def test_what_a_store_misses_is_missing_in_its_metrics_and_not_in_the_full_ranking():
+    generator = torch.Generator().manual_seed(3)
+    vectors, labels = torch.randn(90, D, generator=generator), torch.arange(90) % 5
+    queries = torch.randn(20, D, generator=generator)
+    query = Descriptors(queries, labels[:20], torch.arange(100, 120))
+    gallery = Descriptors(vectors, labels, torch.arange(90))
+    index = StoredGallery(Forgetful())
+    assert len(index) == 0
+    measured = evaluate(query, gallery, index, ks=(1, 8)).metrics
+    exact = evaluate(query, gallery, FaissIndex("Flat"), ks=(1, 8)).metrics
+    kept = [position for position in range(90) if position % 3]
+    truth, found = naive(queries, vectors, list(range(90)), "ip", 8), naive(queries, vectors, kept, "ip", 8)
+    pairs = list(zip(found, truth, strict=True))
+    assert measured["index/recall@8"] == pytest.approx(sum(len({*a} & {*b}) / 8 for a, b in pairs) / 20, abs=1e-12)
+    right = [sum(labels[i] == labels[row] for i in ids) / 8 for row, ids in enumerate(found)]
+    assert measured["index/P@8"] == pytest.approx(float(sum(right)) / 20, abs=1e-12)
+    assert measured["mAP"] == exact["mAP"]
+    assert measured["index/recall@8"] < exact["index/recall@8"] == 1
+    index.emptied()
+    assert (len(index), index.store.items) == (0, {})
+
+
+def test_a_graph_is_evaluated_and_says_what_it_finds(new_store):
+    generator = torch.Generator().manual_seed(4)
+    vectors, labels = torch.randn(400, D, generator=generator), torch.arange(400) % 5
+    query, gallery = (Descriptors(vectors[rows], labels[rows], rows) for rows in (torch.arange(30), torch.arange(400)))
+    index = StoredGallery(new_store("pgvector hnsw"))
+    metrics = evaluate(query, gallery, index, ks=(1, 10)).metrics
+    assert index.factory == "HNSW"
+    assert 0.9 < metrics["index/recall@10"] <= 1
+
+
+def test_what_a_killed_evaluation_left_is_replaced_and_nothing_of_others_is(new_store, floats):
+    query, gallery = sides("ip")
+    store = new_store("pgvector")
+    left = StoredGallery(store)
+    left.add(gallery.vectors)
+    with store.changing() as writer:  # by a process that was killed, or a user
+        writer.delete(np.arange(0, 300, 2))
+    other = Pgvector(store.uri, store.table)
+    again = StoredGallery(other)
+    found = evaluate(query, gallery, again, ks=(5,)).metrics
+    assert found["index/recall@5"] == 1
+    with other.changing() as writer:
+        writer.finish("another version")
+    with pytest.raises(StoreError, match=r"another evaluation changed the table .*: evaluate one after the other"):
+        left.search(gallery.vectors[:1], 1)
+    again.drop()
+    with pytest.raises(StoreError, match="does not exist"):
+        left.search(gallery.vectors[:1], 1)
+    push(floats, other)  # to the same table
+    with pytest.raises(StoreError, match="holds another catalog"):
+        StoredGallery(Pgvector(store.uri, store.table)).add(gallery.vectors)
+    left.drop()
+    assert held(other, floats) == snapshot_of(floats)
+    other.close()
+    stranger = Pgvector(store.uri, name := table())
+    with stranger._told(), stranger._connect() as connection:
+        connection.execute(f"CREATE TABLE {name} (a int)")
+    stranger.open(Layout(name, "evaluation", D, "ip"))
+    stranger.drop()
+    assert stranger._exists(name)
+    stranger.close()
+
+
+def test_the_gallery_goes_when_an_evaluation_fails(postgres, small_run, tmp_path, monkeypatch):
+    left, store = [], [f"store.uri={postgres}", "store=pgvector"]
+
+    def broken(self, *arguments, **named):
+        left.append(evaluations_in(postgres))
+        raise StoreError("the network is gone")
+
+    monkeypatch.setattr(Pgvector, "search", broken)
+    done = simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e", *store, expect=1)
+    assert "simsearch evaluate: the network is gone" in done.stderr
+    assert len(left[0]) == 2  # the table and its version
+    assert evaluations_in(postgres) == []
+
+
+def test_what_an_evaluation_cannot_have_is_said_first(small_run, tmp_path, monkeypatch):
+    run = [f"run={small_run}", f"run_dir={tmp_path}/e"]
+    both = simsearch("evaluate", *run, "store=milvus", "store.uri=x.db", "index=flat", expect=1).stderr
+    assert "index= and store= both say where to search: give one of them" in both
+    pytest.importorskip("psycopg", reason="psycopg is not installed: stores in PostgreSQL are NOT TESTED")
+    monkeypatch.setattr("simsearch.commands.evaluate.measure", None)
+    nobody = simsearch("evaluate", *run, "store=pgvector", "store.uri=host=/nowhere", expect=1).stderr
+    assert "cannot be reached" in nobody
+    store = lite(tmp_path / "own.db")
+    with pytest.raises(StoreError, match=r"milvus-lite .* compares no codes"):
+        StoredGallery(store, "hamming").check(BITS)
+    with pytest.raises(ValueError, match="does not fit the model's codes"):
+        check_kind(StoredGallery(store), BITS)
+
+
 # ------------------------------------------------------------------------------------------ kills
 
 
@@ -832,6 +1065,35 @@ def test_commands_answer_from_a_store(kind, request, small_run, tmp_path):
     assert [hit["path"] for hit in one] == [hit["path"] for hit in two]
     assert [hit["score"] for hit in one] == pytest.approx([hit["score"] for hit in two], abs=1e-6)
     assert "give the engine to push to" in simsearch("catalog", "push", catalog, expect=1).stderr
+
+
+@pytest.mark.parametrize("kind", ["pgvector", pytest.param("milvus", marks=pytest.mark.slow)])
+def test_photographs_are_measured_in_a_store_as_in_the_catalog(kind, request, small_run, tmp_path):
+    catalog, lines = read_catalog(small_run / "catalog"), ["path,work", "strange.png,"]
+    for row, name in enumerate(catalog.items["path"].to_pylist()[:4]):
+        (tmp_path / f"{row}.jpg").write_bytes(catalog.thumbnails([row])[0])
+        lines.append(f"{row}.jpg,{name}")
+    noise = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "strange.png")
+    (tmp_path / "photographs.csv").write_text("\n".join(lines) + "\n")
+    given = ("photographs", f"catalog={catalog.folder}", f"photographs={tmp_path / 'photographs.csv'}", "k=5")
+    where = address(kind, request, tmp_path)
+    if kind == "pgvector":
+        where.append(f"store.table={table()}")
+    assert "simsearch catalog push" in simsearch(*given, *where, f"out={tmp_path / 'b'}", expect=1).stderr
+    simsearch("catalog", "push", f"catalog={catalog.folder}", *where)
+    simsearch(*given, f"out={tmp_path / 'a'}")
+    done = simsearch(*given, *where, f"out={tmp_path / 'b'}", f"against={tmp_path / 'a'}")
+    assert "paired by unit" in done.stdout
+    own, other = (json.loads((tmp_path / name / "metrics.json").read_text())["test"] for name in "ab")
+    assert own["fingerprint"] == other["fingerprint"]
+    assert own["metrics"]["R@1"] == 1
+    assert other["metrics"] == pytest.approx(own["metrics"], abs=1e-6)
+    one, two = ((tmp_path / name / "per_query.csv").read_text().splitlines() for name in "ab")
+    columns = range(len(one[0].split(",")) - 1)  # all but the time
+    for line, same in zip(csv.reader(one), csv.reader(two), strict=True):
+        for column in columns:
+            assert same[column] == line[column] or float(same[column]) == pytest.approx(float(line[column]), abs=1e-5)
 
 
 def test_what_milvus_lite_logs_is_not_shown(small_run, tmp_path):

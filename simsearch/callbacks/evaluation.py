@@ -16,6 +16,7 @@ from simsearch.evaluation.evaluate import Evaluation, Search, check_kind, check_
 from simsearch.evaluation.evaluator import Evaluator
 from simsearch.evaluation.frontier import write_frontier
 from simsearch.evaluation.record import plain_metrics, write_record
+from simsearch.evaluation.sharded_index import GalleryIndex
 from simsearch.evaluation.verification import Verified
 from simsearch.files import read_json
 from simsearch.functional.geometry import Verifier
@@ -37,7 +38,7 @@ class RetrievalEvaluation(pl.Callback):
     one entry a stage, and per_query.parquet for the test.
 
     Args:
-        index: The index to fill. Each evaluation fills a fresh copy, or chooses one by its budget for the gallery's
+        index: The index to fill. Each evaluation fills an empty one, or chooses one by its budget for the gallery's
             descriptors: frontier/<stage>.csv and .png say from what.
         ks: Cutoffs of the metrics, ranks from 1.
         seed: Seed of the choice of queries for the recall of the index.
@@ -53,7 +54,7 @@ class RetrievalEvaluation(pl.Callback):
 
     def __init__(
         self,
-        index: FaissIndex | AutoIndex,
+        index: GalleryIndex | AutoIndex,
         ks: Sequence[int] = (1, 10, 100),
         seed: int = 0,
         rerank: Reranker | None = None,
@@ -191,7 +192,7 @@ def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluat
         "metrics": plain_metrics(result.metrics),
         "intervals": result.intervals,
     }
-    if result.frontier is not None:
+    if result.frontier is not None and isinstance(result.index, FaissIndex):
         about["index"] = result.index.settings
     columns: dict[str, Any] | None = None
     if stage == "test":

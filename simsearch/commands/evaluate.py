@@ -1,8 +1,10 @@
-"""simsearch evaluate: measures a run's checkpoint again, with its own or another protocol or index."""
+"""simsearch evaluate: measures a run's checkpoint again, with its own or another protocol, index or store."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +14,14 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 
 from simsearch import configs, program, results, saved_run, terminal, tracking
+from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.data.audit import read_duplicates
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import WithoutRows
 from simsearch.files import read_json, write_json
+from simsearch.models.steps import DescribesBatches
+from simsearch.search.stores.store import StoreError
+from simsearch.search.stores.stored_gallery import StoredGallery
 
 
 @program.command("evaluate")
@@ -45,27 +51,61 @@ def main(config: DictConfig) -> None:
     merged["trainer"] |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # whatever the run trained with
     if config.without and config.stage == "validate":
         raise ValueError("without= leaves queries out of the test: do not use it with stage=validate")
+    if values.get("store") and values.get("index"):
+        raise ValueError("index= and store= both say where to search: give one of them")
     model = saved_run.load_model(run)
     folder = Path(config.run_dir)
 
     data = configs.build_data(merged)
-    loggers = tracking.evaluation_loggers(run, merged, folder)
-    status = "failed"
-    try:
-        measure(model, data, merged, folder, config.stage, loggers, by_index=bool(values.get("index")))
-        if not values.get("data"):
-            note_trained_queries(run, data, folder, config.stage)
-        tracking.log_summary(loggers, folder)
-        status = "success"
-    finally:
-        tracking.finish_loggers(loggers, status)
-    if config.without:
-        rows = read_duplicates(Path(config.without)).query.unique()
-        if not torch.isin(rows, data.task("test").query).all():
-            raise ValueError(f"{config.without} lists rows that are not queries of {merged['protocol']['name']}")
-        protocol = WithoutRows(configs.build(merged["protocol"]), rows)
-        data = configs.build_data(merged, protocol)
-        measure(model, data, merged, folder / "without", config.stage, [])
+    by_index = bool(values.get("index") or values.get("store"))
+    with gallery_in(values.get("store"), model, merged["index"].get("metric", "ip")) as stored:
+        if stored is not None:
+            merged["store"] = stored.settings
+        loggers = tracking.evaluation_loggers(run, merged, folder)
+        status = "failed"
+        try:
+            measure(model, data, merged, folder, config.stage, loggers, by_index=by_index, stored=stored)
+            if not values.get("data"):
+                note_trained_queries(run, data, folder, config.stage)
+            tracking.log_summary(loggers, folder)
+            status = "success"
+        finally:
+            tracking.finish_loggers(loggers, status)
+        if config.without:
+            rows = read_duplicates(Path(config.without)).query.unique()
+            if not torch.isin(rows, data.task("test").query).all():
+                raise ValueError(f"{config.without} lists rows that are not queries of {merged['protocol']['name']}")
+            protocol = WithoutRows(configs.build(merged["protocol"]), rows)
+            data = configs.build_data(merged, protocol)
+            measure(model, data, merged, folder / "without", config.stage, [], stored=stored)
+
+
+@contextmanager
+def gallery_in(store: Any, model: DescribesBatches, metric: str) -> Iterator[StoredGallery | None]:
+    """Yields the gallery in a store, which is removed again at the end of the block. None if no store is given.
+
+    Args:
+        store: The plain config of the store, or None.
+        model: The model that describes the gallery.
+        metric: How vectors are compared, "ip" or "l2".
+
+    Raises:
+        StoreError: If the store cannot be reached, or does not take such a gallery.
+    """
+    if not store:
+        yield None
+        return
+    encoder = model.encoder
+    with closing(configs.build(store)) as built:
+        gallery = StoredGallery(built, metric if encoder.bits is None else "hamming")
+        gallery.check(encoder.dimension)  # before hours of work, not after
+        try:
+            yield gallery
+        except BaseException:
+            with suppress(StoreError):  # the first error tells more
+                gallery.drop()
+            raise
+        gallery.drop()
 
 
 def measure(
@@ -77,6 +117,7 @@ def measure(
     loggers: list[Logger],
     *,
     by_index: bool = False,
+    stored: StoredGallery | None = None,
 ) -> None:
     """Measures one stage, writes metrics.json (and per_query.parquet) and prints the table.
 
@@ -88,10 +129,19 @@ def measure(
         stage: validate or test.
         loggers: The loggers.
         by_index: Also show the metrics of the lists that the index returns.
+        stored: A gallery in a store, which takes the place of the config's index.
     """
     trainer = configs.build_trainer(config, folder, loggers)
+    if stored is not None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RetrievalEvaluation):
+                callback.index = stored
     run_stage = trainer.test if stage == "test" else trainer.validate
     run_stage(model, data, verbose=False)
+    if stored is not None:
+        stages = read_json(folder / "metrics.json")
+        stages["test" if stage == "test" else "val"]["store"] = stored.settings
+        write_json(folder / "metrics.json", stages)
     asked = ("rerank", "verify", *(("index",) if by_index else ()))
     terminal.show(results.results_table(read_json(folder / "metrics.json"), also=asked))
     print(f"results: {folder / 'metrics.json'}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from simsearch.evaluation.evaluator import Measured, means
-from simsearch.evaluation.sharded_index import ShardedIndex, whole_index
+from simsearch.evaluation.sharded_index import GalleryIndex, ShardedIndex, whole_index
 from simsearch.evaluation.verification import Verified
 from simsearch.functional.definitions import average_precision_definitions
 from simsearch.functional.ranking import Junk, average_precision_in_index_order, find_junk, measure_ranking
@@ -49,7 +48,7 @@ class Evaluation(Measured):
     query: Sharded = field(kw_only=True)
     gallery: Sharded = field(kw_only=True)
     found: SearchResult = field(kw_only=True)
-    index: FaissIndex = field(kw_only=True)
+    index: GalleryIndex = field(kw_only=True)
     frontier: Frontier | None = field(default=None, kw_only=True)
 
     def add(self, measured: Measured, name: str) -> None:
@@ -71,7 +70,8 @@ class Evaluation(Measured):
         self.per_query.update(measured.per_query)
 
     def whole_index(self) -> FaissIndex | None:
-        """An index of the whole gallery on rank 0, None on the other ranks. Every rank must call."""
+        """A FAISS index of the whole gallery on rank 0, None on the other ranks. Every rank must call."""
+        assert isinstance(self.index, FaissIndex)
         return whole_index(self.index, self.gallery)
 
 
@@ -80,14 +80,15 @@ class Search:
     """Evaluates what a searcher would get of an index, beside full rankings (see `evaluate`).
 
     Attributes:
-        index: The index to fill. Each call fills a fresh copy, or chooses one for the gallery by the budget.
+        index: The index to fill. Each call fills an empty one of its settings, or chooses one for the gallery by the
+            budget.
         ks: Cutoffs k, 1 or more.
         rerank: A way of re-ranking that is measured too, or None.
         seed: Seed of the choice of queries for the recall of the index.
         verified: The measure of what the index stores after geometric verification, or None.
     """
 
-    index: FaissIndex | AutoIndex
+    index: GalleryIndex | AutoIndex
     ks: Sequence[int] = (1, 10, 100)
     rerank: Reranker | None = None
     seed: int = 0
@@ -101,10 +102,11 @@ class Search:
             gallery: The gallery of the task.
             task: The task.
         """
+        index: GalleryIndex
         if isinstance(self.index, AutoIndex):
             index, frontier = choose(self.index, gallery)
         else:
-            index, frontier = copy.deepcopy(self.index), None
+            index, frontier = self.index.emptied(), None
         result = evaluate(
             query,
             gallery,
@@ -127,7 +129,7 @@ class Search:
 def evaluate(
     query: Descriptors | Sharded,
     gallery: Descriptors | Sharded,
-    index: FaissIndex,
+    index: GalleryIndex,
     *,
     ks: Sequence[int] = (1, 10, 100),
     exclude_self: bool = False,
@@ -159,7 +161,8 @@ def evaluate(
     Args:
         query: Q queries.
         gallery: G gallery items.
-        index: An empty index of the same kind, which is filled with the gallery.
+        index: An empty index of the same kind, which is filled with the gallery. A gallery in a store stays there
+            until it is dropped.
         ks: Cutoffs k, 1 or more.
         exclude_self: Take each query's own collection row out of its ranking.
         index_order: For codes, measure `mAP_index_order` too, with ties broken by gallery order.
@@ -251,7 +254,7 @@ def _in_own_ranking(query: Sharded, gallery: Sharded) -> int:
     return int(own.sum())
 
 
-def check_kind(index: FaissIndex | AutoIndex, bits: int | None) -> None:
+def check_kind(index: GalleryIndex | AutoIndex, bits: int | None) -> None:
     """Checks that an index is of the kind of the descriptors. A choice of the index fits both.
 
     Args:
@@ -261,7 +264,7 @@ def check_kind(index: FaissIndex | AutoIndex, bits: int | None) -> None:
     Raises:
         ValueError: If one is for codes and the other is not.
     """
-    if isinstance(index, FaissIndex) and index.is_binary != (bits is not None):
+    if not isinstance(index, AutoIndex) and index.is_binary != (bits is not None):
         kind = "codes: use index=binary-flat" if bits is not None else "float descriptors: use index=flat"
         raise ValueError(f"index {index.factory!r} does not fit the model's {kind} (or another index of that kind)")
 

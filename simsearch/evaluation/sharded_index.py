@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,57 @@ _SPARE = 16  # candidates beyond k, among which equal scores are put into galler
 _ROUNDING = 2e-6  # of |q| |x|, beyond what FAISS's float32 inner products err by
 
 
+class GalleryIndex(Protocol):
+    """What an evaluation in one process fills and searches: a FaissIndex, or a gallery in a store (StoredGallery).
+
+    Attributes:
+        factory: What the index is called.
+        metric: "ip", "l2" or "hamming".
+        is_binary: Whether it is for codes.
+    """
+
+    factory: str
+    metric: str
+    is_binary: bool
+
+    def __len__(self) -> int: ...
+
+    @property
+    def code_bytes(self) -> int:
+        """The size of an item's code alone in bytes."""
+        ...
+
+    @property
+    def bytes_per_item(self) -> float:
+        """The size of an item in bytes, NaN if it is not known."""
+        ...
+
+    def add(self, vectors: Tensor) -> None:
+        """Fills the index.
+
+        Args:
+            vectors: float32 (N, D) or codes uint8 (N, bits / 8).
+        """
+        ...
+
+    def search(self, vectors: Tensor, k: int) -> SearchResult:
+        """The k most similar items of each query by position, best first; -1 where fewer are found.
+
+        Args:
+            vectors: float32 (Q, D) or codes uint8 (Q, bits / 8).
+            k: Number of items, 1..N.
+        """
+        ...
+
+    def reconstruct(self) -> Tensor:
+        """The vectors as the index stores them."""
+        ...
+
+    def emptied(self) -> GalleryIndex:
+        """An index with the same settings, without items."""
+        ...
+
+
 class ShardedIndex:
     """The indexes of all ranks, each filled with its rank's part of a gallery. With one rank it is a single index.
 
@@ -31,14 +83,15 @@ class ShardedIndex:
     Every rank must call each method.
 
     Args:
-        index: An empty index, or an index that is filled with this rank's part on every rank.
+        index: An empty index, or an index that is filled with this rank's part on every rank. Several ranks need a
+            FaissIndex.
         gallery: The gallery, with this rank's part.
 
     Raises:
         ValueError: As FaissIndex does.
     """
 
-    def __init__(self, index: FaissIndex, gallery: Sharded) -> None:
+    def __init__(self, index: GalleryIndex, gallery: Sharded) -> None:
         self.index, self.gallery, self.ranks = index, gallery, gallery.ranks
         start = time.perf_counter()
         if not int(self.ranks.sum(torch.tensor(len(index)))):
@@ -120,26 +173,29 @@ class ShardedIndex:
         return total / items
 
     def _fill(self) -> None:
-        self.index.settle(len(self.gallery))
-        if self.ranks.world > 1 and self.index.learns(self.gallery.columns):
-            self._learn()
+        if isinstance(self.index, FaissIndex):
+            self.index.settle(len(self.gallery))
+            if self.ranks.world > 1 and self.index.learns(self.gallery.columns):
+                self._learn(self.index)
+        elif self.ranks.world > 1:
+            raise ValueError(f"a store is filled by one process, but there are {self.ranks.world}: evaluate in one")
         if len(self.gallery.own):
             self.index.add(self.gallery.own.vectors)
 
-    def _learn(self) -> None:
-        rows = self.index.sample(len(self.gallery))
+    def _learn(self, index: FaissIndex) -> None:
+        rows = index.sample(len(self.gallery))
         blocks = [self.gallery.rows_on_first(positions) for positions in rows.split(_BLOCK)]
         state, error = None, None
         if self.ranks.rank == 0:
             try:
-                self.index.train(torch.cat([block for block in blocks if block is not None]))
-                state = self.index.trained()
+                index.train(torch.cat([block for block in blocks if block is not None]))
+                state = index.trained()
             except ValueError as problem:
                 error = problem
         self.ranks.raise_together(error)
         state = self.ranks.from_first(state)
         if self.ranks.rank:
-            self.index.load_trained(state)
+            index.load_trained(state)
 
     def _slowest(self, seconds: Tensor) -> list[float]:
         return self.ranks.largest(seconds.double()).tolist()

@@ -32,7 +32,7 @@ from simsearch.index.factories import (
     reason_of,
 )
 from simsearch.index.parts import centroids_of, code_bytes_of, copied, decoded, parts_of, serialised_bytes, train_seeded
-from simsearch.index.selection import Selection
+from simsearch.index.selection import Selection, checked_choice
 from simsearch.index.visits import enough_lists, lists_of_some
 from simsearch.types import SearchResult, check_vectors
 
@@ -329,18 +329,9 @@ class FaissIndex:
         array = self._checked(vectors)
         if len(self) == 0:
             raise ValueError("the index is empty: add vectors before searching")
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        if k > len(self):
-            raise ValueError(f"k={k} neighbours are more than the index's {len(self)} items: lower k")
+        among = checked_choice(k, among, len(self))
         if among is None:
             return self._result(*self._index.search(array, k))
-        if isinstance(among, Tensor):
-            if among.dtype != torch.bool or among.shape != (len(self),):
-                raise ValueError(f"among must be bool ({len(self)},), got {among.dtype} {tuple(among.shape)}")
-            among = Selection.of(among)
-        if among.total != len(self):
-            raise ValueError(f"among selects from {among.total} items, the index has {len(self)}: select from its own")
         found = self._search_among(array, k, among)
         short = (found.ids[:, min(k, len(among)) - 1] < 0).nonzero()[:, 0] if len(among) else found.ids[:0, 0]
         if len(short):  # what is chosen lies far from these queries

@@ -119,3 +119,27 @@ class Selection:
         mask = np.zeros(self.total, bool)
         mask[self.positions] = True
         return mask
+
+
+def checked_choice(k: int, among: Tensor | Selection | None, total: int) -> Selection | None:
+    """The items that a search may return, None for all, after a check of what it is asked for.
+
+    Args:
+        k: Number of items that are wanted.
+        among: A selection or bool (N,), or None for all.
+        total: N, the number of items of the index.
+
+    Raises:
+        ValueError: If k does not lie in 1..N, or if `among` does not choose among N items.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    if k > total:
+        raise ValueError(f"k={k} neighbours are more than the index's {total} items: lower k")
+    if isinstance(among, Tensor):
+        if among.dtype != torch.bool or among.shape != (total,):
+            raise ValueError(f"among must be bool ({total},), got {among.dtype} {tuple(among.shape)}")
+        return Selection.of(among)
+    if among is not None and among.total != total:
+        raise ValueError(f"among selects from {among.total} items, the index has {total}: select from its own")
+    return among

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from simsearch.files import Damaged, read_json, sha256, write_json
 from simsearch.index.faiss_index import FaissIndex
-from simsearch.index.selection import Selection
+from simsearch.index.selection import Selection, checked_choice
 from simsearch.search.items import THUMBNAIL, ThumbnailGroups, check_outside, read_items, write_items
 from simsearch.search.local_features import NAME as LOCAL_FEATURES
 from simsearch.search.local_features import StoredFeatures, write_local_features
@@ -411,30 +411,20 @@ class SegmentedIndex:
         Raises:
             ValueError: As `FaissIndex.search` does.
         """
+        chosen = checked_choice(k, among, len(self))
+        if len(self._indexes) == 1 and len(self._indexes[0]) == len(self):  # none is removed: positions are its own
+            return self._indexes[0].search(vectors, k, chosen)
         own: dict[int, Selection] | None = None  # few items, by segment: these cost what they choose
-        if isinstance(among, Selection):
-            if len(self._indexes) == 1 and len(self._indexes[0]) == len(self):  # none is removed: positions are its own
-                return self._indexes[0].search(vectors, k, among)
-            if among.total != len(self):
-                raise ValueError(
-                    f"among selects from {among.total} items, the index has {len(self)}: select from its own"
-                )
-            if among.is_sparse:
-                split = self._places.split(among.positions)
-                own = {n: Selection(len(self._indexes[n]), positions=rows) for n, _, rows in split}
-                among = None
-            else:
-                among = among.mask()
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        if k > len(self):
-            raise ValueError(f"k={k} neighbours are more than the index's {len(self)} items: lower k")
-        if among is not None and (among.dtype != torch.bool or among.shape != (len(self),)):
-            raise ValueError(f"among must be bool ({len(self)},), got {among.dtype} {tuple(among.shape)}")
+        mask: Tensor | None = None
+        if chosen is not None and chosen.is_sparse:
+            split = self._places.split(chosen.positions)
+            own = {n: Selection(len(self._indexes[n]), positions=rows) for n, _, rows in split}
+        elif chosen is not None:
+            mask = chosen.mask()
         ids, scores = [], []
         for number, index in enumerate(self._indexes):
             if own is None:
-                found = self._search_one(number, index, vectors, k, among)
+                found = self._search_one(number, index, vectors, k, mask)
             elif number in own:
                 found = self._in_positions(number, index.search(vectors, min(k, len(index)), own[number]))
             else:

@@ -204,6 +204,18 @@ class Milvus:
         with self._told() as client:
             yield _Writer(client, self)
 
+    def drop(self) -> None:
+        """Removes the collection, if it holds what `open` said.
+
+        Raises:
+            StoreError: If Milvus cannot be reached.
+        """
+        if (held := self._held()) is not None and held["catalog"] == self.layout.catalog:
+            with self._told() as client:
+                client.delete(_SNAPSHOTS, ids=[self.collection])
+                client.drop_collection(self.collection)
+                self._loaded.discard(self.collection)
+
     def _held(self) -> dict[str, Any] | None:
         """What is noted of the collection: catalog, version ("" while it is being changed) and index; or None."""
         with self._told() as client:

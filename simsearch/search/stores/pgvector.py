@@ -192,14 +192,32 @@ class Pgvector:
         Raises:
             StoreError: If another process changes the table, or if it cannot be written to.
         """
+        with self._transaction() as cursor:
+            yield _Writer(cursor, self.table, self.layout, self)
+
+    def drop(self) -> None:
+        """Removes the table, if it holds what `open` said.
+
+        Raises:
+            StoreError: If another process changes the table, or if it cannot be written to.
+        """
+        from psycopg import sql
+
+        if (held := self._held()) is not None and held[0] == self.layout.catalog:
+            with self._transaction() as cursor:
+                cursor.execute(sql.SQL("DROP TABLE IF EXISTS {}").format(sql.Identifier(self.table)))
+                cursor.execute(f"DELETE FROM {_SNAPSHOTS} WHERE name = %s", [self.table])
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Cursor]:
+        """A transaction in which nobody else changes the table."""
         with self._told(), self._connect() as connection:
             self._prepare(connection)
             with connection.transaction():
                 cursor = connection.cursor()
                 cursor.execute("SELECT set_config('lock_timeout', %s, true)", [f"{_LOCK_SECONDS}s"])
                 cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"simsearch {self.table}"])
-                writer = _Writer(cursor, self.table, self.layout, self)
-                yield writer
+                yield cursor
 
     def _prepare(self, connection: Connection) -> None:
         """Makes the extension and the table of versions, unless they are there."""

@@ -142,7 +142,13 @@ class Writer(Protocol):
 
 
 class Store(Protocol):
-    """An engine that holds one version of a catalog. Several threads may search at once."""
+    """An engine that holds one version of a catalog. Several threads may search at once.
+
+    Attributes:
+        index: "exact", or the engine's name of the index that it searches.
+    """
+
+    index: str
 
     @property
     def capabilities(self) -> Capabilities:
@@ -208,6 +214,14 @@ class Store(Protocol):
 
         Raises:
             StoreError: If another process changes the store, or if it cannot be written to.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Removes the copy that `open` found or that was made since. Nothing else is touched.
+
+        Raises:
+            StoreError: If the store cannot be reached, or if it cannot be written to.
         """
         ...
 

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsearch.functional.codes import unpack_codes
-from simsearch.functional.ranking import inner_products
-from simsearch.index.selection import Selection
+from simsearch.index.selection import Selection, checked_choice
 from simsearch.search.catalog import Catalog
 from simsearch.search.filters import Attributes, Condition, Filtered
 from simsearch.search.segments import SegmentedIndex
 from simsearch.search.stores.push import layout_of, snapshot_of
+from simsearch.search.stores.scores import scored
 from simsearch.search.stores.store import Store, StoreError
 from simsearch.types import SearchResult
 
@@ -53,19 +52,14 @@ class StoredIndex(SegmentedIndex):
             ValueError: As `FaissIndex.search` does.
             StoreError: If the store cannot be reached, or does not hold the catalog's version any more.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        if k > len(self):
-            raise ValueError(f"k={k} neighbours are more than the index's {len(self)} items: lower k")
-        if isinstance(among, Tensor):
-            among = Selection.of(among)
+        chosen = checked_choice(k, among, len(self))
         where: tuple[Condition, ...] = ()
         only = without = None
-        if isinstance(among, Filtered) and self.store.capabilities.filters:
-            where = tuple(map(self._attributes.spelled, among.where))
-            without = self._ids[among.left_out] if len(among.left_out) else None
-        elif among is not None:
-            only = self._ids[among.positions]
+        if isinstance(chosen, Filtered) and self.store.capabilities.filters:
+            where = tuple(map(self._attributes.spelled, chosen.where))
+            without = self._ids[chosen.left_out] if len(chosen.left_out) else None
+        elif chosen is not None:
+            only = self._ids[chosen.positions]
         found = self.store.search(vectors.numpy(), k, where, among=only, without=without).ids
         self.check()  # afterwards: if the version is still the same, it was so during the search
         return self._scored(vectors, found)
@@ -88,7 +82,7 @@ class StoredIndex(SegmentedIndex):
         return _number(self._snapshot)
 
     def _scored(self, vectors: Tensor, ids: Tensor) -> SearchResult:
-        """Items by id as positions with their scores, in the order of the scores and then of the positions."""
+        """Items by id as positions with their scores."""
         known = ids >= 0
         places = np.searchsorted(self._ids, ids[known].numpy(), sorter=self._order)
         at = self._order[np.minimum(places, len(self) - 1)]
@@ -96,25 +90,9 @@ class StoredIndex(SegmentedIndex):
             raise StoreError(
                 f"{self.store.place} holds items that the catalog {self._folder} does not have: push again"
             )
-        positions = torch.full_like(ids, len(self))  # behind all others
+        positions = torch.full_like(ids, -1)
         positions[known] = torch.from_numpy(at.astype(np.int64))
-        positions = positions.sort(dim=1).values
-        scores = torch.full(ids.shape, -torch.inf)
-        for row, query in enumerate(vectors):
-            count = int(known[row].sum())
-            scores[row, :count] = self._compared(query, self.rows(positions[row, :count]))
-        order = scores.argsort(dim=1, descending=True, stable=True)
-        positions = positions.masked_fill(positions == len(self), -1)
-        return SearchResult(positions.gather(1, order), scores.gather(1, order))
-
-    def _compared(self, query: Tensor, rows: Tensor) -> Tensor:
-        """The scores (n,) of stored rows for a query."""
-        if self.bits is not None:
-            differs = unpack_codes(rows, self.bits) != unpack_codes(query[None], self.bits)
-            return 0.0 - differs.sum(1)
-        if self.metric == "l2":
-            return 0.0 - (rows - query).square().sum(1)
-        return inner_products(query[None], rows)[0] if len(rows) else torch.empty(0)
+        return scored(vectors, positions, self.rows, self.metric, self.bits)
 
 
 def _number(snapshot: str) -> str:
