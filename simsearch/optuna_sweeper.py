@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_loader import ConfigLoader
@@ -250,8 +251,8 @@ class OptunaSweeper(Sweeper):
     the sweep goes on.
 
     Args:
-        sampler: Plain config of the sampler. Its seed counts on from trial to trial, so that a continued study
-            proposes what an uninterrupted one would have.
+        sampler: Plain config of the sampler. Each trial gets a seed of its own from its seed and the trial's number,
+            so that a continued study proposes what an uninterrupted one would have.
         pruner: Plain config of the pruner, or None.
         direction: What to do with each objective: a word, or a list of several.
         n_trials: Number of trials of the study.
@@ -409,6 +410,8 @@ class OptunaSweeper(Sweeper):
 
         states = optuna.trial.TrialState
         with self._mutex:
+            if _is_over(trial):  # another process had it too, and was first
+                return
             tell = partial(self.study.tell, trial, skip_if_finished=True)
             values = about["values"] if isinstance(about["values"], list) else [about["values"]]
             if about["state"] == "pruned":
@@ -434,6 +437,7 @@ class OptunaSweeper(Sweeper):
         with self._alone():
             if self._stopping:
                 return None
+            self._left = [trial for trial in self._left if not _is_over(trial)]
             if self._left:
                 trial = self._left.pop(0)
             else:
@@ -526,9 +530,16 @@ class OptunaSweeper(Sweeper):
         OmegaConf.save(OmegaConf.create({"name": "optuna", **results}), self.folder / "optimization_results.yaml")
 
 
+def _is_over(trial: optuna.trial.Trial) -> bool:
+    return trial.storage.get_trial(trial._trial_id).state.is_finished()
+
+
 def _with_seed(sampler: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The sampler with a seed of its own for each trial, so that nothing depends on where a sweep was cut off."""
     seed = sampler.get("seed")
-    return dict(sampler) if seed is None else {**sampler, "seed": seed + number}
+    if seed is None:
+        return dict(sampler)
+    return {**sampler, "seed": int(np.random.SeedSequence([seed, number]).generate_state(1)[0])}
 
 
 def _plain(node: Any) -> Any:

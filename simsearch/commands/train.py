@@ -165,6 +165,7 @@ def train(
             pruned = None if pruning is None else pruning.pruned
             run_directory.note_training(run.folder, time.perf_counter() - start, trainer, model, pruned)
     if pruning is not None and pruning.pruned is not None:
+        trainer.strategy.barrier()  # run.json says so
         return
     if trainer.strategy.broadcast(not best.is_file() or not _was_chosen(trainer)):
         trainer.save_checkpoint(best, weights_only=False)  # the last weights are the result
