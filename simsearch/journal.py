@@ -32,7 +32,7 @@ def open_storage(address: str) -> BaseStorage:
         path = Path(address).absolute()
         path.parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(Journal(str(path)))
-    except (RuntimeError, ImportError, KeyError) as error:  # of an older schema, a driver that is not installed
+    except Exception as error:  # an older schema, no server, a driver that is not installed: each library has its own
         raise ValueError(f"hydra.sweeper.storage={address} cannot be opened: {_line(error)}") from error
 
 

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
@@ -35,6 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from simsearch import configs, program, saved_run, sweeps
 from simsearch.files import is_alive, read_json, write_json
+from simsearch.identity import identity
 from simsearch.text import warn
 
 if TYPE_CHECKING:
@@ -214,7 +216,7 @@ def _serve(pipe: Any, share: int) -> None:
     while True:
         try:
             setting, overrides, number = cloudpickle.loads(pipe.recv_bytes())
-        except EOFError:
+        except (EOFError, OSError):
             return
         folder, error, fatal = None, "", False
         try:
@@ -228,7 +230,8 @@ def _serve(pipe: Any, share: int) -> None:
             pass
         except Exception as failed:  # before the job began
             error, fatal = program.reason(failed), True
-        pipe.send((folder, error, fatal))
+        with suppress(OSError):  # nobody waits for it any more
+            pipe.send((folder, error, fatal))
 
 
 def _end_with_parent() -> None:
@@ -336,10 +339,9 @@ class OptunaSweeper(Sweeper):
         import optuna
 
         states = optuna.trial.TrialState
-        folders = {}
-        for about in sweeps.read_trials(self.folder):
-            if about["state"] in ("finished", "pruned"):
-                self._check_data(self.folder / about["folder"])
+        folders, stored = {}, sweeps.read_trials(self.folder)
+        self._check_data(stored)
+        for about in stored:
             folders |= dict.fromkeys(about.get("numbers", ()), about)
         trials = self.study.get_trials(deepcopy=False)
         for known in trials:
@@ -353,16 +355,32 @@ class OptunaSweeper(Sweeper):
                 self._tell(trial, about)
             elif not self._is_elsewhere(known, about):
                 self._left.append(trial)
-        for about in sweeps.read_trials(self.folder):  # of a study that is no more, or of a grid
+        for about in stored:  # of a study that is no more, or of a grid
             numbers = [number for number in about.get("numbers", ()) if number < len(trials)]
             if about["state"] in ("finished", "pruned") and not numbers:
                 self._add(about)
 
-    def _check_data(self, folder: Path) -> None:
-        """Raises ValueError if a finished trial was measured on other data than there are now."""
-        if (folder / "metrics.json").is_file():
-            config = saved_run.open_run(folder, trusted=configs.trusts(self.job["config"])).config
-            sweeps.check_same_data(folder, OmegaConf.create(dict(config)))
+    def _check_data(self, trials: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError if a finished trial was measured on other data than there are now.
+
+        Trials of equal data are checked together, with a config composed from this command line.
+        """
+        checked = set()
+        for about in trials:
+            folder, params = self.folder / about["folder"], point(self.space, about["overrides"])
+            if about["state"] != "finished" or params is None or not (folder / "metrics.json").is_file():
+                continue
+            stored = saved_run.read_run(folder).config
+            parts = identity({name: stored.get(name) for name in sweeps.MEASURED_ON})
+            if parts not in checked:
+                checked.add(parts)
+                loader, master = self.job["hydra_context"].config_loader, self.job["config"]
+                config = loader.load_sweep_config(master, self._overrides(params))
+                HydraConfig.instance().set_config(config)
+                sweeps.check_same_data(folder, OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+
+    def _overrides(self, params: Mapping[str, Any]) -> list[str]:
+        return [*(f"{name}={value}" for name, value in params.items()), *self.shared]
 
     def _is_elsewhere(self, known: optuna.trial.FrozenTrial, about: Mapping[str, Any]) -> bool:
         """Whether another process works on a trial."""
@@ -448,7 +466,7 @@ class OptunaSweeper(Sweeper):
                 trial = self.study.ask()
             trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
             values = {name: trial._suggest(name, distribution) for name, distribution in self.space.items()}
-        return trial, [*(f"{name}={value}" for name, value in values.items()), *self.shared]
+        return trial, self._overrides(values)
 
     def _work(self, local: bool) -> None:
         """Runs trials with all workers until none is left.
@@ -473,7 +491,7 @@ class OptunaSweeper(Sweeper):
             try:
                 for worker in workers:
                     worker.join()
-            except BaseException:  # Ctrl-C, which the processes have got too
+            except KeyboardInterrupt:  # Ctrl-C, which the processes have got too
                 self._stopping = True
                 if local:
                     print("waiting for trials to save; press Ctrl-C again to end at once", file=sys.stderr)
@@ -484,7 +502,7 @@ class OptunaSweeper(Sweeper):
                         for runner in runners:
                             if isinstance(runner, _Process) and runner.process is not None:
                                 runner.process.kill()
-                raise
+                raise SystemExit(130) from None
             if self._error is not None:
                 raise self._error
 
@@ -507,11 +525,11 @@ class OptunaSweeper(Sweeper):
                 raise
             path = None if job.folder is None else job.folder / "trial.json"
             about = read_json(path) if path is not None and path.is_file() else {}
-            if about.get("state") in ("finished", "pruned", "failed"):
-                self._tell(trial, about)
-            elif job.error and job.folder is not None:
+            if job.error and job.folder is not None:  # and its folder does not know, so that nobody else will say it
                 warn(f"failed: {' '.join(overrides)}: {job.error}")
                 self._tell(trial, {"state": "failed", "values": None, "error": job.error})
+            elif about.get("state") in ("finished", "pruned", "failed"):
+                self._tell(trial, about)
             else:  # it stays a running one in the study, and is continued by the next start
                 warn(f"cut off: trial {trial.number} ({' '.join(overrides)}){f': {job.error}' if job.error else ''}")
 

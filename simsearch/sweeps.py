@@ -37,6 +37,7 @@ from simsearch.text import cell, warn
 
 # Parts of a config that do not affect a trial's numbers.
 _ASIDE = ("hydra", "run_dir", "run_root", "resume", "trust", "logger", "objective")
+MEASURED_ON = ("data", "protocol", "backbone", "sampler", "smoke")  # parts of a config that determine its data
 _ENDED = ("finished", "pruned", "failed")
 _STUDY = "SIMSEARCH_STUDY"  # tells a trial and its ranks what they report to
 _COSTS = (
@@ -248,9 +249,7 @@ def check_same_data(folder: Path, config: DictConfig) -> None:
     """
     stored = read_json(folder / "metrics.json")["test"]["fingerprint"]
     values = configs.plain(config)
-    now = _fingerprint(
-        json.dumps({name: values[name] for name in ("data", "protocol", "backbone", "sampler", "smoke")})
-    )
+    now = _fingerprint(json.dumps({name: values[name] for name in MEASURED_ON}))
     if now != stored:
         raise ValueError(
             f"{folder} was measured on other data (fingerprint {stored}, now {now}): give the sweep another folder "

@@ -81,11 +81,23 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("kind", "option"), SETTINGS)
 def test_samplers_and_pruners_build(kind, option):
-    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
-        chosen = ["hydra/sweeper=optuna", f"hydra/sweeper/{kind}={option}"]
-        config = hydra.compose("train", ["run_dir=unused", *chosen], return_hydra_config=True)
-        built = configs.build(OmegaConf.to_container(config.hydra.sweeper[kind]))
+    built = configs.build(yaml.safe_load(Path(configs.CONF, "hydra/sweeper", kind, f"{option}.yaml").read_text()))
     assert isinstance(built, optuna.samplers.BaseSampler if kind == "sampler" else optuna.pruners.BasePruner)
+
+
+def test_the_sweeper_takes_what_its_config_says():
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
+        chosen = ["hydra/sweeper=optuna", "hydra/sweeper/pruner=halving", "hydra/sweeper/sampler=random"]
+        config = hydra.compose("train", ["run_dir=unused", *chosen, "hydra.sweep.dir=x"], return_hydra_config=True)
+    sweeper = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
+    assert sweeper.pop("_target_") == optuna_sweeper.NAME
+    assert not sweeper.pop("_recursive_")
+    assert sweeper["storage"] == "x/study.journal"
+    built = optuna_sweeper.OptunaSweeper(**sweeper | {"direction": "maximize"})
+    assert built.directions == ["maximize"]
+    assert isinstance(configs.build(built.pruner), optuna.pruners.SuccessiveHalvingPruner)
+    with pytest.raises(ValueError, match=r"hydra\.sweeper\.n_jobs=0: give 1 or more"):
+        optuna_sweeper.OptunaSweeper(**sweeper | {"direction": "maximize", "n_jobs": 0})
 
 
 # ---------------------------------------------------------------------------------------------- journal
@@ -392,15 +404,22 @@ def test_the_code_s_version_is_recorded_and_a_difference_said(tmp_path, monkeypa
 
 
 def test_a_study_on_other_data_is_refused(tmp_path, monkeypatch, capsys):
-    run(tmp_path, "hydra.sweeper.n_trials=2")
-
-    def changed(folder: Path) -> None:
-        raise ValueError(f"{folder} was measured on other data")
-
-    monkeypatch.setattr(optuna_sweeper.OptunaSweeper, "_check_data", lambda self, folder: changed(folder))
-    run(tmp_path, "hydra.sweeper.n_trials=3", expect=1)
-    assert "was measured on other data" in capsys.readouterr().err.splitlines()[-1]
-    assert len(study(tmp_path).trials) == 2
+    run(tmp_path, "hydra.sweeper.n_trials=3")
+    for about in sweeps.read_trials(tmp_path):  # what a training leaves
+        parts = dict.fromkeys(sweeps.MEASURED_ON, 0)
+        (tmp_path / about["folder"] / "config.yaml").write_text(yaml.safe_dump(parts))
+        write_json(tmp_path / about["folder"] / "metrics.json", {"test": {"fingerprint": "before", "metrics": {}}})
+    asked = []
+    monkeypatch.setattr(sweeps, "_fingerprint", lambda config: asked.append(json.loads(config)) or "before")
+    run(tmp_path, "hydra.sweeper.n_trials=4")
+    assert len(asked) == 1  # for all three
+    assert asked[0]["data"]["_target_"] == "simsearch.data.datamodule.RenderedDataModule"
+    assert set(asked[0]) == set(sweeps.MEASURED_ON)
+    monkeypatch.setattr(sweeps, "_fingerprint", lambda config: "now")
+    capsys.readouterr()
+    run(tmp_path, "hydra.sweeper.n_trials=5", expect=1)
+    assert "was measured on other data (fingerprint before, now now)" in capsys.readouterr().err.splitlines()[-1]
+    assert len(study(tmp_path).trials) == 4
 
 
 def test_what_a_dead_process_left_is_continued_under_its_number(tmp_path):
