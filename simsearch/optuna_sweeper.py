@@ -400,20 +400,17 @@ class OptunaSweeper(Sweeper):
         """Adds a trial to the study that it does not know."""
         import optuna
 
-        values = about["values"] if isinstance(about["values"], list) else [about["values"]]
         params, pruned = point(self.space, about["overrides"]), about.get("pruned")
-        wanted = sorted(text for text in about["overrides"] if text.partition("=")[0] not in self.space)
-        if params is None or wanted != sorted(self.shared) or not (pruned or len(values) == len(self.directions)):
-            return
-        if pruned and len(self.directions) > 1:
-            return
-        if not pruned and None in values:
+        others = [text for text in about["overrides"] if text.partition("=")[0] not in self.space]
+        values = about["values"] if isinstance(about["values"], list) else [about["values"]]
+        values = [pruned["value"]] if pruned else values
+        if params is None or not _same(others, self.shared) or len(values) != len(self.directions) or None in values:
             return
         self.study.add_trial(
             optuna.trial.create_trial(
                 params=params,
                 distributions=dict(self.space),
-                values=[pruned["value"]] if pruned else values,
+                values=values,
                 state=optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.COMPLETE,
                 intermediate_values={pruned["validation"]: pruned["value"]} if pruned else None,
             )
@@ -546,6 +543,11 @@ class OptunaSweeper(Sweeper):
         else:
             results = {"solutions": [{"params": one.params, "values": one.values} for one in best]}
         OmegaConf.save(OmegaConf.create({"name": "optuna", **results}), self.folder / "optimization_results.yaml")
+
+
+def _same(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether overrides are equal, apart from their order and how values are quoted."""
+    return sorted(sweeps.plan(None, one)[1]) == sorted(sweeps.plan(None, other)[1])
 
 
 def _is_over(trial: optuna.trial.Trial) -> bool:

@@ -195,7 +195,7 @@ def test_one_task_starts_its_ranks_itself_and_a_failing_one_is_told(slurm, tmp_p
 
 @pytest.mark.slurm
 def test_jobs_of_a_cluster_share_a_study(slurm, tmp_path):
-    """Of two ranks each, two jobs at a time; one is killed, which the sweep survives, and continued by the next start."""
+    """Two jobs at a time, of two ranks each. One is killed: the sweep survives it, and the next start continues it."""
     pytest.importorskip("optuna")
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
     from simsearch import sweeps
