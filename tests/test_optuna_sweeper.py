@@ -274,48 +274,48 @@ def worked(folder: Path) -> Counter[tuple[str, int]]:
 def test_a_study_runs_its_trials_and_goes_on_as_if_it_had_never_stopped(tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     few = "hydra.sweeper.sampler.n_startup_trials=2"
-    run(whole, "hydra.sweeper.n_trials=6", few)
-    check(whole, 6)
+    run(whole, "hydra.sweeper.n_trials=4", few)
+    check(whole, 4)
     assert [direction.name for direction in study(whole).directions] == ["MAXIMIZE"]  # a precision
     results = yaml.safe_load((whole / "optimization_results.yaml").read_text())
     assert results["best_value"] == max(trial.value for trial in study(whole).trials)
-    assert "6 of 6 trials finished" in capsys.readouterr().err
-    run(parts, "hydra.sweeper.n_trials=3", few)
-    run(parts, "hydra.sweeper.n_trials=6", few)
+    assert "4 of 4 trials finished" in capsys.readouterr().err
+    run(parts, "hydra.sweeper.n_trials=2", few)
+    run(parts, "hydra.sweeper.n_trials=4", few)
     assert [trial.params for trial in study(parts).trials] == [trial.params for trial in study(whole).trials]
     assert set(worked(parts).values()) == {1}
 
-    # Fewer than there are: nothing is done, and the count is not "6 of 2".
+    # Fewer than there are: nothing is done, and the count is not "4 of 1".
     capsys.readouterr()
-    run(parts, "hydra.sweeper.n_trials=2")
+    run(parts, "hydra.sweeper.n_trials=1")
     assert "sweep: " not in (said := capsys.readouterr().err)
-    assert "6 of 6 trials finished" in said
+    assert "4 of 4 trials finished" in said
 
     # The journal may be lost: folders know all of it.
     before = {json.dumps(trial.params): trial.value for trial in study(parts).trials}
     (parts / "study.journal").unlink()
-    run(parts, "hydra.sweeper.n_trials=6", few)
+    run(parts, "hydra.sweeper.n_trials=4", few)
     assert {json.dumps(trial.params): trial.value for trial in study(parts).trials} == before
-    check(parts, 6)
+    check(parts, 4)
     assert set(worked(parts).values()) == {1}
 
 
 def test_failed_trials_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(cheap_sweep.FAILS_BELOW, "0.8")
-    run(tmp_path, "hydra.sweeper.n_trials=6", "hydra/sweeper/sampler=random", expect=1)
-    check(tmp_path, 6)
+    run(tmp_path, "hydra.sweeper.n_trials=4", "hydra/sweeper/sampler=random", expect=1)
+    check(tmp_path, 4)
     states = Counter(trial.state for trial in study(tmp_path).trials)
     assert states[FAIL] > 0
     assert states[COMPLETE] > 0
     said = capsys.readouterr().err
     assert said.count("is too far away") >= states[FAIL]
     assert "Traceback" not in said
-    assert f"{states[COMPLETE]} of 6 trials finished, {states[FAIL]} failed" in said
+    assert f"{states[COMPLETE]} of 4 trials finished, {states[FAIL]} failed" in said
     failed = next(trial for trial in study(tmp_path).trials if trial.state == FAIL)
     assert "is too far away" in failed.user_attrs["error"]
     # A failed one has had its chance.
-    run(tmp_path, "hydra.sweeper.n_trials=6", "hydra/sweeper/sampler=random", expect=1)
-    assert len(study(tmp_path).trials) == 6
+    run(tmp_path, "hydra.sweeper.n_trials=4", "hydra/sweeper/sampler=random", expect=1)
+    assert len(study(tmp_path).trials) == 4
 
 
 def test_a_config_that_cannot_be_composed_ends_the_sweep(tmp_path, capsys):
@@ -480,10 +480,11 @@ def test_a_folder_shows_what_is_swept_wherever_it_was_given(place, tmp_path):
     swept = {
         "command line": ["seed=range(2,4)", "index=choice(flat,sq8)"],
         "list": ["hydra.sweeper.params={seed:'range(2,4)',index:'choice(flat,sq8)'}"],
-        "file": ["--config-dir", str(tmp_path / "own"), "sweep=mine"],
+        "file": ["sweep=mine"],
     }[place]
-    arguments = ["-m", "hydra/sweeper=optuna", f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra.sweeper.n_trials=1"]
-    assert start(*arguments, "+cheap.lr=0.25", "+cheap.margin=0.5", *others, *swept, "objective=val/mAP") == 0
+    study = ("-m", "hydra/sweeper=optuna", f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra.sweeper.n_trials=1")
+    own = ("--config-dir", str(tmp_path / "own"))
+    assert start(*own, *study, "+cheap.lr=0.25", "+cheap.margin=0.5", *others, *swept, "objective=val/mAP") == 0
     (about,) = sweeps.read_trials(tmp_path / "sweep")
     assert re.match(r"seed-[23]_index-(flat|sq8)_|index-(flat|sq8)_seed-[23]_", about["folder"]), about["folder"]
 
