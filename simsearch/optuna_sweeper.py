@@ -179,16 +179,10 @@ class _Process:
         self.pipe: Any = None
 
     def run(self, overrides: Sequence[str], number: int) -> _Job:
-        import cloudpickle
-
-        if self.process is None:
-            context = multiprocessing.get_context("spawn")
-            self.pipe, theirs = context.Pipe()
-            self.process = context.Process(target=_serve, args=(theirs, self.share))
-            self.process.start()
-            theirs.close()
         try:
-            self.pipe.send_bytes(cloudpickle.dumps((self.setting, list(overrides), number)))
+            if self.process is None:
+                self._start()
+            self.pipe.send((list(overrides), number))
             folder, error, fatal = self.pipe.recv()
         except (EOFError, OSError):  # the process was killed
             self.close()
@@ -196,6 +190,16 @@ class _Process:
         if fatal:
             raise ValueError(error)
         return _Job(None if folder is None else Path(folder), error)
+
+    def _start(self) -> None:
+        import cloudpickle
+
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, self.share))
+        self.process.start()
+        theirs.close()
+        self.pipe.send_bytes(cloudpickle.dumps(self.setting))
 
     def close(self) -> None:
         if self.process is not None:
@@ -209,29 +213,30 @@ def _serve(pipe: Any, share: int) -> None:
     import cloudpickle
     import torch
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // share))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all processes; a training listens to it
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        try:
-            setting, overrides, number = cloudpickle.loads(pipe.recv_bytes())
-        except (EOFError, OSError):
-            return
-        folder, error, fatal = None, "", False
-        try:
-            Singleton.set_state(setting["singletons"])
-            launcher = BasicLauncher()
-            launcher.setup(**setting["job"])
-            (returned,) = launcher.launch([overrides], initial_job_idx=number)
-            job = _job(returned)
-            folder, error = None if job.folder is None else str(job.folder), job.error
-        except SystemExit:  # the training was told to stop; the sweep decides whether it goes on
-            pass
-        except Exception as failed:  # before the job began
-            error, fatal = program.reason(failed), True
-        with suppress(OSError):  # nobody waits for it any more
-            pipe.send((folder, error, fatal))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // share))
+    with suppress(EOFError, OSError):  # the sweep has ended
+        setting = cloudpickle.loads(pipe.recv_bytes())
+        Singleton.set_state(setting["singletons"])
+        launcher = BasicLauncher()
+        launcher.setup(**setting["job"])
+        while True:
+            overrides, number = pipe.recv()
+            pipe.send(_outcome(launcher, overrides, number))
+
+
+def _outcome(launcher: BasicLauncher, overrides: list[str], number: int) -> tuple[str | None, str, bool]:
+    """The folder of a job, an error that its folder does not know, and whether the job could not even begin."""
+    try:
+        (returned,) = launcher.launch([overrides], initial_job_idx=number)
+    except SystemExit:  # a training was told to stop; the sweep decides whether it goes on
+        return None, "", False
+    except Exception as error:
+        return None, program.reason(error), True
+    job = _job(returned)
+    return None if job.folder is None else str(job.folder), job.error, False
 
 
 def _end_with_parent() -> None:
