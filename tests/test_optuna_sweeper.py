@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from simsearch import configs, optuna_sweeper, sweeps
 from simsearch.callbacks.pruning import Pruning
 from simsearch.comparison.runs import read_run
-from simsearch.files import write_json
+from simsearch.files import is_alive, write_json
 
 optuna = pytest.importorskip("optuna")
 journal = pytest.importorskip("simsearch.journal")
@@ -538,8 +538,9 @@ def test_kills_at_random_moments_lose_nothing(seed, tmp_path):
         for _ in range(kills):
             before = len(worked(folder)) if workers(folder) else 0
             until(lambda before=before: workers(folder) and len(worked(folder)) > before, process)
+            until(lambda: any(map(is_alive, workers(folder))), process)
             time.sleep(chance.uniform(0, 0.5))
-            os.kill(workers(folder)[-1], signal.SIGKILL)
+            os.kill(chance.choice([pid for pid in workers(folder) if is_alive(pid)]), signal.SIGKILL)
         if kills:
             time.sleep(chance.uniform(0, 1))
             kept |= ended(folder)
