@@ -304,7 +304,7 @@ class OptunaSweeper(Sweeper):
             task_function: The function that jobs call.
             config: The composed config.
         """
-        self.job = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
+        self.job: dict[str, Any] = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
         self.folder = Path(config.hydra.sweep.dir)
 
     def sweep(self, arguments: list[str]) -> None:
@@ -344,15 +344,16 @@ class OptunaSweeper(Sweeper):
         import optuna
 
         states = optuna.trial.TrialState
-        folders, stored = {}, sweeps.read_trials(self.folder)
+        stored = sweeps.read_trials(self.folder)
         self._check_data(stored)
-        for about in stored:
-            folders |= dict.fromkeys(about.get("numbers", ()), about)
+        folders: dict[int, Mapping[str, Any]] = {}
+        for one in stored:
+            folders |= dict.fromkeys(one.get("numbers", ()), one)
         trials = self.study.get_trials(deepcopy=False)
         for known in trials:
             if known.state is not states.RUNNING:
                 continue
-            about = folders.get(known.number, {})
+            about: Mapping[str, Any] = folders.get(known.number, {})
             if known.params != point(self.space, about.get("overrides", ())):  # of a study that is no more
                 about = {}
             trial = optuna.trial.Trial(self.study, known._trial_id)
@@ -360,10 +361,10 @@ class OptunaSweeper(Sweeper):
                 self._tell(trial, about)
             elif not self._is_elsewhere(known, about):
                 self._left.append(trial)
-        for about in stored:  # of a study that is no more, or of a grid
-            numbers = [number for number in about.get("numbers", ()) if number < len(trials)]
-            if about["state"] in ("finished", "pruned") and not numbers:
-                self._add(about)
+        for one in stored:  # of a study that is no more, or of a grid
+            numbers = [number for number in one.get("numbers", ()) if number < len(trials)]
+            if one["state"] in ("finished", "pruned") and not numbers:
+                self._add(one)
 
     def _check_data(self, trials: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError if a finished trial was measured on other data than there are now.

@@ -209,7 +209,7 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
 
 
 @contextmanager
-def _reporting(config: DictConfig, hydra: DictConfig) -> Iterator[None]:
+def _reporting(config: DictConfig, hydra: Any) -> Iterator[None]:
     """Inside the block, this process and the ranks that it starts know the study that may prune them."""
     if not hydra.sweeper.get("pruner"):
         yield

@@ -107,13 +107,13 @@ def train_run(run: saved_run.Run) -> None:
         status = "failed"
         try:
             tracking.log_inputs(loggers, run, data.collection)
-            train(run, data, model, loggers, [interruption, *pruning()])
+            train(run, data, model, loggers, [interruption, *pruning_callbacks()])
             status = "success"
         finally:
             tracking.finish_loggers(loggers, status)
 
 
-def pruning() -> list[Pruning]:
+def pruning_callbacks() -> list[Pruning]:
     """The callback that reports this trial of a sweep to its study. Empty if nothing may prune it."""
     about = sweeps.pruned_by()
     if about is None:
