@@ -50,6 +50,9 @@ GROUPS = {  # what an option of each decides; the order is that of a training
     "experiment": "Ready settings of all groups together.",
     "sweep": "Ready sweeps.",
     "hydra/launcher": "Where the runs of a sweep run.",
+    "hydra/sweeper": "Who decides what the runs of a sweep are.",
+    "hydra/sweeper/sampler": "How Optuna proposes the next trial.",
+    "hydra/sweeper/pruner": "When a trial of Optuna ends early.",
 }
 
 

@@ -232,7 +232,13 @@ def _taken(folder: Path) -> ValueError:
     return ValueError(f"{folder} already holds a run: continue it with resume=true, or give another run_dir")
 
 
-def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.LightningModule) -> None:
+def note_training(
+    folder: Path,
+    seconds: float,
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    pruned: Mapping[str, Any] | None = None,
+) -> None:
     """Records in run.json the duration of a part of the training, its device, and the encoder's number of parameters.
 
     The parts of a resumed run are added up. A part that was killed without a chance to end is missing.
@@ -242,8 +248,10 @@ def note_training(folder: Path, seconds: float, trainer: pl.Trainer, model: pl.L
         seconds: Duration of the part.
         trainer: The Trainer.
         model: The model.
+        pruned: What was known when the training was pruned, or None.
     """
-    about = read_json(folder / "run.json")
+    about = {name: value for name, value in read_json(folder / "run.json").items() if name != "pruned"}
+    about |= {} if pruned is None else {"pruned": dict(pruned)}
     cuda = trainer.strategy.root_device.type == "cuda"
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     about["train_seconds"] = about.get("train_seconds", 0.0) + seconds

@@ -11,7 +11,7 @@ import re
 import socket
 import sys
 import time
-import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,8 +37,9 @@ from simsearch.text import cell, warn
 
 # Parts of a config that do not affect a trial's numbers.
 _ASIDE = ("hydra", "run_dir", "run_root", "resume", "trust", "logger", "objective")
-_ENDED = ("finished", "failed")
-_CUT_OFF = "simsearch: cut off"
+MEASURED_ON = ("data", "protocol", "backbone", "sampler", "smoke")  # parts of a config that determine its data
+_ENDED = ("finished", "pruned", "failed")
+_STUDY = "SIMSEARCH_STUDY"  # tells a trial and its ranks what they report to
 _COSTS = (
     "bytes_per_item",
     "_s",
@@ -111,23 +112,27 @@ class Trial:
         folder: Its folder.
         overrides: Its overrides.
         values: Its objectives, if it was finished before.
+        pruned: What was known when it was pruned, or None.
         finished: True if there is nothing left to do.
         elsewhere: True if another process is working on it.
+        numbers: Its numbers in an Optuna study: several if the point was proposed again, none in a grid.
         _started: Time of the start, in seconds.
     """
 
     folder: Path
     overrides: Sequence[str]
     values: Any = None
+    pruned: dict[str, Any] | None = None
     finished: bool = False
     elsewhere: bool = False
+    numbers: list[int] = field(default_factory=list)
     _started: float = field(default_factory=time.time)
 
     def write(self, state: str, error: str = "") -> None:
         """Records the state in folder/trial.json, atomically.
 
         Args:
-            state: running, finished, failed or interrupted.
+            state: running, finished, pruned, failed or interrupted.
             error: The error message, if it failed.
         """
         if launch.rank() != 0:
@@ -143,6 +148,8 @@ class Trial:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
+        about |= {"numbers": self.numbers} if self.numbers else {}
+        about |= {"pruned": self.pruned} if self.pruned else {}
         write_json(self.folder / "trial.json", about)
 
 
@@ -175,25 +182,59 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
             yield present
             return
     before = read_json(path) if path.is_file() else {}
+    study = "direction" in hydra.sweeper
+    present.numbers = sorted({*before.get("numbers", ()), *([int(hydra.job.num)] if study else ())})
     try:
-        if before.get("state") == "finished":
-            present.values, present.finished = before["values"], True
+        if before.get("state") == "finished" or (before.get("state") == "pruned" and hydra.sweeper.get("pruner")):
+            present.values, present.pruned, present.finished = before["values"], before.get("pruned"), True
+            if launch.rank() == 0:
+                write_json(path, before | {"overrides": present.overrides, "numbers": present.numbers})
             yield present
             return
         if (present.folder / "config.yaml").is_file():
             config.resume, config.run_dir = True, str(present.folder)
         present.write("running")
         try:
-            yield present
+            with _reporting(config, hydra):
+                yield present
         except Exception as error:
             present.write("failed", f"{type(error).__name__}: {error}")
             raise
         except BaseException:
             present.write("interrupted")
             raise
-        present.write("finished")
+        present.write("pruned" if present.pruned else "finished")
     finally:
         lock.release()
+
+
+@contextmanager
+def _reporting(config: DictConfig, hydra: Any) -> Iterator[None]:
+    """Inside the block, this process and the ranks that it starts know the study that may prune them."""
+    if not hydra.sweeper.get("pruner"):
+        yield
+        return
+    about = {
+        "storage": str(hydra.sweeper.storage),
+        "study": str(hydra.sweeper.study_name),
+        "number": int(hydra.job.num),
+        "pruner": OmegaConf.to_container(hydra.sweeper.pruner, resolve=True),
+        "monitor": _names(config.objective)[0],
+    }
+    os.environ[_STUDY] = json.dumps(about)
+    try:
+        yield
+    finally:
+        os.environ.pop(_STUDY)
+
+
+def pruned_by() -> dict[str, Any] | None:
+    """What may prune the trial that this process or its parent runs. None if nothing may.
+
+    Returns:
+        `storage`, `study` and `number` of the trial, the plain config of the `pruner`, and the metric to `monitor`.
+    """
+    return json.loads(os.environ[_STUDY]) if _STUDY in os.environ else None
 
 
 def check_same_data(folder: Path, config: DictConfig) -> None:
@@ -208,9 +249,7 @@ def check_same_data(folder: Path, config: DictConfig) -> None:
     """
     stored = read_json(folder / "metrics.json")["test"]["fingerprint"]
     values = configs.plain(config)
-    now = _fingerprint(
-        json.dumps({name: values[name] for name in ("data", "protocol", "backbone", "sampler", "smoke")})
-    )
+    now = _fingerprint(json.dumps({name: values[name] for name in MEASURED_ON}))
     if now != stored:
         raise ValueError(
             f"{folder} was measured on other data (fingerprint {stored}, now {now}): give the sweep another folder "
@@ -244,29 +283,28 @@ def check_objective(config: DictConfig) -> None:
             raise ValueError(f"objective={name} will not be measured{settings.name_hint(name, known)}")
 
 
-def directions(names: Sequence[str], given_direction: Any, *, given: bool) -> Any:
-    """What a sweeper does with each objective. A missing direction follows from the objective.
+def directions(names: Sequence[str], given: Any) -> Any:
+    """What a sweeper does with each objective.
 
     Args:
         names: Names of the objectives.
-        given_direction: The sweeper's direction.
-        given: True if the user set the direction. Otherwise a single word is the sweeper's default, which would
-            minimise a precision.
+        given: The sweeper's direction: a word, a list of them, or None, which maximises what is better when it is
+            larger.
 
     Returns:
         A word for one objective, a list for several.
 
     Raises:
-        ValueError: If the number of directions differs from the number of objectives.
+        ValueError: If a direction is no such word, or their number differs from the number of objectives.
     """
-    several = OmegaConf.is_list(given_direction) or isinstance(given_direction, list)
-    said = [getattr(one, "name", one) for one in (given_direction if several else [given_direction] * len(names))]
-    if not several and not given:
+    several = OmegaConf.is_list(given) or isinstance(given, list)
+    said = list(given) if several else [given] * len(names)
+    if not several and given is None:
         said = ["minimize" if is_cost(name) else "maximize" for name in names]
-    if len(said) != len(names):
+    if len(said) != len(names) or not {"minimize", "maximize"}.issuperset(said):
         raise ValueError(
             f"hydra.sweeper.direction={said} is for {len(said)} objectives, but objective names {len(names)}: "
-            "give as many directions, or none"
+            "give as many directions (minimize or maximize), or none"
         )
     return said if len(said) > 1 else said[0]
 
@@ -317,8 +355,7 @@ def _names(objective: Any) -> list[str]:
 class Sweep(Callback):
     """A Hydra callback for sweeps. It continues interrupted sweeps and reports their state and failures.
 
-    In a grid, each trial finds out by itself whether it is finished. An Optuna study with a storage gets only the
-    trials that it still lacks; interrupted trials come first.
+    Each trial finds out by itself whether it is finished.
     """
 
     def __init__(self) -> None:
@@ -364,20 +401,23 @@ class Sweep(Callback):
                     "this sweeper needs an objective: give objective=val/mAP, or several as "
                     "objective=[val/mAP,val/bytes_per_item]"
                 )
-            given = any(text.startswith("hydra.sweeper.direction=") for text in config.hydra.overrides.hydra)
             with open_dict(config):
-                sweeper.direction = directions(names, sweeper.direction, given=given)
-        swept = swept_values(sweeper.get("params"), config.hydra.overrides.task, GlobalHydra.instance().config_loader())
-        planned = sweeper.n_trials if "n_trials" in sweeper else math.prod(len(values) for values in swept.values())
+                sweeper.direction = directions(names, sweeper.direction)
+            if sweeper.get("pruner") and not (len(names) == 1 and names[0].startswith("val/")):
+                raise ValueError(
+                    f"a pruner needs one objective of the validation, such as val/mAP, not {', '.join(names)}: leave "
+                    "hydra/sweeper/pruner out, or name one objective"
+                )
+        loader = GlobalHydra.instance().config_loader()
+        swept, shared = plan(sweeper.get("params"), config.hydra.overrides.task, loader)
+        about = {"swept": list(swept), "objective": names, "ended": False}
+        if "n_trials" in sweeper:
+            about |= {"planned": sweeper.n_trials, "study": str(sweeper.study_name)}
+        else:
+            about |= {"planned": math.prod(len(values) for values in swept.values()), "grid": swept, "shared": shared}
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"planned": planned, "swept": list(swept), "objective": names, "ended": False}
         write_json(folder / "sweep.json", about | {"host": socket.gethostname(), "pid": os.getpid()})
         print(f"sweep {folder}: {summary(folder)}; watch it by `simsearch progress folder={folder}`", file=sys.stderr)
-        if sweeper.get("storage") and sweeper.get("study_name"):
-            with open_dict(config):
-                sweeper.n_trials, before = continue_study(sweeper.storage, sweeper.study_name, sweeper.n_trials)
-                if before and sweeper.sampler.get("seed") is not None:
-                    sweeper.sampler.seed += before  # or it would propose the same again
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn) -> None:  # type: ignore[override]
         """Reports the end of a job.
@@ -414,16 +454,19 @@ class Sweep(Callback):
         failed = [about for about in trials if about["state"] == "failed"]
         for about in failed:
             warn(f"failed: {about['folder']}: {about['error']}")
-        if failed:
+        cut_off = [about for about in trials if about["state"] == "interrupted"]
+        if cut_off:
+            warn(f"{len(cut_off)} trials were cut off, such as {cut_off[0]['folder']}: the same command continues them")
+        if failed or cut_off:
             raise SystemExit(1)
 
 
-def swept_values(
+def plan(
     params: Mapping[str, Any] | None, overrides: Sequence[str], loader: ConfigLoader | None = None
-) -> dict[str, list[str]]:
-    """The keys that a sweep varies, with their values. An interval has no values.
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The keys that a sweep varies, with their values, and the overrides that its trials share.
 
-    The product of their numbers is the number of jobs of Hydra's basic sweeper.
+    An interval has no values. The product of the numbers of values is the number of jobs of Hydra's basic sweeper.
 
     Args:
         params: The sweeper's `params`, or None.
@@ -433,44 +476,17 @@ def swept_values(
     arguments = {name: f"{name}={value}" for name, value in (params or {}).items()}
     arguments |= {text.partition("=")[0]: text for text in overrides}
     parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments.values()))
-    return {
+    swept = {
         str(override.get_key_element()): list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
         for override in parsed
         if override.is_sweep_override()
     }
-
-
-def continue_study(storage: str, name: str, wanted: int) -> tuple[int, int]:
-    """The number of trials that an Optuna study still lacks, and the number it has.
-
-    Interrupted trials are queued again.
-
-    A trial counts as interrupted if the storage says that it is running. Thus no other process may work on the study.
-
-    Args:
-        storage: Address of the storage.
-        name: Name of the study.
-        wanted: Wanted number of trials.
-    """
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    try:
-        study = optuna.load_study(study_name=name, storage=storage)
-    except KeyError:
-        return wanted, 0
-    states = optuna.trial.TrialState
-    ended = 0
-    for known in study.get_trials(deepcopy=False):
-        if known.state == states.RUNNING:
-            optuna.trial.Trial(study, known._trial_id).set_user_attr(_CUT_OFF, True)
-            study.tell(known.number, state=states.FAIL)
-            if known.params:
-                study.enqueue_trial(known.params)
-        elif known.state == states.COMPLETE or (known.state == states.FAIL and _CUT_OFF not in known.user_attrs):
-            ended += 1
-    return max(wanted - ended, 0), len(study.get_trials(deepcopy=False))
+    shared = [  # as the basic sweeper writes them
+        f"{override.get_key_element()}={override.get_value_element_as_str()}"
+        for override in parsed
+        if not override.is_sweep_override()
+    ]
+    return swept, shared
 
 
 # ------------------------------------------------------------------------------------------- progress
@@ -499,17 +515,20 @@ def summary(folder: Path, since: float | None = None) -> str:
         folder: Folder of the sweep.
         since: The estimate uses trials that finished after this time, in seconds. None makes no estimate.
     """
-    trials, sweep = read_trials(folder), _read_sweep(folder)
-    states = [about["state"] for about in trials]
-    planned = max(sweep["planned"], len(trials))  # the folder may hold those of earlier plans
-    parts = [f"{states.count('finished')} of {planned} trials finished"]
-    if sweep.get("ended") and len(trials) < planned:
-        parts = [f"{states.count('finished')} trials finished (of {planned} planned; a repeated point counts once)"]
-    parts += [f"{states.count(s)} {s}" for s in ("running", "failed", "interrupted") if s in states]
+    found, sweep = read_trials(folder), _read_sweep(folder)
+    trials = [about for about in found if _is_planned(about, sweep)]
+    count = _count(trials)
+    planned = max(sweep["planned"], sum(count.values()))
+    parts = [f"{count['finished']} of {planned} trials finished"]
+    if sweep.get("ended") and len(trials) < planned and "study" not in sweep:
+        parts = [f"{count['finished']} trials finished (of {planned} planned; a repeated point counts once)"]
+    parts += [f"{count[state]} {state}" for state in ("pruned", "running", "failed", "interrupted") if count[state]]
+    if others := len(found) - len(trials):
+        parts.append(f"{others} of earlier plans")
     if (best := _best(trials, sweep)) is not None:
-        parts.append(f"best {_objective(best):.4f} ({best['folder']})")
+        parts.append(f"best {_objective(best):.4f}{_interval(folder / best['folder'], sweep)} ({best['folder']})")
     recent = [about for about in trials if since is not None and (about["ended"] or 0) > since]
-    left = planned - states.count("finished") - states.count("failed")
+    left = planned - sum(count[state] for state in _ENDED)
     if recent and left > 0:
         seconds = (time.time() - min(about["started"] for about in recent)) / len(recent) * left
         parts.append(f"about {_duration(seconds)} left")
@@ -522,8 +541,8 @@ def progress_table(folder: Path) -> Table:
     Args:
         folder: Folder of the sweep.
     """
-    trials = read_trials(folder)
-    best = _best(trials, _read_sweep(folder))
+    trials, sweep = read_trials(folder), _read_sweep(folder)
+    best = _best([about for about in trials if _is_planned(about, sweep)], sweep)
     varying = _varying([about["overrides"] for about in trials])
     caption = "mAP on the validation images, or on the test (t) where there are none"
     table = Table(title=f"{cell(folder)}\n{summary(folder)}", caption=caption)
@@ -532,9 +551,11 @@ def progress_table(folder: Path) -> Table:
     for about, overrides in zip(trials, varying, strict=True):
         values = about["values"] if isinstance(about["values"], list) else [about["values"]]
         numbers = " ".join(f"{value:.4f}" for value in values if value is not None)
-        style = {"failed": "red", "running": "cyan", "interrupted": "yellow"}.get(about["state"], "")
+        style = {"failed": "red", "running": "cyan", "interrupted": "yellow", "pruned": "dim"}.get(about["state"], "")
+        if pruned := about.get("pruned"):
+            numbers = f"{pruned['value']:.4f} at validation {pruned['validation']}"
         if best is about:
-            numbers, style = f"* {numbers}", "bold"
+            numbers, style = f"* {numbers}{_interval(folder / about['folder'], sweep)}", "bold"
         cells = (
             " ".join(overrides) or about["folder"],
             about["state"],
@@ -559,8 +580,28 @@ def is_open(folder: Path) -> bool:
     if any(trial["state"] == "running" for trial in trials):
         return True
     gone = about.get("host") == socket.gethostname() and not is_alive(about["pid"])
-    ended = [trial for trial in trials if trial["state"] in _ENDED]
-    return not about.get("ended") and not gone and len(ended) < about["planned"]
+    count = _count([trial for trial in trials if _is_planned(trial, about)])
+    return not about.get("ended") and not gone and sum(count[state] for state in _ENDED) < about["planned"]
+
+
+def _is_planned(trial: Mapping[str, Any], sweep: Mapping[str, Any]) -> bool:
+    """Whether a trial belongs to what was started last in a sweep's folder, which may hold those of earlier plans."""
+    if "study" in sweep:
+        return bool(trial.get("numbers"))
+    if "grid" not in sweep:  # of an older version
+        return True
+    given = {text.partition("=")[0]: text.partition("=")[2] for text in trial["overrides"]}
+    swept = all(given.get(key) in values for key, values in sweep["grid"].items())
+    shared = {text for text in trial["overrides"] if text.partition("=")[0] not in sweep["grid"]}
+    return swept and shared == set(sweep["shared"])
+
+
+def _count(trials: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """The number of trials in each state. A point that a study proposed several times counts as often."""
+    count: Counter[str] = Counter()
+    for about in trials:
+        count[about["state"]] += len(about.get("numbers") or [None])
+    return count
 
 
 def _read_sweep(folder: Path) -> dict[str, Any]:
@@ -582,6 +623,14 @@ def _best(trials: Sequence[dict[str, Any]], sweep: Mapping[str, Any]) -> dict[st
     known = [about for about in trials if not math.isnan(_objective(about))]
     smaller = any(map(is_cost, sweep.get("objective", [])[:1]))
     return (min if smaller else max)(known, key=_objective, default=None)
+
+
+def _interval(folder: Path, sweep: Mapping[str, Any]) -> str:
+    """The interval of a trial's first objective, where it has one."""
+    path, (stage, _, metric) = folder / "metrics.json", (sweep.get("objective") or [""])[0].partition("/")
+    about = read_json(path).get(stage, {}) if path.is_file() else {}
+    interval = about.get("intervals", {}).get(metric)
+    return f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
 
 
 def _varying(overrides: Sequence[Sequence[str]]) -> list[list[str]]:

@@ -50,6 +50,8 @@ MAY_IMPORT["identity"] = {"saved_run", "trust"}
 MAY_IMPORT["program"] = {"configs", "launch", "models", "usage", *GROUND}
 MAY_IMPORT["tracking"] = {"launch", "results", "saved_run", "callbacks", "evaluation", "data", "figures", *GROUND}
 MAY_IMPORT["sweeps"] = {"identity", "launch", "program", "configs", "saved_run", "terminal", "settings", *GROUND}
+MAY_IMPORT["journal"] = set()
+MAY_IMPORT["optuna_sweeper"] = {"identity", "sweeps", "journal", "program", "configs", "saved_run", *GROUND}
 MAY_IMPORT["comparison"] = {"search", "data", "images", "functional", "metrics", "identity", "trust", *GROUND}
 MAY_IMPORT["studies"] = set(MAY_IMPORT)
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
@@ -70,9 +72,16 @@ ONLY_IN = {
     "faiss": {"simsearch/index/"},
     "cv2": {f"simsearch/functional/{name}.py" for name in ("geometry", "proposals", "sift")},
     "timm": {"simsearch/models/backbones.py"},
-    "hydra": {f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "sweeps", "studies/runs")},
+    "hydra": {
+        f"simsearch/{name}.py"
+        for name in ("configs", "optuna_sweeper", "program", "run_directory", "sweeps", "studies/runs")
+    },
+    "optuna": {"simsearch/journal.py", "simsearch/optuna_sweeper.py"},
     "omegaconf": {
-        *(f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "saved_run", "sweeps")),
+        *(
+            f"simsearch/{name}.py"
+            for name in ("configs", "optuna_sweeper", "program", "run_directory", "saved_run", "sweeps")
+        ),
         "simsearch/commands/",
     },
     "wandb": {"simsearch/tracking.py"},

@@ -176,7 +176,24 @@ STARTS = {
             *("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.direction=maximize"),
             *("loss.weight=interval(0.01, 0.1)", "objective=val/mAP"),
         ],
-        "hydra_plugins.hydra_optuna_sweeper",
+        "optuna",
+    ),
+    "optuna, two processes": (
+        [sys.executable, "-m", "simsearch", "train"],
+        [
+            *("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"),
+            *("loss.weight=interval(0.01, 0.1)", "objective=val/mAP"),
+        ],
+        "optuna",
+    ),
+    "optuna, submitit local": (
+        ["simsearch", "train"],
+        [
+            *("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"),
+            *("hydra/launcher=submitit_local", "hydra.launcher.timeout_min=10"),
+            *("loss.weight=interval(0.01, 0.1)", "objective=val/mAP"),
+        ],
+        "hydra_plugins.hydra_submitit_launcher",
     ),
 }
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -99,46 +100,18 @@ def test_what_is_swept_is_what_hydra_makes(overrides):
         loader = GlobalHydra.instance().config_loader()
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(["loss=a,b", *overrides])
         jobs = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
-        found = sweeps.swept_values({"loss": "a,b"}, overrides, loader)
+        found, shared = sweeps.plan({"loss": "a,b"}, overrides, loader)
     assert math.prod(map(len, found.values())) == len(jobs)
     for key in {text.partition("=")[0] for text in jobs[0]}:
         values = {text.partition("=")[2] for job in jobs for text in job if text.startswith(f"{key}=")}
         assert set(found.get(key, values)) == values
         assert (key in found) or len(values) == 1
+    assert {text for job in jobs for text in job if text.partition("=")[0] not in found} == set(shared)
 
 
 def test_the_command_line_takes_a_swept_parameters_place():
-    found = sweeps.swept_values({"seed": "1,2,3", "index": "flat,sq8"}, ["seed=5"])
-    assert found == {"index": ["flat", "sq8"]}
-
-
-def test_a_study_goes_on_with_what_was_cut_off(tmp_path):
-    optuna = pytest.importorskip("optuna")
-    storage = f"sqlite:///{tmp_path}/study.db"
-    assert sweeps.continue_study(storage, "s", 5) == (5, 0)
-    study = optuna.create_study(study_name="s", storage=storage)
-    distribution = optuna.distributions.UniformDistribution(0, 1)
-    asked = []
-    for _ in range(4):
-        trial = study.ask()
-        trial._suggest("x", distribution)
-        asked.append(trial)
-    study.tell(asked[0], 0.5)
-    study.tell(asked[1], state=optuna.trial.TrialState.FAIL)
-    cut_off = [asked[2].params["x"], asked[3].params["x"]]
-
-    left, before = sweeps.continue_study(storage, "s", 5)
-    assert left == 3  # of 5: one finished, one failed
-    assert before == 6  # with the two that were queued again
-    again = optuna.load_study(study_name="s", storage=storage)
-    found = []
-    for _ in range(2):
-        trial = again.ask()
-        trial._suggest("x", distribution)
-        found.append(trial.params["x"])
-        again.tell(trial, 0.1)
-    assert found == pytest.approx(cut_off)
-    assert sweeps.continue_study(storage, "s", 5)[0] == 1
+    found = sweeps.plan({"seed": "1,2,3", "index": "flat,sq8"}, ["seed=5"])
+    assert found == ({"index": ["flat", "sq8"]}, ["seed=5"])
 
 
 def metrics(folder: Path, **stages: dict) -> Path:
@@ -214,23 +187,24 @@ def test_the_best_trial_is_by_what_is_good(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "said", "given", "expected"),
+    ("names", "given", "expected"),
     [
-        (["val/mAP"], "minimize", False, "maximize"),
-        (["val/mAP"], "minimize", True, "minimize"),  # whoever says so gets it
-        (["val/index/latency_ms_p95"], "minimize", False, "minimize"),
-        (["val/index/queries_per_s"], "minimize", False, "maximize"),
-        (["val/mAP", "val/bytes_per_item"], "minimize", False, ["maximize", "minimize"]),
-        (["val/mAP", "val/bytes_per_item"], ["minimize", "minimize"], False, ["minimize", "minimize"]),
+        (["val/mAP"], None, "maximize"),
+        (["val/mAP"], "minimize", "minimize"),  # whoever says so gets it
+        (["val/index/latency_ms_p95"], None, "minimize"),
+        (["val/index/queries_per_s"], None, "maximize"),
+        (["val/mAP", "val/bytes_per_item"], None, ["maximize", "minimize"]),
+        (["val/mAP", "val/bytes_per_item"], ["minimize", "minimize"], ["minimize", "minimize"]),
     ],
 )
-def test_directions_follow_what_is_good(names, said, given, expected):
-    assert sweeps.directions(names, said, given=given) == expected
+def test_directions_follow_what_is_good(names, given, expected):
+    assert sweeps.directions(names, given) == expected
 
 
-def test_directions_are_as_many_as_objectives():
-    with pytest.raises(ValueError, match="for 2 objectives, but objective names 1"):
-        sweeps.directions(["val/mAP"], ["maximize", "minimize"], given=True)
+@pytest.mark.parametrize("given", [["maximize", "minimize"], "upwards"])
+def test_directions_are_as_many_as_objectives(given):
+    with pytest.raises(ValueError, match="objectives, but objective names 1"):
+        sweeps.directions(["val/mAP"], given)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +297,6 @@ def test_a_trial_that_another_process_has_is_left_to_it(tmp_path):
     ],
 )
 def test_a_study_without_a_measured_objective_trains_nothing(overrides, message, tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     study = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=${run_root}/study", "seed=choice(0,1)", *overrides)
     done = simsearch("train", *study, *TINY, f"run_root={tmp_path}", cwd=tmp_path, expect=1)
     assert done.stderr.startswith(f"simsearch train: {message}") or message in done.stderr.splitlines()[0]
@@ -334,17 +307,17 @@ def test_a_study_without_a_measured_objective_trains_nothing(overrides, message,
 @pytest.mark.slow
 def test_a_study_maximises_a_precision_and_ends_where_points_repeat(tmp_path):
     optuna = pytest.importorskip("optuna")
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    storage = f"sqlite:///{tmp_path}/study.db"
-    study = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=${run_root}/study", "hydra.sweeper.n_jobs=1")
-    study += ("hydra.sweeper.n_trials=3", "hydra.sweeper.study_name=s", f"hydra.sweeper.storage='{storage}'")
+    from simsearch.journal import open_storage
+
+    study = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=${run_root}/study", "hydra.sweeper.n_trials=3")
     study += ("objective=val/mAP", "model.whitening.power=choice(0,1)", "callbacks.precision_recall=null")
     done = simsearch("train", *study, *TINY, f"run_root={tmp_path}", cwd=tmp_path)
-    found = optuna.load_study(study_name="s", storage=storage)
+    found = optuna.load_study(study_name="sweep", storage=open_storage(f"{tmp_path}/study/study.journal"))
     assert [direction.name for direction in found.directions] == ["MAXIMIZE"]
     assert len(found.trials) == 3
     trials = sweeps.read_trials(tmp_path / "study")
     assert len(trials) < 3  # of two choices one came twice
+    assert "3 of 3 trials finished" in done.stderr
     best = max(trials, key=lambda about: about["values"])
     assert found.best_value == best["values"]
     assert f"({best['folder']})" in done.stderr.splitlines()[-1] or best["folder"] in done.stdout
@@ -353,8 +326,61 @@ def test_a_study_maximises_a_precision_and_ends_where_points_repeat(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_pruned_training_has_no_test_and_compare_reads_the_sweep_while_it_runs(devices, tmp_path, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    from test_ranks import TINY as TRAINED
+
+    from simsearch.comparison.runs import expand, read_all
+    from simsearch.journal import open_storage
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    sweep = tmp_path / "sweep"
+    study = ("hydra/sweeper=optuna", "hydra/sweeper/pruner=halving", "hydra.sweeper.pruner.reduction_factor=2")
+    study += ("hydra.sweeper.n_trials=4", "hydra.sweeper.sampler.seed=0", "optimizer.lr=tag(log,interval(1e-6,1e-2))")
+    length = ("trainer=training-ddp", f"trainer.devices={devices}", "trainer.max_steps=8", "trainer.precision=32-true")
+    length += ("trainer.check_val_every_n_epoch=1", "catalog.write=false", "logger.mode=disabled")
+    command = [sys.executable, "-m", "simsearch", "train", "-m", *TRAINED, *length, *study]
+    process = subprocess.Popen(
+        [*command, "objective=val/mAP", f"hydra.sweep.dir={sweep}"],
+        cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    reader = threading.Thread(target=lambda: said.append(process.communicate()[0]))
+    said: list[str] = []
+    reader.start()
+    looks = 0
+    while process.poll() is None:  # reading never meets a folder that it cannot read
+        if any(sweep.glob("*/config.yaml")):
+            _, missing = read_all(expand([str(sweep)]))
+            assert {one.state for one in missing} <= {"unfinished"}, missing
+            looks += 1
+        time.sleep(0.2)
+    reader.join()
+    assert process.returncode == 0, said[0]
+    assert looks > 0
+    trials = sweeps.read_trials(sweep)
+    states = {about["folder"]: about["state"] for about in trials}
+    assert set(states.values()) == {"finished", "pruned"}
+    results, missing = read_all(expand([str(sweep)]))
+    assert {result.name for result in results} == {name for name, state in states.items() if state == "finished"}
+    assert {one.name for one in missing if "it was pruned at step" in one.reason} == states.keys() - {
+        result.name for result in results
+    }
+    found = optuna.load_study(study_name="sweep", storage=open_storage(str(sweep / "study.journal")))
+    for about in trials:
+        trial = found.trials[about["numbers"][0]]
+        stages = read_json(sweep / about["folder"] / "metrics.json")
+        assert ("test" in stages) == (about["state"] == "finished")
+        assert trial.state.name == {"finished": "COMPLETE", "pruned": "PRUNED"}[about["state"]]
+        assert list(trial.intermediate_values) == list(range(1, len(trial.intermediate_values) + 1))
+        if about["state"] == "pruned":
+            assert about["pruned"]["step"] < 8
+            assert trial.value == about["pruned"]["value"] == stages["val"]["metrics"]["mAP"]
+
+
+@pytest.mark.slow
 def test_a_killed_study_goes_on(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    pytest.importorskip("optuna")
     study = ("sweep=tpe-quality-bytes", "hydra.sweeper.n_trials=5", "hydra.sweep.dir=${run_root}/tpe")
     study += ("~hydra.sweeper.params.index", "~hydra.sweeper.params.pooling", "data.works=8")
     first = train(tmp_path, *study)

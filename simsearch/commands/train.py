@@ -21,6 +21,7 @@ from tqdm import tqdm
 from simsearch import (
     configs,
     launch,
+    optuna_sweeper,
     program,
     results,
     run_directory,
@@ -34,6 +35,7 @@ from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.callbacks.interruption import Interruption
 from simsearch.callbacks.neighbours import NeighbourFigure
 from simsearch.callbacks.precision_recall import PrecisionRecall
+from simsearch.callbacks.pruning import Pruning
 from simsearch.callbacks.training import LastValidation, last_checkpoint
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.evaluation.evaluate import Evaluation
@@ -45,6 +47,7 @@ from simsearch.search.item_tables import item_table
 from simsearch.search.writing import write_catalog
 
 THUMBNAIL_SIDE = 128
+optuna_sweeper.register()
 _LOG = logging.getLogger(__name__)
 
 
@@ -65,6 +68,8 @@ def main(config: DictConfig) -> Any:
     if launch.is_rank() and not launch.is_slurm_rank():
         raise ValueError("simsearch train starts its ranks itself: do not use torchrun, give trainer.devices=2 or auto")
     with launch.as_found(), sweeps.trial(config) as trial:
+        if trial is not None and trial.pruned and trial.finished:
+            return None
         if trial is not None and trial.finished:
             sweeps.check_same_data(trial.folder, config)
             return sweeps.objectives(trial.folder, config.objective)
@@ -80,6 +85,9 @@ def main(config: DictConfig) -> Any:
                 launch.run_ranks(run.folder, ranks, trusted=run.trusted)
             else:
                 train_run(run)
+        if trial is not None and (pruned := read_json(run.folder / "run.json").get("pruned")):
+            trial.pruned = pruned
+            return None
         values = sweeps.objectives(run.folder, run.config["objective"])
         if trial is not None:
             trial.values = values
@@ -99,10 +107,23 @@ def train_run(run: saved_run.Run) -> None:
         status = "failed"
         try:
             tracking.log_inputs(loggers, run, data.collection)
-            train(run, data, model, loggers, [interruption])
+            train(run, data, model, loggers, [interruption, *pruning_callbacks()])
             status = "success"
         finally:
             tracking.finish_loggers(loggers, status)
+
+
+def pruning_callbacks() -> list[Pruning]:
+    """The callback that reports this trial of a sweep to its study. Empty if nothing may prune it."""
+    about = sweeps.pruned_by()
+    if about is None:
+        return []
+    if launch.rank() != 0:
+        return [Pruning(about["monitor"], lambda value, validation: False)]
+    from simsearch.journal import Reporter  # Optuna comes with an extra
+
+    reporter = Reporter(about["storage"], about["study"], about["number"], configs.build(about["pruner"]))
+    return [Pruning(about["monitor"], reporter)]
 
 
 def train(
@@ -113,6 +134,8 @@ def train(
     callbacks: Sequence[pl.Callback] = (),
 ) -> None:
     """Fits the model of a run and tests its best checkpoint. Rank 0 writes figures and catalog and prints the table.
+
+    A trial that is pruned ends after the fit; run.json says so.
 
     Args:
         run: The run.
@@ -133,12 +156,17 @@ def train(
     go_on = run.resumed and last.is_file()
     if go_on and not zipfile.is_zipfile(check_zip(last)):
         raise Damaged(f"{last} is not a checkpoint or is damaged: delete it, and resume=true trains from the beginning")
+    pruning = next((callback for callback in callbacks if isinstance(callback, Pruning)), None)
     start = time.perf_counter()
     try:
         trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)
     finally:
         if trainer.is_global_zero:
-            run_directory.note_training(run.folder, time.perf_counter() - start, trainer, model)
+            pruned = None if pruning is None else pruning.pruned
+            run_directory.note_training(run.folder, time.perf_counter() - start, trainer, model, pruned)
+    if pruning is not None and pruning.pruned is not None:
+        trainer.strategy.barrier()  # run.json says so
+        return
     if trainer.strategy.broadcast(not best.is_file() or not _was_chosen(trainer)):
         trainer.save_checkpoint(best, weights_only=False)  # the last weights are the result
     model.requires_grad_(False)  # frozen models run faster

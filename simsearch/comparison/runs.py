@@ -231,6 +231,8 @@ def read_run(folder: Path) -> Result | str:
     config = _mapping(run / "config.yaml")
     facts = _mapping(run / "run.json") if (run / "run.json").is_file() else {}
     note_change(run, "config.yaml", facts)
+    if isinstance(pruned := facts.get("pruned"), dict):
+        return f"it was pruned at step {pruned.get('step')}, {pruned.get('objective')} {pruned.get('value')}"
     if not (folder / "metrics.json").is_file():
         trained = any((run / "checkpoints").glob("*.ckpt"))
         return "it was not tested" + (" (there is a checkpoint: continue with resume=true)" if trained else "")

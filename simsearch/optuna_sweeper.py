@@ -1,0 +1,572 @@
+"""A Hydra sweeper on Optuna: workers take one trial after another of a study that they share.
+
+`hydra/sweeper=optuna` (conf/hydra/sweeper/optuna.yaml) has its settings. The folders of trials say what became of
+them; the study repeats it for Optuna. Thus a kill at any moment loses nothing: the next start tells the study what the
+folders know.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from filelock import FileLock, Timeout
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from simsearch import configs, program, saved_run, sweeps
+from simsearch.files import is_alive, read_json, write_json
+from simsearch.identity import identity
+from simsearch.text import warn
+
+if TYPE_CHECKING:
+    import optuna
+
+NAME = "hydra_plugins.simsearch.OptunaSweeper"  # Hydra takes plugins from this package only
+_LOCAL = ("BasicLauncher", "JoblibLauncher")  # processes of this machine, which are ours to start
+
+
+def register() -> None:
+    """Makes `hydra/sweeper=optuna` known to Hydra."""
+    Plugins.instance().class_name_to_class[NAME] = OptunaSweeper
+
+
+# --------------------------------------------------------------------------------------- what is searched
+
+
+def distributions(
+    params: Mapping[str, Any] | None, overrides: Sequence[str], loader: ConfigLoader | None = None
+) -> tuple[dict[str, optuna.distributions.BaseDistribution], list[str]]:
+    """The search space of a sweep, and the overrides that all its trials share.
+
+    Args:
+        params: The sweeper's `params`, or None.
+        overrides: Overrides of the command line. They take the place of `params` of the same key.
+        loader: Finds the options of a group, which glob(*) chooses among.
+
+    Raises:
+        ValueError: If a range or an interval is empty.
+    """
+    arguments = {name: f"{name}={value}" for name, value in (params or {}).items()}
+    arguments |= {text.partition("=")[0]: text for text in overrides}
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments.values()))
+    swept = {str(one.get_key_element()): _distribution(one) for one in parsed if one.is_sweep_override()}
+    shared = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
+    return swept, shared
+
+
+def _distribution(override: Override) -> optuna.distributions.BaseDistribution:
+    from optuna import distributions as kinds
+
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        low, high = value.start, value.end
+        log = "log" in value.tags
+        try:
+            if isinstance(low, int) and isinstance(high, int):
+                return kinds.IntDistribution(low, high, log=log)
+            return kinds.FloatDistribution(float(low or 0), float(high or 0), log=log)
+        except ValueError as error:
+            raise ValueError(f"{override.input_line}: {error}") from error
+    if isinstance(value, RangeSweep) and not value.shuffle:
+        numbers = sorted(float(text) for text in override.sweep_string_iterator())
+        if not numbers:
+            raise ValueError(f"{override.input_line}: the range is empty")
+        step = abs(value.step)
+        if all(isinstance(number, int) for number in (value.start, value.stop, value.step)):
+            return kinds.IntDistribution(int(numbers[0]), int(numbers[-1]), step=int(step))
+        return kinds.FloatDistribution(numbers[0], numbers[-1], step=float(step))
+    return kinds.CategoricalDistribution(list(override.sweep_string_iterator()))
+
+
+def point(
+    space: Mapping[str, optuna.distributions.BaseDistribution], overrides: Sequence[str]
+) -> dict[str, Any] | None:
+    """The parameters that a trial's overrides stand for. None if they do not lie in the search space.
+
+    Args:
+        space: The search space.
+        overrides: The overrides.
+    """
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    given = dict(text.split("=", 1) for text in overrides if "=" in text)
+    found = {}
+    for name, distribution in space.items():
+        try:
+            text = given[name]
+            value: Any = text
+            if not isinstance(distribution, CategoricalDistribution):
+                value = int(text) if isinstance(distribution, IntDistribution) else float(text)
+            if not distribution._contains(distribution.to_internal_repr(value)):
+                return None
+        except (LookupError, ValueError):
+            return None
+        found[name] = value
+    return found
+
+
+# ------------------------------------------------------------------------------------------ what runs jobs
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What came of a job: its folder, or None if its worker died, and an error that its folder does not know."""
+
+    folder: Path | None
+    error: str = ""
+
+
+class _Runner(Protocol):
+    def run(self, overrides: Sequence[str], number: int) -> _Job:
+        """Runs a job to its end."""
+
+    def close(self) -> None:
+        """Ends what runs jobs."""
+
+
+def _job(returned: JobReturn) -> _Job:
+    folder = Path(returned.hydra_cfg.hydra.runtime.output_dir) if returned.hydra_cfg is not None else None
+    failed = returned.status is JobStatus.FAILED
+    return _Job(folder, program.reason(returned._return_value) if failed else "")
+
+
+class _Launched:
+    """Jobs that a launcher of Hydra runs: in this process, or on a cluster."""
+
+    def __init__(self, launcher: Any) -> None:
+        self.launcher = launcher
+
+    def run(self, overrides: Sequence[str], number: int) -> _Job:
+        try:
+            (returned,) = self.launcher.launch([list(overrides)], initial_job_idx=number)
+        except Exception as error:
+            if type(error).__name__ == "UncompletedJobError":  # submitit's: the job died without a result
+                return _Job(None, " ".join(str(error).split()))
+            raise
+        return _job(returned)
+
+    def close(self) -> None:
+        pass
+
+
+class _Process:
+    """Jobs that a process of this machine runs one after another. After its death the next job gets a new one."""
+
+    def __init__(self, setting: Mapping[str, Any], share: int) -> None:
+        self.setting, self.share = setting, share
+        self.process: Any = None
+        self.pipe: Any = None
+
+    def run(self, overrides: Sequence[str], number: int) -> _Job:
+        try:
+            if self.process is None:
+                self._start()
+            self.pipe.send((list(overrides), number))
+            folder, error, fatal = self.pipe.recv()
+        except (EOFError, OSError):  # the process was killed
+            self.close()
+            return _Job(None)
+        if fatal:
+            raise ValueError(error)
+        return _Job(None if folder is None else Path(folder), error)
+
+    def _start(self) -> None:
+        import cloudpickle
+
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, self.share))
+        self.process.start()
+        theirs.close()
+        self.pipe.send_bytes(cloudpickle.dumps(self.setting))
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.pipe.close()
+            self.process.join()
+            self.process = None
+
+
+def _serve(pipe: Any, share: int) -> None:
+    """Runs the jobs that come through a pipe, until it is closed. If the parent dies, a job saves and ends."""
+    import cloudpickle
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all processes; a training listens to it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // share))
+    with suppress(EOFError, OSError):  # the sweep has ended
+        setting = cloudpickle.loads(pipe.recv_bytes())
+        Singleton.set_state(setting["singletons"])
+        launcher = BasicLauncher()
+        launcher.setup(**setting["job"])
+        while True:
+            overrides, number = pipe.recv()
+            pipe.send(_outcome(launcher, overrides, number))
+
+
+def _outcome(launcher: BasicLauncher, overrides: list[str], number: int) -> tuple[str | None, str, bool]:
+    """The folder of a job, an error that its folder does not know, and whether the job could not even begin."""
+    try:
+        (returned,) = launcher.launch([overrides], initial_job_idx=number)
+    except SystemExit:  # a training was told to stop; the sweep decides whether it goes on
+        return None, "", False
+    except Exception as error:
+        return None, program.reason(error), True
+    job = _job(returned)
+    return None if job.folder is None else str(job.folder), job.error, False
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# ------------------------------------------------------------------------------------------- the sweeper
+
+
+class OptunaSweeper(Sweeper):
+    """Runs `n_trials` trials that Optuna proposes, `n_jobs` at a time; a worker that is free takes the next.
+
+    Several processes may work on one study. With the basic launcher and one job at a time, trials run in this process;
+    with several, in processes of this machine. Other launchers (SLURM) get a job for each trial.
+
+    A trial that was cut off is continued first, under its number in the study. A failed trial is recorded as such, and
+    the sweep goes on.
+
+    Args:
+        sampler: Plain config of the sampler. Each trial gets a seed of its own from its seed and the trial's number,
+            so that a continued study proposes what an uninterrupted one would have.
+        pruner: Plain config of the pruner, or None.
+        direction: What to do with each objective: a word, or a list of several.
+        n_trials: Number of trials of the study.
+        n_jobs: Number of trials at a time.
+        study_name: Name of the study.
+        storage: Its address.
+        params: The search space.
+
+    Raises:
+        ValueError: If the numbers are below 1, or if trials of several objectives are to be pruned.
+    """
+
+    def __init__(
+        self,
+        sampler: Any,
+        direction: Any,
+        n_trials: int,
+        n_jobs: int,
+        study_name: str,
+        storage: str,
+        params: Any,
+        pruner: Any = None,
+    ) -> None:
+        for name, number in (("n_trials", n_trials), ("n_jobs", n_jobs)):
+            if number < 1:
+                raise ValueError(f"hydra.sweeper.{name}={number}: give 1 or more")
+        self.sampler, self.pruner = _plain(sampler), _plain(pruner)
+        self.directions = [direction] if isinstance(direction, str) else list(_plain(direction))
+        self.n_trials, self.n_jobs = n_trials, n_jobs
+        self.study_name, self.storage, self.params = study_name, storage, _plain(params)
+        self._mutex = threading.RLock()
+        self._stopping = False
+        self._left: list[optuna.trial.Trial] = []
+        self._error: BaseException | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Keeps what jobs need. Called by Hydra.
+
+        Args:
+            hydra_context: Hydra's context.
+            task_function: The function that jobs call.
+            config: The composed config.
+        """
+        self.job: dict[str, Any] = {"hydra_context": hydra_context, "task_function": task_function, "config": config}
+        self.folder = Path(config.hydra.sweep.dir)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Runs the trials that the study still lacks.
+
+        Args:
+            arguments: Overrides of the command line.
+
+        Raises:
+            ValueError: If the study does not fit the sweep.
+        """
+        import optuna
+
+        from simsearch.journal import open_storage
+
+        config, context = self.job["config"], self.job["hydra_context"]
+        self.space, self.shared = distributions(self.params, arguments, context.config_loader)
+        OmegaConf.save(config, self.folder / "multirun.yaml")
+        with self._alone():
+            self.study = optuna.create_study(
+                study_name=self.study_name,
+                storage=open_storage(self.storage),
+                directions=self.directions,
+                pruner=configs.build(self.pruner) if self.pruner else optuna.pruners.NopPruner(),
+                load_if_exists=True,
+            )
+            if (known := [one.name.lower() for one in self.study.directions]) != self.directions:
+                raise ValueError(f"the study {self.study_name} in {self.storage} is to {known}, not {self.directions}")
+            self._catch_up()
+        self._work(config.hydra.launcher["_target_"].rpartition(".")[2] in _LOCAL)
+        self._report()
+
+    # What the study is told
+
+    def _catch_up(self) -> None:
+        """Tells the study what the trials' folders know, and finds the trials to continue."""
+        import optuna
+
+        states = optuna.trial.TrialState
+        stored = sweeps.read_trials(self.folder)
+        self._check_data(stored)
+        folders: dict[int, Mapping[str, Any]] = {}
+        for one in stored:
+            folders |= dict.fromkeys(one.get("numbers", ()), one)
+        trials = self.study.get_trials(deepcopy=False)
+        for known in trials:
+            if known.state is not states.RUNNING:
+                continue
+            about: Mapping[str, Any] = folders.get(known.number, {})
+            if known.params != point(self.space, about.get("overrides", ())):  # of a study that is no more
+                about = {}
+            trial = optuna.trial.Trial(self.study, known._trial_id)
+            if about.get("state") in ("finished", "pruned", "failed"):
+                self._tell(trial, about)
+            elif not self._is_elsewhere(known, about):
+                self._left.append(trial)
+        for one in stored:  # of a study that is no more, or of a grid
+            numbers = [number for number in one.get("numbers", ()) if number < len(trials)]
+            if one["state"] in ("finished", "pruned") and not numbers:
+                self._add(one)
+
+    def _check_data(self, trials: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError if a finished trial was measured on other data than there are now.
+
+        Trials of equal data are checked together, with a config composed from this command line.
+        """
+        checked = set()
+        for about in trials:
+            folder, params = self.folder / about["folder"], point(self.space, about["overrides"])
+            if about["state"] != "finished" or params is None or not (folder / "metrics.json").is_file():
+                continue
+            stored = saved_run.read_run(folder).config
+            parts = identity({name: stored.get(name) for name in sweeps.MEASURED_ON})
+            if parts not in checked:
+                checked.add(parts)
+                loader, master = self.job["hydra_context"].config_loader, self.job["config"]
+                config = loader.load_sweep_config(master, self._overrides(params))
+                HydraConfig.instance().set_config(config)
+                sweeps.check_same_data(folder, OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+
+    def _overrides(self, params: Mapping[str, Any]) -> list[str]:
+        return [*(f"{name}={value}" for name, value in params.items()), *self.shared]
+
+    def _is_elsewhere(self, known: optuna.trial.FrozenTrial, about: Mapping[str, Any]) -> bool:
+        """Whether another process works on a trial."""
+        host, _, pid = known.user_attrs.get("process", "").partition(":")
+        if host == socket.gethostname():
+            return is_alive(int(pid)) and int(pid) != os.getpid()
+        if not about:
+            return False  # if it is about to begin all the same, its folder is locked
+        lock = FileLock(self.folder / about["folder"] / ".lock")
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def _add(self, about: Mapping[str, Any]) -> None:
+        """Adds a trial to the study that it does not know."""
+        import optuna
+
+        params, pruned = point(self.space, about["overrides"]), about.get("pruned")
+        others = [text for text in about["overrides"] if text.partition("=")[0] not in self.space]
+        values = about["values"] if isinstance(about["values"], list) else [about["values"]]
+        values = [pruned["value"]] if pruned else values
+        if params is None or not _same(others, self.shared) or len(values) != len(self.directions) or None in values:
+            return
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                params=params,
+                distributions=dict(self.space),
+                values=values,
+                state=optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.COMPLETE,
+                intermediate_values={pruned["validation"]: pruned["value"]} if pruned else None,
+            )
+        )
+        stored = {name: value for name, value in about.items() if name != "folder"}
+        number = len(self.study.get_trials(deepcopy=False)) - 1
+        write_json(self.folder / about["folder"] / "trial.json", stored | {"numbers": [number]})
+
+    def _tell(self, trial: optuna.trial.Trial, about: Mapping[str, Any]) -> None:
+        """Tells the study how a trial ended, by its trial.json."""
+        import optuna
+
+        states = optuna.trial.TrialState
+        with self._mutex:
+            if _is_over(trial):  # another process had it too, and was first
+                return
+            tell = partial(self.study.tell, trial, skip_if_finished=True)
+            values = about["values"] if isinstance(about["values"], list) else [about["values"]]
+            if about["state"] == "pruned":
+                if trial.storage.get_trial(trial._trial_id).last_step is None:  # a point that came twice
+                    trial.report(about["pruned"]["value"], about["pruned"]["validation"])
+                tell(state=states.PRUNED)
+            elif about["state"] == "finished" and None not in values:
+                tell(values)
+            else:
+                trial.set_user_attr("error", about.get("error") or "it returned no value")
+                tell(state=states.FAIL)
+
+    # What workers do
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process of the sweep asks for a trial meanwhile."""
+        with self._mutex, FileLock(self.folder / ".study.lock"):
+            yield
+
+    def _ask(self) -> tuple[optuna.trial.Trial, list[str]] | None:
+        """The next trial with its overrides. None if there is none."""
+        with self._alone():
+            if self._stopping:
+                return None
+            self._left = [trial for trial in self._left if not _is_over(trial)]
+            if self._left:
+                trial = self._left.pop(0)
+            else:
+                number = len(self.study.get_trials(deepcopy=False))
+                if number >= self.n_trials:
+                    return None
+                self.study.sampler = configs.build(_with_seed(self.sampler, number))
+                trial = self.study.ask()
+            trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
+            values = {name: trial._suggest(name, distribution) for name, distribution in self.space.items()}
+        return trial, self._overrides(values)
+
+    def _work(self, local: bool) -> None:
+        """Runs trials with all workers until none is left.
+
+        Args:
+            local: True for processes of this machine.
+        """
+        if local and self.n_jobs == 1:
+            launcher = BasicLauncher()
+            launcher.setup(**self.job)
+            self._take(_Launched(launcher))
+        else:
+            if local:
+                setting = {"singletons": Singleton.get_state(), "job": self.job}
+                runners: list[_Runner] = [_Process(setting, self.n_jobs) for _ in range(self.n_jobs)]
+            else:
+                launcher = Plugins.instance().instantiate_launcher(**self.job)
+                runners = [_Launched(launcher) for _ in range(self.n_jobs)]
+            workers = [threading.Thread(target=self._guarded, args=(one,), daemon=True) for one in runners]
+            for worker in workers:
+                worker.start()
+            try:
+                for worker in workers:
+                    worker.join()
+            except KeyboardInterrupt:  # Ctrl-C, which the processes have got too
+                self._stopping = True
+                if local:
+                    print("waiting for trials to save; press Ctrl-C again to end at once", file=sys.stderr)
+                    try:
+                        for worker in workers:
+                            worker.join()
+                    finally:
+                        for runner in runners:
+                            if isinstance(runner, _Process) and runner.process is not None:
+                                runner.process.kill()
+                raise SystemExit(130) from None
+            if self._error is not None:
+                raise self._error
+
+    def _guarded(self, runner: _Runner) -> None:
+        try:
+            self._take(runner)
+        except BaseException as error:
+            self._stopping, self._error = True, self._error or error
+        finally:
+            runner.close()
+
+    def _take(self, runner: _Runner) -> None:
+        """Runs one trial after another."""
+        while asked := self._ask():
+            trial, overrides = asked
+            try:
+                job = runner.run(overrides, trial.number)
+            except Exception as error:  # the config cannot be composed: so it is with all trials, or nearly
+                self._tell(trial, {"state": "failed", "values": None, "error": program.reason(error)})
+                raise
+            path = None if job.folder is None else job.folder / "trial.json"
+            about = read_json(path) if path is not None and path.is_file() else {}
+            if job.error and job.folder is not None:  # and its folder does not know, so that nobody else will say it
+                warn(f"failed: {' '.join(overrides)}: {job.error}")
+                self._tell(trial, {"state": "failed", "values": None, "error": job.error})
+            elif about.get("state") in ("finished", "pruned", "failed"):
+                self._tell(trial, about)
+            else:  # it stays a running one in the study, and is continued by the next start
+                warn(f"cut off: trial {trial.number} ({' '.join(overrides)}){f': {job.error}' if job.error else ''}")
+
+    def _report(self) -> None:
+        """Writes the best parameters, or the Pareto front, to optimization_results.yaml."""
+        import optuna
+
+        ended = [optuna.trial.TrialState.COMPLETE]
+        if not self.study.get_trials(deepcopy=False, states=ended):
+            return
+        best = self.study.best_trials
+        if len(self.directions) == 1:
+            results: dict[str, Any] = {"best_params": best[0].params, "best_value": best[0].value}
+        else:
+            results = {"solutions": [{"params": one.params, "values": one.values} for one in best]}
+        OmegaConf.save(OmegaConf.create({"name": "optuna", **results}), self.folder / "optimization_results.yaml")
+
+
+def _same(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether overrides are equal, apart from their order and how values are quoted."""
+    return sorted(sweeps.plan(None, one)[1]) == sorted(sweeps.plan(None, other)[1])
+
+
+def _is_over(trial: optuna.trial.Trial) -> bool:
+    return trial.storage.get_trial(trial._trial_id).state.is_finished()
+
+
+def _with_seed(sampler: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The sampler with a seed of its own for each trial, so that nothing depends on where a sweep was cut off."""
+    seed = sampler.get("seed")
+    if seed is None:
+        return dict(sampler)
+    return {**sampler, "seed": int(np.random.SeedSequence([seed, number]).generate_state(1)[0])}
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
