@@ -288,7 +288,7 @@ class OptunaSweeper(Sweeper):
             if number < 1:
                 raise ValueError(f"hydra.sweeper.{name}={number}: give 1 or more")
         self.sampler, self.pruner = _plain(sampler), _plain(pruner)
-        self.directions = [direction] if isinstance(direction, str) else list(_plain(direction))
+        self.directions: list[Any] = [direction] if isinstance(direction, str) else list(_plain(direction))
         self.n_trials, self.n_jobs = n_trials, n_jobs
         self.study_name, self.storage, self.params = study_name, storage, _plain(params)
         self._mutex = threading.RLock()
@@ -478,7 +478,7 @@ class OptunaSweeper(Sweeper):
             local: True for processes of this machine.
         """
         if local and self.n_jobs == 1:
-            launcher = BasicLauncher()
+            launcher: Any = BasicLauncher()
             launcher.setup(**self.job)
             self._take(_Launched(launcher))
         else:
