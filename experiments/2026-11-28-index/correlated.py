@@ -69,7 +69,8 @@ def main() -> None:
     path = HERE / "correlated.csv"
     if path.is_file():
         with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["name"] != given["name"]] + rows
+            new = (given["name"], str(items))
+            rows = [row for row in csv.DictReader(file) if (row["name"], row["items"]) != new] + rows
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[-1]), lineterminator="\n")
         writer.writeheader()

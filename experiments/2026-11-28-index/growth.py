@@ -5,8 +5,8 @@
 
 A power law through two sizes foretold nothing at the third, so each quantity is a sum of parts whose counts are known:
 
-- a query in a batch: comparisons with the lists' centres, codes in the visited lists, candidates that are refined, and
-  what each query costs anyway;
+- a query in a batch: comparisons with the lists' centres, codes in the visited lists, candidates that are refined, each
+  of which costs more with each decade of items, since its code lies further from the processor, and a constant;
 - building: the same products for the training of the centres (10 turns over 39 items a list) and for the assignment of
   all items, at a rate of BLAS that is measured here; the rest grows with the items; choosing costs a constant;
 - bytes of the file and of memory: so many for each item.
@@ -37,12 +37,14 @@ from simsearch.index.faiss_index import FaissIndex
 PROBES, FACTORS, K, FAR = (1, 4, 16, 64), (4, 16, 64, 128), 10, 1_000_000_000
 FAR_PROBES, FAR_FACTOR = 8, 512  # of a billion, if candidates go on to double from size to size
 TURNS, PER_LIST = 10, 39
-PARTS = ("centres", "codes", "candidates", "constant")
+PARTS = ("centres", "codes", "candidates", "candidates, by decades above 10^5", "constant")
 
 
 def counts(items: float, lists: float, nprobe: float, factor: float) -> np.ndarray:
-    """How much of each part a query in a batch costs, float64 (4,)."""
-    return np.array([lists, nprobe * items / lists, factor * K, 1.0])
+    """How much of each part a query in a batch costs, float64 (5,)."""
+    visited = nprobe * items / lists
+    refined = min(factor * K, visited)
+    return np.array([lists, visited, refined, refined * np.log10(items / 1e5), 1.0])
 
 
 def costs(work: Path) -> None:
