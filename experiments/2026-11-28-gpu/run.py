@@ -263,7 +263,7 @@ def wide(name: str) -> None:
 def hashing(seed: int) -> None:
     name = f"hashing-{seed}"
     classes = ["loss.classes=16"] if STUDY.small else []
-    STUDY.train(name, *HASHING, f"seed={seed}", *classes, limit=240)
+    STUDY.train(name, *HASHING, f"seed={seed}", *classes, limit=420)
     names = [f"hashing-{one}" for one in SEEDS]
     STUDY.pack("hashing", *names, bare=names[1:])
 
