@@ -253,3 +253,16 @@ def test_chunked_columns_share_their_values():
     assert table["x"].num_chunks == 2
     assert select(table, parse_filters("x=b")).tolist() == [False, True, True, False, False]
     assert select(table.slice(0, 0), ()).tolist() == []
+
+
+@given(st.lists(st.lists(st.sampled_from(["Monet", "monet", "", " ", None, "1850", "ö"]), max_size=5), max_size=6))
+@settings(deadline=None)
+def test_a_column_in_pieces_is_coded_as_a_whole(pieces):
+    """Segments and blocks of a catalog are pieces of one table."""
+    table = pa.table({"artist": pa.chunked_array([pa.array(piece, pa.string()) for piece in pieces], pa.string())})
+    column = Attributes(table).column("artist")
+    texts = [text for piece in pieces for text in piece]
+    assert len(column.values) == len(set(column.values)) == len(set(texts) - {None, "", " "})
+    assert [None if code < 0 else column.values[code] for code in column.codes.tolist()] == [
+        text if text and text.strip() else None for text in texts
+    ]

@@ -278,11 +278,12 @@ class _Column:
             column = pc.if_else(pc.is_nan(column), None, column)
         text = column if pa.types.is_string(column.type) else column.cast(pa.string())
         text = pc.if_else(pc.equal(pc.utf8_trim_whitespace(text), ""), None, text)
-        encoded = pa.chunked_array(text.dictionary_encode()).unify_dictionaries().combine_chunks()
-        if isinstance(encoded, pa.ChunkedArray):  # combine_chunks of older releases
-            encoded = encoded.chunk(0) if encoded.num_chunks else pa.array([], pa.string()).dictionary_encode()
-        self.distinct: pa.Array = encoded.dictionary
-        self.codes: np.ndarray = encoded.indices.fill_null(_UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
+        # Arrow gives all pieces the one dictionary of the whole. To unify them all the same takes pieces x values.
+        pieces = pa.chunked_array(text.dictionary_encode()).chunks or [pa.array([], pa.string()).dictionary_encode()]
+        self.distinct: pa.Array = pieces[-1].dictionary
+        self.codes: np.ndarray = np.concatenate(
+            [piece.indices.fill_null(_UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32) for piece in pieces]
+        )
 
     @cached_property
     def values(self) -> list[str]:
