@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -29,6 +30,8 @@ import pytest
 import torch
 import uvicorn
 from conftest import change_items, scan_bomb, start_forkserver
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from starlette.exceptions import HTTPException
 from torch import Tensor, nn
@@ -48,6 +51,7 @@ from simsearch.search.item_tables import item_table
 from simsearch.search.items import ThumbnailGroups
 from simsearch.search.verification import Verification
 from simsearch.search.writing import write_catalog
+from simsearch.serving import browse
 from simsearch.serving import service as service_module
 from simsearch.serving.app import PAGE, create_app
 from simsearch.serving.browse import Listing
@@ -56,6 +60,7 @@ from simsearch.serving.guard import JSON_BYTES, cost, host_name
 from simsearch.serving.library import Library, Source, Thumbnails, read_inside
 from simsearch.serving.limits import Account, Busy, Limits, TokenBuckets, client_address
 from simsearch.serving.uploads import Upload, UploadFolder, Uploads, decoded
+from simsearch.text import folded
 
 N = 24
 MODEL = {
@@ -1775,3 +1780,20 @@ def test_replies_have_no_nan():
 
     body = Reply({"a": float("nan"), "b": [float("inf"), 1.5], "c": "é"}).body
     assert json.loads(body) == {"a": None, "b": [None, 1.5], "c": "é"}
+
+
+@given(st.lists(st.sampled_from(["A Head", "Café de nuit", "the head of a man", "Nuit", None]), min_size=1), st.data())
+@settings(deadline=None)
+def test_a_search_for_words_finds_what_a_loop_finds(titles, data):
+    years = [str(1800 + i % 3) for i in range(len(titles))]
+    listing = Listing(Attributes(pa.table({"title": titles, "year": years})))
+    words = data.draw(st.lists(st.sampled_from(["head", "a", "nuit", "cafe", "man", "x"]), max_size=3))
+    where = data.draw(st.sampled_from([(), (Condition("year", ("1800",)),)]))
+    with mock.patch.object(browse, "_FEW", data.draw(st.sampled_from([1, 8, 10**9]))):
+        count, found = listing.page(text=" ".join(words), where=where, seed=None, offset=0, limit=100)
+    expected = [
+        i
+        for i, title in enumerate(titles)
+        if all(word in folded(title or "") for word in words) and (not where or years[i] == "1800")
+    ]
+    assert (count, found) == (len(expected), expected[:100])

@@ -19,6 +19,7 @@ from simsearch.text import folded
 
 _WORDS = ("title", "artist", "label", "name")  # columns that a search by words looks into, where there are any
 _TECHNICAL = ("path", "sha1", "sha256", "width", "height")
+_FEW = 8  # one of so many items or fewer are looked at alone
 _BLOCK = 2**16  # values that are strings of Python at once
 _ORDERS = 16  # that are remembered, for the next pages of a list
 
@@ -118,15 +119,16 @@ class Listing:
         return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
     def _order(self, text: str, where: tuple[Condition, ...], seed: int | None) -> np.ndarray:
-        chosen = np.ones(len(self.items), dtype=bool)
-        if where:
-            chosen &= self.filters.select(where).numpy()
-        for word in folded(text).split():
+        order = self.filters.selection(where).positions if where else np.arange(len(self.items), dtype=np.int32)
+        for word in sorted(folded(text).split(), key=len, reverse=True):  # long words are rare: the others look at less
             if self._words is None:
-                chosen[:] = False
+                order = order[:0]
+            elif _FEW * len(order) > len(self.items):
+                order = order[pc.match_substring(self._words, word).to_numpy(zero_copy_only=False)[order]]
             else:
-                chosen &= pc.match_substring(self._words, word).to_numpy(zero_copy_only=False)
-        order = np.flatnonzero(chosen).astype(np.int32)
+                words = self._words.take(pa.array(order))
+                order = order[pc.match_substring(words, word).to_numpy(zero_copy_only=False)]
+        order = order.astype(np.int32, copy=False)
         return order if seed is None else np.random.default_rng(abs(seed)).permutation(order)
 
     def _counted(self, attribute: str) -> tuple[list[Any], list[int], pa.Array]:
