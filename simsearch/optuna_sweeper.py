@@ -261,13 +261,13 @@ class OptunaSweeper(Sweeper):
     Args:
         sampler: Plain config of the sampler. Each trial gets a seed of its own from its seed and the trial's number,
             so that a continued study proposes what an uninterrupted one would have.
-        pruner: Plain config of the pruner, or None.
         direction: What to do with each objective: a word, or a list of several.
         n_trials: Number of trials of the study.
         n_jobs: Number of trials at a time.
         study_name: Name of the study.
         storage: Its address.
         params: The search space.
+        pruner: Plain config of the pruner, or None.
 
     Raises:
         ValueError: If the numbers are below 1, or if trials of several objectives are to be pruned.

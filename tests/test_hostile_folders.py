@@ -151,6 +151,8 @@ def hostile_run(source: Path, folder: Path, place: str, value: object) -> tuple[
 def conf_targets() -> set[str]:
     found = set()
     for path in CONF.rglob("*.yaml"):
+        if path.relative_to(CONF).parts[0] == "hydra":  # launchers and sweepers, which are no part of a run's config
+            continue
         found |= {str(target) for _, target in trust.targets(yaml.safe_load(path.read_text()))}
     return found
 
