@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_kills import is_change
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from simsearch.data.manifest import Manifest
 from simsearch.files import sha256, write_json
@@ -364,6 +366,7 @@ def run(work: Callable[[], object], below: Path, at: int = 0, after: float | Non
                 if count.value == at:
                     os.kill(os.getpid(), signal.SIGKILL)
 
+        tqdm.set_lock(threading.RLock())  # a kill would leave the one that is shared with this process locked
         sys.addaudithook(strike)
         work()
 
