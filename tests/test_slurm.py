@@ -209,7 +209,7 @@ def test_jobs_of_a_cluster_share_a_study(slurm, tmp_path):
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         until(lambda: list(sweep.glob("*/checkpoints/last.ckpt")), process)
-        (job, *_) = slurm("squeue", "--noheader", "--states=RUNNING", "--format=%F_%K")
+        (job, *_) = slurm("squeue", "--noheader", "--states=RUNNING", "--format=%i")
         slurm("scancel", "--signal=KILL", job)
         output, _ = process.communicate(timeout=900)
     assert process.returncode == 1, output
