@@ -594,16 +594,62 @@ def test_what_cannot_be_started_from_is_named(short_code, hashed, tmp_path):
         assert re.search(message, done.stderr)
 
 
-def test_a_cached_backbone_trains_its_head_only_and_refuses_other_weights(hashed, tmp_path):
-    cached = (
-        f"model.cache={{_target_: simsearch.cache.ArrayCache, root: {tmp_path / 'cache'}}}",
-        *("data.augment=null", "trainer.max_steps=3", "loss=greedyhash", "scheduler=constant", "backbone.size=64"),
+def cached(folder: Path) -> tuple[str, ...]:
+    return (
+        f"model.cache={{_target_: simsearch.cache.ArrayCache, root: {folder / 'cache'}}}",
+        *("data.augment=null", "loss=greedyhash", "scheduler=constant", "catalog.write=false"),
     )
-    run = tmp_path / "run"
-    train(run, *HASHING, *cached)
+
+
+def test_a_cached_backbone_trains_its_head_only(tmp_path):
+    run, arguments = tmp_path / "run", (*HASHING, *cached(tmp_path), "backbone.size=64", "trainer.max_steps=3")
+    train(run, *arguments)
     assert {group["lr"] for group in checkpoint(run)["optimizer_states"][0]["param_groups"]} == {0.1}
     simsearch("evaluate", f"run={run}", f"run_dir={tmp_path / 'again'}")
     assert numbers(tmp_path / "again")["test"]["metrics"] == numbers(run)["test"]["metrics"]
-    refused = train(tmp_path / "other", *HASHING, *cached, f"model.start={hashed}", expect=1)
-    assert "model.cache keeps maps of other weights" in refused.stderr
-    train(tmp_path / "longer", *HASHING, *cached, f"model.start={run}", "model.network.bits=16", "catalog.write=false")
+    train(tmp_path / "longer", *arguments, f"model.start={run}", "model.network.bits=16")
+
+
+SMALL = (
+    *("model=hashing", "backbone=cifar", "backbone.width=24", "backbone.size=32", "pooling=mac"),
+    *("sampler.batch_size=8", "model.network.bits=8", "scheduler=constant", "optimizer.lr=1e-4"),
+)
+
+
+def test_a_head_learns_on_the_frozen_backbone_of_a_run(tmp_path):
+    """Its features are those of that run's weights, also where a training goes on and where it is measured again."""
+    run, whole, resumed = (tmp_path / name for name in ("run", "whole", "resumed"))
+    train(run, *SMALL, "trainer.max_steps=4", "catalog.write=false")
+    arguments = (*SMALL, *cached(tmp_path), "model.network.hidden=12", f"model.start={run}")
+    train(whole, *arguments, "trainer.max_steps=4")
+    begun, got = checkpoint(run, "best")["state_dict"], checkpoint(whole)["state_dict"]
+    backbone = [name for name in begun if name.startswith("network.backbone.")]
+    assert len(backbone) > 20
+    assert all(torch.equal(got[name], begun[name]) for name in backbone)
+    kept = sorted((tmp_path / "cache").iterdir())
+
+    train(resumed, *arguments, "trainer.max_steps=2")
+    simsearch("train", "resume=true", f"run_dir={resumed}", "trainer.max_steps=4")
+    assert checkpoint(resumed)["global_step"] == 4
+    again = checkpoint(resumed)["state_dict"]
+    assert again.keys() == got.keys()
+    assert all(torch.equal(again[name], got[name]) for name in got)
+    assert sorted((tmp_path / "cache").iterdir()) == kept  # the same features in all three
+
+    simsearch("evaluate", f"run={whole}", f"run_dir={tmp_path / 'measured'}")
+    direct, stored = (numbers(folder)["test"]["metrics"]["mAP"] for folder in (tmp_path / "measured", whole))
+    assert direct == pytest.approx(stored, abs=0.02)  # the kept features are float16
+    start = read_json(whole / "metrics.json")["test"]["model"]
+    assert start["weights"] == "trained"
+    assert start["start"] == str(run)
+
+
+def test_features_of_an_untrained_or_another_backbone_are_not_kept(hashed, tmp_path):
+    arguments = (*SMALL, *cached(tmp_path), "trainer.max_steps=1")
+    assert "name the run that trained it in model.start" in train(tmp_path / "none", *arguments, expect=1).stderr
+    refused = train(tmp_path / "other", *HASHING, *cached(tmp_path), f"model.start={tmp_path / 'small'}", expect=1)
+    assert "no weights at" in refused.stderr
+    wide = (*arguments, "backbone.width=32")
+    train(tmp_path / "small", *SMALL, "trainer.max_steps=1", "catalog.write=false")
+    refused = train(tmp_path / "wide", *wide, f"model.start={tmp_path / 'small'}", expect=1).stderr
+    assert re.search(r"keeps the features of a whole backbone, but \d+ of its tensors are not in .*small", refused)

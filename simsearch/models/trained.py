@@ -132,8 +132,8 @@ class TrainedRetriever(DescribesBatches):
             and backward one after another (the streams of Gordo et al. 2016). Gradients are those of the whole batch if
             there is no dropout and batch normalisation is frozen. None for the whole batch at once.
         cache: Trains on a frozen backbone, whose maps of the whole collection are computed once, kept in this cache and
-            pooled in memory. Images cannot be augmented then, and images of several shapes need pooling with one
-            region. None for no cache.
+            pooled in memory. With `start`, the backbone has the weights of that run. Images cannot be augmented then,
+            and images of several shapes need pooling with one region. None for no cache.
         gather: Whether the loss sees the embeddings of all ranks. Its gradient is then that of one large batch.
 
     Raises:
@@ -179,8 +179,11 @@ class TrainedRetriever(DescribesBatches):
             if getattr(network, "views", "one") != "one":
                 raise ValueError("model.cache keeps features of one view: set it to null, or model.network.views=one")
             backbone = cast(OnMaps, network).backbone
-            if hasattr(backbone.network, "prepare"):
-                raise ValueError("model.cache: this backbone is fitted to the training images: train it instead")
+            if start is None and hasattr(backbone.network, "prepare"):
+                raise ValueError(
+                    "model.cache keeps the features of a trained backbone, and this one has random weights: name the "
+                    "run that trained it in model.start, or train it here with model.cache=null"
+                )
             backbone.requires_grad_(False)
             for name, module in network.named_modules():
                 if name.endswith("pooling") and any(p.requires_grad for p in module.parameters()):
@@ -245,14 +248,18 @@ class TrainedRetriever(DescribesBatches):
         data.whole_batches = True
         if isinstance(data.collection.images, Ragged):
             self._check_ragged(stage)
+        resumed = self.trainer.ckpt_path
+        begins = stage == "fit" and not resumed
+        known = self._start_tensors(Path(self.start)) if begins and self.start is not None else {}
         if self.cache is not None and self._pooled is None:
             if data.augment is not None:
                 raise ValueError("data.augment changes images whose maps model.cache keeps: set one of the two to null")
+            if self.start is not None and (begins or resumed):  # a model that is only measured has its tensors
+                self._fill_backbone(known if begins else self._fitting(Path(str(resumed))))
             self.network.to(self.trainer.strategy.root_device)
             self._pooled = pooled_features(cast(OnMaps, self.network.eval()), data.collection, self.cache)
-        if stage != "fit" or self.trainer.ckpt_path:
+        if not begins:
             return  # the checkpoint of a resumed run has all this
-        known = {} if self.start is None else self._start_tensors(Path(self.start))
         self.network.load_state_dict(known, strict=False)  # `prepare` may depend on these tensors
         self.network.to(self.trainer.strategy.root_device)
         if self._pooled is not None and hasattr(self.network, "prepare_regions"):
@@ -293,24 +300,40 @@ class TrainedRetriever(DescribesBatches):
     def _start_tensors(self, path: Path) -> dict[str, Tensor]:
         """The tensors of a run or checkpoint that fit the network. Raises ValueError if none does."""
         file = path / "checkpoints" / "best.ckpt" if path.is_dir() else path
-        saved = {n.removeprefix("network."): v for n, v in load_state(file).items() if not n.startswith("loss.")}
-        own = self.network.state_dict()
-        fits = {n: v for n, v in saved.items() if n in own and own[n].shape == v.shape}
+        fits = self._fitting(file)
         if not any(n in dict(self.network.named_parameters()) for n in fits):
             raise ValueError(
                 f"model.start: no tensor of {file} fits this network: give a run or checkpoint of simsearch train; "
                 "other pretrained weights go to backbone.weights="
             )
-        if self.cache is not None and any(
-            n.startswith("backbone.") and not v.equal(own[n].cpu()) for n, v in fits.items()
-        ):
-            raise ValueError(
-                f"model.cache keeps maps of other weights than those of the backbone in {file}: set it to null"
-            )
-        new = sorted(set(own) - set(fits))
+        new = sorted(set(self.network.state_dict()) - set(fits))
         if self.trainer.is_global_zero:
             print(f"starting from {file}: {len(fits)} tensors; new: {', '.join(new[:4]) or 'none'}", file=sys.stderr)
         return fits
+
+    def _fitting(self, file: Path) -> dict[str, Tensor]:
+        """The tensors in a checkpoint of a name and shape that the network has."""
+        saved = {n.removeprefix("network."): v for n, v in load_state(file).items() if not n.startswith("loss.")}
+        own = self.network.state_dict()
+        return {n: v for n, v in saved.items() if n in own and own[n].shape == v.shape}
+
+    def _fill_backbone(self, known: Mapping[str, Tensor]) -> None:
+        """Gives the frozen backbone the tensors of `start`, before its features are computed.
+
+        Raises ValueError if some are missing.
+        """
+        backbone = self._on_maps.backbone
+        own = backbone.state_dict()
+        given = {n.removeprefix("backbone."): v for n, v in known.items() if n.startswith("backbone.")}
+        if missing := sorted(set(own) - set(given)):
+            raise ValueError(
+                f"model.cache keeps the features of a whole backbone, but {len(missing)} of its tensors are not in "
+                f"{self.start} or have another shape, first {missing[:3]}: set backbone= as in that run"
+            )
+        if any(not value.equal(own[name].cpu()) for name, value in given.items()):
+            backbone.load_state_dict(given)
+            facts = {name: value for name, value in backbone.provenance.items() if name != "sha256"}
+            backbone.provenance = facts | {"weights": cast(str, self.start)}
 
     def train(self, mode: bool = True) -> TrainedRetriever:
         """Sets the mode of the module. A cached backbone and frozen batch normalisation stay in evaluation mode.
