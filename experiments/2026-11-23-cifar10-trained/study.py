@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import re
 import statistics
 import sys
@@ -23,24 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
-import pyarrow.parquet as pq
-import torch
-from torch import Tensor
-from tqdm import tqdm
 
-from simsearch import configs, results, saved_run
+from simsearch import configs, saved_run
 from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.files import replacing
 from simsearch.functional.curves import RECALL_LEVELS, precision_recall_curve
-from simsearch.functional.significance import holm, paired_interval, paired_permutation
-from simsearch.identity import deciding
-from simsearch.studies.check import evaluation_folder
+from simsearch.results import RESULT_COLUMNS
 from simsearch.studies.rows import check_names, read_rows
 from simsearch.studies.runs import compose, find_run, finished_runs
+from simsearch.studies.tables import PAIRED_COLUMNS, measurements, paired_lines, result_lines, write_csv
 
 HERE = Path(__file__).parent
 RESULTS, PAIRED, CURVES, README = (HERE / n for n in ("results.csv", "paired.csv", "curves.csv", "README.md"))
-PAIRED_COLUMNS = ("row_a", "row_b", "protocol", "fingerprint", "difference", "low", "high", "p", "p_holm", "queries")
 CURVE_COLUMNS = ("row", "protocol", "fingerprint", "recall", "precision")
 METRICS = (
     *("mAP", "mAP_index_order", "mAP_pessimistic", "mAP_optimistic", "P@1", "P@10", "P@100", "R@10", "index/P@10"),
@@ -51,7 +44,6 @@ METRICS = (
 MAIN, RELEASE = "10k-50k", "dsh-release"
 FROZEN = "frozen-lite0-rmac-128d"  # the line to beat
 PAPER = {12: 0.6157, 24: 0.6512, 36: 0.6607, 48: 0.6755}  # DSH, Liu et al. 2016
-RESAMPLES = 20_000
 
 
 def main() -> None:
@@ -72,140 +64,15 @@ def main() -> None:
 # -------------------------------------------------------------------------------------------- collect
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A measurement of a finished run: of which row (its re-ranker or index behind a +) and seed, and where it lies."""
-
-    row: str
-    seed: int
-    folder: Path
-    seconds: float
-
-    @property
-    def stage(self) -> dict:
-        return json.loads((self.folder / "metrics.json").read_text())["test"]
-
-    @property
-    def changed(self) -> bool:
-        return "+" in self.row
-
-
-def found(root: Path) -> list[Measurement]:
-    """Measurements of all rows that lie in `root`; prints what does not."""
-    book = read_rows([HERE / "rows.yaml"])
-    runs = finished_runs(root)
-    measurements = []
-    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
-        for name, row in book.items():
-            if name.startswith("smoke-"):
-                continue
-            for seed in row.seeds:
-                run, config = find_run(book, name, seed, runs)
-                if run is None:
-                    print(f"no finished run of {name}, seed {seed}{nearest(config, runs)}", file=sys.stderr)
-                    continue
-                seconds = training_seconds(run.folder)
-                own = json.loads((run.folder / "metrics.json").read_text())["test"]["protocol"]
-                for measurement in row.expect:
-                    protocol, *extra = measurement.split()
-                    label = "+".join([name, *(word.partition("=")[2] for word in extra)])
-                    at_home = protocol == own and not extra
-                    folder = run.folder if at_home else evaluation_folder(run, measurement)
-                    if (folder / "metrics.json").is_file():
-                        measurements.append(Measurement(label, seed, folder, seconds))
-                    else:
-                        print(f"{name}, seed {seed}: {measurement} is not measured: reproduce the row", file=sys.stderr)
-    return measurements
-
-
-def nearest(config: dict | None, runs: dict[str, saved_run.Run]) -> str:
-    """Which finished run comes nearest to a config, and in what it differs."""
-    if config is None:
-        return ": its start row has none"
-    wanted = flat(deciding(config))
-    differences = []
-    for run in runs.values():
-        got = flat(deciding(run.config))
-        differences.append((sorted(k for k in wanted | got if wanted.get(k) != got.get(k)), run.folder.name))
-    if not differences:
-        return ""
-    keys, folder = min(differences, key=lambda pair: len(pair[0]))
-    return f"; {folder} differs in {', '.join(keys)}" if len(keys) <= 4 else ""
-
-
-def flat(node: dict, prefix: str = "") -> dict[str, object]:
-    """A nested dict by dotted keys."""
-    pairs: dict[str, object] = {}
-    for key, value in node.items():
-        pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return pairs
-
-
-def training_seconds(folder: Path) -> float:
-    """Wall seconds of a training; of older runs, which did not note them, from their start to the last test."""
-    about = json.loads((folder / "run.json").read_text())
-    if "train_seconds" in about:
-        return float(about["train_seconds"])
-    return max(0.0, (folder / "metrics.json").stat().st_mtime - (folder / "run.json").stat().st_mtime)
-
-
 def collect(root: Path) -> None:
     """Writes results.csv and paired.csv."""
-    measurements = found(root)
-    lines = []
-    for m in measurements:
-        command = f"simsearch reproduce row={m.row.partition('+')[0]} seeds=[{m.seed}]"
-        facts = {"row": m.row, "data": "cifar10", "seconds": m.seconds, "seed": m.seed, "command": command}
-        lines += results.result_lines(m.stage, METRICS, **facts)
-    write_csv(RESULTS, results.RESULT_COLUMNS, lines)
-    pairs = list(paired(measurements))
+    book = {name: row for name, row in read_rows([HERE / "rows.yaml"]).items() if not name.startswith("smoke-")}
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
+        measured = list(measurements(book, finished_runs(root)))
+    lines, pairs = result_lines(measured, METRICS), paired_lines(measured)
+    write_csv(RESULTS, RESULT_COLUMNS, lines)
     write_csv(PAIRED, PAIRED_COLUMNS, pairs)
-    print(f"{len(lines)} values of {len({m.row for m in measurements})} rows, {len(pairs)} pairs")
-
-
-def paired(measurements: Iterable[Measurement]) -> list[list[object]]:
-    """Paired tests of the first seed's AP, lines of paired.csv: each row against each one before it, and each
-    changed row against its own. Holm's correction counts all tests of a protocol."""
-    first: dict[tuple[str, str], Measurement] = {}
-    for m in measurements:
-        first.setdefault((m.row, m.stage["protocol"]), m)
-    by_protocol: dict[str, list[Measurement]] = {}
-    for (_, protocol), m in first.items():
-        by_protocol.setdefault(protocol, []).append(m)
-    lines = []
-    for protocol, group in by_protocol.items():
-        plain = [m for m in group if not m.changed]
-        tests = [(a, b) for b, a in itertools.combinations(plain, 2)]
-        tests += [(m, b) for m in group if m.changed for b in plain if b.row == m.row.partition("+")[0]]
-        values = {m.row: average_precisions(m) for m in group}
-        rows = []
-        for a, b in tqdm(tests, desc=f"paired tests, {protocol}"):
-            if a.stage["fingerprint"] != b.stage["fingerprint"]:
-                raise ValueError(f"{a.folder} and {b.folder} measure different {protocol}: they do not compare")
-            (rows_a, x), (rows_b, y) = values[a.row], values[b.row]
-            if not torch.equal(rows_a, rows_b):
-                raise ValueError(f"{a.folder} and {b.folder} have other queries: they do not compare")
-            p = paired_permutation(x, y, resamples=RESAMPLES)
-            rows.append([a.row, b.row, protocol, a.stage["fingerprint"], *paired_interval(x, y), p, len(x)])
-        adjusted = holm(torch.tensor([row[-2] for row in rows], dtype=torch.float64)).tolist()
-        lines += [[*row[:-1], p, row[-1]] for row, p in zip(rows, adjusted, strict=True)]
-    return lines
-
-
-def average_precisions(m: Measurement) -> tuple[Tensor, Tensor]:
-    """Query rows int64 (Q,) and their AP float64 (Q,), re-ranked where the measurement re-ranks."""
-    table = pq.read_table(m.folder / "per_query.parquet")
-    column = "rerank/AP" if "rerank/AP" in table.column_names else "AP"
-    index, value = (torch.from_numpy(table[name].to_numpy().copy()) for name in ("index", column))
-    order = index.argsort()
-    return index[order], value[order].double()
-
-
-def write_csv(path: Path, columns: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(lines)
+    print(f"{len(lines)} values of {len({m.label for m in measured})} rows, {len(pairs)} pairs")
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -328,7 +195,8 @@ def interval(values: Table, row: str, protocol: str, metric: str) -> str:
 
 def tables() -> None:
     """Writes the tables between their markers in README.md."""
-    values, pairs = read_values(read_csv(RESULTS)), read_csv(PAIRED)
+    values = read_values(read_csv(RESULTS))
+    pairs = [pair for pair in read_csv(PAIRED) if pair.get("metric", "mAP") == "mAP"]
     text = README.read_text(encoding="utf-8")
     made = {
         "dsh": dsh_table(values),
@@ -456,7 +324,7 @@ def paired_table(values: Table, pairs: list[dict[str, str]]) -> str:
 
 
 def against(pairs: list[dict[str, str]], a: str, b: str, protocol: str = MAIN) -> str:
-    """Difference of a to b with its paired interval and Holm-adjusted p, first seeds."""
+    """Difference of a to b with its paired interval and Holm-adjusted p."""
     for pair in pairs:
         if (pair["row_a"], pair["row_b"], pair["protocol"]) in ((a, b, protocol), (b, a, protocol)):
             sign = 1 if pair["row_a"] == a else -1

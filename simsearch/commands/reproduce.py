@@ -13,6 +13,7 @@ from simsearch import configs, program, saved_run, terminal
 from simsearch.studies.check import GAP, NOT_RUNNABLE, Outcome, reproduce
 from simsearch.studies.rows import Row, check_names, read_rows, row_files
 from simsearch.studies.runs import find_run, finished_runs
+from simsearch.studies.tables import write_results
 
 
 @program.command("reproduce")
@@ -32,6 +33,10 @@ def main(config: DictConfig) -> None:
     if values["list"]:
         terminal.show(list_table(book, finished_runs(root, trusted=trusted), trusted=trusted))
         return
+    folder = values["results"] and Path(values["results"]).expanduser()
+    if folder and values["row"] is None:
+        write(folder, book, root, trusted)
+        return
     names = list(book) if values["row"] == "all" else [values["row"]]
     check_names(names, book)
     outcomes = []
@@ -42,7 +47,27 @@ def main(config: DictConfig) -> None:
         print(f"{name}: {outcome.verdict}{f': {outcome.reason}' if outcome.reason else ''}", file=sys.stderr)
         outcomes.append(outcome)
     terminal.show(outcome_table(outcomes))
+    if folder:
+        write(folder, book, root, trusted)
     raise SystemExit(exit_status(outcomes))
+
+
+def write(folder: Path, book: Mapping[str, Row], root: Path, trusted: bool) -> None:
+    """Writes the tables of what finished runs have measured, and says where.
+
+    Args:
+        folder: Folder of the tables.
+        book: All rows by name.
+        root: Folder of the runs.
+        trusted: True if the user trusts whoever made the rows and runs.
+
+    Raises:
+        ValueError: If nothing is measured.
+    """
+    count = write_results(folder, book, finished_runs(root, trusted=trusted), trusted=trusted)
+    if not count:
+        raise ValueError(f"no finished run in {root} belongs to these rows: train some with row=<name>")
+    print(f"{count} measurements in {folder}: results.csv, paired.csv, tables.md", file=sys.stderr)
 
 
 def exit_status(outcomes: Iterable[Outcome]) -> int:

@@ -1,0 +1,239 @@
+"""What the finished runs of a study's rows have measured: lines of results.csv and paired.csv, and tables."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from simsearch import results
+from simsearch.files import read_json, replacing
+from simsearch.functional.significance import holm, paired_interval, paired_permutation
+from simsearch.saved_run import Run
+from simsearch.studies.check import evaluation_folder, measured_by
+from simsearch.studies.rows import Row
+from simsearch.studies.runs import find_run
+
+PAIRED_COLUMNS = (
+    *("row_a", "row_b", "protocol", "fingerprint", "metric", "difference", "low", "high", "p", "p_holm"),
+    *("queries", "unit", "units", "seeds"),
+)
+TESTED = {"AP": "mAP", "P@1": "P@1"}  # values of each query, and the metrics that are their means
+RESAMPLES = 20_000
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A measurement of a finished run.
+
+    Attributes:
+        row: Name of the row.
+        change: What the evaluation changes, such as "rerank=aqe", or "".
+        seed: The seed.
+        folder: The folder with its metrics.json.
+        metrics: Names of the metrics that the row expects of it.
+        data: Name of the data.
+        seconds: Duration of the training.
+    """
+
+    row: str
+    change: str
+    seed: int
+    folder: Path
+    metrics: tuple[str, ...]
+    data: str
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        """The row, with values of what the evaluation changes behind plus signs."""
+        return "+".join([self.row, *(word.partition("=")[2] for word in self.change.split())])
+
+    @property
+    def stage(self) -> dict[str, Any]:
+        """The stage "test" of its metrics.json."""
+        return read_json(self.folder / "metrics.json")["test"]
+
+
+def measurements(book: Mapping[str, Row], runs: Mapping[str, Run], *, trusted: bool = False) -> Iterator[Measurement]:
+    """What finished runs have measured, in the order of the rows. Tells on standard error what is missing.
+
+    Args:
+        book: All rows by name.
+        runs: Finished runs by identity.
+        trusted: True if the user trusts whoever made the rows.
+    """
+    for name, row in book.items():
+        for seed in row.seeds:
+            run, _ = find_run(book, name, seed, runs, trusted=trusted)
+            if run is None:
+                print(f"{name}, seed {seed}: no finished run", file=sys.stderr)
+                continue
+            own = read_json(run.folder / "metrics.json")["test"]["protocol"]
+            seconds = float(read_json(run.folder / "run.json").get("train_seconds", 0))
+            for measurement, metrics in row.expect.items():
+                at_home = measurement == own
+                folder = run.folder if at_home else evaluation_folder(run, measurement)
+                if not (folder / "metrics.json").is_file():
+                    print(f"{name}, seed {seed}: {measurement} is not measured", file=sys.stderr)
+                    continue
+                change, data = " ".join(measured_by(measurement)), _data_name(run.config["data"])
+                yield Measurement(name, change, seed, folder, tuple(metrics), data, seconds)
+
+
+def _data_name(data: Mapping[str, Any]) -> str:
+    place = data.get("source") or data.get("root")
+    return Path(place).name if place else str(data["_target_"]).rpartition(".")[2].removesuffix("DataModule").lower()
+
+
+def result_lines(measured: Iterable[Measurement], names: Sequence[str] | None = None) -> list[list[Any]]:
+    """Lines of results.csv (simsearch.results.RESULT_COLUMNS).
+
+    Args:
+        measured: The measurements.
+        names: Names of the metrics. None for those that the rows expect.
+    """
+    lines = []
+    for m in measured:
+        command = f"simsearch reproduce row={m.row} seeds=[{m.seed}]"
+        facts = {"row": m.label, "data": m.data, "seconds": m.seconds, "seed": m.seed, "command": command}
+        lines += results.result_lines(m.stage, m.metrics if names is None else names, **facts)
+    return lines
+
+
+def paired_lines(measured: Iterable[Measurement]) -> list[list[Any]]:
+    """Lines of paired.csv (PAIRED_COLUMNS): rows against each other, and changed evaluations against their row.
+
+    Values of each query are means over the seeds that both have. Rows with the same change are compared, and all
+    measurements of one row; only those of the same protocol with the same fingerprint. The p-values are those of a
+    sign-flip test over the sampling units, and Holm's correction counts all tests of a protocol.
+
+    Args:
+        measured: The measurements.
+
+    Raises:
+        ValueError: If two measurements of one fingerprint have other queries.
+    """
+    groups: dict[tuple[str, str], dict[tuple[str, str], dict[int, Measurement]]] = {}
+    for m in measured:
+        if (m.folder / "per_query.parquet").is_file() and {"mAP", "rerank/mAP"} & set(m.metrics):
+            about = m.stage
+            rows = groups.setdefault((about["protocol"], about["fingerprint"]), {})
+            rows.setdefault((m.row, m.change), {})[m.seed] = m
+    lines: list[list[Any]] = []
+    for (protocol, fingerprint), rows in groups.items():
+        tests = [(a, b) for b, a in itertools.combinations(rows, 2) if a[1] == b[1] or a[0] == b[0]]
+        values = {key: {seed: _values(m) for seed, m in seeds.items()} for key, seeds in rows.items()}
+        found = []
+        for a, b in tqdm(tests, desc=f"paired tests, {protocol}", leave=False):
+            seeds = sorted(values[a].keys() & values[b].keys())
+            if not seeds:
+                continue
+            unit, units = results.unit(rows[a][seeds[0]].stage)
+            for column, metric in TESTED.items():
+                one, other = ([values[key][seed] for seed in seeds] for key in (a, b))
+                if any(not torch.equal(x["index"], y["index"]) for x, y in zip(one, other, strict=True)):
+                    raise ValueError(f"{a[0]} and {b[0]} have other queries under {protocol}: they do not compare")
+                x, y = (torch.stack([table[column] for table in tables]).mean(0) for tables in (one, other))
+                ends = paired_interval(x, y, one[0]["unit"])
+                p = paired_permutation(x, y, one[0]["unit"], resamples=RESAMPLES)
+                names = (rows[key][seeds[0]].label for key in (a, b))
+                tail = [len(x), unit, units, " ".join(map(str, seeds))]
+                found.append([*names, protocol, fingerprint, metric, *ends, p, tail])
+        adjusted = holm(torch.tensor([line[-2] for line in found], dtype=torch.float64)).tolist() if found else []
+        lines += [[*line[:-1], p, *line[-1]] for line, p in zip(found, adjusted, strict=True)]
+    return lines
+
+
+def _values(m: Measurement) -> dict[str, Tensor]:
+    """Query rows, sampling units and the values of each query, ordered by query; re-ranked where that was measured."""
+    table = pq.read_table(m.folder / "per_query.parquet")
+    order = torch.from_numpy(table["index"].to_numpy().copy()).argsort()
+    prefix = "rerank/" if "rerank/AP" in table.column_names else ""
+    columns = {"index": "index", "unit": "unit"} | {name: prefix + name for name in TESTED}
+    read = {name: torch.from_numpy(table[column].to_numpy().copy())[order] for name, column in columns.items()}
+    return {name: value.double() if name in TESTED else value for name, value in read.items()}
+
+
+def markdown_tables(lines: Iterable[Mapping[str, str]]) -> str:
+    """A table in Markdown for each protocol: rows, seeds, metrics, minutes of a training.
+
+    A metric is the mean over seeds, with half the range of several seeds and, in brackets, the 95% interval by sampling
+    unit, whose ends are means over seeds.
+
+    Args:
+        lines: The lines of results.csv.
+    """
+    protocols: dict[tuple[str, str], dict[str, dict[str, list[Mapping[str, str]]]]] = {}
+    for line in lines:
+        rows = protocols.setdefault((line["protocol"], line["fingerprint"]), {})
+        rows.setdefault(line["row"], {}).setdefault(line["metric"].removeprefix("rerank/"), []).append(line)
+    texts = []
+    for (protocol, fingerprint), rows in protocols.items():
+        names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+        body = []
+        for row, metrics in rows.items():
+            some = next(iter(metrics.values()))
+            minutes = statistics.fmean(float(line["seconds"]) for line in some) / 60
+            body.append([row, str(len(some)), *(_cell(metrics.get(name, ())) for name in names), f"{minutes:.0f}"])
+        header = ["row", "seeds", *names, "minutes"]
+        ruled = [header, ["---"] * len(header), *body]
+        texts.append("\n".join([f"`{protocol}` ({fingerprint})", "", *(f"| {' | '.join(cells)} |" for cells in ruled)]))
+    return "\n\n".join(texts) + "\n"
+
+
+def _cell(lines: Sequence[Mapping[str, str]]) -> str:
+    values = [float(line["value"]) for line in lines if line["value"]]
+    if not values:
+        return "-"
+    spread = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+    ends = [[float(line[end]) for line in lines if line[end]] for end in ("ci_low", "ci_high")]
+    interval = f" [{statistics.fmean(ends[0]):.4f}, {statistics.fmean(ends[1]):.4f}]" if all(ends) else ""
+    return f"{statistics.fmean(values):.4f}{spread}{interval}"
+
+
+def write_results(folder: Path, book: Mapping[str, Row], runs: Mapping[str, Run], *, trusted: bool = False) -> int:
+    """Writes results.csv, paired.csv and tables.md into a folder. Returns the number of measurements.
+
+    Nothing is written if there is no measurement.
+
+    Args:
+        folder: The folder.
+        book: The rows by name.
+        runs: Finished runs by identity.
+        trusted: True if the user trusts whoever made the rows.
+    """
+    measured = list(measurements(book, runs, trusted=trusted))
+    if measured:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_csv(folder / "results.csv", results.RESULT_COLUMNS, result_lines(measured))
+        write_csv(folder / "paired.csv", PAIRED_COLUMNS, paired_lines(measured))
+        with (folder / "results.csv").open(newline="") as file:
+            text = markdown_tables(csv.DictReader(file))
+        with replacing(folder / "tables.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return len(measured)
+
+
+def write_csv(path: Path, columns: Sequence[str], lines: Iterable[Sequence[object]]) -> None:
+    """Writes a table at once, so that a reader finds the old or the new one.
+
+    Args:
+        path: The file.
+        columns: Names of the columns.
+        lines: The lines.
+    """
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(lines)
