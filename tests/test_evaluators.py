@@ -129,7 +129,7 @@ def test_the_nearest_class_mean_equals_a_loop(bits):
             expected.append(float(max(means, key=means.__getitem__) == kind) if kind in means else math.nan)
         task = RetrievalTask("toy", rows[:20], inside, "kind", None, exclude, "0" * 16)
         measured = ClassMeans()(part(rows[:20]), part(inside), task)
-        np.testing.assert_array_equal(measured.per_query["accuracy"].numpy(), expected)
-        assert measured.metrics["accuracy"] == pytest.approx(np.nanmean(expected))
-        assert 0.3 < measured.metrics["accuracy"] < 1
-        assert set(measured.intervals) == {"accuracy"}
+        np.testing.assert_array_equal(measured.per_query["class/accuracy"].numpy(), expected)
+        assert measured.metrics["class/accuracy"] == pytest.approx(np.nanmean(expected))
+        assert 0.3 < measured.metrics["class/accuracy"] < 1
+        assert set(measured.intervals) == {"class/accuracy"}

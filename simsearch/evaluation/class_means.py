@@ -11,7 +11,7 @@ from simsearch.types import RetrievalTask
 
 
 class ClassMeans:
-    """`accuracy`: the share of queries whose own class has the nearest mean of the gallery's descriptors, by cosine.
+    """`class/accuracy`: the share of queries whose own class has the nearest mean in the gallery, by cosine.
 
     It needs no classifier, so it compares objectives that have none. Codes are vectors of +1 and -1. Where a task takes
     queries out of their own rankings, it takes them out of their class's mean too. A query without another item of its
@@ -49,4 +49,4 @@ class ClassMeans:
 
         whole = torch.zeros(len(query), dtype=torch.float64)
         whole[query.position] = right
-        return Measured.of({"accuracy": query.ranks.sum(whole)}, query_units(query, task))
+        return Measured.of({"class/accuracy": query.ranks.sum(whole)}, query_units(query, task))
