@@ -41,7 +41,7 @@ from simsearch.search.filters import Attributes, Condition, Filtered, parse_filt
 from simsearch.search.item_tables import item_table
 from simsearch.search.request import Request
 from simsearch.search.stores.milvus import Milvus, expression
-from simsearch.search.stores.pgvector import Pgvector, _statement
+from simsearch.search.stores.pgvector import Pgvector, _short, _statement
 from simsearch.search.stores.push import CatalogRows, layout_of, push, snapshot_of
 from simsearch.search.stores.store import Capabilities, Layout, Rows, Store, StoreError, padded
 from simsearch.search.stores.stored_gallery import StoredGallery
@@ -340,6 +340,30 @@ def test_a_graph_finds_most_and_nothing_wrong(of, new_store, request):
         values |= {"k": K, "query": store._text(queries[0].numpy())}
         plan = "\n".join(line for (line,) in store._rows(sql.SQL("EXPLAIN ") + statement, values))
         assert ("simsearch_hnsw" in plan) == is_used, plan
+
+
+def test_a_graph_of_other_settings_is_built_anew(new_store, floats):
+    sql = pytest.importorskip("psycopg", reason="psycopg is not installed").sql
+    first = new_store("pgvector hnsw")
+    push(floats, first)
+
+    def graph() -> tuple[int, list[str]]:
+        named = sql.SQL("SELECT oid, reloptions FROM pg_class WHERE relname = %(name)s")
+        ((oid, options),) = first._rows(named, {"name": _short(first.table, "hnsw")})
+        return oid, options
+
+    before = graph()
+    assert before[1] == ["m=16", "ef_construction=64"]
+    push(floats, first)
+    assert graph() == before  # nothing differs, nothing is built
+    second = Pgvector(first.uri, first.table, index="hnsw", m=8, ef_construction=40)
+    try:
+        assert push(floats, second).kept == len(floats)
+        after = graph()
+        assert after[0] != before[0]
+        assert after[1] == ["m=8", "ef_construction=40"]
+    finally:
+        second.close()
 
 
 @pytest.mark.parametrize("kind", EXACT)

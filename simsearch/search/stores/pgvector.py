@@ -347,7 +347,9 @@ class _Writer:
         self._execute("DELETE FROM {table} WHERE id = ANY(%(ids)s)", {"ids": ids.tolist()})
 
     def finish(self, snapshot: str) -> None:
-        """Says which version of the catalog the table holds now, and makes its indexes where they are missing.
+        """Says which version of the catalog the table holds now, and makes the indexes that are missing.
+
+        A graph of other settings is built anew.
 
         Args:
             snapshot: Name of the version.
@@ -359,6 +361,12 @@ class _Writer:
             "CREATE INDEX IF NOT EXISTS {gin} ON {table} USING gin (columns jsonb_path_ops)", parts={"gin": gin}
         )
         if self._store.index == "hnsw":
+            settings = {f"m={self._store.m}", f"ef_construction={self._store.ef_construction}"}
+            self._cursor.execute(
+                "SELECT reloptions FROM pg_class WHERE oid = to_regclass(quote_ident(%s))", [_short(self._name, "hnsw")]
+            )
+            if (built := self._cursor.fetchone()) is not None and set(built[0] or ()) != settings:
+                self._execute("DROP INDEX {hnsw}", parts={"hnsw": hnsw})  # of other settings
             self._execute(
                 "CREATE INDEX IF NOT EXISTS {hnsw} ON {table} USING hnsw (vector {ops}) "
                 "WITH (m = {m}, ef_construction = {ef})",
