@@ -13,8 +13,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from simsearch import configs, optuna_sweeper, program, sweeps
+from simsearch import configs, program, sweeps
 from simsearch.files import read_json, write_json
+from simsearch.sweeper.sweeper import register
 
 EPOCHS = 9
 WAIT, FAILS_BELOW = "CHEAP_WAIT", "CHEAP_FAILS_BELOW"  # seconds of an epoch, the least value that does not fail
@@ -37,7 +38,7 @@ def main(config: DictConfig) -> object:
         about, log = sweeps.pruned_by(), trial.folder / "epochs.json"
         reporter = None
         if about is not None:
-            from simsearch.journal import Reporter
+            from simsearch.sweeper.journal import Reporter
 
             reporter = Reporter(about["storage"], about["study"], about["number"], configs.build(about["pruner"]))
         done = read_json(log)["epochs"] if log.is_file() else 0
@@ -71,6 +72,6 @@ def sweep(folder: Path, *overrides: str) -> list[str]:
     ]
 
 
-optuna_sweeper.register()
+register()
 if __name__ == "__main__":
     main()

@@ -24,13 +24,15 @@ from conftest import simsearch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from simsearch import configs, optuna_sweeper, sweeps
+from simsearch import configs, sweeps
 from simsearch.callbacks.pruning import Pruning
 from simsearch.comparison.runs import read_run
 from simsearch.files import is_alive, write_json
+from simsearch.sweeper.space import distributions, point
+from simsearch.sweeper.sweeper import NAME, OptunaSweeper
 
 optuna = pytest.importorskip("optuna")
-journal = pytest.importorskip("simsearch.journal")
+journal = pytest.importorskip("simsearch.sweeper.journal")
 COMPLETE, PRUNED, FAIL, RUNNING = (optuna.trial.TrialState[n] for n in ("COMPLETE", "PRUNED", "FAIL", "RUNNING"))
 
 
@@ -53,23 +55,23 @@ COMPLETE, PRUNED, FAIL, RUNNING = (optuna.trial.TrialState[n] for n in ("COMPLET
     ],
 )
 def test_the_search_space_is_what_hydra_says(text, expected):
-    swept, shared = optuna_sweeper.distributions({"x": text, "y": "1,2"}, ["y=2", "pooling=gem"])
+    swept, shared = distributions({"x": text, "y": "1,2"}, ["y=2", "pooling=gem"])
     assert swept == {"x": expected}
     assert shared == ["y=2", "pooling=gem"]  # the command line takes a parameter's place
 
 
 def test_an_empty_search_is_one_line():
     with pytest.raises(ValueError, match=re.escape("x=range(4,4): the range is empty")):
-        optuna_sweeper.distributions({"x": "range(4,4)"}, [])
+        distributions({"x": "range(4,4)"}, [])
     with pytest.raises(ValueError, match=re.escape("x=interval(2.0,1.0)")):
-        optuna_sweeper.distributions({"x": "interval(2.0,1.0)"}, [])
+        distributions({"x": "interval(2.0,1.0)"}, [])
 
 
 def test_overrides_are_a_point_of_the_space_or_none():
-    space, _ = optuna_sweeper.distributions({"a": "interval(0.0,1.0)", "b": "range(0,9,4)", "c": "choice(u,v)"}, [])
-    assert optuna_sweeper.point(space, ["c=u", "other=3", "b=4", "a=0.25"]) == {"a": 0.25, "b": 4, "c": "u"}
+    space, _ = distributions({"a": "interval(0.0,1.0)", "b": "range(0,9,4)", "c": "choice(u,v)"}, [])
+    assert point(space, ["c=u", "other=3", "b=4", "a=0.25"]) == {"a": 0.25, "b": 4, "c": "u"}
     for wrong in (["a=2.0", "b=4", "c=u"], ["a=0.5", "b=5", "c=u"], ["a=0.5", "b=4", "c=w"], ["a=0.5", "b=4"]):
-        assert optuna_sweeper.point(space, wrong) is None
+        assert point(space, wrong) is None
 
 
 SETTINGS = [
@@ -90,14 +92,14 @@ def test_the_sweeper_takes_what_its_config_says():
         chosen = ["hydra/sweeper=optuna", "hydra/sweeper/pruner=halving", "hydra/sweeper/sampler=random"]
         config = hydra.compose("train", ["run_dir=unused", *chosen, "hydra.sweep.dir=x"], return_hydra_config=True)
     sweeper = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
-    assert sweeper.pop("_target_") == optuna_sweeper.NAME
+    assert sweeper.pop("_target_") == NAME
     assert not sweeper.pop("_recursive_")
     assert sweeper["storage"] == "x/study.journal"
-    built = optuna_sweeper.OptunaSweeper(**sweeper | {"direction": "maximize"})
+    built = OptunaSweeper(**sweeper | {"direction": "maximize"})
     assert built.directions == ["maximize"]
     assert isinstance(configs.build(built.pruner), optuna.pruners.SuccessiveHalvingPruner)
     with pytest.raises(ValueError, match=r"hydra\.sweeper\.n_jobs=0: give 1 or more"):
-        optuna_sweeper.OptunaSweeper(**sweeper | {"direction": "maximize", "n_jobs": 0})
+        OptunaSweeper(**sweeper | {"direction": "maximize", "n_jobs": 0})
 
 
 # ---------------------------------------------------------------------------------------------- journal

@@ -21,7 +21,6 @@ from tqdm import tqdm
 from simsearch import (
     configs,
     launch,
-    optuna_sweeper,
     program,
     results,
     run_directory,
@@ -45,9 +44,10 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import encoder_config
 from simsearch.search.item_tables import item_table
 from simsearch.search.writing import write_catalog
+from simsearch.sweeper.sweeper import register
 
 THUMBNAIL_SIDE = 128
-optuna_sweeper.register()
+register()
 _LOG = logging.getLogger(__name__)
 
 
@@ -120,7 +120,7 @@ def pruning_callbacks() -> list[Pruning]:
         return []
     if launch.rank() != 0:
         return [Pruning(about["monitor"], lambda value, validation: False)]
-    from simsearch.journal import Reporter  # Optuna comes with an extra
+    from simsearch.sweeper.journal import Reporter  # Optuna comes with an extra
 
     reporter = Reporter(about["storage"], about["study"], about["number"], configs.build(about["pruner"]))
     return [Pruning(about["monitor"], reporter)]

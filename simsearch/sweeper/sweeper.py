@@ -7,29 +7,22 @@ folders know.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -37,6 +30,8 @@ from omegaconf import DictConfig, OmegaConf
 from simsearch import configs, program, saved_run, sweeps
 from simsearch.files import is_alive, read_json, write_json
 from simsearch.identity import identity
+from simsearch.sweeper.jobs import Launched, Process, Runner
+from simsearch.sweeper.space import distributions, point
 from simsearch.text import warn
 
 if TYPE_CHECKING:
@@ -49,204 +44,6 @@ _LOCAL = ("BasicLauncher", "JoblibLauncher")  # processes of this machine, which
 def register() -> None:
     """Makes `hydra/sweeper=optuna` known to Hydra."""
     Plugins.instance().class_name_to_class[NAME] = OptunaSweeper
-
-
-# --------------------------------------------------------------------------------------- what is searched
-
-
-def distributions(
-    params: Mapping[str, Any] | None, overrides: Sequence[str], loader: ConfigLoader | None = None
-) -> tuple[dict[str, optuna.distributions.BaseDistribution], list[str]]:
-    """The search space of a sweep, and the overrides that all its trials share.
-
-    Args:
-        params: The sweeper's `params`, or None.
-        overrides: Overrides of the command line. They take the place of `params` of the same key.
-        loader: Finds the options of a group, which glob(*) chooses among.
-
-    Raises:
-        ValueError: If a range or an interval is empty.
-    """
-    arguments = {name: f"{name}={value}" for name, value in (params or {}).items()}
-    arguments |= {text.partition("=")[0]: text for text in overrides}
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments.values()))
-    swept = {str(one.get_key_element()): _distribution(one) for one in parsed if one.is_sweep_override()}
-    shared = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
-    return swept, shared
-
-
-def _distribution(override: Override) -> optuna.distributions.BaseDistribution:
-    from optuna import distributions as kinds
-
-    value = override.value()
-    if isinstance(value, IntervalSweep):
-        low, high = value.start, value.end
-        log = "log" in value.tags
-        try:
-            if isinstance(low, int) and isinstance(high, int):
-                return kinds.IntDistribution(low, high, log=log)
-            return kinds.FloatDistribution(float(low or 0), float(high or 0), log=log)
-        except ValueError as error:
-            raise ValueError(f"{override.input_line}: {error}") from error
-    if isinstance(value, RangeSweep) and not value.shuffle:
-        numbers = sorted(float(text) for text in override.sweep_string_iterator())
-        if not numbers:
-            raise ValueError(f"{override.input_line}: the range is empty")
-        step = abs(value.step)
-        if all(isinstance(number, int) for number in (value.start, value.stop, value.step)):
-            return kinds.IntDistribution(int(numbers[0]), int(numbers[-1]), step=int(step))
-        return kinds.FloatDistribution(numbers[0], numbers[-1], step=float(step))
-    return kinds.CategoricalDistribution(list(override.sweep_string_iterator()))
-
-
-def point(
-    space: Mapping[str, optuna.distributions.BaseDistribution], overrides: Sequence[str]
-) -> dict[str, Any] | None:
-    """The parameters that a trial's overrides stand for. None if they do not lie in the search space.
-
-    Args:
-        space: The search space.
-        overrides: The overrides.
-    """
-    from optuna.distributions import CategoricalDistribution, IntDistribution
-
-    given = dict(text.split("=", 1) for text in overrides if "=" in text)
-    found = {}
-    for name, distribution in space.items():
-        try:
-            text = given[name]
-            value: Any = text
-            if not isinstance(distribution, CategoricalDistribution):
-                value = int(text) if isinstance(distribution, IntDistribution) else float(text)
-            if not distribution._contains(distribution.to_internal_repr(value)):
-                return None
-        except (LookupError, ValueError):
-            return None
-        found[name] = value
-    return found
-
-
-# ------------------------------------------------------------------------------------------ what runs jobs
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What came of a job: its folder, or None if its worker died, and an error that its folder does not know."""
-
-    folder: Path | None
-    error: str = ""
-
-
-class _Runner(Protocol):
-    def run(self, overrides: Sequence[str], number: int) -> _Job:
-        """Runs a job to its end."""
-
-    def close(self) -> None:
-        """Ends what runs jobs."""
-
-
-def _job(returned: JobReturn) -> _Job:
-    folder = Path(returned.hydra_cfg.hydra.runtime.output_dir) if returned.hydra_cfg is not None else None
-    failed = returned.status is JobStatus.FAILED
-    return _Job(folder, program.reason(returned._return_value) if failed else "")
-
-
-class _Launched:
-    """Jobs that a launcher of Hydra runs: in this process, or on a cluster."""
-
-    def __init__(self, launcher: Any) -> None:
-        self.launcher = launcher
-
-    def run(self, overrides: Sequence[str], number: int) -> _Job:
-        try:
-            (returned,) = self.launcher.launch([list(overrides)], initial_job_idx=number)
-        except Exception as error:
-            if type(error).__name__ == "UncompletedJobError":  # submitit's: the job died without a result
-                return _Job(None, " ".join(str(error).split()))
-            raise
-        return _job(returned)
-
-    def close(self) -> None:
-        pass
-
-
-class _Process:
-    """Jobs that a process of this machine runs one after another. After its death the next job gets a new one."""
-
-    def __init__(self, setting: Mapping[str, Any], share: int) -> None:
-        self.setting, self.share = setting, share
-        self.process: Any = None
-        self.pipe: Any = None
-
-    def run(self, overrides: Sequence[str], number: int) -> _Job:
-        try:
-            if self.process is None:
-                self._start()
-            self.pipe.send((list(overrides), number))
-            folder, error, fatal = self.pipe.recv()
-        except (EOFError, OSError):  # the process was killed
-            self.close()
-            return _Job(None)
-        if fatal:
-            raise ValueError(error)
-        return _Job(None if folder is None else Path(folder), error)
-
-    def _start(self) -> None:
-        import cloudpickle
-
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, self.share))
-        self.process.start()
-        theirs.close()
-        self.pipe.send_bytes(cloudpickle.dumps(self.setting))
-
-    def close(self) -> None:
-        if self.process is not None:
-            self.pipe.close()
-            self.process.join()
-            self.process = None
-
-
-def _serve(pipe: Any, share: int) -> None:
-    """Runs the jobs that come through a pipe, until it is closed. If the parent dies, a job saves and ends."""
-    import cloudpickle
-    import torch
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all processes; a training listens to it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // share))
-    with suppress(EOFError, OSError):  # the sweep has ended
-        setting = cloudpickle.loads(pipe.recv_bytes())
-        Singleton.set_state(setting["singletons"])
-        launcher = BasicLauncher()
-        launcher.setup(**setting["job"])
-        while True:
-            overrides, number = pipe.recv()
-            pipe.send(_outcome(launcher, overrides, number))
-
-
-def _outcome(launcher: BasicLauncher, overrides: list[str], number: int) -> tuple[str | None, str, bool]:
-    """The folder of a job, an error that its folder does not know, and whether the job could not even begin."""
-    try:
-        (returned,) = launcher.launch([overrides], initial_job_idx=number)
-    except SystemExit:  # a training was told to stop; the sweep decides whether it goes on
-        return None, "", False
-    except Exception as error:
-        return None, program.reason(error), True
-    job = _job(returned)
-    return None if job.folder is None else str(job.folder), job.error, False
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-# ------------------------------------------------------------------------------------------- the sweeper
 
 
 class OptunaSweeper(Sweeper):
@@ -318,7 +115,7 @@ class OptunaSweeper(Sweeper):
         """
         import optuna
 
-        from simsearch.journal import open_storage
+        from simsearch.sweeper.journal import open_storage
 
         config, context = self.job["config"], self.job["hydra_context"]
         self.space, self.shared = distributions(self.params, arguments, context.config_loader)
@@ -480,14 +277,14 @@ class OptunaSweeper(Sweeper):
         if local and self.n_jobs == 1:
             launcher: Any = BasicLauncher()
             launcher.setup(**self.job)
-            self._take(_Launched(launcher))
+            self._take(Launched(launcher))
         else:
             if local:
                 setting = {"singletons": Singleton.get_state(), "job": self.job}
-                runners: list[_Runner] = [_Process(setting, self.n_jobs) for _ in range(self.n_jobs)]
+                runners: list[Runner] = [Process(setting, self.n_jobs) for _ in range(self.n_jobs)]
             else:
                 launcher = Plugins.instance().instantiate_launcher(**self.job)
-                runners = [_Launched(launcher) for _ in range(self.n_jobs)]
+                runners = [Launched(launcher) for _ in range(self.n_jobs)]
             workers = [threading.Thread(target=self._guarded, args=(one,), daemon=True) for one in runners]
             for worker in workers:
                 worker.start()
@@ -503,13 +300,12 @@ class OptunaSweeper(Sweeper):
                             worker.join()
                     finally:
                         for runner in runners:
-                            if isinstance(runner, _Process) and runner.process is not None:
-                                runner.process.kill()
+                            runner.kill()
                 raise SystemExit(130) from None
             if self._error is not None:
                 raise self._error
 
-    def _guarded(self, runner: _Runner) -> None:
+    def _guarded(self, runner: Runner) -> None:
         try:
             self._take(runner)
         except BaseException as error:
@@ -517,7 +313,7 @@ class OptunaSweeper(Sweeper):
         finally:
             runner.close()
 
-    def _take(self, runner: _Runner) -> None:
+    def _take(self, runner: Runner) -> None:
         """Runs one trial after another."""
         while asked := self._ask():
             trial, overrides = asked
