@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shlex
@@ -111,6 +112,33 @@ class TestRun:
         stage = json.loads((run / "metrics.json").read_text())["test"]
         assert f"{stage['metrics']['mAP']:.4f}" in done.stdout
         assert stage["model"]["weights"] == "trained"
+
+    def test_tables_of_what_is_finished_in_earnest(self, rows):
+        rows.write_text(rows.read_text().partition("      rendered-style rerank")[0])
+        none = run(rows, f"results={rows.parent}/tables", expect=1)
+        assert "belongs to these rows: train some with row=<name>" in none.stderr
+        assert not (rows.parent / "tables").exists()
+
+        run(rows, "row=dsh-tiny", "seeds=[0,1]", expect=1)  # no row has the value that the book made up
+        done = run(rows, "row=dsh-longer", f"results={rows.parent}/tables", expect=1)
+        assert "3 measurements in" in done.stderr
+        with (rows.parent / "tables/results.csv").open(newline="") as file:
+            got = {(line["row"], line["seed"], line["metric"]): float(line["value"]) for line in csv.DictReader(file)}
+        measured = {}
+        for path in (rows.parent / "runs").glob("*/metrics.json"):
+            row, seed, _ = path.parent.name.rsplit("-", 2)
+            stage = json.loads(path.read_text())["test"]
+            for metric in ("mAP", "P@1")[: 1 if row == "dsh-tiny" else 2]:
+                measured[row, seed.removeprefix("s"), metric] = stage["metrics"][metric]
+        assert got == pytest.approx(measured)
+        with (rows.parent / "tables/paired.csv").open(newline="") as file:
+            pairs = list(csv.DictReader(file))
+        assert [(p["row_a"], p["row_b"], p["metric"], p["seeds"]) for p in pairs] == [
+            ("dsh-longer", "dsh-tiny", metric, "0") for metric in ("mAP", "P@1")
+        ]
+        expected = measured["dsh-longer", "0", "mAP"] - measured["dsh-tiny", "0", "mAP"]
+        assert float(pairs[0]["difference"]) == pytest.approx(expected, abs=1e-6)
+        assert "| dsh-tiny | 2 |" in (rows.parent / "tables/tables.md").read_text()
 
     def test_start_rows_come_first_and_finished_runs_are_used_again(self, rows, launched):
         done = run(rows, "row=dsh-longer", expect=1)  # a measurement of which nothing is expected yet is a gap
