@@ -307,7 +307,7 @@ def test_a_study_without_a_measured_objective_trains_nothing(overrides, message,
 @pytest.mark.slow
 def test_a_study_maximises_a_precision_and_ends_where_points_repeat(tmp_path):
     optuna = pytest.importorskip("optuna")
-    from simsearch.journal import open_storage
+    from simsearch.sweeper.journal import open_storage
 
     study = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=${run_root}/study", "hydra.sweeper.n_trials=3")
     study += ("objective=val/mAP", "model.whitening.power=choice(0,1)", "callbacks.precision_recall=null")
@@ -332,7 +332,7 @@ def test_a_pruned_training_has_no_test_and_compare_reads_the_sweep_while_it_runs
     from test_ranks import TINY as TRAINED
 
     from simsearch.comparison.runs import expand, read_all
-    from simsearch.journal import open_storage
+    from simsearch.sweeper.journal import open_storage
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     sweep = tmp_path / "sweep"
