@@ -7,6 +7,7 @@ python study.py table OUT          results.csv and the table, from the sweeps in
 from __future__ import annotations
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from simsearch.files import read_json, replacing
 TRAIN, TEST = 10_000, 1_000  # images, as many of each class
 EPOCHS, STEPS = 9, 405  # 45 steps an epoch: 9,000 images in batches of 200, the other 1,000 are validation queries
 TRIALS, REPETITIONS = 40, 3
+ENDED = ("finished", "pruned", "failed")
 KINDS = {"full": (), "pruned": ("hydra/sweeper/pruner=halving",)}
 SETTING = (
     *("experiment=hashing-frozen", "protocol.validation=0.1", "backbone.size=64", f"trainer.max_steps={STEPS}"),
@@ -60,35 +62,40 @@ def run(out: Path, source: Path) -> None:
                 f"data.root={out / 'cifar10'}",
             ]
             with (out / f"{kind}-{repetition}.log").open("a") as log:
-                subprocess.run(
-                    [*command, f"hydra.sweep.dir={out / f'{kind}-{repetition}'}"], stdout=log, stderr=log, check=True
-                )
+                where = [f"hydra.sweep.dir={out / f'{kind}-{repetition}'}"]
+                subprocess.run([*command, *where], stdout=log, stderr=log, check=False)  # 1 where a trial failed
+            if not read_json(out / f"{kind}-{repetition}" / "sweep.json").get("ended"):
+                raise SystemExit(f"{kind}-{repetition} stopped: the end of {kind}-{repetition}.log says why")
             table(out)
 
 
 def table(out: Path) -> None:
     """Writes what came of each trial, and prints a line for each sweep."""
     lines: list[dict[str, Any]] = []
-    print("| sweep | trials | pruned | steps | of all | best val/mAP | reached the other's best after | idle |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| sweep | trials | pruned | failed | steps | of full's | best val/mAP | full's best reached after | idle |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for repetition in range(REPETITIONS):
-        full = 0.0
+        full, whole = 0.0, 0  # the best value and the steps of the sweep that prunes nothing
         for kind in KINDS:
             folder = out / f"{kind}-{repetition}"
             if not (folder / "sweep.json").is_file():
                 continue
-            trials = [about for about in sweeps.read_trials(folder) if about["state"] in ("finished", "pruned")]
+            trials = [about for about in sweeps.read_trials(folder) if about["state"] in ENDED]
             if not trials:
                 continue
             trials.sort(key=lambda about: about["ended"])
             spent, best, reached = 0, 0.0, None
             for about in trials:
-                pruned = about.get("pruned")
+                pruned, failed = about.get("pruned"), about["state"] == "failed"
                 steps = pruned["step"] if pruned else STEPS
+                if failed:  # the loss became infinite; the error names the step
+                    steps = int(re.search(r"at step (\d+)", about["error"])[1])
                 value = pruned["value"] if pruned else about["values"]
-                low, high = read_json(folder / about["folder"] / "metrics.json")["val"]["intervals"]["mAP"]
+                low = high = None
+                if not failed:
+                    low, high = read_json(folder / about["folder"] / "metrics.json")["val"]["intervals"]["mAP"]
                 spent += steps
-                best = max(best, 0.0 if pruned else value)
+                best = max(best, 0.0 if pruned or failed else value)
                 if reached is None and full and best >= full:
                     reached = spent
                 swept = dict(text.split("=", 1) for text in about["overrides"])
@@ -98,12 +105,13 @@ def table(out: Path) -> None:
                     | {key: swept[key] for key in (text.partition("=")[0] for text in SPACE)}
                     | {"seconds": round(about["ended"] - about["started"], 2), "seed": repetition}
                 )
-            told = "" if kind == "full" else "not reached" if reached is None else f"{reached / STEPS / TRIALS:.1%}"
+            full, whole = (best, spent) if kind == "full" else (full, whole)
+            told = "-" if kind == "full" else "not reached" if reached is None else f"{reached / whole:.1%}"
+            counts = [sum(about["state"] == state for about in trials) for state in ("pruned", "failed")]
             print(
-                f"| {kind} {repetition} | {len(trials)} | {sum(t['state'] == 'pruned' for t in trials)} | {spent} | "
-                f"{spent / STEPS / TRIALS:.1%} | {best:.4f} | {told} | {idle(trials):.1%} |"
+                f"| {kind} {repetition} | {len(trials)} | {counts[0]} | {counts[1]} | {spent} | {spent / whole:.1%} | "
+                f"{best:.4f} | {told} | {idle(trials):.1%} |"
             )
-            full = best if kind == "full" else full
     if lines:
         with replacing(Path(__file__).parent / "results.csv") as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
