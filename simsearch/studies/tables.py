@@ -106,8 +106,15 @@ def result_lines(measured: Iterable[Measurement], names: Sequence[str] | None = 
     lines = []
     for m in measured:
         command = f"simsearch reproduce row={m.row} seeds=[{m.seed}]"
-        facts = {"row": m.label, "data": m.data, "seconds": m.seconds, "seed": m.seed, "command": command}
-        lines += results.result_lines(m.stage, m.metrics if names is None else names, **facts)
+        lines += results.result_lines(
+            m.stage,
+            m.metrics if names is None else names,
+            row=m.label,
+            data=m.data,
+            seconds=m.seconds,
+            seed=m.seed,
+            command=command,
+        )
     return lines
 
 
@@ -134,7 +141,7 @@ def paired_lines(measured: Iterable[Measurement]) -> list[list[Any]]:
     for (protocol, fingerprint), rows in groups.items():
         tests = [(a, b) for b, a in itertools.combinations(rows, 2) if a[1] == b[1] or a[0] == b[0]]
         values = {key: {seed: _values(m) for seed, m in seeds.items()} for key, seeds in rows.items()}
-        found = []
+        found: list[list[Any]] = []
         for a, b in tqdm(tests, desc=f"paired tests, {protocol}", leave=False):
             seeds = sorted(values[a].keys() & values[b].keys())
             if not seeds:
