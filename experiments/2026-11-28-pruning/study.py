@@ -23,7 +23,8 @@ TRAIN, TEST = 10_000, 1_000  # images, as many of each class
 EPOCHS, STEPS = 9, 405  # 45 steps an epoch: 9,000 images in batches of 200, the other 1,000 are validation queries
 TRIALS, REPETITIONS = 40, 3
 ENDED = ("finished", "pruned", "failed")
-KINDS = {"full": (), "pruned": ("hydra/sweeper/pruner=halving",)}
+PRUNER = "hydra/sweeper/pruner=halving"
+KINDS = {"full": (), "pruned": (PRUNER,), "late": (PRUNER, "hydra.sweeper.pruner.min_resource=3")}
 SETTING = (
     *("experiment=hashing-frozen", "protocol.validation=0.1", "backbone.size=64", f"trainer.max_steps={STEPS}"),
     *("trainer.check_val_every_n_epoch=1", "callbacks.neighbours=null", "callbacks.precision_recall=null"),
