@@ -64,6 +64,17 @@ def test_paired_lines_take_means_over_the_seeds_that_both_have(measured):
     assert min(line["p_holm"] for line in lines) == pytest.approx(min(1, len(lines) * ps[0]))
 
 
+def test_what_one_of_two_rows_lacks_is_not_paired(measured, tmp_path):
+    """Cut-offs are a setting: an evaluation with ks=[5] has no P@1."""
+    found, _, _ = measured
+    table = pq.read_table(tmp_path / "b1/per_query.parquet")
+    pq.write_table(table.drop_columns(["P@1"]), tmp_path / "b1/per_query.parquet")
+    lines = [dict(zip(PAIRED_COLUMNS, line, strict=True)) for line in paired_lines(found)]
+    assert {(x["row_a"], x["row_b"], x["metric"]) for x in lines} == {
+        *(("b", "a", "mAP"), ("b+aqe", "b", "mAP"), ("b+aqe", "b", "P@1"))
+    }
+
+
 def test_measurements_of_other_queries_are_not_paired(measured, tmp_path):
     found, _, _ = measured
     table = pq.read_table(tmp_path / "b0/per_query.parquet")

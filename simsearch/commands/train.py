@@ -44,10 +44,10 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import encoder_config
 from simsearch.search.item_tables import item_table
 from simsearch.search.writing import write_catalog
-from simsearch.sweeper.sweeper import register
+from simsearch.sweeper import sweeper
 
 THUMBNAIL_SIDE = 128
-register()
+sweeper.register()
 _LOG = logging.getLogger(__name__)
 
 

@@ -149,11 +149,13 @@ def paired_lines(measured: Iterable[Measurement]) -> list[list[Any]]:
             unit, units = results.unit(rows[a][seeds[0]].stage)
             for column, metric in TESTED.items():
                 one, other = ([values[key][seed] for seed in seeds] for key in (a, b))
+                if not all(column in table for table in (*one, *other)):
+                    continue  # such as P@1 where an evaluation has other cut-offs
                 if any(not torch.equal(x["index"], y["index"]) for x, y in zip(one, other, strict=True)):
                     raise ValueError(f"{a[0]} and {b[0]} have other queries under {protocol}: they do not compare")
                 x, y = (torch.stack([table[column] for table in tables]).mean(0) for tables in (one, other))
-                ends = paired_interval(x, y, one[0]["unit"])
-                p = paired_permutation(x, y, one[0]["unit"], resamples=RESAMPLES)
+                ends = paired_interval(x, y, one[0].get("unit"))
+                p = paired_permutation(x, y, one[0].get("unit"), resamples=RESAMPLES)
                 names = (rows[key][seeds[0]].label for key in (a, b))
                 tail = [len(x), unit, units, " ".join(map(str, seeds))]
                 found.append([*names, protocol, fingerprint, metric, *ends, p, tail])
@@ -168,6 +170,7 @@ def _values(m: Measurement) -> dict[str, Tensor]:
     order = torch.from_numpy(table["index"].to_numpy().copy()).argsort()
     prefix = "rerank/" if "rerank/AP" in table.column_names else ""
     columns = {"index": "index", "unit": "unit"} | {name: prefix + name for name in TESTED}
+    columns = {name: column for name, column in columns.items() if column in table.column_names}
     read = {name: torch.from_numpy(table[column].to_numpy().copy())[order] for name, column in columns.items()}
     return {name: value.double() if name in TESTED else value for name, value in read.items()}
 
