@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from test_resume import DATA, DSH, HASHING, checkpoint, numbers
 from torch import Tensor, nn
 
+from simsearch.api import open_catalog
 from simsearch.cache import ArrayCache
 from simsearch.callbacks.training import Lookahead
 from simsearch.files import read_json
 from simsearch.functional.resize import resize_to_fit
+from simsearch.index.binarize import ITQ
 from simsearch.losses.classification import ClassificationLoss
 from simsearch.losses.dsh import DSHLoss
 from simsearch.models.backbones import timm_backbone
@@ -498,6 +500,29 @@ def test_unknown_views_and_views_with_a_cache_are_refused():
         TrainedRetriever(hashing(views="mirror"), ClassificationLoss(8, 3), SGD, cache=ArrayCache("unused"))
 
 
+def test_bits_of_a_binarizer_follow_the_learnt_ones():
+    network = hashing(bits=3, hidden=6, binarizer=ITQ(5)).eval()
+    assert (network.learnt, network.bits, network.dimension) == (3, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    regions = torch.randn(40, 2, network.backbone.channels, generator=generator)
+    network.prepare_regions(regions)
+    weight, bias = ITQ(5).fit(regions.mean(1))
+    with torch.no_grad():
+        code = network.describe(regions)
+        torch.testing.assert_close(code[:, :3], network.head(network.hidden(regions.mean(1))))
+    agreed = (code[:, 3:] > 0) == (regions.mean(1) @ weight.T + bias > 0)
+    assert agreed.float().mean() > 0.99  # the sum over images in another order
+    assert 0.2 < (code[:, 3:] > 0).float().mean() < 0.8
+
+
+def test_a_binarizer_needs_frozen_features_and_enough_channels():
+    with pytest.raises(ValueError, match=r"model.network.binarizer .* set model.cache"):
+        hashing(binarizer=ITQ(8)).prepare(images())
+    channels = hashing().backbone.channels
+    with pytest.raises(ValueError, match=rf"binarizer.bits={channels + 1}: the backbone has {channels} channels"):
+        hashing(binarizer=ITQ(channels + 1))
+
+
 def test_a_run_shorter_than_the_pause_between_validations_has_a_best_checkpoint(tmp_path):
     train(tmp_path / "run", *DSH, "trainer.max_steps=2", "catalog.write=false")
     assert checkpoint(tmp_path / "run", "best")["global_step"] == 2
@@ -608,6 +633,23 @@ def test_a_cached_backbone_trains_its_head_only(tmp_path):
     simsearch("evaluate", f"run={run}", f"run_dir={tmp_path / 'again'}")
     assert numbers(tmp_path / "again")["test"]["metrics"] == numbers(run)["test"]["metrics"]
     train(tmp_path / "longer", *arguments, f"model.start={run}", "model.network.bits=16")
+
+
+def test_a_code_with_bits_of_a_binarizer_learns_the_others_as_without_it(tmp_path):
+    arguments = (*HASHING, *cached(tmp_path), "backbone.size=64", "trainer.max_steps=3")
+    itq = "model.network.binarizer={_target_: simsearch.index.binarize.ITQ, bits: 16}"
+    train(tmp_path / "plain", *arguments)
+    train(tmp_path / "both", *arguments, itq, "catalog.write=true")
+    plain, both = (checkpoint(tmp_path / name)["state_dict"] for name in ("plain", "both"))
+    assert all(torch.equal(both[name], plain[name]) for name in plain)
+    assert set(both) - set(plain) == {"network.code_weight", "network.code_bias"}
+    assert both["network.code_weight"].shape[0] == 16
+    assert (both["network.code_weight"].norm(dim=1) - 1).abs().max() < 1e-4  # rows of a rotation times components
+
+    simsearch("evaluate", f"run={tmp_path / 'both'}", f"run_dir={tmp_path / 'again'}")
+    got = [numbers(tmp_path / name)["test"]["metrics"] for name in ("plain", "both", "again")]
+    assert got[2] == got[1] != got[0]
+    assert open_catalog(tmp_path / "both" / "catalog").encoder.bits == plain["network.head.weight"].shape[0] + 16
 
 
 SMALL = (

@@ -1,18 +1,21 @@
-"""Binary codes on any backbone: pooled features and one linear layer."""
+"""Binary codes on any backbone: pooled features and one linear layer, perhaps beside bits that are not learnt."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import resize_to_fit
 from simsearch.models.backbones import Backbone, OnBackbone
+from simsearch.models.frozen import Binarizer
 
 Views = Literal["one", "mirror", "mirror-shift"]
+SAMPLE = 10_000  # training images that fit a binarizer, at most
 
 
 def weighted_views(image: Tensor, views: Views) -> Iterator[tuple[float, Tensor]]:
@@ -55,10 +58,20 @@ class HashNetwork(OnBackbone, nn.Module):
         hidden: Width of a layer with ReLU before the last one, None for no such layer.
         views: Views of an image whose codes `embed` averages before their signs: "one", "mirror" (two), or
             "mirror-shift" (six), as `weighted_views` says. Training sees one.
+        binarizer: Its bits follow the learnt ones. It is fitted to the pooled features of at most 10,000 training
+            images, drawn by a fixed seed. None for no such bits.
+
+    Attributes:
+        bits: b, the width of the whole code.
+        learnt: Number of learnt bits, which come first.
 
     Raises:
-        ValueError: If `bits` or `hidden` is below 1, or `views` is unknown.
+        ValueError: If `bits` or `hidden` is below 1, `views` is unknown, or the binarizer has more bits than the
+            backbone has channels.
     """
+
+    code_weight: Tensor
+    code_bias: Tensor
 
     def __init__(
         self,
@@ -67,6 +80,7 @@ class HashNetwork(OnBackbone, nn.Module):
         bits: int,
         hidden: int | None = None,
         views: Views = "one",
+        binarizer: Binarizer | None = None,
     ) -> None:
         super().__init__()
         if bits < 1:
@@ -74,7 +88,8 @@ class HashNetwork(OnBackbone, nn.Module):
         if views not in get_args(Views):
             raise ValueError(f"model.network.views={views!r}: use {', '.join(get_args(Views))}")
         self.backbone, self.pooling, self.views = backbone, pooling, views
-        self.bits = self.dimension = bits
+        self.learnt, self.binarizer = bits, binarizer
+        self.bits = self.dimension = bits + (0 if binarizer is None else binarizer.bits)
         self.sizes = [backbone.size]
         if hidden is not None and hidden < 1:
             raise ValueError(f"model.network.hidden={hidden}: give a width, or null for no hidden layer")
@@ -82,14 +97,45 @@ class HashNetwork(OnBackbone, nn.Module):
             nn.Identity() if hidden is None else nn.Sequential(nn.Linear(backbone.channels, hidden), nn.ReLU())
         )
         self.head = nn.Linear(hidden or backbone.channels, bits)
+        if binarizer is not None:
+            if binarizer.bits > backbone.channels:
+                raise ValueError(
+                    f"model.network.binarizer.bits={binarizer.bits}: the backbone has {backbone.channels} channels, so "
+                    "use at most as many"
+                )
+            self.register_buffer("code_weight", torch.zeros(binarizer.bits, backbone.channels))
+            self.register_buffer("code_bias", torch.zeros(binarizer.bits))
 
     def prepare(self, images: Tensor | Ragged) -> None:
         """Lets the backbone compute statistics of training images, if it needs any.
 
         Args:
             images: Training images uint8 (N, 3, H, W), or Ragged.
+
+        Raises:
+            ValueError: If there is a binarizer, whose features would change while the backbone learns.
         """
+        if self.binarizer is not None:
+            raise ValueError(
+                "model.network.binarizer makes codes of the features of a frozen backbone: set model.cache, as "
+                "experiment=hashing-frozen does, or model.network.binarizer=null"
+            )
         self.backbone.prepare(images)
+
+    def prepare_regions(self, regions: Tensor) -> None:
+        """Fits the binarizer, if there is one.
+
+        Args:
+            regions: Region vectors (N, R, C) of all training images.
+
+        Raises:
+            ValueError: As the binarizer does, such as for too few images.
+        """
+        if self.binarizer is not None:
+            few = torch.randperm(len(regions), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+            weight, bias = self.binarizer.fit(regions[few].float().mean(1))
+            self.code_weight.copy_(weight)
+            self.code_bias.copy_(bias)
 
     def pool(self, maps: Tensor) -> Tensor:
         """Region vectors (B, R, C).
@@ -100,15 +146,19 @@ class HashNetwork(OnBackbone, nn.Module):
         return self.pooling(maps)
 
     def describe(self, regions: Tensor) -> Tensor:
-        """Real-valued codes (B, bits).
+        """Real-valued codes (B, b).
 
         Args:
             regions: Region vectors (B, R, C).
         """
-        return self.head(self.hidden(regions.mean(1)))
+        pooled = regions.mean(1)
+        code = self.head(self.hidden(pooled))
+        if self.binarizer is None:
+            return code
+        return torch.cat([code, F.linear(pooled, self.code_weight, self.code_bias).to(code.dtype)], dim=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Real-valued codes (B, bits).
+        """Real-valued codes (B, b).
 
         Args:
             image: uint8 or float (B, 3, H, W) in 0..255.
@@ -116,7 +166,7 @@ class HashNetwork(OnBackbone, nn.Module):
         return self.describe(self.pool(self.backbone(image)))
 
     def embed(self, image: Tensor) -> Tensor:
-        """Real-valued codes (B, bits), the weighted mean over `views`.
+        """Real-valued codes (B, b), the weighted mean over `views`.
 
         Args:
             image: uint8 or float (B, 3, H, W) in 0..255.

@@ -201,6 +201,7 @@ class TrainedRetriever(DescribesBatches):
         self.slices, self.gather = slices, gather
         self.bits = network.bits
         self.dimension = network.dimension
+        self.learnt = getattr(network, "learnt", network.dimension)  # further bits are not the loss's
         _ = network.provenance  # hashes the weights before they train
         self._gradients: dict[str, Tensor] = {}  # of a gradient accumulation that a checkpoint interrupted
 
@@ -403,7 +404,7 @@ class TrainedRetriever(DescribesBatches):
         return partial(scheduler, total_steps=steps, pct_start=rise)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        embeddings, labels = self(batch).float(), batch["label"]
+        embeddings, labels = self(batch)[:, : self.learnt].float(), batch["label"]
         if self.gather:
             embeddings, labels = gather_rows(embeddings), gather_rows(labels)
         with torch.autocast(self.device.type, enabled=False):
