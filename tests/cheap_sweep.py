@@ -11,6 +11,7 @@ import os
 import time
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from simsearch import configs, program, sweeps
@@ -19,6 +20,7 @@ from simsearch.sweeper.sweeper import register
 
 EPOCHS = 9
 WAIT, FAILS_BELOW = "CHEAP_WAIT", "CHEAP_FAILS_BELOW"  # seconds of an epoch, the least value that does not fail
+FIRST = "CHEAP_FIRST"  # seconds of an epoch of trial 0, if others
 
 
 def value_of(learning_rate: float, margin: float) -> float:
@@ -42,8 +44,11 @@ def main(config: DictConfig) -> object:
 
             reporter = Reporter(about["storage"], about["study"], about["number"], configs.build(about["pruner"]))
         done = read_json(log)["epochs"] if log.is_file() else 0
+        wait = os.environ.get(WAIT, 0)
+        if HydraConfig.get().job.num == 0:
+            wait = os.environ.get(FIRST, wait)
         for epoch in range(done + 1, EPOCHS + 1):
-            time.sleep(float(os.environ.get(WAIT, 0)))
+            time.sleep(float(wait))
             write_json(log, {"epochs": epoch})
             with (trial.folder.parent / "work.log").open("a") as file:
                 file.write(json.dumps([trial.folder.name, epoch, os.getpid(), time.time()]) + "\n")
