@@ -375,7 +375,8 @@ def test_a_pruned_training_has_no_test_and_compare_reads_the_sweep_while_it_runs
         assert list(trial.intermediate_values) == list(range(1, len(trial.intermediate_values) + 1))
         if about["state"] == "pruned":
             assert about["pruned"]["step"] < 8
-            assert trial.value == about["pruned"]["value"] == stages["val"]["metrics"]["mAP"]
+            assert trial.value == about["pruned"]["value"]
+            assert trial.value == pytest.approx(stages["val"]["metrics"]["mAP"], rel=1e-6)  # logged as float32
 
 
 @pytest.mark.slow
