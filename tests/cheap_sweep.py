@@ -14,9 +14,10 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from simsearch import configs, program, sweeps
+from simsearch import configs, program
 from simsearch.files import read_json, write_json
-from simsearch.sweeper.sweeper import register
+from simsearch.sweeps import trials
+from simsearch.sweeps.sweeper import register
 
 EPOCHS = 9
 WAIT, FAILS_BELOW = "CHEAP_WAIT", "CHEAP_FAILS_BELOW"  # seconds of an epoch, the least value that does not fail
@@ -30,17 +31,17 @@ def value_of(learning_rate: float, margin: float) -> float:
 
 @program.command("train")
 def main(config: DictConfig) -> object:
-    with sweeps.trial(config) as trial:
+    with trials.trial(config) as trial:
         assert trial is not None
         if trial.finished:
             return trial.values
         value = value_of(config.cheap.lr, config.cheap.margin)
         if value < float(os.environ.get(FAILS_BELOW, -1)):
             raise ValueError(f"cheap.lr={config.cheap.lr} is too far away")
-        about, log = sweeps.pruned_by(), trial.folder / "epochs.json"
+        about, log = trials.pruned_by(), trial.folder / "epochs.json"
         reporter = None
         if about is not None:
-            from simsearch.sweeper.journal import Reporter
+            from simsearch.sweeps.journal import Reporter
 
             reporter = Reporter(about["storage"], about["study"], about["number"], configs.build(about["pruner"]))
         done = read_json(log)["epochs"] if log.is_file() else 0

@@ -50,7 +50,6 @@ MAY_IMPORT["identity"] = {"saved_run", "trust"}
 MAY_IMPORT["program"] = {"configs", "launch", "models", "usage", *GROUND}
 MAY_IMPORT["tracking"] = {"launch", "results", "saved_run", "callbacks", "evaluation", "data", "figures", *GROUND}
 MAY_IMPORT["sweeps"] = {"identity", "launch", "program", "configs", "saved_run", "terminal", "settings", *GROUND}
-MAY_IMPORT["sweeper"] = {"identity", "sweeps", "program", "configs", "saved_run", *GROUND}
 MAY_IMPORT["comparison"] = {"search", "data", "images", "functional", "metrics", "identity", "trust", *GROUND}
 MAY_IMPORT["studies"] = set(MAY_IMPORT)
 MAY_IMPORT["commands"] = set(MAY_IMPORT)
@@ -72,14 +71,14 @@ ONLY_IN = {
     "cv2": {f"simsearch/functional/{name}.py" for name in ("geometry", "proposals", "sift")},
     "timm": {"simsearch/models/backbones.py"},
     "hydra": {
-        *(f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "sweeps", "studies/runs")),
-        "simsearch/sweeper/",
+        *(f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "studies/runs")),
+        "simsearch/sweeps/",
     },
-    "optuna": {"simsearch/sweeper/"},
+    "optuna": {"simsearch/sweeps/"},
     "omegaconf": {
-        *(f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "saved_run", "sweeps")),
+        *(f"simsearch/{name}.py" for name in ("configs", "program", "run_directory", "saved_run")),
         "simsearch/commands/",
-        "simsearch/sweeper/",
+        "simsearch/sweeps/",
     },
     "wandb": {"simsearch/tracking.py"},
     "psycopg": {"simsearch/search/stores/pgvector.py"},

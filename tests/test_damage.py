@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import nn
 
-from simsearch import program, saved_run, sweeps
+from simsearch import program, saved_run
 from simsearch.cache import ArrayCache
 from simsearch.commands.data_ingest import describe
 from simsearch.comparison.runs import Unreadable, read_run
@@ -50,6 +50,8 @@ from simsearch.search.shards import begin, open_shards
 from simsearch.search.writing import write_catalog
 from simsearch.serving.library import Library, Source, Thumbnails
 from simsearch.serving.limits import Limits
+from simsearch.sweeps.progress import summary
+from simsearch.sweeps.trials import Trial, read_trials
 
 
 @pytest.fixture(params=[40, pytest.param(300, marks=pytest.mark.slow)])
@@ -359,12 +361,12 @@ def test_a_changed_config_is_noted(tmp_path, small_run, capsys):
 
 
 def test_trials_of_a_sweep(tmp_path, flips):
-    trial = sweeps.Trial(tmp_path / "a", ["optimizer.lr=0.1"], values=[0.123, 16.0])
+    trial = Trial(tmp_path / "a", ["optimizer.lr=0.1"], values=[0.123, 16.0])
     trial.folder.mkdir()
     trial.write("finished")
     write_json(tmp_path / "sweep.json", {"planned": 40})
     files = [tmp_path / "a/trial.json", tmp_path / "sweep.json"]
-    damage(files, flips, lambda: [sweeps.read_trials(tmp_path), sweeps.summary(tmp_path)])
+    damage(files, flips, lambda: [read_trials(tmp_path), summary(tmp_path)])
 
 
 # ---------------------------------------------------------------------------------------------- caches

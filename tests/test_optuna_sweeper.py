@@ -24,15 +24,17 @@ from conftest import simsearch
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from simsearch import configs, sweeps
+from simsearch import configs
 from simsearch.callbacks.pruning import Pruning
 from simsearch.comparison.runs import read_run
 from simsearch.files import is_alive, write_json
-from simsearch.sweeper.space import distributions, point
-from simsearch.sweeper.sweeper import NAME, OptunaSweeper
+from simsearch.sweeps.progress import is_open, summary
+from simsearch.sweeps.space import distributions, point
+from simsearch.sweeps.sweeper import NAME, OptunaSweeper
+from simsearch.sweeps.trials import MEASURED_ON, Trial, code_version, read_trials
 
 optuna = pytest.importorskip("optuna")
-journal = pytest.importorskip("simsearch.sweeper.journal")
+journal = pytest.importorskip("simsearch.sweeps.journal")
 COMPLETE, PRUNED, FAIL, RUNNING = (optuna.trial.TrialState[n] for n in ("COMPLETE", "PRUNED", "FAIL", "RUNNING"))
 
 
@@ -254,7 +256,7 @@ def check(folder: Path, planned: int) -> None:
     trials = {trial.number: trial for trial in study(folder).trials}
     assert sorted(trials) == list(range(planned))
     numbers = []
-    for about in sweeps.read_trials(folder):
+    for about in read_trials(folder):
         given = dict(text.split("=") for text in about["overrides"])
         for number in about["numbers"]:
             trial = trials[number]
@@ -353,9 +355,9 @@ def test_trials_that_fall_behind_are_pruned_and_shown(tmp_path, capsys):
     run(tmp_path, "hydra.sweeper.n_trials=9", "hydra/sweeper/sampler=random", "hydra/sweeper/pruner=halving")
     assert set(worked(tmp_path).values()) == {1}
     # Without a pruner, as in a grid, a pruned trial is trained to its end.
-    first = next(about for about in sweeps.read_trials(tmp_path) if about["state"] == "pruned")
+    first = next(about for about in read_trials(tmp_path) if about["state"] == "pruned")
     assert start("-m", f"hydra.sweep.dir={tmp_path}", *first["overrides"]) == 0
-    again = next(about for about in sweeps.read_trials(tmp_path) if about["folder"] == first["folder"])
+    again = next(about for about in read_trials(tmp_path) if about["folder"] == first["folder"])
     assert (again["state"], again["values"] > first["pruned"]["value"]) == ("finished", True)
     assert set(worked(tmp_path).values()) == {1}
 
@@ -389,18 +391,18 @@ def test_several_objectives_make_a_front(tmp_path, capsys):
 def test_a_point_that_comes_twice_is_one_folder_and_counts_twice(tmp_path, capsys):
     twice = ("+cheap.lr=choice(0.5)", "+cheap.margin=choice(0.5)", "hydra.sweeper.n_trials=3")
     run(tmp_path, *twice)
-    (about,) = sweeps.read_trials(tmp_path)
+    (about,) = read_trials(tmp_path)
     assert about["numbers"] == [0, 1, 2]
     assert set(worked(tmp_path).values()) == {1}
     assert [trial.value for trial in study(tmp_path).trials] == [about["values"]] * 3
     assert "3 of 3 trials finished" in capsys.readouterr().err
-    assert not sweeps.is_open(tmp_path)
+    assert not is_open(tmp_path)
 
 
 def test_the_code_s_version_is_recorded_and_a_difference_said(tmp_path, monkeypatch, capsys):
     run(tmp_path, "hydra.sweeper.n_trials=2")
-    assert {about["code"] for about in sweeps.read_trials(tmp_path)} == {sweeps.code_version()}
-    monkeypatch.setattr(sweeps, "code_version", lambda: "edited")
+    assert {about["code"] for about in read_trials(tmp_path)} == {code_version()}
+    monkeypatch.setattr("simsearch.sweeps.trials.code_version", lambda: "edited")
     capsys.readouterr()
     run(tmp_path, "hydra.sweeper.n_trials=3")
     assert "2 trials were computed by another version of the code" in capsys.readouterr().err
@@ -409,17 +411,19 @@ def test_the_code_s_version_is_recorded_and_a_difference_said(tmp_path, monkeypa
 
 def test_a_study_on_other_data_is_refused(tmp_path, monkeypatch, capsys):
     run(tmp_path, "hydra.sweeper.n_trials=3")
-    for about in sweeps.read_trials(tmp_path):  # what a training leaves
-        parts = dict.fromkeys(sweeps.MEASURED_ON, 0)
+    for about in read_trials(tmp_path):  # what a training leaves
+        parts = dict.fromkeys(MEASURED_ON, 0)
         (tmp_path / about["folder"] / "config.yaml").write_text(yaml.safe_dump(parts))
         write_json(tmp_path / about["folder"] / "metrics.json", {"test": {"fingerprint": "before", "metrics": {}}})
     asked = []
-    monkeypatch.setattr(sweeps, "_fingerprint", lambda config: asked.append(json.loads(config)) or "before")
+    monkeypatch.setattr(
+        "simsearch.sweeps.trials._fingerprint", lambda config: asked.append(json.loads(config)) or "before"
+    )
     run(tmp_path, "hydra.sweeper.n_trials=4")
     assert len(asked) == 1  # for all three
     assert asked[0]["data"]["_target_"] == "simsearch.data.datamodule.RenderedDataModule"
-    assert set(asked[0]) == set(sweeps.MEASURED_ON)
-    monkeypatch.setattr(sweeps, "_fingerprint", lambda config: "now")
+    assert set(asked[0]) == set(MEASURED_ON)
+    monkeypatch.setattr("simsearch.sweeps.trials._fingerprint", lambda config: "now")
     capsys.readouterr()
     run(tmp_path, "hydra.sweeper.n_trials=5", expect=1)
     assert "was measured on other data (fingerprint before, now now)" in capsys.readouterr().err.splitlines()[-1]
@@ -453,22 +457,22 @@ def test_counts_are_those_of_the_plan(tmp_path):
     sweep = {"planned": 2, "objective": ["val/mAP"], "ended": False}
     write_json(tmp_path / "sweep.json", sweep | {"grid": {"seed": ["0", "1"]}, "shared": ["pooling=gem"]})
     for seed, pooling in ((0, "gem"), (5, "gem"), (6, "gem"), (7, "gem"), (1, "mac")):
-        trial = sweeps.Trial(tmp_path / f"{pooling}{seed}", [f"pooling={pooling}", f"seed={seed}"], values=float(seed))
+        trial = Trial(tmp_path / f"{pooling}{seed}", [f"pooling={pooling}", f"seed={seed}"], values=float(seed))
         trial.write("finished")
-    found = sweeps.summary(tmp_path)
+    found = summary(tmp_path)
     assert found == "1 of 2 trials finished, 4 of earlier plans, best 0.0000 (gem0)"
-    sweeps.Trial(tmp_path / "gem1", ["seed=1", "pooling=gem"], values=0.5).write("running")
-    assert "1 of 2 trials finished, 1 running, 4 of earlier plans" in sweeps.summary(tmp_path)
+    Trial(tmp_path / "gem1", ["seed=1", "pooling=gem"], values=0.5).write("running")
+    assert "1 of 2 trials finished, 1 running, 4 of earlier plans" in summary(tmp_path)
 
 
 def test_the_best_so_far_has_its_interval(tmp_path):
     write_json(tmp_path / "sweep.json", {"planned": 3, "objective": ["val/mAP"], "ended": False, "study": "s"})
     for number, value in enumerate((0.25, 0.5)):
-        sweeps.Trial(tmp_path / str(number), [f"x={number}"], values=value, numbers=[number]).write("finished")
+        Trial(tmp_path / str(number), [f"x={number}"], values=value, numbers=[number]).write("finished")
         about = {"metrics": {"mAP": value}, "intervals": {"mAP": [value - 0.125, value + 0.125]}}
         write_json(tmp_path / str(number) / "metrics.json", {"val": about})
-    sweeps.Trial(tmp_path / "2", ["x=2"], numbers=[2]).write("running")
-    assert sweeps.summary(tmp_path) == "2 of 3 trials finished, 1 running, best 0.5000 [0.3750, 0.6250] (1)"
+    Trial(tmp_path / "2", ["x=2"], numbers=[2]).write("running")
+    assert summary(tmp_path) == "2 of 3 trials finished, 1 running, best 0.5000 [0.3750, 0.6250] (1)"
     shown = simsearch("progress", f"folder={tmp_path}", "watch=0").stdout
     assert "* 0.5000 [0.3750, 0.6250]" in shown
 
@@ -487,7 +491,7 @@ def test_a_folder_shows_what_is_swept_wherever_it_was_given(place, tmp_path):
     study = ("-m", "hydra/sweeper=optuna", f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra.sweeper.n_trials=1")
     own = ("--config-dir", str(tmp_path / "own"))
     assert start(*own, *study, "+cheap.lr=0.25", "+cheap.margin=0.5", *others, *swept, "objective=val/mAP") == 0
-    (about,) = sweeps.read_trials(tmp_path / "sweep")
+    (about,) = read_trials(tmp_path / "sweep")
     assert re.match(r"seed-[23]_index-(flat|sq8)_|index-(flat|sq8)_seed-[23]_", about["folder"]), about["folder"]
 
 
@@ -521,7 +525,7 @@ def until(ready, process: subprocess.Popen[str], seconds: float = 300.0) -> None
 
 def ended(folder: Path) -> dict[str, dict]:
     """The trials that had finished or were pruned, by folder."""
-    return {about["folder"]: about for about in sweeps.read_trials(folder) if about["state"] in ("finished", "pruned")}
+    return {about["folder"]: about for about in read_trials(folder) if about["state"] in ("finished", "pruned")}
 
 
 def workers(folder: Path) -> list[int]:
@@ -564,7 +568,7 @@ def test_workers_take_trials_without_waiting_for_each_other(tmp_path):
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said
     check(folder, 8)
-    trials = sweeps.read_trials(folder)
+    trials = read_trials(folder)
     assert len({about["pid"] for about in trials}) == 2
     (long,) = (about for about in trials if about["numbers"] == [0])
     meanwhile = [t for t in trials if long["started"] < t["started"] and t["ended"] < long["ended"]]
@@ -581,5 +585,5 @@ def test_two_commands_share_a_study(tmp_path):
         said, _ = process.communicate(timeout=600)
         assert process.returncode == 0, said
     check(folder, 8)
-    assert len({about["pid"] for about in sweeps.read_trials(folder)}) == 2
+    assert len({about["pid"] for about in read_trials(folder)}) == 2
     assert set(worked(folder).values()) == {1}

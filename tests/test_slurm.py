@@ -201,7 +201,7 @@ def test_jobs_of_a_cluster_share_a_study(slurm, tmp_path):
     """
     pytest.importorskip("optuna")
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    from simsearch import sweeps
+    from simsearch.sweeps.trials import read_trials
 
     sweep = tmp_path / "sweep"
     study = ("hydra/sweeper=optuna", "hydra/sweeper/pruner=halving", "hydra.sweeper.n_trials=4")
@@ -212,7 +212,7 @@ def test_jobs_of_a_cluster_share_a_study(slurm, tmp_path):
             [*PROGRAM, "-m", *setting, *study], cwd=tmp_path, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr
-        trials = sweeps.read_trials(sweep)
+        trials = read_trials(sweep)
         assert sorted(number for about in trials for number in about["numbers"]) == [0, 1, 2, 3]
         assert {about["state"] for about in trials} <= {"finished", "pruned"}
         assert len(list((sweep / ".submitit").glob("[0-9]*"))) == 4  # jobs

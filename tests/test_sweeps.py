@@ -25,8 +25,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from simsearch import configs, saved_run, settings, sweeps
+from simsearch import configs, saved_run, settings
 from simsearch.files import read_json, write_json
+from simsearch.sweeps import objectives
+from simsearch.sweeps.progress import is_open, summary
+from simsearch.sweeps.space import plan
+from simsearch.sweeps.trials import Trial, read_trials, trial_name
 
 TINY = (
     *("data.styles=4", "data.artists=2", "data.works=6", "data.photographs=4", "data.size=40", "backbone.size=40"),
@@ -45,7 +49,7 @@ def compose(*overrides: str):
 
 
 def name(*overrides: str) -> str:
-    return sweeps.trial_name(_root_=compose(*overrides))
+    return trial_name(_root_=compose(*overrides))
 
 
 def test_a_trials_name_is_what_it_computes():
@@ -72,7 +76,7 @@ def test_a_trial_keeps_its_folder_however_its_overrides_are_written(tmp_path, mo
     (tmp_path / before).mkdir()
     write_json(tmp_path / before / "trial.json", {"state": "finished"})
     assert name("pooling=gem", "seed=1", sweep) == before
-    monkeypatch.setattr(sweeps, "code_version", lambda: "other")  # code is told of, and no other trial
+    monkeypatch.setattr("simsearch.sweeps.trials.code_version", lambda: "other")  # code is told of, and no other trial
     assert name("seed=1", "pooling=gem", sweep) == before
     assert name("seed=2", "pooling=gem", sweep) != before
 
@@ -100,7 +104,7 @@ def test_what_is_swept_is_what_hydra_makes(overrides):
         loader = GlobalHydra.instance().config_loader()
         parsed = OverridesParser.create(config_loader=loader).parse_overrides(["loss=a,b", *overrides])
         jobs = list(itertools.chain(*BasicSweeper.split_arguments(parsed, None)))
-        found, shared = sweeps.plan({"loss": "a,b"}, overrides, loader)
+        found, shared = plan({"loss": "a,b"}, overrides, loader)
     assert math.prod(map(len, found.values())) == len(jobs)
     for key in {text.partition("=")[0] for text in jobs[0]}:
         values = {text.partition("=")[2] for job in jobs for text in job if text.startswith(f"{key}=")}
@@ -110,7 +114,7 @@ def test_what_is_swept_is_what_hydra_makes(overrides):
 
 
 def test_the_command_line_takes_a_swept_parameters_place():
-    found = sweeps.plan({"seed": "1,2,3", "index": "flat,sq8"}, ["seed=5"])
+    found = plan({"seed": "1,2,3", "index": "flat,sq8"}, ["seed=5"])
     assert found == ({"index": ["flat", "sq8"]}, ["seed=5"])
 
 
@@ -121,29 +125,29 @@ def metrics(folder: Path, **stages: dict) -> Path:
 
 def test_objectives(tmp_path):
     folder = metrics(tmp_path, val={"mAP": 0.5, "bytes_per_item": 16.0}, test={"mAP": 0.4})
-    assert sweeps.objectives(folder, None) is None
-    assert sweeps.objectives(folder, "val/mAP") == 0.5
-    assert sweeps.objectives(folder, ["test/mAP", "val/bytes_per_item"]) == [0.4, 16.0]
+    assert objectives.values_of(folder, None) is None
+    assert objectives.values_of(folder, "val/mAP") == 0.5
+    assert objectives.values_of(folder, ["test/mAP", "val/bytes_per_item"]) == [0.4, 16.0]
     with pytest.raises(ValueError, match="objective=val/mPA was not measured; there are val/mAP"):
-        sweeps.objectives(folder, "val/mPA")
+        objectives.values_of(folder, "val/mPA")
     with pytest.raises(ValueError, match=r"protocol\.validation=0\.1"):
-        sweeps.objectives(metrics(tmp_path, test={"mAP": 0.4}), "val/mAP")
+        objectives.values_of(metrics(tmp_path, test={"mAP": 0.4}), "val/mAP")
 
 
 def test_a_dead_process_has_left_its_trial(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
     for number, (pid, state) in enumerate([(gone.pid, "running"), (os.getpid(), "running"), (gone.pid, "finished")]):
-        trial = sweeps.Trial(tmp_path / str(number), ["a=1"])
+        trial = Trial(tmp_path / str(number), ["a=1"])
         trial.write(state)
         about = json.loads((trial.folder / "trial.json").read_text())
         write_json(trial.folder / "trial.json", {**about, "pid": pid, "started": number})
     write_json(tmp_path / "sweep.json", {"planned": 4})
-    assert [about["state"] for about in sweeps.read_trials(tmp_path)] == ["interrupted", "running", "finished"]
-    assert sweeps.summary(tmp_path) == "1 of 4 trials finished, 1 running, 1 interrupted"
-    assert sweeps.is_open(tmp_path)
+    assert [about["state"] for about in read_trials(tmp_path)] == ["interrupted", "running", "finished"]
+    assert summary(tmp_path) == "1 of 4 trials finished, 1 running, 1 interrupted"
+    assert is_open(tmp_path)
     with pytest.raises(ValueError, match="is not a sweep"):
-        sweeps.summary(tmp_path / "0")
+        summary(tmp_path / "0")
 
 
 @pytest.mark.parametrize(
@@ -166,24 +170,24 @@ def test_a_sweep_ends_by_its_trials_and_its_process(tmp_path, about, states, exp
     about = {"planned": 4, "ended": False, "host": socket.gethostname(), "pid": os.getpid()} | about
     write_json(tmp_path / "sweep.json", about | ({"pid": gone.pid} if about["pid"] == "gone" else {}))
     for number, state in enumerate(states):
-        sweeps.Trial(tmp_path / str(number), ["a=1"]).write(state)
-    assert sweeps.is_open(tmp_path) is expected
+        Trial(tmp_path / str(number), ["a=1"]).write(state)
+    assert is_open(tmp_path) is expected
 
 
 def test_a_repeated_point_is_told(tmp_path):
     write_json(tmp_path / "sweep.json", {"planned": 4, "ended": True})
-    sweeps.Trial(tmp_path / "a", ["a=1"]).write("finished")
-    assert sweeps.summary(tmp_path) == "1 trials finished (of 4 planned; a repeated point counts once)"
+    Trial(tmp_path / "a", ["a=1"]).write("finished")
+    assert summary(tmp_path) == "1 trials finished (of 4 planned; a repeated point counts once)"
     write_json(tmp_path / "sweep.json", {"planned": 0, "ended": True})  # an earlier plan's trial lies there
-    assert sweeps.summary(tmp_path) == "1 of 1 trials finished"
+    assert summary(tmp_path) == "1 of 1 trials finished"
 
 
 def test_the_best_trial_is_by_what_is_good(tmp_path):
     for objective, best in (("val/mAP", "b"), ("val/bytes_per_item", "a"), ("test/rerank/seconds_per_query", "a")):
         write_json(tmp_path / "sweep.json", {"planned": 2, "objective": [objective]})
         for trial, value in (("a", 1.0), ("b", 2.0)):
-            sweeps.Trial(tmp_path / trial, [f"x={trial}"], values=value).write("finished")
-        assert f"({best})" in sweeps.summary(tmp_path)
+            Trial(tmp_path / trial, [f"x={trial}"], values=value).write("finished")
+        assert f"({best})" in summary(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -198,13 +202,13 @@ def test_the_best_trial_is_by_what_is_good(tmp_path):
     ],
 )
 def test_directions_follow_what_is_good(names, given, expected):
-    assert sweeps.directions(names, given) == expected
+    assert objectives.directions(names, given) == expected
 
 
 @pytest.mark.parametrize("given", [["maximize", "minimize"], "upwards"])
 def test_directions_are_as_many_as_objectives(given):
     with pytest.raises(ValueError, match="objectives, but objective names 1"):
-        sweeps.directions(["val/mAP"], given)
+        objectives.directions(["val/mAP"], given)
 
 
 @pytest.mark.parametrize(
@@ -224,10 +228,10 @@ def test_directions_are_as_many_as_objectives(given):
 def test_an_objective_is_checked_before_anything_trains(overrides, message):
     config = compose("backbone.weights=random", *overrides)
     if message is None:
-        sweeps.check_objective(config)
+        objectives.check(config)
     else:
         with pytest.raises(ValueError, match=re.escape(message)):
-            sweeps.check_objective(config)
+            objectives.check(config)
 
 
 def test_what_will_be_measured_is_what_was(small_run):
@@ -243,7 +247,7 @@ def test_the_documented_sweep_of_wandb_optimises_what_its_command_logs():
     assert block["command"][:2] == ["simsearch", "train"]
     config = compose(*(text for text in block["command"][2:] if "=" in text), *(f"{k}=1" for k in block["parameters"]))
     config.objective = block["metric"]["name"]
-    sweeps.check_objective(config)
+    objectives.check(config)
 
 
 def train(tmp_path: Path, *overrides: str, **settings) -> subprocess.Popen:
@@ -258,7 +262,7 @@ def test_a_grid_reports_what_failed_and_skips_what_is_finished(tmp_path, monkeyp
     grid = ("-m", "hydra.sweep.dir=${run_root}/grid", "index=flat,opq16,sq8")  # too few items to train OPQ on
     first = simsearch("train", *grid, *TINY, f"run_root={tmp_path}", cwd=tmp_path, expect=1)
     said = first.stdout + first.stderr
-    trials = sweeps.read_trials(tmp_path / "grid")
+    trials = read_trials(tmp_path / "grid")
     states = {next(o for o in about["overrides"] if o.startswith("index=")): about["state"] for about in trials}
     assert states == {"index=flat": "finished", "index=opq16": "failed", "index=sq8": "finished"}
     assert said.count("failed: ") == 1
@@ -270,7 +274,7 @@ def test_a_grid_reports_what_failed_and_skips_what_is_finished(tmp_path, monkeyp
     assert left == {"grid", "sweep.json", "multirun.yaml", *(about["folder"] for about in trials)}
 
     # What failed is tried again, and fails again; what is finished stays, also under code that has changed since.
-    monkeypatch.setattr(sweeps, "code_version", lambda: "other")
+    monkeypatch.setattr("simsearch.sweeps.trials.code_version", lambda: "other")
     second = simsearch("train", *grid, *TINY, f"run_root={tmp_path}", cwd=tmp_path, expect=1)
     assert {path.parent: path.stat().st_mtime_ns for path in (tmp_path / "grid").glob("*/metrics.json")} == runs
     assert "2 of 3 trials finished, 1 failed" in second.stdout + second.stderr
@@ -307,7 +311,7 @@ def test_a_study_without_a_measured_objective_trains_nothing(overrides, message,
 @pytest.mark.slow
 def test_a_study_maximises_a_precision_and_ends_where_points_repeat(tmp_path):
     optuna = pytest.importorskip("optuna")
-    from simsearch.sweeper.journal import open_storage
+    from simsearch.sweeps.journal import open_storage
 
     study = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=${run_root}/study", "hydra.sweeper.n_trials=3")
     study += ("objective=val/mAP", "model.whitening.power=choice(0,1)", "callbacks.precision_recall=null")
@@ -315,13 +319,13 @@ def test_a_study_maximises_a_precision_and_ends_where_points_repeat(tmp_path):
     found = optuna.load_study(study_name="sweep", storage=open_storage(f"{tmp_path}/study/study.journal"))
     assert [direction.name for direction in found.directions] == ["MAXIMIZE"]
     assert len(found.trials) == 3
-    trials = sweeps.read_trials(tmp_path / "study")
+    trials = read_trials(tmp_path / "study")
     assert len(trials) < 3  # of two choices one came twice
     assert "3 of 3 trials finished" in done.stderr
     best = max(trials, key=lambda about: about["values"])
     assert found.best_value == best["values"]
     assert f"({best['folder']})" in done.stderr.splitlines()[-1] or best["folder"] in done.stdout
-    assert not sweeps.is_open(tmp_path / "study")
+    assert not is_open(tmp_path / "study")
     simsearch("progress", f"folder={tmp_path}/study")  # and ends
 
 
@@ -332,7 +336,7 @@ def test_a_pruned_training_has_no_test_and_compare_reads_the_sweep_while_it_runs
     from test_ranks import TINY as TRAINED
 
     from simsearch.comparison.runs import expand, read_all
-    from simsearch.sweeper.journal import open_storage
+    from simsearch.sweeps.journal import open_storage
 
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     sweep = tmp_path / "sweep"
@@ -358,7 +362,7 @@ def test_a_pruned_training_has_no_test_and_compare_reads_the_sweep_while_it_runs
     reader.join()
     assert process.returncode == 0, said[0]
     assert looks > 0
-    trials = sweeps.read_trials(sweep)
+    trials = read_trials(sweep)
     states = {about["folder"]: about["state"] for about in trials}
     assert set(states.values()) == {"finished", "pruned"}
     results, missing = read_all(expand([str(sweep)]))
@@ -393,12 +397,12 @@ def test_a_killed_study_goes_on(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.communicate()
     before = {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "tpe").glob("*/metrics.json")}
-    finished = {about["folder"] for about in sweeps.read_trials(tmp_path / "tpe") if about["state"] == "finished"}
+    finished = {about["folder"] for about in read_trials(tmp_path / "tpe") if about["state"] == "finished"}
 
     second = train(tmp_path, *study)
     said, _ = second.communicate()
     assert second.returncode == 0, said
-    trials = sweeps.read_trials(tmp_path / "tpe")
+    trials = read_trials(tmp_path / "tpe")
     assert [about["state"] for about in trials] == ["finished"] * len(trials)
     assert len(trials) == 5
     after = {p.parent.name: p.stat().st_mtime_ns for p in (tmp_path / "tpe").glob("*/metrics.json")}

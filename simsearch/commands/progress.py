@@ -8,7 +8,8 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.live import Live
 
-from simsearch import program, sweeps, terminal
+from simsearch import program, terminal
+from simsearch.sweeps.progress import is_open, progress_table
 
 
 @program.command("progress")
@@ -23,14 +24,14 @@ def main(config: DictConfig) -> None:
     """
     folder = Path(config.folder)
     if not config.watch:
-        terminal.show(sweeps.progress_table(folder))
+        terminal.show(progress_table(folder))
         return
     if config.watch < 0:
         raise ValueError(f"watch={config.watch}: give the seconds between updates, or 0 to print once")
-    with Live(sweeps.progress_table(folder), refresh_per_second=1) as live:
-        while sweeps.is_open(folder):
+    with Live(progress_table(folder), refresh_per_second=1) as live:
+        while is_open(folder):
             time.sleep(config.watch)
-            live.update(sweeps.progress_table(folder))
+            live.update(progress_table(folder))
 
 
 if __name__ == "__main__":

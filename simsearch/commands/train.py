@@ -26,7 +26,6 @@ from simsearch import (
     run_directory,
     saved_run,
     settings,
-    sweeps,
     terminal,
     tracking,
 )
@@ -44,7 +43,7 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import encoder_config
 from simsearch.search.item_tables import item_table
 from simsearch.search.writing import write_catalog
-from simsearch.sweeper import sweeper
+from simsearch.sweeps import objectives, sweeper, trials
 
 THUMBNAIL_SIDE = 128
 sweeper.register()
@@ -67,15 +66,15 @@ def main(config: DictConfig) -> Any:
     _LOG.info("simsearch train %s", shlex.join(sys.argv[1:]))
     if launch.is_rank() and not launch.is_slurm_rank():
         raise ValueError("simsearch train starts its ranks itself: do not use torchrun, give trainer.devices=2 or auto")
-    with launch.as_found(), sweeps.trial(config) as trial:
+    with launch.as_found(), trials.trial(config) as trial:
         if trial is not None and trial.pruned and trial.finished:
             return None
         if trial is not None and trial.finished:
-            sweeps.check_same_data(trial.folder, config)
-            return sweeps.objectives(trial.folder, config.objective)
+            trials.check_same_data(trial.folder, config)
+            return objectives.values_of(trial.folder, config.objective)
         if trial is not None and trial.elsewhere:
             return None
-        sweeps.check_objective(config)
+        objectives.check(config)
         if not config.resume:
             settings.check_training(configs.plain(config))
         with run_directory.start_run(config) as run:
@@ -88,7 +87,7 @@ def main(config: DictConfig) -> Any:
         if trial is not None and (pruned := read_json(run.folder / "run.json").get("pruned")):
             trial.pruned = pruned
             return None
-        values = sweeps.objectives(run.folder, run.config["objective"])
+        values = objectives.values_of(run.folder, run.config["objective"])
         if trial is not None:
             trial.values = values
         return values
@@ -115,12 +114,12 @@ def train_run(run: saved_run.Run) -> None:
 
 def pruning_callbacks() -> list[Pruning]:
     """The callback that reports this trial of a sweep to its study. Empty if nothing may prune it."""
-    about = sweeps.pruned_by()
+    about = trials.pruned_by()
     if about is None:
         return []
     if launch.rank() != 0:
         return [Pruning(about["monitor"], lambda value, validation: False)]
-    from simsearch.sweeper.journal import Reporter  # Optuna comes with an extra
+    from simsearch.sweeps.journal import Reporter  # Optuna comes with an extra
 
     reporter = Reporter(about["storage"], about["study"], about["number"], configs.build(about["pruner"]))
     return [Pruning(about["monitor"], reporter)]

@@ -27,11 +27,12 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from simsearch import configs, program, saved_run, sweeps
+from simsearch import configs, program, saved_run
 from simsearch.files import is_alive, read_json, write_json
 from simsearch.identity import identity
-from simsearch.sweeper.jobs import Launched, Process, Runner
-from simsearch.sweeper.space import distributions, point
+from simsearch.sweeps.jobs import Launched, Process, Runner
+from simsearch.sweeps.space import distributions, plan, point
+from simsearch.sweeps.trials import MEASURED_ON, check_same_data, read_trials
 from simsearch.text import warn
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class OptunaSweeper(Sweeper):
         """
         import optuna
 
-        from simsearch.sweeper.journal import open_storage
+        from simsearch.sweeps.journal import open_storage
 
         config, context = self.job["config"], self.job["hydra_context"]
         self.space, self.shared = distributions(self.params, arguments, context.config_loader)
@@ -141,7 +142,7 @@ class OptunaSweeper(Sweeper):
         import optuna
 
         states = optuna.trial.TrialState
-        stored = sweeps.read_trials(self.folder)
+        stored = read_trials(self.folder)
         self._check_data(stored)
         folders: dict[int, Mapping[str, Any]] = {}
         for one in stored:
@@ -174,13 +175,13 @@ class OptunaSweeper(Sweeper):
             if about["state"] != "finished" or params is None or not (folder / "metrics.json").is_file():
                 continue
             stored = saved_run.read_run(folder).config
-            parts = identity({name: stored.get(name) for name in sweeps.MEASURED_ON})
+            parts = identity({name: stored.get(name) for name in MEASURED_ON})
             if parts not in checked:
                 checked.add(parts)
                 loader, master = self.job["hydra_context"].config_loader, self.job["config"]
                 config = loader.load_sweep_config(master, self._overrides(params))
                 HydraConfig.instance().set_config(config)
-                sweeps.check_same_data(folder, OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+                check_same_data(folder, OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
 
     def _overrides(self, params: Mapping[str, Any]) -> list[str]:
         return [*(f"{name}={value}" for name, value in params.items()), *self.shared]
@@ -349,7 +350,7 @@ class OptunaSweeper(Sweeper):
 
 def _same(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether overrides are equal, apart from their order and how values are quoted."""
-    return sorted(sweeps.plan(None, one)[1]) == sorted(sweeps.plan(None, other)[1])
+    return sorted(plan(None, one)[1]) == sorted(plan(None, other)[1])
 
 
 def _is_over(trial: optuna.trial.Trial) -> bool:

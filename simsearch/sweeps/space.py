@@ -34,6 +34,34 @@ def distributions(
     return swept, shared
 
 
+def plan(
+    params: Mapping[str, Any] | None, overrides: Sequence[str], loader: ConfigLoader | None = None
+) -> tuple[dict[str, list[str]], list[str]]:
+    """The keys that a sweep varies, with their values, and the overrides that its trials share.
+
+    An interval has no values. The product of the numbers of values is the number of jobs of Hydra's basic sweeper.
+
+    Args:
+        params: The sweeper's `params`, or None.
+        overrides: Overrides of the command line.
+        loader: Finds the options of a group, which glob(*) chooses among.
+    """
+    arguments = {name: f"{name}={value}" for name, value in (params or {}).items()}
+    arguments |= {text.partition("=")[0]: text for text in overrides}
+    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments.values()))
+    swept = {
+        str(override.get_key_element()): list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+        for override in parsed
+        if override.is_sweep_override()
+    }
+    shared = [  # as the basic sweeper writes them
+        f"{override.get_key_element()}={override.get_value_element_as_str()}"
+        for override in parsed
+        if not override.is_sweep_override()
+    ]
+    return swept, shared
+
+
 def _distribution(override: Override) -> optuna.distributions.BaseDistribution:
     from optuna import distributions as kinds
 

@@ -1,1 +1,0 @@
-"""A Hydra sweeper on Optuna, `hydra/sweeper=optuna`: several workers share one study, and trials can be pruned."""

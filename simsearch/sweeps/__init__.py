@@ -1,0 +1,1 @@
+"""Sweeps: resumable trials, and a Hydra sweeper on Optuna whose workers share one study and prune trials."""

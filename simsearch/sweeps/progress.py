@@ -1,0 +1,177 @@
+"""The state of a sweep, read from its folder: a line, a table, and whether it goes on."""
+
+from __future__ import annotations
+
+import csv
+import math
+import socket
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from simsearch import saved_run
+from simsearch.files import is_alive, read_json
+from simsearch.sweeps.objectives import is_cost
+from simsearch.sweeps.trials import read_trials
+from simsearch.text import cell
+
+_ENDED = ("finished", "pruned", "failed")
+
+
+def summary(folder: Path, since: float | None = None) -> str:
+    """A status line: number of trials by state, best value of the first objective, and the estimated time left.
+
+    Args:
+        folder: Folder of the sweep.
+        since: The estimate uses trials that finished after this time, in seconds. None makes no estimate.
+    """
+    found, sweep = read_trials(folder), read_sweep(folder)
+    trials = [about for about in found if _is_planned(about, sweep)]
+    count = _count(trials)
+    planned = max(sweep["planned"], sum(count.values()))
+    parts = [f"{count['finished']} of {planned} trials finished"]
+    if sweep.get("ended") and len(trials) < planned and "study" not in sweep:
+        parts = [f"{count['finished']} trials finished (of {planned} planned; a repeated point counts once)"]
+    parts += [f"{count[state]} {state}" for state in ("pruned", "running", "failed", "interrupted") if count[state]]
+    if others := len(found) - len(trials):
+        parts.append(f"{others} of earlier plans")
+    if (best := _best(trials, sweep)) is not None:
+        parts.append(f"best {_objective(best):.4f}{_interval(folder / best['folder'], sweep)} ({best['folder']})")
+    recent = [about for about in trials if since is not None and (about["ended"] or 0) > since]
+    left = planned - sum(count[state] for state in _ENDED)
+    if recent and left > 0:
+        seconds = (time.time() - min(about["started"] for about in recent)) / len(recent) * left
+        parts.append(f"about {_duration(seconds)} left")
+    return ", ".join(parts)
+
+
+def progress_table(folder: Path) -> Table:
+    """The trials of a sweep as a table: state, progress, time and objectives. The best first objective is marked.
+
+    Args:
+        folder: Folder of the sweep.
+    """
+    trials, sweep = read_trials(folder), read_sweep(folder)
+    best = _best([about for about in trials if _is_planned(about, sweep)], sweep)
+    varying = _varying([about["overrides"] for about in trials])
+    caption = "mAP on the validation images, or on the test (t) where there are none"
+    table = Table(title=f"{cell(folder)}\n{summary(folder)}", caption=caption)
+    for name in ("trial", "state", "step", "time", "objectives", "mAP"):
+        table.add_column(name, justify="left" if name in ("trial", "state") else "right")
+    for about, overrides in zip(trials, varying, strict=True):
+        values = about["values"] if isinstance(about["values"], list) else [about["values"]]
+        numbers = " ".join(f"{value:.4f}" for value in values if value is not None)
+        style = {"failed": "red", "running": "cyan", "interrupted": "yellow", "pruned": "dim"}.get(about["state"], "")
+        if pruned := about.get("pruned"):
+            numbers = f"{pruned['value']:.4f} at validation {pruned['validation']}"
+        if best is about:
+            numbers, style = f"* {numbers}{_interval(folder / about['folder'], sweep)}", "bold"
+        cells = (
+            " ".join(overrides) or about["folder"],
+            about["state"],
+            _steps(folder / about["folder"]),
+            _duration((about["ended"] or time.time()) - about["started"]),
+            numbers or "-",
+            _mean_ap(folder / about["folder"]),
+        )
+        table.add_row(*map(cell, cells), style=style)
+    return table
+
+
+def is_open(folder: Path) -> bool:
+    """Whether a sweep has running trials, or its process will start further ones.
+
+    The number of trials does not tell: a point that occurs twice is one trial.
+
+    Args:
+        folder: Folder of the sweep.
+    """
+    trials, about = read_trials(folder), read_sweep(folder)
+    if any(trial["state"] == "running" for trial in trials):
+        return True
+    gone = about.get("host") == socket.gethostname() and not is_alive(about["pid"])
+    count = _count([trial for trial in trials if _is_planned(trial, about)])
+    return not about.get("ended") and not gone and sum(count[state] for state in _ENDED) < about["planned"]
+
+
+def _is_planned(trial: Mapping[str, Any], sweep: Mapping[str, Any]) -> bool:
+    """Whether a trial belongs to what was started last in a sweep's folder, which may hold those of earlier plans."""
+    if "study" in sweep:
+        return bool(trial.get("numbers"))
+    if "grid" not in sweep:  # of an older version
+        return True
+    given = {text.partition("=")[0]: text.partition("=")[2] for text in trial["overrides"]}
+    swept = all(given.get(key) in values for key, values in sweep["grid"].items())
+    shared = {text for text in trial["overrides"] if text.partition("=")[0] not in sweep["grid"]}
+    return swept and shared == set(sweep["shared"])
+
+
+def _count(trials: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """The number of trials in each state. A point that a study proposed several times counts as often."""
+    count: Counter[str] = Counter()
+    for about in trials:
+        count[about["state"]] += len(about.get("numbers") or [None])
+    return count
+
+
+def read_sweep(folder: Path) -> dict[str, Any]:
+    path = folder / "sweep.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} is not a sweep: it has no sweep.json. Give a folder that `simsearch train -m` wrote to"
+        )
+    return read_json(path)
+
+
+def _objective(about: Mapping[str, Any]) -> float:
+    values = about["values"]
+    value = values[0] if isinstance(values, list) else values
+    return math.nan if value is None else float(value)
+
+
+def _best(trials: Sequence[dict[str, Any]], sweep: Mapping[str, Any]) -> dict[str, Any] | None:
+    known = [about for about in trials if not math.isnan(_objective(about))]
+    smaller = any(map(is_cost, sweep.get("objective", [])[:1]))
+    return (min if smaller else max)(known, key=_objective, default=None)
+
+
+def _interval(folder: Path, sweep: Mapping[str, Any]) -> str:
+    """The interval of a trial's first objective, where it has one."""
+    path, (stage, _, metric) = folder / "metrics.json", (sweep.get("objective") or [""])[0].partition("/")
+    about = read_json(path).get(stage, {}) if path.is_file() else {}
+    interval = about.get("intervals", {}).get(metric)
+    return f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+
+
+def _varying(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
+    """For each trial, the overrides that not all trials share."""
+    common = set(overrides[0]).intersection(*overrides) if len(overrides) > 1 else set()
+    return [[text for text in some if text not in common] for some in overrides]
+
+
+def _steps(folder: Path) -> str:
+    """The last logged step of a run, and the number of steps."""
+    history, config = folder / "metrics.csv", folder / "config.yaml"
+    if not history.is_file() or not config.is_file():
+        return "-"
+    with history.open(newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("step")]
+    most = saved_run.read_config(config)["trainer"].get("max_steps", -1)
+    return f"{max(steps, default=0)}" + (f"/{most}" if most > 0 else "")
+
+
+def _mean_ap(folder: Path) -> str:
+    path = folder / "metrics.json"
+    stages = read_json(path) if path.is_file() else {}
+    stage = "val" if "val" in stages else "test"
+    value = stages.get(stage, {}).get("metrics", {}).get("mAP")
+    return "-" if value is None else f"{value:.4f}" + (" t" if stage == "test" else "")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
