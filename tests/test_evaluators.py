@@ -116,20 +116,23 @@ def test_the_nearest_class_mean_equals_a_loop(bits):
     def part(chosen: torch.Tensor) -> Sharded:
         return Sharded.of(Descriptors(vectors[chosen], label[chosen], chosen, bits=bits))
 
+    def is_nearest(row: int, without: bool) -> float:
+        means = {}
+        for kind in label[inside].unique().tolist():
+            own = [r for r in inside.tolist() if label[r] == kind and not (without and r == row)]
+            if kind >= 0 and own:
+                mean = stored[own].double().mean(0)
+                means[kind] = float(stored[row].double() @ mean / mean.norm())
+        kind = int(label[row])
+        return float(max(means, key=means.__getitem__) == kind) if kind in means else math.nan
+
     for exclude in (True, False):
-        expected = []
-        for query in range(20):
-            means = {}
-            for kind in label[inside].unique().tolist():
-                own = [r for r in inside.tolist() if label[r] == kind and not (exclude and r == query)]
-                if kind >= 0 and own:
-                    mean = stored[own].double().mean(0)
-                    means[kind] = float(stored[query].double() @ mean / mean.norm())
-            kind = int(label[query])
-            expected.append(float(max(means, key=means.__getitem__) == kind) if kind in means else math.nan)
+        expected = [is_nearest(row, exclude) for row in range(20)]
         task = RetrievalTask("toy", rows[:20], inside, "kind", None, exclude, "0" * 16)
         measured = ClassMeans()(part(rows[:20]), part(inside), task)
         np.testing.assert_array_equal(measured.per_query["class/accuracy"].numpy(), expected)
         assert measured.metrics["class/accuracy"] == pytest.approx(np.nanmean(expected))
         assert 0.3 < measured.metrics["class/accuracy"] < 1
         assert set(measured.intervals) == {"class/accuracy"}
+        found = np.nanmean([is_nearest(row, True) for row in inside.tolist()])
+        assert measured.metrics["class/gallery_accuracy"] == pytest.approx(found)
