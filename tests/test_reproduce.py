@@ -54,8 +54,8 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def metrics(protocol: str, **values: float) -> dict:
-    stage = {"protocol": protocol, "fingerprint": "0" * 16, "metrics": values, "intervals": {}}
+def metrics(protocol: str, fingerprint: str = "0" * 16, **values: float) -> dict:
+    stage = {"protocol": protocol, "fingerprint": fingerprint, "metrics": values, "intervals": {}}
     return {"test": stage}
 
 
@@ -66,6 +66,7 @@ class Launched:
         self.lines: list[tuple[str, list[str]]] = []
         self.values = {"mAP": 0.5, "P@1": 0.25, "rerank/mAP": 0.6}
         self.by_seed: dict[int, float] = {}
+        self.fingerprint = "0" * 16
 
     def __call__(self, command: str, arguments: list[str]) -> None:
         self.lines.append((command, list(arguments)))
@@ -82,7 +83,8 @@ class Launched:
         seed = OmegaConf.load(folder / "config.yaml").seed
         value = self.by_seed.get(seed, self.values["mAP"])
         (folder / "checkpoints/best.ckpt").write_bytes(b"weights")
-        (folder / "metrics.json").write_text(json.dumps(metrics("rendered-work", **self.values | {"mAP": value})))
+        values = self.values | {"mAP": value}
+        (folder / "metrics.json").write_text(json.dumps(metrics("rendered-work", self.fingerprint, **values)))
 
     @property
     def commands(self) -> list[str]:
@@ -248,6 +250,21 @@ class TestNotRunnable:
         done = run(rows, "row=dsh-tiny", expect=2)
         assert "but 1234567890abcdef in the study" in done.stderr
         assert launched.lines == []
+
+    def test_runs_on_other_data_lie_beside_those_on_the_rows_data(self, rows, launched):
+        """The same config on two forms of the images: each study finds its own run in the folder that they share."""
+        plain = rows.read_text().partition("  dsh-longer")[0]
+        run(rows, "row=dsh-tiny")
+        with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
+            here = configs.build_data(compose(tuple(TINY.split()))).task("test").fingerprint
+        launched.fingerprint, launched.values["mAP"] = here, 0.54
+        for fingerprint, value in ((here, "0.5400"), ("0" * 16, "0.5000"), (here, "0.5400")):
+            rows.write_text(f"fingerprints: {{rendered-work: '{fingerprint}'}}\n{plain}")
+            assert value in run(rows, "row=dsh-tiny").stdout
+        assert launched.commands == ["train", "train"]
+        rows.write_text(f"fingerprints: {{rendered-work: '{here}'}}\n{plain}".replace("dsh-tiny", "other-name"))
+        assert "0.5400" in run(rows, "row=other-name").stdout
+        assert launched.commands == ["train", "train"]
 
     def test_a_budget_counts_what_is_still_to_train(self, rows, launched):
         assert "about 15 minutes" in run(rows, "row=dsh-longer", "budget=14", expect=2).stderr

@@ -9,10 +9,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.table import Table
 
-from simsearch import configs, program, saved_run, terminal
+from simsearch import configs, program, terminal
 from simsearch.studies.check import GAP, NOT_RUNNABLE, Outcome, reproduce
 from simsearch.studies.rows import Row, check_names, read_rows, row_files
-from simsearch.studies.runs import find_run, finished_runs
+from simsearch.studies.runs import Runs, find_run, finished_runs
 from simsearch.studies.tables import write_results
 
 
@@ -110,7 +110,7 @@ def outcome_table(outcomes: Iterable[Outcome]) -> Table:
     return table
 
 
-def list_table(book: Mapping[str, Row], runs: Mapping[str, saved_run.Run], *, trusted: bool = False) -> Table:
+def list_table(book: Mapping[str, Row], runs: Runs, *, trusted: bool = False) -> Table:
     """A table of the rows: description, expected values, cost, and which seeds have finished runs.
 
     Args:

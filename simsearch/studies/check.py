@@ -26,11 +26,13 @@ from simsearch.models.backbones import WeightsError
 from simsearch.saved_run import Run
 from simsearch.studies.rows import Expected, Row
 from simsearch.studies.runs import (
+    Runs,
     compose,
     find_run,
     finished_runs,
     is_finished,
     override,
+    run_on_its_data,
     start_seed,
     train_overrides,
 )
@@ -152,7 +154,7 @@ def cost(
     book: Mapping[str, Row],
     name: str,
     seeds: Iterable[int],
-    runs: Mapping[str, Run],
+    runs: Runs,
     *,
     trusted: bool = False,
 ) -> float:
@@ -192,7 +194,7 @@ def obtain(
     name: str,
     seed: int,
     root: Path,
-    runs: dict[str, Run],
+    runs: dict[str, list[Run]],
     *,
     trusted: bool = False,
 ) -> Run:
@@ -217,9 +219,9 @@ def obtain(
     overrides = train_overrides(book, name, seed, start)
     config = compose(overrides, trusted=trusted)
     key = run_identity(config)
-    if key in runs:
-        print(f"{name}, seed {seed}: the finished run {runs[key].folder} has an equal config", file=sys.stderr)
-        return runs[key]
+    if (found := run_on_its_data(row, runs.get(key, ()))) is not None:
+        print(f"{name}, seed {seed}: the finished run {found.folder} has an equal config", file=sys.stderr)
+        return found
     check_runnable(row, config)
     folder = root / f"{name}-s{seed}-{key[:8]}"
     if is_finished(folder):  # and not to be reused
@@ -231,8 +233,9 @@ def obtain(
             print(f"{name}, seed {seed}: {'continuing' if begun else 'training'} in {folder}", file=sys.stderr)
             said = ["trust=true"] if trusted else []
             launch("train", [override("run_dir", folder), *(["resume=true"] if begun else overrides), *said])
-    runs[key] = saved_run.open_run(folder, trusted=trusted)
-    return runs[key]
+    run = saved_run.open_run(folder, trusted=trusted)
+    runs.setdefault(key, []).append(run)
+    return run
 
 
 def check_runnable(row: Row, config: Mapping[str, Any]) -> None:

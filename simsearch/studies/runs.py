@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from simsearch.files import read_json
 from simsearch.identity import run_identity
 from simsearch.studies.rows import Row
 from simsearch.trust import TRUST_HINT, Untrusted
+
+Runs = Mapping[str, Sequence[saved_run.Run]]  # by identity; those of one may have been trained on different data
 
 
 @cache
@@ -84,19 +86,19 @@ def start_seed(book: Mapping[str, Row], name: str, seed: int) -> int:
     return seed if seed in seeds else seeds[0]
 
 
-def finished_runs(root: Path, *, trusted: bool = False) -> dict[str, saved_run.Run]:
+def finished_runs(root: Path, *, trusted: bool = False) -> dict[str, list[saved_run.Run]]:
     """The runs in a folder that were trained and tested and may be opened, by identity.
 
     Args:
         root: The folder.
         trusted: True if the user trusts whoever made the runs.
     """
-    runs: dict[str, saved_run.Run] = {}
+    runs: dict[str, list[saved_run.Run]] = {}
     for path in sorted(root.glob("*/config.yaml")):
         try:
             if is_finished(path.parent):
                 run = saved_run.open_run(path.parent, trusted=trusted)
-                runs.setdefault(run_identity(run.config), run)
+                runs.setdefault(run_identity(run.config), []).append(run)
         except (ValueError, LookupError, AttributeError):
             continue  # damaged, or of a time when configs were others: no row's run
     return runs
@@ -113,7 +115,12 @@ def is_finished(folder: Path) -> bool:
 
 
 def find_run(
-    book: Mapping[str, Row], name: str, seed: int, runs: Mapping[str, saved_run.Run], *, trusted: bool = False
+    book: Mapping[str, Row],
+    name: str,
+    seed: int,
+    runs: Runs,
+    *,
+    trusted: bool = False,
 ) -> tuple[saved_run.Run | None, dict[str, Any] | None]:
     """The finished run of a row and seed, and the row's config.
 
@@ -134,4 +141,18 @@ def find_run(
             return None, None
         start = begun.folder
     config = compose(train_overrides(book, name, seed, start), trusted=trusted)
-    return runs.get(run_identity(config)), config
+    return run_on_its_data(book[name], runs.get(run_identity(config), ())), config
+
+
+def run_on_its_data(row: Row, runs: Sequence[saved_run.Run]) -> saved_run.Run | None:
+    """The first run that was tested on the data to which a row's values belong, as far as the row states them.
+
+    Args:
+        row: The row.
+        runs: Finished runs of the row's config.
+    """
+    for run in runs:
+        test = read_json(run.folder / "metrics.json")["test"]
+        if row.fingerprints.get(test["protocol"], test["fingerprint"]) == test["fingerprint"]:
+            return run
+    return None

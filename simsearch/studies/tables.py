@@ -19,10 +19,9 @@ from tqdm import tqdm
 from simsearch import results
 from simsearch.files import read_json, replacing
 from simsearch.functional.significance import holm, paired_interval, paired_permutation
-from simsearch.saved_run import Run
 from simsearch.studies.check import evaluation_folder, measured_by
 from simsearch.studies.rows import Row
-from simsearch.studies.runs import find_run
+from simsearch.studies.runs import Runs, find_run
 
 PAIRED_COLUMNS = (
     *("row_a", "row_b", "protocol", "fingerprint", "metric", "difference", "low", "high", "p", "p_holm"),
@@ -65,7 +64,7 @@ class Measurement:
         return read_json(self.folder / "metrics.json")["test"]
 
 
-def measurements(book: Mapping[str, Row], runs: Mapping[str, Run], *, trusted: bool = False) -> Iterator[Measurement]:
+def measurements(book: Mapping[str, Row], runs: Runs, *, trusted: bool = False) -> Iterator[Measurement]:
     """What finished runs have measured, in the order of the rows. Tells on standard error what is missing.
 
     Args:
@@ -212,7 +211,7 @@ def _cell(lines: Sequence[Mapping[str, str]]) -> str:
     return f"{statistics.fmean(values):.4f}{spread}{interval}"
 
 
-def write_results(folder: Path, book: Mapping[str, Row], runs: Mapping[str, Run], *, trusted: bool = False) -> int:
+def write_results(folder: Path, book: Mapping[str, Row], runs: Runs, *, trusted: bool = False) -> int:
     """Writes results.csv, paired.csv and tables.md into a folder. Returns the number of measurements.
 
     Nothing is written if there is no measurement.
