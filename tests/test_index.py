@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from simsearch.files import read_json, write_json
-from simsearch.index import faiss_index
+from simsearch.index import faiss_index, visits
 from simsearch.index.factories import lists_for
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.index.parts import parts_of
@@ -311,9 +311,9 @@ class TestAmong:
     @pytest.mark.parametrize(("factory", "options"), [("IVF16,Flat", {"nprobe": 2}), ("HNSW16", {"ef_search": 16})])
     def test_recall_of_selecting_inside(self, factory, options, monkeypatch):
         """Where there are too many to compare all: the more selective, the wider the search."""
-        monkeypatch.setattr(faiss_index, "_FEW", 0)
-        monkeypatch.setattr(faiss_index, "_KEPT_ROWS", 0)
-        monkeypatch.setattr(faiss_index, "_DECODE", math.inf)
+        monkeypatch.setattr(visits, "_FEW", 0)
+        monkeypatch.setattr(visits, "_KEPT_ROWS", 0)
+        monkeypatch.setattr(visits, "_DECODE", math.inf)
         monkeypatch.setattr(FaissIndex, "_search_rows", None)
         items, queries = clustered(2000), clustered(30, seed=1)
         index = filled(factory, items, **options)
@@ -326,8 +326,8 @@ class TestAmong:
     @pytest.mark.parametrize(("factory", "options"), [("IVF64,Flat", {"nprobe": 1}), ("IVF64,SQ8", {"nprobe": 2})])
     def test_what_is_chosen_lies_far_from_the_query(self, factory, options, monkeypatch):
         """A filter that has to do with the vectors, such as a style: every query still finds k items."""
-        monkeypatch.setattr(faiss_index, "_FEW", 0)
-        monkeypatch.setattr(faiss_index, "_DECODE", 10**9)
+        monkeypatch.setattr(visits, "_FEW", 0)
+        monkeypatch.setattr(visits, "_DECODE", 10**9)
         generator = torch.Generator().manual_seed(0)
         items = torch.randn(4000, 8, generator=generator)
         items[:, 0] = 20 * items[:, 0].sign()
@@ -386,9 +386,9 @@ class TestAmongMany:
         index = filled(factory, items, **({} if "HNSW" in factory else {"nprobe": 16}))
         if "Refine" in factory or "RFlat" in factory:
             index.tune(k_factor=20)
-        monkeypatch.setattr(faiss_index, "_FEW", 0)
-        monkeypatch.setattr(faiss_index, "_KEPT_ROWS", 0)
-        monkeypatch.setattr(faiss_index, "_DECODE", math.inf)
+        monkeypatch.setattr(visits, "_FEW", 0)
+        monkeypatch.setattr(visits, "_KEPT_ROWS", 0)
+        monkeypatch.setattr(visits, "_DECODE", math.inf)
         monkeypatch.setattr(FaissIndex, "_search_rows", None)
         mask = torch.rand(3000, generator=torch.Generator().manual_seed(3)) < 0.3
         found = index.search(queries, 10, mask)
@@ -411,7 +411,7 @@ class TestFarFromTheQuery:
         return vectors, vectors[:, 0] > vectors[:, 0].quantile(0.8)
 
     def found(self, index, queries, mask, monkeypatch):
-        monkeypatch.setattr(faiss_index, "_DECODE", math.inf)
+        monkeypatch.setattr(visits, "_DECODE", math.inf)
         ids = torch.cat([index.search(query, 10, mask).ids for query in queries.split(1)])
         monkeypatch.undo()
         assert mask[ids].all()
@@ -424,7 +424,7 @@ class TestFarFromTheQuery:
         truth = ranked(similarities(queries, vectors, "ip").masked_fill(~mask, -math.inf), 10)[0]
         reached = recall(self.found(index, queries, mask, monkeypatch), truth)
         monkeypatch.setattr(
-            faiss_index, "enough_lists", lambda ivf, queries, among, some, wanted, first: np.full(len(queries), first)
+            visits, "enough_lists", lambda ivf, queries, among, some, wanted, first: np.full(len(queries), first)
         )
         assert reached > 0.9
         assert recall(self.found(index, queries, mask, monkeypatch), truth) < reached - 0.1

@@ -33,18 +33,9 @@ from simsearch.index.factories import (
 )
 from simsearch.index.parts import centroids_of, code_bytes_of, copied, decoded, parts_of, serialised_bytes, train_seeded
 from simsearch.index.selection import Selection, checked_choice
-from simsearch.index.visits import enough_lists, lists_of_some
+from simsearch.index.visits import lists_of_some, selecting, visits_of_each
 from simsearch.types import SearchResult, check_vectors
 
-# Searching n selected of N items (measured in experiments/2026-11-23-art-recommender/filters.py): an IVF index visits
-# _MORE_LISTS N / n times its lists, an HNSW graph keeps _MORE_KEPT N / n times its candidates. Where these are so many
-# that they cost more than _KEPT_ROWS rows each, or where there are no more than _FEW items, all of them are compared.
-_MORE_LISTS, _MORE_KEPT, _KEPT_ROWS, _FEW = 4, 16, 5, 1000
-# Nanoseconds, for flat and IVF indexes: each query tests each visited item and compares each selected one that it
-# visits; instead, the selected rows can be decoded once, and each is compared with all queries at once. Fast-scan tests
-# an item for a group of queries together: a query alone pays for the group.
-_TEST, _COMPARE, _DECODE, _COMPARE_ROWS, _GROUP = 2, 100, 300, 4, 8
-_FAR_CANDIDATES = 4  # times more candidates are refined for a query from which the selected items lie far
 _BLOCK = 2**14  # stored rows that are decoded together
 _FIRST_READ = threading.Lock()  # of all indexes: one of its own could not be copied with the index
 SETTINGS = ("factory", "metric", "nprobe", "ef_search", "k_factor", "train_size", "seed")
@@ -340,13 +331,13 @@ class FaissIndex:
         return found
 
     def _search_among(self, array: np.ndarray, k: int, among: Selection, all_lists: bool = False) -> SearchResult:
-        visits, usual = self._visits(array, among, all_lists)
+        visits, usual = visits_of_each(self._index, array, among, self._sampled, all_lists)
         if visits is not None:
             try:
                 ids, scores = torch.empty(len(array), k, dtype=torch.int64), torch.empty(len(array), k)
                 for visited in np.unique(visits):
                     rows = np.flatnonzero(visits == visited)
-                    parameters = self._selecting(among, int(visited), bool(visited > usual))
+                    parameters = selecting(self._index, among, int(visited), bool(visited > usual))
                     part = self._result(*self._index.search(array[rows], k, params=parameters))
                     ids[rows], scores[rows] = part.ids, part.scores
                 return SearchResult(ids, scores)
@@ -354,57 +345,11 @@ class FaissIndex:
                 pass
         return self._search_rows(array, k, among.positions)
 
-    def _visits(self, array: np.ndarray, among: Selection, all_lists: bool) -> tuple[np.ndarray | None, float]:
-        """How many lists each query visits, or candidates it keeps, int64 (Q,), and how many a filter at random needs.
-
-        None, where all selected rows are to be compared.
-        """
-        if len(among) <= _FEW:
-            return None, 0
-        wider = len(self) / len(among)
-        rows = len(among) * (_DECODE + _COMPARE_ROWS * len(array))
-        test = _TEST + _GROUP / max(1, len(array)) * bool(re.search(r"x\d+fs|RaBitQfs", self.factory))
-        visited = test * len(self) + _COMPARE * len(among)  # by a query that visits all
-        for part in parts_of(self._index):
-            if isinstance(part, faiss.VectorTransform):
-                array = part.apply(array)
-            if hasattr(part, "hnsw"):
-                kept = math.ceil(_MORE_KEPT * wider * part.hnsw.efSearch)
-                return None if all_lists or len(among) <= _KEPT_ROWS * kept else np.full(len(array), kept), kept
-            if isinstance(part, faiss.IndexIVF):
-                usual = min(part.nlist, math.ceil(_MORE_LISTS * wider * part.nprobe))
-                first = part.nlist if all_lists else usual
-                if rows <= len(array) * visited * first / part.nlist:
-                    return None, usual
-                with _FIRST_READ:
-                    if self._some is None:
-                        self._some = lists_of_some(part)
-                wanted = _MORE_LISTS * part.nprobe * len(self) / part.nlist
-                visits = enough_lists(part, array, among, self._some, wanted, first)
-                return None if rows <= visited * visits.sum() / part.nlist else visits, usual
-        return None if rows <= len(array) * visited else np.ones(len(array), np.int64), 1
-
-    def _selecting(self, among: Selection, visited: int, far: bool) -> Any:
-        """FAISS's search parameters that select items and visit some lists, or keep some candidates.
-
-        Similarities to what lies `far` from a query are so alike that codes order them badly: more is refined.
-        """
-        api: Any = faiss  # the stubs know nothing of what FAISS's Python layer adds
-        sel = api.IDSelectorBitmap(among.bitmap)
-        parameters, refined = None, None
-        for part in parts_of(self._index):
-            if isinstance(part, faiss.IndexRefine):
-                refined = part.k_factor * (_FAR_CANDIDATES if far else 1)
-            if isinstance(part, faiss.IndexIVF):
-                parameters = api.SearchParametersIVF(sel=sel, nprobe=visited)
-                break
-            if hasattr(part, "hnsw"):
-                parameters = api.SearchParametersHNSW(sel=sel, efSearch=visited)
-                break
-        parameters = parameters or api.SearchParameters(sel=sel)
-        if refined is not None:
-            return api.IndexRefineSearchParameters(k_factor=refined, base_index_params=parameters)
-        return parameters
+    def _sampled(self, ivf: Any) -> tuple[np.ndarray, np.ndarray]:
+        with _FIRST_READ:
+            if self._some is None:
+                self._some = lists_of_some(ivf)
+            return self._some
 
     def _search_rows(self, array: np.ndarray, k: int, positions: np.ndarray) -> SearchResult:
         """The answer among the items at ascending `positions` (n,), by a comparison with all of them."""

@@ -1,19 +1,103 @@
-"""How many lists an IVF index visits where only some of its items are selected."""
+"""How an index searches where only some of its items are selected: lists, candidates, or all that is selected."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import faiss
 import numpy as np
 
+from simsearch.index.parts import parts_of
 from simsearch.index.selection import Selection
 
+# Searching n selected of N items (measured in experiments/2026-11-23-art-recommender/filters.py): an IVF index visits
+# _MORE_LISTS N / n times its lists, an HNSW graph keeps _MORE_KEPT N / n times its candidates. Where these are so many
+# that they cost more than _KEPT_ROWS rows each, or where there are no more than _FEW items, all of them are compared.
+_MORE_LISTS, _MORE_KEPT, _KEPT_ROWS, _FEW = 4, 16, 5, 1000
+# Nanoseconds, for flat and IVF indexes: each query tests each visited item and compares each selected one that it
+# visits; instead, the selected rows can be decoded once, and each is compared with all queries at once. Fast-scan tests
+# an item for a group of queries together: a query alone pays for the group.
+_TEST, _COMPARE, _DECODE, _COMPARE_ROWS, _GROUP = 2, 100, 300, 4, 8
+_FAST_SCAN = (faiss.IndexFastScan, faiss.IndexIVFFastScan)
+_FAR_CANDIDATES = 4  # times more candidates are refined for a query from which the selected items lie far
 _SAMPLE = 2**14  # items whose lists are known
 _WIDER = 4  # times more lists, where those that were counted do not hold enough
 _ENOUGH = 0.5  # of the wanted items: lists are not equally long
 _CELLS = 2**22  # lists of all queries that are counted together
+
+
+def visits_of_each(
+    index: Any,
+    queries: np.ndarray,
+    among: Selection,
+    sampled: Callable[[Any], tuple[np.ndarray, np.ndarray]],
+    all_lists: bool = False,
+) -> tuple[np.ndarray | None, float]:
+    """How many lists each query visits, or candidates it keeps, int64 (Q,), and how many a filter at random needs.
+
+    None, where all selected items are to be compared.
+
+    Args:
+        index: FAISS's own index, with items.
+        queries: float32 (Q, D) or codes uint8 (Q, bits / 8).
+        among: The selected items.
+        sampled: Gives `lists_of_some` of an IVF index.
+        all_lists: True to visit all lists.
+    """
+    if len(among) <= _FEW:
+        return None, 0
+    parts = list(parts_of(index))
+    total, wider = among.total, among.total / len(among)
+    rows = len(among) * (_DECODE + _COMPARE_ROWS * len(queries))
+    test = _TEST + _GROUP / max(1, len(queries)) * any(isinstance(part, _FAST_SCAN) for part in parts)
+    visited = test * total + _COMPARE * len(among)  # by a query that visits all
+    for part in parts:
+        if isinstance(part, faiss.VectorTransform):
+            queries = part.apply(queries)
+        if hasattr(part, "hnsw"):
+            kept = math.ceil(_MORE_KEPT * wider * part.hnsw.efSearch)
+            return None if all_lists or len(among) <= _KEPT_ROWS * kept else np.full(len(queries), kept), kept
+        if isinstance(part, faiss.IndexIVF):
+            usual = min(part.nlist, math.ceil(_MORE_LISTS * wider * part.nprobe))
+            first = part.nlist if all_lists else usual
+            if rows <= len(queries) * visited * first / part.nlist:
+                return None, usual
+            wanted = _MORE_LISTS * part.nprobe * total / part.nlist
+            visits = enough_lists(part, queries, among, sampled(part), wanted, first)
+            return None if rows <= visited * visits.sum() / part.nlist else visits, usual
+    return None if rows <= len(queries) * visited else np.ones(len(queries), np.int64), 1
+
+
+def selecting(index: Any, among: Selection, visited: int, far: bool) -> Any:
+    """FAISS's search parameters that select items and visit some lists, or keep some candidates.
+
+    Similarities to what lies far from a query are so alike that codes order them badly: more is refined.
+
+    Args:
+        index: FAISS's own index, with items.
+        among: The selected items.
+        visited: Number of lists, or of candidates of a graph.
+        far: Whether the selected items lie far from the queries.
+    """
+    api: Any = faiss  # the stubs know nothing of what FAISS's Python layer adds
+    sel = api.IDSelectorBitmap(among.bitmap)
+    parameters, refined = None, None
+    for part in parts_of(index):
+        if isinstance(part, faiss.IndexRefine):
+            refined = part.k_factor * (_FAR_CANDIDATES if far else 1)
+        if isinstance(part, faiss.IndexIVF):
+            parameters = api.SearchParametersIVF(sel=sel, nprobe=visited)
+            break
+        if hasattr(part, "hnsw"):
+            parameters = api.SearchParametersHNSW(sel=sel, efSearch=visited)
+            break
+    parameters = parameters or api.SearchParameters(sel=sel)
+    if refined is not None:
+        return api.IndexRefineSearchParameters(k_factor=refined, base_index_params=parameters)
+    return parameters
 
 
 def lists_of_some(ivf: Any) -> tuple[np.ndarray, np.ndarray]:
