@@ -36,7 +36,10 @@ LEAN = [
     *("trainer.log_every_n_steps=500", "+callbacks.checkpoint.every_n_epochs=100000"),  # the last weights are saved
 ]
 DSH = ["experiment=dsh", "trainer.precision=32-true", "+trainer.benchmark=true"]
-HASHING = ["experiment=hashing-cifar", "+trainer.benchmark=true"]
+HASHING = [
+    *("experiment=hashing-cifar", "backbone.width=[128,384,384]", "trainer.max_steps=1455"),  # the 95 % form
+    "+trainer.benchmark=true",
+]
 FROZEN = ["data=art", "model=frozen", "pooling=average", "model.whitening.dimension=256", "backbone.size=224"]
 ART = [
     *("experiment=art-dir", "sampler.batches=32", "backbone.size=224"),
