@@ -103,7 +103,8 @@ def collection_of_two():
 
 
 @pytest.mark.parametrize("bits", [None, 16])
-def test_the_nearest_class_mean_equals_a_loop(bits):
+def test_the_nearest_class_mean_equals_a_loop(bits, monkeypatch):
+    monkeypatch.setattr("simsearch.evaluation.class_means._BLOCK", 7)
     generator = torch.Generator().manual_seed(1)
     label = torch.randint(0, 4, (60,), generator=generator)
     label[5], label[6], label[7] = -1, 9, 8  # unknown, alone in the gallery, and only a query

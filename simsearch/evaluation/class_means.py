@@ -12,6 +12,8 @@ from simsearch.functional.reranking import unit_vectors
 from simsearch.functional.sharded import Sharded
 from simsearch.types import RetrievalTask
 
+_BLOCK = 2**12  # vectors that are compared with all means together
+
 
 class ClassMeans:
     """`class/accuracy`: the share of queries whose own class has the nearest mean in the gallery, by cosine.
@@ -69,9 +71,10 @@ def _is_nearest(
     own = torch.searchsorted(classes, label).clamp(max=len(classes) - 1)
     there = classes[own] == label
     itself = itself & there
-    rest = sums[own] - vectors * itself[:, None]
-    scores = vectors @ torch.nn.functional.normalize(sums).T
-    others = scores.scatter(1, own[:, None], -torch.inf).amax(1)
-    right = ((vectors * torch.nn.functional.normalize(rest)).sum(1) > others).double()
+    means, right = torch.nn.functional.normalize(sums), vectors.new_empty(len(vectors))
+    for rows in torch.arange(len(vectors)).split(_BLOCK):
+        rest = sums[own[rows]] - vectors[rows] * itself[rows, None]
+        others = (vectors[rows] @ means.T).scatter_(1, own[rows, None], -torch.inf).amax(1)
+        right[rows] = ((vectors[rows] * torch.nn.functional.normalize(rest)).sum(1) > others).double()
     right[~there | (counts[own] == itself)] = torch.nan
     return right

@@ -119,6 +119,14 @@ def _count(trials: Sequence[Mapping[str, Any]]) -> Counter[str]:
 
 
 def read_sweep(folder: Path) -> dict[str, Any]:
+    """The content of sweep.json.
+
+    Args:
+        folder: Folder of the sweep.
+
+    Raises:
+        ValueError: If the folder is not that of a sweep.
+    """
     path = folder / "sweep.json"
     if not path.is_file():
         raise ValueError(

@@ -26,9 +26,7 @@ def distributions(
     Raises:
         ValueError: If a range or an interval is empty.
     """
-    arguments = {name: f"{name}={value}" for name, value in (params or {}).items()}
-    arguments |= {text.partition("=")[0]: text for text in overrides}
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments.values()))
+    parsed = _parsed(params, overrides, loader)
     swept = {str(one.get_key_element()): _distribution(one) for one in parsed if one.is_sweep_override()}
     shared = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
     return swept, shared
@@ -46,9 +44,7 @@ def plan(
         overrides: Overrides of the command line.
         loader: Finds the options of a group, which glob(*) chooses among.
     """
-    arguments = {name: f"{name}={value}" for name, value in (params or {}).items()}
-    arguments |= {text.partition("=")[0]: text for text in overrides}
-    parsed = OverridesParser.create(config_loader=loader).parse_overrides(list(arguments.values()))
+    parsed = _parsed(params, overrides, loader)
     swept = {
         str(override.get_key_element()): list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
         for override in parsed
@@ -60,6 +56,13 @@ def plan(
         if not override.is_sweep_override()
     ]
     return swept, shared
+
+
+def _parsed(params: Mapping[str, Any] | None, overrides: Sequence[str], loader: ConfigLoader | None) -> list[Override]:
+    """The overrides of a sweep; those of the command line take the place of `params` of the same key."""
+    arguments = {name: f"{name}={value}" for name, value in (params or {}).items()}
+    arguments |= {text.partition("=")[0]: text for text in overrides}
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(arguments.values()))
 
 
 def _distribution(override: Override) -> optuna.distributions.BaseDistribution:
