@@ -7,7 +7,7 @@ import re
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,12 +23,14 @@ from simsearch.cache import ArrayCache
 from simsearch.callbacks.training import Lookahead
 from simsearch.files import read_json
 from simsearch.functional.resize import resize_to_fit
+from simsearch.functional.views import Views
 from simsearch.index.binarize import ITQ
 from simsearch.losses.classification import ClassificationLoss
 from simsearch.losses.dsh import DSHLoss
 from simsearch.models.backbones import timm_backbone
 from simsearch.models.dir import RegionNetwork
 from simsearch.models.dsh import DSHNetwork
+from simsearch.models.feature_cache import pooled_features
 from simsearch.models.hashing import HashNetwork
 from simsearch.models.pooling import RMAC, Average
 from simsearch.models.trained import TrainedRetriever, parameter_groups
@@ -461,6 +463,9 @@ def test_wrong_lookaheads_are_named(arguments, match):
 # ------------------------------------------------------------------------------ views
 
 
+VIEWS = get_args(Views)
+
+
 def naive_views(image: Tensor, views: str) -> list[tuple[float, Tensor]]:
     """One image (3, H, W) at a time, by numpy."""
     one = image.numpy()
@@ -471,13 +476,17 @@ def naive_views(image: Tensor, views: str) -> list[tuple[float, Tensor]]:
     return [(w, torch.from_numpy(v.copy())) for w, v in (seen | {"mirror-shift": sixth})[views]]
 
 
-@pytest.mark.parametrize("views", ["one", "mirror", "mirror-shift"])
-def test_codes_are_means_over_views(views):
-    network = hashing(views=views).eval()
-    plain = hashing().eval()
+@pytest.mark.parametrize("views", VIEWS)
+def test_codes_are_those_of_mean_features_over_views(views):
+    network = hashing(views=views, hidden=6).eval()
+    plain = hashing(hidden=6).eval()
     batch = images(3)
+
+    def features(image: Tensor) -> Tensor:
+        return plain.pool(plain.backbone(image[None]))
+
     with torch.no_grad():
-        expected = [sum(w * plain(v[None])[0] for w, v in naive_views(image, views)) for image in batch]
+        expected = [plain.describe(sum(w * features(v) for w, v in naive_views(image, views)))[0] for image in batch]
         torch.testing.assert_close(network.embed(batch), torch.stack(expected), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(network(batch), plain(batch))  # training sees one
     assert (network.identity() == plain.identity()) == (views == "one")
@@ -493,11 +502,30 @@ def test_views_are_those_of_the_size_that_the_network_sees():
         assert not torch.allclose(network.embed(small), plain.embed(small))
 
 
-def test_unknown_views_and_views_with_a_cache_are_refused():
+def test_codes_without_a_hidden_layer_are_means_over_views():
+    network, plain, batch = hashing(views="mirror-shift").eval(), hashing().eval(), images(3)
+    with torch.no_grad():
+        expected = [sum(w * plain(v[None])[0] for w, v in naive_views(image, "mirror-shift")) for image in batch]
+        torch.testing.assert_close(network.embed(batch), torch.stack(expected), atol=1e-5, rtol=1e-4)
+
+
+def test_unknown_views_are_refused():
     with pytest.raises(ValueError, match="views='all'"):
         hashing(views="all")
-    with pytest.raises(ValueError, match=r"features of one view.*views=one"):
-        TrainedRetriever(hashing(views="mirror"), ClassificationLoss(8, 3), SGD, cache=ArrayCache("unused"))
+
+
+def test_each_kind_of_views_has_its_own_cached_features(tmp_path):
+    collection = SimpleNamespace(images=images(20), content="twenty images")
+    for views in (*VIEWS, "one"):
+        network = hashing(views=views, hidden=6).eval()
+        pooled = pooled_features(network, collection, ArrayCache(tmp_path))
+        assert (pooled.shape, pooled.dtype) == ((20, 1, network.backbone.channels), torch.float16)
+        with torch.no_grad():
+            own = network.embed(collection.images)
+            others = [hashing(views=v, hidden=6).eval() for v in VIEWS if v != views]
+            error = (network.describe(pooled.float()) - own).abs().max()
+            assert all(error < (other.embed(collection.images) - own).abs().max() / 3 for other in others)
+    assert len(list(tmp_path.glob("*/array.npy"))) == 3
 
 
 def test_bits_of_a_binarizer_follow_the_learnt_ones():

@@ -130,6 +130,14 @@ class RegionNetwork(OnBackbone, nn.Module):
         """
         return self.descriptor.regions(maps)
 
+    def regions(self, image: Tensor) -> Tensor:
+        """L2-normalised region vectors (B, R, C) at the size of the backbone.
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+        """
+        return self.pool(self.backbone(image))
+
     def describe(self, regions: Tensor) -> Tensor:
         """L2-normalised descriptors (B, dimension).
 
@@ -144,7 +152,7 @@ class RegionNetwork(OnBackbone, nn.Module):
         Args:
             image: uint8 or float (B, 3, H, W) in 0..255.
         """
-        return self.describe(self.pool(self.backbone(image)))
+        return self.describe(self.regions(image))
 
     def embed(self, image: Tensor) -> Tensor:
         """Descriptors (B, dimension), summed over `scales` and L2-normalised.

@@ -21,20 +21,20 @@ def collection_features(
     size: int,
     cache: ArrayCache,
     *,
-    pool: Callable[[Tensor], Tensor] | None = None,
+    describe: Callable[[Tensor], Tensor] | None = None,
     about: Mapping[str, object] | None = None,
     batch_size: int = 128,
 ) -> np.ndarray:
-    """Maps of all images of a collection, float16 (N, C, h, w), read-only, from the cache or computed into it.
+    """Features of all images of a collection, float16 (N, ...), read-only, from the cache or computed into it.
 
     Args:
         backbone: The frozen backbone.
         collection: The Collection.
         size: Image size in pixels.
         cache: The cache.
-        pool: Maps features to what is kept instead, such as regions (N, R, C). Images of several shapes need it. None
-            keeps the maps.
-        about: Plain values that determine the result of `pool`. They become part of the cache key.
+        describe: Maps images (B, 3, H, W) to what is kept, such as region vectors (B, R, C), by the backbone. Images of
+            several shapes need it. None keeps the maps (B, C, h, w).
+        about: Plain values that determine the result of `describe`. They become part of the cache key.
         batch_size: Number of images described at once.
 
     Raises:
@@ -45,13 +45,12 @@ def collection_features(
     if device.type == "cuda":
         parts |= {"compute": "bfloat16"}
 
-    def described(batch: Tensor) -> Tensor:
-        maps = backbone(batch, size)
-        return maps if pool is None else pool(maps)
+    def maps(batch: Tensor) -> Tensor:
+        return backbone(batch, size)
 
     def features(batch: Tensor | Ragged) -> Tensor:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            return by_shape(described, batch.to(device))
+            return by_shape(describe or maps, batch.to(device))
 
     def fill(out: np.ndarray, start: int) -> Iterator[int]:
         name = f"{backbone.name} @ {size}px"
@@ -84,6 +83,14 @@ class OnMaps(Protocol):
         """
         ...
 
+    def regions(self, image: Tensor) -> Tensor:
+        """Region vectors (B, R, C) of images, averaged over the network's views of an image.
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+        """
+        ...
+
     def describe(self, regions: Tensor) -> Tensor:
         """Descriptors (B, D).
 
@@ -98,13 +105,14 @@ class OnMaps(Protocol):
 
 
 def pooled_features(network: OnMaps, collection: Any, cache: ArrayCache) -> Tensor:
-    """Region vectors of all images by `network.pool`, float16 (N, R, C), in memory.
+    """Region vectors of all images by `network.regions`, float16 (N, R, C), in memory.
 
-    For images of several shapes (Ragged), whose maps also differ in shape, the cache keeps the region vectors. Then all
-    images must have the same number of regions (`one_region`).
+    The cache keeps maps, so that networks with other poolings share them. It keeps region vectors for several views of
+    an image, and for images of several shapes (Ragged), whose maps also differ in shape. Images of several shapes must
+    have the same number of regions (`one_region`).
 
     Args:
-        network: The network that pools.
+        network: The network.
         collection: The Collection.
         cache: The cache.
 
@@ -112,10 +120,11 @@ def pooled_features(network: OnMaps, collection: Any, cache: ArrayCache) -> Tens
         ValueError: If a feature lies beyond float16.
     """
     backbone = network.backbone
-    if isinstance(collection.images, Ragged):
-        identity = network.identity()
+    identity = network.identity()
+    if isinstance(collection.images, Ragged) or "views" in identity:
         about = {"pooled": identity["pooling"], "family": identity["family"]}
-        found = collection_features(backbone, collection, backbone.size, cache, pool=network.pool, about=about)
+        about |= {"views": identity["views"]} if "views" in identity else {}
+        found = collection_features(backbone, collection, backbone.size, cache, describe=network.regions, about=about)
         return torch.tensor(found)
     maps = collection_features(backbone, collection, backbone.size, cache)
     pooled, step = [], 512

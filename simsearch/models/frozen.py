@@ -384,11 +384,11 @@ class FrozenRetriever(OnBackbone, DescribesBatches):
             probe = self.backbone(collection.images[0][None].to(self.device), size)
         ragged = isinstance(collection.images, Ragged)
         maps = not ragged and len(collection) * probe[0].numel() * 2 <= self.maps_limit
-        pool = None if maps else self.head.regions
+        describe = None if maps else lambda images: self.head.regions(self.backbone(images, size))
         about = {} if maps else {"pooled": repr(self.head.pooling), "whiten_regions": self.head.whiten_regions}
         batch_size = self.extract_batch_size
         array = collection_features(
-            self.backbone, collection, size, self.cache, pool=pool, about=about, batch_size=batch_size
+            self.backbone, collection, size, self.cache, describe=describe, about=about, batch_size=batch_size
         )
         return array, maps
 

@@ -132,8 +132,9 @@ class TrainedRetriever(DescribesBatches):
             and backward one after another (the streams of Gordo et al. 2016). Gradients are those of the whole batch if
             there is no dropout and batch normalisation is frozen. None for the whole batch at once.
         cache: Trains on a frozen backbone, whose maps of the whole collection are computed once, kept in this cache and
-            pooled in memory. With `start`, the backbone has the weights of that run. Images cannot be augmented then,
-            and images of several shapes need pooling with one region. None for no cache.
+            pooled in memory, averaged over the views of an image if the network has several. With `start`, the backbone
+            has the weights of that run. Images cannot be augmented then, and images of several shapes need pooling with
+            one region. None for no cache.
         gather: Whether the loss sees the embeddings of all ranks. Its gradient is then that of one large batch.
 
     Raises:
@@ -176,8 +177,6 @@ class TrainedRetriever(DescribesBatches):
                 )
             if getattr(network, "scales", (1.0,)) != (1.0,):
                 raise ValueError("model.cache keeps maps of one size: set it to null, or model.network.scales=[1.0]")
-            if getattr(network, "views", "one") != "one":
-                raise ValueError("model.cache keeps features of one view: set it to null, or model.network.views=one")
             backbone = cast(OnMaps, network).backbone
             if start is None and hasattr(backbone.network, "prepare"):
                 raise ValueError(
