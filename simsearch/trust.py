@@ -87,6 +87,7 @@ ALLOWED = frozenset(
         "simsearch.models.frozen.LearnedWhitening",
         "simsearch.models.frozen.Whitening",
         "simsearch.models.hashing.HashNetwork",
+        "simsearch.models.hashing.PooledBackbone",
         "simsearch.models.onnx_model.onnx_backbone",
         "simsearch.models.parts.PartsRetriever",
         "simsearch.models.parts.TrainedPart",

@@ -14,6 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from conftest import simsearch
+from PIL import Image
 from safetensors.torch import load_file
 from test_resume import DATA, DSH, HASHING, checkpoint, numbers
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from simsearch.models.backbones import timm_backbone
 from simsearch.models.dir import RegionNetwork
 from simsearch.models.dsh import DSHNetwork
 from simsearch.models.feature_cache import pooled_features
-from simsearch.models.hashing import HashNetwork
+from simsearch.models.hashing import HashNetwork, PooledBackbone
 from simsearch.models.pooling import RMAC, Average
 from simsearch.models.trained import TrainedRetriever, parameter_groups
 
@@ -551,6 +552,51 @@ def test_a_binarizer_needs_frozen_features_and_enough_channels():
         hashing(binarizer=ITQ(channels + 1))
 
 
+def second_backbone(seed: int = 1, size: int = 48) -> PooledBackbone:
+    torch.manual_seed(seed)
+    return PooledBackbone(timm_backbone("test_efficientnet", "random", size), Average())
+
+
+def test_bits_of_a_second_backbone_follow_the_learnt_ones(tmp_path):
+    itq = ITQ(5)
+    network = hashing(bits=3, hidden=6, views="mirror", binarizer=itq, second=second_backbone()).eval()
+    alone, second = hashing(bits=3, hidden=6, views="mirror").eval(), second_backbone().eval()
+    assert (network.learnt, network.bits, network.input_size) == (3, 8, 48)
+    collection = SimpleNamespace(images=images(40), content="forty images")
+    pooled = pooled_features(network, collection, ArrayCache(tmp_path))
+    network.prepare_regions(pooled)
+    with torch.no_grad():
+        features = second.backbone(collection.images).mean((2, 3))  # pooled otherwise than by the pooling module
+        weight, bias = itq.fit(features)
+        code = network.embed(collection.images)
+        torch.testing.assert_close(code[:, :3], alone.embed(collection.images))
+        agreed = (code[:, 3:] > 0) == (features @ weight.T + bias > 0)
+        assert agreed.float().mean() > 0.95  # the cache rounds features to float16, and ITQ turns with them
+        torch.testing.assert_close(network.describe(pooled.float()), code, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(network(collection.images), hashing(bits=3, hidden=6).eval()(collection.images))
+    assert not any(p.requires_grad for p in network.second.parameters())
+    assert network.identity() != alone.identity()
+    facts = network.provenance
+    assert facts["second_sha256"] == second.provenance["sha256"] != facts["sha256"] == alone.provenance["sha256"]
+
+
+def test_networks_share_the_stored_features_of_a_second_backbone(tmp_path):
+    collection = SimpleNamespace(images=images(20), content="twenty images")
+    for views in ("mirror", "one"):
+        network = hashing(views=views, binarizer=ITQ(5), second=second_backbone()).eval()
+        pooled_features(network, collection, ArrayCache(tmp_path))
+    assert len(list(tmp_path.glob("*/array.npy"))) == 3
+
+
+def test_a_second_backbone_that_cannot_be_used_is_named():
+    with pytest.raises(ValueError, match=r"model.network.second is a backbone for a binarizer"):
+        hashing(second=second_backbone())
+    whole = second_backbone()
+    whole.backbone.fit = "longest"
+    with pytest.raises(ValueError, match=r"second.backbone.fit=longest .* backbone.fit=square"):
+        hashing(binarizer=ITQ(5), second=whole)
+
+
 def test_a_run_shorter_than_the_pause_between_validations_has_a_best_checkpoint(tmp_path):
     train(tmp_path / "run", *DSH, "trainer.max_steps=2", "catalog.write=false")
     assert checkpoint(tmp_path / "run", "best")["global_step"] == 2
@@ -712,6 +758,27 @@ def test_a_head_learns_on_the_frozen_backbone_of_a_run(tmp_path):
     start = read_json(whole / "metrics.json")["test"]["model"]
     assert start["weights"] == "trained"
     assert start["start"] == str(run)
+
+
+def test_a_code_of_two_networks_is_the_same_stored_measured_again_and_in_a_catalog(tmp_path):
+    small, run = tmp_path / "small", tmp_path / "run"
+    train(small, *SMALL, "trainer.max_steps=4", "catalog.write=false")
+    train(
+        run, "experiment=hashing-cifar-itq", "data=rendered", "data.augment=null", "protocol=rendered-style",
+        "backbone.width=24", "model.network.second.backbone.weights=random",
+        "model.network.second.backbone.size=64", "model.network.binarizer.bits=8", f"model.start={small}",
+        f"model.cache.root={tmp_path / 'cache'}", "sampler.batch_size=8", "trainer.max_steps=4",
+    )  # fmt: skip
+    simsearch("evaluate", f"run={run}", f"run_dir={tmp_path / 'again'}")
+    direct, stored = (numbers(folder)["test"]["metrics"]["mAP"] for folder in (tmp_path / "again", run))
+    assert direct == pytest.approx(stored, abs=0.02)  # the kept features are float16
+    facts = read_json(run / "metrics.json")["test"]["model"]
+    assert (facts["start"], facts["second_weights"]) == (str(small), "random")
+
+    catalog = open_catalog(run / "catalog")
+    assert catalog.encoder.bits == 32
+    picture = Image.fromarray(images(1, side=64)[0].permute(1, 2, 0).numpy())
+    assert len(catalog.search(picture, k=3).ids) == 3
 
 
 def test_features_of_an_untrained_or_another_backbone_are_not_kept(hashed, tmp_path):

@@ -95,7 +95,7 @@ class OnMaps(Protocol):
         """Descriptors (B, D).
 
         Args:
-            regions: Region vectors float32 (B, R, C).
+            regions: Region vectors float32 (B, R, C). Those of a second backbone follow (`beside`).
         """
         ...
 
@@ -105,20 +105,42 @@ class OnMaps(Protocol):
 
 
 def pooled_features(network: OnMaps, collection: Any, cache: ArrayCache) -> Tensor:
-    """Region vectors of all images by `network.regions`, float16 (N, R, C), in memory.
+    """Region vectors of all images, float16 (N, R, C), as `network.describe` takes them, in memory.
 
     The cache keeps maps, so that networks with other poolings share them. It keeps region vectors for several views of
     an image, and for images of several shapes (Ragged), whose maps also differ in shape. Images of several shapes must
-    have the same number of regions (`one_region`).
+    have the same number of regions (`one_region`). The features of a second backbone are kept apart.
 
     Args:
-        network: The network.
+        network: The network. It may have a `second` OnMaps, or None.
         collection: The Collection.
         cache: The cache.
 
     Raises:
         ValueError: If a feature lies beyond float16.
     """
+    own, second = _own_features(network, collection, cache), getattr(network, "second", None)
+    return own if second is None else beside(own, _own_features(second, collection, cache))
+
+
+def beside(regions: Tensor, others: Tensor) -> Tensor:
+    """Region vectors (B, R, C + D), each followed by the mean of the others of its image.
+
+    Args:
+        regions: Region vectors (B, R, C).
+        others: Region vectors of another backbone (B, S, D).
+
+    Example:
+        >>> import torch
+        >>> beside(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[3.0, 0.0], [5.0, 0.0]]])).tolist()
+        [[[1.0, 4.0, 0.0], [2.0, 4.0, 0.0]]]
+    """
+    mean = others.float().mean(1, keepdim=True).to(regions.dtype)
+    return torch.cat([regions, mean.expand(-1, regions.shape[1], -1)], dim=-1)
+
+
+def _own_features(network: OnMaps, collection: Any, cache: ArrayCache) -> Tensor:
+    """Region vectors float16 (N, R, C) of the network's backbone by `network.regions`."""
     backbone = network.backbone
     identity = network.identity()
     if isinstance(collection.images, Ragged) or "views" in identity:

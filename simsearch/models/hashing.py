@@ -12,9 +12,43 @@ from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import resize_to_fit
 from simsearch.functional.views import Views, weighted_views
 from simsearch.models.backbones import Backbone, OnBackbone
+from simsearch.models.feature_cache import beside
 from simsearch.models.frozen import Binarizer
 
 SAMPLE = 10_000  # training images that fit a binarizer, at most
+
+
+class PooledBackbone(OnBackbone, nn.Module):
+    """Region vectors (B, R, C) of images (B, 3, H, W) by a frozen backbone.
+
+    Args:
+        backbone: The backbone. Its tensors are frozen.
+        pooling: Maps features (B, C, h, w) to region vectors (B, R, C).
+    """
+
+    def __init__(self, backbone: Backbone, pooling: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.pooling, self.sizes = backbone.requires_grad_(False), pooling, [backbone.size]
+
+    def pool(self, maps: Tensor) -> Tensor:
+        """Region vectors (B, R, C).
+
+        Args:
+            maps: Feature maps of the backbone (B, C, h, w).
+        """
+        return self.pooling(maps)
+
+    def regions(self, image: Tensor) -> Tensor:
+        """Region vectors (B, R, C).
+
+        Args:
+            image: uint8 or float (B, 3, H, W) in 0..255.
+        """
+        return self.pool(self.backbone(image))
+
+    def identity(self) -> dict[str, object]:
+        """Everything besides the tensors that determines the region vectors, as plain values."""
+        return {"family": "pooled", "backbone": self.backbone.identity(), "pooling": repr(self.pooling)}
 
 
 class HashNetwork(OnBackbone, nn.Module):
@@ -29,14 +63,15 @@ class HashNetwork(OnBackbone, nn.Module):
             as `weighted_views` says. A backbone that learns sees one in training.
         binarizer: Its bits follow the learnt ones. It is fitted to the pooled features of at most 10,000 training
             images, drawn by a fixed seed. None for no such bits.
+        second: A second backbone, whose pooled features the binarizer takes. None if it takes those of `backbone`.
 
     Attributes:
         bits: b, the width of the whole code.
         learnt: Number of learnt bits, which come first.
 
     Raises:
-        ValueError: If `bits` or `hidden` is below 1, `views` is unknown, or the binarizer has more bits than the
-            backbone has channels.
+        ValueError: If `bits` or `hidden` is below 1, `views` is unknown, the binarizer has more bits than its backbone
+            has channels, or a second backbone has no binarizer or sees another part of an image than the first.
     """
 
     code_weight: Tensor
@@ -50,6 +85,7 @@ class HashNetwork(OnBackbone, nn.Module):
         hidden: int | None = None,
         views: Views = "one",
         binarizer: Binarizer | None = None,
+        second: PooledBackbone | None = None,
     ) -> None:
         super().__init__()
         if bits < 1:
@@ -59,21 +95,35 @@ class HashNetwork(OnBackbone, nn.Module):
         self.backbone, self.pooling, self.views = backbone, pooling, views
         self.learnt, self.binarizer = bits, binarizer
         self.bits = self.dimension = bits + (0 if binarizer is None else binarizer.bits)
-        self.sizes = [backbone.size]
+        self.sizes = [backbone.size] if second is None else [backbone.size, second.backbone.size]
         if hidden is not None and hidden < 1:
             raise ValueError(f"model.network.hidden={hidden}: give a width, or null for no hidden layer")
         self.hidden = (
             nn.Identity() if hidden is None else nn.Sequential(nn.Linear(backbone.channels, hidden), nn.ReLU())
         )
         self.head = nn.Linear(hidden or backbone.channels, bits)
+        self.second = second
+        if second is not None and binarizer is None:
+            raise ValueError("model.network.second is a backbone for a binarizer: set model.network.binarizer too")
+        if second is not None and second.fit != self.fit:
+            raise ValueError(
+                f"model.network.second.backbone.fit={second.fit} sees another part of an image than "
+                f"backbone.fit={self.fit}: use one for both"
+            )
         if binarizer is not None:
-            if binarizer.bits > backbone.channels:
+            channels = self._binarized.channels
+            if binarizer.bits > channels:
                 raise ValueError(
-                    f"model.network.binarizer.bits={binarizer.bits}: the backbone has {backbone.channels} channels, so "
-                    "use at most as many"
+                    f"model.network.binarizer.bits={binarizer.bits}: the backbone has {channels} channels, so use at "
+                    "most as many"
                 )
-            self.register_buffer("code_weight", torch.zeros(binarizer.bits, backbone.channels))
+            self.register_buffer("code_weight", torch.zeros(binarizer.bits, channels))
             self.register_buffer("code_bias", torch.zeros(binarizer.bits))
+
+    @property
+    def _binarized(self) -> Backbone:
+        """The backbone whose features the binarizer takes."""
+        return self.backbone if self.second is None else self.second.backbone
 
     def prepare(self, images: Tensor | Ragged) -> None:
         """Lets the backbone compute statistics of training images, if it needs any.
@@ -95,14 +145,14 @@ class HashNetwork(OnBackbone, nn.Module):
         """Fits the binarizer, if there is one.
 
         Args:
-            regions: Region vectors (N, R, C) of all training images.
+            regions: Region vectors (N, R, C) of all training images, as `describe` takes them.
 
         Raises:
             ValueError: As the binarizer does, such as for too few images.
         """
         if self.binarizer is not None:
             few = torch.randperm(len(regions), generator=torch.Generator().manual_seed(0))[:SAMPLE]
-            weight, bias = self.binarizer.fit(regions[few].float().mean(1))
+            weight, bias = self.binarizer.fit(regions[few].float().mean(1)[:, -self._binarized.channels :])
             self.code_weight.copy_(weight)
             self.code_bias.copy_(bias)
 
@@ -123,28 +173,29 @@ class HashNetwork(OnBackbone, nn.Module):
         if self.views == "one":
             return self.pool(self.backbone(image))
         seen = resize_to_fit(image, self.backbone.size, self.fit).float()  # a shift is a pixel of what the network sees
-        first, *others = (weight * self.pool(self.backbone(view)) for weight, view in weighted_views(seen, self.views))
-        return sum(others, start=first)
+        views = weighted_views(seen, self.views)
+        return torch.stack([weight * self.pool(self.backbone(view)) for weight, view in views]).sum(0)
 
     def describe(self, regions: Tensor) -> Tensor:
         """Real-valued codes (B, b).
 
         Args:
-            regions: Region vectors (B, R, C).
+            regions: Region vectors (B, R, C). With a second backbone, its mean follows each one (`beside`).
         """
         pooled = regions.mean(1)
-        code = self.head(self.hidden(pooled))
+        code = self.head(self.hidden(pooled[:, : self.backbone.channels]))
         if self.binarizer is None:
             return code
-        return torch.cat([code, F.linear(pooled, self.code_weight, self.code_bias).to(code.dtype)], dim=1)
+        further = F.linear(pooled[:, -self._binarized.channels :], self.code_weight, self.code_bias)
+        return torch.cat([code, further.to(code.dtype)], dim=1)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Real-valued codes (B, b) of one view.
+        """The learnt bits (B, learnt) of one view, real-valued, as training sees them.
 
         Args:
             image: uint8 or float (B, 3, H, W) in 0..255.
         """
-        return self.describe(self.pool(self.backbone(image)))
+        return self.head(self.hidden(self.pool(self.backbone(image)).mean(1)))
 
     def embed(self, image: Tensor) -> Tensor:
         """Real-valued codes (B, b), of features averaged over `views`.
@@ -152,7 +203,8 @@ class HashNetwork(OnBackbone, nn.Module):
         Args:
             image: uint8 or float (B, 3, H, W) in 0..255.
         """
-        return self.describe(self.regions(image))
+        regions = self.regions(image)
+        return self.describe(regions if self.second is None else beside(regions, self.second.regions(image)))
 
     def identity(self) -> dict[str, object]:
         """Everything besides the tensors that determines the codes, as plain values."""
@@ -163,4 +215,15 @@ class HashNetwork(OnBackbone, nn.Module):
             "hidden": repr(self.hidden),
             "bits": self.bits,
             **({} if self.views == "one" else {"views": self.views}),
+            **({} if self.second is None else {"second": self.second.identity()}),
         }
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """Plain facts about the weights that training started from; those of the second backbone have its name."""
+        second = {} if self.second is None else self.second.provenance
+        return self.backbone.provenance | {f"second_{name}": fact for name, fact in second.items()}
+
+    @provenance.setter
+    def provenance(self, facts: dict[str, str]) -> None:
+        self.backbone.provenance = facts
