@@ -95,7 +95,7 @@ class OnMaps(Protocol):
         """Descriptors (B, D).
 
         Args:
-            regions: Region vectors float32 (B, R, C). Those of a second backbone follow (`beside`).
+            regions: Region vectors float32 (B, R, C). The vector of a second backbone follows each (`beside`).
         """
         ...
 
@@ -112,7 +112,7 @@ def pooled_features(network: OnMaps, collection: Any, cache: ArrayCache) -> Tens
     have the same number of regions (`one_region`). The features of a second backbone are kept apart.
 
     Args:
-        network: The network. It may have a `second` OnMaps, or None.
+        network: The network. It may have a `second` OnMaps, which gives one vector for each image, or None.
         collection: The Collection.
         cache: The cache.
 
@@ -124,19 +124,18 @@ def pooled_features(network: OnMaps, collection: Any, cache: ArrayCache) -> Tens
 
 
 def beside(regions: Tensor, others: Tensor) -> Tensor:
-    """Region vectors (B, R, C + D), each followed by the mean of the others of its image.
+    """Region vectors (B, R, C + D), each followed by the other vector of its image.
 
     Args:
         regions: Region vectors (B, R, C).
-        others: Region vectors of another backbone (B, S, D).
+        others: One vector of another backbone for each image (B, 1, D).
 
     Example:
         >>> import torch
-        >>> beside(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[3.0, 0.0], [5.0, 0.0]]])).tolist()
-        [[[1.0, 4.0, 0.0], [2.0, 4.0, 0.0]]]
+        >>> beside(torch.tensor([[[1], [2]]]), torch.tensor([[[3, 4]]])).tolist()
+        [[[1, 3, 4], [2, 3, 4]]]
     """
-    mean = others.float().mean(1, keepdim=True).to(regions.dtype)
-    return torch.cat([regions, mean.expand(-1, regions.shape[1], -1)], dim=-1)
+    return torch.cat([regions, others.expand(-1, regions.shape[1], -1)], dim=-1)
 
 
 def _own_features(network: OnMaps, collection: Any, cache: ArrayCache) -> Tensor:

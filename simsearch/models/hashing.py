@@ -19,11 +19,11 @@ SAMPLE = 10_000  # training images that fit a binarizer, at most
 
 
 class PooledBackbone(OnBackbone, nn.Module):
-    """Region vectors (B, R, C) of images (B, 3, H, W) by a frozen backbone.
+    """Mean region vectors (B, 1, C) of images (B, 3, H, W) by a frozen backbone.
 
     Args:
         backbone: The backbone. Its tensors are frozen.
-        pooling: Maps features (B, C, h, w) to region vectors (B, R, C).
+        pooling: Maps features (B, C, h, w) to region vectors, which are averaged.
     """
 
     def __init__(self, backbone: Backbone, pooling: nn.Module) -> None:
@@ -31,15 +31,15 @@ class PooledBackbone(OnBackbone, nn.Module):
         self.backbone, self.pooling, self.sizes = backbone.requires_grad_(False), pooling, [backbone.size]
 
     def pool(self, maps: Tensor) -> Tensor:
-        """Region vectors (B, R, C).
+        """Mean region vectors (B, 1, C).
 
         Args:
             maps: Feature maps of the backbone (B, C, h, w).
         """
-        return self.pooling(maps)
+        return self.pooling(maps).mean(1, keepdim=True)
 
     def regions(self, image: Tensor) -> Tensor:
-        """Region vectors (B, R, C).
+        """Mean region vectors (B, 1, C).
 
         Args:
             image: uint8 or float (B, 3, H, W) in 0..255.
@@ -180,7 +180,7 @@ class HashNetwork(OnBackbone, nn.Module):
         """Real-valued codes (B, b).
 
         Args:
-            regions: Region vectors (B, R, C). With a second backbone, its mean follows each one (`beside`).
+            regions: Region vectors (B, R, C). With a second backbone, its mean region vector follows each one.
         """
         pooled = regions.mean(1)
         code = self.head(self.hidden(pooled[:, : self.backbone.channels]))
