@@ -73,7 +73,7 @@ class Launched:
         given = dict(argument.split("=", 1) for argument in arguments)
         folder = Path(given["run_dir"].strip("'"))
         if command == "evaluate":
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             (folder / "metrics.json").write_text(json.dumps(metrics(given["protocol"], **self.values)))
             return
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -173,6 +173,19 @@ class TestRun:
         folders = {dict(a.split("=", 1) for a in arguments)["run_dir"] for _, arguments in launched.lines}
         assert len(folders) == 2
 
+    def test_reuse_false_trains_a_start_once_for_all_rows(self, rows, launched):
+        run(rows, "row=all", "reuse=false", expect=1)
+        assert launched.commands == ["train", "train", "evaluate"]
+
+    def test_reuse_false_goes_on_with_what_it_began(self, rows, launched):
+        run(rows, "row=dsh-tiny")
+        run(rows, "row=dsh-tiny", "reuse=false")
+        begun = Path(dict(a.split("=", 1) for a in launched.lines[-1][1])["run_dir"])
+        (begun / "metrics.json").unlink()
+        (begun / "run.json").write_text("{}")
+        run(rows, "row=dsh-tiny", "reuse=false")
+        assert launched.lines[-1] == ("train", [f"run_dir={begun}", "resume=true"])
+
     def test_an_interrupted_run_goes_on(self, rows, launched):
         run(rows, "row=dsh-tiny")
         (folder,) = (rows.parent / "runs").glob("dsh-tiny-*")
@@ -185,9 +198,9 @@ class TestRun:
     def test_an_evaluation_older_than_the_checkpoint_is_done_again(self, rows, launched):
         run(rows, "row=dsh-longer", expect=1)
         (folder,) = (rows.parent / "runs").glob("dsh-longer-*")
-        (evaluation,) = folder.glob("evaluations/*")
+        run(rows, "row=dsh-longer", expect=1)
+        assert launched.commands == ["train", "train", "evaluate"]
         os.utime(folder / "checkpoints/best.ckpt", (2e9, 2e9))
-        evaluation.rename(folder / "old")
         run(rows, "row=dsh-longer", expect=1)
         assert launched.commands == ["train", "train", "evaluate", "evaluate"]
 
@@ -198,6 +211,15 @@ class TestRun:
         assert "2 seeds: 0.4200-0.5600" in " ".join(done.stdout.replace("│", " ").split())
         assert "0.4900" in done.stdout
         assert "-0.0100" in done.stdout
+
+    def test_all_seeds_are_those_of_each_row(self, rows, launched):
+        run(rows, "row=all", "seeds=all", expect=1)  # a gap: one value is null
+        seeds = [a for command, given in launched.lines if command == "train" for a in given if a.startswith("seed=")]
+        assert seeds == ["seed=0", "seed=1", "seed=0"]
+
+    @pytest.mark.parametrize("seeds", ["seeds=1", "seeds=[]", "seeds=[a]", "seeds=every"])
+    def test_seeds_that_are_none_are_named(self, rows, launched, seeds):
+        assert "seeds must be a list of whole numbers" in run(rows, "row=dsh-tiny", seeds, expect=1).stderr
 
     def test_a_gap_says_how_large(self, rows, launched):
         launched.values["mAP"] = 0.4
@@ -215,6 +237,24 @@ class TestRun:
         done = run(rows, "row=all", expect=1)
         assert "dsh-tiny: reproduced" in done.stderr
         assert "dsh-longer: gap: `simsearch train ...` ended with status 1" in done.stderr
+
+    def test_a_row_that_expects_what_is_not_measured_leaves_the_other_rows(self, rows, launched):
+        rows.write_text(BOOK.replace("{mAP: 0.5 ± 0.05}", "{maP: 0.5 ± 0.05}"), encoding="utf-8")
+        done = run(rows, "row=all", expect=1)
+        assert "dsh-tiny: gap: it expects maP of 'rendered-work', which has P@1, mAP, rerank/mAP" in done.stderr
+        assert "rendered-style" in done.stdout
+
+    def test_overrides_that_do_not_compose_are_told_before_anything_is_trained(self, rows, launched):
+        rows.write_text(BOOK.replace("rerank=aqe", "rerank=nothing"), encoding="utf-8")
+        assert "rerank/nothing" in run(rows, "row=all", expect=1).stderr
+        assert launched.commands == []
+
+    def test_brackets_are_shown_as_they_are(self, rows, launched, monkeypatch):
+        def fail(command, arguments):
+            raise check.Failed("weights [/w/x.pth] and [cifar10]")
+
+        monkeypatch.setattr(check, "launch", fail)
+        assert "[/w/x.pth] and [cifar10]" in " ".join(run(rows, "row=dsh-tiny", expect=1).stdout.split())
 
     def test_a_bad_exit_status_is_reported_with_its_command(self, capfd):
         with pytest.raises(check.Failed, match=r"`simsearch trian seed=1` ended with status 2"):
@@ -305,6 +345,11 @@ class TestRows:
             (("start: dsh-tiny", "start: dsh-longer"), "starts from itself"),
             (("what: a tiny network", "wat: x"), "row dsh-tiny does not have what"),
             (("minutes: 10", "minutes: 10\n    budget: 3"), "unknown keys budget"),
+            ((f"train: {TINY}\n", "train:\n"), "row dsh-tiny has train=None, which is not text"),
+            (("minutes: 10", "minutes: ten"), "row dsh-tiny has minutes='ten', which is not a number"),
+            (("seeds: [0, 1]", "seeds: 1"), "row dsh-tiny has seeds=1, which is not a list"),
+            (("seeds: [0, 1]", "seeds: []"), "row dsh-tiny has seeds=\\[\\]: give whole numbers"),
+            (("{mAP: 0.5 ± 0.05}", ""), "row dsh-tiny has expect=.*rendered-work.: None.*name a protocol"),
             (("{mAP: 0.5 ± 0.05}", "{mAP: 0.5}"), "not an expected value"),
             (("rows:", "rwos:"), "not a file of rows"),
             (("rows:", "rows: ["), "not a file of rows"),

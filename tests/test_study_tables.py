@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +99,31 @@ def test_tables_show_means_spreads_and_intervals(measured, tmp_path):
     (row,) = [line for line in text.splitlines() if line.startswith("| b+aqe |")]
     assert f"| 1 | {b[0].mean() + 0.1:.4f} [" in row
     assert result_lines(found, ("P@1",))[0][4:6] == ["P@1", 0.5]
+
+
+def test_labels_tell_changes_of_equal_values_apart(tmp_path):
+    changes = ["rerank=alpha-qe rerank.k=3", "rerank=alpha-qe rerank.alpha=3", "rerank=alpha-qe rerank.alpha=0.5", ""]
+    labels = [Measurement("b", change, 0, tmp_path, (), "cifar10", 0.0).label for change in changes]
+    assert labels == ["b+alpha-qe+k=3", "b+alpha-qe+alpha=3", "b+alpha-qe+alpha=0.5", "b"]
+
+
+def test_a_row_before_and_after_re_ranking_has_both_values(tmp_path):
+    """Metrics before and after are not averaged, and the paired test is of what the row expects first."""
+    plain, refined = np.random.default_rng(0).random((2, QUERIES))
+    m = measurement(tmp_path / "m", "m", 0, refined, change="rerank=aqe", prefix="rerank/")
+    stage = json.loads((tmp_path / "m/metrics.json").read_text())
+    stage["test"]["metrics"]["mAP"] = plain.mean()
+    (tmp_path / "m/metrics.json").write_text(json.dumps(stage))
+    table = pq.read_table(tmp_path / "m/per_query.parquet")
+    order = table["index"].to_numpy() - 100
+    pq.write_table(table.append_column("AP", pa.array(plain[order])), tmp_path / "m/per_query.parquet")
+    both = replace(m, metrics=("mAP", "rerank/mAP"))
+    with (tmp_path / "results.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([RESULT_COLUMNS, *result_lines([both])])
+    with (tmp_path / "results.csv").open(newline="") as file:
+        text = markdown_tables(csv.DictReader(file))
+    assert "| row | seeds | mAP | rerank/mAP | minutes |" in text
+    assert f"| m+aqe | 1 | {plain.mean():.4f} | {refined.mean():.4f} [" in text
+    other = measurement(tmp_path / "n", "n", 0, plain - 0.25, change="rerank=aqe", prefix="rerank/")
+    (line, *_) = [dict(zip(PAIRED_COLUMNS, found, strict=True)) for found in paired_lines([other, both])]
+    assert line["difference"] == pytest.approx(0.25)

@@ -10,10 +10,11 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from simsearch import configs, program, terminal
-from simsearch.studies.check import GAP, NOT_RUNNABLE, Outcome, reproduce
+from simsearch.studies.check import GAP, NOT_RUNNABLE, Outcome, check_composes, reproduce
 from simsearch.studies.rows import Row, check_names, read_rows, row_files
 from simsearch.studies.runs import Runs, find_run, finished_runs
 from simsearch.studies.tables import write_results
+from simsearch.text import cell
 
 
 @program.command("reproduce")
@@ -39,11 +40,14 @@ def main(config: DictConfig) -> None:
         return
     names = list(book) if values["row"] == "all" else [values["row"]]
     check_names(names, book)
+    for name in names:
+        check_composes(book, name, trusted=trusted)  # all of them, before hours are spent on the first
+    runs = finished_runs(root, trusted=trusted) if values["reuse"] else {}
     outcomes = []
     for name in names:
-        seeds = values["seeds"] or book[name].seeds[:1]
-        how = {"budget": values["budget"], "reuse": values["reuse"], "trusted": trusted}
-        outcome = reproduce(book, name, seeds, root, **how)
+        own = book[name].seeds
+        seeds = own[:1] if values["seeds"] is None else own if values["seeds"] == "all" else values["seeds"]
+        outcome = reproduce(book, name, seeds, root, runs, budget=values["budget"], trusted=trusted)
         print(f"{name}: {outcome.verdict}{f': {outcome.reason}' if outcome.reason else ''}", file=sys.stderr)
         outcomes.append(outcome)
     terminal.show(outcome_table(outcomes))
@@ -97,15 +101,15 @@ def outcome_table(outcomes: Iterable[Outcome]) -> Table:
             spread = f" ({len(m.values)} seeds: {min(m.values):.4f}-{max(m.values):.4f})" if len(m.values) > 1 else ""
             expected = "nothing yet" if m.expected is None else f"{m.expected.value:.4f} ± {m.expected.tolerance:g}"
             table.add_row(
-                outcome.row if i == 0 else "",
-                f"{m.metric}, {m.measurement}{spread}",
+                cell(outcome.row) if i == 0 else "",
+                cell(f"{m.metric}, {m.measurement}{spread}"),
                 f"{m.mean:.4f}",
                 expected,
                 "-" if m.difference is None else f"{m.difference:+.4f}",
                 m.verdict,
             )
         if not outcome.measured:
-            table.add_row(outcome.row, "-", "-", "-", "-", f"{outcome.verdict}: {outcome.reason}")
+            table.add_row(cell(outcome.row), "-", "-", "-", "-", cell(f"{outcome.verdict}: {outcome.reason}"))
         table.add_section()
     return table
 
@@ -126,14 +130,14 @@ def list_table(book: Mapping[str, Row], runs: Runs, *, trusted: bool = False) ->
         table.add_column(name, justify="right")
     for row in book.values():
         stated = [
-            f"{measurement} {metric} {'?' if e is None else f'{e.value:.4f} ± {e.tolerance:g}'}"
+            cell(f"{measurement} {metric} {'?' if e is None else f'{e.value:.4f} ± {e.tolerance:g}'}")
             for measurement, metrics in row.expect.items()
             for metric, e in metrics.items()
         ]
         finished = [seed for seed in row.seeds if find_run(book, row.name, seed, runs, trusted=trusted)[0] is not None]
-        what = row.what + (f" [dim](starts from {row.start})[/dim]" if row.start else "")
+        what = cell(row.what) + (f" [dim](starts from {cell(row.start)})[/dim]" if row.start else "")
         listed = (",".join(map(str, numbers)) or "-" for numbers in (row.seeds, finished))
-        table.add_row(row.name, what, "\n".join(stated), f"{row.minutes:g}", *listed)
+        table.add_row(cell(row.name), what, "\n".join(stated), f"{row.minutes:g}", *listed)
     return table
 
 

@@ -29,7 +29,6 @@ from simsearch.studies.runs import (
     Runs,
     compose,
     find_run,
-    finished_runs,
     is_finished,
     override,
     run_on_its_data,
@@ -45,7 +44,7 @@ class NotRunnable(Exception):
 
 
 class Failed(Exception):
-    """A training or an evaluation failed."""
+    """A training or an evaluation failed, or did not measure what a row expects."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,9 @@ def reproduce(
     name: str,
     seeds: Sequence[int],
     root: Path,
+    runs: dict[str, list[Run]],
     *,
     budget: float | None,
-    reuse: bool,
     trusted: bool = False,
 ) -> Outcome:
     """Trains and measures a row, after its start rows, and compares the means over seeds with the expected values.
@@ -117,20 +116,17 @@ def reproduce(
         name: Name of the row.
         seeds: The seeds to run.
         root: Folder of the runs.
+        runs: Finished runs by identity, which may be used. Those that are trained here are added.
         budget: Largest acceptable cost in minutes on two cores, or None.
-        reuse: Use finished runs in `root`.
         trusted: True if the user trusts whoever made the rows and runs.
 
     Raises:
-        ValueError: If a row names an object that a config from a folder may not name and `trusted` is False. This is
-            checked before anything runs.
+        ValueError: If `seeds` are none, or as `check_composes` does. This is checked before anything runs.
     """
     row = book[name]
-    if not seeds or not all(type(seed) is int for seed in seeds):
-        raise ValueError(f"seeds must be a list of whole numbers such as [0,1], got {seeds!r}")
-    for measurement in row.expect:
-        compose(measured_by(measurement), command="evaluate", trusted=trusted)
-    runs = finished_runs(root, trusted=trusted) if reuse else {}
+    if not isinstance(seeds, list | tuple) or not seeds or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"seeds must be a list of whole numbers such as [0,1], or all, got {seeds!r}")
+    check_composes(book, name, trusted=trusted)
     try:
         minutes = cost(book, name, seeds, runs, trusted=trusted)
         if budget is not None and minutes > budget:
@@ -148,6 +144,25 @@ def reproduce(
         return Outcome(name, GAP, reason=str(error))
     verdict = REPRODUCED if all(m.verdict == REPRODUCED for m in measured) else GAP
     return Outcome(name, verdict, tuple(measured))
+
+
+def check_composes(book: Mapping[str, Row], name: str, *, trusted: bool = False) -> None:
+    """Checks that a row's training, those that it starts from, and its measurements have configs.
+
+    Args:
+        book: All rows by name.
+        name: Name of the row.
+        trusted: True if the user trusts whoever made the rows.
+
+    Raises:
+        ValueError: As `compose` does.
+    """
+    row = book[name]
+    compose(train_overrides(book, name, row.seeds[0], Path("unused")), trusted=trusted)
+    for measurement in row.expect:
+        compose(measured_by(measurement), command="evaluate", trusted=trusted)
+    if row.start is not None:
+        check_composes(book, row.start, trusted=trusted)
 
 
 def cost(
@@ -182,9 +197,7 @@ def cost(
 
 def _value(stage: Mapping[str, Any], metric: str, row: Row, measurement: str) -> float:
     if metric not in stage["metrics"]:
-        raise ValueError(
-            f"row {row.name} expects {metric} of {measurement!r}, which has {', '.join(sorted(stage['metrics']))}"
-        )
+        raise Failed(f"it expects {metric} of {measurement!r}, which has {', '.join(sorted(stage['metrics']))}")
     value = stage["metrics"][metric]
     return math.nan if value is None else float(value)
 
@@ -224,15 +237,17 @@ def obtain(
         return found
     check_runnable(row, config)
     folder = root / f"{name}-s{seed}-{key[:8]}"
-    if is_finished(folder):  # and not to be reused
-        folder = folder.with_name(f"{folder.name}-{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+    if is_finished(folder):  # and not to be used: go on with another that was begun, or begin one
+        begun = [path.parent for path in sorted(root.glob(f"{folder.name}-*/run.json"))]
+        another = folder.with_name(f"{folder.name}-{time.strftime('%Y-%m-%d_%H-%M-%S')}")
+        folder = next((path for path in begun if not is_finished(path)), another)
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{folder.name}.lock"):  # another process at this row: it trains, this one waits
         if not is_finished(folder):
-            begun = (folder / "run.json").is_file()
-            print(f"{name}, seed {seed}: {'continuing' if begun else 'training'} in {folder}", file=sys.stderr)
+            resumed = (folder / "run.json").is_file()
+            print(f"{name}, seed {seed}: {'continuing' if resumed else 'training'} in {folder}", file=sys.stderr)
             said = ["trust=true"] if trusted else []
-            launch("train", [override("run_dir", folder), *(["resume=true"] if begun else overrides), *said])
+            launch("train", [override("run_dir", folder), *(["resume=true"] if resumed else overrides), *said])
     run = saved_run.open_run(folder, trusted=trusted)
     runs.setdefault(key, []).append(run)
     return run

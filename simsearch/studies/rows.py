@@ -13,6 +13,8 @@ import yaml
 
 from simsearch import configs
 
+_KINDS = {str: "text", int | float: "a number", dict: "a mapping", list: "a list"}
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -78,15 +80,24 @@ class Row:
             fingerprints: protocol -> fingerprint.
 
         Raises:
-            ValueError: If a key is missing or unknown. The error names the row and the key.
+            ValueError: If a key is missing or unknown, or its value is of another kind. The error names row and key.
         """
         required, optional = {"what", "train", "minutes", "expect"}, {"start", "seeds"}
         if missing := sorted(required - set(fields)):
             raise ValueError(f"row {name} does not have {', '.join(missing)}")
         if unknown := sorted(set(fields) - required - optional):
             raise ValueError(f"row {name} has unknown keys {', '.join(unknown)}: choose from {required | optional}")
-        if not fields["expect"]:
-            raise ValueError(f"row {name} has no expected values: name a protocol and a metric; the value may be null")
+        kinds = {"what": str, "train": str, "minutes": int | float, "expect": dict, "start": str, "seeds": list}
+        for key, kind in kinds.items():
+            if key in fields and not isinstance(fields[key], kind):
+                raise ValueError(f"row {name} has {key}={fields[key]!r}, which is not {_KINDS[kind]}")
+        if not fields["expect"] or not all(isinstance(m, dict) and m for m in fields["expect"].values()):
+            raise ValueError(
+                f"row {name} has expect={fields['expect']!r}: name a protocol and its metrics, such as "
+                "`10k-50k: {mAP: null}`; a value may be null"
+            )
+        if not fields.get("seeds", [0]) or not all(type(seed) is int for seed in fields.get("seeds", [0])):
+            raise ValueError(f"row {name} has seeds={fields['seeds']!r}: give whole numbers such as [0, 1]")
         return cls(
             name=name,
             what=fields["what"],

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 import torch
@@ -29,6 +29,7 @@ PAIRED_COLUMNS = (
 )
 TESTED = {"AP": "mAP", "P@1": "P@1"}  # values of each query, and the metrics that are their means
 RESAMPLES = 20_000
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,12 @@ class Measurement:
 
     @property
     def label(self) -> str:
-        """The row, with values of what the evaluation changes behind plus signs."""
-        return "+".join([self.row, *(word.partition("=")[2] for word in self.change.split())])
+        """The row, with what the evaluation changes behind plus signs: choices of a group, keys with their values."""
+        words = [self.row]
+        for key, _, value in (word.partition("=") for word in self.change.split()):
+            name = key.rpartition(".")[2]
+            words.append(value if name == key else f"{name}={value}")
+        return "+".join(words)
 
     @property
     def stage(self) -> dict[str, Any]:
@@ -164,10 +169,10 @@ def paired_lines(measured: Iterable[Measurement]) -> list[list[Any]]:
 
 
 def _values(m: Measurement) -> dict[str, Tensor]:
-    """Query rows, sampling units and the values of each query, ordered by query; re-ranked where that was measured."""
+    """Query rows, sampling units and values of each query, ordered by query; re-ranked if the row expects only that."""
     table = pq.read_table(m.folder / "per_query.parquet")
     order = torch.from_numpy(table["index"].to_numpy().copy()).argsort()
-    prefix = "rerank/" if "rerank/AP" in table.column_names else ""
+    prefix = "" if "mAP" in m.metrics else "rerank/"
     columns = {"index": "index", "unit": "unit"} | {name: prefix + name for name in TESTED}
     columns = {name: column for name, column in columns.items() if column in table.column_names}
     read = {name: torch.from_numpy(table[column].to_numpy().copy())[order] for name, column in columns.items()}
@@ -186,9 +191,10 @@ def markdown_tables(lines: Iterable[Mapping[str, str]]) -> str:
     protocols: dict[tuple[str, str], dict[str, dict[str, list[Mapping[str, str]]]]] = {}
     for line in lines:
         rows = protocols.setdefault((line["protocol"], line["fingerprint"]), {})
-        rows.setdefault(line["row"], {}).setdefault(line["metric"].removeprefix("rerank/"), []).append(line)
+        rows.setdefault(line["row"], {}).setdefault(line["metric"], []).append(line)
     texts = []
     for (protocol, fingerprint), rows in protocols.items():
+        rows = {row: _short(metrics) for row, metrics in rows.items()}
         names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
         body = []
         for row, metrics in rows.items():
@@ -199,6 +205,12 @@ def markdown_tables(lines: Iterable[Mapping[str, str]]) -> str:
         ruled = [header, ["---"] * len(header), *body]
         texts.append("\n".join([f"`{protocol}` ({fingerprint})", "", *(f"| {' | '.join(cells)} |" for cells in ruled)]))
     return "\n\n".join(texts) + "\n"
+
+
+def _short(metrics: Mapping[str, _T]) -> dict[str, _T]:
+    """The metrics of a row, where those after re-ranking have the names of those before, unless it has both."""
+    short = {name: name.removeprefix("rerank/") for name in metrics}
+    return {name if short[name] in metrics else short[name]: lines for name, lines in metrics.items()}
 
 
 def _cell(lines: Sequence[Mapping[str, str]]) -> str:
