@@ -28,6 +28,7 @@ from simsearch import configs
 from simsearch.callbacks.pruning import Pruning
 from simsearch.comparison.runs import read_run
 from simsearch.files import is_alive, write_json
+from simsearch.sweeps.callback import Sweep
 from simsearch.sweeps.progress import is_open, summary
 from simsearch.sweeps.space import distributions, point
 from simsearch.sweeps.sweeper import NAME, OptunaSweeper
@@ -386,6 +387,78 @@ def test_several_objectives_make_a_front(tmp_path, capsys):
     assert sorted(tuple(one["values"]) for one in results) == sorted(front)
     run(tmp_path, "hydra.sweeper.n_trials=6", expect=1)  # another objective is another study
     assert "is to ['maximize', 'minimize'], not ['maximize']" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_study_of_something_else_is_refused(tmp_path, capsys):
+    """Another objective, or another fixed override, in a folder whose study has all its trials."""
+    run(tmp_path, "hydra.sweeper.n_trials=2", "pooling=gem")
+    for changed in (["pooling=mac"], [], ["pooling=gem", "objective=val/P@10"]):
+        run(tmp_path, "hydra.sweeper.n_trials=2", *changed, expect=1)
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "is of val/mAP" in last
+        assert "pooling=gem, not of " in last
+        assert "give another hydra.sweep.dir or hydra.sweeper.study_name" in last
+    run(tmp_path, "hydra.sweeper.n_trials=3", "pooling=gem", "logger.project=other")  # reports are no matter
+    assert len(study(tmp_path).trials) == 3
+
+
+def test_values_of_another_objective_are_not_told(tmp_path):
+    """A folder that the study does not know may hold trials of another objective."""
+    run(tmp_path, "hydra.sweeper.n_trials=2")
+    for about in read_trials(tmp_path):
+        path = tmp_path / about["folder"] / "trial.json"
+        assert about["objective"] == ["val/mAP"]
+        write_json(
+            path, {name: value for name, value in about.items() if name != "folder"} | {"objective": ["val/P@1"]}
+        )
+    (tmp_path / "study.journal").unlink()
+    run(tmp_path, "hydra.sweeper.n_trials=1", "hydra.sweeper.sampler.seed=5")
+    assert len(study(tmp_path).trials) == 1
+
+
+def test_a_minimised_sweep_marks_its_least_value(tmp_path, capsys):
+    run(tmp_path, "hydra.sweeper.n_trials=4", "hydra.sweeper.direction=minimize")
+    values = [about["values"] for about in read_trials(tmp_path)]
+    assert f"best {min(values):.4f}" in summary(tmp_path)
+    assert f"best {max(values):.4f}" not in summary(tmp_path)
+
+
+def test_what_failed_in_an_earlier_plan_is_not_this_one_s_failure(tmp_path):
+    sweep = {"planned": 1, "objective": ["val/mAP"], "ended": False}
+    write_json(tmp_path / "sweep.json", sweep | {"grid": {"seed": ["1"]}, "shared": []})
+    Trial(tmp_path / "0", ["seed=0"]).write("failed", "it broke")
+    Trial(tmp_path / "1", ["seed=1"], values=0.5).write("finished")
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+    Sweep().on_multirun_end(config)
+    Trial(tmp_path / "1", ["seed=1"]).write("failed", "it broke")
+    with pytest.raises(SystemExit):
+        Sweep().on_multirun_end(config)
+
+
+def test_a_left_trial_that_another_process_has_taken_is_not_waited_for(tmp_path, monkeypatch):
+    """Both found it when they began; the other one was first to ask."""
+    run(tmp_path, "hydra.sweeper.n_trials=1")
+    known = study(tmp_path)
+    left = known.ask(dict(known.trials[0].distributions))
+    catch_up = OptunaSweeper._catch_up
+
+    def then_taken(self, stored):
+        catch_up(self, stored)
+        assert [trial.number for trial in self._left] == [left.number]
+        left.set_user_attr("process", f"{os.uname().nodename}:{os.getppid()}")
+
+    monkeypatch.setattr(OptunaSweeper, "_catch_up", then_taken)
+    run(tmp_path, "hydra.sweeper.n_trials=3")
+    assert [trial.state for trial in study(tmp_path).trials] == [COMPLETE, RUNNING, COMPLETE]
+
+
+def test_what_a_left_trial_lacks_comes_from_the_sampler(tmp_path):
+    """A kill between the question and its answers leaves a trial without parameters."""
+    run(tmp_path / "a", "hydra.sweeper.n_trials=4")
+    run(tmp_path / "b", "hydra.sweeper.n_trials=3")
+    study(tmp_path / "b").ask()
+    run(tmp_path / "b", "hydra.sweeper.n_trials=4")
+    assert study(tmp_path / "b").trials[3].params == study(tmp_path / "a").trials[3].params
 
 
 def test_a_point_that_comes_twice_is_one_folder_and_counts_twice(tmp_path, capsys):

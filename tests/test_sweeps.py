@@ -197,6 +197,8 @@ def test_the_best_trial_is_by_what_is_good(tmp_path):
         (["val/mAP"], "minimize", "minimize"),  # whoever says so gets it
         (["val/index/latency_ms_p95"], None, "minimize"),
         (["val/index/queries_per_s"], None, "maximize"),
+        (["val/code/dead_bits"], None, "minimize"),
+        (["val/code/balance"], None, "maximize"),
         (["val/mAP", "val/bytes_per_item"], None, ["maximize", "minimize"]),
         (["val/mAP", "val/bytes_per_item"], ["minimize", "minimize"], ["minimize", "minimize"]),
     ],
@@ -279,6 +281,22 @@ def test_a_grid_reports_what_failed_and_skips_what_is_finished(tmp_path, monkeyp
     assert {path.parent: path.stat().st_mtime_ns for path in (tmp_path / "grid").glob("*/metrics.json")} == runs
     assert "2 of 3 trials finished, 1 failed" in second.stdout + second.stderr
     assert second.stderr.count("2 trials were computed by another version of the code, such as index-") == 1
+
+    # A study takes the values of its own objective from trials of a grid, which had none.
+    pytest.importorskip("optuna")
+    study = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=${run_root}/grid", "hydra.sweeper.n_trials=2")
+    simsearch(
+        "train", *study, "index=choice(flat,sq8)", "objective=test/P@1", *TINY, f"run_root={tmp_path}", cwd=tmp_path
+    )
+    assert {path.parent: path.stat().st_mtime_ns for path in (tmp_path / "grid").glob("*/metrics.json")} == runs
+    told = [about for about in read_trials(tmp_path / "grid") if about.get("numbers")]
+    assert told
+    for about in told:
+        assert about["objective"] == ["test/P@1"]
+        assert (
+            about["values"] == read_json(tmp_path / "grid" / about["folder"] / "metrics.json")["test"]["metrics"]["P@1"]
+        )
+    assert (tmp_path / "grid" / "optimization_results.yaml").is_file()
 
 
 def test_a_trial_that_another_process_has_is_left_to_it(tmp_path):

@@ -71,7 +71,8 @@ def main(config: DictConfig) -> Any:
             return None
         if trial is not None and trial.finished:
             trials.check_same_data(trial.folder, config)
-            return objectives.values_of(trial.folder, config.objective)
+            trial.values = objectives.values_of(trial.folder, config.objective)
+            return trial.values
         if trial is not None and trial.elsewhere:
             return None
         objectives.check(config)

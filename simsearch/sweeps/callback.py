@@ -19,7 +19,7 @@ from omegaconf import DictConfig, open_dict
 from simsearch import program, terminal
 from simsearch.files import read_json, write_json
 from simsearch.sweeps import objectives, trials
-from simsearch.sweeps.progress import progress_table, read_sweep, summary
+from simsearch.sweeps.progress import planned_trials, progress_table, read_sweep, summary
 from simsearch.sweeps.space import plan
 from simsearch.text import warn
 
@@ -85,6 +85,7 @@ class Sweep(Callback):
         about = {"swept": list(swept), "objective": names, "ended": False}
         if "n_trials" in sweeper:
             about |= {"planned": sweeper.n_trials, "study": str(sweeper.study_name)}
+            about |= {"direction": [sweeper.direction] if len(names) == 1 else list(sweeper.direction)}
         else:
             about |= {"planned": math.prod(len(values) for values in swept.values()), "grid": swept, "shared": shared}
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,7 @@ class Sweep(Callback):
         folder = Path(config.hydra.sweep.dir)
         write_json(folder / "sweep.json", {**read_sweep(folder), "ended": True})
         terminal.show(progress_table(folder))
-        found = trials.read_trials(folder)
+        found = planned_trials(folder)
         others = [t["folder"] for t in found if t["state"] == "finished" and t.get("code") != trials.code_version()]
         if others:
             warn(

@@ -18,6 +18,12 @@ _COSTS = (
     "_ms_p50",
     "_ms_p95",
     "_ms_p99",
+    "_ms",
+    "ms_per_query",
+    "code/correlation",
+    "code/dead_bits",
+    "code/quantisation_error",
+    "code/empty_ball@2",
 )  # endings of metrics that should be small
 
 
@@ -78,7 +84,7 @@ def directions(names: Sequence[str], given: Any) -> Any:
 
 
 def is_cost(name: str) -> bool:
-    """Whether smaller values of a metric are better: bytes, seconds and milliseconds.
+    """Whether smaller values of a metric are better: bytes, seconds, milliseconds and defects of codes.
 
     Args:
         name: Name of the metric.

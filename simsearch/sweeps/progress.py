@@ -98,6 +98,16 @@ def is_open(folder: Path) -> bool:
     return not about.get("ended") and not gone and sum(count[state] for state in _ENDED) < about["planned"]
 
 
+def planned_trials(folder: Path) -> list[dict[str, Any]]:
+    """The trials of a sweep that belong to what was started last in its folder, as `read_trials` has them.
+
+    Args:
+        folder: Folder of the sweep.
+    """
+    sweep = read_sweep(folder)
+    return [about for about in read_trials(folder) if _is_planned(about, sweep)]
+
+
 def _is_planned(trial: Mapping[str, Any], sweep: Mapping[str, Any]) -> bool:
     """Whether a trial belongs to what was started last in a sweep's folder, which may hold those of earlier plans."""
     if "study" in sweep:
@@ -143,7 +153,8 @@ def _objective(about: Mapping[str, Any]) -> float:
 
 def _best(trials: Sequence[dict[str, Any]], sweep: Mapping[str, Any]) -> dict[str, Any] | None:
     known = [about for about in trials if not math.isnan(_objective(about))]
-    smaller = any(map(is_cost, sweep.get("objective", [])[:1]))
+    said = sweep.get("direction")  # of each objective; a grid has none
+    smaller = said[0] == "minimize" if said else any(map(is_cost, sweep.get("objective", [])[:1]))
     return (min if smaller else max)(known, key=_objective, default=None)
 
 

@@ -31,8 +31,9 @@ from simsearch import configs, program, saved_run
 from simsearch.files import is_alive, read_json, write_json
 from simsearch.identity import identity
 from simsearch.sweeps.jobs import Launched, Process, Runner
+from simsearch.sweeps.objectives import names_of
 from simsearch.sweeps.space import distributions, plan, point
-from simsearch.sweeps.trials import MEASURED_ON, check_same_data, read_trials
+from simsearch.sweeps.trials import MEASURED_ON, check_same_data, decisive, read_trials
 from simsearch.text import warn
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class OptunaSweeper(Sweeper):
 
         config, context = self.job["config"], self.job["hydra_context"]
         self.space, self.shared = distributions(self.params, arguments, context.config_loader)
+        self.objective = names_of(_plain(config.objective))
         OmegaConf.save(config, self.folder / "multirun.yaml")
         with self._alone():
             self.study = optuna.create_study(
@@ -131,19 +133,37 @@ class OptunaSweeper(Sweeper):
             )
             if (known := [one.name.lower() for one in self.study.directions]) != self.directions:
                 raise ValueError(f"the study {self.study_name} in {self.storage} is to {known}, not {self.directions}")
-            self._catch_up()
+            stored = read_trials(self.folder)
+            self._check_data(stored)
+            self._check_purpose()
+            self._catch_up(stored)
         self._work(config.hydra.launcher["_target_"].rpartition(".")[2] in _LOCAL)
         self._report()
 
     # What the study is told
 
-    def _catch_up(self) -> None:
-        """Tells the study what the trials' folders know, and finds the trials to continue."""
+    def _check_purpose(self) -> None:
+        """Raises ValueError if the study's trials were for another objective, or had other fixed overrides."""
+        own = {"objective": self.objective, "overrides": sorted(decisive(plan(None, self.shared)[1]))}
+        before = self.study.user_attrs.get("purpose")
+        if before is None:  # a new study, or one of an older version
+            self.study.set_user_attr("purpose", own)
+        elif before != own:
+            said = [" ".join([*one["objective"], *one["overrides"]]) for one in (before, own)]
+            raise ValueError(
+                f"the study {self.study_name} in {self.storage} is of {said[0]}, not of {said[1]}: give another "
+                "hydra.sweep.dir or hydra.sweeper.study_name, or the overrides from before"
+            )
+
+    def _catch_up(self, stored: Sequence[Mapping[str, Any]]) -> None:
+        """Tells the study what the trials' folders know, and finds the trials to continue.
+
+        Args:
+            stored: The content of the folders.
+        """
         import optuna
 
         states = optuna.trial.TrialState
-        stored = read_trials(self.folder)
-        self._check_data(stored)
         folders: dict[int, Mapping[str, Any]] = {}
         for one in stored:
             folders |= dict.fromkeys(one.get("numbers", ()), one)
@@ -152,7 +172,8 @@ class OptunaSweeper(Sweeper):
             if known.state is not states.RUNNING:
                 continue
             about: Mapping[str, Any] = folders.get(known.number, {})
-            if known.params != point(self.space, about.get("overrides", ())):  # of a study that is no more
+            same = about.get("objective", self.objective) == self.objective
+            if not same or known.params != point(self.space, about.get("overrides", ())):  # of a study that is no more
                 about = {}
             trial = optuna.trial.Trial(self.study, known._trial_id)
             if about.get("state") in ("finished", "pruned", "failed"):
@@ -200,6 +221,10 @@ class OptunaSweeper(Sweeper):
         except Timeout:
             return True
 
+    def _is_taken(self, trial: optuna.trial.Trial) -> bool:
+        """Whether another process of this machine has taken a trial that was left over."""
+        return self._is_elsewhere(trial.storage.get_trial(trial._trial_id), {})
+
     def _add(self, about: Mapping[str, Any]) -> None:
         """Adds a trial to the study that it does not know."""
         import optuna
@@ -209,6 +234,8 @@ class OptunaSweeper(Sweeper):
         values = about["values"] if isinstance(about["values"], list) else [about["values"]]
         values = [pruned["value"]] if pruned else values
         if params is None or not _same(others, self.shared) or len(values) != len(self.directions) or None in values:
+            return
+        if about.get("objective", self.objective) != self.objective:
             return
         self.study.add_trial(
             optuna.trial.create_trial(
@@ -253,18 +280,17 @@ class OptunaSweeper(Sweeper):
 
     def _ask(self) -> tuple[optuna.trial.Trial, list[str]] | None:
         """The next trial with its overrides. None if there is none."""
+        import optuna
+
         with self._alone():
             if self._stopping:
                 return None
-            self._left = [trial for trial in self._left if not _is_over(trial)]
-            if self._left:
-                trial = self._left.pop(0)
-            else:
-                number = len(self.study.get_trials(deepcopy=False))
-                if number >= self.n_trials:
-                    return None
-                self.study.sampler = configs.build(_with_seed(self.sampler, number))
-                trial = self.study.ask()
+            self._left = [trial for trial in self._left if not _is_over(trial) and not self._is_taken(trial)]
+            number = self._left[0].number if self._left else len(self.study.get_trials(deepcopy=False))
+            if number >= self.n_trials and not self._left:
+                return None
+            self.study.sampler = configs.build(_with_seed(self.sampler, number))
+            trial = optuna.trial.Trial(self.study, self._left.pop(0)._trial_id) if self._left else self.study.ask()
             trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
             values = {name: trial._suggest(name, distribution) for name, distribution in self.space.items()}
         return trial, self._overrides(values)
@@ -349,8 +375,8 @@ class OptunaSweeper(Sweeper):
 
 
 def _same(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether overrides are equal, apart from their order and how values are quoted."""
-    return sorted(plan(None, one)[1]) == sorted(plan(None, other)[1])
+    """Whether overrides are equal, apart from their order, how values are quoted, and what affects no numbers."""
+    return sorted(decisive(plan(None, one)[1])) == sorted(decisive(plan(None, other)[1]))
 
 
 def _is_over(trial: optuna.trial.Trial) -> bool:

@@ -33,6 +33,15 @@ _STUDY = "SIMSEARCH_STUDY"  # tells a trial and its ranks what they report to
 _READABLE, _LONGEST = 60, 150  # characters of a trial's folder that say what it is: usually, and with all swept keys
 
 
+def decisive(overrides: Iterable[str]) -> list[str]:
+    """The overrides that may affect a trial's numbers.
+
+    Args:
+        overrides: The overrides.
+    """
+    return [text for text in overrides if re.split(r"[.@=]", text.lstrip("+~"))[0] not in _ASIDE]
+
+
 def trial_name(*, _root_: DictConfig) -> str:
     """The folder name of a trial: as many of its overrides as fit, swept ones first, and a hash of its resolved config.
 
@@ -95,6 +104,7 @@ class Trial:
         finished: True if there is nothing left to do.
         elsewhere: True if another process is working on it.
         numbers: Its numbers in an Optuna study: several if the point was proposed again, none in a grid.
+        objective: Names of the metrics that `values` are of.
         _started: Time of the start, in seconds.
     """
 
@@ -105,6 +115,7 @@ class Trial:
     finished: bool = False
     elsewhere: bool = False
     numbers: list[int] = field(default_factory=list)
+    objective: Any = None
     _started: float = field(default_factory=time.time)
 
     def write(self, state: str, error: str = "") -> None:
@@ -120,6 +131,7 @@ class Trial:
             "state": state,
             "overrides": list(self.overrides),
             "values": self.values,
+            "objective": self.objective,
             "error": error,
             "code": code_version(),
             "started": self._started,
@@ -162,13 +174,17 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
             return
     before = read_json(path) if path.is_file() else {}
     study = "direction" in hydra.sweeper
+    present.objective = objectives.names_of(config.objective)
+    same = before.get("objective", present.objective) == present.objective
     present.numbers = sorted({*before.get("numbers", ()), *([int(hydra.job.num)] if study else ())})
     try:
-        if before.get("state") == "finished" or (before.get("state") == "pruned" and hydra.sweeper.get("pruner")):
+        pruned = before.get("state") == "pruned" and hydra.sweeper.get("pruner") and same
+        if before.get("state") == "finished" or pruned:
             present.values, present.pruned, present.finished = before["values"], before.get("pruned"), True
-            if launch.rank() == 0:
-                write_json(path, before | {"overrides": present.overrides, "numbers": present.numbers})
             yield present
+            if launch.rank() == 0:  # its values may be of another objective now
+                now = ("overrides", "numbers", "objective", "values")
+                write_json(path, before | {name: getattr(present, name) for name in now})
             return
         if (present.folder / "config.yaml").is_file():
             config.resume, config.run_dir = True, str(present.folder)
