@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_resume import DATA, DSH, HASHING, checkpoint, numbers
 from torch import Tensor, nn
 
+from simsearch import configs, saved_run
 from simsearch.api import open_catalog
 from simsearch.cache import ArrayCache
 from simsearch.callbacks.training import Lookahead
@@ -732,6 +733,31 @@ SMALL = (
 )
 
 
+def assert_stored_codes_are_those_of_images(run: Path) -> None:
+    """Codes of the kept features, which are float16, against codes of the images themselves."""
+    stored, opened = saved_run.load_model(saved_run.open_run(run)), saved_run.open_run(run)
+    collection = configs.build_data(opened.config).collection
+    opened.config["model"]["cache"] = None
+    direct = saved_run.load_model(opened).eval()
+    with torch.no_grad():
+        kept = stored.network.describe(pooled_features(stored.network.eval(), collection, stored.cache).float())
+        codes = torch.cat([direct.embed(block) for block in collection.images[:].split(64)])
+    scale = codes.abs().mean()
+    assert (kept - codes).abs().max() < 0.02 * scale
+    assert ((kept > 0) == (codes > 0)).float().mean() > 0.99
+
+
+def test_a_pooling_with_a_number_has_that_of_the_start(tmp_path):
+    """Its kept features are pooled as the checkpoint pools, whatever the new run asks for."""
+    small = [text for text in SMALL if not text.startswith("pooling")]
+    train(tmp_path / "run", *small, "pooling=gem", "pooling.p=3", "trainer.max_steps=1", "catalog.write=false")
+    begun = (*small, "pooling=gem", "pooling.p=6", f"model.start={tmp_path / 'run'}")
+    train(tmp_path / "head", *begun, *cached(tmp_path), "trainer.max_steps=2", "catalog.write=false")
+    assert checkpoint(tmp_path / "head")["state_dict"]["network.pooling.p"].item() == pytest.approx(3, abs=0.1)
+    simsearch("evaluate", f"run={tmp_path / 'head'}", f"run_dir={tmp_path / 'again'}")
+    assert numbers(tmp_path / "again")["test"]["metrics"] == numbers(tmp_path / "head")["test"]["metrics"]
+
+
 def test_a_head_learns_on_the_frozen_backbone_of_a_run(tmp_path):
     """Its features are those of that run's weights, also where a training goes on and where it is measured again."""
     run, whole, resumed = (tmp_path / name for name in ("run", "whole", "resumed"))
@@ -753,8 +779,8 @@ def test_a_head_learns_on_the_frozen_backbone_of_a_run(tmp_path):
     assert sorted((tmp_path / "cache").iterdir()) == kept  # the same features in all three
 
     simsearch("evaluate", f"run={whole}", f"run_dir={tmp_path / 'measured'}")
-    direct, stored = (numbers(folder)["test"]["metrics"]["mAP"] for folder in (tmp_path / "measured", whole))
-    assert direct == pytest.approx(stored, abs=0.02)  # the kept features are float16
+    assert numbers(tmp_path / "measured")["test"]["metrics"] == numbers(whole)["test"]["metrics"]
+    assert_stored_codes_are_those_of_images(whole)
     start = read_json(whole / "metrics.json")["test"]["model"]
     assert start["weights"] == "trained"
     assert start["start"] == str(run)
@@ -770,10 +796,12 @@ def test_a_code_of_two_networks_is_the_same_stored_measured_again_and_in_a_catal
         f"model.cache.root={tmp_path / 'cache'}", "sampler.batch_size=8", "trainer.max_steps=4",
     )  # fmt: skip
     simsearch("evaluate", f"run={run}", f"run_dir={tmp_path / 'again'}")
-    direct, stored = (numbers(folder)["test"]["metrics"]["mAP"] for folder in (tmp_path / "again", run))
-    assert direct == pytest.approx(stored, abs=0.02)  # the kept features are float16
+    assert numbers(tmp_path / "again")["test"]["metrics"] == numbers(run)["test"]["metrics"]
+    assert_stored_codes_are_those_of_images(run)
     facts = read_json(run / "metrics.json")["test"]["model"]
     assert (facts["start"], facts["second_weights"]) == (str(small), "random")
+    kept = dict(saved_run.load_model(saved_run.open_run(run)).network.second.provenance)
+    assert kept["sha256"] == facts["second_sha256"]
 
     catalog = open_catalog(run / "catalog")
     assert catalog.encoder.bits == 32

@@ -226,4 +226,7 @@ class HashNetwork(OnBackbone, nn.Module):
 
     @provenance.setter
     def provenance(self, facts: dict[str, str]) -> None:
-        self.backbone.provenance = facts
+        second = {name.removeprefix("second_"): fact for name, fact in facts.items() if name.startswith("second_")}
+        self.backbone.provenance = {name: fact for name, fact in facts.items() if not name.startswith("second_")}
+        if self.second is not None:
+            self.second.provenance = second

@@ -255,7 +255,9 @@ class TrainedRetriever(DescribesBatches):
             if data.augment is not None:
                 raise ValueError("data.augment changes images whose maps model.cache keeps: set one of the two to null")
             if self.start is not None and (begins or resumed):  # a model that is only measured has its tensors
-                self._fill_backbone(known if begins else self._fitting(Path(str(resumed))))
+                begun = known if begins else self._fitting(Path(str(resumed)))
+                self._fill_backbone(begun)
+                self.network.load_state_dict(begun, strict=False)  # of the pooling and a second backbone, too
             self.network.to(self.trainer.strategy.root_device)
             self._pooled = pooled_features(cast(OnMaps, self.network.eval()), data.collection, self.cache)
         if not begins:
