@@ -174,6 +174,8 @@ def measured_names(config: Mapping[str, Any]) -> set[str]:
             if node.get("evaluators"):
                 return set()
             rerank = node.get("rerank") is not None
-            names |= {f"test/{name}" for name in metric_names(node["ks"], codes=codes, rerank=rerank)}
+            order = bool(config["protocol"].get("index_order"))  # of the test alone
+            tested = metric_names(node["ks"], codes=codes, rerank=rerank, index_order=order)
+            names |= {f"test/{name}" for name in tested}
             names |= {f"val/{name}" for name in metric_names(node["ks"], codes=codes)} if held_out else set()
     return names

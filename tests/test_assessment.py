@@ -222,6 +222,20 @@ def test_a_query_that_is_like_everything_is_trusted_less():
     assert got["GAP_normalised"] == got["GAP-"] == got["accuracy"] == 1.0
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_an_open_set_without_any_match_has_no_value(beta):
+    """One image of each work: nothing can be found."""
+    rows = torch.arange(6)
+    both = Sharded.of(Descriptors(F.normalize(torch.eye(6) + 0.1, dim=1), rows, rows))
+    asked = RetrievalTask("works", rows, rows, "work", None, True, "0" * 16)
+    got = OpenSet(torch.eye(6)[:2], beta, 2)(both, both, asked)
+    assert got.metrics.pop("outside") == 2
+    assert {"GAP", "GAP-", "GAP_outside", "accuracy"} <= got.metrics.keys()
+    assert ("GAP_gain_p" in got.metrics) == (beta > 0)
+    assert all(math.isnan(value) for value in got.metrics.values())
+    assert got.intervals == {}
+
+
 @pytest.mark.parametrize("wrong", [{"beta": -0.1}, {"beta": math.nan}, {"neighbours": 0}])
 def test_wrong_numbers_of_an_open_set_are_named(wrong):
     (name,) = wrong

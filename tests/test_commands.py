@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from conftest import SMALL, simsearch
 from PIL import Image
 from rich.console import Console
@@ -221,8 +223,44 @@ def test_audit_and_evaluation_without_what_it_found(small_run, tmp_path):
     assert measured["queries"] == about["queries"] - len({pair.split(",")[0] for pair in pairs})
     assert measured["queries_in_own_ranking"] == 0
 
+    # What does not fit is told before anything is measured.
+    (tmp_path / "other.csv").write_text((tmp_path / "duplicates.csv").read_text().replace("\n", "\n9", 1))
+    lost = simsearch(
+        "evaluate", f"run={small_run}", f"run_dir={tmp_path}/f", f"without={tmp_path / 'other.csv'}", expect=1
+    )
+    assert "lists rows that are not queries of rendered-artist: give the table that" in lost.stderr
+    assert not (tmp_path / "f").exists()
+
 
 class TestEvaluate:
+    def test_other_data_have_the_size_and_fit_of_the_run_s_backbone(self, small_run, tmp_path, monkeypatch):
+        run = tmp_path / "run"
+        shutil.copytree(small_run, run)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["backbone"] |= {"size": 96, "fit": "longest"}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+        def stop(config):
+            raise ValueError(f"size={config['data']['size']} fit={config['data']['fit']}")
+
+        monkeypatch.setattr("simsearch.configs.build_data", stop)
+        asked = ("evaluate", f"run={run}", f"run_dir={tmp_path}/e", "data=files", f"data.source={tmp_path}")
+        assert "size=96 fit=longest" in simsearch(*asked, expect=1).stderr
+        assert "size=64 fit=longest" in simsearch(*asked, "data.size=64", expect=1).stderr
+
+    def test_rerank_none_leaves_out_the_run_s_own(self, small_run, tmp_path):
+        run = tmp_path / "run"
+        shutil.copytree(small_run, run)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        rerank = yaml.safe_load((Path(configs.CONF) / "rerank" / "aqe.yaml").read_text())
+        config["rerank"], config["callbacks"]["evaluation"]["rerank"] = rerank, dict(rerank)
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        for choice in ((), ("rerank=null",), ("rerank=none",)):
+            folder = tmp_path / "-".join(["evaluated", *choice])
+            simsearch("evaluate", f"run={run}", f"run_dir={folder}", *choice)
+            metrics = json.loads((folder / "metrics.json").read_text())["test"]["metrics"]
+            assert ("rerank/mAP" in metrics) == (choice == ())
+
     def test_gives_the_run_s_own_numbers_again(self, small_run, tmp_path):
         simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e")
         before = json.loads((small_run / "metrics.json").read_text())["test"]

@@ -243,6 +243,16 @@ def test_what_will_be_measured_is_what_was(small_run):
     assert measured == settings.measured_names(config)
 
 
+@pytest.mark.parametrize(("protocol", "stages"), [("10k-50k", set()), ("dsh-release", {"test"})])
+def test_a_ranking_in_index_order_is_an_objective_where_it_is_measured(protocol, stages):
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
+        config = hydra.compose(
+            "train", ["run_dir=x", "experiment=dsh", f"protocol={protocol}", "protocol.validation=0.1"]
+        )
+    known = settings.measured_names(OmegaConf.to_container(config, resolve=True))
+    assert {name.partition("/")[0] for name in known if name.endswith("/mAP_index_order")} == stages
+
+
 def test_the_documented_sweep_of_wandb_optimises_what_its_command_logs():
     guide = (Path(__file__).parent.parent / "docs" / "pages" / "guides" / "train.md").read_text()
     block = yaml.safe_load(re.search(r"```yaml\n(# wandb sweep.*?)```", guide, re.S)[1])

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
 from pytorch_lightning.loggers import Logger
 
 from simsearch import configs, program, results, saved_run, terminal, tracking
@@ -37,10 +38,14 @@ def main(config: DictConfig) -> None:
     if config.stage not in ("test", "validate"):
         raise ValueError(f"stage must be test or validate, got {config.stage!r}")
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
+    with open_dict(config):
+        config.backbone = run.config.get("backbone")  # its size and fit are those of other data, unless given
     values = configs.plain(config)
     merged = run.config | {
         group: values[group] for group in ("data", "protocol", "index", "rerank") if values.get(group)
     }
+    if HydraConfig.get().runtime.choices.get("rerank") == "none":
+        merged["rerank"] = None
     merged["logger"] = values.get("logger")
     evaluation = merged["callbacks"]["evaluation"] | {"index": merged["index"], "rerank": merged.get("rerank")}
     if values.get("verify"):
@@ -57,6 +62,14 @@ def main(config: DictConfig) -> None:
     folder = Path(config.run_dir)
 
     data = configs.build_data(merged)
+    left_out = None
+    if config.without:  # read now, not after hours of work
+        left_out = read_duplicates(Path(config.without)).query.unique()
+        if not torch.isin(left_out, data.task("test").query).all():
+            raise ValueError(
+                f"{config.without} lists rows that are not queries of {merged['protocol']['name']}: give the table "
+                "that `simsearch data audit` wrote for the same data and protocol"
+            )
     by_index = bool(values.get("index") or values.get("store"))
     with gallery_in(values.get("store"), model, merged["index"].get("metric", "ip")) as stored:
         if stored is not None:
@@ -71,11 +84,8 @@ def main(config: DictConfig) -> None:
             status = "success"
         finally:
             tracking.finish_loggers(loggers, status)
-        if config.without:
-            rows = read_duplicates(Path(config.without)).query.unique()
-            if not torch.isin(rows, data.task("test").query).all():
-                raise ValueError(f"{config.without} lists rows that are not queries of {merged['protocol']['name']}")
-            protocol = WithoutRows(configs.build(merged["protocol"]), rows)
+        if left_out is not None:
+            protocol = WithoutRows(configs.build(merged["protocol"]), left_out)
             data = configs.build_data(merged, protocol)
             measure(model, data, merged, folder / "without", config.stage, [], stored=stored)
 

@@ -369,7 +369,7 @@ def _index_recall(index: ShardedIndex, query: Sharded, ks: Sequence[int], seed: 
     return recall
 
 
-def metric_names(ks: Sequence[int], *, codes: bool, rerank: bool = False) -> set[str]:
+def metric_names(ks: Sequence[int], *, codes: bool, rerank: bool = False, index_order: bool = False) -> set[str]:
     """The names of the metrics that RetrievalEvaluation logs, without the prefix of a stage.
 
     The names come from a small measurement. A gallery with fewer items than the last of `ks` gets its recall at the
@@ -379,6 +379,7 @@ def metric_names(ks: Sequence[int], *, codes: bool, rerank: bool = False) -> set
         ks: Cutoffs k, 1 or more.
         codes: Whether descriptors are binary codes.
         rerank: Whether the ranking is measured after re-ranking too.
+        index_order: Whether codes are measured with ties broken by gallery order too.
     """
     metrics = RetrievalMetrics(ks, 8 if codes else None, exclude_self=True)
     index = torch.arange(max(ks) + 1)
@@ -387,7 +388,7 @@ def metric_names(ks: Sequence[int], *, codes: bool, rerank: bool = False) -> set
     metrics.update("gallery", vectors, index % 2, index)
     query, gallery = metrics.sharded("query"), metrics.sharded("gallery")
     flat = FaissIndex("BFlat") if codes else FaissIndex("Flat")
-    result = evaluate(query, gallery, flat, ks=ks, exclude_self=True, index_order=True)
+    result = evaluate(query, gallery, flat, ks=ks, exclude_self=True, index_order=index_order)
     names = {*result.metrics, *(f"code/{name}" for name in metrics.code_statistics())}
     if rerank:
         names |= {f"rerank/{name}" for name in (*metrics.compute(), "fit_s", "seconds_per_query")}

@@ -24,7 +24,8 @@ class Instance:
     """Evaluates the answers to all queries as the benchmarks of instance retrieval do, distractor queries included.
 
     A query without a relevant item is a distractor: what is answered to it is wrong. Scores are cosines (codes as
-    vectors of +1 and -1), and junk is left out. Equal scores count in expectation over their orders.
+    vectors of +1 and -1), and junk is left out. Equal scores of several queries count in expectation over their orders.
+    Of items with one score for a query, as codes have them, the first in the gallery is its first answer.
 
     - `instance/GAP`: the first answers to all queries in one ranking by score, divided by the number of queries that
       have a relevant item; `instance/GAP-` leaves the distractors out, and `instance/accuracy` is the share of the

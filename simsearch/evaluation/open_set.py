@@ -25,7 +25,7 @@ class OpenSet:
     """Evaluates the GAP, the GAP- and the accuracy of the nearest item, as in the Met benchmark.
 
     All gallery images of an instance task are queries, each without itself. An image is a distractor where its label
-    has no other image, or is not known. GAP- leaves the distractors out.
+    has no other image, or is not known. GAP- leaves the distractors out. Without any other image all of this is NaN.
 
     With `beta`, each of these GAPs is measured also with normalised scores, as `GAP_normalised` and so on: a query's
     score less `beta` times its background, the mean score of its nearest `neighbours` items of other works than the one
@@ -83,7 +83,10 @@ class OpenSet:
         if outer is not None:
             metrics["outside"] = float(len(outer))
         units, intervals = query_units(gallery, task), {}
-        if self.beta > 0:
+        if self.beta > 0 and not has_match.any():
+            names = [f"{name}_normalised" for name in metrics if name.startswith("GAP")]
+            metrics |= dict.fromkeys([*names, "GAP_gain", "GAP_gain_p"], math.nan)
+        elif self.beta > 0:
             normal = confidence - self.beta * self._background(unit, unit, label, own)
             if outer is not None and outer_unit is not None:
                 outer = outer - self.beta * self._background(outer_unit, unit, label, None)
@@ -110,14 +113,10 @@ class OpenSet:
 
 
 def _gaps(confidence: Tensor, right: Tensor, has_match: Tensor, outside: Tensor | None) -> dict[str, float]:
-    """GAP-, GAP and, with confidences (M,) of images from elsewhere, GAP_outside."""
-    positives = int(has_match.sum())
-    metrics = {
-        "GAP-": global_average_precision(confidence[has_match], right[has_match], positives),
-        "GAP": global_average_precision(confidence, right, positives),
-    }
+    """GAP-, GAP and, with confidences (M,) of images from elsewhere, GAP_outside. NaN if no image has a match."""
+    rankings = {"GAP-": (confidence[has_match], right[has_match]), "GAP": (confidence, right)}
     if outside is not None:
-        everything = torch.cat([confidence, outside])
         none = torch.zeros(len(outside), dtype=torch.bool)
-        metrics["GAP_outside"] = global_average_precision(everything, torch.cat([right, none]), positives)
-    return metrics
+        rankings["GAP_outside"] = torch.cat([confidence, outside]), torch.cat([right, none])
+    positives = int(has_match.sum())
+    return {name: global_average_precision(*r, positives) if positives else math.nan for name, r in rankings.items()}
