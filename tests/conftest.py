@@ -31,8 +31,8 @@ torch.set_num_threads(1)
 os.environ.pop("COLUMNS", None)  # the width of the terminal that the tests were started in
 
 # The same examples in each run, so that a change is not blamed for what it did not do; HYPOTHESIS_PROFILE=default
-# draws others.
-settings.register_profile("reproducible", derandomize=True)
+# draws others. No deadline: a busy machine is no fault.
+settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "reproducible"))
 
 SMALL = (
