@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -34,6 +35,16 @@ def plain(config: DictConfig) -> dict[str, Any]:
     assert isinstance(values, dict)
     trust.follow_moves(values)
     return {str(key): value for key, value in values.items() if key != "hydra"}
+
+
+def choice(group: str) -> str | None:
+    """The file that the command took from a group of configs, or None where it takes none from that group.
+
+    Args:
+        group: The group's name, such as `rerank`.
+    """
+    name: str | None = HydraConfig.get().runtime.choices.get(group)
+    return name
 
 
 def build(config: Mapping[str, Any]) -> Any:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 from pytorch_lightning.loggers import Logger
 
@@ -44,7 +43,7 @@ def main(config: DictConfig) -> None:
     merged = run.config | {
         group: values[group] for group in ("data", "protocol", "index", "rerank") if values.get(group)
     }
-    if HydraConfig.get().runtime.choices.get("rerank") == "none":
+    if configs.choice("rerank") == "none":
         merged["rerank"] = None
     merged["logger"] = values.get("logger")
     evaluation = merged["callbacks"]["evaluation"] | {"index": merged["index"], "rerank": merged.get("rerank")}
