@@ -320,6 +320,25 @@ def test_a_trial_that_another_process_has_is_left_to_it(tmp_path):
     assert read_json(tmp_path / "grid" / "sweep.json")["ended"] is True
 
 
+def test_all_ranks_leave_a_trial_that_another_process_has(tmp_path, monkeypatch):
+    grid = ("seed=5", *TINY, f"run_root={tmp_path}", "trainer.devices=auto", "hydra.sweep.dir=${run_root}/grid")
+    folder = tmp_path / "grid" / name(*grid)
+    folder.mkdir(parents=True)
+    step = {"JOB_ID": 7, "STEP_ID": 0, "STEP_NUM_TASKS": 2, "STEP_NUM_NODES": 1, "NTASKS_PER_NODE": 2}
+    for key, value in step.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+
+    def rank(number: int):
+        monkeypatch.setenv("SLURM_PROCID", str(number))
+        monkeypatch.setenv("SLURM_LOCALID", str(number))
+        return simsearch("train", "-m", *grid, cwd=tmp_path)
+
+    with FileLock(folder / ".lock"):
+        assert "is left to another process of this sweep" in rank(0).stderr
+        assert "is left to another process" not in rank(1).stderr  # said once, and it has nobody to train with
+    assert not (folder / "run.json").exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -162,18 +162,12 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
     present = Trial(Path(hydra.runtime.output_dir), list(hydra.overrides.task))
     path = present.folder / "trial.json"
     lock = FileLock(present.folder / ".lock")
-    if launch.rank() == 0:
-        try:
-            lock.acquire(timeout=-1 if "direction" in hydra.sweeper else 0)
-        except Timeout:
-            print(
-                f"{present.folder} is left to another process of this sweep, which works on it already", file=sys.stderr
-            )
-            present.elsewhere = True
-            yield present
-            return
-    before = read_json(path) if path.is_file() else {}
     study = "direction" in hydra.sweeper
+    before = _begin(present.folder, lock, study, int(hydra.job.num))
+    if before is None:
+        present.elsewhere = True
+        yield present
+        return
     present.objective = objectives.names_of(config.objective)
     same = before.get("objective", present.objective) == present.objective
     present.numbers = sorted({*before.get("numbers", ()), *([int(hydra.job.num)] if study else ())})
@@ -201,6 +195,35 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
         present.write("pruned" if present.pruned else "finished")
     finally:
         lock.release()
+
+
+def _begin(folder: Path, lock: FileLock, wait: bool, number: int) -> dict[str, Any] | None:
+    """The content of trial.json once this process has the trial. None if another process of the sweep works on it.
+
+    Of several ranks under srun, rank 0 takes the lock, and all others do as it does.
+
+    Args:
+        folder: The trial's folder.
+        lock: Its lock.
+        wait: Whether to wait for the other process.
+        number: The job's number in the sweep.
+    """
+    step = (os.environ.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    shared, path = folder / f".rank-0-{'-'.join(step)}-{number}.json", folder / "trial.json"
+    if launch.rank() != 0:
+        while not shared.is_file():  # as long as rank 0 waits
+            time.sleep(0.1)
+        before: dict[str, Any] | None = read_json(shared)["before"]
+        return before
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+        before = read_json(path) if path.is_file() else {}
+    except Timeout:
+        print(f"{folder} is left to another process of this sweep, which works on it already", file=sys.stderr)
+        before = None
+    if launch.is_slurm_rank():
+        write_json(shared, {"before": before})
+    return before
 
 
 @contextmanager
