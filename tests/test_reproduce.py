@@ -173,6 +173,16 @@ class TestRun:
         folders = {dict(a.split("=", 1) for a in arguments)["run_dir"] for _, arguments in launched.lines}
         assert len(folders) == 2
 
+    @pytest.mark.parametrize("names", ["ab", "ba"])
+    def test_the_newest_of_equal_runs_counts(self, names, rows, launched):
+        for i, value in enumerate((0.4, 0.6)):
+            launched.values["mAP"] = value
+            run(rows, "row=dsh-tiny", "reuse=false", expect=1)
+            folder = Path(dict(a.split("=", 1) for a in launched.lines[-1][1])["run_dir"])
+            os.utime(folder / "metrics.json", (i, i))
+            folder.rename(folder.with_name(names[i]))
+        assert "0.6000" in run(rows, "row=dsh-tiny", expect=1).stdout
+
     def test_reuse_false_trains_a_start_once_for_all_rows(self, rows, launched):
         run(rows, "row=all", "reuse=false", expect=1)
         assert launched.commands == ["train", "train", "evaluate"]

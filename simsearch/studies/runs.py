@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +88,23 @@ def start_seed(book: Mapping[str, Row], name: str, seed: int) -> int:
 
 
 def finished_runs(root: Path, *, trusted: bool = False) -> dict[str, list[saved_run.Run]]:
-    """The runs in a folder that were trained and tested and may be opened, by identity.
+    """The runs in a folder that were trained and tested and may be opened, by identity, the last measured first.
 
     Args:
         root: The folder.
         trusted: True if the user trusts whoever made the runs.
     """
-    runs: dict[str, list[saved_run.Run]] = {}
-    for path in sorted(root.glob("*/config.yaml")):
+    found: list[tuple[float, str, saved_run.Run]] = []
+    for path in root.glob("*/config.yaml"):
         try:
             if is_finished(path.parent):
                 run = saved_run.open_run(path.parent, trusted=trusted)
-                runs.setdefault(run_identity(run.config), []).append(run)
+                found.append((path.with_name("metrics.json").stat().st_mtime, run_identity(run.config), run))
         except (ValueError, LookupError, AttributeError):
             continue  # damaged, or of a time when configs were others: no row's run
+    runs: dict[str, list[saved_run.Run]] = {}
+    for _, name, run in sorted(found, key=itemgetter(0), reverse=True):
+        runs.setdefault(name, []).append(run)
     return runs
 
 
