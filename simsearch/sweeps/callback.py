@@ -129,6 +129,9 @@ class Sweep(Callback):
             warn(f"failed: {about['folder']}: {about['error']}")
         cut_off = [about for about in found if about["state"] == "interrupted"]
         if cut_off:
-            warn(f"{len(cut_off)} trials were cut off, such as {cut_off[0]['folder']}: the same command continues them")
+            warn(
+                f"{len(cut_off)} trials were cut off, such as {cut_off[0]['folder']}: the same command with "
+                f"hydra.sweep.dir={folder} continues them"
+            )
         if failed or cut_off:
             raise SystemExit(1)
