@@ -206,5 +206,6 @@ OmegaConf.register_new_resolver(
     # Tasks of a SLURM step compose in different seconds, and again after a requeue, but must share a folder.
     "started",
     lambda now: now if (step := launch.slurm_step()) is None else f"slurm-{step}",
+    use_cache=True,  # a sweep's jobs compose again, in a step of their own, and get the cache of the sweep
     replace=True,
 )

@@ -86,6 +86,22 @@ def deciding(config: Mapping[str, Any], *, without: Collection[str] = ()) -> dic
     return kept
 
 
+def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without where data and caches lie, and how data are read, which may differ between machines.
+
+    Args:
+        config: The plain config.
+    """
+
+    def kept(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: kept(value) for key, value in node.items() if not _is_place(key, node)}
+        return [kept(value) for value in node] if isinstance(node, list) else node
+
+    data = {key: value for key, value in (config.get("data") or {}).items() if key not in _IDLE["data"]}
+    return kept({**config, "data": data})
+
+
 def start_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config of the run whose checkpoint or folder a training starts from. None if there is no such run.
 
@@ -128,9 +144,13 @@ def _reduced(node: Any, without: Collection[str]) -> Any:
             for key, value in node.items()
             if key not in without
             and (key not in defaults or isinstance(value, Mapping) or value != defaults[key])
-            and not (key == "root" and target == "simsearch.cache.ArrayCache")
+            and not _is_place(key, node)
         }
     return [_reduced(value, without) for value in node] if isinstance(node, list) else node
+
+
+def _is_place(key: str, node: Mapping[str, Any]) -> bool:
+    return key == "root" and node.get("_target_") == "simsearch.cache.ArrayCache"
 
 
 def _defaults(target: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import cheap_sweep
 import hydra
@@ -29,6 +30,7 @@ from simsearch.callbacks.pruning import Pruning
 from simsearch.comparison.runs import read_run
 from simsearch.files import is_alive, write_json
 from simsearch.sweeps.callback import Sweep
+from simsearch.sweeps.jobs import Job, Launched
 from simsearch.sweeps.progress import is_open, summary
 from simsearch.sweeps.space import distributions, point
 from simsearch.sweeps.sweeper import NAME, OptunaSweeper
@@ -210,6 +212,40 @@ def test_a_training_that_has_reached_its_length_is_not_pruned(length, tmp_path):
     fit(tmp_path, callback := Pruning("val/mAP", lambda value, validation: validation == 2), **length)
     assert callback.pruned is None
     assert callback.validations == 2
+
+
+class Stops(Pruning):
+    """A training that another callback ends before this validation."""
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = True
+
+
+def test_a_training_that_stops_for_another_reason_is_not_pruned(tmp_path):
+    fit(tmp_path, callback := Stops("val/mAP", lambda *_: True), 5)
+    assert (callback.pruned, callback.validations) == (None, 1)
+
+
+class Once(optuna.pruners.BasePruner):
+    """As successive halving: a rung that was looked at once is passed."""
+
+    def prune(self, study, trial):
+        seen = "seen" in trial.user_attrs
+        study._storage.set_trial_user_attr(trial._trial_id, "seen", True)
+        return not seen
+
+
+def test_a_decision_to_prune_outlives_a_kill(tmp_path):
+    storage = str(tmp_path / "study.journal")
+    optuna.create_study(study_name="s", storage=journal.open_storage(storage)).ask()
+
+    def reporter() -> journal.Reporter:
+        return journal.Reporter(storage, "s", 0, Once())
+
+    assert reporter()(0.5, 2)
+    resumed = reporter()
+    assert not resumed(0.4, 1)  # from a checkpoint before it
+    assert resumed(0.5, 2)
 
 
 def test_a_resumed_training_counts_on(tmp_path):
@@ -416,6 +452,77 @@ def test_values_of_another_objective_are_not_told(tmp_path):
     assert len(study(tmp_path).trials) == 1
 
 
+def test_studies_in_one_folder_know_their_own_trials(tmp_path):
+    """What the first has of a point is not what the second asks for, whose trial has the same number."""
+    run(tmp_path, "hydra.sweeper.n_trials=3", "pooling=gem")
+    first = study(tmp_path).trials
+    other = ("pooling=mac", "hydra.sweeper.study_name=b", "hydra.sweeper.sampler.seed=5")
+    run(tmp_path, "hydra.sweeper.n_trials=1", *other)
+    assert summary(tmp_path).startswith("1 of 1 trials finished")
+    known = study(tmp_path, "b")
+    known.enqueue_trial(first[1].params)
+    assert known.ask(dict(first[1].distributions)).number == 1
+    run(tmp_path, "hydra.sweeper.n_trials=2", *other)
+    assert [trial.state for trial in study(tmp_path, "b").trials] == [COMPLETE] * 2
+    own = [about for about in read_trials(tmp_path) if about["study"] == "b"]
+    assert sorted(about["numbers"] for about in own) == [[0], [1]]
+    assert all("pooling=mac" in about["overrides"] for about in own)
+    assert summary(tmp_path).startswith("2 of 2 trials finished")
+    run(tmp_path, "hydra.sweeper.n_trials=3", "pooling=gem")
+    assert study(tmp_path).trials[:3] == first
+
+
+def test_a_worker_that_dies_after_its_trial_s_end_loses_nothing(tmp_path, monkeypatch):
+    launched = Launched.run
+
+    def dies(self, overrides, number):
+        launched(self, overrides, number)
+        return Job(None)
+
+    monkeypatch.setattr(Launched, "run", dies)
+    run(tmp_path, "hydra.sweeper.n_trials=2")
+    check(tmp_path, 2)
+
+
+def test_a_cluster_that_takes_no_job_ends_the_sweep_and_costs_no_trial(tmp_path, monkeypatch, capsys):
+    class FailedJobError(Exception):
+        """As submitit calls it."""
+
+    def refuses(*_, **__):
+        raise FailedJobError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+
+    launched = Launched.run
+
+    def run_one(self, overrides, number):
+        if number == 1:
+            self = Launched(SimpleNamespace(launch=refuses))
+        return launched(self, overrides, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Launched, "run", run_one)
+        run(tmp_path, "hydra.sweeper.n_trials=3", expect=1)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "the cluster takes no job: sbatch: error: QOSMaxSubmitJobPerUserLimit; the same command goes on" in last
+    assert [trial.state for trial in study(tmp_path).trials] == [COMPLETE, RUNNING]
+    run(tmp_path, "hydra.sweeper.n_trials=3")
+    check(tmp_path, 3)
+
+
+def test_a_kill_between_study_and_folder_adds_no_trial_twice(tmp_path, monkeypatch):
+    run(tmp_path, "hydra.sweeper.n_trials=2")
+    (tmp_path / "study.journal").unlink()
+
+    def full(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("simsearch.sweeps.sweeper.write_json", full)
+        run(tmp_path, "hydra.sweeper.n_trials=2", expect=1)
+    assert len(study(tmp_path).trials) == 1
+    run(tmp_path, "hydra.sweeper.n_trials=2")
+    check(tmp_path, 2)
+
+
 def test_a_minimised_sweep_marks_its_least_value(tmp_path, capsys):
     run(tmp_path, "hydra.sweeper.n_trials=4", "hydra.sweeper.direction=minimize")
     values = [about["values"] for about in read_trials(tmp_path)]
@@ -435,17 +542,21 @@ def test_what_failed_in_an_earlier_plan_is_not_this_one_s_failure(tmp_path):
         Sweep().on_multirun_end(config)
 
 
-def test_a_left_trial_that_another_process_has_taken_is_not_waited_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [None, "elsewhere:1"])
+@pytest.mark.parametrize("now", [f"{os.uname().nodename}:{os.getppid()}", "elsewhere:2"])
+def test_a_left_trial_that_another_process_has_taken_is_not_waited_for(before, now, tmp_path, monkeypatch):
     """Both found it when they began; the other one was first to ask."""
     run(tmp_path, "hydra.sweeper.n_trials=1")
     known = study(tmp_path)
     left = known.ask(dict(known.trials[0].distributions))
+    if before:
+        left.set_user_attr("process", before)
     catch_up = OptunaSweeper._catch_up
 
     def then_taken(self, stored):
         catch_up(self, stored)
-        assert [trial.number for trial in self._left] == [left.number]
-        left.set_user_attr("process", f"{os.uname().nodename}:{os.getppid()}")
+        assert [trial.number for trial, _ in self._left] == [left.number]
+        left.set_user_attr("process", now)
 
     monkeypatch.setattr(OptunaSweeper, "_catch_up", then_taken)
     run(tmp_path, "hydra.sweeper.n_trials=3")
@@ -648,6 +759,30 @@ def test_workers_take_trials_without_waiting_for_each_other(tmp_path):
     assert len(meanwhile) >= 3  # batches of two would have one
     assert {about["pid"] for about in meanwhile}.isdisjoint({long["pid"]})
     assert set(worked(folder).values()) == {1}
+
+
+@pytest.mark.slow
+def test_slurm_s_warning_ends_the_sweep_after_its_workers(tmp_path, monkeypatch):
+    """It comes to all processes; those of this cheap sweep, which save nothing, end at once."""
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    folder = tmp_path / "sweep"
+    process = spawn(folder, "hydra.sweeper.n_trials=8", "hydra.sweeper.n_jobs=2", wait=0.3)
+    until(lambda: len(workers(folder)) == 2, process)
+    os.killpg(process.pid, signal.SIGUSR1)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode >= 0, said
+    assert (tmp_path / "asked").read_text() == "requeue 12\n"
+    begun = len(study(folder).trials)
+    assert begun < 8
+    monkeypatch.delenv("SLURM_JOB_ID")
+    again = spawn(folder, "hydra.sweeper.n_trials=8", "hydra.sweeper.n_jobs=2", wait=0.01)
+    said, _ = again.communicate(timeout=600)
+    assert again.returncode == 0, said
+    check(folder, 8)
 
 
 @pytest.mark.slow

@@ -554,10 +554,10 @@ class TestSlurmRunDirectory:
             start(1)
 
     def test_tasks_share_a_folder_s_name(self, slurm):
-        config = OmegaConf.create({"run_dir": "out/${started:2026-01-01}_x"})
-        assert config.run_dir == "out/2026-01-01_x"
+        text = {"run_dir": "out/${started:2026-01-01}_x"}
+        assert OmegaConf.create(text).run_dir == "out/2026-01-01_x"
         slurm()
-        assert config.run_dir == "out/slurm-7.0_x"
+        assert OmegaConf.create(text).run_dir == "out/slurm-7.0_x"
 
 
 # --------------------------------------------------------------------------------------------- stopping

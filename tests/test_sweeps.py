@@ -23,6 +23,7 @@ from filelock import FileLock
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from simsearch import configs, saved_run, settings
@@ -37,6 +38,7 @@ TINY = (
     *("logger.mode=disabled", "callbacks.neighbours=null", "catalog.write=false", "backbone.weights=random"),
     *("model.cache=null", "model.whitening.dimension=16", "model.sample=100"),
 )
+CLASS_MEANS = "+evaluators@callbacks.evaluation.evaluators=class-means"
 
 
 def compose(*overrides: str):
@@ -55,6 +57,11 @@ def name(*overrides: str) -> str:
 def test_a_trials_name_is_what_it_computes():
     elsewhere = name("seed=3", "pooling=gem", "run_root=/elsewhere", "logger.mode=disabled")
     assert name("pooling=gem", "seed=3")[-10:] == elsewhere[-10:]
+    other = name("seed=3", "pooling=gem", "data=cifar10")
+    assert name("seed=3", "pooling=gem", "data=cifar10", "data.root=/scratch", "data.cache=/tmp/a")[-10:] == other[-10:]
+    assert (
+        name("seed=3", "pooling=gem", "data=cifar10", "model.cache.root=/tmp/b")[-10:] == other[-10:] != elsewhere[-10:]
+    )
     hashes = {name(*some)[-10:] for some in (("seed=3",), ("seed=4",), ("pooling=gem",), ("index=sq8",), ())}
     assert len(hashes) == 5
     assert name()[-10:] == name("seed=0")[-10:]  # the default, given
@@ -219,6 +226,8 @@ def test_directions_are_as_many_as_objectives(given):
         (["objective=val/mAp"], "objective=val/mAp will not be measured; there are val/mAP"),
         (["objective=[val/mAP,val/bytes]"], "objective=val/bytes will not be measured"),
         (["objective=val/mAP", "protocol.validation=null"], "give protocol.validation=0.1"),
+        (["objective=val/mAP", "protocol.validation=null", CLASS_MEANS], "give protocol.validation=0.1"),
+        (["objective=test/class/accuracy", CLASS_MEANS], None),
         (["objective=test/rerank/mAP"], "objective=test/rerank/mAP will not be measured"),
         (["objective=val/code/empty_ball@2"], "will not be measured"),
         (["objective=test/rerank/mAP", "rerank=aqe"], None),
@@ -318,6 +327,36 @@ def test_a_trial_that_another_process_has_is_left_to_it(tmp_path):
     assert f"{folder} is left to another process of this sweep, which works on it already" in done.stderr
     assert not (folder / "run.json").exists()
     assert read_json(tmp_path / "grid" / "sweep.json")["ended"] is True
+
+
+def test_jobs_of_a_cluster_share_the_sweep_s_folder(monkeypatch):
+    with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        sweep = loader.load_configuration("train", [], run_mode=RunMode.MULTIRUN)
+        folder = sweep.hydra.sweep.dir
+        monkeypatch.setenv("SLURM_JOB_ID", "7")  # a job composes in a step of its own
+        monkeypatch.setenv("SLURM_STEP_ID", "0")
+        assert loader.load_sweep_config(sweep, ["seed=1"]).hydra.sweep.dir == folder
+        assert "slurm" not in folder
+
+
+def test_a_study_is_not_run_by_the_ranks_of_srun(tmp_path, monkeypatch):
+    for key, value in {"STEP_NUM_TASKS": 2, "PROCID": 1, "LOCALID": 1}.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    study = ("-m", "hydra/sweeper=optuna", "hydra.sweep.dir=${run_root}/study", "seed=choice(0,1)", "objective=val/mAP")
+    done = simsearch("train", *study, *TINY, f"run_root={tmp_path}", cwd=tmp_path, expect=1)
+    assert "a study is run by one process, and srun started several: use --ntasks=1" in done.stderr.splitlines()[-1]
+
+
+def test_a_trial_that_goes_on_has_the_value_of_the_objective_of_now(tmp_path):
+    grid = ("-m", "hydra.sweep.dir=${run_root}/grid", "seed=5", *TINY, f"run_root={tmp_path}")
+    simsearch("train", *grid, "objective=test/mAP", cwd=tmp_path)
+    (path,) = (tmp_path / "grid").glob("*/trial.json")
+    write_json(path, read_json(path) | {"state": "interrupted"})
+    simsearch("train", *grid, "objective=test/P@1", cwd=tmp_path)
+    about, measured = read_json(path), read_json(path.with_name("metrics.json"))["test"]["metrics"]
+    assert (about["state"], about["objective"]) == ("finished", ["test/P@1"])
+    assert about["values"] == measured["P@1"] != measured["mAP"]
 
 
 def test_all_ranks_leave_a_trial_that_another_process_has(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ import pytorch_lightning as pl
 class Pruning(pl.Callback):
     """Reports a metric after each validation, and ends the training if it is not worth going on.
 
-    The decision is made on rank 0 for all ranks. A training that has reached its length is never pruned: it only
-    lacks its test.
+    The decision is made on rank 0 for all ranks. A training that has reached its length, or is about to stop for
+    another reason, is never pruned: it only lacks its test, or goes on later.
 
     Args:
         monitor: Name of the metric, such as `val/mAP`.
@@ -48,7 +48,7 @@ class Pruning(pl.Callback):
         self.validations += 1
         value = float(trainer.callback_metrics[self.monitor])
         behind = trainer.is_global_zero and self.decide(value, self.validations)
-        if trainer.strategy.broadcast(behind) and not _is_through(trainer):
+        if trainer.strategy.broadcast(behind) and not (_is_through(trainer) or trainer.should_stop):
             self.pruned = {
                 "objective": self.monitor,
                 "value": value,

@@ -88,7 +88,7 @@ def main(config: DictConfig) -> Any:
         if trial is not None and (pruned := read_json(run.folder / "run.json").get("pruned")):
             trial.pruned = pruned
             return None
-        values = objectives.values_of(run.folder, run.config["objective"])
+        values = objectives.values_of(run.folder, config.objective)
         if trial is not None:
             trial.values = values
         return values

@@ -19,6 +19,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from simsearch import program
 
 
+class Refused(ValueError):
+    """A cluster takes no job at present."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What came of a job.
@@ -72,12 +76,18 @@ class Launched:
         Args:
             overrides: The overrides of the trial.
             number: Its number in the study.
+
+        Raises:
+            Refused: If the cluster does not take the job.
         """
         try:
             (returned,) = self.launcher.launch([list(overrides)], initial_job_idx=number)
-        except Exception as error:
-            if type(error).__name__ == "UncompletedJobError":  # submitit's: the job died without a result
-                return Job(None, " ".join(str(error).split()))
+        except Exception as error:  # submitit's are known by their names, as it comes with an extra
+            said = " ".join(str(error).split())
+            if type(error).__name__ == "UncompletedJobError":  # the job died without a result
+                return Job(None, said)
+            if type(error).__name__ == "FailedJobError":
+                raise Refused(f"the cluster takes no job: {said}; the same command goes on later") from error
             raise
         return _job(returned)
 

@@ -75,6 +75,9 @@ class Journal(JournalFileBackend):
                 self.lock.release()
 
 
+_PRUNED = "pruned_at"  # attribute of a trial: the validation after which the pruner ended it
+
+
 class Reporter:
     """Tells a study about a trial's validations, and asks whether the trial should end.
 
@@ -101,7 +104,13 @@ class Reporter:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a resumed run repeats what it reported after its last checkpoint
             self.trial.report(value, validation)
-        return self.trial.should_prune()
+        # A pruner that is asked again after a kill takes the rung for passed.
+        if (before := self.trial.user_attrs.get(_PRUNED)) is not None and validation >= before:
+            return True
+        prune = self.trial.should_prune()
+        if prune:
+            self.trial.set_user_attr(_PRUNED, validation)
+        return prune
 
 
 def _line(error: BaseException) -> str:

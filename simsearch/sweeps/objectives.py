@@ -52,8 +52,9 @@ def check(config: DictConfig) -> None:
         key: OmegaConf.to_container(config[key], resolve=True) for key in ("callbacks", "index", "model", "protocol")
     }
     known = settings.measured_names(values)
-    for name in names if known else ():
-        if name not in known:
+    for name in names:
+        unheld = name.startswith("val/") and not settings.may_validate(values)
+        if unheld or (known and name not in known):
             raise ValueError(f"objective={name} will not be measured{settings.name_hint(name, known)}")
 
 

@@ -105,13 +105,18 @@ def planned_trials(folder: Path) -> list[dict[str, Any]]:
         folder: Folder of the sweep.
     """
     sweep = read_sweep(folder)
-    return [about for about in read_trials(folder) if _is_planned(about, sweep)]
+    trials = [about for about in read_trials(folder) if _is_planned(about, sweep)]
+    seen: set[int] = set()
+    for about in reversed(trials) if "study" in sweep else ():
+        about["numbers"] = [number for number in about["numbers"] if number not in seen]
+        seen.update(about["numbers"])
+    return [about for about in trials if about.get("numbers") != []]  # one that was begun anew counts once
 
 
 def _is_planned(trial: Mapping[str, Any], sweep: Mapping[str, Any]) -> bool:
     """Whether a trial belongs to what was started last in a sweep's folder, which may hold those of earlier plans."""
     if "study" in sweep:
-        return bool(trial.get("numbers"))
+        return bool(trial.get("numbers")) and trial.get("study", sweep["study"]) == sweep["study"]
     if "grid" not in sweep:  # of an older version
         return True
     given = {text.partition("=")[0]: text.partition("=")[2] for text in trial["overrides"]}

@@ -8,6 +8,7 @@ folders know.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -27,10 +28,10 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from simsearch import configs, program, saved_run
+from simsearch import configs, launch, program, saved_run
 from simsearch.files import is_alive, read_json, write_json
 from simsearch.identity import identity
-from simsearch.sweeps.jobs import Launched, Process, Runner
+from simsearch.sweeps.jobs import Launched, Process, Refused, Runner
 from simsearch.sweeps.objectives import names_of
 from simsearch.sweeps.space import distributions, plan, point
 from simsearch.sweeps.trials import MEASURED_ON, check_same_data, decisive, read_trials
@@ -92,7 +93,7 @@ class OptunaSweeper(Sweeper):
         self.study_name, self.storage, self.params = study_name, storage, _plain(params)
         self._mutex = threading.RLock()
         self._stopping = False
-        self._left: list[optuna.trial.Trial] = []
+        self._left: list[tuple[optuna.trial.Trial, str | None]] = []  # with the process that had it
         self._error: BaseException | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -119,6 +120,11 @@ class OptunaSweeper(Sweeper):
 
         from simsearch.sweeps.journal import open_storage
 
+        if launch.is_slurm_rank():
+            raise ValueError(
+                "a study is run by one process, and srun started several: use --ntasks=1 and trainer.devices=<number>, "
+                "or hydra/launcher=slurm from a process of its own"
+            )
         config, context = self.job["config"], self.job["hydra_context"]
         self.space, self.shared = distributions(self.params, arguments, context.config_loader)
         self.objective = names_of(_plain(config.objective))
@@ -165,8 +171,9 @@ class OptunaSweeper(Sweeper):
 
         states = optuna.trial.TrialState
         folders: dict[int, Mapping[str, Any]] = {}
+        stored = [one for one in stored if self._is_ours(one)]
         for one in stored:
-            folders |= dict.fromkeys(one.get("numbers", ()), one)
+            folders |= dict.fromkeys(self._numbers(one), one)
         trials = self.study.get_trials(deepcopy=False)
         for known in trials:
             if known.state is not states.RUNNING:
@@ -179,11 +186,19 @@ class OptunaSweeper(Sweeper):
             if about.get("state") in ("finished", "pruned", "failed"):
                 self._tell(trial, about)
             elif not self._is_elsewhere(known, about):
-                self._left.append(trial)
+                self._left.append((trial, known.user_attrs.get("process")))
         for one in stored:  # of a study that is no more, or of a grid
-            numbers = [number for number in one.get("numbers", ()) if number < len(trials)]
+            numbers = [number for number in self._numbers(one) if number < len(trials)]
             if one["state"] in ("finished", "pruned") and not numbers:
                 self._add(one)
+
+    def _numbers(self, about: Mapping[str, Any]) -> Sequence[int]:
+        """A stored trial's numbers in this study."""
+        return about.get("numbers", ()) if about.get("study", self.study_name) == self.study_name else ()
+
+    def _is_ours(self, about: Mapping[str, Any]) -> bool:
+        """Whether a stored trial has the fixed overrides of this sweep."""
+        return _same([text for text in about["overrides"] if text.partition("=")[0] not in self.space], self.shared)
 
     def _check_data(self, trials: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError if a finished trial was measured on other data than there are now.
@@ -193,7 +208,9 @@ class OptunaSweeper(Sweeper):
         checked = set()
         for about in trials:
             folder, params = self.folder / about["folder"], point(self.space, about["overrides"])
-            if about["state"] != "finished" or params is None or not (folder / "metrics.json").is_file():
+            if about["state"] != "finished" or params is None or not self._is_ours(about):
+                continue
+            if not (folder / "metrics.json").is_file():
                 continue
             stored = saved_run.read_run(folder).config
             parts = identity({name: stored.get(name) for name in MEASURED_ON})
@@ -209,8 +226,9 @@ class OptunaSweeper(Sweeper):
 
     def _is_elsewhere(self, known: optuna.trial.FrozenTrial, about: Mapping[str, Any]) -> bool:
         """Whether another process works on a trial."""
+        here = socket.gethostname()
         host, _, pid = known.user_attrs.get("process", "").partition(":")
-        if host == socket.gethostname():
+        if host == here and (is_alive(int(pid)) or about.get("host", here) == here):
             return is_alive(int(pid)) and int(pid) != os.getpid()
         if not about:
             return False  # if it is about to begin all the same, its folder is locked
@@ -221,34 +239,40 @@ class OptunaSweeper(Sweeper):
         except Timeout:
             return True
 
-    def _is_taken(self, trial: optuna.trial.Trial) -> bool:
-        """Whether another process of this machine has taken a trial that was left over."""
-        return self._is_elsewhere(trial.storage.get_trial(trial._trial_id), {})
+    @staticmethod
+    def _is_taken(trial: optuna.trial.Trial, before: str | None) -> bool:
+        """Whether another process than `before` has taken a trial that was left over."""
+        return trial.storage.get_trial(trial._trial_id).user_attrs.get("process") != before
 
     def _add(self, about: Mapping[str, Any]) -> None:
         """Adds a trial to the study that it does not know."""
         import optuna
 
         params, pruned = point(self.space, about["overrides"]), about.get("pruned")
-        others = [text for text in about["overrides"] if text.partition("=")[0] not in self.space]
         values = about["values"] if isinstance(about["values"], list) else [about["values"]]
         values = [pruned["value"]] if pruned else values
-        if params is None or not _same(others, self.shared) or len(values) != len(self.directions) or None in values:
+        if params is None or len(values) != len(self.directions) or None in values:
             return
         if about.get("objective", self.objective) != self.objective:
             return
-        self.study.add_trial(
-            optuna.trial.create_trial(
-                params=params,
-                distributions=dict(self.space),
-                values=values,
-                state=optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.COMPLETE,
-                intermediate_values={pruned["validation"]: pruned["value"]} if pruned else None,
+
+        def numbers() -> list[int]:
+            trials = self.study.get_trials(deepcopy=False)
+            return [trial.number for trial in trials if trial.state.is_finished() and trial.params == params]
+
+        if not numbers():  # else a kill came between the study and the folder
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    params=params,
+                    distributions=dict(self.space),
+                    values=values,
+                    state=optuna.trial.TrialState.PRUNED if pruned else optuna.trial.TrialState.COMPLETE,
+                    intermediate_values={pruned["validation"]: pruned["value"]} if pruned else None,
+                )
             )
-        )
         stored = {name: value for name, value in about.items() if name != "folder"}
-        number = len(self.study.get_trials(deepcopy=False)) - 1
-        write_json(self.folder / about["folder"] / "trial.json", stored | {"numbers": [number]})
+        own = {"numbers": numbers(), "study": self.study_name}
+        write_json(self.folder / about["folder"] / "trial.json", stored | own)
 
     def _tell(self, trial: optuna.trial.Trial, about: Mapping[str, Any]) -> None:
         """Tells the study how a trial ended, by its trial.json."""
@@ -285,12 +309,12 @@ class OptunaSweeper(Sweeper):
         with self._alone():
             if self._stopping:
                 return None
-            self._left = [trial for trial in self._left if not _is_over(trial) and not self._is_taken(trial)]
-            number = self._left[0].number if self._left else len(self.study.get_trials(deepcopy=False))
+            self._left = [one for one in self._left if not _is_over(one[0]) and not self._is_taken(*one)]
+            number = self._left[0][0].number if self._left else len(self.study.get_trials(deepcopy=False))
             if number >= self.n_trials and not self._left:
                 return None
             self.study.sampler = configs.build(_with_seed(self.sampler, number))
-            trial = optuna.trial.Trial(self.study, self._left.pop(0)._trial_id) if self._left else self.study.ask()
+            trial = optuna.trial.Trial(self.study, self._left.pop(0)[0]._trial_id) if self._left else self.study.ask()
             trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
             values = {name: trial._suggest(name, distribution) for name, distribution in self.space.items()}
         return trial, self._overrides(values)
@@ -313,11 +337,12 @@ class OptunaSweeper(Sweeper):
                 launcher = Plugins.instance().instantiate_launcher(**self.job)
                 runners = [Launched(launcher) for _ in range(self.n_jobs)]
             workers = [threading.Thread(target=self._guarded, args=(one,), daemon=True) for one in runners]
-            for worker in workers:
-                worker.start()
             try:
-                for worker in workers:
-                    worker.join()
+                with self._warned():
+                    for worker in workers:
+                        worker.start()
+                    for worker in workers:
+                        worker.join()
             except KeyboardInterrupt:  # Ctrl-C, which the processes have got too
                 self._stopping = True
                 if local:
@@ -331,6 +356,28 @@ class OptunaSweeper(Sweeper):
                 raise SystemExit(130) from None
             if self._error is not None:
                 raise self._error
+
+    @contextmanager
+    def _warned(self) -> Iterator[None]:
+        """In a SLURM job, its warning ends the block after the trials at hand, which get it too. Then it is requeued."""
+        from simsearch.callbacks.interruption import requeue, stop_signals  # and Lightning, which a search goes without
+
+        if signal.SIGUSR1 not in stop_signals() or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        warned = []
+
+        def stop(*_: object) -> None:
+            self._stopping = True
+            warned.append(True)
+
+        found = signal.signal(signal.SIGUSR1, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGUSR1, found)
+        if warned:
+            requeue()
 
     def _guarded(self, runner: Runner) -> None:
         try:
@@ -346,11 +393,16 @@ class OptunaSweeper(Sweeper):
             trial, overrides = asked
             try:
                 job = runner.run(overrides, trial.number)
+            except Refused:
+                raise
             except Exception as error:  # the config cannot be composed: so it is with all trials, or nearly
                 self._tell(trial, {"state": "failed", "values": None, "error": program.reason(error)})
                 raise
             path = None if job.folder is None else job.folder / "trial.json"
-            about = read_json(path) if path is not None and path.is_file() else {}
+            if path is None:  # its worker died, perhaps after the trial's end
+                about = next((one for one in read_trials(self.folder) if trial.number in self._numbers(one)), {})
+            else:
+                about = read_json(path) if path.is_file() else {}
             if job.error and job.folder is not None:  # and its folder does not know, so that nobody else will say it
                 warn(f"failed: {' '.join(overrides)}: {job.error}")
                 self._tell(trial, {"state": "failed", "values": None, "error": job.error})

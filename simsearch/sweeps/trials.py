@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from simsearch import configs, launch
 from simsearch.files import is_alive, read_json, write_json
-from simsearch.identity import identity
+from simsearch.identity import identity, without_places
 from simsearch.sweeps import objectives
 
 # Parts of a config that do not affect a trial's numbers.
@@ -45,18 +45,18 @@ def decisive(overrides: Iterable[str]) -> list[str]:
 def trial_name(*, _root_: DictConfig) -> str:
     """The folder name of a trial: as many of its overrides as fit, swept ones first, and a hash of its resolved config.
 
-    A trial that already has a folder in the sweep keeps it, however its overrides were written. Registered as the
-    resolver `trial`, for hydra.sweep.subdir.
+    A trial that already has a folder in the sweep keeps it, however its overrides were written, and wherever data and
+    caches lie. Registered as the resolver `trial`, for hydra.sweep.subdir.
 
     Args:
         _root_: The composed config; Hydra passes it.
     """
     values = {name: _root_._get_node(name) for name in _root_ if name not in _ASIDE}
     config = OmegaConf.create({**values, "run_dir": "", "run_root": ""}, flags={"allow_objects": True})
-    resolved = OmegaConf.to_container(config, resolve=True)
-    digest = identity(resolved)[:10]
+    resolved: Any = OmegaConf.to_container(config, resolve=True)
+    digest, former = (identity(values)[:10] for values in (without_places(resolved), resolved))
     sweep = Path(_root_.hydra.sweep.dir)
-    if known := sorted(sweep.glob(f"*{digest}/trial.json")):
+    if known := [path for end in (digest, former) for path in sorted(sweep.glob(f"*{end}/trial.json"))]:
         return known[0].parent.name
     swept = set(_root_.hydra.sweeper.get("params") or {})
     if (sweep / "sweep.json").is_file():
@@ -104,6 +104,7 @@ class Trial:
         finished: True if there is nothing left to do.
         elsewhere: True if another process is working on it.
         numbers: Its numbers in an Optuna study: several if the point was proposed again, none in a grid.
+        study: Name of that study, or None.
         objective: Names of the metrics that `values` are of.
         _started: Time of the start, in seconds.
     """
@@ -115,6 +116,7 @@ class Trial:
     finished: bool = False
     elsewhere: bool = False
     numbers: list[int] = field(default_factory=list)
+    study: str | None = None
     objective: Any = None
     _started: float = field(default_factory=time.time)
 
@@ -140,6 +142,7 @@ class Trial:
             "pid": os.getpid(),
         }
         about |= {"numbers": self.numbers} if self.numbers else {}
+        about |= {"study": self.study} if self.study else {}
         about |= {"pruned": self.pruned} if self.pruned else {}
         write_json(self.folder / "trial.json", about)
 
@@ -170,14 +173,18 @@ def trial(config: DictConfig) -> Iterator[Trial | None]:
         return
     present.objective = objectives.names_of(config.objective)
     same = before.get("objective", present.objective) == present.objective
-    present.numbers = sorted({*before.get("numbers", ()), *([int(hydra.job.num)] if study else ())})
+    present.numbers, present.study = list(before.get("numbers", ())), before.get("study")
+    if study:
+        name = str(hydra.sweeper.study_name)
+        numbers = present.numbers if present.study in (None, name) else ()  # those of another study say nothing here
+        present.numbers, present.study = sorted({*numbers, int(hydra.job.num)}), name
     try:
         pruned = before.get("state") == "pruned" and hydra.sweeper.get("pruner") and same
         if before.get("state") == "finished" or pruned:
             present.values, present.pruned, present.finished = before["values"], before.get("pruned"), True
             yield present
             if launch.rank() == 0:  # its values may be of another objective now
-                now = ("overrides", "numbers", "objective", "values")
+                now = ("overrides", "numbers", "study", "objective", "values")
                 write_json(path, before | {name: getattr(present, name) for name in now})
             return
         if (present.folder / "config.yaml").is_file():
