@@ -121,7 +121,6 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 def _check_monitors(config: Mapping[str, Any]) -> None:
     measured = measured_names(config)
-    held_out = any(name.startswith("val/") for name in measured)
     watchers = {f"callbacks.{name}": node for name, node in config["callbacks"].items() if node}
     scheduler = config["model"].get("scheduler")
     if scheduler and str(scheduler.get("_target_")).endswith("ReduceLROnPlateau"):
@@ -130,11 +129,14 @@ def _check_monitors(config: Mapping[str, Any]) -> None:
     logged |= {name for name in measured if name.startswith("val/")}
     for where, node in watchers.items():
         name = node.get("monitor")
-        if not measured or name is None or name in logged:
-            continue
         checkpoint = str(node.get("_target_")).endswith("ModelCheckpoint")
-        if name.startswith("val/") and not held_out and checkpoint:
-            continue  # a training without a validation keeps its last checkpoint
+        if name is None or name in logged:
+            continue
+        if name.startswith("val/") and not may_validate(config):
+            if checkpoint:
+                continue  # a training without a validation keeps its last checkpoint
+        elif not measured:
+            continue
         raise ValueError(f"{where} watches {name}, which is not logged{name_hint(name, logged)}")
 
 
@@ -150,6 +152,16 @@ def name_hint(name: str, known: Iterable[str]) -> str:
         return ": no images are held out for validation, give protocol.validation=0.1"
     near = difflib.get_close_matches(name, known, n=3) + [text for text in known if text.endswith("/mAP")]
     return f"; there are {', '.join(dict.fromkeys(near))}, among others"
+
+
+def may_validate(config: Mapping[str, Any]) -> bool:
+    """Whether the protocol may hold images out for a validation. True for a protocol of somebody else's.
+
+    Args:
+        config: The plain config; `protocol` is used.
+    """
+    protocol = config["protocol"]
+    return protocol["_target_"] not in trust.ALLOWED or protocol.get("validation") is not None
 
 
 def measured_names(config: Mapping[str, Any]) -> set[str]:
@@ -170,12 +182,13 @@ def measured_names(config: Mapping[str, Any]) -> set[str]:
     for node in config["callbacks"].values():
         if node and node["_target_"].endswith("RetrievalEvaluation"):
             codes = FaissIndex(**index).is_binary
-            held_out = config["protocol"].get("validation") is not None
             if node.get("evaluators"):
                 return set()
             rerank = node.get("rerank") is not None
             order = bool(config["protocol"].get("index_order"))  # of the test alone
             tested = metric_names(node["ks"], codes=codes, rerank=rerank, index_order=order)
             names |= {f"test/{name}" for name in tested}
-            names |= {f"val/{name}" for name in metric_names(node["ks"], codes=codes)} if held_out else set()
+            names |= (
+                {f"val/{name}" for name in metric_names(node["ks"], codes=codes)} if may_validate(config) else set()
+            )
     return names

@@ -29,6 +29,7 @@ from simsearch.models.trained import TrainedRetriever
 CONF = Path(configs.CONF)
 WHOLE = "prevents the measurement of whole tasks"
 LIGHTNING = "pytorch_lightning.callbacks."
+CLASS_MEANS = "callbacks.evaluation.evaluators={means: {_target_: simsearch.evaluation.class_means.ClassMeans}}"
 
 
 @cache
@@ -78,6 +79,10 @@ def compose(*overrides: str) -> dict[str, Any]:
             "are held out for validation, give protocol.validation=0.1",
         ),
         (["scheduler=plateau", "protocol.validation=null"], "scheduler watches val/mAP, which is not logged"),
+        (
+            ["callbacks=early-stopping", "protocol.validation=null", CLASS_MEANS],
+            "callbacks.early_stopping watches val/mAP, which is not logged: no images are held out",
+        ),
         ([f"+callbacks.x._target_={LIGHTNING}LearningRateFinder"], "-m optimizer.lr=0.001,0.01"),
         ([f"+callbacks.x._target_={LIGHTNING}BackboneFinetuning"], "use callbacks=frozen-backbone"),
         (["callbacks.evaluation=null"], "nothing would be measured"),

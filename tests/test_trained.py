@@ -30,6 +30,7 @@ from simsearch.index.binarize import ITQ
 from simsearch.losses.classification import ClassificationLoss
 from simsearch.losses.dsh import DSHLoss
 from simsearch.models.backbones import timm_backbone
+from simsearch.models.cifar import cifar_backbone
 from simsearch.models.dir import RegionNetwork
 from simsearch.models.dsh import DSHNetwork
 from simsearch.models.feature_cache import pooled_features
@@ -109,9 +110,11 @@ def test_scales_and_shifts_of_normalisation_decay_only_where_biases_do():
     assert {decay for _, decay in rates(network, DSHLoss(), lr=0.1, weight_decay=0.5).values()} == {0.5}
 
 
-def test_one_cycle_keeps_the_ratio_of_the_groups():
-    schedule = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.2, total_steps=10)
+@pytest.mark.parametrize("given", [10, 40, 0])  # the length itself, trainer.max_steps that max_epochs cuts, none
+def test_one_cycle_keeps_the_ratio_of_the_groups(given):
+    schedule = partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.2, total_steps=given)
     module = TrainedRetriever(DSHNetwork(12), DSHLoss(), SGD, schedule, head_lr=10, bias_lr=2)
+    module._trainer = SimpleNamespace(max_steps=40, estimated_stepping_batches=10)
     built = module.configure_optimizers()
     optimizer, scheduler = built["optimizer"], built["lr_scheduler"]["scheduler"]
     highest = [0.0] * len(optimizer.param_groups)
@@ -122,6 +125,7 @@ def test_one_cycle_keeps_the_ratio_of_the_groups():
         optimizer.step()
         scheduler.step()
     assert highest[0] == pytest.approx(0.2, rel=0.2)
+    assert now[0] < 0.01 * highest[0]
 
 
 # ------------------------------------------------------------------------------ the module alone
@@ -596,6 +600,9 @@ def test_a_second_backbone_that_cannot_be_used_is_named():
     whole.backbone.fit = "longest"
     with pytest.raises(ValueError, match=r"second.backbone.fit=longest .* backbone.fit=square"):
         hashing(binarizer=ITQ(5), second=whole)
+    untrained = PooledBackbone(cifar_backbone(width=24), Average())
+    with pytest.raises(ValueError, match=r"second.backbone=\S+ has random weights that nothing trains"):
+        hashing(binarizer=ITQ(5), second=untrained)
 
 
 def test_a_run_shorter_than_the_pause_between_validations_has_a_best_checkpoint(tmp_path):
@@ -784,6 +791,30 @@ def test_a_head_learns_on_the_frozen_backbone_of_a_run(tmp_path):
     start = read_json(whole / "metrics.json")["test"]["model"]
     assert start["weights"] == "trained"
     assert start["start"] == str(run)
+
+
+def test_a_start_gives_no_tensors_of_a_second_backbone_or_of_bits_that_are_fitted(tmp_path):
+    """A code's bits are fitted to this training's images, on the second backbone that its own config names."""
+    two = (
+        "experiment=hashing-cifar-itq", "data=rendered", "data.augment=null", "protocol=rendered-style",
+        "backbone.width=24", "model.network.second.backbone.weights=random", "sampler.batch_size=8",
+        "model.network.second.backbone.size=64", "model.network.binarizer.bits=8", "trainer.max_steps=1",
+        f"model.cache.root={tmp_path / 'cache'}", "catalog.write=false",
+    )  # fmt: skip
+    train(tmp_path / "small", *SMALL, "trainer.max_steps=1", "catalog.write=false")
+    train(tmp_path / "first", *two, f"model.start={tmp_path / 'small'}")
+    train(tmp_path / "next", *two, f"model.start={tmp_path / 'first'}", "seed=5")
+    first, following = (checkpoint(tmp_path / name)["state_dict"] for name in ("first", "next"))
+    shared = [name for name in first if name.startswith("network.backbone.")]
+    assert shared
+    assert all(torch.equal(first[name], following[name]) for name in shared)
+    own = [name for name in first if name.startswith(("network.second.backbone.", "network.code_"))]
+    drawn = [name for name in own if first[name].is_floating_point() and first[name].std() > 0]
+    assert len(drawn) > 20
+    assert not any(torch.equal(first[name], following[name]) for name in drawn)
+    about = read_json(tmp_path / "next" / "metrics.json")["test"]["model"]
+    kept = saved_run.load_model(saved_run.open_run(tmp_path / "next")).network.second
+    assert about["second_sha256"] == kept.provenance["sha256"]
 
 
 def test_a_code_of_two_networks_is_the_same_stored_measured_again_and_in_a_catalog(tmp_path):

@@ -110,6 +110,11 @@ class HashNetwork(OnBackbone, nn.Module):
                 f"model.network.second.backbone.fit={second.fit} sees another part of an image than "
                 f"backbone.fit={self.fit}: use one for both"
             )
+        if second is not None and hasattr(second.backbone.network, "prepare"):
+            raise ValueError(
+                f"model.network.second.backbone={second.backbone.name} has random weights that nothing trains: name a "
+                "pretrained one"
+            )
         if binarizer is not None:
             channels = self._binarized.channels
             if binarizer.bits > channels:

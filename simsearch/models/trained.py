@@ -126,7 +126,8 @@ class TrainedRetriever(DescribesBatches):
         head_lr: As in parameter_groups.
         bias_lr: As in parameter_groups.
         bias_decay: As in parameter_groups.
-        start: A run directory or checkpoint. Training starts from its tensors of equal name and shape. None for none.
+        start: A run directory or checkpoint. Training starts from its tensors of equal name and shape; a second
+            backbone keeps its own, and a binarizer is fitted anew. None for none.
         freeze_batchnorm: Whether batch normalisation stays unchanged with its statistics, which suits small batches.
         slices: Number of images in a slice of the batch, to save memory. Slices go forward without stored activations
             and backward one after another (the streams of Gordo et al. 2016). Gradients are those of the whole batch if
@@ -257,7 +258,7 @@ class TrainedRetriever(DescribesBatches):
             if self.start is not None and (begins or resumed):  # a model that is only measured has its tensors
                 begun = known if begins else self._fitting(Path(str(resumed)))
                 self._fill_backbone(begun)
-                self.network.load_state_dict(begun, strict=False)  # of the pooling and a second backbone, too
+                self.network.load_state_dict(begun, strict=False)  # of the pooling, too
             self.network.to(self.trainer.strategy.root_device)
             self._pooled = pooled_features(cast(OnMaps, self.network.eval()), data.collection, self.cache)
         if not begins:
@@ -308,7 +309,7 @@ class TrainedRetriever(DescribesBatches):
                 f"model.start: no tensor of {file} fits this network: give a run or checkpoint of simsearch train; "
                 "other pretrained weights go to backbone.weights="
             )
-        new = sorted(set(self.network.state_dict()) - set(fits))
+        new = sorted(name for name in set(self.network.state_dict()) - set(fits) if not name.startswith(_OWN))
         if self.trainer.is_global_zero:
             print(f"starting from {file}: {len(fits)} tensors; new: {', '.join(new[:4]) or 'none'}", file=sys.stderr)
         return fits
@@ -316,7 +317,7 @@ class TrainedRetriever(DescribesBatches):
     def _fitting(self, file: Path) -> dict[str, Tensor]:
         """The tensors in a checkpoint of a name and shape that the network has."""
         saved = {n.removeprefix("network."): v for n, v in load_state(file).items() if not n.startswith("loss.")}
-        own = self.network.state_dict()
+        own = {n: v for n, v in self.network.state_dict().items() if not n.startswith(_OWN)}
         return {n: v for n, v in saved.items() if n in own and own[n].shape == v.shape}
 
     def _fill_backbone(self, known: Mapping[str, Tensor]) -> None:
@@ -390,7 +391,7 @@ class TrainedRetriever(DescribesBatches):
         if "total_steps" not in given:
             return scheduler
         steps = given["total_steps"]
-        if steps < 1:  # the length follows from the epochs
+        if steps < 1 or steps == self.trainer.max_steps:  # trainer.max_epochs may end it before
             steps = int(self.trainer.estimated_stepping_batches)
         rise = given.get("pct_start", 0.3)
         if steps * rise < 2:  # torch would divide by a rise of no steps
@@ -458,3 +459,4 @@ class TrainedRetriever(DescribesBatches):
 
 
 _BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_OWN = ("second.", "code_")  # tensors that no start gives: of a second backbone and of the bits that are not learnt
