@@ -359,7 +359,7 @@ class OptunaSweeper(Sweeper):
 
     @contextmanager
     def _warned(self) -> Iterator[None]:
-        """In a SLURM job, its warning ends the block after the trials at hand, which get it too. Then it is requeued."""
+        """In a SLURM job, its warning ends the block after the trials at hand, which get it too, and requeues it."""
         from simsearch.callbacks.interruption import requeue, stop_signals  # and Lightning, which a search goes without
 
         if signal.SIGUSR1 not in stop_signals() or threading.current_thread() is not threading.main_thread():
