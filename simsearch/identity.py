@@ -102,6 +102,18 @@ def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept({**config, "data": data})
 
 
+def same_images(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the images of two trainings have the same rows, as far as their configs say.
+
+    Args:
+        one: The plain config of a training.
+        other: That of another.
+    """
+    aside = (*_IDLE["data"], "augment", "sampler", "eval_batch_size", "size", "fit")
+    first, second = ({k: v for k, v in config["data"].items() if k not in aside} for config in (one, other))
+    return first == second and one.get("smoke") == other.get("smoke")
+
+
 def start_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config of the run whose checkpoint or folder a training starts from. None if there is no such run.
 

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -277,6 +277,35 @@ class _Ranks:
     def _path(self, number: int) -> Path | None:
         path = self.reports / f"{number}.json"
         return path if path.is_file() else None
+
+
+@contextmanager
+def requeued_if_warned(stop: Callable[[], None]) -> Iterator[None]:
+    """Inside the block, SLURM's warning calls `stop`, and then the job is requeued at the end of the block.
+
+    SLURM warns all processes of a job: those that train save.
+
+    Args:
+        stop: Lets the block end soon.
+    """
+    from simsearch.callbacks.interruption import requeue, stop_signals
+
+    if signal.SIGUSR1 not in stop_signals() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    warned = []
+
+    def hear(*_: object) -> None:
+        warned.append(True)
+        stop()
+
+    found = signal.signal(signal.SIGUSR1, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, found)
+    if warned:
+        requeue()
 
 
 # -------------------------------------------------------------------------------------------- the ranks

@@ -233,11 +233,11 @@ def test_audit_and_evaluation_without_what_it_found(small_run, tmp_path):
 
 
 class TestEvaluate:
-    def test_other_data_have_the_size_and_fit_of_the_run_s_backbone(self, small_run, tmp_path, monkeypatch):
+    def test_other_data_are_decoded_as_the_encoder_sees_them(self, small_run, tmp_path, monkeypatch):
         run = tmp_path / "run"
         shutil.copytree(small_run, run)
         config = yaml.safe_load((run / "config.yaml").read_text())
-        config["backbone"] |= {"size": 96, "fit": "longest"}
+        config["model"]["backbone"] |= {"size": 96, "fit": "longest"}
         (run / "config.yaml").write_text(yaml.safe_dump(config))
 
         def stop(config):

@@ -793,6 +793,17 @@ def test_a_head_learns_on_the_frozen_backbone_of_a_run(tmp_path):
     assert start["start"] == str(run)
 
 
+def test_a_start_that_saw_what_is_measured_is_told(tmp_path):
+    start = ("trainer.max_steps=1", "catalog.write=false")
+    train(tmp_path / "all", *SMALL, *start, "protocol=rendered-style", "protocol.validation=null")
+    train(tmp_path / "some", *SMALL, *start, "protocol=rendered-style", "protocol.validation=0.2")
+    again = (*SMALL, "protocol=rendered-style", "trainer.max_steps=1", "catalog.write=false")
+    for begun, held_out, expected in (("all", "0.2", True), ("some", "0.2", False), ("all", "null", False)):
+        run = tmp_path / f"{begun}-{held_out}"
+        said = train(run, *again, f"protocol.validation={held_out}", f"model.start={tmp_path / begun}").stderr
+        assert ("model.start, or what it starts from, was trained" in said) is expected
+
+
 def test_a_start_gives_no_tensors_of_a_second_backbone_or_of_bits_that_are_fitted(tmp_path):
     """A code's bits are fitted to this training's images, on the second backbone that its own config names."""
     two = (

@@ -37,8 +37,9 @@ def main(config: DictConfig) -> None:
     if config.stage not in ("test", "validate"):
         raise ValueError(f"stage must be test or validate, got {config.stage!r}")
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
-    with open_dict(config):
-        config.backbone = run.config.get("backbone")  # its size and fit are those of other data, unless given
+    model = saved_run.load_model(run)
+    with open_dict(config):  # other data are decoded as the encoder sees them, unless their size and fit are given
+        config.backbone = {**(run.config.get("backbone") or {}), "size": model.input_size, "fit": model.encoder.fit}
     values = configs.plain(config)
     merged = run.config | {
         group: values[group] for group in ("data", "protocol", "index", "rerank") if values.get(group)
@@ -57,7 +58,6 @@ def main(config: DictConfig) -> None:
         raise ValueError("without= leaves queries out of the test: do not use it with stage=validate")
     if values.get("store") and values.get("index"):
         raise ValueError("index= and store= both say where to search: give one of them")
-    model = saved_run.load_model(run)
     folder = Path(config.run_dir)
 
     data = configs.build_data(merged)

@@ -9,11 +9,12 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 from tqdm import tqdm
@@ -38,12 +39,14 @@ from simsearch.callbacks.training import LastValidation, last_checkpoint
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.evaluation.evaluate import Evaluation
 from simsearch.files import Damaged, check_zip, read_json
+from simsearch.identity import same_images, start_config
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import encoder_config
 from simsearch.search.item_tables import item_table
 from simsearch.search.writing import write_catalog
 from simsearch.sweeps import objectives, sweeper, trials
+from simsearch.text import warn
 
 THUMBNAIL_SIDE = 128
 sweeper.register()
@@ -102,6 +105,7 @@ def train_run(run: saved_run.Run) -> None:
     """
     with Interruption(launch.rank()) as interruption:
         data = configs.build_data(run.config)
+        note_known_images(run.config, data)
         model = configs.build(run.config["model"])
         loggers = tracking.build_loggers(run)
         status = "failed"
@@ -111,6 +115,28 @@ def train_run(run: saved_run.Run) -> None:
             status = "success"
         finally:
             tracking.finish_loggers(loggers, status)
+
+
+def note_known_images(config: Mapping[str, Any], data: RetrievalDataModule) -> None:
+    """Says how many images that are measured, and that this training leaves out, `model.start` was trained on.
+
+    Args:
+        config: The run's plain config.
+        data: Its data.
+    """
+    split, known = data.split, start_config(config)
+    tasks = [split.test, *([] if split.validation is None else [split.validation])]
+    measured = torch.cat([rows for task in tasks for rows in (task.query, task.gallery)]).unique()
+    measured = measured[~torch.isin(measured, split.train)]
+    while known is not None and launch.rank() == 0 and same_images(known, config):
+        trained = configs.build(known["protocol"]).split(data.collection).train
+        if count := int(torch.isin(measured, trained).sum()):
+            warn(
+                f"note: model.start, or what it starts from, was trained on {count} of the images that are measured "
+                "here and that this training leaves out: the numbers are not those of new images, or classes"
+            )
+            return
+        known = start_config(known)
 
 
 def pruning_callbacks() -> list[Pruning]:

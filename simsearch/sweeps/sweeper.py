@@ -8,7 +8,6 @@ folders know.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import threading
@@ -338,7 +337,7 @@ class OptunaSweeper(Sweeper):
                 runners = [Launched(launcher) for _ in range(self.n_jobs)]
             workers = [threading.Thread(target=self._guarded, args=(one,), daemon=True) for one in runners]
             try:
-                with self._warned():
+                with launch.requeued_if_warned(self._stop):
                     for worker in workers:
                         worker.start()
                     for worker in workers:
@@ -357,27 +356,8 @@ class OptunaSweeper(Sweeper):
             if self._error is not None:
                 raise self._error
 
-    @contextmanager
-    def _warned(self) -> Iterator[None]:
-        """In a SLURM job, its warning ends the block after the trials at hand, which get it too, and requeues it."""
-        from simsearch.callbacks.interruption import requeue, stop_signals  # and Lightning, which a search goes without
-
-        if signal.SIGUSR1 not in stop_signals() or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        warned = []
-
-        def stop(*_: object) -> None:
-            self._stopping = True
-            warned.append(True)
-
-        found = signal.signal(signal.SIGUSR1, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGUSR1, found)
-        if warned:
-            requeue()
+    def _stop(self) -> None:
+        self._stopping = True
 
     def _guarded(self, runner: Runner) -> None:
         try:
