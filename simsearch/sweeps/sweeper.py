@@ -195,6 +195,14 @@ class OptunaSweeper(Sweeper):
         """A stored trial's numbers in this study."""
         return about.get("numbers", ()) if about.get("study", self.study_name) == self.study_name else ()
 
+    def _stored(self, trial: optuna.trial.Trial) -> Mapping[str, Any]:
+        """What a folder knows about a trial, or nothing."""
+        for about in read_trials(self.folder):
+            if trial.number in self._numbers(about) and self._is_ours(about):
+                if point(self.space, about["overrides"]) == trial.params:
+                    return about
+        return {}
+
     def _is_ours(self, about: Mapping[str, Any]) -> bool:
         """Whether a stored trial has the fixed overrides of this sweep."""
         return _same([text for text in about["overrides"] if text.partition("=")[0] not in self.space], self.shared)
@@ -380,7 +388,7 @@ class OptunaSweeper(Sweeper):
                 raise
             path = None if job.folder is None else job.folder / "trial.json"
             if path is None:  # its worker died, perhaps after the trial's end
-                about = next((one for one in read_trials(self.folder) if trial.number in self._numbers(one)), {})
+                about = self._stored(trial)
             else:
                 about = read_json(path) if path.is_file() else {}
             if job.error and job.folder is not None:  # and its folder does not know, so that nobody else will say it
