@@ -260,9 +260,9 @@ class Lookahead(pl.Callback):
 
     The average a of the weights w becomes d a + (1 - d) w, and the weights go on from a. d rises from 0 to `decay` as
     the third power of the share of the training that is done. After the last step of its length the weights become a of
-    the last average before, so that the steps since have no effect; a training that ends early keeps its weights as they
-    are. The statistics of batch normalisation are averaged too, the loss's buffers not. Validations and checkpoints see
-    the weights as they are.
+    the last average before, so that the steps since have no effect; a training that ends early keeps its weights as
+    they are. The statistics of batch normalisation are averaged too, the loss's buffers not. Validations and
+    checkpoints see the weights as they are.
 
     Args:
         every: Optimizer steps between two averages, from 1.

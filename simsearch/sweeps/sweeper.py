@@ -198,9 +198,9 @@ class OptunaSweeper(Sweeper):
     def _stored(self, trial: optuna.trial.Trial) -> Mapping[str, Any]:
         """What a folder knows about a trial, or nothing."""
         for about in read_trials(self.folder):
-            if trial.number in self._numbers(about) and self._is_ours(about):
-                if point(self.space, about["overrides"]) == trial.params:
-                    return about
+            known = trial.number in self._numbers(about) and self._is_ours(about)
+            if known and point(self.space, about["overrides"]) == trial.params:
+                return about
         return {}
 
     def _is_ours(self, about: Mapping[str, Any]) -> bool:
