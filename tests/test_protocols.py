@@ -355,6 +355,16 @@ def component_names(rows: list[tuple[str | None, ...]]) -> list[str]:
     return names
 
 
+def test_items_without_a_relevant_one_may_be_distractors():
+    rows = [("x", f"a{i}", f"w{i // 2 if i < 20 else i}") for i in range(30)]  # ten works of two images, ten of one
+    few, all_ = (
+        ByHash("p", "work", None, None, work=None, least=least, evaluation=1.0, validation=None).split(art_rows(rows))
+        for least in (1, 0)
+    )
+    assert len(few.test.query) == 20
+    assert len(all_.test.query) == len(all_.test.gallery) == 30
+
+
 ART_ROW = st.tuples(
     st.sampled_from("xyz"),
     st.none() | st.integers(0, 9).map("a{}".format),
@@ -529,7 +539,7 @@ def test_drop_rows():
         (lambda: ByAttribute("p", "style", None, evaluation=0.8, validation=0.2), "keep their sum below 1"),
         (lambda: ByAttribute("p", "style", None, evaluation=-0.1), r"evaluation=-0\.1 is not a share"),
         (lambda: ByHash("p", "style", None, None, evaluation=0.8, validation=0.2), "keep their sum below 1"),
-        (lambda: ByHash("p", "style", None, None, least=0), "least=0 is too few: use 1 or more"),
+        (lambda: ByHash("p", "style", None, None, least=-1), "least=-1 is too few: use 0 or more"),
         (lambda: ByHash("p", "style", None, None, most_queries=0), "most_queries=0 is too few: use 1 or more"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.data.process_pool import Failure
 from simsearch.data.rendered.paint import paint_work, photograph
 from simsearch.evaluation import verification
-from simsearch.evaluation.evaluate import Search
+from simsearch.evaluation.evaluate import Search, as_stored
 from simsearch.evaluation.evaluator import Measured
+from simsearch.evaluation.instance import Instance
+from simsearch.evaluation.open_set import OpenSet
 from simsearch.evaluation.verification import Verified
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.geometry import Match, Pairs
@@ -189,6 +192,22 @@ def test_several_ranks_are_refused(monkeypatch):
     callback = RetrievalEvaluation(FaissIndex("Flat"), verify=StandIn())
     with pytest.raises(ValueError, match=r"verification needs the whole gallery in one process, but there are 2: .*"):
         callback.setup(Two(), torch.nn.Identity(), "test")
+
+
+@pytest.mark.parametrize("evaluator", [Instance(), OpenSet()])
+def test_measures_of_one_process_are_refused_before_a_training(evaluator):
+    callback = RetrievalEvaluation(FaissIndex("Flat"), evaluators={"mine": evaluator})
+    with pytest.raises(ValueError, match=r"evaluators.mine needs all descriptors in one process, but there are 2"):
+        callback.setup(SimpleNamespace(world_size=2), torch.nn.Identity(), "fit")
+    callback.setup(SimpleNamespace(world_size=1), torch.nn.Identity(), "fit")
+
+
+def test_further_measures_are_of_what_a_compressing_index_stores():
+    query, gallery = (Sharded.of(described(range(N))) for _ in range(2))
+    result = Search(FaissIndex("SQ4"), ks=(1, 5))(query, gallery, task())
+    found = Instance(5)(query, as_stored(gallery, result.index), task()).metrics["instance/mAP@5_minRk"]
+    assert found == pytest.approx(result.metrics["mAP@5_minRk"], abs=0.005)  # cosines of decoded vectors, not products
+    assert found != pytest.approx(Instance(5)(query, gallery, task()).metrics["instance/mAP@5_minRk"], abs=1e-9)
 
 
 def test_photographs_of_works_are_verified_by_sift():

@@ -12,10 +12,18 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerFn
 
-from simsearch.evaluation.evaluate import Evaluation, Search, check_kind, check_rerank, check_verify
+from simsearch.evaluation.evaluate import (
+    Evaluation,
+    Search,
+    as_stored,
+    check_evaluator,
+    check_kind,
+    check_rerank,
+    check_verify,
+)
 from simsearch.evaluation.evaluator import Evaluator
 from simsearch.evaluation.frontier import write_frontier
-from simsearch.evaluation.record import plain_metrics, write_record
+from simsearch.evaluation.record import plain_intervals, plain_metrics, write_record
 from simsearch.evaluation.sharded_index import GalleryIndex
 from simsearch.evaluation.verification import Verified
 from simsearch.files import read_json
@@ -74,6 +82,9 @@ class RetrievalEvaluation(pl.Callback):
             check_rerank(trainer.world_size)
         if self.verify is not None:
             check_verify(trainer.world_size)
+        for name, evaluator in self.evaluators.items():
+            if getattr(evaluator, "one_process", False):
+                check_evaluator(name, trainer.world_size)
 
     def _start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if trainer.sanity_checking:
@@ -111,8 +122,9 @@ class RetrievalEvaluation(pl.Callback):
             verified = Verified(verify, data.collection.images, self.ks, data.num_workers)
         result = Search(self.index, self.ks, rerank, self.seed, verified)(query, gallery, task)
         result.metrics.update(health)
+        shown = as_stored(gallery, result.index) if self.evaluators else gallery
         for name, evaluator in self.evaluators.items():
-            result.add(evaluator(query, gallery, task), name)
+            result.add(evaluator(query, shown, task), name)
         self.results[stage] = result
         prefix = "val" if stage == "validate" else stage
         # Every rank has the values of all queries: nothing to reduce.
@@ -190,7 +202,7 @@ def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluat
         "units": len(units.unique()),
         "model": dict(model),
         "metrics": plain_metrics(result.metrics),
-        "intervals": result.intervals,
+        "intervals": plain_intervals(result.intervals),
     }
     if result.frontier is not None and isinstance(result.index, FaissIndex):
         about["index"] = result.index.settings

@@ -373,7 +373,7 @@ class ByHash:
             nothing is trained on, to measure runs trained on other data.
         validation: Expected fraction of the names, in (0, 1); with `evaluation` less than 1. None trains on all names
             that are not evaluated.
-        least: Number of relevant items that a query needs, from 1.
+        least: Number of relevant items that a query needs. With 0, items that have none are queries too: distractors.
         most_queries: Number of queries of each class, at most, chosen by smallest hash. None for all.
         seed: Seed of the hash, from 0.
         unit: The sampling unit, an attribute or "query". None for the names; the unit is then called after `part`, or
@@ -398,9 +398,9 @@ class ByHash:
     def __post_init__(self) -> None:
         _check_shares(self.evaluation, self.validation, whole=True)
         _check_seed(self.seed)
-        for field in ("least", "most_queries"):
-            if (value := getattr(self, field)) is not None and value < 1:
-                raise ValueError(f"{field}={value} is too few: use 1 or more")
+        for field, fewest in (("least", 0), ("most_queries", 1)):
+            if (value := getattr(self, field)) is not None and value < fewest:
+                raise ValueError(f"{field}={value} is too few: use {fewest} or more")
 
     def split(self, collection: Collection) -> Split:
         """The split of a collection.

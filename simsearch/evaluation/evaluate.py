@@ -120,10 +120,18 @@ class Search:
         )
         result = replace(result, frontier=frontier)
         if self.verified is not None:
-            stored = ShardedIndex(result.index, gallery).stored
-            shown = gallery if result.index.is_binary else gallery.with_vectors(stored)
-            result.add(self.verified(query, shown, task), "verify")
+            result.add(self.verified(query, as_stored(gallery, result.index), task), "verify")
         return result
+
+
+def as_stored(gallery: Sharded, index: GalleryIndex) -> Sharded:
+    """The gallery with the vectors that an index stores of it: decoded ones, if it compresses.
+
+    Args:
+        gallery: The gallery.
+        index: The index that was built of it.
+    """
+    return gallery if index.is_binary else gallery.with_vectors(ShardedIndex(index, gallery).stored)
 
 
 def evaluate(
@@ -279,6 +287,23 @@ def check_rerank(world: int) -> None:
         ValueError: If there are several processes.
     """
     _check_one(world, "re-ranking", "rerank")
+
+
+def check_evaluator(name: str, world: int) -> None:
+    """Checks that an evaluator that needs all descriptors in one process has them there.
+
+    Args:
+        name: Its name.
+        world: Number of processes.
+
+    Raises:
+        ValueError: If there are several processes.
+    """
+    if world > 1:
+        raise ValueError(
+            f"evaluators.{name} needs all descriptors in one process, but there are {world}: train without it, then "
+            "`simsearch evaluate run=... evaluators=...`"
+        )
 
 
 def check_verify(world: int) -> None:

@@ -56,7 +56,8 @@ class Measured:
 class Evaluator(Protocol):
     """A measure of descriptors. It is a class of its own, in a file of its own; a config may name it.
 
-    What it needs beside the descriptors, such as a cutoff or the lists of a benchmark, its constructor takes.
+    What it needs beside the descriptors, such as a cutoff or the lists of a benchmark, its constructor takes. One that
+    takes `query.whole` or `gallery.whole` has `one_process = True`: several processes then refuse it before they train.
     """
 
     def __call__(self, query: Sharded, gallery: Sharded, task: RetrievalTask) -> Measured:

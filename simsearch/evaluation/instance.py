@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class Instance:
         2021 image similarity dataset and challenge. Kordopatis-Zilos et al.: ILIAS: Instance-level image retrieval at
         scale. CVPR 2025.
     """
+
+    one_process: ClassVar[bool] = True
 
     depth: int = 1000
 

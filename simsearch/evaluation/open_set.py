@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +46,8 @@ class OpenSet:
         Pizzi et al.: A Self-Supervised Descriptor for Image Copy Detection. CVPR 2022, whose background is a set of its
         own.
     """
+
+    one_process: ClassVar[bool] = True
 
     outside: Tensor | None = None
     beta: float = 0.0

@@ -11,8 +11,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simsearch.evaluation.evaluator import Numbers
+from simsearch.evaluation.evaluator import Intervals, Numbers
 from simsearch.files import digests, replacing, write_json
+
+
+def plain_intervals(intervals: Intervals) -> dict[str, list[float]]:
+    """The intervals as JSON holds them: those with two finite ends.
+
+    Args:
+        intervals: Name -> lower and upper end.
+
+    Example:
+        >>> plain_intervals({"mAP": [0.4, 0.6], "P@1": [float("nan"), float("nan")]})
+        {'mAP': [0.4, 0.6]}
+    """
+    return {name: list(ends) for name, ends in intervals.items() if all(map(math.isfinite, ends))}
 
 
 def plain_metrics(metrics: Numbers) -> dict[str, float | None]:

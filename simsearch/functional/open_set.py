@@ -282,7 +282,8 @@ def global_average_precision(confidence: Tensor, correct: Tensor, total_positive
     hits = level[correct].bincount(minlength=len(size))
     held = hits > 0
     at, above = size.cumsum(0) - size, hits.cumsum(0) - hits
-    sums = _precision_sums(at[held][None], size[held][None], above[held][None], hits[held][None], len(confidence))
+    harmonic = harmonic_numbers(len(confidence))
+    sums = _precision_sums(at[held][None], size[held][None], above[held][None], hits[held][None], harmonic)
     return min(1.0, float(sums[0]) / total_positive)  # precisions of 1 may add up to a rounding more
 
 
@@ -321,7 +322,7 @@ def jackknifed_average_precision(confidence: Tensor, correct: Tensor, units: Ten
     order = units.argsort(stable=True)
     ends = [0, *units.bincount(minlength=len(positives)).cumsum(0).tolist()]
     step = max(1, _BLOCK // (len(held) + 1))
-    sums = []
+    harmonic, sums = harmonic_numbers(len(confidence)), []
     for start in range(0, len(positives), step):
         stop = min(start + step, len(positives))
         rows = order[ends[start] : ends[stop]]
@@ -335,12 +336,12 @@ def jackknifed_average_precision(confidence: Tensor, correct: Tensor, units: Ten
         own_above = counted(below, rows).cumsum(1)[:, :-1]
         own = counted(place, rows[same[rows]])[:, :-1]
         hits = all_hits[held] - counted(place, rows[correct[rows]])[:, :-1]
-        sums.append(_precision_sums(at - own_above, size[held] - own, hits.cumsum(1) - hits, hits, len(confidence)))
+        sums.append(_precision_sums(at - own_above, size[held] - own, hits.cumsum(1) - hits, hits, harmonic))
     left = positives.sum() - positives
     return torch.cat(sums) / left.double().masked_fill(left == 0, torch.nan)
 
 
-def _precision_sums(at: Tensor, size: Tensor, hits_above: Tensor, hits: Tensor, most: int) -> Tensor:
+def _precision_sums(at: Tensor, size: Tensor, hits_above: Tensor, hits: Tensor, harmonic: Tensor) -> Tensor:
     """The expected sum of the precisions at the hits of B rankings, float64 (B,).
 
     Args:
@@ -348,7 +349,7 @@ def _precision_sums(at: Tensor, size: Tensor, hits_above: Tensor, hits: Tensor, 
         size: int64 (B, L), the number of answers in it.
         hits_above: int64 (B, L), the number of hits above it.
         hits: int64 (B, L), the number of hits in it.
-        most: Number of answers, at least those of each ranking.
+        harmonic: float64 (n + 1,), the harmonic numbers up to at least the number of answers of each ranking.
     """
     held = hits > 0
     found = hits.sum(1)
@@ -362,7 +363,7 @@ def _precision_sums(at: Tensor, size: Tensor, hits_above: Tensor, hits: Tensor, 
         hits_above=hits_above[held],
         hits=hits[held],
     )
-    return (average_precision(ranking, harmonic_numbers(most)) * found).nan_to_num(0.0)
+    return (average_precision(ranking, harmonic) * found).nan_to_num(0.0)
 
 
 def _check_promise(rate: float, certainty: float) -> None:

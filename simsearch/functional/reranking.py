@@ -8,7 +8,9 @@ of K neighbours are kept.
 `nearest` leaves a query's own copies and its group (junk) out of the query's list. The lists of gallery items are over
 the whole gallery, where items that are junk to some query may stand.
 
-No method uses other queries: the metrics describe what a single user gets.
+No method uses other queries, unless they are items of the gallery. There database augmentation mixes a query's own item
+into its neighbours, and the other methods that look at items' neighbours (hubness correction, k-reciprocal, diffusion)
+see it too: where queries are in the gallery, such metrics are not quite those of a query from outside.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ class CrossBatchMemory(nn.Module):
 
     In evaluation mode the batch is compared with itself, and the memory stays as it is.
 
-    With several processes, gather their embeddings first (model.gather=true). Buffers are those of rank 0, so that its
-    memory would otherwise be the only one.
+    With several processes, their embeddings must be gathered first (model.gather=true). Buffers are those of rank 0, so
+    that its memory would otherwise be the only one.
 
     The memory, its fill and its counts are buffers. pytorch-metric-learning's CrossBatchMemory keeps the position in
     the queue and whether the queue is full as plain attributes, which are not in the state dict: a resumed run would
@@ -43,6 +43,7 @@ class CrossBatchMemory(nn.Module):
         tensor([0, 1])
     """
 
+    needs_all_ranks = True  # the training asks for it
     memory: Tensor
     memory_labels: Tensor
     stored: Tensor

@@ -244,6 +244,8 @@ class TrainedRetriever(DescribesBatches):
     # Training
 
     def setup(self, stage: str) -> None:
+        if self.trainer.world_size > 1 and not self.gather and getattr(self.loss, "needs_all_ranks", False):
+            raise ValueError("this loss needs the embeddings of all ranks: set model.gather=true")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.targets = getattr(self.loss, "attributes", None)
         data.whole_batches = True

@@ -544,7 +544,9 @@ class Engine:
         return SearchResult(found.ids[:, kept][:, :depth], found.scores[:, kept][:, :depth])
 
     def _nearest_reranked(self, query: Tensor, depth: int, among: Selection | None, taken: Tensor) -> SearchResult:
-        """The result of `_nearest` in the order of the re-ranker, which sees only the permitted items.
+        """The result of `_nearest` in the order of the re-ranker, which ranks only the permitted items.
+
+        What it knows of an item's neighbours is over the whole catalog.
 
         The first item gets the best cosine of all items, the second item the second best, and so on. Later steps
         (diversity, hubness) compare with cosines, whatever scale the re-ranker's own scores have.
