@@ -23,6 +23,7 @@ from simsearch import configs, saved_run
 from simsearch.api import open_catalog
 from simsearch.cache import ArrayCache
 from simsearch.callbacks.training import Lookahead
+from simsearch.commands.train import note_small_images
 from simsearch.files import read_json
 from simsearch.functional.resize import resize_to_fit
 from simsearch.functional.views import Views
@@ -791,6 +792,15 @@ def test_a_head_learns_on_the_frozen_backbone_of_a_run(tmp_path):
     start = read_json(whole / "metrics.json")["test"]["model"]
     assert start["weights"] == "trained"
     assert start["start"] == str(run)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [({"size": 800}, True), ({"size": 1050}, False), ({}, False), ({"size": 32}, False)],  # 32: the images are small
+)
+def test_images_that_are_decoded_too_small_for_a_scale_are_told(data, told, capsys):
+    note_small_images({"data": data, "backbone": {"size": 800}}, 1050)
+    assert ("give data.size=1050" in capsys.readouterr().err) is told
 
 
 def test_a_start_that_saw_what_is_measured_is_told(tmp_path):

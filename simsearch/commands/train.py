@@ -108,6 +108,7 @@ def train_run(run: saved_run.Run) -> None:
         data = configs.build_data(run.config)
         note_known_images(run.config, data)
         model = configs.build(run.config["model"])
+        note_small_images(run.config, model.encoder.input_size)
         loggers = tracking.build_loggers(run)
         status = "failed"
         try:
@@ -116,6 +117,21 @@ def train_run(run: saved_run.Run) -> None:
             status = "success"
         finally:
             tracking.finish_loggers(loggers, status)
+
+
+def note_small_images(config: Mapping[str, Any], input_size: int) -> None:
+    """Says if images are decoded at the size of the backbone, and the network also looks at larger ones.
+
+    Args:
+        config: The run's plain config.
+        input_size: Side in pixels at which the encoder takes files.
+    """
+    size, backbone = config["data"].get("size"), config.get("backbone") or {}
+    if size is not None and size == backbone.get("size") and size < input_size and launch.rank() == 0:
+        warn(
+            f"note: the network looks at images of up to {input_size} pixels, and data.size={size} decodes them "
+            f"smaller than a search does: give data.size={input_size}"
+        )
 
 
 def note_known_images(config: Mapping[str, Any], data: RetrievalDataModule) -> None:
