@@ -27,15 +27,20 @@ def test_all_parts_run_and_leave_what_they_found(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     said = (out / "log.txt").read_text()
-    parts = ("tests", "dsh-12-0", "dsh-12-0-10k-50k", "dsh-24-0", "hashing-0", "evaluation", "throughput")
+    parts = ("tests", "dsh-12-0-steps", "dsh-12-0-10k-50k", "dsh-24-0-release", "hashing-0", "evaluation", "throughput")
     assert all(f"{part}: ok" in said for part in parts), said
-    assert "failed" not in said
+    assert "not ok: nothing" in said
     names = set()
     for archive in out.glob("*.tar.gz"):
         with tarfile.open(archive) as tar:
             names |= set(tar.getnames())
     runs = {"dsh-12-0", "dsh-24-0", "hashing-0"}
-    assert {f"{run}/{file}" for run in runs for file in ("metrics.json", "checkpoints/best.ckpt")} <= names
+    assert {f"{run}/checkpoints/best.ckpt" for run in runs} <= names
+    assert {"hashing-0/metrics.json", "dsh-12-0-release/metrics.json", "dsh-24-0-10k-50k/metrics.json"} <= names
+    steps = json.loads((tmp_path / "work" / "dsh-12-0.json").read_text())
+    assert steps["steps"] == 6
+    first, *_, last = (row.split(" | ") for row in (out / "summary.md").read_text().splitlines() if "dsh-12-0-" in row)
+    assert first[1] == last[1] == "6"
     report = json.loads((tmp_path / "work" / "evaluation.json").read_text())
     assert report["equal ranks and counts from equal codes on the device"]
     assert report["float32"]["bits that differ"] == 0  # here the device is the CPU

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from conftest import SMALL, simsearch
 from omegaconf import OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from test_resume import DATA, DIR
 
 from simsearch import configs, launch, run_directory, saved_run
 from simsearch import worker as rank
@@ -55,7 +56,7 @@ class Probe(pl.Callback):
         folder.mkdir(exist_ok=True)
         about = {
             "rows": self.rows,
-            "weight": pl_module.loss.weight,
+            "weight": getattr(pl_module.loss, "weight", None),
             "world": trainer.world_size,
             "threads": os.environ["OMP_NUM_THREADS"],
             "parameters": {n: p.detach().cpu() for n, p in pl_module.named_parameters()},
@@ -129,6 +130,22 @@ def test_a_failing_rank_is_one_line(tmp_path):
     done = simsearch("train", *TINY, fail, "trainer.devices=2", f"run_dir={run}", expect=1)
     assert done.stderr == "simsearch train: rank 1 of 2: the power failed\n"
     assert not (run / "catalog").exists()
+
+
+@pytest.mark.slow
+def test_ranks_share_what_was_mined(tmp_path):
+    """Two ranks train on the triplets that one process with batches twice as large would have."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    given = (*DATA, *DIR, *PROBE, "data.augment=null", "trainer.max_steps=2", "trainer.precision=32-true")
+    simsearch("train", *given, "sampler.triplets=6", f"run_dir={one}", cwd=tmp_path)
+    simsearch("train", *given, "trainer=training-ddp", "trainer.devices=2", f"run_dir={two}", cwd=tmp_path)
+    whole = torch.load(one / "probe/0.pt", weights_only=True)
+    ranks = [torch.load(two / f"probe/{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [about["world"] for about in ranks] == [2, 2]
+    assert [first + second for first, second in zip(*(about["rows"] for about in ranks), strict=True)] == whole["rows"]
+    for name, value in ranks[0]["parameters"].items():
+        assert torch.equal(value, ranks[1]["parameters"][name]), name
+        torch.testing.assert_close(value, whole["parameters"][name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_rank_reports_what_ended_it(tmp_path, monkeypatch):

@@ -1,14 +1,16 @@
 """Runs this study's parts side by side under one deadline; each leaves what it found in OUT as soon as it has it.
 
-python run.py [--seconds 480] [--small] [--art <table of paintings>]; run.sh sets the paths. OUT: where results go
+python run.py [--seconds 560] [--small] [--art <table of paintings>]; run.sh sets the paths. OUT: where results go
 (outputs/gpu). WORK: where runs lie (a temporary folder). SIMSEARCH_DATA: the folder with cifar10/.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +30,8 @@ OUT = Path(os.environ.get("OUT") or "outputs/gpu").resolve()
 WORK = Path(os.environ.get("WORK") or tempfile.mkdtemp(prefix="gpu-")).resolve()
 START = time.monotonic()
 SEEDS = (0, 1, 2)
-BITS = (24, 36, 48)
+NETWORKS = [(12, 0), (24, 0), (36, 0), (48, 0), (12, 1), (12, 2)]  # bits and seeds of DSH, in this order
+PROTOCOLS = {"release": "dsh-release", "10k-50k": "10k-50k"}
 # Quiet and without what a small network waits for: no bar, no checkpoint each epoch, a line each 500 steps.
 LEAN = [
     *("logger.mode=disabled", "callbacks.neighbours=null", "callbacks.precision_recall=null", "catalog.write=false"),
@@ -37,8 +40,8 @@ LEAN = [
 ]
 DSH = ["experiment=dsh", "trainer.precision=32-true", "+trainer.benchmark=true"]
 HASHING = [
-    *("experiment=hashing-cifar", "backbone.width=[128,384,384]", "trainer.max_steps=1455"),  # the 95 % form
-    "+trainer.benchmark=true",
+    *("experiment=hashing-cifar", "backbone.width=[128,384,384]", "trainer.max_steps=1455"),  # 15 epochs
+    *("trainer.precision=32-true", "+trainer.benchmark=true"),
 ]
 FROZEN = ["data=art", "model=frozen", "pooling=average", "model.whitening.dimension=256", "backbone.size=224"]
 ART = [
@@ -60,7 +63,8 @@ class Study:
     def __init__(self, seconds: float, small: bool) -> None:
         self.seconds, self.small = seconds, small
         self.children: set[subprocess.Popen] = set()
-        self.ended: set[str] = set()  # trainings, whose checkpoints nobody reads or writes any more
+        self.ended: set[str] = set()  # trainings, whose checkpoints nobody writes any more
+        self.failed: list[str] = []
         self.lock = threading.Lock()
         self.lines: list[str] = []
 
@@ -84,6 +88,7 @@ class Study:
         limit = self.left if self.small else min(limit, self.left)
         if limit < 1:
             self.note(f"{name}: left out, no time")
+            self.failed.append(name)
             return False
         log = WORK / f"{name}.log"
         begun = time.monotonic()
@@ -103,6 +108,8 @@ class Study:
             "" if status == 0 else ": " + " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])[-400:]
         )
         self.note(f"{name}: {'ok' if status == 0 else status} after {time.monotonic() - begun:.1f} s{told}")
+        if status != 0:
+            self.failed.append(name)
         return status == 0
 
     def simsearch(self, name: str, command: str, *overrides: str, limit: float = 1e9, threads: int = 4) -> bool:
@@ -122,19 +129,15 @@ class Study:
     def pack(self, archive: str, *names: str, bare: Sequence[str] = ()) -> None:
         """Writes OUT/<archive>.tar.gz of runs, logs and JSON files in WORK, of `bare` runs without checkpoints."""
         temporary = WORK / f"{archive}.tar.gz"
-
-        def kept(one: tarfile.TarInfo) -> tarfile.TarInfo | None:
-            run, _, rest = one.name.partition("/")
-            return None if rest == "checkpoints" and (run in bare or run not in self.ended) else one
-
         with self.lock:
             with tarfile.open(temporary, "w:gz", compresslevel=1) as tar:
                 for name in names:
-                    if name in self.ended:
-                        lean_checkpoint(WORK / name / "checkpoints" / "best.ckpt")
-                    for path in (*(WORK / f"{name}.{kind}" for kind in ("log", "json", "csv")), WORK / name):
-                        if path.exists():
-                            tar.add(path, path.name, filter=kept)
+                    files = [WORK / f"{name}.{kind}" for kind in ("log", "json", "csv")]
+                    files += sorted((WORK / name).rglob("*"))
+                    for path in files:
+                        weights = path.suffix in (".ckpt", ".new")
+                        if path.is_file() and not (weights and (name in bare or name not in self.ended)):
+                            add(tar, path)
             shutil.move(temporary, OUT / f"{archive}.tar.gz")
             summary(OUT / "summary.md")
 
@@ -152,15 +155,27 @@ def end(child: subprocess.Popen) -> None:
             return
 
 
-def lean_checkpoint(path: Path) -> None:
-    """Leaves of a checkpoint what describes and what a longer code starts from: no optimizer, which is half of it."""
-    if path.is_file():
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "optimizer_states" in checkpoint:
-            for name in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
-                checkpoint.pop(name, None)
-            torch.save(checkpoint, path.with_suffix(".lean"))
-            path.with_suffix(".lean").replace(path)
+def add(tar: tarfile.TarFile, path: Path) -> None:
+    """Adds a file of WORK to an archive as it is now, weights in half precision; one that vanishes is left out."""
+    try:
+        content = path.read_bytes() if path.suffix != ".ckpt" else lean(path)
+    except OSError:
+        return
+    about = tarfile.TarInfo(str(path.relative_to(WORK)))
+    about.size, about.mtime = len(content), int(time.time())
+    tar.addfile(about, io.BytesIO(content))
+
+
+def lean(path: Path) -> bytes:
+    """A checkpoint without its optimizer, and with weights in float16: a quarter of its size, to fit a transfer."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    for name in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
+        checkpoint.pop(name, None)
+    state = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {n: v.half() if v.dtype == torch.float32 else v for n, v in state.items()}
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()
 
 
 def summary(path: Path) -> None:
@@ -174,7 +189,7 @@ def summary(path: Path) -> None:
         about = file.with_name("run.json")
         run = json.loads(about.read_text()) if about.is_file() else {}
         ordered = metrics.get("mAP_index_order")
-        cells = [file.parent.name, steps(file.parent), stage["protocol"], f"{metrics['queries']:.0f}"]
+        cells = [file.parent.name, steps(file.parent.name), stage["protocol"], f"{metrics['queries']:.0f}"]
         cells += [f"{metrics['mAP']:.4f}", f"{ends[0]:.4f}-{ends[1]:.4f}", "-" if ordered is None else f"{ordered:.4f}"]
         cells += [f"{metrics['P@10']:.4f}" if "P@10" in metrics else "-", f"{run.get('train_seconds', 0):.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -183,9 +198,9 @@ def summary(path: Path) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def steps(run: Path) -> str:
-    """How many steps a run's checkpoint has seen."""
-    path = run / "checkpoints" / "best.ckpt"
+def steps(name: str) -> str:
+    """How many steps the checkpoint of a run, or of a measurement of one, has seen."""
+    path = WORK / re.sub("-(release|10k-50k)$", "", name) / "checkpoints" / "best.ckpt"
     return str(torch.load(path, map_location="cpu", weights_only=True)["global_step"]) if path.is_file() else "-"
 
 
@@ -202,6 +217,7 @@ def together(*works: Callable[[], None]) -> None:
         try:
             work()
         except Exception as error:
+            STUDY.failed.append(getattr(work, "__name__", "a part"))
             STUDY.note(f"failed: {type(error).__name__}: {error}")
 
     threads = [threading.Thread(target=guarded, args=(work,)) for work in works]
@@ -214,15 +230,16 @@ def together(*works: Callable[[], None]) -> None:
 # ------------------------------------------------------------------------------------------ the parts
 
 
-def prepare() -> None:
-    """Decodes CIFAR-10 once for all."""
+def prepare() -> bool:
+    """Whether CIFAR-10 is there, decoded once for all."""
     if not STUDY.small:
         code = (
             "import os; from pathlib import Path; from simsearch.data.cifar10 import read_cifar10; "
             "print(read_cifar10(Path(os.environ['SIMSEARCH_DATA'], 'cifar10'), "
             "cache=Path(os.environ['SIMSEARCH_CACHE'], 'images')).fingerprint)"
         )
-        STUDY.run("prepare", [sys.executable, "-c", code], 60)
+        return STUDY.run("prepare", [sys.executable, "-c", code], 60)
+    return True
 
 
 def tests() -> None:
@@ -230,37 +247,33 @@ def tests() -> None:
     files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
     look = [] if torch.cuda.is_available() else ["--collect-only"]
     options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", *look]
-    STUDY.run("tests", [sys.executable, "-m", "pytest", *options, *files], 150)
+    STUDY.run("tests", [sys.executable, "-m", "pytest", *options, *files], 300)
 
 
-def dsh(seed: int) -> None:
-    """The whole schedule, or as much as there is time for, and what it is worth under both protocols."""
-    name = f"dsh-12-{seed}"
-    room = max(STUDY.left - 95, 20)  # the start, the test and 10k-50k come on top
-    limits = [f"trainer.max_time={duration(room)}"]
-    STUDY.train(name, *DSH, "model.network.bits=12", f"seed={seed}", *limits)
-    STUDY.pack("dsh", *(f"dsh-12-{one}" for one in SEEDS))
-
-
-def longer(bits: int) -> None:
-    """A longer code from the first seed's net of 12 bits."""
-    name, start = f"dsh-{bits}-0", WORK / "dsh-12-0"
-    room = STUDY.left - 95
-    if not STUDY.small and room < 45:
-        STUDY.note(f"{name}: left out, {STUDY.left:.0f} s are left")
+def dsh(bits: int, seed: int, limit: float) -> None:
+    """DSH by graph.py: 12 bits by the whole schedule, longer codes from that; or as far as `limit` seconds go."""
+    name, length = f"dsh-{bits}-{seed}", 150_000 if bits == 12 else 30_000
+    given = [f"model.network.bits={bits}", f"seed={seed}"]
+    if bits != 12:
+        given += [
+            f"model.start={WORK / 'dsh-12-0'}",
+            "model.head_lr=10",
+            "optimizer.lr=1e-4",
+            "scheduler.step_size=4000",
+        ]
+    if not STUDY.train(name, *DSH, *given, "trainer.max_steps=1"):
         return
-    given = [f"model.network.bits={bits}", f"model.start={start}", "model.head_lr=10", "optimizer.lr=1e-4"]
-    given += ["scheduler.step_size=4000", "trainer.max_steps=30000", f"trainer.max_time={duration(max(room, 20))}"]
-    STUDY.train(name, *DSH, *given)
-    STUDY.pack("longer", *(f"dsh-{one}-0" for one in BITS))
-
-
-def wide(name: str) -> None:
-    """A run of dsh-release measured on 10k-50k too."""
-    if (WORK / name / "metrics.json").is_file():
-        protocol = "rendered-style" if STUDY.small else "10k-50k"
-        given = [f"run={WORK / name}", f"protocol={protocol}", f"run_dir={WORK / name}-10k-50k"]
-        STUDY.simsearch(f"{name}-10k-50k", "evaluate", *given, limit=90, threads=5)
+    (WORK / name / "metrics.json").unlink()  # of the first step
+    command = [sys.executable, str(HERE / "graph.py"), "--run", str(WORK / name), "--out", str(WORK / f"{name}.json")]
+    length = 6 if STUDY.small else length
+    seconds = max(min(limit, STUDY.left - 60), 5)
+    done = STUDY.run(f"{name}-steps", [*command, "--steps", str(length), "--seconds", str(seconds)], seconds + 60)
+    protocols = {"release": "rendered-work", "10k-50k": "rendered-style"} if STUDY.small else PROTOCOLS
+    for end_, protocol in protocols.items() if done else ():
+        measured = [f"run={WORK / name}", f"protocol={protocol}", f"run_dir={WORK / name}-{end_}"]
+        STUDY.simsearch(f"{name}-{end_}", "evaluate", *measured, limit=90)
+    names = [f"dsh-{b}-{s}" for b, s in NETWORKS]
+    STUDY.pack("dsh", *(f"{one}{end_}" for one in names for end_ in ("", "-steps", "-release", "-10k-50k")))
 
 
 def hashing(seed: int) -> None:
@@ -275,6 +288,7 @@ def evaluation() -> None:
     """The first hashing net on both devices."""
     if (WORK / "hashing-0" / "checkpoints" / "best.ckpt").is_file():
         STUDY.measure("evaluation", "evaluation", "--run", str(WORK / "hashing-0"), limit=120)
+    small_parts()
 
 
 def small_parts() -> None:
@@ -282,32 +296,25 @@ def small_parts() -> None:
 
 
 def side_by_side() -> None:
-    seeds, longer_bits = (SEEDS[:1], BITS[:1]) if STUDY.small else (SEEDS, BITS)
-
-    def codes() -> None:
-        together(*(lambda seed=seed: hashing(seed) for seed in seeds))
-        evaluation()
-        small_parts()
-
-    def whole() -> None:
-        together(*(lambda seed=seed: dsh(seed) for seed in seeds))
-
-    def checks() -> None:
-        tests()
-        small_parts()
-
-    def again(*bits: int) -> None:
-        names = [f"dsh-{b}-{seed}" for b in bits for seed in (seeds if b == 12 else (0,))]
-        together(*(lambda name=name: wide(name) for name in names))
-        wider = [f"{name}-10k-50k" for name in names]
-        STUDY.pack(*(["dsh-10k-50k"] if 12 in bits else ["longer", *names]), *wider)
-
-    prepare()
-    together(whole, codes, checks)
-    together(lambda: again(12), *(lambda b=b: longer(b) for b in longer_bits))
-    STUDY.measure("throughput", "throughput", limit=60)  # nothing beside it
+    """What is worth most comes first; what shares the device is told in README.md."""
+    seeds = SEEDS[:1] if STUDY.small else SEEDS
+    networks = [NETWORKS[0], NETWORKS[1]] if STUDY.small else NETWORKS
+    if not prepare():
+        STUDY.note("without CIFAR-10 nothing can be done: SIMSEARCH_DATA is the folder that holds cifar10/")
+        return
+    STUDY.measure("throughput", "throughput", limit=60)
     small_parts()
-    again(*longer_bits)
+    together(tests, *(lambda seed=seed: hashing(seed) for seed in seeds))
+    small_parts()
+
+    def in_turn() -> None:
+        for bits, seed in networks:
+            if STUDY.small or STUDY.left > 75:
+                dsh(bits, seed, 200)
+            else:
+                STUDY.note(f"dsh-{bits}-{seed}: left out, {STUDY.left:.0f} s are left")
+
+    together(evaluation, in_turn)
 
 
 def paintings(source: Path) -> None:
@@ -354,7 +361,8 @@ def main(art: Path | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("SIMSEARCH_CACHE", str(WORK / "cache"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device: CPU"
-    STUDY.note(f"{device}; torch {torch.__version__}; {os.cpu_count()} cores; work in {WORK}; {STUDY.seconds:.0f} s")
+    about = f"{device}; torch {torch.__version__}; {os.cpu_count()} cores; work in {WORK}; {STUDY.seconds:.0f} s"
+    STUDY.note(f"{time.strftime('%Y/%m/%d %H:%M:%S')}; {about}")
     watch = utilisation()
 
     def over() -> None:
@@ -372,15 +380,18 @@ def main(art: Path | None) -> None:
         if watch is not None:
             end(watch)
         summary(OUT / "summary.md")
-        STUDY.note("finished")
+        STUDY.note(f"finished; not ok: {', '.join(STUDY.failed) or 'nothing'}")
     print((OUT / "summary.md").read_text())
+    raise SystemExit(1 if STUDY.failed else 0)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=480.0, help="after which everything has ended")
+    parser.add_argument("--seconds", type=float, default=560.0, help="after which everything has ended")
     parser.add_argument("--small", action="store_true", help="a few steps on a few rendered pictures")
     parser.add_argument("--art", type=Path, help="a table of paintings: DIR on them instead of CIFAR-10")
     arguments = parser.parse_args()
+    if not (arguments.small or arguments.art or "SIMSEARCH_DATA" in os.environ):
+        parser.error("set SIMSEARCH_DATA to the folder that holds cifar10/")
     STUDY = Study(arguments.seconds, arguments.small)
     main(arguments.art)
