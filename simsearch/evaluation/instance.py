@@ -38,6 +38,7 @@ class Instance:
     - `instance/distractors`: the number of distractors.
 
     Attributes:
+        one_process: It needs all descriptors in one process.
         depth: Number of answers to a query, 1 or more.
 
     Raises:

@@ -34,6 +34,7 @@ class OpenSet:
     over the sampling units and the p-value `GAP_gain_p` (jackknife).
 
     Attributes:
+        one_process: It needs all descriptors in one process.
         outside: Floating point (M, D), descriptors of images from elsewhere, which are distractors too, or None.
         beta: Share of the background that is subtracted, 0 or more. 0 measures without.
         neighbours: Number of items that a background averages over, 1 or more.
