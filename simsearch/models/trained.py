@@ -393,7 +393,8 @@ class TrainedRetriever(DescribesBatches):
         if "total_steps" not in given:
             return scheduler
         steps = given["total_steps"]
-        if steps < 1 or steps == self.trainer.max_steps:  # trainer.max_epochs may end it before
+        whole = self._trainer is not None and steps == self.trainer.max_steps
+        if steps < 1 or whole:  # trainer.max_epochs may end it before
             steps = int(self.trainer.estimated_stepping_batches)
         rise = given.get("pct_start", 0.3)
         if steps * rise < 2:  # torch would divide by a rise of no steps

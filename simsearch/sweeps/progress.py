@@ -106,11 +106,13 @@ def planned_trials(folder: Path) -> list[dict[str, Any]]:
     """
     sweep = read_sweep(folder)
     trials = [about for about in read_trials(folder) if _is_planned(about, sweep)]
+    if "study" not in sweep:
+        return trials
     seen: set[int] = set()
-    for about in reversed(trials) if "study" in sweep else ():
+    for about in reversed(trials):
         about["numbers"] = [number for number in about["numbers"] if number not in seen]
         seen.update(about["numbers"])
-    return [about for about in trials if about.get("numbers") != []]  # one that was begun anew counts once
+    return [about for about in trials if about["numbers"]]  # one that was begun anew counts once
 
 
 def _is_planned(trial: Mapping[str, Any], sweep: Mapping[str, Any]) -> bool:
