@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import types
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -196,8 +197,18 @@ def test_the_modules_of_the_page_import_without_a_circle():
 )
 def test_what_experiments_take_from_the_package_is_there(script):
     """Studies are run long after they were written, when what they import may have moved."""
-    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    taken = {}  # what is taken, by its name in the script
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "simsearch":
             module = importlib.import_module(node.module)
             for name in node.names:
                 assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}"), name.name
+                if not hasattr(module, name.name):
+                    importlib.import_module(f"{node.module}.{name.name}")
+                taken[name.asname or name.name] = getattr(module, name.name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = taken.get(node.value.id)
+            if isinstance(owner, (type, types.ModuleType)):
+                assert hasattr(owner, node.attr), f"{node.value.id}.{node.attr}"

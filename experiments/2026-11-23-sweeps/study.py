@@ -10,8 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from simsearch import results, sweeps
+from simsearch import results
 from simsearch.files import replacing
+from simsearch.sweeps.trials import read_trials
 
 SWEPT = ("pooling=", "model.whitening.", "index=")
 METRICS = ("mAP", "P@1", "P@10", "R@10", "index/latency_ms_p50")
@@ -19,7 +20,7 @@ METRICS = ("mAP", "P@1", "P@10", "R@10", "index/latency_ms_p50")
 
 def main(folder: Path) -> None:
     lines, points = [], []
-    for trial in sweeps.read_trials(folder):
+    for trial in read_trials(folder):
         if trial["state"] != "finished":
             raise SystemExit(f"{trial['folder']} is {trial['state']}: finish the sweep first")
         stages = json.loads((folder / trial["folder"] / "metrics.json").read_text())
