@@ -98,11 +98,13 @@ def build_trainer(
     """
     from pytorch_lightning.callbacks import ModelCheckpoint, ProgressBar  # which a search goes without
 
-    from simsearch.callbacks.training import OwnCheckpoints, WholeCheckpoints
+    from simsearch.callbacks.training import OwnCheckpoints, Throughput, WholeCheckpoints
 
     callbacks = [OwnCheckpoints(), *(build(node) for node in config["callbacks"].values() if node), *more]
     if config["trainer"].get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    # The last one sees a step's end last: what the others do there is not time spent waiting for data.
+    callbacks.sort(key=lambda callback: isinstance(callback, Throughput))
     for callback in callbacks:
         if isinstance(callback, ModelCheckpoint):
             callback.dirpath = str(folder / "checkpoints")

@@ -11,8 +11,10 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import Checkpoint
 
 from simsearch import configs, tracking, trust
+from simsearch.callbacks.training import Throughput
 
 CONF = Path(configs.CONF)
 PRIMARY = sorted(p.stem for p in CONF.glob("*.yaml"))
@@ -219,3 +221,12 @@ def test_data_bring_their_protocol_and_the_user_may_choose_another():
     assert compose("data=cifar10")["protocol"]["name"] == "10k-50k"
     assert compose("data=cifar10", "protocol=dsh-release")["protocol"]["name"] == "dsh-release"
     assert compose()["protocol"]["name"] == "rendered-artist"
+
+
+@pytest.mark.parametrize("callbacks", ["ema", "lookahead", "mining"])
+def test_what_a_step_ends_with_is_not_counted_as_waiting_for_data(callbacks, tmp_path):
+    values = compose("model=hashing", "loss=orthohash", f"callbacks={callbacks}")
+    trainer = configs.build_trainer(values, tmp_path, [])
+    told = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]
+    assert isinstance(told[-1], Throughput)
+    assert len(told) > 5

@@ -518,7 +518,7 @@ def test_every_rank_raises_what_one_met(processes):
         assert nothing == "ValueError: no gallery items were collected"
         assert rank_ == 0 or f"embeddings have {12 - rank_} columns here, 12 on another rank" in uneven
         assert ("needs at least 64 vectors to train" in few) == (rank_ == 0)
-        assert f"re-ranking needs the whole gallery in one process, but there are {world}: " in rerank
+        assert f"rerank needs all descriptors in one process, but there are {world}: " in rerank
 
 
 def test_end_to_end_under_a_trainer(processes, folder, tmp_path):

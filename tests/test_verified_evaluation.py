@@ -190,7 +190,7 @@ def test_several_ranks_are_refused(monkeypatch):
         world_size = 2
 
     callback = RetrievalEvaluation(FaissIndex("Flat"), verify=StandIn())
-    with pytest.raises(ValueError, match=r"verification needs the whole gallery in one process, but there are 2: .*"):
+    with pytest.raises(ValueError, match=r"verify needs all descriptors in one process, but there are 2: .*"):
         callback.setup(Two(), torch.nn.Identity(), "test")
 
 

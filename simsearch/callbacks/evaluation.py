@@ -16,10 +16,8 @@ from simsearch.evaluation.evaluate import (
     Evaluation,
     Search,
     as_stored,
-    check_evaluator,
     check_kind,
-    check_rerank,
-    check_verify,
+    check_one_process,
 )
 from simsearch.evaluation.evaluator import Evaluator
 from simsearch.evaluation.frontier import write_frontier
@@ -78,13 +76,11 @@ class RetrievalEvaluation(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         check_kind(self.index, getattr(pl_module, "bits", None))  # before hours of work, not after
-        if self.rerank is not None:
-            check_rerank(trainer.world_size)
-        if self.verify is not None:
-            check_verify(trainer.world_size)
+        needing = {"rerank": self.rerank is not None, "verify": self.verify is not None}
         for name, evaluator in self.evaluators.items():
-            if getattr(evaluator, "one_process", False):
-                check_evaluator(name, trainer.world_size)
+            needing[f"evaluators.{name}"] = getattr(evaluator, "one_process", False)
+        for key in (key for key, needs in needing.items() if needs):
+            check_one_process(key, trainer.world_size)
 
     def _start(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if trainer.sanity_checking:

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Checkpoint, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from simsearch.files import replacing
 
@@ -245,8 +246,17 @@ class OwnCheckpoints(pl.Callback):
                 state["best_k_models"] = {path: v for path, v in state["best_k_models"].items() if ours(path)}
 
 
-class WeightAverage(EMAWeightAveraging):
-    """An exponential moving average of the weights, used by validation, checkpoints, test and the catalog."""
+class WeightAverage(WeightAveraging):
+    """An exponential moving average of the weights, used by validation, checkpoints, test and the catalog.
+
+    Args:
+        decay: The share of the average that a step keeps, from 0 to 1.
+        use_buffers: Whether buffers are averaged too. The average has the module's own otherwise.
+    """
+
+    def __init__(self, decay: float = 0.999, use_buffers: bool = True) -> None:
+        # For all tensors at once: one at a time takes half of a head's step.
+        super().__init__(use_buffers=use_buffers, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -185,7 +185,7 @@ def evaluate(
     query, gallery = Sharded.of(query), Sharded.of(gallery)
     check_kind(index, gallery.bits)
     if rerank is not None:
-        check_rerank(gallery.ranks.world)
+        check_one_process("rerank", gallery.ranks.world)
     filled = ShardedIndex(index, gallery)
 
     ranked = filled.as_ranked(query)
@@ -277,23 +277,11 @@ def check_kind(index: GalleryIndex | AutoIndex, bits: int | None) -> None:
         raise ValueError(f"index {index.factory!r} does not fit the model's {kind} (or another index of that kind)")
 
 
-def check_rerank(world: int) -> None:
-    """Checks that the gallery can be re-ranked, which needs the whole gallery in one process.
+def check_one_process(key: str, world: int) -> None:
+    """Checks that what needs all descriptors in one process has them there.
 
     Args:
-        world: Number of processes.
-
-    Raises:
-        ValueError: If there are several processes.
-    """
-    _check_one(world, "re-ranking", "rerank")
-
-
-def check_evaluator(name: str, world: int) -> None:
-    """Checks that an evaluator that needs all descriptors in one process has them there.
-
-    Args:
-        name: Its name.
+        key: The config's key of it, such as rerank, verify or evaluators.instance.
         world: Number of processes.
 
     Raises:
@@ -301,28 +289,8 @@ def check_evaluator(name: str, world: int) -> None:
     """
     if world > 1:
         raise ValueError(
-            f"evaluators.{name} needs all descriptors in one process, but there are {world}: train without it, then "
-            "`simsearch evaluate run=... evaluators=...`"
-        )
-
-
-def check_verify(world: int) -> None:
-    """Checks that matches can be verified, which needs the whole gallery in one process.
-
-    Args:
-        world: Number of processes.
-
-    Raises:
-        ValueError: If there are several processes.
-    """
-    _check_one(world, "verification", "verify")
-
-
-def _check_one(world: int, what: str, key: str) -> None:
-    if world > 1:
-        raise ValueError(
-            f"{what} needs the whole gallery in one process, but there are {world}: train with {key}=null, then "
-            f"`simsearch evaluate run=... {key}=...`"
+            f"{key} needs all descriptors in one process, but there are {world}: train without it, then "
+            f"`simsearch evaluate run=... {key.partition('.')[0]}=...`"
         )
 
 
