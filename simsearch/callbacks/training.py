@@ -18,7 +18,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from simsearch.files import replacing
 
@@ -255,14 +256,42 @@ class WeightAverage(WeightAveraging):
     """
 
     def __init__(self, decay: float = 0.999, use_buffers: bool = True) -> None:
-        # For all tensors at once: one at a time takes half of a head's step.
-        super().__init__(use_buffers=use_buffers, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__(use_buffers=use_buffers)
+        self.decay = decay
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._average_model = _LearntAverage(pl_module, self.decay, self._use_buffers)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if trainer.state.fn == TrainerFn.FITTING:  # at test it would restore the weights before averaging
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+class _LearntAverage(AveragedModel):
+    """An average of all tensors at once, without frozen parameters: else a head's step would be mostly this."""
+
+    def __init__(self, module: pl.LightningModule, decay: float, use_buffers: bool) -> None:
+        super().__init__(module, module.device, use_buffers=use_buffers)
+        self.average = get_ema_multi_avg_fn(decay)
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        averages, values = [], []
+        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
+        for average, now in (*pairs, *zip(self.module.buffers(), model.buffers(), strict=True)):
+            frozen = isinstance(now, nn.Parameter) and not now.requires_grad
+            averaged = now.requires_grad or (self.use_buffers and now.is_floating_point() and not frozen)
+            if not self.n_averaged or not (frozen or averaged):
+                average.copy_(now)
+            elif averaged:
+                averages.append(average)
+                values.append(now)
+        if averages:
+            self.average(averages, values, self.n_averaged)
+        self.n_averaged += 1
 
 
 class Lookahead(pl.Callback):
