@@ -329,7 +329,8 @@ def log_summary(loggers: list[Logger], folder: Path) -> None:
         for name in HEADLINES:
             if name in about["intervals"]:
                 low, high = about["intervals"][name]
-                summary |= {f"{stage}/{name}_low": low, f"{stage}/{name}_high": high}
+                value = about["metrics"][name]  # of the weights that were tested, not of the last validation
+                summary |= {f"{stage}/{name}": value, f"{stage}/{name}_low": low, f"{stage}/{name}_high": high}
     if (folder / "run.json").is_file():
         facts = read_json(folder / "run.json")
         summary |= {name: facts[name] for name in _TRAINING if name in facts}

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
 from simsearch.evaluation.evaluate import (
@@ -130,6 +131,8 @@ class RetrievalEvaluation(pl.Callback):
                 f"{name} {result.metrics[name]:.4f}" for name in ("mAP", "P@1") if name in result.metrics
             )
             _LOG.info("step %d, epoch %d, %s: %s", trainer.global_step, trainer.current_epoch, stage, headline)
+            if stage == "validate" and not _is_best(trainer, result.metrics):
+                return
             known = hasattr(module, "provenance")
             about = {"identity": module.identity(), **module.provenance} if known else {}  # type: ignore[operator,dict-item]
             folder = Path(trainer.default_root_dir)
@@ -170,6 +173,17 @@ class RetrievalEvaluation(pl.Callback):
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._finish(trainer, pl_module, "test")
+
+
+def _is_best(trainer: pl.Trainer, metrics: Mapping[str, float]) -> bool:
+    """Whether a validation is the best so far by what the checkpoint monitors: metrics.json is of the one tested."""
+    for keeper in trainer.checkpoint_callbacks:
+        if isinstance(keeper, ModelCheckpoint) and keeper.best_model_score is not None:
+            value = metrics.get(str(keeper.monitor).removeprefix("val/"))
+            if value is not None:
+                best = float(keeper.best_model_score)
+                return value > best if keeper.mode == "max" else value < best
+    return True
 
 
 def write_results(folder: Path, stage: str, task: RetrievalTask, result: Evaluation, model: Mapping[str, Any]) -> None:
