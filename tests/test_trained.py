@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from simsearch import configs, saved_run
 from simsearch.api import open_catalog
 from simsearch.cache import ArrayCache
-from simsearch.callbacks.training import Lookahead
+from simsearch.callbacks.training import Lookahead, WeightAverage
 from simsearch.commands.train import note_small_images
 from simsearch.files import read_json
 from simsearch.functional.resize import resize_to_fit
@@ -395,6 +395,31 @@ def test_averaged_weights_are_tested_and_cataloged(tmp_path):
     simsearch("evaluate", f"run={run}", f"run_dir={tmp_path / 'again'}", "trust=true")  # for the callback of our own
     again, first = numbers(tmp_path / "again")["test"], numbers(run)["test"]
     assert again["metrics"] == first["metrics"]
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_an_average_has_frozen_weights_and_counts_as_they_are(use_buffers):
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    module.device = torch.device("cpu")
+    module[0].requires_grad_(False)
+    callback = WeightAverage(0.9, use_buffers)
+    callback.setup(None, module, "fit")
+    with torch.no_grad():
+        module[0].weight.fill_(7.0)  # as a checkpoint that is loaded after the setup
+    wanted = {}
+    for step in range(4):
+        with torch.no_grad():
+            module[1].running_mean.fill_(step)
+            module[1].num_batches_tracked.fill_(step)
+            module[2].weight.fill_(10.0**step)
+        callback._average_model.update_parameters(module)
+        for name, value in module.state_dict().items():
+            averaged = value.is_floating_point() and (use_buffers or "running" not in name)
+            wanted[name] = 0.9 * wanted[name] + 0.1 * value if averaged and step else value.clone()
+    got = callback._average_model.module.state_dict()
+    for name, value in wanted.items():
+        torch.testing.assert_close(got[name], value)
+    assert got["2.weight"].unique().tolist() == pytest.approx([0.729 + 0.81 + 9 + 100])
 
 
 class Lookahead64(pl.Callback):

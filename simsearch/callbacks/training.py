@@ -279,12 +279,12 @@ class _LearntAverage(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        averages, values = [], []
+        averages, values, first = [], [], not self.n_averaged  # which a GPU is asked for once
         pairs = zip(self.module.parameters(), model.parameters(), strict=True)
         for average, now in (*pairs, *zip(self.module.buffers(), model.buffers(), strict=True)):
             frozen = isinstance(now, nn.Parameter) and not now.requires_grad
             averaged = now.requires_grad or (self.use_buffers and now.is_floating_point() and not frozen)
-            if not self.n_averaged or not (frozen or averaged):
+            if first or not (frozen or averaged):
                 average.copy_(now)
             elif averaged:
                 averages.append(average)
