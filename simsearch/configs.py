@@ -105,9 +105,10 @@ def build_trainer(
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     # The last one sees a step's end last: what the others do there is not time spent waiting for data.
     callbacks.sort(key=lambda callback: isinstance(callback, Throughput))
-    for callback in callbacks:
-        if isinstance(callback, ModelCheckpoint):
-            callback.dirpath = str(folder / "checkpoints")
+    for callback in [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]:
+        callback.dirpath = str(folder / "checkpoints")
+        if callback.monitor is None and callback.filename == "best":
+            callbacks.remove(callback)  # it would write the last weights at each epoch: `train` does so at the end
     values = {"use_distributed_sampler": False, **config["trainer"]}  # our loaders deal out to ranks themselves
     if launch.is_rank() and values.get("strategy", "auto") in ("auto", "ddp"):
         values["strategy"] = {"_target_": "simsearch.callbacks.training.DataParallel"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -132,6 +133,16 @@ def test_exported_files_search_and_load_none_of_them_where_they_are_installed(sm
         assert (item["path"], item["score"]) == (other["path"], pytest.approx(other["score"], abs=1e-4))
     assert len(json.loads(recommended)["results"]) == 3
     assert loaded == "[]"
+
+
+def test_a_sweep_is_looked_at_without_what_trains(small_run, tmp_path):
+    shutil.copytree(small_run, tmp_path / "trial")
+    about = {"state": "finished", "overrides": ["seed=0"], "numbers": [0], "started": 0, "ended": 60, "values": 0.5}
+    (tmp_path / "trial" / "trial.json").write_text(json.dumps(about))
+    (tmp_path / "sweep.json").write_text('{"planned": 1, "objective": ["test/mAP"], "ended": true}')
+    done = run(TRAINING | NETWORKS, "progress", f"folder={tmp_path}", "watch=0")
+    assert "seed=0" in done.stdout
+    assert "0.5" in done.stdout
 
 
 def test_without_a_package_a_command_says_in_one_line_what_to_install(small_run):

@@ -366,6 +366,7 @@ ENDS = {  # the steps after which it is validated, 4 an epoch and every 5 epochs
     "epochs that end with one": ((*SEVEN, "trainer.max_epochs=5"), [20]),
     "steps": (("trainer.max_steps=6",), [6]),
     "steps of many validations": (("trainer.max_steps=6", "trainer.check_val_every_n_epoch=1"), [4, 6]),
+    "steps without a metric to choose by": ((*STEPS, "callbacks.checkpoint.monitor=null"), [4, 8, 9]),
     "time": (TIME, [1]),
     "an early stop": (STOP, [4]),
     "epochs without validation": ((*EPOCHS, "protocol.validation=null"), []),
@@ -373,7 +374,7 @@ ENDS = {  # the steps after which it is validated, 4 an epoch and every 5 epochs
 }
 
 
-QUICK = {"epochs after a validation", "time", "epochs without validation"}
+QUICK = {"epochs after a validation", "steps without a metric to choose by", "time", "epochs without validation"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ENDS])
@@ -393,11 +394,12 @@ def test_a_training_s_end_is_validated_or_is_the_result(name, tmp_path):
         )
     else:
         values = [float(row["val/mAP"]) for row in rows]
-        assert best["global_step"] == steps[values.index(max(values))]
+        chosen = -1 if "callbacks.checkpoint.monitor=null" in arguments else values.index(max(values))
+        assert best["global_step"] == steps[chosen]
         assert last["global_step"] == steps[-1]
         stages = read_json(run / "metrics.json")
         assert set(stages) == {"val", "test"}
-        assert stages["val"]["metrics"]["mAP"] == pytest.approx(max(values), abs=1e-7)
+        assert stages["val"]["metrics"]["mAP"] == pytest.approx(values[chosen], abs=1e-7)
     assert (run / "catalog").is_dir()
     simsearch("train", "resume=true", f"run_dir={run}", "trust=true")  # trains and validates nothing once more
     assert not [row for row in history(run) if row.get("val/mAP")]

@@ -409,7 +409,7 @@ def test_an_average_has_frozen_weights_and_counts_as_they_are(use_buffers):
     wanted = {}
     for step in range(4):
         with torch.no_grad():
-            module[1].running_mean.fill_(step)
+            module[1].running_mean = torch.full((4,), float(step))  # another tensor, as after a move to a GPU
             module[1].num_batches_tracked.fill_(step)
             module[2].weight.fill_(10.0**step)
         callback._average_model.update_parameters(module)

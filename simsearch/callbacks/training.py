@@ -276,22 +276,39 @@ class _LearntAverage(AveragedModel):
     def __init__(self, module: pl.LightningModule, decay: float, use_buffers: bool) -> None:
         super().__init__(module, module.device, use_buffers=use_buffers)
         self.average = get_ema_multi_avg_fn(decay)
+        self._where = list(zip(_places(self.module), _places(module), strict=True))
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         averages, values, first = [], [], not self.n_averaged  # which a GPU is asked for once
-        pairs = zip(self.module.parameters(), model.parameters(), strict=True)
-        for average, now in (*pairs, *zip(self.module.buffers(), model.buffers(), strict=True)):
+        olds, news = [], []
+        for (place, name), (other, _) in self._where:
+            average, now = place[name], other[name]
             frozen = isinstance(now, nn.Parameter) and not now.requires_grad
             averaged = now.requires_grad or (self.use_buffers and now.is_floating_point() and not frozen)
             if first or not (frozen or averaged):
-                average.copy_(now)
+                olds.append(average)
+                news.append(now)
             elif averaged:
                 averages.append(average)
                 values.append(now)
+        if olds:
+            torch._foreach_copy_(olds, news)
         if averages:
             self.average(averages, values, self.n_averaged)
         self.n_averaged += 1
+
+
+def _places(module: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where each parameter and buffer is found: to ask a module for all of them takes longer than to average a few."""
+    places, seen = [], set()
+    for owner in module.modules():
+        for place in (owner._parameters, owner._buffers):
+            for name, tensor in place.items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    places.append((place, name))
+    return places
 
 
 class Lookahead(pl.Callback):

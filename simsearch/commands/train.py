@@ -242,8 +242,8 @@ def train(
 def _was_chosen(trainer: pl.Trainer) -> bool:
     """Whether the best checkpoint was chosen among others, by a validation or another metric."""
     keepers = trainer.checkpoint_callbacks
-    validated = any(isinstance(c, LastValidation) and c.validated for c in keepers)
-    return validated or any(isinstance(c, ModelCheckpoint) and c.monitor and c.best_k_models for c in keepers)
+    validated = any(isinstance(c, LastValidation) and c.validated for c in keepers)  # a moved run forgets its files
+    return any(isinstance(c, ModelCheckpoint) and c.monitor and (validated or c.best_k_models) for c in keepers)
 
 
 def save_catalog(

@@ -8,7 +8,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from simsearch import settings
 from simsearch.files import read_json
 
 _COSTS = (
@@ -48,6 +47,8 @@ def check(config: DictConfig) -> None:
     names = names_of(config.objective)
     if not names:
         return
+    from simsearch import settings  # takes seconds; who only looks at a sweep goes without
+
     values = {
         key: OmegaConf.to_container(config[key], resolve=True) for key in ("callbacks", "index", "model", "protocol")
     }
@@ -114,6 +115,8 @@ def values_of(folder: Path, names: str | Sequence[str] | None) -> Any:
 
     def value(name: str) -> float:
         if known.get(name) is None:
+            from simsearch import settings
+
             raise ValueError(f"objective={name} was not measured{settings.name_hint(name, known)}")
         return float(known[name])
 
