@@ -135,13 +135,15 @@ def test_exported_files_search_and_load_none_of_them_where_they_are_installed(sm
     assert loaded == "[]"
 
 
-def test_a_sweep_is_looked_at_without_what_trains(small_run, tmp_path):
+def test_a_sweep_is_looked_at_without_what_trains(small_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     shutil.copytree(small_run, tmp_path / "trial")
-    about = {"state": "finished", "overrides": ["seed=0"], "numbers": [0], "started": 0, "ended": 60, "values": 0.5}
+    about = {"state": "finished", "overrides": ["optimizer.lr=0.0404387"], "numbers": [0], "values": 0.5}
+    about |= {"started": 0, "ended": 60}
     (tmp_path / "trial" / "trial.json").write_text(json.dumps(about))
     (tmp_path / "sweep.json").write_text('{"planned": 1, "objective": ["test/mAP"], "ended": true}')
     done = run(TRAINING | NETWORKS, "progress", f"folder={tmp_path}", "watch=0")
-    assert "seed=0" in done.stdout
+    assert "optimizer.lr=0.04044 " in done.stdout
     assert "0.5" in done.stdout
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 from simsearch import saved_run
 from simsearch.files import is_alive, read_json
 from simsearch.sweeps.objectives import is_cost
-from simsearch.sweeps.trials import read_trials
+from simsearch.sweeps.trials import read_trials, short_numbers
 from simsearch.text import cell
 
 _ENDED = ("finished", "pruned", "failed")
@@ -71,7 +71,7 @@ def progress_table(folder: Path) -> Table:
         if best is about:
             numbers, style = f"* {numbers}{_interval(folder / about['folder'], sweep)}", "bold"
         cells = (
-            " ".join(overrides) or about["folder"],
+            short_numbers(" ".join(overrides)) or about["folder"],
             about["state"],
             _steps(folder / about["folder"]),
             _duration((about["ended"] or time.time()) - about["started"]),

@@ -71,12 +71,25 @@ def _readable(overrides: Sequence[str], swept: Iterable[str]) -> str:
         key, _, value = override.partition("=")
         if key in (*_ASIDE, "sweep"):
             continue
-        value = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.4g}", value)
+        value = short_numbers(value)
         short = re.split(r"[./]", key.lstrip("+~"))[-1]
         part = re.sub(r"[^\w.+-]+", "-", f"{short}={value}").strip("-_")
         most = _LONGEST if key in swept else _READABLE
         name = f"{name}_{part}".strip("_")[: max(most, len(name))].strip("-_")
     return name
+
+
+def short_numbers(text: str) -> str:
+    """The text with four significant digits of each number that has four or more after the point.
+
+    Args:
+        text: The text, such as an override.
+
+    Example:
+        >>> short_numbers("optimizer.lr=0.04043878009515104"), short_numbers("optimizer.weight_decay=2.809728041e-05")
+        ('optimizer.lr=0.04044', 'optimizer.weight_decay=2.81e-05')
+    """
+    return re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.4g}", text)
 
 
 OmegaConf.register_new_resolver("trial", trial_name, replace=True)
