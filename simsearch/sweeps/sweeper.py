@@ -299,7 +299,8 @@ class OptunaSweeper(Sweeper):
                 tell(values)
             else:
                 trial.set_user_attr("error", about.get("error") or "it returned no value")
-                tell(state=states.FAIL)
+                # TPE leaves trials in the state FAIL out, and would propose most others where all have failed.
+                tell(state=states.FAIL if about["state"] == "refused" else states.PRUNED)
 
     # What workers do
 
@@ -384,7 +385,7 @@ class OptunaSweeper(Sweeper):
             except Refused:
                 raise
             except Exception as error:  # the config cannot be composed: so it is with all trials, or nearly
-                self._tell(trial, {"state": "failed", "values": None, "error": program.reason(error)})
+                self._tell(trial, {"state": "refused", "values": None, "error": program.reason(error)})
                 raise
             path = None if job.folder is None else job.folder / "trial.json"
             if path is None:  # its worker died, perhaps after the trial's end
