@@ -1,7 +1,8 @@
 """Sweeps with and without pruning, in pairs. README.md beside this file has the question and the protocol.
 
-python study.py run OUT CIFAR10    runs the sweeps into OUT; given again after a kill, it goes on
-python study.py table OUT          results.csv and the table, from the sweeps in OUT, also while they run
+python study.py run OUT CIFAR10        runs the sweeps into OUT; given again after a kill, it goes on
+python study.py table OUT              results.csv and the table, from the sweeps in OUT, also while they run
+python study.py winners OUT CIFAR10    trains the best trial of each sweep in results.csv again, and writes winners.csv
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from simsearch.sweeps.trials import read_trials
 
 TRAIN, TEST = 10_000, 1_000  # images, as many of each class
 REPETITIONS = 3
+AGAIN = (100, 101, 102, 103, 104)  # seeds of the best trials' further trainings
 ENDED = ("finished", "pruned", "failed")
 SWEPT = ("optimizer.lr", "optimizer.weight_decay", "model.network.hidden", "loss")
 SETTING = (
     *("experiment=hashing-frozen", "protocol.validation=0.1", "backbone.size=64"),
     *("callbacks.neighbours=null", "callbacks.precision_recall=null"),
     *("callbacks.evaluation.ks=[1]", "callbacks.progress.refresh_rate=0", "catalog.write=false"),
-    *("logger.mode=disabled", "objective=val/mAP"),
+    "logger.mode=disabled",
+)
+SPACE = (
     *("optimizer.lr=tag(log,interval(0.001,1.0))", "optimizer.weight_decay=tag(log,interval(1e-6,1e-2))"),
     "loss=choice(greedyhash,orthohash,hashnet)",
 )
@@ -41,13 +45,15 @@ class Series:
 
     steps: int  # of a trial; an epoch has 45, since 9,000 images are learnt from and 1,000 are validation queries
     setting: tuple[str, ...]  # overrides of all its sweeps
+    space: tuple[str, ...]  # what they search
     kinds: dict[str, tuple[int, tuple[str, ...]]]  # for each sweep its trials and its overrides
 
 
 SERIES = (
     Series(
         405,
-        ("trainer.check_val_every_n_epoch=1", "model.network.hidden=choice(128,256,512,1024)"),
+        ("trainer.check_val_every_n_epoch=1",),
+        (*SPACE, "model.network.hidden=choice(128,256,512,1024)"),
         {"full": (40, ()), "pruned": (40, (PRUNER,)), "late": (40, (PRUNER, "hydra.sweeper.pruner.min_resource=3"))},
     ),
     Series(
@@ -56,6 +62,7 @@ SERIES = (
             *("trainer.check_val_every_n_epoch=3", "model.network.hidden=256", "scheduler=constant", "callbacks=ema"),
             *("callbacks.ema.decay=0.95", "callbacks.ema.use_buffers=false"),
         ),
+        SPACE,
         {"steady-full": (40, ()), "steady-pruned": (60, (PRUNER,))},
     ),
 )
@@ -81,16 +88,55 @@ def run(out: Path, source: Path) -> None:
         for repetition in range(REPETITIONS):
             for kind, (trials, more) in series.kinds.items():
                 name = f"{kind}-{repetition}"
-                command = [sys.executable, "-m", "simsearch", "train", "-m", *SETTING, *series.setting, *more]
-                command += ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.n_jobs=2"]
-                command += [f"hydra.sweeper.sampler.seed={repetition}", f"seed={repetition}"]
-                command += [f"trainer.max_steps={series.steps}", f"data.root={out / 'cifar10'}"]
-                with (out / f"{name}.log").open("a") as log:
-                    where = [f"hydra.sweep.dir={out / name}"]
-                    subprocess.run([*command, *where], stdout=log, stderr=log, check=False)  # 1 where a trial failed
+                search = ["objective=val/mAP", *series.space, *more]
+                search += ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.n_jobs=2"]
+                search += [f"hydra.sweeper.sampler.seed={repetition}", f"seed={repetition}"]
+                train(out, name, series, search)
                 if not read_json(out / name / "sweep.json").get("ended"):
                     raise SystemExit(f"{name} stopped: the end of {name}.log says why")
                 table(out)
+
+
+def train(out: Path, name: str, series: Series, overrides: list[str]) -> None:
+    """Runs a sweep into a folder of OUT, with a log beside it."""
+    command = [sys.executable, "-m", "simsearch", "train", "-m", *SETTING, *series.setting, *overrides]
+    command += [f"trainer.max_steps={series.steps}", f"data.root={out / 'cifar10'}", f"hydra.sweep.dir={out / name}"]
+    with (out / f"{name}.log").open("a") as log:
+        subprocess.run(command, stdout=log, stderr=log, check=False)  # its status is 1 where a trial failed
+
+
+def winners(out: Path, source: Path) -> None:
+    """Trains the best trial of each sweep again with other seeds: the best value of many is also the luckiest."""
+    if not (out / "cifar10").is_dir():
+        subset(source, out / "cifar10")
+    with (Path(__file__).parent / "results.csv").open(newline="") as file:
+        found = [line for line in csv.DictReader(file) if line["state"] == "finished"]
+    lines: list[dict[str, Any]] = []
+    print("| sweep | best val/mAP | again: val/mAP | beside full's | again: test/mAP | beside full's |")
+    print("|---|---|---|---|---|---|")
+    for series in SERIES:
+        for repetition in range(REPETITIONS):
+            full: list[np.ndarray] = []
+            for kind in series.kinds:
+                own = [line for line in found if (line["sweep"], line["repetition"]) == (kind, str(repetition))]
+                if not own:
+                    continue
+                best = max(own, key=lambda line: float(line["val/mAP"]))
+                name = f"winner-{kind}-{repetition}"
+                seeds = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"seed={','.join(map(str, AGAIN))}"]
+                train(out, name, series, [*(f"{key}={best[key]}" for key in SWEPT), *seeds])
+                for seed in AGAIN:
+                    (path,) = (out / name).glob(f"seed-{seed}[_-]*/metrics.json")
+                    values = {f"{stage}/mAP": about["metrics"]["mAP"] for stage, about in read_json(path).items()}
+                    about = {"repetition": repetition, "sweep": kind, **{key: best[key] for key in SWEPT}}
+                    lines.append(about | {"seed": seed, "val/mAP": values["val/mAP"], "test/mAP": values["test/mAP"]})
+                stages = [np.array([line[f"{s}/mAP"] for line in lines[-len(AGAIN) :]]) for s in ("val", "test")]
+                full = full or stages
+                cells = [f"{kind} {repetition}", f"{float(best['val/mAP']):.4f}"]
+                for values, whole in zip(stages, full, strict=True):
+                    cells += [f"{values.mean():.4f} ± {values.std(ddof=1):.4f}", f"{(values - whole).mean():+.4f}"]
+                print(f"| {' | '.join(cells)} |")
+    write(lines, "winners.csv")
 
 
 def table(out: Path) -> None:
@@ -122,8 +168,13 @@ def table(out: Path) -> None:
                     f"| {kind} {repetition} | {len(trials)} | {counts[0]} | {counts[1]} | {spent[-1]} | "
                     f"{spent[-1] / whole:.1%} | {best[-1]:.4f} | {told} | {idle(trials):.1%} |"
                 )
+    write(lines, "results.csv")
+
+
+def write(lines: list[dict[str, Any]], name: str) -> None:
+    """Writes lines as a CSV file beside this one, unless there are none."""
     if lines:
-        with replacing(Path(__file__).parent / "results.csv") as temporary, temporary.open("w", newline="") as file:
+        with replacing(Path(__file__).parent / name) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(lines)
@@ -161,6 +212,10 @@ def idle(trials: list[dict[str, Any]]) -> float:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "run":
-        run(Path(sys.argv[2]).absolute(), Path(sys.argv[3]))
-    table(Path(sys.argv[2]).absolute())
+    folder = Path(sys.argv[2]).absolute()
+    if sys.argv[1] == "winners":
+        winners(folder, Path(sys.argv[3]))
+    else:
+        if sys.argv[1] == "run":
+            run(folder, Path(sys.argv[3]))
+        table(folder)
