@@ -134,7 +134,8 @@ def winners(out: Path, source: Path) -> None:
                 full = full or stages
                 cells = [f"{kind} {repetition}", f"{float(best['val/mAP']):.4f}"]
                 for values, whole in zip(stages, full, strict=True):
-                    cells += [f"{values.mean():.4f} ± {values.std(ddof=1):.4f}", f"{(values - whole).mean():+.4f}"]
+                    cells += [f"{values.mean():.4f} ± {values.std(ddof=1):.4f}"]
+                    cells += ["-" if full is stages else f"{(values - whole).mean():+.4f}"]
                 print(f"| {' | '.join(cells)} |")
     write(lines, "winners.csv")
 
