@@ -143,7 +143,7 @@ def test_a_sweep_is_looked_at_without_what_trains(small_run, tmp_path, monkeypat
     (tmp_path / "trial" / "trial.json").write_text(json.dumps(about))
     (tmp_path / "sweep.json").write_text('{"planned": 1, "objective": ["test/mAP"], "ended": true}')
     done = run(TRAINING | NETWORKS, "progress", f"folder={tmp_path}", "watch=0")
-    assert "optimizer.lr=0.04044 " in done.stdout
+    assert " lr=0.04044 " in done.stdout
     assert "0.5" in done.stdout
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from rich.table import Table
 
-from simsearch import saved_run
+from simsearch import saved_run, terminal
 from simsearch.files import is_alive, read_json
 from simsearch.sweeps.objectives import is_cost
-from simsearch.sweeps.trials import read_trials, short_numbers
+from simsearch.sweeps.trials import last_word, read_trials, short_numbers
 from simsearch.text import cell
 
 _ENDED = ("finished", "pruned", "failed")
@@ -59,9 +59,11 @@ def progress_table(folder: Path) -> Table:
     best = _best([about for about in trials if _is_planned(about, sweep)], sweep)
     varying = _varying([about["overrides"] for about in trials])
     caption = "mAP on the validation images, or on the test (t) where there are none"
-    table = Table(title=f"{cell(folder)}\n{summary(folder)}", caption=caption)
+    padding = 0 if terminal.console().width < 100 else 1
+    table = Table(title=f"{cell(folder)}\n{summary(folder)}", caption=caption, padding=(0, padding))
     for name in ("trial", "state", "step", "time", "objectives", "mAP"):
-        table.add_column(name, justify="left" if name in ("trial", "state") else "right")
+        justify: Any = "left" if name in ("trial", "state") else "right"
+        table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("state", "step", "time"))
     for about, overrides in zip(trials, varying, strict=True):
         values = about["values"] if isinstance(about["values"], list) else [about["values"]]
         numbers = " ".join(f"{value:.4f}" for value in values if value is not None)
@@ -71,7 +73,7 @@ def progress_table(folder: Path) -> Table:
         if best is about:
             numbers, style = f"* {numbers}{_interval(folder / about['folder'], sweep)}", "bold"
         cells = (
-            short_numbers(" ".join(overrides)) or about["folder"],
+            " ".join(overrides) or about["folder"],
             about["state"],
             _steps(folder / about["folder"]),
             _duration((about["ended"] or time.time()) - about["started"]),
@@ -174,9 +176,16 @@ def _interval(folder: Path, sweep: Mapping[str, Any]) -> str:
 
 
 def _varying(overrides: Sequence[Sequence[str]]) -> list[list[str]]:
-    """For each trial, the overrides that not all trials share."""
+    """For each trial, the overrides that not all trials share, with four digits and the last words of their keys."""
     common = set(overrides[0]).intersection(*overrides) if len(overrides) > 1 else set()
-    return [[text for text in some if text not in common] for some in overrides]
+    keys = {text.partition("=")[0] for some in overrides for text in some if text not in common}
+    count = Counter(map(last_word, keys))
+
+    def short(text: str) -> str:
+        key, equals, value = text.partition("=")
+        return (last_word(key) if count[last_word(key)] == 1 else key) + equals + short_numbers(value)
+
+    return [[short(text) for text in some if text not in common] for some in overrides]
 
 
 def _steps(folder: Path) -> str:

@@ -71,12 +71,23 @@ def _readable(overrides: Sequence[str], swept: Iterable[str]) -> str:
         key, _, value = override.partition("=")
         if key in (*_ASIDE, "sweep"):
             continue
-        value = short_numbers(value)
-        short = re.split(r"[./]", key.lstrip("+~"))[-1]
-        part = re.sub(r"[^\w.+-]+", "-", f"{short}={value}").strip("-_")
+        part = re.sub(r"[^\w.+-]+", "-", f"{last_word(key)}={short_numbers(value)}").strip("-_")
         most = _LONGEST if key in swept else _READABLE
         name = f"{name}_{part}".strip("_")[: max(most, len(name))].strip("-_")
     return name
+
+
+def last_word(key: str) -> str:
+    """The last part of an override's key.
+
+    Args:
+        key: The key.
+
+    Example:
+        >>> last_word("optimizer.lr"), last_word("+hydra/launcher")
+        ('lr', 'launcher')
+    """
+    return re.split(r"[./]", key.lstrip("+~"))[-1]
 
 
 def short_numbers(text: str) -> str:
