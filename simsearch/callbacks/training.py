@@ -276,13 +276,13 @@ class _LearntAverage(AveragedModel):
     def __init__(self, module: pl.LightningModule, decay: float, use_buffers: bool) -> None:
         super().__init__(module, module.device, use_buffers=use_buffers)
         self.average = get_ema_multi_avg_fn(decay)
-        self._where = list(zip(_places(self.module), _places(module), strict=True))
+        self._pairs = list(zip(_places(self.module), _places(module), strict=True))
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         averages, values, first = [], [], not self.n_averaged  # which a GPU is asked for once
         olds, news = [], []
-        for (place, name), (other, _) in self._where:
+        for (place, name), (other, _) in self._pairs:
             average, now = place[name], other[name]
             frozen = isinstance(now, nn.Parameter) and not now.requires_grad
             averaged = now.requires_grad or (self.use_buffers and now.is_floating_point() and not frozen)
