@@ -280,13 +280,14 @@ class _Ranks:
 
 
 @contextmanager
-def requeued_if_warned(stop: Callable[[], None]) -> Iterator[None]:
-    """Inside the block, SLURM's warning calls `stop`, and then the job is requeued at the end of the block.
+def requeued_if_warned(stop: Callable[[], None] | None = None) -> Iterator[None]:
+    """Inside the block, SLURM's warning calls `stop`, and then rank 0 requeues the job at the end of the block.
 
-    SLURM warns all processes of a job: those that train save.
+    SLURM warns all processes of a job: those that train save. A training of this process has a handler of its own
+    (`Interruption`) for as long as it lasts.
 
     Args:
-        stop: Lets the block end soon.
+        stop: Lets the block end soon. By default the process ends at once, with status 0.
     """
     from simsearch.callbacks.interruption import requeue, stop_signals
 
@@ -297,6 +298,8 @@ def requeued_if_warned(stop: Callable[[], None]) -> Iterator[None]:
 
     def hear(*_: object) -> None:
         warned.append(True)
+        if stop is None:
+            raise SystemExit(0)
         stop()
 
     found = signal.signal(signal.SIGUSR1, hear)
@@ -304,8 +307,8 @@ def requeued_if_warned(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGUSR1, found)
-    if warned:
-        requeue()
+        if warned and rank() == 0:
+            requeue()
 
 
 # -------------------------------------------------------------------------------------------- the ranks

@@ -10,6 +10,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def _lightning_errors() -> tuple[type[Exception], ...]:
     return () if module is None else (module.MisconfigurationException,)
 
 
-def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+def command(name: str, *, resumes: bool = False) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """A decorator that turns `task(config)` into a Hydra command composed from conf/<name>.yaml.
 
     An error that a user can fix (`user_errors`: a wrong value, a missing file) is one line without a traceback.
@@ -54,6 +55,7 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
 
     Args:
         name: Name of the config.
+        resumes: The same command goes on with what it began: a SLURM job of it that runs out of time is queued again.
     """
 
     title = name.replace("_", " ")
@@ -90,7 +92,8 @@ def command(name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], N
             os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here, where they are reported in one line
             try:
                 sys.argv[1:] = [without_null(argument) for argument in sys.argv[1:]]
-                program()
+                with launch.requeued_if_warned() if resumes else nullcontext():
+                    program()
             except user_errors(launch.RankError, HydraException) as error:
                 if os.environ.get("SIMSEARCH_DEBUG") == "1":
                     raise

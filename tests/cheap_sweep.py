@@ -29,7 +29,7 @@ def value_of(learning_rate: float, margin: float) -> float:
     return round(1 - (learning_rate - 0.3) ** 2 - (margin - 0.6) ** 2, 6)
 
 
-@program.command("train")
+@program.command("train", resumes=True)
 def main(config: DictConfig) -> object:
     with trials.trial(config) as trial:
         assert trial is not None

@@ -29,6 +29,7 @@ from simsearch import configs
 from simsearch.callbacks.pruning import Pruning
 from simsearch.comparison.runs import read_run
 from simsearch.files import is_alive, write_json
+from simsearch.sweeps import trials
 from simsearch.sweeps.callback import Sweep
 from simsearch.sweeps.jobs import Job, Launched
 from simsearch.sweeps.progress import _varying, is_open, summary
@@ -511,6 +512,38 @@ def test_a_cluster_that_takes_no_job_ends_the_sweep_and_costs_no_trial(tmp_path,
     assert [trial.state for trial in study(tmp_path).trials] == [COMPLETE, RUNNING]
     run(tmp_path, "hydra.sweeper.n_trials=3")
     check(tmp_path, 3)
+
+
+@pytest.mark.parametrize("sweeper", ["optuna", "basic"])
+def test_slurm_s_warning_between_two_trials_of_a_process_queues_its_job_again(sweeper, tmp_path, monkeypatch):
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    folder, begun, trial = tmp_path / "sweep", [], trials.trial
+    if sweeper == "optuna":
+        command = cheap_sweep.sweep(folder, "hydra.sweeper.n_trials=3")
+    else:
+        command = ["-m", f"hydra.sweep.dir={folder}", "logger.mode=disabled", "objective=val/mAP"]
+        command += ["+cheap.lr=0.1,0.2,0.3", "+cheap.margin=0.5"]
+
+    def warned(config):
+        begun.append(config)
+        if len(begun) == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        return trial(config)
+
+    before = signal.getsignal(signal.SIGUSR1)
+    with monkeypatch.context() as patched:
+        patched.setattr(trials, "trial", warned)
+        assert start(*command) == 0
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert (tmp_path / "asked").read_text() == "requeue 12\n"
+    assert [about["state"] for about in read_trials(folder)] == ["finished"]
+    assert start(*command) == 0
+    assert [about["state"] for about in read_trials(folder)] == ["finished"] * 3
+    assert set(worked(folder).values()) == {1}
 
 
 def test_a_kill_between_study_and_folder_adds_no_trial_twice(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def test_tables_show_means_spreads_and_intervals(measured, tmp_path):
     assert text.count("| row | seeds | mAP | P@1 | minutes |") == 2  # a table for each fingerprint
     (row,) = [line for line in text.splitlines() if line.startswith("| b |")]
     means = b.mean(1)
-    cells = f"{means.mean():.4f} ± {np.ptp(means) / 2:.4f} [{means.mean() - 0.1:.4f}, {means.mean() + 0.1:.4f}]"
+    cells = f"{means.mean():.4f} ± {np.std(means, ddof=1):.4f} [{means.mean() - 0.1:.4f}, {means.mean() + 0.1:.4f}]"
     assert row == f"| b | 3 | {cells} | 0.5000 ± 0.0000 | 2 |"
     (row,) = [line for line in text.splitlines() if line.startswith("| b+aqe |")]
     assert f"| 1 | {b[0].mean() + 0.1:.4f} [" in row

@@ -54,7 +54,7 @@ sweeper.register()
 _LOG = logging.getLogger(__name__)
 
 
-@program.command("train")
+@program.command("train", resumes=True)
 def main(config: DictConfig) -> Any:
     """Runs the command `simsearch train`.
 

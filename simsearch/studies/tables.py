@@ -182,8 +182,8 @@ def _values(m: Measurement) -> dict[str, Tensor]:
 def markdown_tables(lines: Iterable[Mapping[str, str]]) -> str:
     """A table in Markdown for each protocol: rows, seeds, metrics, minutes of a training.
 
-    A metric is the mean over seeds, with half the range of several seeds and, in brackets, the 95% interval by sampling
-    unit, whose ends are means over seeds.
+    A metric is the mean over seeds, with the standard deviation of several seeds (n - 1) and, in brackets, the 95%
+    interval by sampling unit, whose ends are means over seeds.
 
     Args:
         lines: The lines of results.csv.
@@ -217,7 +217,7 @@ def _cell(lines: Sequence[Mapping[str, str]]) -> str:
     values = [float(line["value"]) for line in lines if line["value"]]
     if not values:
         return "-"
-    spread = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
     ends = [[float(line[end]) for line in lines if line[end]] for end in ("ci_low", "ci_high")]
     interval = f" [{statistics.fmean(ends[0]):.4f}, {statistics.fmean(ends[1]):.4f}]" if all(ends) else ""
     return f"{statistics.fmean(values):.4f}{spread}{interval}"
