@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from simsearch import launch, trust, usage
+from simsearch import launch, slurm, trust, usage
 from simsearch.saved_run import open_run
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ OmegaConf.register_new_resolver("network_of", network_of, replace=True)
 OmegaConf.register_new_resolver(
     # Tasks of a SLURM step compose in different seconds, and again after a requeue, but must share a folder.
     "started",
-    lambda now: now if (step := launch.slurm_step()) is None else f"slurm-{step}",
+    lambda now: now if (step := slurm.step()) is None else f"slurm-{step}",
     use_cache=True,  # a sweep's jobs compose again, in a step of their own, and get the cache of the sweep
     replace=True,
 )

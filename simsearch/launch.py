@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from simsearch import slurm
 from simsearch.files import read_json, write_json
 
 TRUST = "trust=true"
+_WARNED = 128 + signal.SIGUSR1  # exit status of a rank that SLURM's warning stopped
 _GRACE_S = 20.0  # for the others once a rank has failed: a collective may wait for it for half an hour
 _LEFT_BEHIND = (
     *("LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
@@ -84,16 +86,6 @@ def is_rank() -> bool:
 def is_slurm_rank() -> bool:
     """Whether srun started this process as one of several tasks."""
     return not dist.is_torchelastic_launched() and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-
-
-def slurm_step() -> str | None:
-    """`job.step` if srun started this process, else None. It stays the same after a requeue.
-
-    Also None in an interactive shell of srun (job name bash or interactive), where each command is a run of its own.
-    """
-    if "SLURM_STEP_ID" not in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
-        return None
-    return f"{os.environ['SLURM_JOB_ID']}.{os.environ['SLURM_STEP_ID']}"
 
 
 def settle_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,6 +165,7 @@ def run_ranks(folder: Path, ranks: int, *, trusted: bool = False) -> None:
         "GROUP_RANK": "0",
         "TORCHELASTIC_RUN_ID": "simsearch",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        slurm.PARENT_ASKS: "1",
     }
     environment.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
     with tempfile.TemporaryDirectory(prefix="simsearch-ranks-") as reports, _Ranks(Path(reports)) as group:
@@ -196,17 +189,17 @@ class _Ranks:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.killed: set[int] = set()
         self.received = 0
+        self._request = slurm.Request(0)
         self._found: dict[int, Any] = {}
 
     def __enter__(self) -> _Ranks:
         if threading.current_thread() is threading.main_thread():
-            from simsearch.callbacks.interruption import stop_signals  # and Lightning, which a search goes without
-
-            numbers = (signal.SIGINT, *stop_signals())
+            numbers = (signal.SIGINT, *slurm.stop_signals())
             self._found = {number: signal.signal(number, self._pass_on) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._request.cancel()
         self.kill()
         for process in self.processes:
             process.wait()
@@ -217,7 +210,11 @@ class _Ranks:
 
     def _pass_on(self, number: int, _: Any) -> None:
         again = self.received == number == signal.SIGINT  # Ctrl-C twice ends at once
+        if self.received == signal.SIGUSR1:  # SLURM sends SIGTERM when it requeues; they are saving already
+            return
         self.received = number
+        if number == signal.SIGUSR1:
+            self._request.make_within()
         for process in self.processes:
             process.send_signal(signal.SIGKILL if again else number)
 
@@ -242,7 +239,7 @@ class _Ranks:
         """Waits until all ranks have ended. Ranks that long outlive a failed one are killed."""
         deadline = None
         while None in (codes := [process.poll() for process in self.processes]):
-            if deadline is None and any(codes):
+            if deadline is None and any(code not in (None, 0, _WARNED) for code in codes):
                 deadline = time.monotonic() + _GRACE_S
             if deadline is not None and time.monotonic() > deadline:
                 self.kill()
@@ -257,8 +254,12 @@ class _Ranks:
     def judge(self) -> None:
         """Raises the error that follows from the ranks' exit statuses, if any."""
         codes = [process.returncode for process in self.processes]
-        if self.received == signal.SIGUSR1 and codes[0] == 0:
-            raise SystemExit(0)  # the job is queued again
+        if self.received == signal.SIGUSR1 and any(codes):
+            failed = [0 if code in (_WARNED, -signal.SIGUSR1) else code for code in codes]
+            if any(failed):
+                slurm.tell(self._first_error(failed))
+            self._request.make()
+            raise SystemExit(self._request.status)
         if any(codes):
             raise SystemExit(128 + self.received) if self.received else self._first_error(codes)
 
@@ -277,38 +278,6 @@ class _Ranks:
     def _path(self, number: int) -> Path | None:
         path = self.reports / f"{number}.json"
         return path if path.is_file() else None
-
-
-@contextmanager
-def requeued_if_warned(stop: Callable[[], None] | None = None) -> Iterator[None]:
-    """Inside the block, SLURM's warning calls `stop`, and then rank 0 requeues the job at the end of the block.
-
-    SLURM warns all processes of a job: those that train save. A training of this process has a handler of its own
-    (`Interruption`) for as long as it lasts.
-
-    Args:
-        stop: Lets the block end soon. By default the process ends at once, with status 0.
-    """
-    from simsearch.callbacks.interruption import requeue, stop_signals
-
-    if signal.SIGUSR1 not in stop_signals() or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    warned = []
-
-    def hear(*_: object) -> None:
-        warned.append(True)
-        if stop is None:
-            raise SystemExit(0)
-        stop()
-
-    found = signal.signal(signal.SIGUSR1, hear)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGUSR1, found)
-        if warned and rank() == 0:
-            requeue()
 
 
 # -------------------------------------------------------------------------------------------- the ranks

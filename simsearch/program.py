@@ -10,7 +10,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
-from simsearch import configs, launch, usage
+from simsearch import configs, launch, slurm, usage
 from simsearch.models.backbones import WeightsError
 from simsearch.text import warn
 
@@ -68,7 +68,8 @@ def command(name: str, *, resumes: bool = False) -> Callable[[Callable[[DictConf
             if multiprocessing.get_start_method(allow_none=True) == "loky":  # joblib's, which starts no others
                 multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
             try:
-                return task(config)
+                with _requeued(resumes):  # here too, since a cluster's job comes without main
+                    return task(config)
             except Exception as error:
                 if (log := logging.getLogger("simsearch")).handlers:  # where a command keeps a log, not the terminal
                     log.info("failed", exc_info=True)
@@ -92,7 +93,7 @@ def command(name: str, *, resumes: bool = False) -> Callable[[Callable[[DictConf
             os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come here, where they are reported in one line
             try:
                 sys.argv[1:] = [without_null(argument) for argument in sys.argv[1:]]
-                with launch.requeued_if_warned() if resumes else nullcontext():
+                with _requeued(resumes):  # between the runs of a sweep
                     program()
             except user_errors(launch.RankError, HydraException) as error:
                 if os.environ.get("SIMSEARCH_DEBUG") == "1":
@@ -112,6 +113,10 @@ def command(name: str, *, resumes: bool = False) -> Callable[[Callable[[DictConf
         return main
 
     return decorate
+
+
+def _requeued(resumes: bool) -> AbstractContextManager[None]:
+    return slurm.requeued_if_warned(launch.rank()) if resumes else nullcontext()
 
 
 def remove_unused(folder: Path) -> None:

@@ -23,7 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from simsearch import __version__, configs, launch
+from simsearch import __version__, configs, launch, slurm
 from simsearch.files import read_json, replacing, write_json
 from simsearch.saved_run import Run, open_run, read_config
 from simsearch.text import warn
@@ -188,7 +188,7 @@ def _claim(folder: Path, values: dict[str, Any]) -> Run:
         for path in folder.glob("metrics*.csv"):  # of a start that failed
             path.unlink()
         (folder / "config.yaml").unlink()
-    about = {"wandb_id": _new_id(), "slurm_step": launch.slurm_step(), "versions": versions()}
+    about = {"wandb_id": _new_id(), "slurm_step": slurm.step(), "versions": versions()}
     _write_config(folder, values, about)
     return Run(folder, values, trusted=True)
 
@@ -225,7 +225,7 @@ def _is_ours(folder: Path) -> bool | None:
         step = read_json(folder / "run.json").get("slurm_step")
     except (OSError, ValueError):  # not there, or being written
         return None
-    return step is not None and step == launch.slurm_step()
+    return step is not None and step == slurm.step()
 
 
 def _taken(folder: Path) -> ValueError:

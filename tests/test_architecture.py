@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "trust": {"errors"},
     "files": {"errors", "text"},
     "text": set(),
+    "slurm": {"text"},
     "usage": set(),
     "functional": {"types"},
     "figures": GROUND,
@@ -38,19 +39,20 @@ MAY_IMPORT = {
     "search": {"index", "models", "functional", "images", "cache", "data", "trust", *GROUND},
 }
 MAY_IMPORT["evaluation"] = {"index", "metrics", "functional", "figures", "data", *GROUND}
-MAY_IMPORT["callbacks"] = {"evaluation", "index", "metrics", "functional", "figures", *GROUND}
+MAY_IMPORT["callbacks"] = {"evaluation", "index", "metrics", "functional", "figures", "slurm", *GROUND}
 MAY_IMPORT["serving"] = {"search", "index", "models", "functional", "images", "data", *GROUND}
-MAY_IMPORT["launch"] = {"callbacks", *GROUND}
+MAY_IMPORT["launch"] = {"slurm", *GROUND}
 MAY_IMPORT["settings"] = {"callbacks", "evaluation", "index", "models", "trust", *GROUND}
 MAY_IMPORT["terminal"] = GROUND
 MAY_IMPORT["results"] = {"terminal", *GROUND}
 MAY_IMPORT["saved_run"] = {"models", "trust", *GROUND}
-MAY_IMPORT["configs"] = {"saved_run", "launch", "callbacks", "data", "trust", "usage", *GROUND}
-MAY_IMPORT["run_directory"] = {"saved_run", "configs", "launch", "settings", *GROUND}
+MAY_IMPORT["configs"] = {"saved_run", "launch", "callbacks", "data", "slurm", "trust", "usage", *GROUND}
+MAY_IMPORT["run_directory"] = {"saved_run", "configs", "launch", "settings", "slurm", *GROUND}
 MAY_IMPORT["identity"] = {"saved_run", "trust"}
-MAY_IMPORT["program"] = {"configs", "launch", "models", "usage", *GROUND}
+MAY_IMPORT["program"] = {"configs", "launch", "models", "slurm", "usage", *GROUND}
 MAY_IMPORT["tracking"] = {"launch", "results", "saved_run", "callbacks", "evaluation", "data", "figures", *GROUND}
-MAY_IMPORT["sweeps"] = {"identity", "launch", "program", "configs", "saved_run", "terminal", "settings", *GROUND}
+MAY_IMPORT["sweeps"] = {"identity", "launch", "program", "configs", "saved_run", "slurm", "terminal", *GROUND}
+MAY_IMPORT["sweeps"] |= {"settings"}
 MAY_IMPORT["comparison"] = {"search", "data", "images", "functional", "metrics", "identity", "trust", *GROUND}
 MAY_IMPORT["studies"] = set(MAY_IMPORT)
 MAY_IMPORT["commands"] = set(MAY_IMPORT)

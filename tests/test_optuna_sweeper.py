@@ -490,12 +490,35 @@ def test_a_worker_that_dies_after_its_trial_s_end_loses_nothing(tmp_path, monkey
     check(tmp_path, 2)
 
 
-def test_a_cluster_that_takes_no_job_ends_the_sweep_and_costs_no_trial(tmp_path, monkeypatch, capsys):
-    class FailedJobError(Exception):
-        """As submitit calls it."""
+class FailedJobError(Exception):
+    """As submitit calls it, both where sbatch fails and where a job does."""
 
+
+def test_a_job_of_a_cluster_that_fails_before_it_is_a_trial_leaves_the_others(tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise FailedJobError("Job (task=0) failed during processing with trace: No module named 'faiss'")
+
+    launched = Launched.run
+
+    def run_one(self, overrides, number):
+        if number == 1:
+            self = Launched(SimpleNamespace(launch=fails))
+        return launched(self, overrides, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Launched, "run", run_one)
+        run(tmp_path, "hydra.sweeper.n_trials=3")
+    assert "cut off: trial 1" in (said := capsys.readouterr().err)
+    assert "No module named 'faiss'" in said
+    assert [trial.state for trial in study(tmp_path).trials] == [COMPLETE, RUNNING, COMPLETE]
+    run(tmp_path, "hydra.sweeper.n_trials=3")
+    check(tmp_path, 3)
+
+
+def test_a_cluster_that_takes_no_job_ends_the_sweep_and_costs_no_trial(tmp_path, monkeypatch, capsys):
     def refuses(*_, **__):
-        raise FailedJobError("sbatch: error: QOSMaxSubmitJobPerUserLimit")
+        cause = subprocess.CalledProcessError(1, "sbatch")
+        raise FailedJobError("sbatch: error: QOSMaxSubmitJobPerUserLimit") from cause
 
     launched = Launched.run
 
@@ -515,12 +538,7 @@ def test_a_cluster_that_takes_no_job_ends_the_sweep_and_costs_no_trial(tmp_path,
 
 
 @pytest.mark.parametrize("sweeper", ["optuna", "basic"])
-def test_slurm_s_warning_between_two_trials_of_a_process_queues_its_job_again(sweeper, tmp_path, monkeypatch):
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "12")
-    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+def test_slurm_s_warning_between_two_trials_of_a_process_queues_its_job_again(sweeper, scontrol, tmp_path, monkeypatch):
     folder, begun, trial = tmp_path / "sweep", [], trials.trial
     if sweeper == "optuna":
         command = cheap_sweep.sweep(folder, "hydra.sweeper.n_trials=3")
@@ -807,23 +825,22 @@ def test_workers_take_trials_without_waiting_for_each_other(tmp_path):
 
 
 @pytest.mark.slow
-def test_slurm_s_warning_ends_the_sweep_after_its_workers(tmp_path, monkeypatch):
-    """It comes to all processes; those of this cheap sweep, which save nothing, end at once."""
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "12")
-    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("to_all", [True, False])
+def test_a_signal_ends_the_sweep_after_its_workers(number, status, to_all, scontrol, tmp_path, monkeypatch):
+    """The trials of this cheap sweep save nothing and end at once. Only the sweep's process asks SLURM."""
     folder = tmp_path / "sweep"
     process = spawn(folder, "hydra.sweeper.n_trials=8", "hydra.sweeper.n_jobs=2", wait=0.3)
     until(lambda: len(workers(folder)) == 2, process)
-    os.killpg(process.pid, signal.SIGUSR1)
+    (os.killpg if to_all else os.kill)(process.pid, number)
     said, _ = process.communicate(timeout=600)
-    assert process.returncode >= 0, said
-    assert (tmp_path / "asked").read_text() == "requeue 12\n"
+    assert process.returncode == status, said
+    asked = scontrol / "asked"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 12\n" if number == signal.SIGUSR1 else "")
     begun = len(study(folder).trials)
     assert begun < 8
-    monkeypatch.delenv("SLURM_JOB_ID")
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name)
     again = spawn(folder, "hydra.sweeper.n_trials=8", "hydra.sweeper.n_jobs=2", wait=0.01)
     said, _ = again.communicate(timeout=600)
     assert again.returncode == 0, said

@@ -23,6 +23,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from test_resume import DATA, DIR
 
 from simsearch import configs, launch, run_directory, saved_run
+from simsearch import slurm as slurm_job
 from simsearch import worker as rank
 from simsearch.callbacks import interruption
 from simsearch.callbacks.interruption import Interruption
@@ -389,24 +390,39 @@ class TestGroup:
         assert group.processes[0].returncode == -signal.SIGKILL
         assert error.code == 128 + signal.SIGINT
 
-    def test_a_job_that_is_queued_again_is_no_success(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("SLURM_JOB_ID", "1")
+    @pytest.mark.parametrize("how", ["saved", "importing", "failed", "ended well"])
+    def test_the_parent_queues_the_job_of_warned_ranks_again(self, how, tmp_path, scontrol, capsys):
+        handlers = {
+            "saved": "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138))",
+            "importing": "",
+            "failed": "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))",
+            "ended well": "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))",
+        }
         program = (
-            "import pathlib, signal, sys, time\n"
-            "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))\n"
-            f"pathlib.Path({str(tmp_path)!r}, 'ready').touch()\n"
+            "import os, pathlib, signal, sys, time\n"
+            "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+            f"{handlers[how]}\n"
+            f"pathlib.Path({str(tmp_path)!r}, str(os.getpid()) + '.ready').touch()\n"
             "time.sleep(600)"
         )
 
         def tell() -> None:
-            while not (tmp_path / "ready").exists():
+            while len(list(tmp_path.glob("*.ready"))) < 2:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)  # as SLURM does
 
         threading.Thread(target=tell).start()
-        error = run_programs(tmp_path, program)[1]
-        assert isinstance(error, SystemExit)
-        assert error.code == 0
+        error = run_programs(tmp_path, program, program)[1]
+        said = capsys.readouterr().err
+        if how == "ended well":  # before it came to stopping
+            assert error is None
+            assert not (scontrol / "asked").exists()
+        else:
+            assert isinstance(error, SystemExit)
+            assert error.code == 0
+            assert (scontrol / "asked").read_text() == "requeue 12\n"
+            assert ("after SLURM's warning: RankError: rank 0 of 2 ended by status 3" in said) == (how == "failed")
 
     def test_ranks_end_with_their_parent(self, tmp_path):
         rank = (
@@ -452,20 +468,20 @@ def slurm(monkeypatch):
 
 class TestPlace:
     def test_alone(self, slurm):
-        assert (launch.rank(), launch.is_rank(), launch.slurm_step()) == (0, False, None)
+        assert (launch.rank(), launch.is_rank(), slurm_job.step()) == (0, False, None)
 
     def test_in_a_slurm_step(self, slurm):
         slurm()
-        assert (launch.rank(), launch.is_rank(), launch.is_slurm_rank(), launch.slurm_step()) == (3, True, True, "7.0")
+        assert (launch.rank(), launch.is_rank(), launch.is_slurm_rank(), slurm_job.step()) == (3, True, True, "7.0")
         assert launch.place() == (3, 4, 1)
 
     def test_in_a_batch_script(self, slurm):
         slurm(SLURM_STEP_ID=None, SLURM_STEP_NUM_TASKS=None, SLURM_PROCID="0")
-        assert (launch.rank(), launch.is_rank(), launch.slurm_step()) == (0, False, None)
+        assert (launch.rank(), launch.is_rank(), slurm_job.step()) == (0, False, None)
 
     def test_in_a_shell_on_a_node(self, slurm):
         slurm(SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0", SLURM_JOB_NAME="bash")
-        assert (launch.is_rank(), launch.slurm_step()) == (False, None)
+        assert (launch.is_rank(), slurm_job.step()) == (False, None)
 
     def test_started_by_a_parent_within_slurm(self, slurm, monkeypatch):
         slurm(SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0")
@@ -476,7 +492,8 @@ class TestPlace:
         assert launch.place() == (1, 4, 1)
 
     def test_torchrun_around_the_command_is_refused(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+            monkeypatch.setenv(name, value)
         done = simsearch("train", f"run_dir={tmp_path}", expect=1)
         assert "do not use torchrun" in done.stderr
 
@@ -636,18 +653,6 @@ class TestInterruption:
             with pytest.raises(SystemExit):
                 stop.on_train_end(FakeTrainer(), None)
 
-    @pytest.fixture
-    def scontrol(self, tmp_path, monkeypatch):
-        """A scontrol that writes down its arguments; SLURM's job 12."""
-        program = tmp_path / "bin" / "scontrol"
-        program.parent.mkdir()
-        program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\ntest ! -e {tmp_path}/broken\n')
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-        monkeypatch.setenv("SLURM_JOB_ID", "12")
-        monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
-        return tmp_path
-
     def test_the_warning_puts_the_job_back_into_the_queue(self, scontrol, capsys):
         with pytest.raises(SystemExit) as error, Interruption(0):
             signal.raise_signal(signal.SIGUSR1)
@@ -690,6 +695,59 @@ class TestInterruption:
         (scontrol / "broken").touch()
         with pytest.raises(SystemExit, match="cannot requeue the SLURM job 12"), Interruption(0):
             signal.raise_signal(signal.SIGUSR1)
+
+    def test_a_late_request_that_slurm_refuses_is_told_and_made_again(self, scontrol, monkeypatch, capsys):
+        monkeypatch.setattr(interruption, "_FINISH_S", 0.01)
+        (scontrol / "broken").touch()
+
+        def train() -> None:
+            with Interruption(0) as stop:
+                stop.on_train_start(FakeTrainer(), None)
+                signal.raise_signal(signal.SIGUSR1)
+                stop.on_exception(FakeTrainer(), None, SIGTERMException())
+                while "cannot requeue" not in capsys.readouterr().err:
+                    time.sleep(0.01)
+                (scontrol / "broken").unlink()
+                raise SystemExit(143)
+
+        with pytest.raises(SystemExit) as error:
+            train()
+        assert error.value.code == 0
+        assert (scontrol / "asked").read_text() == "requeue 12\n" * 2
+
+    def test_a_validation_that_outlasts_the_job_s_time_does_not_cost_its_place(self, scontrol, monkeypatch):
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + slurm_job._MARGIN_S)))
+        with Interruption(0) as stop:
+            stop.on_train_start(FakeTrainer(), None)
+            signal.raise_signal(signal.SIGUSR1)
+            while not (scontrol / "asked").exists():
+                time.sleep(0.01)
+
+    def test_an_error_after_the_warning_is_told(self, scontrol, capsys):
+        def train() -> None:
+            with Interruption(0) as stop:
+                stop.on_train_start(FakeTrainer(), None)
+                signal.raise_signal(signal.SIGUSR1)
+                raise OSError("no space left")
+
+        with pytest.raises(SystemExit) as error:
+            train()
+        assert error.value.code == 0
+        assert "after SLURM's warning: OSError: no space left" in capsys.readouterr().err
+
+    def test_a_process_whose_parent_waits_leaves_the_request_to_it(self, scontrol, monkeypatch):
+        monkeypatch.setenv(slurm_job.PARENT_ASKS, "1")
+        for block in (Interruption(0), slurm_job.requeued_if_warned(0)):
+            with pytest.raises(SystemExit) as error, block:
+                signal.raise_signal(signal.SIGUSR1)
+            assert error.value.code == 138
+        assert not (scontrol / "asked").exists()
+
+    def test_a_job_that_would_begin_anew_is_not_queued_again(self, scontrol, monkeypatch):
+        monkeypatch.delenv("SLURM_STEP_ID")
+        with pytest.raises(SystemExit, match="job 12 is not queued again: without srun"), Interruption(0):
+            signal.raise_signal(signal.SIGUSR1)
+        assert not (scontrol / "asked").exists()
 
     def test_without_slurm_the_other_signal_is_not_ours(self, monkeypatch):
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)

@@ -6,6 +6,10 @@ import csv
 import json
 import os
 import shlex
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import hydra
@@ -13,7 +17,7 @@ import pytest
 from conftest import simsearch
 from omegaconf import OmegaConf
 
-from simsearch import configs
+from simsearch import configs, saved_run
 from simsearch.commands.reproduce import exit_status
 from simsearch.identity import deciding
 from simsearch.studies import check
@@ -214,6 +218,20 @@ class TestRun:
         run(rows, "row=dsh-longer", expect=1)
         assert launched.commands == ["train", "train", "evaluate", "evaluate"]
 
+    def test_an_evaluation_older_than_the_checkpoint_is_not_in_the_tables(self, rows, launched):
+        run(rows, "row=dsh-longer", expect=1)
+        (folder,) = (rows.parent / "runs").glob("dsh-longer-*")
+        os.utime(folder / "checkpoints/best.ckpt", (2e9, 2e9))
+        run_ = saved_run.open_run(folder)
+        assert not check.is_measured(run_, "rendered-style rerank=aqe")
+        os.utime(folder / "checkpoints/best.ckpt", (1e9, 1e9))
+        assert check.is_measured(run_, "rendered-style rerank=aqe")
+
+    def test_a_training_that_stopped_is_no_finished_one(self, rows, launched, monkeypatch):
+        monkeypatch.setattr(check, "launch", lambda command, arguments: None)
+        done = run(rows, "row=dsh-tiny", expect=1)
+        assert "ended without a result; the same command goes on" in done.stderr
+
     def test_the_mean_over_seeds_counts(self, rows, launched):
         launched.by_seed = {0: 0.42, 1: 0.56}
         assert "gap" in run(rows, "row=dsh-tiny", expect=1).stdout
@@ -265,6 +283,40 @@ class TestRun:
 
         monkeypatch.setattr(check, "launch", fail)
         assert "[/w/x.pth] and [cifar10]" in " ".join(run(rows, "row=dsh-tiny", expect=1).stdout.split())
+
+    @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0)])
+    def test_a_signal_waits_for_the_training_to_save(self, number, status, scontrol, monkeypatch):
+        """A training that takes a while to save; Ctrl-C reaches it by the terminal."""
+        program = scontrol / "python"
+        program.write_text(
+            f"#!{sys.executable}\n"
+            "import os, pathlib, signal, sys, time\n"
+            "def save(*_):\n"
+            "    time.sleep(0.3)\n"
+            f"    pathlib.Path({str(scontrol)!r}, 'saved').touch()\n"
+            "    sys.exit(138)\n"
+            f"signal.signal({int(number)}, save)\n"
+            f"pathlib.Path({str(scontrol)!r}, 'asks').write_text(os.environ.get('SIMSEARCH_PARENT_ASKS', ''))\n"
+            f"pathlib.Path({str(scontrol)!r}, 'ready').write_text(str(os.getpid()))\n"
+            "time.sleep(600)\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setattr(check.sys, "executable", str(program))
+
+        def tell() -> None:
+            while not (ready := scontrol / "ready").exists() or not ready.read_text():
+                time.sleep(0.01)
+            if number == signal.SIGINT:
+                os.kill(int(ready.read_text()), number)
+            os.kill(os.getpid(), number)
+
+        threading.Thread(target=tell).start()
+        with pytest.raises(SystemExit) as error:
+            check.launch("train", [])
+        assert error.value.code == status
+        assert (scontrol / "saved").exists()
+        assert (scontrol / "asks").read_text() == "1"
+        assert (scontrol / "asked").exists() == (number == signal.SIGUSR1)
 
     def test_a_bad_exit_status_is_reported_with_its_command(self, capfd):
         with pytest.raises(check.Failed, match=r"`simsearch trian seed=1` ended with status 2"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
 import threading
 from types import TracebackType
@@ -15,6 +13,8 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from simsearch import slurm
+
 _FINISH_S = 20.0  # time for loggers that wait for the network; then the job is requeued in any case
 
 
@@ -23,7 +23,7 @@ class Interruption(pl.Callback):
 
     SIGTERM ends the process with status 143. SIGINT (Ctrl-C) ends it with status 130; a second Ctrl-C ends it at once.
     In a SLURM job, SIGUSR1 is the warning before the time limit (--signal=USR1@90): rank 0 requeues the job, and the
-    status is 0.
+    status is 0 (138 where a parent process waits and requeues it).
 
     During a training, the current batch or validation is finished first. All ranks stop after the same batch, whichever
     rank received the signal: if one rank stopped alone, the others would wait for it, and a checkpoint from within a
@@ -35,13 +35,13 @@ class Interruption(pl.Callback):
 
     def __init__(self, rank: int) -> None:
         self.rank, self.received = rank, 0
-        self._patient = self._requeued = False
-        self._latest: threading.Timer | None = None
+        self._patient = False
+        self._request = slurm.Request(rank)
         self._found: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGINT, *stop_signals())
+            numbers = (signal.SIGINT, *slurm.stop_signals())
             self._found = {number: signal.signal(number, self._hear) for number in numbers}
         return self
 
@@ -50,27 +50,24 @@ class Interruption(pl.Callback):
     ) -> None:
         for number, handler in self._found.items():
             signal.signal(number, handler)
+        self._request.cancel()
         if self.received == signal.SIGUSR1 and error is not None:
-            self._requeue()
-            raise SystemExit(0) from None
+            slurm.tell(error)
+            self._request.make()
+            raise SystemExit(self._request.status) from None
 
     def _hear(self, number: int, _: Any) -> None:
         again = self.received == number == signal.SIGINT  # a second Ctrl-C stops at once
         if again or not self.received:  # SLURM sends SIGTERM when it requeues
             self.received = number
+            if number == signal.SIGUSR1:
+                self._request.make_within()
             if again or not self._patient:
                 raise SystemExit(128 + number)
             if number == signal.SIGINT and self.rank == 0:
                 print(
                     "stopping after this batch with a checkpoint; press Ctrl-C again to stop at once", file=sys.stderr
                 )
-
-    def _requeue(self) -> None:
-        if self._latest is not None:
-            self._latest.cancel()
-        if self.rank == 0 and not self._requeued:
-            self._requeued = True
-            requeue()
 
     # As a callback
 
@@ -102,9 +99,7 @@ class Interruption(pl.Callback):
         if isinstance(exception, SIGTERMException):  # the checkpoint is written
             exception.code = 128 + self.received
             if self.received == signal.SIGUSR1:  # loggers finish first, since SLURM ends them when it requeues
-                self._latest = threading.Timer(_FINISH_S, self._requeue)
-                self._latest.daemon = True
-                self._latest.start()
+                self._request.make_within(_FINISH_S)
 
     def _agree(self, trainer: pl.Trainer) -> bool:
         """Whether any rank received a signal; if so, the trainer of every rank is asked to stop."""
@@ -117,27 +112,6 @@ class Interruption(pl.Callback):
             self.received = number
             trainer._signal_connector.received_sigterm = True
         return bool(number)
-
-
-def stop_signals() -> tuple[int, ...]:
-    """The signals that stop a run here: SIGTERM, and SIGUSR1 in a SLURM job."""
-    return (signal.SIGTERM, signal.SIGUSR1) if "SLURM_JOB_ID" in os.environ else (signal.SIGTERM,)
-
-
-def requeue() -> None:
-    """Requeues the current SLURM job.
-
-    Raises:
-        SystemExit: If SLURM refuses.
-    """
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        raise SystemExit(f"cannot requeue the SLURM job {job}: {reason}") from error
-    print(f"the SLURM job {job} is queued again and will continue from here", file=sys.stderr)
 
 
 def _nothing(*_: Any) -> None:

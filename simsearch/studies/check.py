@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shlex
 import signal
@@ -12,13 +13,14 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock
 
-from simsearch import configs, saved_run
+from simsearch import configs, saved_run, slurm
 from simsearch.data.cifar10 import DataError
 from simsearch.files import read_json
 from simsearch.identity import run_identity
@@ -238,16 +240,18 @@ def obtain(
     check_runnable(row, config)
     folder = root / f"{name}-s{seed}-{key[:8]}"
     if is_finished(folder):  # and not to be used: go on with another that was begun, or begin one
-        begun = [path.parent for path in sorted(root.glob(f"{folder.name}-*/run.json"))]
+        begun = [path.parent for path in sorted(root.glob(f"{folder.name}-*/config.yaml"))]
         another = folder.with_name(f"{folder.name}-{time.strftime('%Y-%m-%d_%H-%M-%S')}")
         folder = next((path for path in begun if not is_finished(path)), another)
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f".{folder.name}.lock"):  # another process at this row: it trains, this one waits
         if not is_finished(folder):
-            resumed = (folder / "run.json").is_file()
+            resumed = (folder / "config.yaml").is_file()
             print(f"{name}, seed {seed}: {'continuing' if resumed else 'training'} in {folder}", file=sys.stderr)
             said = ["trust=true"] if trusted else []
             launch("train", [override("run_dir", folder), *(["resume=true"] if resumed else overrides), *said])
+            if not is_finished(folder):
+                raise Failed(f"the training in {folder} ended without a result; the same command goes on")
     run = saved_run.open_run(folder, trusted=trusted)
     runs.setdefault(key, []).append(run)
     return run
@@ -318,8 +322,7 @@ def measure(run: Run, row: Row, measurement: str, *, trusted: bool = False) -> d
         stage = own
     else:
         path = evaluation_folder(run, measurement) / "metrics.json"
-        checkpoint = run.folder / "checkpoints" / "best.ckpt"
-        if not path.is_file() or path.stat().st_mtime < checkpoint.stat().st_mtime:
+        if not is_measured(run, measurement):
             check_runnable(row, run.config)
             print(f"{row.name}: measuring {measurement} of {run.folder}", file=sys.stderr)
             chosen = [] if protocol == own["protocol"] else [f"protocol={protocol}"]
@@ -350,10 +353,23 @@ def evaluation_folder(run: Run, measurement: str) -> Path:
     return run.folder / "evaluations" / re.sub(r"[^\w.=+-]+", "_", measurement)
 
 
+def is_measured(run: Run, measurement: str) -> bool:
+    """Whether a run was evaluated by a measurement other than its own test, after its last training.
+
+    Args:
+        run: The run.
+        measurement: Name of the measurement.
+    """
+    path = evaluation_folder(run, measurement) / "metrics.json"
+    checkpoint = run.folder / "checkpoints" / "best.ckpt"
+    return path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime
+
+
 def launch(command: str, arguments: Sequence[str]) -> None:
     """Runs a simsearch command as a separate process. Its output goes to standard error.
 
-    SIGTERM is forwarded, so that a training writes its checkpoint. Then this process ends too.
+    After SIGTERM, Ctrl-C or SLURM's warning, which are forwarded, a training writes its checkpoint. Then this process
+    ends too.
 
     Args:
         command: Name of the command.
@@ -364,18 +380,25 @@ def launch(command: str, arguments: Sequence[str]) -> None:
     """
     line = shlex.join(["simsearch", command, *arguments])
     print(f"$ {line}", file=sys.stderr, flush=True)
-    process = subprocess.Popen([sys.executable, "-m", "simsearch", command, *arguments], stdout=2)
+    environment = os.environ | {slurm.PARENT_ASKS: "1"}
+    process = subprocess.Popen([sys.executable, "-m", "simsearch", command, *arguments], stdout=2, env=environment)
     received: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
+        again = received[:1] == [number] == [signal.SIGINT]
         received.append(number)
-        process.terminate()
+        if again:
+            process.kill()
+        elif number != signal.SIGINT:  # Ctrl-C comes to both
+            process.send_signal(number)
 
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        status = process.wait()
+        with slurm.requeued_if_warned(0, partial(process.send_signal, signal.SIGUSR1)):
+            status = process.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if received:
         raise SystemExit(128 + received[0])
     if status:

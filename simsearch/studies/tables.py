@@ -19,7 +19,7 @@ from tqdm import tqdm
 from simsearch import results
 from simsearch.files import read_json, replacing
 from simsearch.functional.significance import holm, paired_interval, paired_permutation
-from simsearch.studies.check import evaluation_folder, measured_by
+from simsearch.studies.check import evaluation_folder, is_measured, measured_by
 from simsearch.studies.rows import Row
 from simsearch.studies.runs import Runs, find_run
 
@@ -88,7 +88,7 @@ def measurements(book: Mapping[str, Row], runs: Runs, *, trusted: bool = False) 
             for measurement, metrics in row.expect.items():
                 at_home = measurement == own
                 folder = run.folder if at_home else evaluation_folder(run, measurement)
-                if not (folder / "metrics.json").is_file():
+                if not at_home and not is_measured(run, measurement):
                     print(f"{name}, seed {seed}: {measurement} is not measured", file=sys.stderr)
                     continue
                 change, data = " ".join(measured_by(measurement)), _data_name(run.config["data"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus
 
-from simsearch import program
+from simsearch import program, slurm
 
 
 class Refused(ValueError):
@@ -49,6 +50,13 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Ends what runs jobs, after the job at hand."""
+
+    def stop(self, number: int) -> None:
+        """Passes a signal on to what runs jobs, where that is ours to do. A training saves and ends.
+
+        Args:
+            number: The signal.
+        """
 
     def kill(self) -> None:
         """Ends what runs jobs at once, where that is ours to do."""
@@ -84,15 +92,22 @@ class Launched:
             (returned,) = self.launcher.launch([list(overrides)], initial_job_idx=number)
         except Exception as error:  # submitit's are known by their names, as it comes with an extra
             said = " ".join(str(error).split())
-            if type(error).__name__ == "UncompletedJobError":  # the job died without a result
-                return Job(None, said)
-            if type(error).__name__ == "FailedJobError":
+            if type(error).__name__ not in ("UncompletedJobError", "FailedJobError"):
+                raise
+            if isinstance(error.__cause__, subprocess.CalledProcessError):  # of sbatch
                 raise Refused(f"the cluster takes no job: {said}; the same command goes on later") from error
-            raise
+            return Job(None, said)  # it died without a result, or before it was a trial
         return _job(returned)
 
     def close(self) -> None:
         """Does nothing: jobs of a cluster end by themselves."""
+
+    def stop(self, number: int) -> None:
+        """Does nothing, as `close`.
+
+        Args:
+            number: A signal.
+        """
 
     def kill(self) -> None:
         """Does nothing, as `close`."""
@@ -150,6 +165,15 @@ class Process:
             self.process.join()
             self.process = None
 
+    def stop(self, number: int) -> None:
+        """Passes a signal on to the process. A training saves, and the process ends or runs no further job.
+
+        Args:
+            number: The signal.
+        """
+        if self.process is not None and self.process.is_alive():
+            os.kill(self.process.pid, number)
+
     def kill(self) -> None:
         """Ends the process at once."""
         if self.process is not None:
@@ -161,6 +185,7 @@ def _serve(pipe: Any, share: int) -> None:
     import cloudpickle
     import torch
 
+    os.environ[slurm.PARENT_ASKS] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all processes; a training listens to it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if "OMP_NUM_THREADS" not in os.environ:

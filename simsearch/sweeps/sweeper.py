@@ -8,11 +8,12 @@ folders know.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from simsearch import configs, launch, program, saved_run
+from simsearch import configs, launch, program, saved_run, slurm
 from simsearch.files import is_alive, read_json, write_json
 from simsearch.identity import identity
 from simsearch.sweeps.jobs import Launched, Process, Refused, Runner
@@ -346,7 +347,7 @@ class OptunaSweeper(Sweeper):
                 runners = [Launched(launcher) for _ in range(self.n_jobs)]
             workers = [threading.Thread(target=self._guarded, args=(one,), daemon=True) for one in runners]
             try:
-                with launch.requeued_if_warned(self._stop):
+                with self._stopped_in_order(runners) if local else nullcontext():
                     for worker in workers:
                         worker.start()
                     for worker in workers:
@@ -365,8 +366,30 @@ class OptunaSweeper(Sweeper):
             if self._error is not None:
                 raise self._error
 
-    def _stop(self) -> None:
-        self._stopping = True
+    @contextmanager
+    def _stopped_in_order(self, runners: Sequence[Runner]) -> Iterator[None]:
+        """Inside the block, SIGTERM and SLURM's warning let trials save; after it the process ends."""
+
+        def stop(number: int) -> None:
+            self._stopping = True
+            for runner in runners:
+                runner.stop(number)
+
+        def terminate(number: int, _: Any) -> None:
+            terminated.append(number)
+            stop(number)
+
+        terminated: list[int] = []
+        here = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, terminate) if here else None
+        try:
+            with slurm.requeued_if_warned(launch.rank(), partial(stop, signal.SIGUSR1)):
+                yield
+        finally:
+            if here:
+                signal.signal(signal.SIGTERM, before)
+        if terminated:
+            raise SystemExit(128 + signal.SIGTERM)
 
     def _guarded(self, runner: Runner) -> None:
         try:
