@@ -183,6 +183,40 @@ def test_srun_in_a_batch_script_that_is_requeued(slurm, wanted, tmp_path):
 
 
 @pytest.mark.slurm
+def test_a_job_that_runs_two_trials_at_a_time_is_requeued_after_both_have_saved(slurm, tmp_path):
+    pytest.importorskip("optuna")
+    from simsearch.sweeps.trials import read_trials
+
+    sweep, script = tmp_path / "sweep", tmp_path / "job.sh"
+    study = ("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2")
+    study += ("hydra.sweeper.sampler.seed=0", "loss.weight=interval(0.01,0.1)", "objective=val/mAP")
+    setting = (*LONG, "trainer.devices=1", "logger.mode=disabled", f"hydra.sweep.dir={sweep}")
+    arguments = " ".join(f"'{argument}'" for argument in ("-m", *setting, *study))
+    script.write_text(f"#!/bin/bash\nsrun {' '.join(PROGRAM)} {arguments}\n")
+    options = ("--requeue", "--ntasks=1", "--cpus-per-task=2", "--open-mode=append", f"--output={tmp_path}/log")
+    (job,) = slurm("sbatch", "--parsable", *options, str(script))
+
+    def wait(ready: Callable[[], object]) -> None:
+        start = time.monotonic()
+        while not ready():
+            assert time.monotonic() - start < 400, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+
+    wait(lambda: len(list(sweep.glob("*/checkpoints/last.ckpt"))) == 2)
+    slurm("scancel", "--signal=USR1", job)
+    wait(lambda: job_state(slurm, job) == "PENDING")
+    assert (tmp_path / "log").read_text().count("is queued again") == 1
+    assert [about["state"] for about in read_trials(sweep)] == ["interrupted"] * 2  # SLURM killed none
+    runs = {path.parents[1] for path in sweep.glob("*/checkpoints/last.ckpt")}
+    assert all(0 < last(run)["global_step"] < 400 for run in runs)
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait(lambda: job_state(slurm, job) in ("COMPLETED", "GONE", "FAILED", "COMPLETING"))
+    wait(lambda: [about["state"] for about in read_trials(sweep)] == ["finished"] * 2)
+    assert {sweep / about["folder"] for about in read_trials(sweep)} == runs
+    assert [last(run)["global_step"] for run in runs] == [400] * 2
+
+
+@pytest.mark.slurm
 def test_one_task_starts_its_ranks_itself_and_a_failing_one_is_told(slurm, tmp_path):
     arguments = (*TINY, "+callbacks.fail._target_=test_ranks.Fail", "trainer.devices=2", f"run_dir={tmp_path}/run")
     done = subprocess.run(
