@@ -110,8 +110,9 @@ def build_trainer(
         if callback.monitor is None and callback.filename == "best":
             callbacks.remove(callback)  # it would write the last weights at each epoch: `train` does so at the end
     values = {"use_distributed_sampler": False, **config["trainer"]}  # our loaders deal out to ranks themselves
-    if launch.is_rank() and values.get("strategy", "auto") in ("auto", "ddp"):
-        values["strategy"] = {"_target_": "simsearch.callbacks.training.DataParallel"}
+    if values.get("strategy", "auto") in ("auto", "ddp"):
+        # One process needs no group, whose port in a SLURM job is that of all its processes.
+        values["strategy"] = {"_target_": "simsearch.callbacks.training.DataParallel"} if launch.is_rank() else "auto"
     trainer = hydra.utils.instantiate(
         OmegaConf.create(values), callbacks=callbacks, logger=loggers, default_root_dir=str(folder), _convert_="all"
     )
