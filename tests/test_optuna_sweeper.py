@@ -494,19 +494,22 @@ class FailedJobError(Exception):
     """As submitit calls it, both where sbatch fails and where a job does."""
 
 
+def launch_trial_1_by(launch, patched) -> None:
+    """Lets a cluster's launcher run trial 1."""
+    launched = Launched.run
+
+    def run_one(self, overrides, number):
+        return launched(Launched(SimpleNamespace(launch=launch)) if number == 1 else self, overrides, number)
+
+    patched.setattr(Launched, "run", run_one)
+
+
 def test_a_job_of_a_cluster_that_fails_before_it_is_a_trial_leaves_the_others(tmp_path, monkeypatch, capsys):
     def fails(*_, **__):
         raise FailedJobError("Job (task=0) failed during processing with trace: No module named 'faiss'")
 
-    launched = Launched.run
-
-    def run_one(self, overrides, number):
-        if number == 1:
-            self = Launched(SimpleNamespace(launch=fails))
-        return launched(self, overrides, number)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Launched, "run", run_one)
+        launch_trial_1_by(fails, patched)
         run(tmp_path, "hydra.sweeper.n_trials=3")
     assert "cut off: trial 1" in (said := capsys.readouterr().err)
     assert "No module named 'faiss'" in said
@@ -520,15 +523,8 @@ def test_a_cluster_that_takes_no_job_ends_the_sweep_and_costs_no_trial(tmp_path,
         cause = subprocess.CalledProcessError(1, "sbatch")
         raise FailedJobError("sbatch: error: QOSMaxSubmitJobPerUserLimit") from cause
 
-    launched = Launched.run
-
-    def run_one(self, overrides, number):
-        if number == 1:
-            self = Launched(SimpleNamespace(launch=refuses))
-        return launched(self, overrides, number)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Launched, "run", run_one)
+        launch_trial_1_by(refuses, patched)
         run(tmp_path, "hydra.sweeper.n_trials=3", expect=1)
     last = capsys.readouterr().err.splitlines()[-1]
     assert "the cluster takes no job: sbatch: error: QOSMaxSubmitJobPerUserLimit; the same command goes on" in last
