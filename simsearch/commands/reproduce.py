@@ -17,7 +17,7 @@ from simsearch.studies.tables import write_results
 from simsearch.text import cell
 
 
-@program.command("reproduce")
+@program.command("reproduce", resumes=True)
 def main(config: DictConfig) -> None:
     """Runs the command `simsearch reproduce`.
 
