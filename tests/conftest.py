@@ -56,6 +56,14 @@ def _own_logs():
             handler.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_server_of_milvus_lite():
+    """Other files of tests fork this process, which its threads of gRPC do not bear."""
+    yield
+    if (servers := sys.modules.get("milvus_lite.server_manager")) is not None:
+        servers.server_manager_instance.release_all()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_folders(tmp_path_factory: pytest.TempPathFactory):
     """Nothing is read from or written to the user's caches, W&B never goes online."""

@@ -61,7 +61,7 @@ class Claims:
         except FileExistsError:
             if not self._is_dead(number):
                 return False
-            path.write_text(f"{self._owner} 0")
+            _write(path, f"{self._owner} 0")
         with self._lock:
             self._held[number] = 0
         return True
@@ -90,7 +90,7 @@ class Claims:
         while not self._closed.wait(BEAT_SECONDS):
             with self._lock:
                 for number, done in self._held.items():
-                    (self.folder / str(number)).write_text(f"{self._owner} {done}")
+                    _write(self.folder / str(number), f"{self._owner} {done}")
 
     def _is_dead(self, number: int) -> bool:
         path = self.folder / str(number)
@@ -122,6 +122,16 @@ def claimed(folder: Path) -> dict[int, int]:
         except (OSError, ValueError):  # given back, or being written in this moment
             continue
     return found
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces a file's text, which is at no moment empty to who reads it."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        os.write(file, text.encode())
+        os.ftruncate(file, len(text.encode()))
+    finally:
+        os.close(file)
 
 
 def _is_gone(pid: int) -> bool:
