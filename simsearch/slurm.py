@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 from simsearch.text import warn
 
@@ -131,6 +132,7 @@ def requeued_if_warned(rank: int, stop: Callable[[], None] | None = None) -> Ite
                 raise SystemExit(request.status)
             stop()
 
+    _start_tracker()
     before = signal.signal(signal.SIGUSR1, hear)
     try:
         yield
@@ -143,6 +145,15 @@ def requeued_if_warned(rank: int, stop: Callable[[], None] | None = None) -> Ite
     if warned:
         request.make()
         raise SystemExit(request.status)
+
+
+def _start_tracker() -> None:
+    """Starts multiprocessing's resource tracker, which the warning would end, with the warning blocked."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def tell(error: BaseException) -> None:

@@ -749,6 +749,21 @@ class TestInterruption:
             signal.raise_signal(signal.SIGUSR1)
         assert not (scontrol / "asked").exists()
 
+    def test_the_warning_does_not_end_the_tracker_of_semaphores(self, scontrol):
+        program = (
+            "import multiprocessing, os, signal, time\n"
+            "from multiprocessing.resource_tracker import _resource_tracker as tracker\n"
+            "from simsearch.slurm import requeued_if_warned\n"
+            "with requeued_if_warned(0, lambda: None):\n"
+            "    lock = multiprocessing.get_context('spawn').Lock()\n"
+            "    os.kill(tracker._pid, signal.SIGUSR1)\n"
+            "    time.sleep(0.2)\n"
+            "    del lock\n"
+            "    multiprocessing.get_context('spawn').Lock()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+
     def test_without_slurm_the_other_signal_is_not_ours(self, monkeypatch):
         monkeypatch.delenv("SLURM_JOB_ID", raising=False)
         before = signal.getsignal(signal.SIGUSR1)

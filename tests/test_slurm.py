@@ -155,6 +155,15 @@ def job_state(slurm: Callable[..., list[str]], job: str) -> str:
     return next(iter(slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T")), "GONE")
 
 
+def start_again(slurm: Callable[..., list[str]], job: str) -> None:
+    """Starts a job that is queued again at once, and not in two minutes.
+
+    SLURM revokes what the first start was allowed, in whole seconds: a second start in the same second would fail.
+    """
+    time.sleep(1.5)
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+
 @pytest.mark.slurm
 def test_srun_in_a_batch_script_that_is_requeued(slurm, wanted, tmp_path):
     script = tmp_path / "job.sh"
@@ -175,7 +184,7 @@ def test_srun_in_a_batch_script_that_is_requeued(slurm, wanted, tmp_path):
     slurm("scontrol", "requeue", job)  # as a preemption: SIGTERM, and nobody asks for a requeue
     wait(lambda: job_state(slurm, job) == "PENDING")
     assert 0 < last(run)["global_step"] < 400
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_again(slurm, job)
     wait(lambda: job_state(slurm, job) in ("COMPLETED", "GONE", "FAILED", "COMPLETING"))
     wait((run / "catalog" / "catalog.json").is_file)
     same_training(run, wanted)
@@ -209,7 +218,7 @@ def test_a_job_that_runs_two_trials_at_a_time_is_requeued_after_both_have_saved(
     assert [about["state"] for about in read_trials(sweep)] == ["interrupted"] * 2  # SLURM killed none
     runs = {path.parents[1] for path in sweep.glob("*/checkpoints/last.ckpt")}
     assert all(0 < last(run)["global_step"] < 400 for run in runs)
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    start_again(slurm, job)
     wait(lambda: job_state(slurm, job) in ("COMPLETED", "GONE", "FAILED", "COMPLETING"))
     wait(lambda: [about["state"] for about in read_trials(sweep)] == ["finished"] * 2)
     assert {sweep / about["folder"] for about in read_trials(sweep)} == runs
