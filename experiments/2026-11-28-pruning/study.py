@@ -1,8 +1,10 @@
 """Sweeps with and without pruning, in pairs. README.md beside this file has the question and the protocol.
 
-python study.py run OUT CIFAR10        runs the sweeps into OUT; given again after a kill, it goes on
-python study.py table OUT              results.csv and the table, from the sweeps in OUT, also while they run
-python study.py winners OUT CIFAR10    trains the best trial of each sweep in results.csv again, and writes winners.csv
+python study.py run OUT CIFAR10 [1 2 3]        runs the sweeps of these series, or of all, into OUT; killed, it goes on
+python study.py table OUT                      results.csv and the table, from the sweeps in OUT, also while they run
+python study.py winners OUT CIFAR10 [1 2 3]    trains the best trial of each sweep again, and writes winners.csv
+
+Both tables keep the lines of sweeps that OUT does not have.
 """
 
 from __future__ import annotations
@@ -25,17 +27,19 @@ TRAIN, TEST = 10_000, 1_000  # images, as many of each class
 REPETITIONS = 3
 AGAIN = (100, 101, 102, 103, 104)  # seeds of the best trials' further trainings
 ENDED = ("finished", "pruned", "failed")
-SWEPT = ("optimizer.lr", "optimizer.weight_decay", "model.network.hidden", "loss")
+SWEPT = (
+    *("optimizer.lr", "optimizer.weight_decay", "model.network.hidden", "loss"),
+    *("optimizer.momentum", "loss.margin", "loss.scale"),
+)
 SETTING = (
     *("experiment=hashing-frozen", "protocol.validation=0.1", "backbone.size=64"),
     *("callbacks.neighbours=null", "callbacks.precision_recall=null"),
     *("callbacks.evaluation.ks=[1]", "callbacks.progress.refresh_rate=0", "catalog.write=false"),
     "logger.mode=disabled",
 )
-SPACE = (
-    *("optimizer.lr=tag(log,interval(0.001,1.0))", "optimizer.weight_decay=tag(log,interval(1e-6,1e-2))"),
-    "loss=choice(greedyhash,orthohash,hashnet)",
-)
+RATES = ("optimizer.lr=tag(log,interval(0.001,1.0))", "optimizer.weight_decay=tag(log,interval(1e-6,1e-2))")
+LOSSES = "loss=choice(greedyhash,orthohash,hashnet)"
+STEADY = ("scheduler=constant", "callbacks=ema", "callbacks.ema.decay=0.95", "callbacks.ema.use_buffers=false")
 PRUNER = "hydra/sweeper/pruner=halving"
 
 
@@ -43,7 +47,8 @@ PRUNER = "hydra/sweeper/pruner=halving"
 class Series:
     """Sweeps to compare: the first one prunes nothing."""
 
-    steps: int  # of a trial; an epoch has 45, since 9,000 images are learnt from and 1,000 are validation queries
+    whole: bool  # all images of CIFAR-10, or TRAIN and TEST of them; a tenth of the training images are queries
+    steps: int  # of a trial
     setting: tuple[str, ...]  # overrides of all its sweeps
     space: tuple[str, ...]  # what they search
     kinds: dict[str, tuple[int, tuple[str, ...]]]  # for each sweep its trials and its overrides
@@ -51,19 +56,31 @@ class Series:
 
 SERIES = (
     Series(
-        405,
+        False,
+        405,  # 9 epochs of 45
         ("trainer.check_val_every_n_epoch=1",),
-        (*SPACE, "model.network.hidden=choice(128,256,512,1024)"),
+        (*RATES, LOSSES, "model.network.hidden=choice(128,256,512,1024)"),
         {"full": (40, ()), "pruned": (40, (PRUNER,)), "late": (40, (PRUNER, "hydra.sweeper.pruner.min_resource=3"))},
     ),
     Series(
-        1215,
-        (
-            *("trainer.check_val_every_n_epoch=3", "model.network.hidden=256", "scheduler=constant", "callbacks=ema"),
-            *("callbacks.ema.decay=0.95", "callbacks.ema.use_buffers=false"),
-        ),
-        SPACE,
+        False,
+        1215,  # 27 epochs of 45
+        ("trainer.check_val_every_n_epoch=3", "model.network.hidden=256", *STEADY),
+        (*RATES, LOSSES),
         {"steady-full": (40, ()), "steady-pruned": (60, (PRUNER,))},
+    ),
+    Series(
+        True,
+        810,  # 9 epochs of 90
+        (
+            *("trainer.check_val_every_n_epoch=1", "sampler.batch_size=500", "model.network.hidden=512"),
+            *("loss=orthohash", *STEADY),
+        ),
+        (
+            *(*RATES, "optimizer.momentum=interval(0.5,0.99)"),
+            *("loss.margin=interval(0.0,0.5)", "loss.scale=tag(log,interval(2.0,32.0))"),
+        ),
+        {"one-full": (40, ()), "one-pruned": (50, (PRUNER,))},
     ),
 )
 
@@ -80,41 +97,40 @@ def subset(source: Path, target: Path) -> None:
             pq.write_table(table.take(np.sort(rows)), temporary)
 
 
-def run(out: Path, source: Path) -> None:
-    """Runs all sweeps, two trials at a time."""
-    if not (out / "cifar10").is_dir():
-        subset(source, out / "cifar10")
-    for series in SERIES:
+def run(out: Path, source: Path, chosen: list[Series]) -> None:
+    """Runs the sweeps of some series, two trials at a time."""
+    for series in chosen:
         for repetition in range(REPETITIONS):
             for kind, (trials, more) in series.kinds.items():
                 name = f"{kind}-{repetition}"
                 search = ["objective=val/mAP", *series.space, *more]
                 search += ["hydra/sweeper=optuna", f"hydra.sweeper.n_trials={trials}", "hydra.sweeper.n_jobs=2"]
                 search += [f"hydra.sweeper.sampler.seed={repetition}", f"seed={repetition}"]
-                train(out, name, series, search)
+                train(out, source, name, series, search)
                 if not read_json(out / name / "sweep.json").get("ended"):
                     raise SystemExit(f"{name} stopped: the end of {name}.log says why")
                 table(out)
 
 
-def train(out: Path, name: str, series: Series, overrides: list[str]) -> None:
+def train(out: Path, source: Path, name: str, series: Series, overrides: list[str]) -> None:
     """Runs a sweep into a folder of OUT, with a log beside it."""
+    if not series.whole and not (out / "cifar10").is_dir():
+        subset(source, out / "cifar10")
+    root = source if series.whole else out / "cifar10"
     command = [sys.executable, "-m", "simsearch", "train", "-m", *SETTING, *series.setting, *overrides]
-    command += [f"trainer.max_steps={series.steps}", f"data.root={out / 'cifar10'}", f"hydra.sweep.dir={out / name}"]
+    command += [f"trainer.max_steps={series.steps}", f"data.root={root}", f"hydra.sweep.dir={out / name}"]
     with (out / f"{name}.log").open("a") as log:
         subprocess.run(command, stdout=log, stderr=log, check=False)  # its status is 1 where a trial failed
 
 
-def winners(out: Path, source: Path) -> None:
+def winners(out: Path, source: Path, chosen: list[Series]) -> None:
     """Trains the best trial of each sweep again with other seeds: the best value of many is also the luckiest."""
-    if not (out / "cifar10").is_dir():
-        subset(source, out / "cifar10")
     with (Path(__file__).parent / "results.csv").open(newline="") as file:
         found = [line for line in csv.DictReader(file) if line["state"] == "finished"]
     lines: list[dict[str, Any]] = []
     print("| sweep | best val/mAP | again: val/mAP | beside full's | again: test/mAP | beside full's |")
     print("|---|---|---|---|---|---|")
-    for series in SERIES:
+    for series in chosen:
         for repetition in range(REPETITIONS):
             full: list[np.ndarray] = []
             for kind in series.kinds:
@@ -124,7 +140,7 @@ def winners(out: Path, source: Path) -> None:
                 best = max(own, key=lambda line: float(line["val/mAP"]))
                 name = f"winner-{kind}-{repetition}"
                 seeds = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"seed={','.join(map(str, AGAIN))}"]
-                train(out, name, series, [*(f"{key}={best[key]}" for key in SWEPT), *seeds])
+                train(out, source, name, series, [*(f"{key}={best[key]}" for key in SWEPT if best[key]), *seeds])
                 for seed in AGAIN:
                     (path,) = (out / name).glob(f"seed-{seed}[_-]*/metrics.json")
                     values = {f"{stage}/mAP": about["metrics"]["mAP"] for stage, about in read_json(path).items()}
@@ -173,10 +189,16 @@ def table(out: Path) -> None:
 
 
 def write(lines: list[dict[str, Any]], name: str) -> None:
-    """Writes lines as a CSV file beside this one, unless there are none."""
+    """Writes lines into the CSV file beside this one, in place of those of the same sweeps."""
+    path = Path(__file__).parent / name
     if lines:
-        with replacing(Path(__file__).parent / name) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        new = {(line["sweep"], str(line["repetition"])) for line in lines}
+        if path.is_file():
+            with path.open(newline="") as file:
+                kept = [line for line in csv.DictReader(file) if (line["sweep"], line["repetition"]) not in new]
+            lines = kept + lines
+        with replacing(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(lines[-1]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(lines)
 
@@ -197,7 +219,7 @@ def _line(about: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
         "val/mAP": pruned["value"] if pruned else about["values"],
         "ci_low": low,
         "ci_high": high,
-        **{key: swept[key] for key in SWEPT},
+        **{key: swept.get(key, "") for key in SWEPT},
         "seconds": round(about["ended"] - about["started"], 2),
     }
 
@@ -214,9 +236,8 @@ def idle(trials: list[dict[str, Any]]) -> float:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2]).absolute()
-    if sys.argv[1] == "winners":
-        winners(folder, Path(sys.argv[3]))
-    else:
-        if sys.argv[1] == "run":
-            run(folder, Path(sys.argv[3]))
+    if sys.argv[1] == "table":
         table(folder)
+    else:
+        chosen = [SERIES[int(number) - 1] for number in sys.argv[4:]] or list(SERIES)
+        {"run": run, "winners": winners}[sys.argv[1]](folder, Path(sys.argv[3]).absolute(), chosen)
