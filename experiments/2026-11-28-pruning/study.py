@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from simsearch.files import read_json, replacing
 from simsearch.sweeps.trials import read_trials
 
-TRAIN, TEST = 10_000, 1_000  # images, as many of each class
+TEST = 1_000  # images, as many of each class
 REPETITIONS = 3
 AGAIN = (100, 101, 102, 103, 104)  # seeds of the best trials' further trainings
 ENDED = ("finished", "pruned", "failed")
@@ -47,7 +47,7 @@ PRUNER = "hydra/sweeper/pruner=halving"
 class Series:
     """Sweeps to compare: the first one prunes nothing."""
 
-    whole: bool  # all images of CIFAR-10, or TRAIN and TEST of them; a tenth of the training images are queries
+    images: int  # training images, as many of each class; a tenth of them are validation queries
     steps: int  # of a trial
     setting: tuple[str, ...]  # overrides of all its sweeps
     space: tuple[str, ...]  # what they search
@@ -56,24 +56,24 @@ class Series:
 
 SERIES = (
     Series(
-        False,
+        10_000,
         405,  # 9 epochs of 45
         ("trainer.check_val_every_n_epoch=1",),
         (*RATES, LOSSES, "model.network.hidden=choice(128,256,512,1024)"),
         {"full": (40, ()), "pruned": (40, (PRUNER,)), "late": (40, (PRUNER, "hydra.sweeper.pruner.min_resource=3"))},
     ),
     Series(
-        False,
+        10_000,
         1215,  # 27 epochs of 45
         ("trainer.check_val_every_n_epoch=3", "model.network.hidden=256", *STEADY),
         (*RATES, LOSSES),
         {"steady-full": (40, ()), "steady-pruned": (60, (PRUNER,))},
     ),
     Series(
-        True,
-        810,  # 9 epochs of 90
+        20_000,
+        972,  # 27 epochs of 36
         (
-            *("trainer.check_val_every_n_epoch=1", "sampler.batch_size=500", "model.network.hidden=512"),
+            *("trainer.check_val_every_n_epoch=3", "sampler.batch_size=500", "model.network.hidden=256"),
             *("loss=orthohash", *STEADY),
         ),
         (
@@ -85,9 +85,9 @@ SERIES = (
 )
 
 
-def subset(source: Path, target: Path) -> None:
+def subset(source: Path, target: Path, images: int) -> None:
     """Writes the first images of each class of CIFAR-10, as Parquet files of the same form."""
-    for part, wanted in (("train", TRAIN), ("test", TEST)):
+    for part, wanted in (("train", images), ("test", TEST)):
         (path,) = source.glob(f"{part}-*.parquet")
         table = pq.read_table(path)
         labels = table["label"].to_numpy()
@@ -114,9 +114,9 @@ def run(out: Path, source: Path, chosen: list[Series]) -> None:
 
 def train(out: Path, source: Path, name: str, series: Series, overrides: list[str]) -> None:
     """Runs a sweep into a folder of OUT, with a log beside it."""
-    if not series.whole and not (out / "cifar10").is_dir():
-        subset(source, out / "cifar10")
-    root = source if series.whole else out / "cifar10"
+    root = out / f"cifar10-{series.images}"
+    if not root.is_dir():
+        subset(source, root, series.images)
     command = [sys.executable, "-m", "simsearch", "train", "-m", *SETTING, *series.setting, *overrides]
     command += [f"trainer.max_steps={series.steps}", f"data.root={root}", f"hydra.sweep.dir={out / name}"]
     with (out / f"{name}.log").open("a") as log:
