@@ -189,10 +189,15 @@ def complete(arguments: list[str]) -> None:
 
 
 def program() -> None:
-    """Runs `main`. Exits quietly if the reader of the output closes it early (`| head`)."""
+    """Runs `main`. Ctrl-C is one line; nothing is said if the reader of the output closes it early (`| head`)."""
     try:
         main()
         sys.stdout.flush()
+    except KeyboardInterrupt:  # Python ends by the signal, as a shell's loop expects
+        if os.environ.get("SIMSEARCH_DEBUG") != "1":
+            name = sys.argv[0] if sys.argv[0].startswith("simsearch ") else "simsearch"
+            sys.excepthook = lambda *_: print(f"{name}: interrupted", file=sys.stderr)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None

@@ -32,7 +32,7 @@ from simsearch.files import is_alive, write_json
 from simsearch.sweeps import trials
 from simsearch.sweeps.callback import Sweep
 from simsearch.sweeps.jobs import Job, Launched
-from simsearch.sweeps.progress import _varying, is_open, summary
+from simsearch.sweeps.progress import _varying, is_open, progress_table, summary
 from simsearch.sweeps.space import distributions, point
 from simsearch.sweeps.sweeper import NAME, OptunaSweeper
 from simsearch.sweeps.trials import MEASURED_ON, Trial, code_version, read_trials
@@ -709,8 +709,10 @@ def test_the_best_so_far_has_its_interval(tmp_path):
         write_json(tmp_path / str(number) / "metrics.json", {"val": about})
     Trial(tmp_path / "2", ["x=2"], numbers=[2]).write("running")
     assert summary(tmp_path) == "2 of 3 trials finished, 1 running, best 0.5000 [0.3750, 0.6250] (1)"
-    shown = simsearch("progress", f"folder={tmp_path}", "watch=0").stdout
+    shown = simsearch("progress", f"folder={tmp_path}").stdout  # once, though a trial runs: this is no terminal
     assert "* 0.5000 [0.3750, 0.6250]" in shown
+    names = [list(progress_table(tmp_path, newest_first=newest).columns[0].cells) for newest in (False, True)]
+    assert names == [["x=0", "x=1", "x=2"], ["x=2", "x=1", "x=0"]]
 
 
 def test_what_is_swept_is_shown_by_names_that_tell_it_apart():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
+import pty
 import re
 import signal
 import socket
@@ -392,6 +394,29 @@ def test_a_study_without_a_measured_objective_trains_nothing(overrides, message,
     assert done.stderr.startswith(f"simsearch train: {message}") or message in done.stderr.splitlines()[0]
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_keeps_up_until_ctrl_c(tmp_path):
+    write_json(tmp_path / "sweep.json", {"planned": 30, "objective": ["val/mAP"], "ended": False, "study": "s"})
+    for number in range(29):
+        Trial(tmp_path / str(number), [f"x={number}"], values=0.5, numbers=[number]).write("finished")
+    Trial(tmp_path / "29", ["x=29"], numbers=[29]).write("running")
+    command = [sys.executable, "-m", "simsearch", "progress", f"folder={tmp_path}", "watch=0.2"]
+    master, slave = pty.openpty()
+    environment = os.environ | {"LINES": "20", "COLUMNS": "120"}
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    shown = ""
+    while shown.count("running ") < 5:  # in a low terminal too
+        shown += os.read(master, 65536).decode(errors="replace")
+    process.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while more := os.read(master, 65536):
+            shown += more.decode(errors="replace")
+    os.close(master)
+    assert process.wait(60) == -signal.SIGINT
+    assert "simsearch progress: interrupted" in shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.slow

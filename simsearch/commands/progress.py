@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -23,15 +24,16 @@ def main(config: DictConfig) -> None:
         ValueError: If `watch` is negative.
     """
     folder = Path(config.folder)
-    if not config.watch:
-        terminal.show(progress_table(folder))
-        return
     if config.watch < 0:
         raise ValueError(f"watch={config.watch}: give the seconds between updates, or 0 to print once")
-    with Live(progress_table(folder), refresh_per_second=1) as live:
+    if not config.watch or not sys.stdout.isatty():
+        terminal.show(progress_table(folder))
+        return
+    with Live(progress_table(folder, newest_first=True), refresh_per_second=1) as live:
         while is_open(folder):
             time.sleep(config.watch)
-            live.update(progress_table(folder))
+            live.update(progress_table(folder, newest_first=True))
+        live.update(progress_table(folder))
 
 
 if __name__ == "__main__":

@@ -49,13 +49,16 @@ def summary(folder: Path, since: float | None = None) -> str:
     return ", ".join(parts)
 
 
-def progress_table(folder: Path) -> Table:
+def progress_table(folder: Path, *, newest_first: bool = False) -> Table:
     """The trials of a sweep as a table: state, progress, time and objectives. The best first objective is marked.
 
     Args:
         folder: Folder of the sweep.
+        newest_first: Trials that run come first, then those that ended last: what a low terminal should show.
     """
     trials, sweep = read_trials(folder), read_sweep(folder)
+    if newest_first:
+        trials.sort(key=lambda about: -(about["ended"] or math.inf))
     best = _best([about for about in trials if _is_planned(about, sweep)], sweep)
     varying = _varying([about["overrides"] for about in trials])
     caption = "mAP on the validation images, or on the test (t) where there are none"
