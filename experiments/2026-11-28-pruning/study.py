@@ -1,8 +1,8 @@
 """Sweeps with and without pruning, in pairs. README.md beside this file has the question and the protocol.
 
-python study.py run OUT CIFAR10 [1 2 3]        runs the sweeps of these series, or of all, into OUT; killed, it goes on
+python study.py run OUT CIFAR10 [1 2 3 4]      runs the sweeps of these series, or of all, into OUT; killed, it goes on
 python study.py table OUT                      results.csv and the table, from the sweeps in OUT, also while they run
-python study.py winners OUT CIFAR10 [1 2 3]    trains the best trial of each sweep again, and writes winners.csv
+python study.py winners OUT CIFAR10 [1 2 3 4]  trains the best trial of each sweep again, and writes winners.csv
 
 Both tables keep the lines of sweeps that OUT does not have.
 """
@@ -24,7 +24,6 @@ from simsearch.files import read_json, replacing
 from simsearch.sweeps.trials import read_trials
 
 TEST = 1_000  # images, as many of each class
-REPETITIONS = 3
 AGAIN = (100, 101, 102, 103, 104)  # seeds of the best trials' further trainings
 ENDED = ("finished", "pruned", "failed")
 SWEPT = (
@@ -52,6 +51,7 @@ class Series:
     setting: tuple[str, ...]  # overrides of all its sweeps
     space: tuple[str, ...]  # what they search
     kinds: dict[str, tuple[int, tuple[str, ...]]]  # for each sweep its trials and its overrides
+    repetitions: int = 3
 
 
 SERIES = (
@@ -81,6 +81,18 @@ SERIES = (
             *("loss.margin=interval(0.0,0.5)", "loss.scale=tag(log,interval(2.0,32.0))"),
         ),
         {"one-full": (40, ()), "one-pruned": (50, (PRUNER,))},
+        repetitions=1,
+    ),
+    Series(
+        20_000,
+        972,
+        (
+            *("trainer.check_val_every_n_epoch=3", "sampler.batch_size=500", "model.network.hidden=256"),
+            *("loss=orthohash", *STEADY),
+        ),
+        (*RATES, "optimizer.momentum=interval(0.5,0.99)"),
+        {"rates-full": (40, ()), "rates-pruned": (50, (PRUNER,))},
+        repetitions=1,
     ),
 )
 
@@ -100,7 +112,7 @@ def subset(source: Path, target: Path, images: int) -> None:
 def run(out: Path, source: Path, chosen: list[Series]) -> None:
     """Runs the sweeps of some series, two trials at a time."""
     for series in chosen:
-        for repetition in range(REPETITIONS):
+        for repetition in range(series.repetitions):
             for kind, (trials, more) in series.kinds.items():
                 name = f"{kind}-{repetition}"
                 search = ["objective=val/mAP", *series.space, *more]
@@ -131,7 +143,7 @@ def winners(out: Path, source: Path, chosen: list[Series]) -> None:
     print("| sweep | best val/mAP | again: val/mAP | beside full's | again: test/mAP | beside full's |")
     print("|---|---|---|---|---|---|")
     for series in chosen:
-        for repetition in range(REPETITIONS):
+        for repetition in range(series.repetitions):
             full: list[np.ndarray] = []
             for kind in series.kinds:
                 own = [line for line in found if (line["sweep"], line["repetition"]) == (kind, str(repetition))]
@@ -162,7 +174,7 @@ def table(out: Path) -> None:
     print("| sweep | trials | pruned | failed | steps | of full's | best val/mAP | full's best reached after | idle |")
     print("|---|---|---|---|---|---|---|---|---|")
     for series in SERIES:
-        for repetition in range(REPETITIONS):
+        for repetition in range(series.repetitions):
             full, whole = 0.0, 0  # the best value and the steps of the sweep that prunes nothing
             for number, kind in enumerate(series.kinds):
                 folder = out / f"{kind}-{repetition}"
