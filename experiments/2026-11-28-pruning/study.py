@@ -3,6 +3,7 @@
 python study.py run OUT CIFAR10 [1 2 3 4]      runs the sweeps of these series, or of all, into OUT; killed, it goes on
 python study.py table OUT                      results.csv and the table, from the sweeps in OUT, also while they run
 python study.py winners OUT CIFAR10 [1 2 3 4]  trains the best trial of each sweep again, and writes winners.csv
+python study.py replay OUT                     what halving with 35 % of the steps keeps of the sweeps of whole trials
 
 Both tables keep the lines of sweeps that OUT does not have.
 """
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from scipy.stats import spearmanr
 
 from simsearch.files import read_json, replacing
 from simsearch.sweeps.trials import read_trials
@@ -92,7 +94,7 @@ SERIES = (
         ),
         (*RATES, "optimizer.momentum=interval(0.5,0.99)"),
         {"rates-full": (40, ()), "rates-pruned": (50, (PRUNER,))},
-        repetitions=1,
+        repetitions=2,
     ),
 )
 
@@ -200,6 +202,40 @@ def table(out: Path) -> None:
     write(lines, "results.csv")
 
 
+# Rungs as (validations of 9, trials of 40 that go on): each has at most 35 % of the steps of 40 whole trials.
+RUNGS = (((1, 10),), ((2, 6),), ((3, 1),), ((1, 13), (3, 10)))
+
+
+def replay(out: Path) -> None:
+    """Prints for each sweep of whole trials how early they show their end, and how far below its best halving ends."""
+    print("| sweep | rank correlation with the end after 1, 2, 3 of 9 | trials before the best | kept, less the best |")
+    print("|---|---|---|---|")
+    for folder in sorted(out.glob("*-full-*")):
+        if folder.name.startswith("winner") or not folder.is_dir() or not read_json(folder / "sweep.json").get("ended"):
+            continue
+        curves = [
+            validations(folder / about["folder"]) for about in read_trials(folder) if about["state"] == "finished"
+        ]
+        values = np.array(curves)
+        end = values[:, -1]
+        best = int(end.argmax())
+        told = [f"{spearmanr(values[:, at], end).statistic:.2f}" for at in range(3)]
+        before = [str((values[:, at] > values[best, at]).sum()) for at in range(3)]
+        lost = []
+        for rungs in RUNGS:
+            kept = np.arange(len(values))
+            for at, most in rungs:
+                kept = kept[np.argsort(-values[kept, at - 1])[:most]]
+            lost.append(f"{end[kept].max() - end[best]:.4f}")
+        print(f"| {folder.name} | {', '.join(told)} | {', '.join(before)} | {', '.join(lost)} |")
+
+
+def validations(run: Path) -> list[float]:
+    """val/mAP of a run at each of its nine validations."""
+    with (run / "metrics.csv").open(newline="") as file:
+        return [float(line["val/mAP"]) for line in csv.DictReader(file) if line["val/mAP"]][:9]
+
+
 def write(lines: list[dict[str, Any]], name: str) -> None:
     """Writes lines into the CSV file beside this one, in place of those of the same sweeps."""
     path = Path(__file__).parent / name
@@ -248,8 +284,8 @@ def idle(trials: list[dict[str, Any]]) -> float:
 
 if __name__ == "__main__":
     folder = Path(sys.argv[2]).absolute()
-    if sys.argv[1] == "table":
-        table(folder)
+    if sys.argv[1] in ("table", "replay"):
+        {"table": table, "replay": replay}[sys.argv[1]](folder)
     else:
         chosen = [SERIES[int(number) - 1] for number in sys.argv[4:]] or list(SERIES)
         {"run": run, "winners": winners}[sys.argv[1]](folder, Path(sys.argv[3]).absolute(), chosen)
