@@ -347,7 +347,8 @@ class TestCatalog:
     def test_is_that_of_the_images_themselves(self, fit, bits, index, folder, tmp_path):
         run = make_run(tmp_path / "run", fit=fit, bits=bits)
         given = [f"run={run}", f"images={folder}/images", "workers=0", "device=cpu", "thumbnail=40"]
-        simsearch("extract", *given, f"out={tmp_path}/s", f"chunk={CHUNK}")
+        done = simsearch("extract", *given, f"out={tmp_path}/s", f"chunk={CHUNK}")
+        assert done.stdout.rstrip().endswith(" index=binary-flat" if bits else " out=<catalog>")
         more = ["verify=sift", "verify.item_features=20"] if index == "hnsw" else []
         again = [f"images={folder}/images"] if more else []
         simsearch("index", f"shards={tmp_path}/s", f"index={index}", f"out={tmp_path}/of-shards", *more, *again)

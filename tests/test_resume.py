@@ -136,7 +136,8 @@ def whole(tmp_path_factory):
     def run(*arguments: str) -> Path:
         if arguments not in done:
             folder = tmp_path_factory.mktemp("whole") / "run"
-            simsearch("train", *DATA, *arguments, f"run_dir={folder}")
+            said = simsearch("train", *DATA, *arguments, f"run_dir={folder}").stdout
+            (folder.parent / "stdout").write_text(said)
             done[arguments] = folder
         return done[arguments]
 
@@ -566,6 +567,8 @@ def test_a_trained_run_s_catalogs_answer(family, whole, tmp_path):
         coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
         coarse.resize(shape[1::-1], Image.Resampling.BICUBIC).save(folder / f"{number}.png")
     kind = "flat" if family == "dir" else "binary-flat"
+    hint = (run.parent / "stdout").read_text().rstrip().splitlines()[-1]
+    assert hint.endswith("out=<catalog>" if kind == "flat" else f"out=<catalog> index={kind}")
     simsearch("index", f"run={run}", f"images={folder}", f"out={tmp_path / 'catalog'}", "workers=0", f"index={kind}")
     own = read_catalog(tmp_path / "catalog")
     assert len(own) == 3

@@ -172,7 +172,8 @@ def report(shards: Shards) -> None:
     errors = [error for number in range(len(shards)) for error in shards.errors(number)]
     print(f"{len(shards.items) - len(errors)} images in {len(shards)} shards in {shards.folder}")
     report_errors(errors, shards.about["skipped"])
-    print(f"try next: simsearch index {shlex.quote(f'shards={shards.folder}')} out=<catalog>")
+    index = " index=binary-flat" if shards.encoder.bits else ""
+    print(f"try next: simsearch index {shlex.quote(f'shards={shards.folder}')} out=<catalog>{index}")
 
 
 if __name__ == "__main__":
