@@ -149,11 +149,11 @@ def requeued_if_warned(rank: int, stop: Callable[[], None] | None = None) -> Ite
 
 def _start_tracker() -> None:
     """Starts multiprocessing's resource tracker, which the warning would end, with the warning blocked."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         resource_tracker.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def tell(error: BaseException) -> None:

@@ -406,8 +406,9 @@ def test_a_terminal_keeps_up_until_ctrl_c(tmp_path):
     environment = os.environ | {"LINES": "20", "COLUMNS": "120"}
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
     os.close(slave)
-    shown = ""
+    shown, start = "", time.monotonic()
     while shown.count("running ") < 5:  # in a low terminal too
+        assert time.monotonic() - start < 60, shown
         shown += os.read(master, 65536).decode(errors="replace")
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(OSError):  # the end of a terminal

@@ -145,6 +145,7 @@ def winners(out: Path, source: Path, chosen: list[Series]) -> None:
     print("| sweep | best val/mAP | again: val/mAP | beside full's | again: test/mAP | beside full's |")
     print("|---|---|---|---|---|---|")
     for series in chosen:
+        searched = [text.partition("=")[0] for text in series.space]
         for repetition in range(series.repetitions):
             full: list[np.ndarray] = []
             for kind in series.kinds:
@@ -154,7 +155,7 @@ def winners(out: Path, source: Path, chosen: list[Series]) -> None:
                 best = max(own, key=lambda line: float(line["val/mAP"]))
                 name = f"winner-{kind}-{repetition}"
                 seeds = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"seed={','.join(map(str, AGAIN))}"]
-                train(out, source, name, series, [*(f"{key}={best[key]}" for key in SWEPT if best[key]), *seeds])
+                train(out, source, name, series, [*(f"{key}={best[key]}" for key in searched), *seeds])
                 for seed in AGAIN:
                     (path,) = (out / name).glob(f"seed-{seed}[_-]*/metrics.json")
                     values = {f"{stage}/mAP": about["metrics"]["mAP"] for stage, about in read_json(path).items()}
@@ -210,8 +211,10 @@ def replay(out: Path) -> None:
     """Prints for each sweep of whole trials how early they show their end, and how far below its best halving ends."""
     print("| sweep | rank correlation with the end after 1, 2, 3 of 9 | trials before the best | kept, less the best |")
     print("|---|---|---|---|")
-    for folder in sorted(out.glob("*-full-*")):
-        if folder.name.startswith("winner") or not folder.is_dir() or not read_json(folder / "sweep.json").get("ended"):
+    wholes = [(next(iter(series.kinds)), repetition) for series in SERIES for repetition in range(series.repetitions)]
+    for kind, repetition in wholes:
+        folder = out / f"{kind}-{repetition}"
+        if not (folder / "sweep.json").is_file() or not read_json(folder / "sweep.json").get("ended"):
             continue
         curves = [
             validations(folder / about["folder"]) for about in read_trials(folder) if about["state"] == "finished"
@@ -227,7 +230,7 @@ def replay(out: Path) -> None:
             for at, most in rungs:
                 kept = kept[np.argsort(-values[kept, at - 1])[:most]]
             lost.append(f"{end[kept].max() - end[best]:.4f}")
-        print(f"| {folder.name} | {', '.join(told)} | {', '.join(before)} | {', '.join(lost)} |")
+        print(f"| {kind} {repetition} | {', '.join(told)} | {', '.join(before)} | {', '.join(lost)} |")
 
 
 def validations(run: Path) -> list[float]:
