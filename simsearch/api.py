@@ -30,7 +30,7 @@ from simsearch.models.encoder import device as device_of
 from simsearch.models.encoder import encoder_config
 from simsearch.models.exported import ExportedEncoder
 from simsearch.search.answer import Answer
-from simsearch.search.build import check_kind, check_not_fewer, filling_of, write_filled
+from simsearch.search.build import check_not_fewer, filling_of, index_for, write_filled
 from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.change import Change, compact, problems, remove, takes, update, usual_root
 from simsearch.search.describe import describe, encode
@@ -493,12 +493,13 @@ def build_catalog(
     Args:
         encoder: The encoder that describes the images. A copy is stored in the catalog.
         images: A folder, or a table (.csv, .parquet) with a column `path`. The other columns become attributes.
-        out: Folder of the catalog. A catalog of the same encoder, index and local features that is already there is
-            brought up to date: only images that are new or have changed are described, and ids stay. Any other is
-            replaced.
+        out: Folder of the catalog. A catalog of the same encoder that is already there is brought up to date, unless
+            another index or other local features are given: only images that are new or have changed are described,
+            and ids stay. Any other is replaced.
         root: Folder that the table's paths are relative to. None means the table's own folder.
         index: A FAISS factory string such as "HNSW32", an empty FaissIndex, or simsearch.index.auto.AutoIndex, which
-            chooses one by a budget. None means exact search.
+            chooses one by a budget. None means that of the catalog that is brought up to date, and exact search for a
+            new one.
         thumbnail: Longest side in pixels of the thumbnail that the catalog stores per image.
         batch_size: Number of images per forward pass, 1 or more.
         workers: Number of processes that decode files, 0 or more.
@@ -521,11 +522,10 @@ def build_catalog(
     manifest = read_manifest(source, None if root is None else Path(root).expanduser())
     path_table(manifest)  # refuses columns before the work
     check_not_fewer(place, len(manifest), fewer)
-    made = index or ("Flat" if encoder.bits is None else "BFlat")
-    made = FaissIndex(made) if isinstance(made, str) else made
-    check_kind(made, encoder.encoder)
+    given = FaissIndex(index) if isinstance(index, str) else index
+    made = index_for(encoder.encoder, given)
     parameter = next(iter(encoder.encoder.parameters()), torch.empty(0))
-    if takes(place, encoder.encoder, made, verification):
+    if takes(place, encoder.encoder, given, verification):
         change = update(
             place,
             manifest,

@@ -348,10 +348,11 @@ class TestCatalog:
         run = make_run(tmp_path / "run", fit=fit, bits=bits)
         given = [f"run={run}", f"images={folder}/images", "workers=0", "device=cpu", "thumbnail=40"]
         done = simsearch("extract", *given, f"out={tmp_path}/s", f"chunk={CHUNK}")
-        assert done.stdout.rstrip().endswith(" index=binary-flat" if bits else " out=<catalog>")
+        assert done.stdout.rstrip().endswith(f"simsearch index shards={tmp_path}/s out=<catalog>")
         more = ["verify=sift", "verify.item_features=20"] if index == "hnsw" else []
         again = [f"images={folder}/images"] if more else []
-        simsearch("index", f"shards={tmp_path}/s", f"index={index}", f"out={tmp_path}/of-shards", *more, *again)
+        of_kind = [] if bits else [f"index={index}"]  # codes without it: the exact search that fits them
+        simsearch("index", f"shards={tmp_path}/s", *of_kind, f"out={tmp_path}/of-shards", *more, *again)
         simsearch("index", *given, f"index={index}", f"out={tmp_path}/direct", *more)
         one, other = read_catalog(tmp_path / "of-shards"), read_catalog(tmp_path / "direct")
         of_content = ("segments", "first")  # shards do not record the digests of the images

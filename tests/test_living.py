@@ -29,6 +29,7 @@ from test_kills import is_change
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from simsearch import saved_run
 from simsearch.data.manifest import Manifest
 from simsearch.files import sha256, write_json
 from simsearch.index.faiss_index import FaissIndex
@@ -595,13 +596,17 @@ def test_commands(small_run, tmp_path):
     for i in range(6):
         draw(images / f"{i}.png", i)
     index = ("index", f"run={small_run}", f"images={images}", f"out={out}", "workers=0", "device=cpu")
-    simsearch(*index)
+    simsearch(*index, "index=sq8")
     draw(images / "new.png", 30)
     (images / "0.png").unlink()
     draw(images / "1.png", 40)
     done = simsearch(*index)
     assert "6 images, " in done.stdout
     assert "version 2: 1 added, 1 changed, 1 removed, 4 as they were" in done.stdout
+    assert {segment.index.factory for segment in read_catalog(out).segments} == {"SQ8"}  # and not the usual one
+    encoder = saved_run.load_model(saved_run.open_run(small_run)).encoder
+    assert change.takes(out, encoder, FaissIndex("SQ8"), None)
+    assert not change.takes(out, encoder, FaissIndex("Flat"), None)  # is made anew, since it was asked for
     draw(images / "late.png", 50)
     done = simsearch("catalog", "add", f"catalog={out}", f"images={images}/late.png", "workers=0", "device=cpu")
     assert "version 3: 1 added, 6 as they were" in done.stdout

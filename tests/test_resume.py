@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -566,11 +567,12 @@ def test_a_trained_run_s_catalogs_answer(family, whole, tmp_path):
     for number, shape in enumerate([(40, 60, 3), (70, 50, 3), (32, 32, 3)]):
         coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
         coarse.resize(shape[1::-1], Image.Resampling.BICUBIC).save(folder / f"{number}.png")
-    kind = "flat" if family == "dir" else "binary-flat"
     hint = (run.parent / "stdout").read_text().rstrip().splitlines()[-1]
-    assert hint.endswith("out=<catalog>" if kind == "flat" else f"out=<catalog> index={kind}")
-    simsearch("index", f"run={run}", f"images={folder}", f"out={tmp_path / 'catalog'}", "workers=0", f"index={kind}")
+    _, command, *told = shlex.split(hint.removeprefix("your images:"))
+    given = {"images=<folder>": f"images={folder}", "out=<catalog>": f"out={tmp_path / 'catalog'}"}
+    simsearch(command, *(given.get(argument, argument) for argument in told), "workers=0")
     own = read_catalog(tmp_path / "catalog")
+    assert own.index.factory == ("Flat" if family == "dir" else "BFlat")
     assert len(own) == 3
     gallery = read_catalog(run / "catalog")
     assert gallery.about["label"] == "style"

@@ -63,7 +63,7 @@ def main(config: DictConfig) -> None:
                 describe_chunks(shards, encoder, manifest, work, show)
     shards.clear()
     if not rank:
-        report(shards, encoder.bits)
+        report(shards)
 
 
 def place(rank: int | None, ranks: int | None) -> tuple[int | None, int, int]:
@@ -163,18 +163,16 @@ def progress(shards: Shards, shown: bool) -> Iterator[Callable[[], None]]:
             bar.update(images_done(shards) - bar.n)
 
 
-def report(shards: Shards, bits: int | None) -> None:
+def report(shards: Shards) -> None:
     """Prints what was described and what was not, and what to do next.
 
     Args:
         shards: The shards.
-        bits: Bits of the codes in them. None for float descriptors.
     """
     errors = [error for number in range(len(shards)) for error in shards.errors(number)]
     print(f"{len(shards.items) - len(errors)} images in {len(shards)} shards in {shards.folder}")
     report_errors(errors, shards.about["skipped"])
-    index = " index=binary-flat" if bits else ""
-    print(f"try next: simsearch index {shlex.quote(f'shards={shards.folder}')} out=<catalog>{index}")
+    print(f"try next: simsearch index {shlex.quote(f'shards={shards.folder}')} out=<catalog>")
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import device, encoder_config
 from simsearch.search.build import (
     Filling,
-    check_kind,
     check_not_fewer,
     filling_of,
+    index_for,
     local_records,
     write_filled,
 )
@@ -48,11 +48,10 @@ def main(config: DictConfig) -> None:
     Args:
         config: The config of conf/index.yaml.
     """
-    index = configs.build(configs.plain(config)["index"])
-    found = from_shards(config, index) if config.shards else from_images(config, index)
+    found = from_shards(config) if config.shards else from_images(config)
     if found is None:
         return
-    filling, out = found
+    filling, index, out = found
     check_not_fewer(out, sum(filling.counts), config.fewer)
     before = calibrated_for(out)
     index, frontier = write_filled(out, index, filling)
@@ -95,18 +94,17 @@ def note_replaced(out: Path) -> None:
         warn(f"note: the catalog {out} is calibrated; its replacement has to be calibrated again")
 
 
-def from_images(config: DictConfig, index: FaissIndex | AutoIndex) -> tuple[Filling, Path] | None:
-    """Describes the images of a folder or manifest now. Returns them and the catalog's folder.
+def from_images(config: DictConfig) -> tuple[Filling, FaissIndex | AutoIndex, Path] | None:
+    """Describes the images of a folder or manifest now. Returns them, their empty index and the catalog's folder.
 
-    If the folder holds a catalog of the same encoder, index and local features, only what is new or has changed is
-    described, the catalog is changed, and None is returned.
+    If the folder holds a catalog of the same encoder, and of the index and local features if these are given, only what
+    is new or has changed is described, the catalog is changed, and None is returned.
 
     Args:
         config: The command's config.
-        index: The empty index, or what chooses one.
 
     Raises:
-        ValueError: If run or images are missing.
+        ValueError: If run or images are missing, or if the index does not fit the run.
     """
     if not config.run or not config.images:
         raise ValueError("give run=<run> and images=<folder or manifest>, or shards=<out of simsearch extract>")
@@ -119,10 +117,11 @@ def from_images(config: DictConfig, index: FaissIndex | AutoIndex) -> tuple[Fill
     usual = run.folder / "catalogs" / (source.name if source.is_dir() else source.stem)
     out = place(config, usual, len(manifest))
     encoder = saved_run.load_model(run).encoder.to(device(config.device))
-    check_kind(index, encoder)
+    given = given_index(config)
+    index = index_for(encoder, given)
     verification = configs.build(config.verify) if config.get("verify") else None
     settings = {"thumbnail": config.thumbnail, "batch_size": config.batch_size, "workers": config.workers}
-    if takes(out, encoder, index, verification):
+    if takes(out, encoder, given, verification):
         change = update(out, manifest, encoder, remove=True, fewer=config.fewer, **settings)
         report_change(out, change, manifest.skipped)
         return None
@@ -136,7 +135,16 @@ def from_images(config: DictConfig, index: FaissIndex | AutoIndex) -> tuple[Fill
         **settings,
         label=(run.config.get("protocol") or {}).get("attribute"),
     )
-    return filling, out
+    return filling, index, out
+
+
+def given_index(config: DictConfig) -> FaissIndex | AutoIndex | None:
+    """The empty index that the user asked for, or what chooses one. None if the user left it to the command.
+
+    Args:
+        config: The command's config.
+    """
+    return configs.build(configs.plain(config)["index"]) if config.get("index") else None
 
 
 def described(index: FaissIndex) -> str:
@@ -151,15 +159,15 @@ def described(index: FaissIndex) -> str:
     )
 
 
-def from_shards(config: DictConfig, index: FaissIndex | AutoIndex) -> tuple[Filling, Path]:
-    """The output of `simsearch extract`, read piece by piece when needed, and the catalog's folder.
+def from_shards(config: DictConfig) -> tuple[Filling, FaissIndex | AutoIndex, Path]:
+    """The output of `simsearch extract`, read piece by piece when needed, its empty index and the catalog's folder.
 
     Args:
         config: The command's config.
-        index: The empty index, or what chooses one.
 
     Raises:
-        ValueError: If the arguments contradict each other, or if shards are missing, damaged or without images.
+        ValueError: If the arguments contradict each other, if the index does not fit the run, or if shards are missing,
+            damaged or without images.
     """
     verification = configs.build(config.verify) if config.get("verify") else None
     if config.run or (config.images and verification is None):
@@ -175,7 +183,7 @@ def from_shards(config: DictConfig, index: FaissIndex | AutoIndex) -> tuple[Fill
         )
     out = place(config, shards.folder / "catalog", len(shards.items))
     note_replaced(out)
-    check_kind(index, shards.encoder)
+    index = index_for(shards.encoder, given_index(config))
     numbers = tqdm(range(len(shards)), unit="shard", desc="check")
     try:
         checked = [(number, shards.check(number)) for number in numbers]
@@ -211,7 +219,7 @@ def from_shards(config: DictConfig, index: FaissIndex | AutoIndex) -> tuple[Fill
         local=local,
         thumbnail=shards.about["thumbnail"],
     )
-    return filling, out
+    return filling, index, out
 
 
 def local_of_shards(config: DictConfig, paths: Sequence[str], verification: Verification) -> Iterator[np.ndarray]:

@@ -300,9 +300,7 @@ def report(folder: Path) -> None:
         query = example if example.is_file() else "<image or folder>"
         arguments = shlex.join([f"catalog={folder / 'catalog'}", f"image={query}"])
         print(f"try next:      {typed()} search {arguments}")
-    codes = saved_run.read_config(folder / "config.yaml")["index"].get("metric") == "hamming"
-    index = " index=binary-flat" if codes else ""
-    print(f"your images:   {typed()} index {shlex.quote(f'run={folder}')} images=<folder> out=<catalog>{index}")
+    print(f"your images:   {typed()} index {shlex.quote(f'run={folder}')} images=<folder> out=<catalog>")
 
 
 def typed() -> str:

@@ -245,21 +245,26 @@ def _at(rows: Tensor, counts: Sequence[int], read: Callable[[int], Tensor]) -> T
     return torch.cat([read(i)[rows[start:stop] - firsts[i]] for i, (start, stop) in spans if start < stop])
 
 
-def check_kind(index: FaissIndex | AutoIndex, encoder: Encoder) -> None:
-    """Checks that the index and the encoder are both for floats, or both for codes. A choice of the index fits both.
+def index_for(encoder: Encoder, given: FaissIndex | AutoIndex | None) -> FaissIndex | AutoIndex:
+    """The empty index for an encoder's descriptors: the given one, or else exact search of floats or of codes.
 
     Args:
-        index: The index to fill.
         encoder: The encoder that describes the images.
+        given: An empty index, what chooses one (which fits floats and codes), or None.
 
     Raises:
-        ValueError: If one is for floats and the other for codes.
+        ValueError: If the given index is for floats and the encoder for codes, or the other way round.
     """
-    if isinstance(index, FaissIndex) and index.is_binary != (encoder.bits is not None):
-        kind = "codes: index=binary-flat" if encoder.bits else "float descriptors: index=flat"
+    codes = encoder.bits is not None
+    if given is None:
+        return FaissIndex("BFlat" if codes else "Flat")
+    if isinstance(given, FaissIndex) and given.is_binary != codes:
+        kind, fitting = ("codes", "binary-hnsw, binary-ivf") if codes else ("float descriptors", "hnsw, ivf-pq, ...")
         raise ValueError(
-            f"index={index.factory} does not fit this run, which gives {kind} (or another index of that kind)"
+            f"the index {given.factory} does not fit this run, which gives {kind}: leave index= out for exact search, "
+            f"or choose one of {fitting}"
         )
+    return given
 
 
 def check_not_fewer(out: Path, count: int, allowed: bool) -> None:

@@ -98,7 +98,9 @@ def changing(folder: Path, *, trusted: bool = False) -> Iterator[Catalog]:
         yield catalog
 
 
-def takes(folder: Path, encoder: Encoder, index: FaissIndex | AutoIndex, verification: Verification | None) -> bool:
+def takes(
+    folder: Path, encoder: Encoder, index: FaissIndex | AutoIndex | None, verification: Verification | None
+) -> bool:
     """Whether a folder holds a catalog that `update` can bring to what a new catalog would be.
 
     A choice of the index is made anew, of all items.
@@ -106,7 +108,7 @@ def takes(folder: Path, encoder: Encoder, index: FaissIndex | AutoIndex, verific
     Args:
         folder: The folder.
         encoder: The encoder that would describe the images.
-        index: The empty index of the new catalog.
+        index: The empty index of the new catalog, or what chooses one. None leaves it to the catalog.
         verification: How matches would be verified. None leaves it to the catalog.
     """
     try:
@@ -115,10 +117,13 @@ def takes(folder: Path, encoder: Encoder, index: FaissIndex | AutoIndex, verific
         return False
     if isinstance(index, AutoIndex):
         return False
-    own, index = catalog.segments[0].index, copy(index)
-    index.settle(len(own))
-    if "path" not in catalog.items.column_names or any(getattr(own, n) != getattr(index, n) for n in SETTINGS):
+    if "path" not in catalog.items.column_names:
         return False
+    if index is not None:
+        own, index = catalog.segments[0].index, copy(index)
+        index.settle(len(own))
+        if any(getattr(own, n) != getattr(index, n) for n in SETTINGS):
+            return False
     known = None if catalog.verification is None else catalog.verification.config
     if verification is not None and verification.config != known:
         return False
