@@ -3,9 +3,10 @@
 python study.py run OUT CIFAR10 [1 2 3 4]      runs the sweeps of these series, or of all, into OUT; killed, it goes on
 python study.py table OUT                      results.csv and the table, from the sweeps in OUT, also while they run
 python study.py winners OUT CIFAR10 [1 2 3 4]  trains the best trial of each sweep again, and writes winners.csv
-python study.py replay OUT                     what halving with 35 % of the steps keeps of the sweeps of whole trials
+python study.py replay OUT                     what halving with 35 % of the steps keeps of the sweeps of whole trials,
+                                               and writes replay.csv
 
-Both tables keep the lines of sweeps that OUT does not have.
+The tables keep the lines of sweeps that OUT does not have.
 """
 
 from __future__ import annotations
@@ -187,7 +188,13 @@ def table(out: Path) -> None:
                 if not trials:
                     continue
                 trials.sort(key=lambda about: about["ended"])
-                own = [_line(about, folder, series.steps) for about in trials]
+                workers = list(dict.fromkeys(about["pid"] for about in trials))
+                first = min(about["started"] for about in trials)
+                own = [
+                    _line(about, folder, series.steps)
+                    | {"started": round(about["started"] - first, 2), "worker": workers.index(about["pid"])}
+                    for about in trials
+                ]
                 lines += [{"repetition": repetition, "sweep": kind} | line | {"seed": repetition} for line in own]
                 spent = np.cumsum([line["steps"] for line in own])
                 best = np.maximum.accumulate([line["val/mAP"] if line["state"] == "finished" else 0.0 for line in own])
@@ -209,6 +216,7 @@ RUNGS = (((1, 10),), ((2, 6),), ((3, 1),), ((1, 13), (3, 10)))
 
 def replay(out: Path) -> None:
     """Prints for each sweep of whole trials how early they show their end, and how far below its best halving ends."""
+    lines: list[dict[str, Any]] = []
     print("| sweep | rank correlation with the end after 1, 2, 3 of 9 | trials before the best | kept, less the best |")
     print("|---|---|---|---|")
     wholes = [(next(iter(series.kinds)), repetition) for series in SERIES for repetition in range(series.repetitions)]
@@ -231,6 +239,14 @@ def replay(out: Path) -> None:
                 kept = kept[np.argsort(-values[kept, at - 1])[:most]]
             lost.append(f"{end[kept].max() - end[best]:.4f}")
         print(f"| {kind} {repetition} | {', '.join(told)} | {', '.join(before)} | {', '.join(lost)} |")
+        named = [" then ".join(f"{most} after {at}" for at, most in rungs) for rungs in RUNGS]
+        lines.append(
+            {"repetition": repetition, "sweep": kind}
+            | {f"correlation after {at}": one for at, one in zip((1, 2, 3), told, strict=True)}
+            | {f"before the best after {at}": one for at, one in zip((1, 2, 3), before, strict=True)}
+            | {f"less the best by {name}": one for name, one in zip(named, lost, strict=True)}
+        )
+    write(lines, "replay.csv")
 
 
 def validations(run: Path) -> list[float]:
