@@ -30,9 +30,18 @@ from simsearch.models.encoder import device as device_of
 from simsearch.models.encoder import encoder_config
 from simsearch.models.exported import ExportedEncoder
 from simsearch.search.answer import Answer
-from simsearch.search.build import check_not_fewer, filling_of, index_for, write_filled
+from simsearch.search.build import check_not_fewer, filling_of, write_filled
 from simsearch.search.catalog import Catalog, read_catalog
-from simsearch.search.change import Change, compact, problems, remove, takes, update, usual_root
+from simsearch.search.change import (
+    Change,
+    compact,
+    manifest_to_add,
+    problems,
+    remove,
+    settings_for,
+    takes,
+    update,
+)
 from simsearch.search.describe import describe, encode
 from simsearch.search.drift import Standing, standing
 from simsearch.search.engine import Engine
@@ -47,6 +56,7 @@ from simsearch.search.stores.push import push
 from simsearch.search.stores.store import Store
 from simsearch.search.stores.stored_index import stored
 from simsearch.search.verification import Verification
+from simsearch.search.writing import check_place
 from simsearch.text import printable
 from simsearch.types import Encoder, LocalFeatures
 
@@ -134,9 +144,13 @@ class OpenCatalog:
     """
 
     def __init__(self, catalog: Catalog, device: torch.device, store: Store | None = None) -> None:
-        self._catalog, self._device, self._store = catalog, device, store
-        self._engine = Engine(stored(catalog, store))
+        self._device, self._store = device, store
+        self._version = _Version(catalog, Engine(stored(catalog, store)))
         self._reranked: tuple[Reranker, Engine] | None = None  # the last one that was asked for
+
+    @property
+    def _catalog(self) -> Catalog:
+        return self._version.catalog
 
     @property
     def folder(self) -> Path:
@@ -151,7 +165,8 @@ class OpenCatalog:
     @property
     def ids(self) -> list[str]:
         """The ids of the items, in the order of `items`. They stay when items are added and removed."""
-        return self._engine.names.of(range(len(self)))
+        names = self._version.engine.names
+        return names.of(range(len(names)))
 
     @property
     def encoder(self) -> LoadedEncoder:
@@ -209,7 +224,7 @@ class OpenCatalog:
             hubness: Correct the ranking for items that are close to every query (hubs).
             min_score: Return only items with at least this score. None returns items with any score.
             rerank: The re-ranking method, such as simsearch.search.rerank.AlphaQE(). It changes the order, not the
-                scores.
+                scores. Items behind its shortlist, if it has one, follow in their own order.
             verify: Compare the best items with the examples point by point, if the catalog has local features.
                 Verified items come first.
 
@@ -225,13 +240,14 @@ class OpenCatalog:
             (3, 1)
         """
         part = read_region(region)
-        examples = [self._example(one, part, verify) for one in _several(like)]
+        version = self._version  # another thread may change the catalog meanwhile
+        examples = [self._example(version, one, part, verify) for one in _several(like)]
         if part is not None and all(one.position is not None or one.picture is None for one in examples):
             raise ValueError(f"region={part} is a part of an image, and like has no image")
-        counters = [] if unlike is None else [self._example(one) for one in _several(unlike)]
+        counters = [] if unlike is None else [self._example(version, one) for one in _several(unlike)]
         if not examples:
             raise ValueError("there is no example: give at least one image or id")
-        engine = self._engine if rerank is None else self._with(rerank)
+        engine = version.engine if rerank is None else self._reranking(version.engine, rerank)
         found = engine.recommend(
             Request(
                 like=torch.stack([one.vector for one in examples]),
@@ -252,7 +268,7 @@ class OpenCatalog:
         hits = engine.hits(found, [one.position for one in examples if one.position is not None])
         names = [one.name for one in examples] + [f"not: {one.name}" for one in counters]
         shown = tuple(one.picture for one in examples if one.picture is not None)
-        pictures = (shown, tuple(self._catalog.thumbnails(ids)))
+        pictures = (shown, tuple(version.catalog.thumbnails(ids)))
         return Answer(tuple(names), tuple(hits), found.verdict, found.candidates, pictures)
 
     def add(
@@ -283,8 +299,7 @@ class OpenCatalog:
             ValueError: If the images or their columns do not fit the catalog.
         """
         source = Path(images).expanduser().resolve()
-        base = usual_root(self.folder, source) if root is None else Path(root).expanduser().resolve()
-        manifest = read_manifest(source, base)
+        manifest = manifest_to_add(self.folder, source, None if root is None else Path(root).expanduser().resolve())
         encoder = self._catalog.encoder.to(self._device)
         if isinstance(encoder, ExportedEncoder):
             raise ValueError("exported files describe queries only: open the catalog without encoder= to add to it")
@@ -362,28 +377,30 @@ class OpenCatalog:
             vars(catalog)["encoder"] = before.encoder  # it is loaded already
         if self._store is not None:
             push(catalog, self._store)
-        self._catalog, self._engine, self._reranked = catalog, Engine(stored(catalog, self._store)), None
+        self._version, self._reranked = _Version(catalog, Engine(stored(catalog, self._store))), None
 
-    def _with(self, rerank: Reranker) -> Engine:
-        if self._reranked is None or self._reranked[0] is not rerank:
-            self._reranked = rerank, Engine(self._engine.catalog, rerank)
-        return self._reranked[1]
+    def _reranking(self, engine: Engine, rerank: Reranker) -> Engine:
+        kept = self._reranked
+        if kept is None or kept[0] is not rerank or kept[1].catalog is not engine.catalog:
+            self._reranked = kept = rerank, Engine(engine.catalog, rerank)
+        return kept[1]
 
-    def _example(self, given: Given, region: Region | None = None, verify: bool = False) -> _Example:
+    def _example(self, version: _Version, given: Given, region: Region | None = None, verify: bool = False) -> _Example:
         """One example. Raises ValueError if `given` is neither an item nor an image nor a descriptor."""
-        verification = self._catalog.verification if verify else None
+        catalog, names = version.catalog, version.engine.names
+        verification = catalog.verification if verify else None
         if isinstance(given, str) and not Path(given).expanduser().is_file():
-            if (position := self._engine.names.find(given)) is None and self._engine.names.is_gone(given):
+            if (position := names.find(given)) is None and names.is_gone(given):
                 raise ValueError(f"the item {given} was removed from the catalog {self.folder}")
             if position is None:
                 raise ValueError(f"{given!r} is neither a file nor an item of the catalog {self.folder}")
-            (name,) = self._engine.names.of([position])
-            (picture,) = self._catalog.thumbnails([position])
-            local = () if verification is None else tuple(self._catalog.local_features([position]))
-            return _Example(name, self._engine.vectors([position])[0], position, picture, local)
+            (name,) = names.of([position])
+            (picture,) = catalog.thumbnails([position])
+            local = () if verification is None else tuple(catalog.local_features([position]))
+            return _Example(name, version.engine.vectors([position])[0], position, picture, local)
         if isinstance(given, np.ndarray | Tensor) and given.ndim == 1:
-            return _Example("a description", self._description(torch.as_tensor(given)))
-        encoder = self.encoder.encoder
+            return _Example("a description", _description(torch.as_tensor(given), catalog))
+        encoder = catalog.encoder.to(self._device)
         ((images, _, errors),) = given_images([given], encoder, region).batches(batch_size=1)
         if errors:
             raise errors[0]
@@ -395,9 +412,13 @@ class OpenCatalog:
         regions = regions_of(source, encoder, verification, region)
         return _Example(name, vector, None, picture, _local_features(source, region, verification), regions)
 
-    def _description(self, given: Tensor) -> Tensor:
-        """A descriptor in the form that the index stores."""
-        return given.cpu() if self._catalog.index.is_binary else given.cpu().float()
+
+@dataclass(frozen=True)
+class _Version:
+    """One version of a catalog, as its folder holds it and as it is searched."""
+
+    catalog: Catalog
+    engine: Engine
 
 
 @dataclass(frozen=True)
@@ -408,6 +429,11 @@ class _Example:
     picture: bytes | None = None
     local: tuple[LocalFeatures, ...] = ()
     regions: Regions | None = None
+
+
+def _description(given: Tensor, catalog: Catalog) -> Tensor:
+    """A descriptor in the form that the catalog's index stores."""
+    return given.cpu() if catalog.index.is_binary else given.cpu().float()
 
 
 def _local_features(
@@ -498,14 +524,13 @@ def build_catalog(
             and ids stay. Any other is replaced.
         root: Folder that the table's paths are relative to. None means the table's own folder.
         index: A FAISS factory string such as "HNSW32", an empty FaissIndex, or simsearch.index.auto.AutoIndex, which
-            chooses one by a budget. None means that of the catalog that is brought up to date, and exact search for a
-            new one.
+            chooses one by a budget. None means that of the catalog in `out`, or exact search.
         thumbnail: Longest side in pixels of the thumbnail that the catalog stores per image.
         batch_size: Number of images per forward pass, 1 or more.
         workers: Number of processes that decode files, 0 or more.
         fewer: Allow the new catalog to replace one that has far more items.
         verification: Stores local features, by which searches verify matches, such as
-            simsearch.search.verification.Verification().
+            simsearch.search.verification.Verification(). None means those of the catalog in `out`, or none.
 
     Raises:
         ValueError: If no image can be read, if the index does not fit the encoder, or if the encoder is exported.
@@ -519,13 +544,14 @@ def build_catalog(
     if isinstance(encoder.encoder, ExportedEncoder):
         raise ValueError("a catalog keeps its encoder, which exported files are not: give one of load_encoder(run)")
     source, place = Path(images).expanduser().resolve(), Path(out).expanduser()
-    manifest = read_manifest(source, None if root is None else Path(root).expanduser())
+    manifest = read_manifest(source, None if root is None else Path(root).expanduser().resolve())
     path_table(manifest)  # refuses columns before the work
+    check_place(place)
     check_not_fewer(place, len(manifest), fewer)
     given = FaissIndex(index) if isinstance(index, str) else index
-    made = index_for(encoder.encoder, given)
+    made, verification = settings_for(place, encoder.encoder, given, verification)
     parameter = next(iter(encoder.encoder.parameters()), torch.empty(0))
-    if takes(place, encoder.encoder, given, verification):
+    if takes(place, encoder.encoder, made, verification):
         change = update(
             place,
             manifest,

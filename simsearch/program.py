@@ -147,9 +147,7 @@ def without_null(argument: str) -> str:
         return argument
     options = sorted(path.stem for path in folder.glob("*.yaml"))
     if "none" not in options:
-        raise ValueError(
-            f"{argument} is not possible here, since one option of the group is needed: {', '.join(options)}"
-        )
+        raise ValueError(f"{argument} is not possible here: leave {group}= out, or take one of {', '.join(options)}")
     return f"{group}=none"
 
 
@@ -178,7 +176,8 @@ def reason(error: BaseException, command: str = "") -> str:
         key = found[1] or found[2] or ""
         known = usage.known_keys(command) if command else []
         if key in known:
-            return f"{key} belongs to another option of {key.partition('.')[0]} than the one that is chosen"
+            group = key.partition(".")[0]
+            return f"{key} belongs to an option of {group} that is not chosen: give {group}=<the option> too"
         return f"there is no key {key}{usage.suggest(key, known)} (+{key}=... adds it anyway)" if key else first
     if isinstance(error, OverrideParseException):
         return (

@@ -244,7 +244,7 @@ def check_links(folder: Path) -> None:
     base = os.path.realpath(folder)
     waiting = [base]
     while waiting:
-        for entry in os.scandir(waiting.pop()):
+        for entry in _entries(waiting.pop()):
             if entry.is_symlink():
                 target = os.path.realpath(entry.path)
                 if os.path.commonpath([base, target]) != base:
@@ -255,3 +255,12 @@ def check_links(folder: Path) -> None:
                     )
             elif entry.is_dir() and not (entry.name in _OWN and os.path.dirname(entry.path) == base):
                 waiting.append(entry.path)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """What lies in a folder. Nothing if it has gone: processes that change a catalog or shards remove folders."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except FileNotFoundError:
+        return []

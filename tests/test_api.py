@@ -24,7 +24,8 @@ from simsearch.models import encoder as encoders
 from simsearch.models.backbones import state_fingerprint
 from simsearch.models.encoder import build, build_encoder
 from simsearch.search import encoder_files
-from simsearch.search.rerank import AlphaQE
+from simsearch.search.engine import Engine
+from simsearch.search.rerank import CSLS, AlphaQE
 from simsearch.trust import ENCODERS, Untrusted
 
 N = 12
@@ -311,6 +312,55 @@ class TestCatalog:
         with pytest.raises(ValueError, match="does not fit"):
             simsearch.build_catalog(encoder, folder, tmp_path / "codes", index="BFlat", workers=0)
         assert not (tmp_path / "codes").exists()
+
+
+class TestThreads:
+    """What another thread does in between happens here inside a call."""
+
+    @pytest.fixture
+    def opened(self, catalog, tmp_path) -> api.OpenCatalog:
+        return simsearch.open_catalog(shutil.copytree(catalog.folder, tmp_path / "c"))
+
+    def test_a_search_sees_one_version(self, opened, monkeypatch):
+        query, recommend = opened.ids[-1], Engine.recommend
+        expected = opened.search(query, k=5)
+
+        def interrupted(engine, request):
+            found = recommend(engine, request)
+            monkeypatch.undo()
+            opened.remove(opened.ids[:4])
+            return found
+
+        monkeypatch.setattr(Engine, "recommend", interrupted)
+        answer = opened.search(query, k=5)
+        assert len(opened) == N - 4
+        assert (answer.ids, answer.pictures) == (expected.ids, expected.pictures)
+
+    def test_each_search_has_its_own_re_ranking(self, opened, monkeypatch):
+        query, own, other = opened.ids[-1], AlphaQE(3), CSLS(2)
+        expected = opened.search(query, k=N, rerank=own).ids
+        assert opened.search(query, k=N, rerank=other).ids != expected
+
+        def interrupted(catalog, name, value):
+            object.__setattr__(catalog, name, value)
+            if name == "_reranked" and value[0] is own:
+                catalog.search(query, rerank=other)
+
+        monkeypatch.setattr(api.OpenCatalog, "__setattr__", interrupted)
+        assert opened.search(query, k=N, rerank=own).ids == expected
+
+    def test_no_re_ranking_of_an_old_version_stays(self, opened, monkeypatch):
+        (gone, *_, query), own = opened.ids, AlphaQE(3)
+
+        def interrupted(catalog, rerank):
+            engine = Engine(catalog, rerank)
+            monkeypatch.undo()
+            opened.remove(gone)
+            return engine
+
+        monkeypatch.setattr(api, "Engine", interrupted)
+        assert gone in opened.search(query, k=N, rerank=own).ids
+        assert gone not in opened.search(query, k=N, rerank=own).ids
 
 
 # ---------------------------------------------------------------------------------------------- encoders

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import simsearch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_index import clustered, codes, one_thread, similarities  # noqa: F401  (a fixture)
 
+from simsearch import configs
+from simsearch.__main__ import quoted
+from simsearch.commands.index import described
 from simsearch.index.auto import AutoIndex, Budget, NoIndexFits, Point, candidates, exact, preferred
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.build import fill_chosen
@@ -281,10 +287,8 @@ def test_what_is_refused(arguments, message):
 
 class TestCommands:
     def test_index(self, small_run, tmp_path):
-        simsearch(
-            *("index", f"run={small_run}", f"images={own_images(tmp_path)}", f"out={tmp_path}/c", "workers=0"),
-            *("index=auto", "budget.recall=0.9"),
-        )
+        given = ("index", f"run={small_run}", f"images={own_images(tmp_path)}", "workers=0")
+        done = simsearch(*given, f"out={tmp_path}/c", "index=auto", "budget.recall=0.9")
         settings_ = json.loads(next((tmp_path / "c").rglob("index.json")).read_text())
         assert set(settings_) >= {"factory", "nprobe", "k_factor"}
         assert "AutoIndex" not in (tmp_path / "c/catalog.json").read_text()
@@ -293,6 +297,19 @@ class TestCommands:
         assert [row["factory"] for row in rows if row["chosen"] == "1"] == [settings_["factory"]]
         assert (tmp_path / "c/frontier.png").read_bytes().startswith(b"\x89PNG")
         assert read_catalog(tmp_path / "c").index.factory == settings_["factory"]
+        assert f"index.factory='{settings_['factory']}'" in done.stdout
+
+    def test_what_is_told_gives_the_index_again(self):
+        for index in (FaissIndex("IVF16,PQ8x4fs,RFlat", nprobe=4, k_factor=8), FaissIndex("BHNSW8", ef_search=32)):
+            with initialize_config_dir(str(configs.CONF), version_base="1.3"):
+                config = compose("index", [quoted(argument) for argument in shlex.split(described(index))])
+            assert instantiate(config.index).settings == index.settings
+
+    @pytest.mark.parametrize("command", ["index", "evaluate"])
+    def test_a_budget_without_a_choice_is_refused(self, command, small_run, tmp_path):
+        more = ("images=.", f"out={tmp_path}/c") if command == "index" else (f"run_dir={tmp_path}/e",)
+        done = simsearch(command, f"run={small_run}", *more, "index=hnsw", "budget.recall=0.9", expect=1, cwd=small_run)
+        assert "budget.recall limits what index=auto chooses: give index=auto too" in done.stderr
 
     def test_nothing_fits(self, small_run, tmp_path):
         done = simsearch(

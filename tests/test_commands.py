@@ -11,8 +11,10 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -26,11 +28,14 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from simsearch import __version__, configs
 from simsearch.commands import search
+from simsearch.commands.index import check_images
+from simsearch.data.loading import ImageBatch
 from simsearch.files import read_json, write_json
 from simsearch.models.encoder import build_encoder
 from simsearch.search.catalog import read_catalog
 from simsearch.search.encoder_files import encoder_fingerprint
 from simsearch.search.errors import CatalogError
+from simsearch.types import SearchResult
 
 
 def wandb_records(path: Path) -> list[Record]:
@@ -366,9 +371,23 @@ class TestIndexAndSearch:
         (tmp_path / "full/mine.txt").write_text("keep")
         done = simsearch("index", f"run={small_run}", f"images={folder}/images", f"out={tmp_path}/full", expect=1)
         assert "is not a catalog" in done.stderr
+        assert "img/s" not in done.stderr  # before the images are described
         assert (tmp_path / "full/mine.txt").read_text() == "keep"
         done = simsearch("search", f"catalog={small_run}/catalog", f"image={folder}/images", "k=0", expect=1)
         assert "k must be at least 1" in done.stderr
+
+    def test_the_catalog_of_other_images_is_not_replaced_by_chance(self, tmp_path, capsys):
+        here, there = tmp_path / "a/images", tmp_path / "b/images"
+        check_images(tmp_path, here, given=False)  # there is none
+        write_json(tmp_path / "catalog.json", {"source": {"images": str(here)}})
+        check_images(tmp_path, here, given=False)
+        with pytest.raises(
+            ValueError, match=r"is the catalog of the images in .*/a/images, not of those in .*/b/images"
+        ):
+            check_images(tmp_path, there, given=False)
+        assert capsys.readouterr().err == ""
+        check_images(tmp_path, there, given=True)
+        assert "/a/images, and is of those in " in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         "node",
@@ -409,6 +428,35 @@ class TestIndexAndSearch:
         (tmp_path / "c/segments/1/index/index.faiss").write_bytes(b"damaged")
         with pytest.raises(CatalogError, match="damaged"):
             read_catalog(tmp_path / "c")
+
+
+@pytest.mark.parametrize("fit", ["square", "longest"])
+def test_a_search_answers_as_it_goes_and_keeps_few_pixels(fit, tmp_path, monkeypatch):
+    rows = [[1, 3, 4], [5, 7, 8]] if fit == "square" else [[8, 1, 5], [7, 4, 3]]
+    read: list[int] = []
+
+    def batches(*_: object, **__: object) -> Iterator[ImageBatch]:
+        for batch in map(torch.tensor, rows):
+            read.extend(batch.tolist())
+            yield batch.to(torch.uint8)[:, None, None, None].repeat(1, 3, 2, 2), batch, []
+
+    found = SearchResult(torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
+    catalog = SimpleNamespace(encoder=SimpleNamespace(fit=fit), verification=None)
+    engine = SimpleNamespace(catalog=catalog, nearest=lambda *_: found, verdicts=lambda *_: ["uncalibrated"])
+    monkeypatch.setattr(search, "batches_of", batches)
+    monkeypatch.setattr(search, "encode", lambda _, images: images.flatten(1).float())
+    monkeypatch.setattr(search, "rows_of", lambda *_: ([], []))
+    for row in range(9):
+        Image.new("RGB", (2, 2)).save(tmp_path / f"{row}.png")
+    answers = search.search(engine, tmp_path, 1, 3, pictures=4)
+    first = next(answers)
+    assert len(read) == (3 if fit == "square" else 6)
+    answers = [first, *answers]
+    assert [answer.query for answer in answers] == [f"{row}.png" for row in (1, 3, 4, 5, 7, 8)]
+    assert [int(answer.image[0, 0, 0]) for answer in answers[:4]] == [1, 3, 4, 5]
+    assert {answer.image.untyped_storage().nbytes() for answer in answers[:4]} == {12}
+    assert answers[4].image is answers[5].image is None
+    assert {answer.image for answer in search.search(engine, tmp_path, 1, 3)} == {None}
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -509,6 +510,26 @@ def test_a_link_out_of_a_catalog(name, small_run, tmp_path):
     with pytest.raises(trust.Untrusted, match=f"{name} is a link .*trust=true"):
         read_catalog(catalog)
     assert len(read_catalog(catalog, trusted=True)) > 0
+
+
+def test_folders_that_vanish_meanwhile_hide_no_link(tmp_path, monkeypatch):
+    """As those of segments do when another process merges them."""
+    listed = os.scandir
+
+    def scandir(path: str) -> Any:
+        if Path(path).parent.name == "segments":
+            os.rmdir(path)
+        return listed(path)
+
+    for name in ("segments/1", "segments/2", "later"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(os, "scandir", scandir)
+    trust.check_links(tmp_path)
+    assert not os.listdir(tmp_path / "segments")
+    (tmp_path / "segments" / "3").mkdir()
+    (tmp_path / "later" / "out").symlink_to("/tmp")
+    with pytest.raises(trust.Untrusted, match="later/out is a link"):
+        trust.check_links(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- checkpoints resume

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -29,8 +30,8 @@ from test_kills import is_change
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from simsearch import saved_run
 from simsearch.data.manifest import Manifest
+from simsearch.data.manifest import read_manifest as read_images
 from simsearch.files import sha256, write_json
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search import change, drift, segments
@@ -51,7 +52,7 @@ SIDE = 8
 class Encoder(nn.Module):
     """As much of an encoder as catalogs ask for: a projection of the pixels."""
 
-    input_size, fit, parts = SIDE, "square", None
+    input_size, fit, parts, dimension = SIDE, "square", None, 16
 
     def __init__(self, bits: int | None = None) -> None:
         super().__init__()
@@ -276,6 +277,69 @@ class TestUpdate:
         assert (done.removed, done.kept) == ((2,), 7)
         assert "2.png" in (out / "skipped.csv").read_text()
 
+    def test_what_was_skipped_stays_listed_until_it_is_read(self, living, tmp_path):
+        def skipped() -> list[str]:
+            path = out / "skipped.csv"
+            lines = path.read_text().splitlines()[1:] if path.is_file() else []
+            return [line.partition(",")[0].rpartition("/")[2] for line in lines]
+
+        out, images = living(), manifest(tmp_path / "i", ROWS)
+        for name in ("1.png", "2.png"):
+            (images.root / name).write_bytes(b"no image")
+        change.update(out, images, Encoder(), remove=True, fewer=True)
+        assert skipped() == ["1.png", "2.png"]
+        more = manifest(tmp_path / "more", {"a.png": (60, "a"), "b.png": (61, "a")})
+        (more.root / "a.png").write_bytes(b"no image")
+        change.update(out, more, Encoder(), remove=False)
+        assert skipped() == ["1.png", "2.png", "a.png"]
+        draw(images.root / "1.png", 1)
+        change.update(out, Manifest(images.root, ("1.png",), {}), Encoder(), remove=False)
+        assert skipped() == ["2.png", "a.png"]
+        draw(more.root / "a.png", 60)
+        owned = Manifest(more.root, ("a.png",), {"id": ("x",)})
+        with pytest.raises(CatalogError), change.changing(out):
+            change.update(out, owned, Encoder(), remove=False)
+        assert skipped() == ["2.png", "a.png"]  # as the catalog is
+        change.update(out, manifest(tmp_path / "i", ROWS), Encoder(), remove=True)
+        assert not (out / "skipped.csv").exists()
+
+    def test_a_collection_that_moved_is_known_where_it_is_now(self, tmp_path):
+        out, images = tmp_path / "c", manifest(tmp_path / "i", ROWS)
+        made(out, images, Encoder(), "Flat")
+        assert change.usual_root(out, images.root / "x") == images.root
+        shutil.move(images.root, tmp_path / "j")
+        done = change.update(out, replace(images, root=tmp_path / "j"), remove=True)  # needs no encoder
+        assert (done.kept, done.version) == (len(ROWS), 2)
+        assert change.usual_root(out, tmp_path / "j/x") == tmp_path / "j"
+        assert change.update(out, replace(images, root=tmp_path / "j"), remove=True).version == 2
+
+    def test_labels_of_added_images_are_those_of_the_whole_folder(self, tmp_path):
+        root, out = tmp_path / "i", tmp_path / "c"
+        names = ["0.png", "a/0.png", "a/b/0.png", "c/0.png"]
+        for seed, name in enumerate(names):
+            draw(root / name, seed)
+        made(out, read_images(root), Encoder(), "Flat")
+        for seed, name in enumerate(["a/1.png", "a/b/1.png", "d/1.png"]):
+            draw(root / name, 10 + seed)
+        whole = dict(zip(read_images(root).paths, read_images(root).attributes["label"], strict=True))
+        for source, added in (("a", 2), ("d/1.png", 1), ("a/b", 0)):
+            done = change.update(out, change.manifest_to_add(out, root / source, None), Encoder(), remove=False)
+            assert (len(done.added), done.changed, done.edited) == (added, (), ())
+        items = read_catalog(out).items
+        assert dict(zip(items["path"].to_pylist(), items["label"].to_pylist(), strict=True)) == whole
+        outside = tmp_path / "o"
+        draw(outside / "e/f.png", 50)
+        assert change.manifest_to_add(out, outside, None) == read_images(outside)
+
+    def test_labels_of_a_table_are_not_changed_by_folders(self, tmp_path):
+        root, out = tmp_path / "i", tmp_path / "c"
+        images = manifest(root, {"a/0.png": (0, "-"), "a/1.png": (1, "-")})
+        made(out, Manifest(root, images.paths, {"label": ("cat", "dog")}), Encoder(), "Flat")
+        draw(root / "a/b/2.png", 2)
+        done = change.update(out, change.manifest_to_add(out, root / "a", None), Encoder(), remove=False)
+        assert (done.added, done.edited) == ((2,), ())
+        assert read_catalog(out).items["label"].to_pylist() == ["cat", "dog", None]
+
     def test_far_fewer_images_are_refused(self, living, tmp_path):
         out = living()
         images = manifest(tmp_path / "i", {"1.png": (1, "a")})
@@ -347,6 +411,54 @@ class TestUpdate:
         rows = {path: ROWS[path] for path in ("5.png", "0.png", "3.png")} | {"x.png": (70, "a")}
         catalog = made(out, manifest(tmp_path / "i", rows), Encoder(16), "BFlat")  # another encoder
         assert catalog.names.of(range(4)) == ["5", "8", "3", "9"]
+
+    def test_a_damaged_catalog_that_is_made_anew_gives_no_id_again(self, living, tmp_path, capsys):
+        out = living()
+        change.remove(out, [7])
+        (out / "segments/1/items.arrow").write_bytes(b"x")
+        catalog = made(out, manifest(tmp_path / "i", ROWS), Encoder(), "Flat")
+        assert catalog.names.of(range(8)) == [str(number) for number in range(8, 16)]
+        assert "cannot be read, so all get new ids, from 8" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*learns")
+class TestSettings:
+    def test_those_that_are_not_given_are_those_of_the_catalog(self, tmp_path):
+        rows, out = {f"{i}.png": (i, "a") for i in range(4)}, tmp_path / "c"
+        floats, codes, graph = Encoder(), Encoder(16), FaissIndex("HNSW8", ef_search=20)
+        found = [change.settings_for(out, encoder, None, None) for encoder in (floats, codes)]
+        assert [(index.factory, of_local) for index, of_local in found] == [("Flat", None), ("BFlat", None)]
+        verification = Verification(item_side=48, item_features=20)
+        filling = {"run": "r", "thumbnail": SIDE, "batch_size": 64, "workers": 0, "verification": verification}
+        write_filled(out, graph, filling_of(manifest(tmp_path / "i", rows), floats, {"model": {}}, **filling))
+        index, of_local = change.settings_for(out, floats, None, None)
+        assert (index.settings, len(index)) == (graph.settings, 0)
+        assert of_local.config == verification.config
+        assert change.takes(out, floats, index, of_local)
+        given = (FaissIndex("SQ8"), Verification(item_side=64))
+        assert change.settings_for(out, floats, *given) == given
+        index, of_local = change.settings_for(out, codes, None, None)  # a graph of floats does not fit
+        assert (index.factory, of_local.config) == ("BFlat", verification.config)
+        other = nn.Module.requires_grad_(Encoder(), False)
+        other.weight.data += 1
+        assert change.settings_for(out, other, None, None)[0].settings == graph.settings  # made anew as it was
+        assert not change.takes(out, other, *change.settings_for(out, other, None, None))
+
+    @pytest.mark.parametrize(
+        ("factory", "bits", "message"),
+        [
+            ("Flat", 16, "gives codes: take binary-flat, binary-hnsw or so"),
+            ("BFlat", None, "gives float descriptors: take flat, hnsw, ivf-pq or so"),
+            ("PQ5", None, "PQ5 cuts a vector into 5 equal parts, which 16 dimensions"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, factory, bits, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            change.settings_for(tmp_path, Encoder(bits), FaissIndex(factory), None)
+
+    def test_lists_that_follow_the_items_fit(self, tmp_path):
+        for factory, bits in (("IVF,PQ4", None), ("BIVF", 16)):
+            assert change.settings_for(tmp_path, Encoder(bits), FaissIndex(factory), None)[0].factory == factory
 
 
 # ---------------------------------------------------------------------------------------- kills, damage
@@ -604,9 +716,6 @@ def test_commands(small_run, tmp_path):
     assert "6 images, " in done.stdout
     assert "version 2: 1 added, 1 changed, 1 removed, 4 as they were" in done.stdout
     assert {segment.index.factory for segment in read_catalog(out).segments} == {"SQ8"}  # and not the usual one
-    encoder = saved_run.load_model(saved_run.open_run(small_run)).encoder
-    assert change.takes(out, encoder, FaissIndex("SQ8"), None)
-    assert not change.takes(out, encoder, FaissIndex("Flat"), None)  # is made anew, since it was asked for
     draw(images / "late.png", 50)
     done = simsearch("catalog", "add", f"catalog={out}", f"images={images}/late.png", "workers=0", "device=cpu")
     assert "version 3: 1 added, 6 as they were" in done.stdout

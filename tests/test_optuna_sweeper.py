@@ -427,6 +427,12 @@ def test_several_objectives_make_a_front(tmp_path, capsys):
     front = [a for a in values if not any(b != a and b[0] >= a[0] and b[1] <= a[1] for b in values)]
     results = yaml.safe_load((tmp_path / "optimization_results.yaml").read_text())["solutions"]
     assert sorted(tuple(one["values"]) for one in results) == sorted(front)
+    shown = [cell for cell in progress_table(tmp_path).columns[4].cells if cell.startswith("* ")]
+    assert {tuple(map(float, re.findall(r"[\d.]+", cell)[:2])) for cell in shown} == {
+        tuple(round(value, 4) for value in one) for one in front
+    }
+    assert f"best {max(front)[0]:.4f}" in summary(tmp_path)
+    assert ("on the Pareto front" in summary(tmp_path)) == (len(shown) > 1)
     run(tmp_path, "hydra.sweeper.n_trials=6", expect=1)  # another objective is another study
     assert "is to ['maximize', 'minimize'], not ['maximize']" in capsys.readouterr().err.splitlines()[-1]
 

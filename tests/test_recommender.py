@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.open_set import pairs_once, thresholds_at
+from simsearch.functional.ranking import Junk
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.calibration import (
     Likeness,
@@ -33,9 +34,10 @@ from simsearch.search.calibration_file import write_calibration
 from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.engine import Engine
 from simsearch.search.errors import CatalogError
-from simsearch.search.filters import parse_filters
+from simsearch.search.filters import _Column, parse_filters
 from simsearch.search.item_tables import item_table
 from simsearch.search.request import Request
+from simsearch.search.rerank import KReciprocal
 from simsearch.search.verdicts import sameness, similarity
 from simsearch.search.writing import write_catalog
 from simsearch.types import Part
@@ -231,6 +233,25 @@ class TestSelection:
         assert (answer.ids[1:] - 150).tolist() == scores.argsort(descending=True)[:4].tolist()
         assert len(recommender.recommend(Request(stored[:1], k=450)).ids) == 301
 
+    @pytest.mark.parametrize("where", [None, "artist=Monet|Degas"])
+    def test_the_ranking_goes_on_behind_a_shortlist(self, recommender, where):
+        method = KReciprocal(5, 2, depth=12)
+        reranked, stored = Engine(recommender.catalog, method), recommender.vectors(range(N))
+        like, conditions = described(1, seed=5), () if where is None else parse_filters(where)
+        left = (~recommender.attributes.select(conditions)).nonzero()[:, 0]
+        ready = method.fit(F.normalize(stored, dim=1))
+        _, ahead = ready.rerank(like, Junk(torch.zeros_like(left), left))
+        first = ahead.ids[0].tolist()
+        plain = (stored @ like[0]).argsort(descending=True).tolist()
+        order = first + [i for i in plain if i not in {*first, *left.tolist()}]
+        assert first != [i for i in plain if i in first]
+        answer = reranked.recommend(Request(like, k=N, where=conditions, collapse=False))
+        assert answer.ids.tolist() == order
+        torch.testing.assert_close(answer.scores, stored[order] @ like[0])
+        works = reranked.works.tolist()
+        single = [i for place, i in enumerate(order) if works[i] not in {works[j] for j in order[:place]}]
+        assert reranked.recommend(Request(like, k=30, where=conditions)).ids.tolist() == single[:30]
+
     def test_too_many_to_drop_are_masked(self, monkeypatch, recommender):
         request = Request(recommender.vectors([9]), k=20, exclude=(9, 100, 200))
         expected = recommender.recommend(request)
@@ -276,6 +297,10 @@ class TestSelection:
 
 
 class TestReasons:
+    def test_telling_makes_no_strings(self, monkeypatch):
+        monkeypatch.setattr(_Column, "values", property(lambda _: pytest.fail("made a string of each value")))
+        assert opened().telling == ["artist"]
+
     def test_shared(self, recommender):
         assert recommender.telling == ["artist"]
         assert recommender.shared([0, 1, 5], [3, 2]) == [{"artist": "Monet"}, {}, {"artist": "Cassatt"}]

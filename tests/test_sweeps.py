@@ -69,6 +69,19 @@ def test_a_trials_name_is_what_it_computes():
     assert name()[-10:] == name("seed=0")[-10:]  # the default, given
 
 
+def test_a_start_counts_by_what_it_computes(tmp_path):
+    def of(folder: str, **config) -> str:
+        path = tmp_path / folder / "config.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump({"run_dir": str(path.parent), "model": {"bits": 12}, **config}))
+        return name("model=hashing", f"+model.start={path.parent}")[-10:]
+
+    first = of("a", seed=0)
+    assert of("b", seed=0) == first  # it lies elsewhere
+    assert of("a", seed=1) != first  # it was trained again, in place
+    assert name("model=hashing", f"+model.start={tmp_path}/gone")[-10:] != first
+
+
 def test_a_trials_name_is_readable_and_safe_for_shells():
     found = name(
         *("sweep=index-families", "model.whitening.power=0.2500012345"),

@@ -154,7 +154,11 @@ MISTAKES = [
     ("train seeds=1", "did you mean seed?"),
     ("train lr=0.1", "there is no key lr"),
     ("train data=art", "data.source has no value: give data.source=..."),
-    ("train data=art data.styles=3", "data.styles belongs to another option of data than the one that is chosen"),
+    ("train data=art data.styles=3", "data.styles belongs to an option of data that is not chosen: give data=<the"),
+    (
+        "index index.nprobe=8",
+        "index.nprobe belongs to an option of index that is not chosen: give index=<the option> too",
+    ),
     ("train --epochs 3", "there is no option --epochs"),
     ("train pooling=[gem", "pooling"),
     ("train resume=1", "resume=1: it must be true or false"),

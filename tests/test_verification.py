@@ -367,6 +367,15 @@ def test_the_commands_index_search_and_recommend(small_run, works, shots, tmp_pa
     assert given["results"][0]["attributes"]["path"] == "05.png"
     assert given["results"][0]["verdict"] == SAME_WORK
     assert "inliers" in run_command("search", out, photo).stdout
+    cosines = {one["path"]: one["score"] for one in plain["results"]}
+    reranked = ("search", out, photo, "format=json", "verification.top=12", "k=12", "rerank=csls", "rerank.k=3")
+    scores = {one["path"]: one["score"] for one in json.loads(run_command(*reranked).stdout)["results"]}
+    assert scores == pytest.approx(scores | cosines, abs=1e-5)
+    least = sorted(scores.values())[6] - 1e-5
+    cut = json.loads(run_command(*reranked, f"min_score={least}").stdout)["results"]
+    assert {one["path"] for one in cut} == {path for path, score in scores.items() if score >= least}
+    for k in (0, -1):
+        assert f"k must be at least 1, got {k}" in run_command("search", out, photo, f"k={k}", expect=1).stderr
     run_command("index", f"run={small_run}", f"images={tmp_path / 'works'}", f"out={tmp_path / 'plain'}", "workers=0")
     assert read_catalog(tmp_path / "plain").verification is None
 

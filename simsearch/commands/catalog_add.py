@@ -8,9 +8,8 @@ from omegaconf import DictConfig
 
 from simsearch import configs, program
 from simsearch.commands.index import report_change
-from simsearch.data.manifest import read_manifest
 from simsearch.models.encoder import device
-from simsearch.search.change import update, usual_root
+from simsearch.search.change import manifest_to_add, update
 from simsearch.text import warn
 
 
@@ -22,8 +21,7 @@ def main(config: DictConfig) -> None:
         config: The config of conf/catalog_add.yaml.
     """
     folder, source = Path(config.catalog), Path(config.images).expanduser().resolve()
-    root = Path(config.root).expanduser().resolve() if config.root else usual_root(folder, source)
-    manifest = read_manifest(source, root)
+    manifest = manifest_to_add(folder, source, Path(config.root).expanduser().resolve() if config.root else None)
     for note in manifest.notes:
         warn(f"note: {source.name}: {note}")
     change = update(

@@ -19,6 +19,7 @@ from simsearch.data.audit import read_duplicates
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import WithoutRows
 from simsearch.files import read_json, write_json
+from simsearch.index.auto import check_budget
 from simsearch.models.steps import DescribesBatches
 from simsearch.search.stores.store import StoreError
 from simsearch.search.stores.stored_gallery import StoredGallery
@@ -59,6 +60,7 @@ def main(config: DictConfig) -> None:
         raise ValueError("without= leaves queries out of the test: do not use it with stage=validate")
     if values.get("store") and values.get("index"):
         raise ValueError("index= and store= both say where to search: give one of them")
+    check_budget(config.budget, "AutoIndex" in str((values.get("index") or {}).get("_target_")))
     folder = Path(config.run_dir)
 
     data = configs.build_data(merged)

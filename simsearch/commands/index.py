@@ -17,25 +17,26 @@ from simsearch import configs, program, saved_run
 from simsearch.data.manifest import read_manifest
 from simsearch.data.presence import MOST_GONE, Presence
 from simsearch.evaluation.frontier import write_frontier
-from simsearch.index.auto import AutoIndex
+from simsearch.files import read_json
+from simsearch.index.auto import AutoIndex, check_budget
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import device, encoder_config
 from simsearch.search.build import (
     Filling,
     check_not_fewer,
     filling_of,
-    index_for,
     local_records,
     write_filled,
 )
 from simsearch.search.calibration_file import calibrated_for
 from simsearch.search.catalog import MOST_CHANGED, read_catalog
-from simsearch.search.change import Change, takes, update
+from simsearch.search.change import Change, settings_for, takes, update
 from simsearch.search.drift import standing
 from simsearch.search.errors import CatalogError
 from simsearch.search.item_tables import path_table
 from simsearch.search.shards import ShardError, open_shards
 from simsearch.search.verification import Verification
+from simsearch.search.writing import check_place
 from simsearch.text import printable, warn
 
 MANY_SEGMENTS = 16
@@ -58,7 +59,7 @@ def main(config: DictConfig) -> None:
     if frontier is not None:
         write_frontier(out, "frontier", frontier)
         print(f"chose {frontier.chosen.described()} of those in {out / 'frontier.csv'}: {described(index)}")
-    report(out, len(index), index.code_bytes, filling.errors, filling.skipped)
+    report(out, len(index), index, filling.errors, filling.skipped)
     if before is not None and calibrated_for(out) is None:
         warn(
             f"note: the catalog that was in {out} was calibrated; the new one is not: "
@@ -69,7 +70,7 @@ def main(config: DictConfig) -> None:
 def place(config: DictConfig, usual: Path, count: int) -> Path:
     """The catalog's folder.
 
-    Checks, before the work starts, that a catalog of at most `count` items may replace the one in the folder.
+    Checks, before the work starts, that a catalog of at most `count` items may replace what is in the folder.
 
     Args:
         config: The command's config.
@@ -77,11 +78,38 @@ def place(config: DictConfig, usual: Path, count: int) -> Path:
         count: Largest number of items.
 
     Raises:
+        FileExistsError: If the folder holds something other than a catalog.
         ValueError: If the new catalog would have far fewer items, and the config does not allow it.
     """
-    out = Path(config.out) if config.out else usual
+    out = Path(config.out).expanduser() if config.out else usual
+    check_place(out)
     check_not_fewer(out, count, config.fewer)
     return out
+
+
+def check_images(out: Path, root: Path, given: bool) -> None:
+    """Checks that the catalog in the usual folder is not that of other images, of which this one would leave none.
+
+    Args:
+        out: The catalog's folder.
+        root: Folder of the images that are to be indexed.
+        given: Whether the user named the catalog's folder; other images are then only told.
+
+    Raises:
+        ValueError: If it is, and the user did not name the folder.
+    """
+    try:
+        known = (read_json(out / "catalog.json").get("source") or {}).get("images")
+    except (OSError, ValueError):  # there is none, or none that can be read
+        return
+    if known is None or Path(known).resolve() == root:
+        return
+    if not given:
+        raise ValueError(
+            f"{out} is the catalog of the images in {known}, not of those in {root}: give another out=, or this one if "
+            "these images take their place"
+        )
+    warn(f"note: the catalog {out} was of the images in {known}, and is of those in {root} now")
 
 
 def note_replaced(out: Path) -> None:
@@ -97,31 +125,34 @@ def note_replaced(out: Path) -> None:
 def from_images(config: DictConfig) -> tuple[Filling, FaissIndex | AutoIndex, Path] | None:
     """Describes the images of a folder or manifest now. Returns them, their empty index and the catalog's folder.
 
-    If the folder holds a catalog of the same encoder, and of the index and local features if these are given, only what
-    is new or has changed is described, the catalog is changed, and None is returned.
+    If the folder holds a catalog of the same encoder, index and local features, only what is new or has changed is
+    described, the catalog is changed, and None is returned. Index and local features that are not given are its own.
 
     Args:
         config: The command's config.
 
     Raises:
-        ValueError: If run or images are missing, or if the index does not fit the run.
+        FileExistsError: If the folder holds something other than a catalog.
+        ValueError: If run or images are missing, if the index does not fit the run, or if the folder has the catalog of
+            other images.
     """
     if not config.run or not config.images:
         raise ValueError("give run=<run> and images=<folder or manifest>, or shards=<out of simsearch extract>")
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
     source = Path(config.images).resolve()
-    manifest = read_manifest(source, Path(config.root) if config.root else None)
+    manifest = read_manifest(source, Path(config.root).expanduser().resolve() if config.root else None)
     for note in manifest.notes:
         warn(f"note: {source.name}: {note}")
     path_table(manifest)  # refuses columns before the work
     usual = run.folder / "catalogs" / (source.name if source.is_dir() else source.stem)
     out = place(config, usual, len(manifest))
-    encoder = saved_run.load_model(run).encoder.to(device(config.device))
+    check_images(out, manifest.root, bool(config.out))
     given = given_index(config)
-    index = index_for(encoder, given)
     verification = configs.build(config.verify) if config.get("verify") else None
+    encoder = saved_run.load_model(run).encoder.to(device(config.device))
+    index, verification = settings_for(out, encoder, given, verification)
     settings = {"thumbnail": config.thumbnail, "batch_size": config.batch_size, "workers": config.workers}
-    if takes(out, encoder, given, verification):
+    if takes(out, encoder, index, verification):
         change = update(out, manifest, encoder, remove=True, fewer=config.fewer, **settings)
         report_change(out, change, manifest.skipped)
         return None
@@ -143,8 +174,13 @@ def given_index(config: DictConfig) -> FaissIndex | AutoIndex | None:
 
     Args:
         config: The command's config.
+
+    Raises:
+        ValueError: If there is a budget for an index that does not choose by it.
     """
-    return configs.build(configs.plain(config)["index"]) if config.get("index") else None
+    index = configs.build(configs.plain(config)["index"]) if config.get("index") else None
+    check_budget(config.budget, isinstance(index, AutoIndex))
+    return index
 
 
 def described(index: FaissIndex) -> str:
@@ -183,7 +219,9 @@ def from_shards(config: DictConfig) -> tuple[Filling, FaissIndex | AutoIndex, Pa
         )
     out = place(config, shards.folder / "catalog", len(shards.items))
     note_replaced(out)
-    index = index_for(shards.encoder, given_index(config))
+    index, kept = settings_for(out, shards.encoder, given_index(config), verification)
+    if kept is not None and verification is None:
+        warn(f"note: the catalog in {out} has local features; for the new one give verify= and images=, too")
     numbers = tqdm(range(len(shards)), unit="shard", desc="check")
     try:
         checked = [(number, shards.check(number)) for number in numbers]
@@ -258,7 +296,7 @@ def report_change(out: Path, change: Change, skipped: dict[str, int], *, trusted
     except CatalogError as error:  # of a calibration that is damaged
         warn(f"note: {error}")
         catalog = read_catalog(out, calibrated=False, trusted=trusted)
-    report(out, len(catalog), catalog.index.code_bytes, change.errors, skipped)
+    report(out, len(catalog), catalog.segments[0].index, change.errors, skipped)
     print(change)
     if len(catalog.segments) >= MANY_SEGMENTS:
         merge = f"simsearch catalog compact {shlex.quote(f'catalog={out}')}"
@@ -268,17 +306,17 @@ def report_change(out: Path, change: Change, skipped: dict[str, int], *, trusted
         warn(f"note: the calibration {found}")
 
 
-def report(out: Path, count: int, code_bytes: int, errors: Sequence[Any], skipped: dict[str, int]) -> None:
+def report(out: Path, count: int, index: FaissIndex, errors: Sequence[Any], skipped: dict[str, int]) -> None:
     """Prints what was indexed and what was not. The catalog lists unreadable files in skipped.csv.
 
     Args:
         out: The catalog's folder.
         count: Number of items.
-        code_bytes: Size of a stored descriptor in bytes.
+        index: Its index, or that of one of its segments.
         errors: Errors of files that could not be read.
         skipped: Number of files left out, by reason.
     """
-    print(f"{count} images, {code_bytes} bytes each, in the catalog {out}")
+    print(f"{count} images, {index.code_bytes} bytes each ({index.factory}), in the catalog {out}")
     report_errors(errors, skipped)
     print(f"try next: simsearch search {shlex.quote(f'catalog={out}')} image=<image or folder>")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,14 @@ class Answer:
         verdict: The best verdict among the items, as `simsearch recommend` gives it.
         items: The items, best first, each with rank, score, verdict and attributes.
         positions: Positions of the items.
-        image: Pixels of the query.
+        image: Pixels of the query, or None if no picture shows it.
     """
 
     query: str
     verdict: str
     items: list[dict[str, Any]]
     positions: list[int]
-    image: Tensor
+    image: Tensor | None = None
 
 
 @program.command("search")
@@ -66,6 +67,8 @@ def main(config: DictConfig) -> None:
     if config.format not in ("table", "json"):
         raise ValueError(f"format must be table or json, got {config.format!r}")
     check_min_score(config.min_score)
+    if config.k < 1:
+        raise ValueError(f"k must be at least 1, got {config.k}")
     if min(config.rows, config.batch_size) < 1:
         raise ValueError(f"rows and batch_size must be at least 1, got {config.rows} and {config.batch_size}")
     exported = Path(config.encoder) if config.encoder else None
@@ -78,18 +81,27 @@ def main(config: DictConfig) -> None:
     rerank = configs.build(config.rerank) if config.get("rerank") else None
     region = read_region(configs.plain(config)["region"])
     engine, source = Engine(catalog, rerank), Path(config.image)
-    answers, milliseconds = search(engine, source, config.k, config.batch_size, region, config.min_score)
-    if config.format == "json":
-        for answer in answers:
-            print(json_line({"query": answer.query, "verdict": answer.verdict, "results": answer.items}))
-    else:
-        for answer in answers:
+    pictures = config.rows if config.figure else 0
+    answers = search(engine, source, config.k, config.batch_size, region, config.min_score, pictures)
+    shown: list[Answer] = []
+    count, seconds, start = 0, 0.0, time.perf_counter()
+    for answer in answers:
+        count += 1
+        seconds += time.perf_counter() - start
+        if config.format == "json":
+            line = {"query": answer.query, "verdict": answer.verdict, "results": answer.items}
+            print(json_line(line), flush=True)
+        else:
             terminal.show(answer_table(answer, terminal.console().width))
-        print(f"{len(answers)} queries against {len(catalog)} items, {milliseconds:.1f} ms each with decoding")
+        if answer.image is not None:
+            shown.append(answer)
+        start = time.perf_counter()
+    if config.format == "table":
+        print(f"{count} queries against {len(catalog)} items, {1e3 * seconds / count:.1f} ms each with decoding")
         if not config.figure:
             print("to see them, give the same command with figure=neighbours.png", file=sys.stderr)
     if config.figure:
-        save_grid(Path(config.figure), [answer_tiles(catalog, answer) for answer in answers[: config.rows]])
+        save_grid(Path(config.figure), [answer_tiles(catalog, answer) for answer in shown])
         print(f"picture: {config.figure}", file=sys.stderr)
 
 
@@ -100,10 +112,12 @@ def search(
     batch_size: int,
     region: Region | None = None,
     min_score: float | None = None,
-) -> tuple[list[Answer], float]:
-    """The answers for all readable images, and the milliseconds per query.
+    pictures: int = 0,
+) -> Iterator[Answer]:
+    """Yields the answers for all readable images in their order, batch by batch where they are read in that order.
 
-    Unreadable images are listed on standard error.
+    Unreadable images are listed on standard error. The scores of verified searches are cosines, even after re-ranking,
+    since items that regions bring have no others.
 
     Args:
         engine: The engine of the catalog.
@@ -112,6 +126,7 @@ def search(
         batch_size: Number of images per forward pass.
         region: The part of each image to search with. None searches with whole images.
         min_score: Least score of an item. None for any.
+        pictures: Number of answers, the first ones, that keep the pixels of their queries.
 
     Raises:
         ValueError: If no image can be read.
@@ -119,37 +134,47 @@ def search(
     # Any single file is taken for an image, whatever its name; its content decides.
     listed = source.is_dir() or source.suffix.lower() in (".csv", ".parquet") or not source.exists()
     manifest = read_manifest(source) if listed else Manifest(source.parent, (source.name,))
-    answers: dict[int, Answer] = {}
-    errors = []
+    least = -torch.inf if min_score is None else min_score
     encoder, verification = engine.catalog.encoder, engine.catalog.verification
-    start = time.perf_counter()
+    answers: dict[int, Answer] = {}  # by row
+    pixels: dict[int, Tensor] = {}
+    count = 0
     for images, rows, unreadable in batches_of(encoder, manifest, region=region, batch_size=batch_size):
-        errors += unreadable
-        if len(images):
-            vectors = encode(encoder, images)
-            nearest = engine.nearest(vectors, k if verification is None else max(k, verification.top))
-            found = per_query(nearest, min_score)
-            files = [manifest.root / manifest.paths[row] for row in rows.tolist()]
-            local = iter(()) if verification is None else describe_queries(files, verification, region=region)
-            for image, row, vector, (ids, scores) in zip(images, rows.tolist(), vectors, found, strict=True):
-                matches = None
-                if verification is not None:
-                    regions = regions_of(manifest.root / manifest.paths[row], encoder, verification, region)
-                    before = dict(zip(ids.tolist(), scores.tolist(), strict=True))
-                    ids, matches = engine.verified(ids, next(local), regions)
-                    own = engine.scores(vector, ids).tolist()  # for those that regions brought
-                    scores = torch.tensor([before.get(i, one) for i, one in zip(ids.tolist(), own, strict=True)])
-                    kept = (scores >= (-torch.inf if min_score is None else min_score)).nonzero()[:k, 0]
-                    ids, scores, matches = ids[kept], scores[kept], [matches[place] for place in kept.tolist()]
-                verdicts = engine.verdicts(ids, vector[None], None, matches)
-                items, positions = rows_of(engine.catalog, ids, scores, verdicts, matches)
-                answers[row] = Answer(manifest.paths[row], best_verdict(verdicts), items, positions, image)
-    for error in errors:
-        warn(f"skipped: {error}")
-    if not answers:
+        for error in unreadable:
+            warn(f"skipped: {error}")
+        if not len(images):
+            continue
+        count += len(images)
+        vectors = encode(encoder, images)
+        nearest = engine.nearest(vectors, k if verification is None else max(k, verification.top))
+        found = per_query(nearest, min_score if verification is None else None)
+        files = [manifest.root / manifest.paths[row] for row in rows.tolist()]
+        local = iter(()) if verification is None else describe_queries(files, verification, region=region)
+        for image, row, vector, (ids, scores) in zip(images, rows.tolist(), vectors, found, strict=True):
+            matches = None
+            if verification is not None:
+                regions = regions_of(manifest.root / manifest.paths[row], encoder, verification, region)
+                ids = ids[engine.scores(vector, ids) >= least]
+                ids, matches = engine.verified(ids, next(local), regions)
+                scores = engine.scores(vector, ids)
+                kept = (scores >= least).nonzero()[:k, 0]
+                ids, scores, matches = ids[kept], scores[kept], [matches[place] for place in kept.tolist()]
+            verdicts = engine.verdicts(ids, vector[None], None, matches)
+            items, positions = rows_of(engine.catalog, ids, scores, verdicts, matches)
+            answers[row] = Answer(manifest.paths[row], best_verdict(verdicts), items, positions)
+            pixels[row] = image.clone()  # alone, without its batch
+            if len(pixels) > pictures:
+                del pixels[max(pixels)]
+        if encoder.fit == "square":  # else images come by their shapes
+            yield from _in_order(answers, pixels)
+            answers.clear()
+    yield from _in_order(answers, pixels)
+    if not count:
         raise ValueError(f"no image of {source} could be read")
-    milliseconds = 1e3 * (time.perf_counter() - start) / len(answers)
-    return [answers[row] for row in sorted(answers)], milliseconds
+
+
+def _in_order(answers: Mapping[int, Answer], pixels: Mapping[int, Tensor]) -> Iterator[Answer]:
+    return (replace(answers[row], image=pixels.get(row)) for row in sorted(answers))
 
 
 def per_query(found: SearchResult, min_score: float | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -236,9 +261,9 @@ def answer_tiles(catalog: Catalog, answer: Answer) -> list[Tile]:
 
     Args:
         catalog: The catalog.
-        answer: The answer.
+        answer: The answer. Without pixels of its query, the row begins with the items.
     """
-    tiles = [Tile(answer.image, Path(answer.query).name)]
+    tiles = [] if answer.image is None else [Tile(answer.image, Path(answer.query).name)]
     for item, data in zip(answer.items, catalog.thumbnails(answer.positions), strict=True):
         name = item.get(catalog.about.get("label", "label")) or Path(item["path"]).name
         said = "" if item["verdict"] == UNCALIBRATED else f"{item['verdict']}, "

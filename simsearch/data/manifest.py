@@ -167,6 +167,15 @@ def load_images(
     return load_batches(ImageFiles(manifest, size=size, fit=fit, region=region), batch_size=batch_size, workers=workers)
 
 
+def lists_files(source: Path) -> bool:
+    """Whether a source is a folder of images or one image, not a table.
+
+    Args:
+        source: The folder or file.
+    """
+    return source.suffix.lower() in ENDINGS if source.is_file() else not read_ingest(source)
+
+
 def read_manifest(source: Path, root: Path | None = None) -> Manifest:
     """The images that a source lists: a folder, one image file, or a table (.csv, .tsv, .txt, .parquet).
 

@@ -140,6 +140,20 @@ def preferred(points: Iterable[Point], budget: Budget) -> Point | None:
     return min(fitting, key=lambda point: (math.prod(getattr(point, name) for name in free), -point.recall))
 
 
+def check_budget(limits: Mapping[str, float | None], chooses: bool) -> None:
+    """Checks that limits are not given where no index is chosen by them.
+
+    Args:
+        limits: The largest bytes and milliseconds and the smallest recall, None where there is no limit.
+        chooses: Whether an index is chosen.
+
+    Raises:
+        ValueError: If they are.
+    """
+    if not chooses and (given := [name for name, value in limits.items() if value is not None]):
+        raise ValueError(f"budget.{given[0]} limits what index=auto chooses: give index=auto too")
+
+
 class AutoIndex:
     """Chooses the kind and the settings of an index by a budget.
 

@@ -581,6 +581,18 @@ class FaissIndex:
                 ) from None
         self._finish(index)
 
+    def check_width(self, width: int) -> None:
+        """Checks that FAISS makes such an index.
+
+        Args:
+            width: Number of columns of the vectors or packed codes.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        settled = {"factory": FOLLOWS.sub("IVF1", self.factory)}  # the number of items is not known yet
+        FaissIndex(**self.settings | settled)._allocated(width)
+
     def _allocated(self, width: int) -> Any:
         dimension = width * 8 if self.is_binary else width
         reason = factory_failure(self.factory, self.metric, dimension)

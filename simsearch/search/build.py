@@ -245,28 +245,6 @@ def _at(rows: Tensor, counts: Sequence[int], read: Callable[[int], Tensor]) -> T
     return torch.cat([read(i)[rows[start:stop] - firsts[i]] for i, (start, stop) in spans if start < stop])
 
 
-def index_for(encoder: Encoder, given: FaissIndex | AutoIndex | None) -> FaissIndex | AutoIndex:
-    """The empty index for an encoder's descriptors: the given one, or else exact search of floats or of codes.
-
-    Args:
-        encoder: The encoder that describes the images.
-        given: An empty index, what chooses one (which fits floats and codes), or None.
-
-    Raises:
-        ValueError: If the given index is for floats and the encoder for codes, or the other way round.
-    """
-    codes = encoder.bits is not None
-    if given is None:
-        return FaissIndex("BFlat" if codes else "Flat")
-    if isinstance(given, FaissIndex) and given.is_binary != codes:
-        kind, fitting = ("codes", "binary-hnsw, binary-ivf") if codes else ("float descriptors", "hnsw, ivf-pq, ...")
-        raise ValueError(
-            f"the index {given.factory} does not fit this run, which gives {kind}: leave index= out for exact search, "
-            f"or choose one of {fitting}"
-        )
-    return given
-
-
 def check_not_fewer(out: Path, count: int, allowed: bool) -> None:
     """Checks that a new catalog does not replace one that has far more items.
 

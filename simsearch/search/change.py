@@ -21,7 +21,8 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
-from simsearch.data.manifest import Manifest
+from simsearch.data.manifest import Manifest, lists_files
+from simsearch.data.manifest import read_manifest as list_images
 from simsearch.data.presence import Presence
 from simsearch.files import clear_leftovers, sha256, write_array, write_json
 from simsearch.images import ImageError
@@ -37,7 +38,7 @@ from simsearch.search.local_features import about_local_features
 from simsearch.search.names import OWN_ID
 from simsearch.search.segments import Places, damaged_files, with_ids, write_segment
 from simsearch.search.verification import Verification
-from simsearch.search.writing import locked, write_skipped
+from simsearch.search.writing import locked, read_skipped, write_skipped
 from simsearch.trust import check_links
 from simsearch.types import Encoder
 
@@ -98,9 +99,41 @@ def changing(folder: Path, *, trusted: bool = False) -> Iterator[Catalog]:
         yield catalog
 
 
-def takes(
+def settings_for(
     folder: Path, encoder: Encoder, index: FaissIndex | AutoIndex | None, verification: Verification | None
-) -> bool:
+) -> tuple[FaissIndex | AutoIndex, Verification | None]:
+    """The empty index and the verification for a catalog: the given ones, or else those of the catalog in its folder.
+
+    Where there is none, or where its index does not fit the encoder, the search is exact.
+
+    Args:
+        folder: The catalog's folder.
+        encoder: The encoder that describes the images.
+        index: The empty index that was given, or what chooses one (which fits floats and codes), or None.
+        verification: How matches are to be verified, if that was given, or None.
+
+    Raises:
+        ValueError: If the index is for floats and the encoder for codes, or the other way round, or if FAISS makes no
+            such index of descriptors of this width.
+    """
+    codes = encoder.bits is not None
+    if isinstance(index, FaissIndex) and index.is_binary != codes:
+        kind, fitting = ("codes", "binary-flat, binary-hnsw") if codes else ("float descriptors", "flat, hnsw, ivf-pq")
+        raise ValueError(f"the index {index.factory} does not fit this run, which gives {kind}: take {fitting} or so")
+    try:
+        before = read_catalog(folder, calibrated=False)
+    except (OSError, ValueError):
+        before = None
+    if index is None:
+        own = None if before is None else before.segments[0].index
+        fits = own is not None and own.is_binary == codes
+        index = FaissIndex(**own.settings) if fits else FaissIndex("BFlat" if codes else "Flat")  # type: ignore[union-attr]
+    if isinstance(index, FaissIndex):
+        index.check_width(-(-encoder.bits // 8) if encoder.bits is not None else encoder.dimension)
+    return index, verification or (None if before is None else before.verification)
+
+
+def takes(folder: Path, encoder: Encoder, index: FaissIndex | AutoIndex, verification: Verification | None) -> bool:
     """Whether a folder holds a catalog that `update` can bring to what a new catalog would be.
 
     A choice of the index is made anew, of all items.
@@ -108,7 +141,7 @@ def takes(
     Args:
         folder: The folder.
         encoder: The encoder that would describe the images.
-        index: The empty index of the new catalog, or what chooses one. None leaves it to the catalog.
+        index: The empty index of the new catalog, or what chooses one.
         verification: How matches would be verified. None leaves it to the catalog.
     """
     try:
@@ -117,17 +150,46 @@ def takes(
         return False
     if isinstance(index, AutoIndex):
         return False
-    if "path" not in catalog.items.column_names:
+    own, index = catalog.segments[0].index, copy(index)
+    index.settle(len(own))
+    if "path" not in catalog.items.column_names or any(getattr(own, n) != getattr(index, n) for n in SETTINGS):
         return False
-    if index is not None:
-        own, index = catalog.segments[0].index, copy(index)
-        index.settle(len(own))
-        if any(getattr(own, n) != getattr(index, n) for n in SETTINGS):
-            return False
     known = None if catalog.verification is None else catalog.verification.config
     if verification is not None and verification.config != known:
         return False
     return catalog.about["encoder_fingerprint"] == encoder_fingerprint(encoder)
+
+
+def manifest_to_add(folder: Path, source: Path, root: Path | None) -> Manifest:
+    """The images of a folder, an image or a table, as those of the collection of a catalog.
+
+    Below the folder of the catalog's images, paths are relative to it, and labels that the catalog has from its folders
+    are those that it would give.
+
+    Args:
+        folder: The catalog's folder.
+        source: A folder, an image, or a table.
+        root: Folder that paths are relative to. None means the usual one.
+
+    Raises:
+        CatalogError: If the catalog is damaged.
+        ValueError: If the source holds no images, or if the table cannot be read.
+    """
+    usual = usual_root(folder, source) if root is None else None
+    manifest = list_images(source, root or usual)
+    if usual is None or not lists_files(source):
+        return manifest
+    items = read_catalog(folder, calibrated=False).items
+    if "label" not in items.column_names:
+        return manifest
+    others = {name: column for name, column in manifest.attributes.items() if name != "label"}
+    if _texts(items["label"]) != _first_folders(items["path"].to_pylist()):  # of a table
+        return replace(manifest, attributes=others)
+    return replace(manifest, attributes={**others, "label": tuple(_first_folders(manifest.paths))})
+
+
+def _first_folders(paths: Sequence[str]) -> list[str | None]:
+    return [first if below else None for first, _, below in (path.partition("/") for path in paths)]
 
 
 def usual_root(folder: Path, source: Path) -> Path | None:
@@ -223,19 +285,20 @@ def update(
             kept=len(catalog) - len(gone) - len(changed) - len(edited),
             errors=tuple(described.errors),  # type: ignore[arg-type]
         )
-        if errors:
-            write_skipped(folder, errors)
-        elif remove:
-            (folder / "skipped.csv").unlink(missing_ok=True)
-        if not (new or changed or edited or gone):
-            return outcome
-        tables = _tables(catalog, plan, table, described, ids, edited)
-        _check_own_ids(catalog, tables, [*gone, *changed, *edited])
-        entry = _write(catalog, manifest, tables, described, edited, workers) if tables else None
-        changes: dict[str, Any] = {"columns": plan.columns, "next_id": next_id + len(new)}
-        if remove:
-            changes["skipped"] = manifest.skipped | _reasons(described.errors)
-        return replace(outcome, version=_commit(catalog, [*gone, *changed, *edited], entry, changes))
+        source = {**(catalog.about.get("source") or {}), "images": str(manifest.root)}
+        if new or changed or edited or gone or (remove and source != catalog.about.get("source")):
+            tables = _tables(catalog, plan, table, described, ids, edited)
+            _check_own_ids(catalog, tables, [*gone, *changed, *edited])
+            entry = _write(catalog, manifest, tables, described, edited, workers) if tables else None
+            changes: dict[str, Any] = {"columns": plan.columns, "next_id": next_id + len(new)}
+            if remove:
+                changes |= {"skipped": manifest.skipped | _reasons(described.errors), "source": source}
+            outcome = replace(outcome, version=_commit(catalog, [*gone, *changed, *edited], entry, changes))
+        read = {str(manifest.root / manifest.paths[row]) for row in described.rows}
+        write_skipped(
+            folder, errors, kept=[] if remove else [row for row in read_skipped(folder) if row[0] not in read]
+        )
+        return outcome
 
 
 def remove(folder: Path, names: Sequence[str | int], *, trusted: bool = False) -> Change:

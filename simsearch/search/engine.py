@@ -101,7 +101,7 @@ class Engine:
     def telling(self) -> list[str]:
         """The attributes that are worth naming if two items share them: artist, style, period, ..."""
         names = [n for n in self.attributes.names if not _TELLS_NOTHING.search(n)]
-        counts = {name: len(self.attributes.column(name).values) for name in names}
+        counts = {name: len(self.attributes.column(name).distinct) for name in names}
         return [name for name in names if 1 < counts[name] <= max(2, len(self.catalog) // 2)]
 
     @property
@@ -546,7 +546,8 @@ class Engine:
     def _nearest_reranked(self, query: Tensor, depth: int, among: Selection | None, taken: Tensor) -> SearchResult:
         """The result of `_nearest` in the order of the re-ranker, which ranks only the permitted items.
 
-        What it knows of an item's neighbours is over the whole catalog.
+        What it knows of an item's neighbours is over the whole catalog. The ranking goes on behind its shortlist, if it
+        has one.
 
         The first item gets the best cosine of all items, the second item the second best, and so on. Later steps
         (diversity, hubness) compare with cosines, whatever scale the re-ranker's own scores have.
@@ -555,9 +556,11 @@ class Engine:
         left_out = taken if among is None else torch.from_numpy((~among).positions)
         junk = Junk(torch.zeros_like(left_out), left_out)
         wanted, ahead = self._reranked.rerank(F.normalize(query[None], dim=1), junk)
-        found = nearest(wanted, self._reranked.vectors, depth, junk) if ahead is None else ahead
-        ids = found.ids[0, :depth]
-        ids = ids[ids >= 0]
+        ids = torch.empty(0, dtype=torch.int64) if ahead is None else ahead.ids[0]
+        if len(ids) < depth:
+            rest = nearest(wanted, self._reranked.vectors, depth, junk).ids[0]
+            ids = torch.cat([ids, rest[~torch.isin(rest, ids)]])
+        ids = ids[ids >= 0][:depth]
         scores = self._exact(self._stored(self.vectors(ids)) @ query).sort(descending=True).values
         return SearchResult(ids[None], scores[None])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import os
 import shutil
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from simsearch.data.tables import Rejected
-from simsearch.files import digests, is_temporary, replacing_folder, restore, write_csv, write_json
+from simsearch.files import digests, is_temporary, read_json, replacing_folder, restore, write_csv, write_json
 from simsearch.images import ImageError
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.calibration_file import calibrated_for
@@ -29,10 +30,12 @@ from simsearch.search.local_features import about_local_features
 from simsearch.search.names import OWN_ID, Names
 from simsearch.search.segments import CONTENT, regroup, with_ids, write_segment
 from simsearch.search.verification import Verification
+from simsearch.text import warn
 from simsearch.types import Encoder
 
 _ENTRIES = {"catalog.json", "segments", "removed", "encoder.safetensors", "skipped.csv", *OF_FORMAT_1}
 _ENTRIES |= {"calibration.json", "calibration", "frontier.csv", "frontier.png"}
+_SKIPPED = ["path", "reason", "detail"]
 _ADDED = 2**16  # vectors that an index is given together
 
 
@@ -108,11 +111,10 @@ def write_catalog(
         FileExistsError: If `folder` holds something other than a catalog.
     """
     folder = Path(folder).resolve()
-    if folder.is_file():
-        raise FileExistsError(f"{folder} is a file: give another out=")
+    check_place(folder)
     restore(folder)
     with locked(folder):
-        _check_place(folder)
+        check_place(folder)
         numbering = _Numbering(folder)
         with replacing_folder(folder) as temporary:
             tables = map(numbering.numbered, [items] if isinstance(items, pa.Table) else items)
@@ -136,16 +138,24 @@ def write_catalog(
             }
             about["first"] = {"catalog": first_fingerprint(about), "items": len(index), "next_id": about["next_id"]}
             write_json(temporary / "catalog.json", about)
-            if errors:
-                write_skipped(temporary, errors)
+            write_skipped(temporary, errors)
             if calibrated_for(folder) == first_fingerprint(about):
                 shutil.copy(folder / "calibration.json", temporary)
                 if (folder / "calibration").is_dir():
                     shutil.copytree(folder / "calibration", temporary / "calibration")
 
 
-def _check_place(folder: Path) -> None:
-    """Raises FileExistsError if a folder holds something other than a catalog."""
+def check_place(folder: Path) -> None:
+    """Checks that a catalog may be written to a folder.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        FileExistsError: If it is a file, or holds something other than a catalog.
+    """
+    if folder.is_file():
+        raise FileExistsError(f"{folder} is a file: give another out=")
     entries = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if entries and "catalog.json" not in entries:
         raise FileExistsError(f"{folder} exists and is not a catalog: give another out=")
@@ -179,15 +189,36 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def write_skipped(folder: Path, errors: Sequence[ImageError | Rejected]) -> None:
-    """Writes the skipped.csv of a catalog.
+def write_skipped(
+    folder: Path, errors: Sequence[ImageError | Rejected], kept: Sequence[tuple[str, str, str]] = ()
+) -> None:
+    """Writes the skipped.csv of a catalog, or removes it if no file was skipped.
 
     Args:
         folder: The catalog's folder.
         errors: Errors of files that could not be read.
+        kept: Rows that go first: path, reason and detail. A path that is among the errors is left out.
     """
-    rows = ((str(error.path), error.reason, error.detail) for error in errors)
-    write_csv(folder / "skipped.csv", ["path", "reason", "detail"], rows)
+    rows = [(str(error.path), error.reason, error.detail) for error in errors]
+    again = {path for path, _, _ in rows}
+    rows = [*(row for row in kept if row[0] not in again), *rows]
+    if rows:
+        write_csv(folder / "skipped.csv", _SKIPPED, rows)
+    else:
+        (folder / "skipped.csv").unlink(missing_ok=True)
+
+
+def read_skipped(folder: Path) -> list[tuple[str, str, str]]:
+    """The rows of the skipped.csv of a catalog: path, reason and detail. Empty without such a file.
+
+    Args:
+        folder: The catalog's folder.
+    """
+    path = folder / "skipped.csv"
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return [(row["path"], row["reason"], row["detail"]) for row in csv.DictReader(file)]
 
 
 class _Numbering:
@@ -200,6 +231,7 @@ class _Numbering:
             old = read_catalog(folder, calibrated=False)
         except (ValueError, OSError, KeyError, TypeError):  # there is none, or none that can be read
             old = None
+            self._begin_above(folder)
         if old is not None and "path" in old.items.column_names:
             paths, ids = old.items["path"].to_pylist(), old.names.numbers
             self._before = dict(zip(paths, ids.tolist(), strict=True))
@@ -207,6 +239,14 @@ class _Numbering:
         self.columns: list[str] = []
         self._own: list[pa.ChunkedArray] = []
         self._counted = 0
+
+    def _begin_above(self, folder: Path) -> None:
+        """Gives no id that a damaged catalog may have given, as far as its catalog.json says which."""
+        try:
+            self.next_id = int(read_json(folder / "catalog.json")["next_id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        warn(f"note: the items of the damaged catalog {folder} cannot be read, so all get new ids, from {self.next_id}")
 
     def numbered(self, table: pa.Table) -> pa.Table:
         """A table of items with their ids."""

@@ -8,6 +8,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import ge
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,11 @@ def summary(folder: Path, since: float | None = None) -> str:
     parts += [f"{count[state]} {state}" for state in ("pruned", "running", "failed", "interrupted") if count[state]]
     if others := len(found) - len(trials):
         parts.append(f"{others} of earlier plans")
-    if (best := _best(trials, sweep)) is not None:
-        parts.append(f"best {_objective(best):.4f}{_interval(folder / best['folder'], sweep)} ({best['folder']})")
+    if front := _front(trials, sweep):
+        best = max(front, key=lambda about: _gains(about, sweep)[0])
+        parts.append(f"best {_values(best)[0]:.4f}{_interval(folder / best['folder'], sweep)} ({best['folder']})")
+        if len(front) > 1:
+            parts.append(f"{len(front)} on the Pareto front")
     recent = [about for about in trials if since is not None and (about["ended"] or 0) > since]
     left = planned - sum(count[state] for state in _ENDED)
     if recent and left > 0:
@@ -50,7 +54,7 @@ def summary(folder: Path, since: float | None = None) -> str:
 
 
 def progress_table(folder: Path, *, newest_first: bool = False) -> Table:
-    """The trials of a sweep as a table: state, progress, time and objectives. The best first objective is marked.
+    """The trials of a sweep as a table: state, progress, time and objectives. The best, or the Pareto front, is marked.
 
     Args:
         folder: Folder of the sweep.
@@ -59,7 +63,7 @@ def progress_table(folder: Path, *, newest_first: bool = False) -> Table:
     trials, sweep = read_trials(folder), read_sweep(folder)
     if newest_first:
         trials.sort(key=lambda about: -(about["ended"] or math.inf))
-    best = _best([about for about in trials if _is_planned(about, sweep)], sweep)
+    front = _front([about for about in trials if _is_planned(about, sweep)], sweep)
     varying = _varying([about["overrides"] for about in trials])
     caption = "mAP on the validation images, or on the test (t) where there are none"
     padding = 0 if terminal.console().width < 100 else 1
@@ -68,12 +72,11 @@ def progress_table(folder: Path, *, newest_first: bool = False) -> Table:
         justify: Any = "left" if name in ("trial", "state") else "right"
         table.add_column(name, justify=justify, overflow="fold", no_wrap=name in ("state", "step", "time"))
     for about, overrides in zip(trials, varying, strict=True):
-        values = about["values"] if isinstance(about["values"], list) else [about["values"]]
-        numbers = " ".join(f"{value:.4f}" for value in values if value is not None)
+        numbers = " ".join(f"{value:.4f}" for value in _values(about) if not math.isnan(value))
         style = {"failed": "red", "running": "cyan", "interrupted": "yellow", "pruned": "dim"}.get(about["state"], "")
         if pruned := about.get("pruned"):
             numbers = f"{pruned['value']:.4f} at validation {pruned['validation']}"
-        if best is about:
+        if any(about is one for one in front):
             numbers, style = f"* {numbers}{_interval(folder / about['folder'], sweep)}", "bold"
         cells = (
             " ".join(overrides) or about["folder"],
@@ -157,17 +160,27 @@ def read_sweep(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _objective(about: Mapping[str, Any]) -> float:
-    values = about["values"]
-    value = values[0] if isinstance(values, list) else values
-    return math.nan if value is None else float(value)
+def _values(about: Mapping[str, Any]) -> list[float]:
+    values = about["values"] if isinstance(about["values"], list) else [about["values"]]
+    return [math.nan if value is None else float(value) for value in values]
 
 
-def _best(trials: Sequence[dict[str, Any]], sweep: Mapping[str, Any]) -> dict[str, Any] | None:
-    known = [about for about in trials if not math.isnan(_objective(about))]
-    said = sweep.get("direction")  # of each objective; a grid has none
-    smaller = said[0] == "minimize" if said else any(map(is_cost, sweep.get("objective", [])[:1]))
-    return (min if smaller else max)(known, key=_objective, default=None)
+def _gains(about: Mapping[str, Any], sweep: Mapping[str, Any]) -> list[float]:
+    """A trial's objectives, those that should be small with the other sign."""
+    costs = [word == "minimize" for word in sweep.get("direction") or []]  # a grid has none
+    costs = costs or [is_cost(name) for name in sweep.get("objective") or [""]]
+    return [-value if cost else value for value, cost in zip(_values(about), costs, strict=False)]
+
+
+def _front(trials: Sequence[dict[str, Any]], sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The trials that no other is better than in all objectives. With one objective the best one, if there is one."""
+    known = [(about, _gains(about, sweep)) for about in trials if not any(map(math.isnan, _values(about)))]
+    front = [
+        (about, gains)
+        for about, gains in known
+        if not any(other != gains and all(map(ge, other, gains)) for _, other in known)
+    ]
+    return [about for about, gains in front[: 1 if front and len(front[0][1]) == 1 else None]]
 
 
 def _interval(folder: Path, sweep: Mapping[str, Any]) -> str:

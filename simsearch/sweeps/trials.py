@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from simsearch import configs, launch
 from simsearch.files import is_alive, read_json, write_json
-from simsearch.identity import identity, without_places
+from simsearch.identity import identity, start_config, without_places
 from simsearch.sweeps import objectives
 
 # Parts of a config that do not affect a trial's numbers.
@@ -45,8 +45,8 @@ def decisive(overrides: Iterable[str]) -> list[str]:
 def trial_name(*, _root_: DictConfig) -> str:
     """The folder name of a trial: as many of its overrides as fit, swept ones first, and a hash of its resolved config.
 
-    A trial that already has a folder in the sweep keeps it, however its overrides were written, and wherever data and
-    caches lie. Registered as the resolver `trial`, for hydra.sweep.subdir.
+    A trial that already has a folder in the sweep keeps it, however its overrides were written, and wherever data,
+    caches and the run that it starts from lie. Registered as the resolver `trial`, for hydra.sweep.subdir.
 
     Args:
         _root_: The composed config; Hydra passes it.
@@ -54,14 +54,24 @@ def trial_name(*, _root_: DictConfig) -> str:
     values = {name: _root_._get_node(name) for name in _root_ if name not in _ASIDE}
     config = OmegaConf.create({**values, "run_dir": "", "run_root": ""}, flags={"allow_objects": True})
     resolved: Any = OmegaConf.to_container(config, resolve=True)
-    digest, former = (identity(values)[:10] for values in (without_places(resolved), resolved))
+    present = without_places(resolved)
+    digest, *former = (identity(values)[:10] for values in (_with_start(present), present, resolved))
     sweep = Path(_root_.hydra.sweep.dir)
-    if known := [path for end in (digest, former) for path in sorted(sweep.glob(f"*{end}/trial.json"))]:
+    if known := [path for end in (digest, *former) for path in sorted(sweep.glob(f"*{end}/trial.json"))]:
         return known[0].parent.name
     swept = set(_root_.hydra.sweeper.get("params") or {})
     if (sweep / "sweep.json").is_file():
         swept.update(read_json(sweep / "sweep.json").get("swept", []))
     return f"{_readable(_root_.hydra.overrides.task, swept)}-{digest}".lstrip("-")
+
+
+def _with_start(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with what the run computed that training starts from, in place of its folder."""
+    begun = start_config(config)
+    if begun is None:
+        return config
+    computes = without_places({name: value for name, value in begun.items() if name not in _ASIDE})
+    return {**config, "model": {**config["model"], "start": identity(computes)}}
 
 
 def _readable(overrides: Sequence[str], swept: Iterable[str]) -> str:
