@@ -97,17 +97,38 @@ def _with_length(run: Run, config: DictConfig) -> Run:
         )
     if not lengths:
         return run
+    if set(lengths) - {"max_time"}:  # a limit of the time plans nothing
+        _check_unplanned(run)
+    if launch.rank() == 0:
+        _forget_test(run.folder)  # it is of the former length
+        values = read_config(run.folder / "config.yaml")
+        values["trainer"].update(lengths)
+        _write_config(run.folder, values, read_json(run.folder / "run.json"))
+    return replace(run, config={**run.config, "trainer": {**run.config["trainer"], **lengths}})
+
+
+def _check_unplanned(run: Run) -> None:
+    """Raises ValueError if the learning rate or the weights of a run were brought to an end at its length."""
     scheduler = (run.config.get("model") or {}).get("scheduler") or {}
     if planned := [name for name in ("total_steps", "T_max", "total_iters") if name in scheduler]:
         raise ValueError(
             f"{run.folder} has a learning rate schedule that was planned for its length (scheduler.{planned[0]}="
             f"{scheduler[planned[0]]}): start a new run from it by model.start={run.folder}"
         )
-    if launch.rank() == 0:
-        values = read_config(run.folder / "config.yaml")
-        values["trainer"].update(lengths)
-        _write_config(run.folder, values, read_json(run.folder / "run.json"))
-    return replace(run, config={**run.config, "trainer": {**run.config["trainer"], **lengths}})
+    nodes = [node for node in (run.config.get("callbacks") or {}).values() if isinstance(node, Mapping)]
+    if any(str(node.get("_target_")).endswith(".Lookahead") for node in nodes):
+        raise ValueError(
+            f"{run.folder} has Lookahead, which ends on the slow average at its length: start a new run from it by "
+            f"model.start={run.folder}"
+        )
+
+
+def _forget_test(folder: Path) -> None:
+    """Removes the test's results, so that nobody takes them for those of the training that begins."""
+    path = folder / "metrics.json"
+    if path.is_file() and "test" in (stages := read_json(path)):
+        write_json(path, {stage: about for stage, about in stages.items() if stage != "test"})
+    (folder / "per_query.parquet").unlink(missing_ok=True)
 
 
 def _selected(config: DictConfig, name: str) -> Any:
@@ -151,6 +172,8 @@ def make_few(config: DictConfig) -> None:
 
     for key, most in settings.FEW.items():
         value = OmegaConf.select(config, key)
+        if key == "trainer.max_steps" and not config.model.get("optimizer"):
+            continue  # a model that is fitted has to see all images, of which there are few
         if isinstance(value, int) and (value > most or value < 0):
             OmegaConf.update(config, key, most)
     config.logger.tags = [*(config.logger.tags or []), "smoke"]

@@ -75,6 +75,8 @@ def check_training(config: Mapping[str, Any]) -> None:
             f"trainer.precision={precision} keeps the weights themselves in 16 bits, which hardly train: "
             f"give {_PRECISIONS[precision]}, or 32-true"
         )
+    if precision == "64-true":
+        raise ValueError("trainer.precision=64-true does not fit backbones, which give 32 bits: give 32-true")
     for name, lost in (("evaluation", "nothing would be measured"), ("checkpoint", "there would be nothing to test")):
         if not config["callbacks"].get(name):
             raise ValueError(f"callbacks.{name}=null: {lost}; keep this callback")
@@ -83,7 +85,31 @@ def check_training(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"callbacks.{name}: {node['_target_'].rpartition('.')[2]} does not work with these models: {instead}"
             )
+    _check_length(config)
     _check_monitors(config)
+
+
+def _check_length(config: Mapping[str, Any]) -> None:
+    """Checks that a training by gradient has a length of its own, and that a fit sees all images."""
+    trainer, model = config["trainer"], config["model"]
+    if model.get("optimizer"):
+        if trainer.get("max_epochs") == 1 and "accumulate_grad_batches" not in trainer:  # of trainer=default
+            raise ValueError(
+                "trainer=default, cpu, gpu and ddp make one pass, for models that fit without gradients: give "
+                "trainer=training (several devices: training-ddp), with trainer.accelerator=gpu if you like"
+            )
+    elif model["_target_"] in trust.ALLOWED:
+        last = config["callbacks"].get("last") or {}
+        limits = {
+            "trainer.max_steps": trainer.get("max_steps"),
+            "callbacks.last.every_n_train_steps": last.get("every_n_train_steps"),
+        }
+        for key, value in limits.items():
+            if value is not None and value >= 0:
+                raise ValueError(
+                    f"{key}={value} cuts the one pass by which this model is fitted, and which begins anew if it is "
+                    f"stopped: leave {key} out"
+                )
 
 
 def check_values(config: Mapping[str, Any]) -> None:
@@ -130,6 +156,12 @@ def _check_monitors(config: Mapping[str, Any]) -> None:
     for where, node in watchers.items():
         name = node.get("monitor")
         checkpoint = str(node.get("_target_")).endswith("ModelCheckpoint")
+        saves = node.get("save_on_train_epoch_end") or may_validate(config)
+        if checkpoint and name is not None and not name.startswith("val/") and not saves:
+            raise ValueError(
+                f"{where} watches {name}, but saves at validations, and no images are held out: give "
+                f"{where}.save_on_train_epoch_end=true"
+            )
         if name is None or name in logged:
             continue
         if name.startswith("val/") and not may_validate(config):

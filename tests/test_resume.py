@@ -29,7 +29,10 @@ from PIL import Image
 
 from simsearch.callbacks.training import WholeCheckpoints
 from simsearch.files import check_zip, read_json
+from simsearch.run_directory import _check_unplanned
+from simsearch.saved_run import Run, read_config
 from simsearch.search.catalog import read_catalog
+from simsearch.studies.runs import is_finished
 
 DATA = (
     "data.styles=3",
@@ -246,9 +249,16 @@ def test_a_finished_run_resumed_is_measured_again_to_the_same(whole, tmp_path):
 
 
 @pytest.mark.parametrize("first", ["trainer.max_steps=6", "trainer.max_steps=8"])  # within an epoch, and at its end
-def test_a_run_trains_longer_as_if_it_had_been_told_at_first(first, whole, tmp_path):
+def test_a_run_trains_longer_as_if_it_had_been_told_at_first(first, whole, tmp_path, monkeypatch):
     wanted, run = whole(*DSH, *STEPS), tmp_path / "run"
     simsearch("train", *DATA, *DSH, *STEPS, first, f"run_dir={run}")
+    assert is_finished(run)
+    with monkeypatch.context() as patch:
+        patch.setattr("simsearch.commands.train.train_run", lambda run: (run.folder / "none").read_text())  # dies
+        simsearch("train", "resume=true", f"run_dir={run}", "trainer.max_steps=9", expect=1)
+    assert not is_finished(run)  # its test was of the former length
+    assert "val" in numbers(run)
+    assert not (run / "per_query.parquet").exists()
     done = simsearch("train", "resume=true", f"run_dir={run}", "trainer.max_steps=9", "seed=7", "sampler.batch_size=2")
     assert "ignores seed=7 (it" in done.stderr
     assert "max_steps" not in done.stderr
@@ -280,6 +290,11 @@ def test_a_learning_rate_that_was_planned_is_not_stretched(tmp_path):
         f"simsearch train: {run} has a learning rate schedule that was planned for its length "
         f"(scheduler.total_steps=2): start a new run from it by model.start={run}\n"
     )
+    simsearch("train", "resume=true", f"run_dir={run}", "trainer.max_time=00:01:00:00")  # plans nothing
+    assert read_config(run / "config.yaml")["trainer"]["max_time"] == "00:01:00:00"
+    nodes = {"lookahead": {"_target_": "simsearch.callbacks.training.Lookahead"}, "other": None}
+    with pytest.raises(ValueError, match="has Lookahead, which ends on the slow average at its length"):
+        _check_unplanned(Run(run, {"callbacks": nodes}))
 
 
 def test_throughput_of_a_resumed_run_counts_from_its_start(tmp_path):

@@ -36,7 +36,7 @@ CLASS_MEANS = "callbacks.evaluation.evaluators={means: {_target_: simsearch.eval
 def group(*overrides: str) -> dict[str, Any]:
     """The config of a training; composing takes long."""
     with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
-        return composed("model=dsh", *overrides)
+        return composed(*([] if any(text.startswith("model=") for text in overrides) else ["model=dsh"]), *overrides)
 
 
 def compose(*overrides: str) -> dict[str, Any]:
@@ -65,6 +65,18 @@ def compose(*overrides: str) -> dict[str, Any]:
         (["+trainer.enable_checkpointing=false"], "the test measures the best checkpoint"),
         (["trainer.precision=bf16-true"], "give bf16-mixed, or 32-true"),
         (["trainer.precision=16-true"], "give 16-mixed, or 32-true"),
+        (["trainer.precision=64-true"], "give 32-true"),
+        (["trainer=gpu"], "give trainer=training (several devices: training-ddp), with trainer.accelerator=gpu"),
+        (["trainer=ddp"], "make one pass, for models that fit without gradients"),
+        (
+            ["model=frozen", "trainer.max_steps=5"],
+            "trainer.max_steps=5 cuts the one pass by which this model is fitted",
+        ),
+        (["model=frozen", "callbacks.last.every_n_train_steps=5"], "leave callbacks.last.every_n_train_steps out"),
+        (
+            ["callbacks.checkpoint.monitor=train/loss", "protocol.validation=null"],
+            "callbacks.checkpoint watches train/loss, but saves at validations, and no images are held out",
+        ),
         (["trainer.accumulate_grad_batches=0"], "give 1 batch or more"),
         (
             ["callbacks.checkpoint.monitor=val/loss"],

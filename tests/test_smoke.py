@@ -101,3 +101,12 @@ def test_smoke_runs_in_few_steps_and_says_so(tmp_path):
     again = simsearch("evaluate", f"run={tmp_path}/r", f"run_dir={tmp_path}/e")
     assert "rendered-artist/smoke" in again.stdout
     assert read_json(tmp_path / "e" / "metrics.json")["test"]["fingerprint"] == stages["test"]["fingerprint"]
+
+
+def test_smoke_fits_a_model_that_has_no_gradients(tmp_path):
+    done = simsearch(
+        "train", *SMALL, "sampler.batch_size=2", "smoke=true", f"run_dir={tmp_path}/r", "logger.mode=disabled"
+    )
+    assert "its numbers mean nothing" in done.stderr
+    assert read_json(tmp_path / "r" / "metrics.json")["test"]["metrics"]["mAP"] > 0
+    assert saved_run.open_run(tmp_path / "r").config["trainer"]["max_steps"] == -1

@@ -196,6 +196,7 @@ class TrainedRetriever(DescribesBatches):
         self._pooled: Tensor | None = None
         self.network, self.loss = network, loss
         self.optimizer, self.scheduler = optimizer, scheduler
+        self._loss_steers = False  # the learning rate, which all ranks must have in common
         self.head_lr, self.bias_lr, self.bias_decay = head_lr, bias_lr, bias_decay
         self.start, self.freeze_batchnorm = start, freeze_batchnorm
         self.slices, self.gather = slices, gather
@@ -375,6 +376,7 @@ class TrainedRetriever(DescribesBatches):
             return optimizer
         about: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
+            self._loss_steers = scheduler.mode == "min"
             every = self.trainer.check_val_every_n_epoch or 1
             about |= {
                 "interval": "epoch",
@@ -421,7 +423,7 @@ class TrainedRetriever(DescribesBatches):
                 f"collection rows {rows} ...): lower optimizer.lr, clip gradients "
                 "(trainer.gradient_clip_val=1), or use precision 32; the last checkpoint is from before this step"
             )
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=self._loss_steers)
         return loss
 
     def forward(self, batch: Batch) -> Tensor:
