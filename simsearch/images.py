@@ -292,7 +292,7 @@ def header_shape(data: bytes) -> tuple[int, int] | None:
             warnings.filterwarnings("ignore", module=r"PIL\.")
             with _opened(data) as image:
                 width, height = image.size
-                return (width, height) if _is_on_its_side(image) else (height, width)
+                return (width, height) if _is_turned_by_header(image, data) else (height, width)
     except Exception:  # read_image says what is wrong
         return None
 
@@ -456,10 +456,35 @@ def _turn_upright(image: Image.Image) -> None:
         pass
 
 
-def _is_on_its_side(image: Image.Image) -> bool:
-    """Whether the EXIF orientation swaps width and height."""
+def _is_turned_by_header(image: Image.Image, data: bytes) -> bool:
+    """Whether width and height of an image that is not decoded yet must be swapped. Nothing is decoded."""
+    if image.format == "TIFF":  # Pillow swaps them itself
+        return False
+    if _is_on_its_side(image) or image.format != "PNG":
+        return _is_on_its_side(image)
     try:
-        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        with _opened(_without_pixels(data)) as metadata:
+            return _is_on_its_side(metadata)
+    except Exception:  # damaged metadata
+        return False
+
+
+def _without_pixels(data: bytes) -> bytes:
+    """A PNG without its pixels, so that metadata behind them are part of its header."""
+    kept, place = [data[:8]], 8
+    while place < len(data):
+        stop = place + 12 + int.from_bytes(data[place : place + 4])  # length, name, content and checksum of a chunk
+        if data[place + 4 : place + 8] != b"IDAT":
+            kept.append(data[place:stop])
+        place = stop
+    return b"".join(kept)
+
+
+def _is_on_its_side(image: Image.Image) -> bool:
+    """Whether the EXIF orientation that has been read so far swaps width and height."""
+    try:
+        # PNG's own method would decode the pixels for metadata behind them.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     except Exception:  # damaged metadata
         return False
 

@@ -168,6 +168,14 @@ def test_tests_are_those_of_the_values_by_query(tmp_path):
         assert found.detectable == pytest.approx(steps * change.std(ddof=1) / Q**0.5)
 
 
+def test_many_tests_draw_patterns_enough_for_their_correction(tmp_path, monkeypatch):
+    runs = read(*(make_run(tmp_path / str(i), values(i, 0.1 * i), lr=i) for i in range(3)))
+    monkeypatch.setattr("simsearch.comparison.leaderboard.RESAMPLES", 40)  # enough for two tests
+    assert sorted(entry.paired.p for entry in board(runs) if entry.paired) == [1 / 41] * 2
+    monkeypatch.setattr("simsearch.comparison.leaderboard.RESAMPLES", 39)
+    assert all(entry.paired.p_holm < 0.05 / 2 for entry in board(runs) if entry.paired)
+
+
 def test_sampling_units_are_tested_as_one(tmp_path):
     """Twelve artists whose five works rise or fall together: far less sure than sixty works would be."""
     units = np.arange(Q) // 5

@@ -28,6 +28,7 @@ from simsearch.images import (
     count_scans,
     decode_thumbnail,
     encode_thumbnail,
+    header_shape,
     read_image,
 )
 from simsearch.text import printable
@@ -202,7 +203,24 @@ def test_exif_orientation(kind, orientation):
     data = encode(Image.fromarray(picture), kind, exif=exif, **options)
     found, expected = pixels(read_image(data)), UPRIGHT[orientation](picture)
     assert found.shape == expected.shape
+    assert header_shape(data) == expected.shape[:2]
     assert np.abs(found.astype(int) - expected).max() <= (6 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_the_shape_of_a_png_is_found_without_decoding_it(behind, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(smooth()), "PNG", exif=exif)
+    start = data.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(data[start : start + 4])
+    end = data.index(b"IEND") - 4
+    moved = data[:start] + data[stop:end] + (data[start:stop] if behind else b"") + data[end:]
+    expected = read_image(moved).shape[1:]
+    loads = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: loads.append(image))
+    assert header_shape(moved) == expected == ((32, 24) if behind else (24, 32))
+    assert not loads
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])

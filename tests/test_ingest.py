@@ -28,6 +28,7 @@ from simsearch.data.image_folder import FilesDataModule
 from simsearch.data.ingest import pipeline as module
 from simsearch.data.ingest import pixel_store as pixels
 from simsearch.data.ingest.cleaning import clean, period_of, year_of
+from simsearch.data.ingest.decisions import Decisions
 from simsearch.data.ingest.pipeline import Decoding, band, decode_file
 from simsearch.data.ingest.report import EXPLAINED
 from simsearch.data.ingest.source import read_listing
@@ -454,6 +455,14 @@ def test_bad_rows_cost_themselves_alone(two):
     assert {one.reason for one in listing.rejected} <= set(EXPLAINED)
 
 
+def test_text_may_follow_a_quoted_value(two):
+    lines = ["path,title,artist", 'a.png,"Madonna" (study),Monet', 'sub/é.png,"Eve" and "Adam",x', 'b.png,c"d,"e']
+    (two / "t.csv").write_text("\n".join(lines))
+    listing = read_listing(two / "t.csv")
+    assert listing.attributes == {"title": ("Madonna (study)", 'Eve and "Adam"'), "artist": ("Monet", "x")}
+    assert [(one.reason, one.path) for one in listing.rejected] == [("row-unclosed", 'b.png,c"d,"e')]
+
+
 def test_of_a_path_that_comes_twice_the_fuller_row_is_kept(two):
     (two / "t.csv").write_text("path,artist,year\na.png,,\nsub/é.png,x,\na.png,Monet,1880\n")
     listing = read_listing(two / "t.csv")
@@ -497,7 +506,9 @@ def test_what_is_no_list_of_images_says_so(two, name, data, message):
     [
         ("1885", 1885), ("c. 1885", 1885), ("1885-90", 1885), ("1885.0", 1885), ("between 1601 and 1605", 1601),
         ("12.5.1885", 1885), ("ca.1503–1519", 1503), ("842", 842), ("19th century", None), ("", None), (None, None),
-        ("0", None), ("18850", None), ("3100", None),
+        ("0", None), ("18850", None), ("3100", None), ("ca. 1390-1352 B.C.", None), ("1390BC", None), ("-1390", None),
+        ("\N{MINUS SIGN}1390", None), ("1353 bis 1336 v. Chr.", None), ("1390 BCE", None), ("1390–1352 B. C. E.", None),
+        ("B.C. Koekkoek, 1839", 1839), ("1885 Bcd", 1885),
     ],
 )  # fmt: skip
 def test_years(text, year):
@@ -566,6 +577,16 @@ def test_a_table_becomes_a_manifest_with_works(tmp_path):
     assert read_manifest(out).attributes["artist"] == tuple(table["artist"])
 
 
+def test_an_unknown_group_ties_nothing(tmp_path):
+    names = ["unknown", "unknown", "-", "-", "g", "g"]
+    for i in range(len(names)):
+        put(tmp_path / "art" / f"{i}.png", picture(i))
+    lines = ["path,group", *(f"{i}.png,{name}" for i, name in enumerate(names))]
+    (tmp_path / "art" / "t.csv").write_text("\n".join(lines))
+    said = simsearch("data", "ingest", f"images={tmp_path / 'art' / 't.csv'}", f"out={tmp_path / 'out'}", *BASE).stdout
+    assert "6 images of 5 works" in said
+
+
 # ------------------------------------------------------------------------------ layouts and formats
 
 
@@ -618,6 +639,13 @@ def test_images_in_a_table_are_unpacked(tmp_path):
     assert [reason for reason, _ in rejected(out).values()] == ["path-empty"]
 
 
+def test_an_image_in_a_table_that_changed_is_unpacked_again(tmp_path):
+    for content in (b"\x89PNG one", b"\x89PNG two"):
+        pq.write_table(pa.table({"image": [{"bytes": content, "path": "a.png"}]}), tmp_path / "t.parquet")
+        listing = read_listing(tmp_path / "t.parquet", unpacked=tmp_path / "unpacked")
+        assert (listing.root / listing.paths[0]).read_bytes() == content
+
+
 def test_a_limit_of_megapixels(tmp_path):
     put(tmp_path / "art" / "large.png", picture(1).resize((1100, 1000)))
     put(tmp_path / "art" / "small.png", picture(2))
@@ -630,6 +658,33 @@ def test_a_limit_of_megapixels(tmp_path):
 
 
 # ------------------------------------------------------------------------------ one work
+
+
+def test_blank_and_equal_files_are_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr("simsearch.data.near_duplicates._MAX_PAIRS", 300)
+    for i in range(8):
+        put(tmp_path / "art" / f"blank{i}.png", Image.new("L", (64, 64), 100 + i))
+        put(tmp_path / "art" / f"equal{i}.png", picture(1))
+    put(tmp_path / "art" / "z.png", picture(2))
+    put(tmp_path / "art" / "z.jpg", picture(2), quality=90)
+    out = tmp_path / "out"
+    said = simsearch("data", "ingest", f"images={tmp_path / 'art'}", f"out={out}", *BASE).stdout
+    assert "3 images of 2 works" in said
+    assert read_manifest(out).paths == ("equal0.png", "z.jpg", "z.png")
+    for i in range(8):
+        (tmp_path / "art" / f"blank{i}.png").rename(put(tmp_path / "blank" / f"{i}.png", picture(1)))
+        put(tmp_path / "alike" / f"{i}.png", picture(1), compress_level=i)
+    say = ("data", "ingest", *BASE)
+    said = simsearch(*say, f"images={tmp_path / 'blank'}", f"out={tmp_path / 'none'}", expect=1).stderr
+    assert "all 8 images that could be decoded are blank" in said
+    monkeypatch.setattr("simsearch.data.near_duplicates._MAX_PAIRS", 60)
+    said = simsearch(*say, f"images={tmp_path / 'alike'}", f"out={tmp_path / 'many'}", expect=1).stderr
+    assert "too many images have the same perceptual hash: leave most of them out" in said
+
+
+def test_decisions_on_equal_files_are_on_the_one_that_is_kept():
+    decisions = Decisions([(0, 1), (2, 5)], [(1, 3), (0, 4), (4, 5)])
+    assert decisions.among([1, 3, 5], {0: 1, 2: 3}) == Decisions([(1, 2)], [(0, 1)])  # 4 is blank
 
 
 def test_a_turned_copy_is_of_the_work(tmp_path):
@@ -657,6 +712,14 @@ def test_a_large_group_is_told_and_not_tied_until_it_is_confirmed(tmp_path):
     with (out / "suspicious.csv").open(newline="") as file:
         assert [line["path"] for line in csv.DictReader(file)] == [f"{i}.jpg" for i in range(5)]
     assert "near.largest=5 joins them" in (out / "report.md").read_text()
+    written, mine = out / "groups.csv", tmp_path / "mine.csv"
+    decided = written.read_text().replace(",yes,\n", ",yes,confirm\n", 1)
+    written.write_text(decided)
+    assert "copy it and give decisions=<copy>" in simsearch(*say, "near.largest=4", expect=1).stderr
+    assert written.read_text() == decided
+    mine.write_text(decided)
+    assert "10 images of 9 works" in simsearch(*say, "near.largest=4", f"decisions={mine}").stdout
+    written.unlink()
     said = simsearch(*say, "near.largest=5").stdout  # nothing is decoded again
     assert "10 images of 6 works" in said
     assert not (out / "suspicious.csv").exists()

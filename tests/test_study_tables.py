@@ -65,6 +65,13 @@ def test_paired_lines_take_means_over_the_seeds_that_both_have(measured):
     assert min(line["p_holm"] for line in lines) == pytest.approx(min(1, len(lines) * ps[0]))
 
 
+def test_many_tests_draw_patterns_enough_for_their_correction(measured, monkeypatch):
+    monkeypatch.setattr("simsearch.studies.tables.RESAMPLES", 80)  # enough for four tests
+    assert min(line[PAIRED_COLUMNS.index("p")] for line in paired_lines(measured[0])) == 1 / 81
+    monkeypatch.setattr("simsearch.studies.tables.RESAMPLES", 79)
+    assert min(line[PAIRED_COLUMNS.index("p_holm")] for line in paired_lines(measured[0])) < 0.05 / 2
+
+
 def test_what_one_of_two_rows_lacks_is_not_paired(measured, tmp_path):
     """Cut-offs are a setting: an evaluation with ks=[5] has no P@1."""
     found, _, _ = measured

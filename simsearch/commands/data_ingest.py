@@ -41,6 +41,7 @@ from simsearch.data.ingest.pipeline import (
     Kept,
     begin,
     check_place,
+    choose,
     decode,
     gather,
     keep,
@@ -52,6 +53,7 @@ from simsearch.data.ingest.source import read_listing
 from simsearch.data.manifest import Manifest
 from simsearch.data.near_duplicates import MIN_CORRELATION, hash_pairs_within, pixel_correlations, turned_pairs
 from simsearch.data.protocols import ByHash
+from simsearch.data.tables import read_table
 from simsearch.figures import Tile, save_grid, spared
 from simsearch.files import Damaged, read_array, replacing, write_array, write_csv
 from simsearch.functional.correlation import aligned_correlation
@@ -65,6 +67,7 @@ from simsearch.search.local_features import features_of, record, record_type, sa
 from simsearch.text import printable, warn
 from simsearch.types import LocalFeatures
 
+GROUPS_TABLE = "groups.csv"
 MOST_DESCRIBED = 200_000
 _NEIGHBOURS = 20  # of each image that may be of its work
 _PROPOSED = 200  # pairs for each image that hashes may propose
@@ -117,6 +120,8 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
         max_pixels=int(values["megapixels"] * 1e6),
     )
     check_place(out)
+    if values["decisions"] is None:
+        check_decided(out / GROUPS_TABLE)
     root = Path(values["root"]).resolve() if values["root"] else None
     listing = read_listing(source, root, values["exclude"], unpacked=out / UNPACKED)
     begin(out, listing, decoding, source)
@@ -124,7 +129,13 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
     images = images_of(out / "pixels", files.shapes)
     paths = [listing.paths[row] for row in files.rows.tolist()]
     decisions = Decisions() if values["decisions"] is None else read_decisions(Path(values["decisions"]), paths)
-    works = same_work(out, files, images, backbone, values["near"], decisions, decoding.chunk)
+    # Blank and equal files are left out first: the number of pairs grows with the square of theirs.
+    places, twins, _ = choose(listing, files)
+    if not places:
+        raise ValueError(f"all {len(files)} images that could be decoded are blank: is images={source} right?")
+    part, known = images[places], decisions.among(places, twins)
+    assert isinstance(part, Ragged)
+    works = same_work(out, files.part(places), part, backbone, values["near"], known, decoding.chunk).among(places)
     kept = keep(listing, files, works.pairs, groups=values["groups"], categorical=values["categorical"])
     if tied := still_tied(kept, decisions.cut):
         one, other = (paths[place] for place in tied[0])
@@ -139,7 +150,7 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
         temporary.write_text(markdown(report, source.name), encoding="utf-8")
     write_suspicious(out / "suspicious.csv", report["suspicious"]["groups"])
     listed = [*(("large", group) for group in works.suspicious), *(("weak", group) for group in works.weak)]
-    write_groups(out / "groups.csv", group_rows(listed, works.evidence, paths, decisions))
+    write_groups(out / GROUPS_TABLE, group_rows(listed, works.evidence, paths, decisions))
     with spared():
         contact_sheet(out / "contact-sheet.png", files, kept, images)
     write_results(out, listing, files, kept, about, report)
@@ -153,9 +164,28 @@ def ingest(values: dict[str, Any], source: Path, out: Path, backbone: nn.Module 
             f"{out / 'suspicious.csv'}"
         )
     if weak := report["suspicious"]["weak"]:
-        print(f"{len(weak)} works rest on weak evidence: confirm or cut their pairs in {out / 'groups.csv'}")
+        print(
+            f"{len(weak)} works rest on weak evidence: confirm or cut their pairs in a copy of "
+            f"{out / GROUPS_TABLE}, and ingest again with decisions=<copy>"
+        )
     print(f"look at {out / 'report.md'} and {out / 'contact-sheet.png'}")
     print(f"try next: {shlex.join(['simsearch', 'train', 'data=art', f'data.source={out}', *fitting_protocol(kept)])}")
+
+
+def check_decided(path: Path) -> None:
+    """Checks that an ingest without decisions does not overwrite any.
+
+    Args:
+        path: The groups.csv of an earlier ingest, or no file.
+
+    Raises:
+        ValueError: If a person decided something there.
+    """
+    if path.is_file() and any(value and value.strip() for value in read_table(path).columns.get("decision", ())):
+        raise ValueError(
+            f"{path} holds decisions, which this ingest would overwrite: copy it and give decisions=<copy>, or delete "
+            "it to drop them"
+        )
 
 
 def still_tied(kept: Kept, cut: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -234,7 +264,7 @@ def same_work(
 
     Args:
         out: Output folder.
-        files: The files.
+        files: The files, all different.
         images: Their pixels.
         backbone: The network that proposes pairs, or None.
         near: The config of the search for near-duplicates.
@@ -252,7 +282,7 @@ def same_work(
                 f"{len(images):,} images are too many to compare every pair by descriptor (at most "
                 f"{MOST_DESCRIBED:,}): find near-duplicates by perceptual hash alone with near.descriptors=false"
             )
-        vectors = describe(out / "descriptors", images, backbone, near["size"], chunk)
+        vectors = describe(out / "descriptors", files, images, backbone, near["size"], chunk)
         neighbours = gallery_neighbours(vectors, _NEIGHBOURS)
         near_enough = neighbours.scores >= near["cosine"]
         if near["verify"]:
@@ -280,9 +310,8 @@ def same_work(
     for row, root in enumerate(cliques(len(images), surest, decisions.confirmed, decisions.cut)):
         groups[root].append(row)
     several = [group for group in groups.values() if len(group) > 1]
-    contents = [len({files.sha256[place] for place in group}) for group in several]  # equal files are one
-    small = [group for group, n in zip(several, contents, strict=True) if n <= near["largest"]]
-    suspicious = [group for group, n in zip(several, contents, strict=True) if n > near["largest"]]
+    small = [group for group in several if len(group) <= near["largest"]]
+    suspicious = [group for group in several if len(group) > near["largest"]]
     ties = [(group[0], place) for group in small for place in group[1:]] + decisions.confirmed
     doubtful = [group for group in small if near["verify"] and is_weak(group, evidence, decisions.confirmed)]
     return SameWork(ties, counts, suspicious, doubtful, evidence, near["verify"])
@@ -305,10 +334,9 @@ def verified(folder: Path, files: Files, images: Ragged, known: Evidence, chunk:
     kind = record_type(_FEATURES, sift.dimension)
     wanted = torch.zeros(len(images), dtype=torch.bool)
     wanted[known.pairs.flatten()] = True
-    pixels = hashlib.sha256("".join(files.sha256).encode()).hexdigest()
     sample_features, sample_match = algorithms(sift)
-    settings = {"pixels": pixels, "side": _SIDE, "features": _FEATURES, "contrast": sift.contrast, "chunk": chunk}
-    settings |= {"wanted": tensors_sha256({"wanted": wanted}), "algorithm": sample_features}
+    settings = {"pixels": contents(files), "side": _SIDE, "features": _FEATURES, "contrast": sift.contrast}
+    settings |= {"chunk": chunk, "wanted": tensors_sha256({"wanted": wanted}), "algorithm": sample_features}
 
     def described(start: int, stop: int, bar: tqdm) -> np.ndarray:
         found = np.zeros(stop - start, kind)
@@ -358,6 +386,15 @@ def verified(folder: Path, files: Files, images: Ragged, known: Evidence, chunk:
     return Evidence(known.pairs, known.correlation, count, inliers, share, aligned, agreeing, same)
 
 
+def contents(files: Files) -> str:
+    """The digest of the files' bytes in their order.
+
+    Args:
+        files: The files.
+    """
+    return hashlib.sha256("".join(files.sha256).encode()).hexdigest()
+
+
 def algorithms(sift: Sift) -> tuple[str, str]:
     """Digests of the features of a sample picture, and of its match with the same picture turned and cut.
 
@@ -398,25 +435,29 @@ def by_hash(files: Files, bits: int) -> dict[str, Tensor]:
             turned = torch.stack(turned_pairs(files.hashes, files.turned, bits), 1)
             if bits == 0 or len(rows) + len(turned) <= _PROPOSED * len(files.hashes):
                 return {"by hash": torch.stack([rows, columns, torch.zeros_like(rows)], 1), "turned": turned}
-        except ValueError:  # more than can be held
+        except ValueError as error:  # more than can be held
             if bits == 0:
-                raise
+                raise ValueError(
+                    "too many images have the same perceptual hash: leave most of them out by exclude=[...] or a table"
+                ) from error
         bits //= 2
 
 
-def describe(folder: Path, images: Ragged, backbone: nn.Module, size: int, chunk: int) -> Tensor:
+def describe(folder: Path, files: Files, images: Ragged, backbone: nn.Module, size: int, chunk: int) -> Tensor:
     """L2-normalised descriptors float32 (N, C) of whole images, with GeM pooling, p = 3.
 
     They are stored in pieces of `chunk` images, each described in its own batches, so an interruption changes no value.
 
     Args:
         folder: Folder of the pieces.
-        images: The pixels.
+        files: The files.
+        images: Their pixels.
         backbone: The network.
         size: Side in pixels of the square that images are resized to.
         chunk: Number of images per piece.
     """
-    folder = folder / cache_key({"backbone": backbone.identity(size), "images": len(images), "chunk": chunk})[:16]  # type: ignore[operator]
+    settings = {"backbone": backbone.identity(size), "pixels": contents(files), "chunk": chunk}  # type: ignore[operator]
+    folder = folder / cache_key(settings)[:16]
 
     def described(start: int, stop: int, bar: tqdm) -> np.ndarray:
         piece, found = images[start:stop], []

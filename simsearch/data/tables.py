@@ -172,8 +172,18 @@ def _records(lines: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[s
             at += extra + 1
             break
         else:
-            yield at + 1, lines[at]
+            yield at + 1, _lenient(lines[at], delimiter)
             at += 1
+
+
+def _lenient(line: str, delimiter: str) -> list[str] | str:
+    """The values of a line with text behind a quoted one, as in `"Madonna" (study)`. The line if a quote is open."""
+    reader = csv.reader([line, ""], delimiter=delimiter)
+    try:
+        record = next(reader)
+    except csv.Error:
+        return line
+    return record if reader.line_num == 1 else line
 
 
 def _numbered(header: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ PAIRED_COLUMNS = (
     *("queries", "unit", "units", "seeds"),
 )
 TESTED = {"AP": "mAP", "P@1": "P@1"}  # values of each query, and the metrics that are their means
-RESAMPLES = 20_000
+RESAMPLES, ALPHA = 20_000, 0.05
 _T = TypeVar("_T")
 
 
@@ -145,6 +146,9 @@ def paired_lines(measured: Iterable[Measurement]) -> list[list[Any]]:
     for (protocol, fingerprint), rows in groups.items():
         tests = [(a, b) for b, a in itertools.combinations(rows, 2) if a[1] == b[1] or a[0] == b[0]]
         values = {key: {seed: _values(m) for seed, m in seeds.items()} for key, seeds in rows.items()}
+        # With more tests than the usual patterns can tell apart, Holm's correction of the least p would exceed ALPHA.
+        most = len(tests) * len(TESTED)
+        resamples = RESAMPLES if most <= ALPHA * RESAMPLES else math.ceil(4 * most / ALPHA)
         found: list[list[Any]] = []
         for a, b in tqdm(tests, desc=f"paired tests, {protocol}", leave=False):
             seeds = sorted(values[a].keys() & values[b].keys())
@@ -159,7 +163,7 @@ def paired_lines(measured: Iterable[Measurement]) -> list[list[Any]]:
                     raise ValueError(f"{a[0]} and {b[0]} have other queries under {protocol}: they do not compare")
                 x, y = (torch.stack([table[column] for table in tables]).mean(0) for tables in (one, other))
                 ends = paired_interval(x, y, one[0].get("unit"))
-                p = paired_permutation(x, y, one[0].get("unit"), resamples=RESAMPLES)
+                p = paired_permutation(x, y, one[0].get("unit"), resamples=resamples)
                 names = (rows[key][seeds[0]].label for key in (a, b))
                 tail = [len(x), unit, units, " ".join(map(str, seeds))]
                 found.append([*names, protocol, fingerprint, metric, *ends, p, tail])

@@ -15,6 +15,7 @@ PERIOD_YEARS = 25
 _MISSING = {"nan", "null", "none", "n/a", "<na>", "nat"}
 _NOBODY = {"unknown", "unidentified", "not known", "?", "-", "–", "—"}
 _YEAR = re.compile(r"(?<!\d)(?<!\d[.,])(1\d{3}|20\d{2})(?!\d)")
+_BEFORE_CHRIST = re.compile(r"(?<![^\W\d_])(?:b\.?\s?c(?:\.?\s?e)?|v\.?\s?chr)(?![^\W_])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -80,15 +81,18 @@ def clean(columns: dict[str, Column], categorical: Iterable[str]) -> Cleaned:
 def year_of(text: str | None) -> int | None:
     """The first year in a text such as "1885", "c. 1885", "1885-90", "1885.0" or "12.5.1885". None without one.
 
+    None also for years before Christ: "1390-1352 B.C.", "1390 v. Chr." or "-1390".
+
     Args:
         text: The text, or None.
     """
-    if text is None:
+    if text is None or text.startswith(("-", "\N{MINUS SIGN}")):
         return None
     if re.fullmatch(r"\d{3}(\.0+)?", text) and int(float(text)):
         return int(float(text))
-    found = _YEAR.search(re.sub(r"(?<!\d)\d{1,2}[./]\d{1,2}[./](?=\d{4})", "", text))
-    return int(found[1]) if found else None
+    text = re.sub(r"(?<!\d)\d{1,2}[./]\d{1,2}[./](?=\d{4})", "", text)
+    found = _YEAR.search(text)
+    return int(found[1]) if found and not _BEFORE_CHRIST.search(text, found.end()) else None
 
 
 def period_of(year: int, years: int = PERIOD_YEARS) -> str:

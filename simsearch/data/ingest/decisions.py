@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,22 @@ class Decisions:
 
     confirmed: list[_Pair] = field(default_factory=list)
     cut: list[_Pair] = field(default_factory=list)
+
+    def among(self, places: Sequence[int], twins: Mapping[int, int]) -> Decisions:
+        """The decisions on some of the files, by their positions among these.
+
+        Args:
+            places: The positions of these files.
+            twins: For files that are not among them, an equal one that is. A decision on a file is one on its twin.
+        """
+        position = {place: number for number, place in enumerate(places)}
+        position |= {place: position[twin] for place, twin in twins.items()}
+
+        def moved(pairs: list[_Pair]) -> list[_Pair]:
+            known = ((position[one], position[other]) for one, other in pairs if {one, other} <= position.keys())
+            return list(dict.fromkeys((min(pair), max(pair)) for pair in known if pair[0] != pair[1]))
+
+        return Decisions(moved(self.confirmed), moved(self.cut))
 
 
 def read_decisions(path: Path, paths: Sequence[str]) -> Decisions:

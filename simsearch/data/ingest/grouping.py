@@ -16,7 +16,7 @@ Views of one motif (a series of haystacks) become works of their own unless a co
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -100,6 +100,24 @@ class SameWork:
     weak: list[list[int]]
     evidence: Evidence
     verified: bool
+
+    def among(self, places: Sequence[int]) -> SameWork:
+        """The same result with positions among more files.
+
+        Args:
+            places: The positions there, ascending, of the files here.
+        """
+
+        def moved(groups: list[list[int]]) -> list[list[int]]:
+            return [[places[place] for place in group] for group in groups]
+
+        return replace(
+            self,
+            pairs=[(places[one], places[other]) for one, other in self.pairs],
+            suspicious=moved(self.suspicious),
+            weak=moved(self.weak),
+            evidence=replace(self.evidence, pairs=torch.tensor(places, dtype=torch.int64)[self.evidence.pairs]),
+        )
 
 
 def agreement(

@@ -16,7 +16,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -311,6 +311,25 @@ class Files:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def part(self, places: Sequence[int]) -> Files:
+        """Some of the files, with all refusals.
+
+        Args:
+            places: Their positions.
+        """
+        rows = list(places)
+        return replace(
+            self,
+            rows=self.rows[rows],
+            shapes=self.shapes[rows],
+            sides=self.sides[rows],
+            hashes=self.hashes[rows],
+            turned=self.turned[rows],
+            spread=self.spread[rows],
+            band=self.band[rows],
+            sha256=tuple(self.sha256[place] for place in places),
+        )
+
 
 def gather(shards: Sequence[Shard]) -> Files:
     """The files of all shards.
@@ -433,7 +452,7 @@ def keep(
 
 
 def _group(value: str | None) -> str | None:
-    return clean({"group": (value,)}, ()).columns["group"][0]
+    return clean({"group": (value,)}, ("group",)).columns["group"][0]
 
 
 def _ids(given: Column | None, digests: Sequence[str], notes: list[str]) -> list[str]:

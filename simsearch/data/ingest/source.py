@@ -187,7 +187,7 @@ def _unpacked(source: Path, table: Table, folder: Path) -> Listing:
             rejected.append(Rejected(printable(said or ""), "path-empty", f"row {row + 1} has no image"))
             continue
         path = folder / f"{row // 1000:04d}" / f"{row:07d}{_ending(content)}"
-        if not path.is_file() or path.stat().st_size != len(content):
+        if not path.is_file() or path.read_bytes() != content:
             with replacing(path) as temporary:
                 temporary.write_bytes(content)
         paths.append(path.relative_to(folder).as_posix())
