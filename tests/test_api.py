@@ -483,6 +483,18 @@ class TestEvaluate:
         low, high = report.intervals["mAP"]
         assert low < report["mAP"] < high
 
+    @pytest.mark.parametrize("wrapped", [np.int64, np.float32, torch.tensor, np.array])
+    def test_labels_of_arrays_are_those_of_plain_numbers(self, wrapped):
+        """Unknown ones equal none, and equal ones each other, also in a list or an array of objects."""
+        queries, items = [i % 4 - 1 for i in range(9)], [i % 4 - 1 for i in range(30)]
+        plain = simsearch.evaluate(self.query, queries, self.gallery, items, ks=(1,))
+        own, others = [wrapped(label) for label in queries], [wrapped(label) for label in items]
+        assert simsearch.evaluate(self.query, own, self.gallery, others, ks=(1,)).metrics == plain.metrics
+        objects = np.empty(9, dtype=object)
+        objects[:] = own
+        assert simsearch.evaluate(self.query, objects, self.gallery, items, ks=(1,)).metrics == plain.metrics
+        assert plain.without_relevant == 3
+
     def test_leaves_a_query_out_of_its_own_ranking(self):
         report = simsearch.evaluate(self.gallery, self.others, self.gallery, self.others, ks=(3,), exclude_self=True)
         ap, _ = naive(self.gallery, self.others, self.gallery, self.others, exclude_self=True)

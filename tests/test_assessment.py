@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from conftest import simsearch
 from PIL import Image
 from sklearn.metrics import average_precision_score, ndcg_score
 
+from simsearch import configs, saved_run
+from simsearch.commands.assess import check_unknown
 from simsearch.data.collection import Collection
 from simsearch.data.protocols import ByHash
 from simsearch.evaluation import assessment
@@ -24,8 +28,11 @@ from simsearch.evaluation.ndcg import GradedNDCG
 from simsearch.evaluation.open_set import OpenSet
 from simsearch.evaluation.ranking import FullRanking
 from simsearch.evaluation.recommendation import Recommend, nearest_lists, popular_lists, random_lists
+from simsearch.files import read_json
 from simsearch.functional.sharded import Sharded
 from simsearch.functional.significance import jackknife_difference, mean_interval
+from simsearch.search.calibration_sample import outside_sample
+from simsearch.search.describe import batches_of
 from simsearch.types import Descriptors, RetrievalTask
 
 ATTRIBUTES = ("artist", "style", "period", "work")
@@ -306,6 +313,36 @@ def test_popularity_is_that_of_the_artist(collection):
     assert assessment.artist_popularity(collection, asked).tolist() == expected
 
 
+def test_further_evaluators_add_only_what_is_new(collection, vectors, capsys):
+    run = assessment.Assessed("one", vectors, None, None, 0.0)
+    tasks = {"artist": task("artist", "work"), "work": task("work", None)}
+    first = assessment.measure(run, collection, tasks)
+    further = {"again": FullRanking(ks=(1, 3)), "deeper": FullRanking(ks=(3, 4)), "open": OpenSet(beta=0.5)}
+    every = assessment.measure(run, collection, tasks, further)
+    named = [(f.task.name, metric) for f in every for metric in f.measured.metrics]
+    assert len(named) == len(set(named))
+    assert {("art-artist", "P@3"), ("art-work", "P@4"), ("art-work", "GAP_normalised")} <= set(named)
+    assert named[: sum(len(f.measured.metrics) for f in first)] == [
+        (f.task.name, m) for f in first for m in f.measured.metrics
+    ]
+    said = capsys.readouterr().err
+    assert "evaluators.again of one: art-artist has NDCG@1, P@1, R@1" in said
+    assert "evaluators.open of one: art-work has GAP, GAP-, accuracy already, left out" in said
+    other = replace(run, name="two", vectors=vectors.flip(1) + 0.3 * torch.eye(N, D))
+    compared = assessment.compare({r.name: assessment.measure(r, collection, tasks, further) for r in (run, other)})
+    assert [line["protocol"] for line in compared] == ["art-artist", "art-work"]
+
+
+def test_random_lists_are_those_of_the_seed(collection, vectors):
+    run = assessment.Assessed("one", vectors, None, None, 0.0)
+    asked = task("artist", "work")
+    same, again, other = (
+        assessment.recommend([run], collection, asked, seed)["random"].measured.metrics for seed in (3, 3, 4)
+    )
+    assert same == again
+    assert same != other
+
+
 def test_most_changed():
     ours = torch.tensor([0.1, 0.9, math.nan, 0.5, 0.4, 0.6])
     theirs = torch.tensor([0.3, 0.1, 0.5, math.nan, 0.4, 0.5])
@@ -330,18 +367,44 @@ def runs(tmp_path_factory) -> list[Path]:
     return [folder / "content", folder / "colour"]
 
 
-def test_assess(runs, tmp_path):
+def test_assess(runs, tmp_path, monkeypatch):
     outside = tmp_path / "outside"
     outside.mkdir()
-    for i in range(3):
-        Image.new("RGB", (20, 20), (80 * i, 0, 0)).save(outside / f"{i}.png")
+    for i in range(6):
+        Image.new("RGB", (20, 20 + i), (40 * i, 0, 0)).save(outside / f"{i}.png")
+    drawn, described = outside_sample(outside, 3, 7).paths, []
+
+    def spied(encoder, manifest):
+        described.append(manifest.paths)
+        return batches_of(encoder, manifest)
+
+    monkeypatch.setattr("simsearch.commands.assess.batches_of", spied)
     out = tmp_path / "out"
-    done = simsearch("assess", f"runs=[{runs[0]},{runs[1]}]", f"outside={outside}", "verify=sift", f"out={out}")
+    asked = ("outside_limit=3", "seed=7", "verify=sift", f"out={out}", "evaluators=class-means")
+    done = simsearch("assess", f"runs=[{runs[0]},{runs[1]}]", f"outside={outside}", *asked)
+    assert described == [drawn, drawn]
+    assert sorted(drawn) == list(drawn) != ["0.png", "1.png", "2.png"]
     assert "left out: protocol art-genre needs the attribute 'genre'" in done.stderr
     assert "colour - content, art-artist mAP: -" in done.stdout
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     named = {(row["row"], row["protocol"], row["metric"]): float(row["value"]) for row in rows}
+    assert len(named) == len(rows)
+    data = configs.build_data(saved_run.open_run(runs[0]).config)
+    protocols = (
+        ByHash("art-artist", "artist", part="artist", junk="work"),
+        ByHash("art-work", "work", part="artist", junk=None, least=1),
+    )
+    for protocol in protocols:
+        name, query = protocol.name, protocol.split(data.collection).test.query
+        measured = [row for row in rows if row["row"] == "colour" and not row["metric"].startswith("lists/")]
+        trained = {row["trained_queries"] for row in measured if row["protocol"] == name}
+        (count,) = map(int, trained)
+        assert count == len(set(query.tolist()) & set(data.split.train.tolist())) > 0
+        for run in ("content", "colour"):
+            told = f"note: {count} of {len(query)} queries of {name} were in the training of {run}: the numbers"
+            assert done.stderr.count(told) == 1
+    assert {row["trained_queries"] for row in rows if row["row"] == "random"} == {""}
     assert {row["row"] for row in rows} >= {"content", "colour", "random", "popular", "colour hubness"}
     over = {(row["protocol"], row["unit"]) for row in rows if row["ci_low"]}
     assert over == {("art-artist", "artist"), ("art-style", "artist"), ("art-work", "artist")}
@@ -369,11 +432,47 @@ def test_assess(runs, tmp_path):
             assert picture.height > 2 * 10 * 96  # five that gain and five that lose, by both
 
 
+def test_evaluate_counts_trained_queries_of_the_same_images_alone(runs, tmp_path):
+    sample = ["data=rendered", *(f"data.{name}" for name in ("styles=4", "artists=4", "works=3", "photographs=2"))]
+    for seed, counted in ((0, True), (1, False)):
+        asked = (*sample, f"data.seed={seed}", "protocol=art-artist", f"run_dir={tmp_path / str(seed)}")
+        done = simsearch("evaluate", f"run={runs[1]}", *asked)
+        stage = read_json(tmp_path / str(seed) / "metrics.json")["test"]
+        assert (stage.get("queries_trained_on", 0) > 0) == counted
+        assert ("the run was fitted on" in done.stderr) == counted
+        assert ("queries_trained_on" in stage) == counted
+
+
 def test_assess_says_what_is_wrong(runs, tmp_path):
     done = simsearch("assess", f"runs=[{runs[0]},{runs[1]}]", "names=[a,a]", expect=1)
     assert "give a different name for each of the 2 runs" in done.stderr
     done = simsearch("assess", f"runs={tmp_path}", expect=1)
     assert str(tmp_path) in done.stderr
+    hostile = tmp_path / "hostile"
+    shutil.copytree(runs[0], hostile)
+    config = yaml.safe_load((hostile / "config.yaml").read_text())
+    config["protocol"] = {"_target_": "os.mkdir", "path": str(tmp_path / "mark")}
+    (hostile / "config.yaml").write_text(yaml.safe_dump(config))
+    done = simsearch("assess", f"runs=[{runs[0]},{hostile}]", f"out={tmp_path / 'out'}", expect=1)
+    assert "protocol._target_" in done.stderr
+    assert not (tmp_path / "mark").exists()
+
+
+def test_runs_know_their_data_however_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "art").mkdir()
+    files = {"_target_": "simsearch.data.image_folder.FilesDataModule", "root": None}
+    run = saved_run.Run(tmp_path / "run", {"data": files | {"source": "art/table.csv"}})
+    (tmp_path / "link").symlink_to(tmp_path / "art")
+    for source in ("art/table.csv", str(tmp_path / "art/table.csv"), "./art/../art/table.csv", "link/table.csv"):
+        for root in (None, "art"):
+            with pytest.raises(ValueError, match="was trained on a part of these data"):
+                check_unknown(files | {"source": source, "root": root}, [run])
+    check_unknown(files | {"source": "other/table.csv"}, [run])
+    rendered = {"_target_": "simsearch.data.datamodule.RenderedDataModule"}
+    check_unknown(rendered, [run])
+    with pytest.raises(ValueError, match="was trained on a part of these data"):
+        check_unknown(rendered, [saved_run.Run(tmp_path, {"data": rendered})])
 
 
 def test_all_of_a_collection_that_the_runs_do_not_know(runs, tmp_path):

@@ -25,10 +25,12 @@ from simsearch.callbacks.neighbours import NeighbourFigure, choose_examples
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import OfficialSplit
-from simsearch.evaluation.evaluate import Evaluation, evaluate
+from simsearch.evaluation.evaluate import Evaluation, _index_recall, evaluate
+from simsearch.evaluation.sharded_index import ShardedIndex
 from simsearch.files import read_json
 from simsearch.functional.codes import pack_codes, unpack_codes
 from simsearch.functional.ranking import mean_name
+from simsearch.functional.sharded import Sharded
 from simsearch.functional.significance import mean_interval
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.rerank import AQE
@@ -171,6 +173,16 @@ class TestEvaluate:
         assert result.metrics["index/recall@20"] < 0.95
         assert result.metrics["index/P@20"] != result.metrics["P@20"]
 
+    def test_the_recall_of_long_lists_needs_little_memory(self):
+        query, gallery = clustered(60, seed=0, first=5000), clustered(1500, seed=1)
+        index = ShardedIndex(FaissIndex("IVF40,Flat", nprobe=20), Sharded.of(gallery))
+        with torch.profiler.profile(profile_memory=True) as profile:
+            recall = _index_recall(index, Sharded.of(query), (1, 1500), 0)
+        found = index.index.search(query.vectors, 1500).ids
+        assert recall["index/recall@1500"] == pytest.approx(float((found >= 0).double().mean()), abs=1e-6)
+        assert 0 < recall["index/recall@1500"] < 1
+        assert max(event.cpu_memory_usage for event in profile.events()) < 20e6  # all pairs of ids take 135 MB
+
     def test_lists_that_were_not_visited_count_as_wrong(self):
         query, gallery = clustered(40, seed=0, first=5000), clustered(200, seed=1)
         gallery.label[[0, -1]] = 2  # what an id of -1 might be taken for
@@ -213,6 +225,17 @@ class TestEvaluate:
         assert result.metrics["bytes_per_item"] == 2
         plain = evaluate(query, gallery, FaissIndex("BFlat"), ks=KS)
         assert "mAP_index_order" not in plain.metrics
+
+    def test_empty_balls_are_by_exact_search_among_all_other_items(self):
+        real = clustered(300, seed=1, groups=True)
+        whole = coded(real, 24)
+        codes = unpack_codes(whole.vectors, 24)
+        distance = (codes[:, None] != codes[None]).sum(2).fill_diagonal_(99)
+        expected = float((distance.amin(1) > 2).double().mean())
+        for factory in ("BFlat", "BIVF32"):
+            result = evaluate(whole, whole, FaissIndex(factory), ks=(1,), exclude_self=True)
+            assert result.metrics["code/empty_ball@2"] == pytest.approx(expected)
+        assert 0 < expected < 1
 
     def test_k_beyond_the_gallery(self):
         query, gallery = clustered(10, seed=0, first=50), clustered(7, seed=1)

@@ -75,6 +75,13 @@ def test_what_needs_all_descriptors_refuses_those_of_several_ranks(both):
         _ = replace(both[1], ranks=Ranks(0, 2)).whole
 
 
+def test_class_means_without_the_junk_need_one_process(both):
+    group = torch.arange(24)
+    spread = replace(both[1], group=group, own=replace(both[1].own, group=group), ranks=Ranks(0, 2))
+    with pytest.raises(ValueError, match="all descriptors in one process, and they are spread over 2"):
+        ClassMeans()(spread, spread, replace(TASK, junk="work"))
+
+
 def test_a_metric_without_a_value_is_null_in_json():
     assert plain_metrics({"a": 0.5, "b": math.nan}) == {"a": 0.5, "b": None}
 
@@ -102,25 +109,32 @@ def collection_of_two():
     return Collection("two", images, labels, ("artist", "work"), names, torch.zeros(6, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("bits", [None, 16])
-def test_the_nearest_class_mean_equals_a_loop(bits, monkeypatch):
+def test_the_nearest_class_mean_equals_a_loop(bits, grouped, monkeypatch):
     monkeypatch.setattr("simsearch.evaluation.class_means._BLOCK", 7)
     generator = torch.Generator().manual_seed(1)
     label = torch.randint(0, 4, (60,), generator=generator)
     label[5], label[6], label[7] = -1, 9, 8  # unknown, alone in the gallery, and only a query
     real = torch.randn(60, 16, generator=generator) + 0.8 * torch.randn(10, 16, generator=generator)[label]
     rows = torch.arange(60)
+    group = torch.randint(-1, 8, (60,), generator=generator) if grouped else None
+    if group is not None:
+        group[label == 9] = 8
+        label[8], group[8], group[9] = 9, 8, 8  # the whole class is junk to its items, and another item
     vectors = real if bits is None else pack_codes(real)
     stored = torch.nn.functional.normalize(real) if bits is None else real.sign()
     inside = torch.cat([rows[:7], rows[8:]])
 
     def part(chosen: torch.Tensor) -> Sharded:
-        return Sharded.of(Descriptors(vectors[chosen], label[chosen], chosen, bits=bits))
+        junk = None if group is None else group[chosen]
+        return Sharded.of(Descriptors(vectors[chosen], label[chosen], chosen, bits=bits, group=junk))
 
     def is_nearest(row: int, without: bool) -> float:
         means = {}
         for kind in label[inside].unique().tolist():
-            own = [r for r in inside.tolist() if label[r] == kind and not (without and r == row)]
+            junk = [r for r in range(60) if group is not None and group[r] == group[row] >= 0] + [row] * without
+            own = [r for r in inside.tolist() if label[r] == kind and r not in junk]
             if kind >= 0 and own:
                 mean = stored[own].double().mean(0)
                 means[kind] = float(stored[row].double() @ mean / mean.norm())
@@ -129,7 +143,7 @@ def test_the_nearest_class_mean_equals_a_loop(bits, monkeypatch):
 
     for exclude in (True, False):
         expected = [is_nearest(row, exclude) for row in range(20)]
-        task = RetrievalTask("toy", rows[:20], inside, "kind", None, exclude, "0" * 16)
+        task = RetrievalTask("toy", rows[:20], inside, "kind", "group" if grouped else None, exclude, "0" * 16)
         measured = ClassMeans()(part(rows[:20]), part(inside), task)
         np.testing.assert_array_equal(measured.per_query["class/accuracy"].numpy(), expected)
         assert measured.metrics["class/accuracy"] == pytest.approx(np.nanmean(expected))

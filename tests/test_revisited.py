@@ -514,6 +514,11 @@ class TestCommands:
         write_benchmark(tmp_path / "toy.json", convert_ground_truth(pickled, "toy"))
         done = simsearch("instance", f"run={small_run}", f"gnd={tmp_path / 'toy.json'}", f"images={oxford}", expect=1)
         assert "11 of 11 files are not in" in done.stderr
+        arguments = (f"run={small_run}", f"gnd={tmp_path / 'toy.json'}", f"images={oxford / 'jpg'}")
+        for ks in ("5", "[0]", "[]"):
+            done = simsearch("instance", *arguments, f"ks={ks}", "workers=0", expect=1)
+            assert "ks must be a list of ranks from 1" in done.stderr
+            assert "queries" not in done.stderr  # nothing was described
         assert "Traceback" not in done.stderr
 
 

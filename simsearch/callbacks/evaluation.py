@@ -20,7 +20,7 @@ from simsearch.evaluation.evaluate import (
     check_kind,
     check_one_process,
 )
-from simsearch.evaluation.evaluator import Evaluator
+from simsearch.evaluation.evaluator import Evaluator, check_ks
 from simsearch.evaluation.frontier import write_frontier
 from simsearch.evaluation.record import plain_intervals, plain_metrics, write_record
 from simsearch.evaluation.sharded_index import GalleryIndex
@@ -68,8 +68,7 @@ class RetrievalEvaluation(pl.Callback):
         evaluators: Mapping[str, Evaluator] | None = None,
         verify: Verifier | None = None,
     ) -> None:
-        if isinstance(ks, int) or not list(ks) or min(ks) < 1:
-            raise ValueError(f"ks must be a list of ranks from 1, such as [1, 10], got {ks}")
+        check_ks(ks)
         self.index, self.ks, self.seed, self.rerank = index, tuple(ks), seed, rerank
         self.verify, self.evaluators = verify, dict(evaluators or {})
         self.results: dict[str, Evaluation] = {}

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from rich.table import Table
+from torch import Tensor
 
 from simsearch import configs, program, results, saved_run, terminal
+from simsearch.commands.evaluate import trained_rows
 from simsearch.data.collection import Collection
+from simsearch.data.manifest import Manifest
 from simsearch.data.protocols import Everything
 from simsearch.evaluation import assessment
 from simsearch.evaluation.assessment import Assessed, Finding
@@ -21,7 +25,9 @@ from simsearch.evaluation.evaluator import Measured
 from simsearch.evaluation.verification import Verified
 from simsearch.figures import spared
 from simsearch.files import write_csv
-from simsearch.search.describe import describe_files
+from simsearch.search.calibration_sample import outside_sample
+from simsearch.search.describe import as_floats, batches_of
+from simsearch.search.describe import describe as describe_batches
 from simsearch.text import cell as shown_cell
 from simsearch.text import warn
 from simsearch.types import RetrievalTask
@@ -52,11 +58,15 @@ def main(config: DictConfig) -> None:
     given = values.get("data") or runs[0].config["data"]
     if values["part"] == "all":
         check_unknown(given, runs)
-    further = [configs.build(node) for node in (values.get("evaluators") or {}).values()]
+    further = {name: configs.build(node) for name, node in (values.get("evaluators") or {}).items()}
     verifier = configs.build(values["verify"]) if values.get("verify") else None
+    outside = None
+    if values["outside"]:
+        outside = outside_sample(Path(values["outside"]), values["outside_limit"], values["seed"])
     described, collection, tasks, verified = [], None, {}, None
     for name, run in zip(names, runs, strict=True):
-        data = configs.build_data({"data": fitted(given, run.config["data"])}, Everything())
+        node = fitted(given, run.config["data"])
+        data = configs.build_data({"data": node}, Everything())
         if collection is None:
             collection = data.collection
             tasks = split(collection, values["protocols"], whole=values["part"] == "all")
@@ -66,16 +76,20 @@ def main(config: DictConfig) -> None:
                 verified = Verified(verifier, collection.images, workers=data.num_workers)
         elif data.collection.fingerprint != collection.fingerprint:
             raise ValueError(f"{run.folder} has other data than {runs[0].folder}: give data= to measure all runs on")
-        described.append(describe(name, run, data, values["outside"], values["outside_limit"]))
+        trained = trained_rows(run, run.config | {"data": node}, collection)
+        note_trained_queries(name, trained, tasks.values())
+        described.append(replace(describe(name, run, data, outside), trained=trained))
         gc.collect()  # trainer and model hold each other, and sessions of ONNX Runtime gigabytes
     assert collection is not None
 
     found = {run.name: assessment.measure(run, collection, tasks, further, verified) for run in described}
-    recommended = assessment.recommend(described, collection, tasks["artist"]) if "artist" in tasks else {}
+    recommended = {}
+    if "artist" in tasks:
+        recommended = assessment.recommend(described, collection, tasks["artist"], values["seed"])
     compared = assessment.compare(found)
     out = Path(values["out"])
     lines = assessment.result_lines(described, found, recommended, values["seed"])
-    write_csv(out / "results.csv", results.RESULT_COLUMNS, lines)
+    write_csv(out / "results.csv", (*results.RESULT_COLUMNS, "trained_queries"), lines)
     write_csv(out / "paired.csv", list(compared[0]) if compared else [], (line.values() for line in compared))
     galleries: list[Path] = []
     with spared():
@@ -118,7 +132,7 @@ def fitted(data: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_unknown(data: dict[str, Any], runs: list[saved_run.Run]) -> None:
-    """Checks that no run was trained on these data, judged by the data's source.
+    """Checks that no run was trained on these data, judged by the data's source, wherever its files lie (`root`).
 
     Args:
         data: The data config.
@@ -128,12 +142,33 @@ def check_unknown(data: dict[str, Any], runs: list[saved_run.Run]) -> None:
         ValueError: If a run was.
     """
     for run in runs:
-        own = run.config["data"]
-        if all(own.get(name) == data.get(name) for name in ("_target_", "source", "root")):
+        if _origin(run.config["data"]) == _origin(data):
             raise ValueError(
                 f"{run.folder} was trained on a part of these data, but part=all is for a collection that no run "
                 "was trained on "
                 "(data=art data.source=...)"
+            )
+
+
+def _origin(data: Mapping[str, Any]) -> tuple[Any, Path | None]:
+    """What reads the data, and from where."""
+    source = data.get("source")
+    return data.get("_target_"), None if source is None else Path(source).expanduser().resolve()
+
+
+def note_trained_queries(name: str, trained: Tensor | None, tasks: Iterable[RetrievalTask]) -> None:
+    """Says on standard error how many queries of each task a run was trained on, if any.
+
+    Args:
+        name: Name of the run.
+        trained: int64 (n,), the rows that it was trained on, or None.
+        tasks: The tasks.
+    """
+    for task in tasks:
+        if count := assessment.trained_queries(trained, task):
+            warn(
+                f"note: {count} of {len(task.query)} queries of {task.name} were in the training of {name}: the "
+                "numbers are not those of new images"
             )
 
 
@@ -162,15 +197,17 @@ def split(
     return tasks
 
 
-def describe(name: str, run: saved_run.Run, data: Any, outside: str | None, limit: int) -> Assessed:
+def describe(name: str, run: saved_run.Run, data: Any, outside: Manifest | None) -> Assessed:
     """Describes a whole collection in row order, and images from elsewhere.
 
     Args:
         name: Name of the run.
         run: The run.
         data: The DataModule of the collection.
-        outside: Folder or table of images from elsewhere, or None.
-        limit: Largest number of images from elsewhere.
+        outside: Images from elsewhere, or None.
+
+    Raises:
+        ValueError: If no image from elsewhere can be read.
     """
     model = saved_run.load_model(run)
     one = run.config["trainer"] | {"devices": 1, "num_nodes": 1, "strategy": "auto"}
@@ -179,7 +216,13 @@ def describe(name: str, run: saved_run.Run, data: Any, outside: str | None, limi
     vectors = torch.cat(trainer.predict(model, data))  # type: ignore[arg-type]
     seconds = time.perf_counter() - start
     bits: Any = model.bits
-    return Assessed(name, vectors, bits, describe_files(model.encoder, outside, limit), seconds)
+    outer = None
+    if outside is not None:
+        found = describe_batches(model.encoder, batches_of(model.encoder, outside))
+        if not len(found):
+            raise ValueError(f"no image of outside={outside.root} could be read")
+        outer = as_floats(found.vectors, model.encoder.bits)
+    return Assessed(name, vectors, bits, outer, seconds)
 
 
 def values_table(title: str, columns: tuple[tuple[str, str], ...], found: Mapping[str, Sequence[Finding]]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +12,16 @@ import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, open_dict
 from pytorch_lightning.loggers import Logger
+from torch import Tensor
 
 from simsearch import configs, program, results, saved_run, terminal, tracking
 from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.data.audit import read_duplicates
+from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import WithoutRows
 from simsearch.files import read_json, write_json
+from simsearch.identity import same_images
 from simsearch.index.auto import check_budget
 from simsearch.models.steps import DescribesBatches
 from simsearch.search.stores.store import StoreError
@@ -80,8 +83,7 @@ def main(config: DictConfig) -> None:
         status = "failed"
         try:
             measure(model, data, merged, folder, config.stage, loggers, by_index=by_index, stored=stored)
-            if not values.get("data"):
-                note_trained_queries(run, data, folder, config.stage)
+            note_trained_queries(run, merged, data, folder, config.stage)
             tracking.log_summary(loggers, folder)
             status = "success"
         finally:
@@ -159,18 +161,43 @@ def measure(
     print(f"results: {folder / 'metrics.json'}")
 
 
+def trained_rows(run: saved_run.Run, config: Mapping[str, Any], collection: Collection) -> Tensor | None:
+    """The rows of a collection that a run was trained on, int64 (n,). None if it was trained on other images.
+
+    Args:
+        run: The run, as `open_run` admits it: its protocol is built.
+        config: The plain config that the collection is of.
+        collection: The collection.
+    """
+    if not same_images(run.config, config):
+        return None
+    try:
+        return configs.build(run.config["protocol"]).split(collection).train
+    except ValueError:
+        return None  # the images have changed since
+
+
 def note_trained_queries(
-    run: saved_run.Run, data: RetrievalDataModule, folder: Path, stage: Literal["validate", "test"]
+    run: saved_run.Run,
+    config: Mapping[str, Any],
+    data: RetrievalDataModule,
+    folder: Path,
+    stage: Literal["validate", "test"],
 ) -> None:
-    """Records in metrics.json how many queries the run was trained on. Another protocol may include such queries.
+    """Records in metrics.json how many queries the run was trained on, where the images are those of its training.
+
+    Another protocol may include such queries.
 
     Args:
         run: The run.
+        config: The plain config of the evaluation.
         data: The data of the evaluation.
         folder: Folder of metrics.json.
         stage: validate or test.
     """
-    trained = configs.build(run.config["protocol"]).split(data.collection).train
+    trained = trained_rows(run, config, data.collection)
+    if trained is None:
+        return
     count = int(torch.isin(data.task(stage).query, trained).sum())
     stages = read_json(folder / "metrics.json")
     stages["test" if stage == "test" else "val"]["queries_trained_on"] = count

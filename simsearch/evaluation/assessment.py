@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from simsearch.evaluation.recommendation import Recommend, Recommendations, near
 from simsearch.evaluation.verification import Verified
 from simsearch.figures import Tile, save_grid
 from simsearch.functional.significance import holm, paired_interval, paired_permutation
+from simsearch.text import warn
 from simsearch.types import RetrievalTask
 
 _EXAMPLES = 5  # queries of a gallery that gain, and as many that lose
@@ -35,6 +36,7 @@ class Assessed:
         bits: Number of bits of a code, or None.
         outside: Descriptors of images from elsewhere, or None.
         seconds: Duration of describing, in seconds.
+        trained: int64 (n,), the rows of the collection that it was trained on, or None if it was trained on others.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Assessed:
     bits: int | None
     outside: Tensor | None
     seconds: float
+    trained: Tensor | None = None
 
     @property
     def bytes_per_item(self) -> int:
@@ -66,16 +69,18 @@ def measure(
     run: Assessed,
     collection: Collection,
     tasks: Mapping[str, RetrievalTask],
-    further: Iterable[Evaluator] = (),
+    further: Mapping[str, Evaluator] | None = None,
     verified: Verified | None = None,
 ) -> list[Finding]:
     """All findings of a run, except its recommendations.
+
+    What a task's evaluators measured already, further ones do not add again: a line on standard error says so.
 
     Args:
         run: The run.
         collection: The collection.
         tasks: The test tasks by name: `artist` is also measured with grades, `work` as an open set.
-        further: Evaluators that measure each task too.
+        further: Evaluators that measure each task too, by any names.
         verified: The measure of verified rankings, of the task `work`, or None.
     """
     planned: list[tuple[Evaluator, RetrievalTask]] = [(FullRanking(), task) for task in tasks.values()]
@@ -84,8 +89,45 @@ def measure(
     if "work" in tasks:
         planned.append((OpenSet(run.outside), tasks["work"]))
         planned += [] if verified is None else [(verified, tasks["work"])]
-    planned += [(evaluator, task) for evaluator in further for task in tasks.values()]
-    return [Finding(task, run_evaluator(evaluator, run, collection, task)) for evaluator, task in planned]
+    found = [Finding(task, run_evaluator(evaluator, run, collection, task)) for evaluator, task in planned]
+    for name, evaluator in (further or {}).items():
+        for task in tasks.values():
+            before = [finding.measured for finding in found if finding.task is task]
+            measured = run_evaluator(evaluator, run, collection, task)
+            if taken := sorted({*measured.metrics} & {metric for one in before for metric in one.metrics}):
+                warn(f"evaluators.{name} of {run.name}: {task.name} has {', '.join(taken)} already, left out")
+            found.append(Finding(task, without_known(measured, before)))
+    return found
+
+
+def without_known(measured: Measured, before: Sequence[Measured]) -> Measured:
+    """The numbers of an evaluator whose names no earlier one has used.
+
+    Args:
+        measured: The numbers.
+        before: The earlier numbers of the same task.
+    """
+    names = {name for one in before for name in (*one.metrics, *one.per_query)}
+
+    def new(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name not in names}
+
+    return replace(
+        measured,
+        metrics=new(measured.metrics),
+        intervals=new(measured.intervals),
+        per_query=new(measured.per_query),
+    )
+
+
+def trained_queries(trained: Tensor | None, task: RetrievalTask) -> int | None:
+    """The number of queries of a task that were trained on, None if `trained` is.
+
+    Args:
+        trained: int64 (n,), the rows that were trained on, or None.
+        task: The task.
+    """
+    return None if trained is None else int(torch.isin(task.query, trained).sum())
 
 
 def run_evaluator(evaluator: Evaluator, run: Assessed, collection: Collection, task: RetrievalTask) -> Measured:
@@ -100,7 +142,9 @@ def run_evaluator(evaluator: Evaluator, run: Assessed, collection: Collection, t
     return evaluator(*sides(run.vectors, run.bits, collection, task), task)
 
 
-def recommend(runs: Sequence[Assessed], collection: Collection, task: RetrievalTask) -> dict[str, Finding]:
+def recommend(
+    runs: Sequence[Assessed], collection: Collection, task: RetrievalTask, seed: int = 0
+) -> dict[str, Finding]:
     """Measures lists of ten recommendations, by recommender.
 
     The recommenders are each run, the last run with diversity or hubness correction, and random and popular choices.
@@ -109,6 +153,7 @@ def recommend(runs: Sequence[Assessed], collection: Collection, task: RetrievalT
         runs: The runs.
         collection: The collection.
         task: The task whose queries are used.
+        seed: Seed of the random choices.
     """
     popularity = artist_popularity(collection, task)
     last = runs[-1]
@@ -116,7 +161,7 @@ def recommend(runs: Sequence[Assessed], collection: Collection, task: RetrievalT
     for diversity in (0.3, 0.6):
         made[f"{last.name} diversity={diversity}"] = last, partial(nearest_lists, diversity=diversity)
     made[f"{last.name} hubness"] = last, partial(nearest_lists, hubness=True)
-    made["random"] = last, partial(random_lists, items=len(collection))
+    made["random"] = last, partial(random_lists, items=len(collection), seed=seed)
     made["popular"] = last, partial(popular_lists, popularity=popularity)
     found = {}
     for name, (run, way) in made.items():
@@ -167,7 +212,7 @@ def result_lines(
     recommended: Mapping[str, Finding],
     seed: int,
 ) -> list[list[Any]]:
-    """One measured value per line, in the columns of a study's results.csv.
+    """One measured value per line, in the columns of a study's results.csv and `trained_queries` (empty for lists).
 
     Args:
         runs: The runs.
@@ -177,19 +222,20 @@ def result_lines(
     """
     lines: list[list[Any]] = []
 
-    def add(name: str, finding: Finding, prefix: str, size: int | str, seconds: float | str) -> None:
+    def add(name: str, finding: Finding, prefix: str, size: int | str, seconds: float | str, trained: Any) -> None:
         task, measured = finding.task, finding.measured
         for metric, value in measured.metrics.items():
             over = (task.unit, len(measured.units.unique()))
             ends = (*measured.intervals[metric], *over) if metric in measured.intervals else [""] * 4
             head = [name, "art", task.name, task.fingerprint, prefix + metric, value, *ends]
-            lines.append([*head, len(measured.units), size, seconds, seed, "simsearch assess"])
+            lines.append([*head, len(measured.units), size, seconds, seed, "simsearch assess", trained])
 
     for run in runs:
         for finding in found[run.name]:
-            add(run.name, finding, "", run.bytes_per_item, round(run.seconds, 1))
+            trained = trained_queries(run.trained, finding.task)
+            add(run.name, finding, "", run.bytes_per_item, round(run.seconds, 1), trained)
     for name, finding in recommended.items():
-        add(name, finding, "lists/", "", "")
+        add(name, finding, "lists/", "", "", None)
     return lines
 
 

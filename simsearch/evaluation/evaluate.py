@@ -217,7 +217,8 @@ def evaluate(
         "queries_in_own_ranking": float(0 if exclude_self else _in_own_ranking(query, gallery)),
     }
     if gallery.bits is not None:
-        others, _ = filled.search(query, 1, junk=find_junk(query, gallery.own, exclude_self=True))
+        itself = find_junk(replace(query, group=None), gallery.own, exclude_self=True)
+        others, _ = _exact(filled).search(query, 1, junk=itself)
         metrics["code/empty_ball@2"] = float((others.scores[:, 0] < -2).double().mean())
     units = query.index if units is None else units
     return Evaluation(metrics, units, intervals, per_query, query=query, gallery=gallery, found=found, index=index)
@@ -345,21 +346,29 @@ def _measure_found(
 def _index_recall(index: ShardedIndex, query: Sharded, ks: Sequence[int], seed: int) -> dict[str, float]:
     """The share of the exact k nearest items that the index returns, junk and the query itself included, by k."""
     few = torch.from_numpy(np.random.default_rng(seed).permutation(len(query))[:_RECALL_QUERIES])
-    gallery, binary = index.gallery, index.index.is_binary
-    k = min(max(ks), len(gallery))
-    truth = got = index.search(query, k, chosen=few)[0]
-    if index.index.factory not in ("Flat", "BFlat"):  # these are the exact search
-        flat = FaissIndex("BFlat") if binary else FaissIndex("Flat", metric=index.index.metric)
-        truth = ShardedIndex(flat, gallery).search(query, k, chosen=few)[0]
+    g, exact = len(index.gallery), _exact(index)
+    ks = sorted({min(k, g) for k in ks})
+    if exact is index:
+        return {f"index/recall@{k}": 1.0 for k in ks}
+    got, truth = (one.search(query, ks[-1], chosen=few)[0] for one in (index, exact))
+    row = torch.arange(len(few))[:, None] * g
     recall = {}
-    for k in sorted({min(k, len(gallery)) for k in ks}):
-        if binary:
+    for k in ks:
+        if index.index.is_binary:
             # Distances tie: whatever is as near as the k-th nearest is one of the nearest.
             kept = got.scores[:, :k] >= truth.scores[:, k - 1 : k]
         else:
-            kept = (got.ids[:, :k, None] == truth.ids[:, None, :k]).any(2)
+            kept = torch.isin(row + got.ids[:, :k], row + truth.ids[:, :k]) & (got.ids[:, :k] >= 0)
         recall[f"index/recall@{k}"] = float(kept.double().mean())
     return recall
+
+
+def _exact(index: ShardedIndex) -> ShardedIndex:
+    """The exact search of the same gallery, uncompressed: the index itself, if it is one."""
+    if index.index.factory in ("Flat", "BFlat"):
+        return index
+    flat = FaissIndex("BFlat") if index.index.is_binary else FaissIndex("Flat", metric=index.index.metric)
+    return ShardedIndex(flat, index.gallery)
 
 
 def metric_names(ks: Sequence[int], *, codes: bool, rerank: bool = False, index_order: bool = False) -> set[str]:

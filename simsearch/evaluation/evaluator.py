@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -91,6 +91,19 @@ def means(
     bounds = mean_interval(torch.stack(list(per_query.values()), dim=1), units).tolist()
     metrics = {named(name): float(values.nanmean()) for name, values in per_query.items()}
     return metrics, {named(name): (low, high) for name, (low, high) in zip(per_query, bounds, strict=True)}
+
+
+def check_ks(ks: Sequence[int]) -> None:
+    """Checks the cutoffs of a measure.
+
+    Args:
+        ks: Cutoffs k.
+
+    Raises:
+        ValueError: If they are not a list of ranks from 1.
+    """
+    if isinstance(ks, int) or not list(ks) or min(ks) < 1:
+        raise ValueError(f"ks must be a list of ranks from 1, such as [1, 10], got {ks}")
 
 
 def query_units(query: Sharded, task: RetrievalTask) -> Tensor:

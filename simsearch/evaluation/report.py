@@ -195,13 +195,18 @@ def _vectors(name: str, given: Any, bits: int | None) -> Tensor:
 
 def _numbered(name: str, given: Any, count: int, numbers: dict[Hashable, int], *, unknown: bool = True) -> Tensor:
     """Labels int64 (count,), equal for equal values; -1 for unknown ones where there may be such. Fills `numbers`."""
-    values = given.tolist() if isinstance(given, Tensor | np.ndarray) else list(given)
+    values = [_plain(value) for value in (given.tolist() if isinstance(given, Tensor | np.ndarray) else given)]
     if len(values) != count:
         raise ValueError(f"{name} must have one value for each of the {count} vectors, got {len(values)}")
     return torch.tensor(
         [-1 if unknown and _is_unknown(value) else numbers.setdefault(value, len(numbers)) for value in values],
         dtype=torch.int64,
     )
+
+
+def _plain(value: Any) -> Any:
+    """The value of a NumPy scalar or of a tensor without dimensions, which compare and hash unlike plain ones."""
+    return value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0 else value
 
 
 def _is_unknown(value: Any) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simsearch.data.revisited import Benchmark, fingerprint, landmarks
-from simsearch.evaluation.evaluator import Measured, query_units
+from simsearch.evaluation.evaluator import Measured, check_ks, query_units
 from simsearch.evaluation.instance import measure_pooled
 from simsearch.evaluation.record import plain_metrics
 from simsearch.functional.definitions import average_precision_definitions
@@ -35,7 +35,7 @@ class Revisited:
         depth: Number of answers to a query, 1 or more, or None.
 
     Raises:
-        ValueError: If `depth` is below 1.
+        ValueError: If `ks` is not a list of ranks from 1, or `depth` is below 1.
     """
 
     benchmark: Benchmark
@@ -43,6 +43,7 @@ class Revisited:
     depth: int | None = None
 
     def __post_init__(self) -> None:
+        check_ks(self.ks)
         if self.depth is not None and self.depth < 1:
             raise ValueError(f"depth must be at least 1, or null to measure without, got {self.depth}")
 

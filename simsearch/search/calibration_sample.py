@@ -72,7 +72,7 @@ def outside_sample(source: Path, at_most: int, seed: int) -> Manifest:
     once: dict[str, str] = {}
     for row in rows.tolist():
         once.setdefault(content_digest(manifest.root / manifest.paths[row]), manifest.paths[row])
-    return Manifest(manifest.root, tuple(once.values()))
+    return Manifest(manifest.root, tuple(once.values()), max_pixels=manifest.max_pixels)
 
 
 class Describer:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from simsearch.data.loading import ImageBatch
-from simsearch.data.manifest import Manifest, load_images, read_manifest
+from simsearch.data.manifest import Manifest, load_images
 from simsearch.data.presence import Presence
 from simsearch.functional.codes import pack_codes, unpack_codes
 from simsearch.functional.regions import Region
@@ -119,40 +118,6 @@ def describe(
     order = torch.cat(rows).argsort()  # batches come by shape
     found = [thumbnails[i] for i in order.tolist()] if thumbnails else []
     return Described(torch.cat(vectors)[order], torch.cat(rows)[order], found, errors)
-
-
-def describe_files(encoder: Encoder, source: str | None, limit: int) -> Tensor | None:
-    """The descriptors float32 (n, D) of at most `limit` image files. None if there is no source.
-
-    Args:
-        encoder: The encoder.
-        source: A folder or table, or None.
-        limit: Largest number of images.
-
-    Raises:
-        ValueError: If no image can be read.
-    """
-    if source is None:
-        return None
-    found = describe(encoder, at_most(batches_of(encoder, read_manifest(Path(source))), limit))
-    if not len(found):
-        raise ValueError(f"no image of outside={source} could be read")
-    return as_floats(found.vectors, encoder.bits)
-
-
-def at_most(batches: Iterable[ImageBatch], limit: int) -> Iterator[ImageBatch]:
-    """The first `limit` images of some batches, with the errors that precede the last of these images.
-
-    Args:
-        batches: Batches of images.
-        limit: Largest number of images.
-    """
-    left = limit
-    for images, rows, errors in batches:
-        yield images[:left], rows[:left], errors
-        left -= len(images)
-        if left <= 0:
-            return
 
 
 def as_floats(vectors: Tensor, bits: int | None) -> Tensor:
