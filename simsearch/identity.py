@@ -86,6 +86,16 @@ def deciding(config: Mapping[str, Any], *, without: Collection[str] = ()) -> dic
     return kept
 
 
+def measurement_identity(config: Mapping[str, Any]) -> str:
+    """16 hex digits over how `simsearch evaluate` searches and measures, but for seeds. Data and protocol do not count.
+
+    Args:
+        config: The plain config of the evaluation.
+    """
+    parts = {"evaluation": config["callbacks"]["evaluation"], "store": config.get("store")}
+    return identity(_reduced(parts, ["seed"]))[:16]
+
+
 def without_places(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without where data and caches lie, and how data are read, which may differ between machines.
 

@@ -32,6 +32,7 @@ from simsearch.comparison.selection import configuration, without_repeats
 from simsearch.data.collection import Collection
 from simsearch.files import read_json, write_json
 from simsearch.functional.significance import holm, mean_interval, paired_interval, paired_permutation
+from simsearch.identity import measurement_identity
 from simsearch.images import encode_thumbnail
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.encoder import build_encoder
@@ -76,6 +77,7 @@ def make_run(
     facts: dict | None = None,
     extra: dict | None = None,
     measurement: str | None = None,
+    measured_by: str | None = None,
     unit: str | None = "query",
     units: np.ndarray | None = None,
 ) -> Path:
@@ -106,6 +108,7 @@ def make_run(
     rows = np.arange(N - Q, N)
     units = rows if units is None else units
     about |= {} if unit is None else {"unit": unit, "units": len(np.unique(units))}
+    about |= {} if measured_by is None else {"measured_by": measured_by}
     (place / "metrics.json").write_text(json.dumps({"test": about}))
     table = {"index": rows[::-1], "label": (rows % 3)[::-1], "AP": ap[::-1], "P@10": ap[::-1] / 2}
     table |= {} if unit is None else {"unit": units[::-1]}
@@ -322,6 +325,25 @@ def test_sweeps_globs_and_measurements(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="does not hold a run"):
         expand([str(tmp_path / "empty")])
+
+
+def test_measurements_are_repeated_over_seeds_by_what_measured(tmp_path):
+    measured = []
+    for seed in (0, 1):
+        run = make_run(tmp_path / str(seed), values(seed), seed=seed)
+        for name, by in ((f"at-{seed}-o-clock", "a"), ("same", "ab"[seed])):
+            measured.append(make_run(run, values(seed), seed=seed, measurement=name, measured_by=by))
+    by_a, other = board(read(measured[0], measured[2], measured[3]))
+    assert (by_a.seeds, other.seeds) == ([0, 1], [1])  # folders say nothing
+
+
+def test_what_measures_is_known_but_for_seeds_and_folders():
+    one = {"callbacks": {"evaluation": {"ks": [1], "seed": 0, "index": {"factory": "Flat", "seed": 0}}}, "run_dir": "a"}
+    same = copy.deepcopy(one) | {"run_dir": "b"}
+    same["callbacks"]["evaluation"]["seed"] = 1
+    assert measurement_identity(one) == measurement_identity(same)
+    same["callbacks"]["evaluation"]["index"]["factory"] = "SQ8"
+    assert measurement_identity(one) != measurement_identity(same)
 
 
 def test_short_names_are_unique_and_short():

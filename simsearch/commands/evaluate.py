@@ -21,7 +21,7 @@ from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import WithoutRows
 from simsearch.files import read_json, write_json
-from simsearch.identity import same_images
+from simsearch.identity import measurement_identity, same_images
 from simsearch.index.auto import check_budget
 from simsearch.models.steps import DescribesBatches
 from simsearch.search.stores.store import StoreError
@@ -152,10 +152,12 @@ def measure(
                 callback.index = stored
     run_stage = trainer.test if stage == "test" else trainer.validate
     run_stage(model, data, verbose=False)
+    stages = read_json(folder / "metrics.json")
+    about = stages["test" if stage == "test" else "val"]
+    about["measured_by"] = measurement_identity(config)
     if stored is not None:
-        stages = read_json(folder / "metrics.json")
-        stages["test" if stage == "test" else "val"]["store"] = stored.settings
-        write_json(folder / "metrics.json", stages)
+        about["store"] = stored.settings
+    write_json(folder / "metrics.json", stages)
     asked = ("rerank", "verify", *(("index",) if by_index else ()))
     terminal.show(results.results_table(read_json(folder / "metrics.json"), also=asked))
     print(f"results: {folder / 'metrics.json'}")

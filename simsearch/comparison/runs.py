@@ -44,6 +44,7 @@ class Result:
         run: The run directory. `place` lies in its evaluations/ if the test was repeated. None for W&B.
         unit: Sampling unit of the intervals. None for older results, whose intervals are over queries.
         units: Number of sampling units, or None.
+        measured_by: What searched and measured in `simsearch evaluate` (`measurement_identity`). None for others.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Result:
     run: Path | None = None
     unit: str | None = None
     units: int | None = None
+    measured_by: str | None = None
 
     @cached_property
     def _columns(self) -> dict[str, str]:
@@ -243,7 +245,7 @@ def read_run(folder: Path) -> Result | str:
         metrics = {str(name): None if value is None else float(value) for name, value in about["metrics"].items()}
         intervals = {str(name): (float(low), float(high)) for name, (low, high) in about["intervals"].items()}
         stated = about["protocol"], about["fingerprint"]
-        over = about.get("unit"), about.get("units")
+        over = about.get("unit"), about.get("units"), about.get("measured_by")
         result = Result(folder.name, str(folder), config, *stated, metrics, intervals, facts, run, *over)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise Unreadable(f"metrics.json is damaged: {type(error).__name__} {error}") from error

@@ -100,7 +100,8 @@ def configuration(result: Result) -> str:
     Args:
         result: The result.
     """
-    measured = "" if result.run is None else Path(result.place).relative_to(result.run)
+    own = "" if result.run is None else Path(result.place).relative_to(result.run)
+    measured = result.measured_by or own  # older ones do not say by what
     try:
         return f"{run_identity(result.config, without=['seed'])} {measured}"
     except (LookupError, TypeError, AttributeError):  # of another time or hand: only equal to itself
