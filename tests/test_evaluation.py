@@ -164,8 +164,8 @@ class TestEvaluate:
         for name in ("mAP", "P@20", "R@5"):
             assert result.metrics[name] == exact.metrics[name]
         truth = exact.index.search(query.vectors, 20).ids
-        found = result.index.search(query.vectors, 20).ids
-        for k in KS:
+        for k in KS:  # as a searcher asks, since a graph keeps as many candidates as are wanted
+            found = result.index.search(query.vectors, k).ids
             expected = np.mean(
                 [len(set(t[:k].tolist()) & set(f[:k].tolist())) / k for t, f in zip(truth, found, strict=True)]
             )

@@ -344,7 +344,10 @@ def _measure_found(
 
 
 def _index_recall(index: ShardedIndex, query: Sharded, ks: Sequence[int], seed: int) -> dict[str, float]:
-    """The share of the exact k nearest items that the index returns, junk and the query itself included, by k."""
+    """The share of the exact k nearest items that the index returns, junk and the query itself included, by k.
+
+    Where more items to find make an index search more thoroughly, each k is searched for by itself.
+    """
     few = torch.from_numpy(np.random.default_rng(seed).permutation(len(query))[:_RECALL_QUERIES])
     g, exact = len(index.gallery), _exact(index)
     ks = sorted({min(k, g) for k in ks})
@@ -353,14 +356,16 @@ def _index_recall(index: ShardedIndex, query: Sharded, ks: Sequence[int], seed: 
     got, truth = (one.search(query, ks[-1], chosen=few)[0] for one in (index, exact))
     row = torch.arange(len(few))[:, None] * g
     recall = {}
-    for k in ks:
+    for k in reversed(ks):
+        if index.narrows and k < ks[-1]:
+            got = index.search(query, k, chosen=few)[0]
         if index.index.is_binary:
             # Distances tie: whatever is as near as the k-th nearest is one of the nearest.
             kept = got.scores[:, :k] >= truth.scores[:, k - 1 : k]
         else:
             kept = torch.isin(row + got.ids[:, :k], row + truth.ids[:, :k]) & (got.ids[:, :k] >= 0)
         recall[f"index/recall@{k}"] = float(kept.double().mean())
-    return recall
+    return dict(reversed(recall.items()))
 
 
 def _exact(index: ShardedIndex) -> ShardedIndex:

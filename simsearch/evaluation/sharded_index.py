@@ -98,6 +98,11 @@ class ShardedIndex:
             self._fill()
         self.build_seconds = self._slowest(torch.tensor([time.perf_counter() - start]))[0]
 
+    @property
+    def narrows(self) -> bool:
+        """Whether fewer items to find make the index search less thoroughly: graphs, and what refines candidates."""
+        return re.search("HNSW|NSG|RFlat|Refine", self.index.factory) is not None
+
     def search(
         self, query: Sharded, k: int, *, chosen: Tensor | None = None, junk: Junk | None = None
     ) -> tuple[SearchResult, float]:
@@ -216,7 +221,7 @@ class ShardedIndex:
         if len(self.index) == 0:
             return torch.zeros(len(wanted), 0, dtype=torch.int64), torch.zeros(len(wanted), 0), 0.0
         # More candidates would make a graph, and what refines candidates, another index; BFlat keeps the first.
-        spare = 0 if re.search("BFlat|HNSW|NSG|RFlat|Refine", self.index.factory) else _SPARE
+        spare = 0 if self.narrows or self.index.factory == "BFlat" else _SPARE
         start = time.perf_counter()
         found = self.index.search(wanted, min(k + spare, len(self.index)))
         seconds = time.perf_counter() - start
