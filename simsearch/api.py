@@ -299,7 +299,8 @@ class OpenCatalog:
             ValueError: If the images or their columns do not fit the catalog.
         """
         source = Path(images).expanduser().resolve()
-        manifest = manifest_to_add(self.folder, source, None if root is None else Path(root).expanduser().resolve())
+        base = None if root is None else Path(root).expanduser().resolve()
+        manifest = manifest_to_add(self.folder, source, base, trusted=self._catalog.trusted)
         encoder = self._catalog.encoder.to(self._device)
         if isinstance(encoder, ExportedEncoder):
             raise ValueError("exported files describe queries only: open the catalog without encoder= to add to it")

@@ -21,7 +21,8 @@ def main(config: DictConfig) -> None:
         config: The config of conf/catalog_add.yaml.
     """
     folder, source = Path(config.catalog), Path(config.images).expanduser().resolve()
-    manifest = manifest_to_add(folder, source, Path(config.root).expanduser().resolve() if config.root else None)
+    root = Path(config.root).expanduser().resolve() if config.root else None
+    manifest = manifest_to_add(folder, source, root, trusted=configs.trusts(config))
     for note in manifest.notes:
         warn(f"note: {source.name}: {note}")
     change = update(

@@ -160,7 +160,7 @@ def takes(folder: Path, encoder: Encoder, index: FaissIndex | AutoIndex, verific
     return catalog.about["encoder_fingerprint"] == encoder_fingerprint(encoder)
 
 
-def manifest_to_add(folder: Path, source: Path, root: Path | None) -> Manifest:
+def manifest_to_add(folder: Path, source: Path, root: Path | None, *, trusted: bool = False) -> Manifest:
     """The images of a folder, an image or a table, as those of the collection of a catalog.
 
     Below the folder of the catalog's images, paths are relative to it, and labels that the catalog has from its folders
@@ -170,6 +170,7 @@ def manifest_to_add(folder: Path, source: Path, root: Path | None) -> Manifest:
         folder: The catalog's folder.
         source: A folder, an image, or a table.
         root: Folder that paths are relative to. None means the usual one.
+        trusted: Allow links to lead out of the catalog's folder.
 
     Raises:
         CatalogError: If the catalog is damaged.
@@ -179,8 +180,8 @@ def manifest_to_add(folder: Path, source: Path, root: Path | None) -> Manifest:
     manifest = list_images(source, root or usual)
     if usual is None or not lists_files(source):
         return manifest
-    items = read_catalog(folder, calibrated=False).items
-    if "label" not in items.column_names:
+    items = read_catalog(folder, calibrated=False, trusted=trusted).items
+    if not {"label", "path"} <= set(items.column_names):
         return manifest
     others = {name: column for name, column in manifest.attributes.items() if name != "label"}
     if _texts(items["label"]) != _first_folders(items["path"].to_pylist()):  # of a table
