@@ -547,7 +547,6 @@ def build_catalog(
     source, place = Path(images).expanduser().resolve(), Path(out).expanduser()
     manifest = read_manifest(source, None if root is None else Path(root).expanduser().resolve())
     path_table(manifest)  # refuses columns before the work
-    check_place(place)
     check_not_fewer(place, len(manifest), fewer)
     given = FaissIndex(index) if isinstance(index, str) else index
     made, verification = settings_for(place, encoder.encoder, given, verification)
@@ -565,6 +564,7 @@ def build_catalog(
         )
         _warn_unreadable(place, len(change.errors), len(manifest))
         return OpenCatalog(read_catalog(place), parameter.device)
+    check_place(place)
     filling = filling_of(
         manifest,
         encoder.encoder,

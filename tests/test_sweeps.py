@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -417,7 +418,8 @@ def test_a_terminal_keeps_up_until_ctrl_c(tmp_path):
     command = [sys.executable, "-m", "simsearch", "progress", f"folder={tmp_path}", "watch=0.2"]
     master, slave = pty.openpty()
     environment = os.environ | {"LINES": "20", "COLUMNS": "120"}
-    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs do not hear
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment, preexec_fn=heard)
     os.close(slave)
     shown, start = "", time.monotonic()
     while shown.count("running ") < 5:  # in a low terminal too

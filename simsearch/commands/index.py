@@ -70,7 +70,7 @@ def main(config: DictConfig) -> None:
 def place(config: DictConfig, usual: Path, count: int) -> Path:
     """The catalog's folder.
 
-    Checks, before the work starts, that a catalog of at most `count` items may replace what is in the folder.
+    Checks, before the work starts, that a catalog of at most `count` items may replace the one in the folder.
 
     Args:
         config: The command's config.
@@ -78,11 +78,9 @@ def place(config: DictConfig, usual: Path, count: int) -> Path:
         count: Largest number of items.
 
     Raises:
-        FileExistsError: If the folder holds something other than a catalog.
         ValueError: If the new catalog would have far fewer items, and the config does not allow it.
     """
     out = Path(config.out).expanduser() if config.out else usual
-    check_place(out)
     check_not_fewer(out, count, config.fewer)
     return out
 
@@ -156,6 +154,7 @@ def from_images(config: DictConfig) -> tuple[Filling, FaissIndex | AutoIndex, Pa
         change = update(out, manifest, encoder, remove=True, fewer=config.fewer, **settings)
         report_change(out, change, manifest.skipped)
         return None
+    check_place(out)
     note_replaced(out)
     filling = filling_of(
         manifest,
@@ -218,6 +217,7 @@ def from_shards(config: DictConfig) -> tuple[Filling, FaissIndex | AutoIndex, Pa
             f"{shards.about['command']}"
         )
     out = place(config, shards.folder / "catalog", len(shards.items))
+    check_place(out)
     note_replaced(out)
     index, kept = settings_for(out, shards.encoder, given_index(config), verification)
     if kept is not None and verification is None:
