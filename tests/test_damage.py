@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -525,7 +526,8 @@ class Colours(nn.Module):
 
 def test_descriptors_of_an_ingest(tmp_path, flips):
     images = ragged([torch.randint(0, 256, (3, 9, 8), dtype=torch.uint8) for _ in range(7)])
-    (read := lambda: describe(tmp_path, images, Colours(), 8, 4))()
+    files = SimpleNamespace(sha256=tuple(f"{number:064x}" for number in range(7)))
+    (read := lambda: describe(tmp_path, files, images, Colours(), 8, 4))()
     damage(sorted(tmp_path.rglob("*.npy")), flips // 2, read)
 
 
