@@ -6,6 +6,7 @@ SimsearchError. A wrong argument raises ValueError.
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,7 @@ class OpenCatalog:
         self._device, self._store = device, store
         self._version = _Version(catalog, Engine(stored(catalog, store)))
         self._reranked: tuple[Reranker, Engine] | None = None  # the last one that was asked for
+        self._reopening = threading.Lock()  # an older version never takes the place of a newer one
 
     @property
     def _catalog(self) -> Catalog:
@@ -372,13 +374,15 @@ class OpenCatalog:
         return standing(self._catalog)
 
     def _reopen(self) -> None:
-        before = self._catalog
-        catalog = read_catalog(before.folder, trusted=before.trusted, exported=before.exported)
-        if "encoder" in vars(before) and catalog.about["encoder_fingerprint"] == before.about["encoder_fingerprint"]:
-            vars(catalog)["encoder"] = before.encoder  # it is loaded already
-        if self._store is not None:
-            push(catalog, self._store)
-        self._version, self._reranked = _Version(catalog, Engine(stored(catalog, self._store))), None
+        with self._reopening:
+            before = self._catalog
+            catalog = read_catalog(before.folder, trusted=before.trusted, exported=before.exported)
+            known = "encoder" in vars(before)
+            if known and catalog.about["encoder_fingerprint"] == before.about["encoder_fingerprint"]:
+                vars(catalog)["encoder"] = before.encoder  # it is loaded already
+            if self._store is not None:
+                push(catalog, self._store)
+            self._version, self._reranked = _Version(catalog, Engine(stored(catalog, self._store))), None
 
     def _reranking(self, engine: Engine, rerank: Reranker) -> Engine:
         kept = self._reranked

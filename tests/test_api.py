@@ -6,6 +6,7 @@ import doctest
 import shutil
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -335,6 +336,27 @@ class TestThreads:
         answer = opened.search(query, k=5)
         assert len(opened) == N - 4
         assert (answer.ids, answer.pictures) == (expected.ids, expected.pictures)
+
+    def test_the_later_of_two_changes_stays_open(self, opened, monkeypatch):
+        """One thread has read its version when the other changes the catalog again."""
+        read, has_read, done = api.read_catalog, threading.Event(), threading.Event()
+
+        def slow(*given, **named):
+            found = read(*given, **named)
+            if not has_read.is_set():
+                has_read.set()
+                done.wait(1)
+            return found
+
+        monkeypatch.setattr(api, "read_catalog", slow)
+        ids = opened.ids
+        other = threading.Thread(target=opened.remove, args=(ids[0],))
+        other.start()
+        assert has_read.wait(60)
+        opened.remove(ids[1])
+        done.set()
+        other.join()
+        assert len(opened) == N - 2
 
     def test_each_search_has_its_own_re_ranking(self, opened, monkeypatch):
         query, own, other = opened.ids[-1], AlphaQE(3), CSLS(2)

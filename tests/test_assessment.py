@@ -20,8 +20,9 @@ from sklearn.metrics import average_precision_score, ndcg_score
 
 from simsearch import configs, saved_run
 from simsearch.commands.assess import check_unknown
+from simsearch.commands.evaluate import trained_rows
 from simsearch.data.collection import Collection
-from simsearch.data.protocols import ByHash
+from simsearch.data.protocols import ByHash, Everything
 from simsearch.evaluation import assessment
 from simsearch.evaluation.evaluator import Evaluator, Measured, sides
 from simsearch.evaluation.ndcg import GradedNDCG
@@ -33,6 +34,7 @@ from simsearch.functional.sharded import Sharded
 from simsearch.functional.significance import jackknife_difference, mean_interval
 from simsearch.search.calibration_sample import outside_sample
 from simsearch.search.describe import batches_of
+from simsearch.trust import Untrusted
 from simsearch.types import Descriptors, RetrievalTask
 
 ATTRIBUTES = ("artist", "style", "period", "work")
@@ -439,8 +441,28 @@ def test_evaluate_counts_trained_queries_of_the_same_images_alone(runs, tmp_path
         done = simsearch("evaluate", f"run={runs[1]}", *asked)
         stage = read_json(tmp_path / str(seed) / "metrics.json")["test"]
         assert (stage.get("queries_trained_on", 0) > 0) == counted
-        assert ("the run was fitted on" in done.stderr) == counted
+        assert ("the run, or one that it starts from, was fitted on" in done.stderr) == counted
         assert ("queries_trained_on" in stage) == counted
+
+
+def test_what_a_start_was_trained_on_counts(runs, tmp_path):
+    own = saved_run.open_run(runs[1])
+    collection = configs.build_data(own.config, Everything()).collection
+    known = trained_rows(own, own.config, collection)
+    other = own.config["data"] | {"seed": 1}
+    begun = own.config["model"] | {"start": str(runs[1])}
+    middle = tmp_path / "middle"
+    middle.mkdir()
+    (middle / "config.yaml").write_text(yaml.safe_dump(own.config | {"data": other, "model": begun}))
+    for start, expected in ((None, None), (runs[1], known), (middle, known)):
+        model = begun | {"start": None if start is None else str(start)}
+        found = trained_rows(replace(own, config=own.config | {"data": other, "model": model}), own.config, collection)
+        assert found is expected is None or torch.equal(found, expected)
+    config = own.config | {"protocol": {"_target_": "os.mkdir", "path": str(tmp_path / "mark")}}
+    (middle / "config.yaml").write_text(yaml.safe_dump(config))
+    child = replace(own, config=own.config | {"model": begun | {"start": str(middle)}})
+    with pytest.raises(Untrusted, match="starts from"):
+        trained_rows(child, own.config, collection)
 
 
 def test_assess_says_what_is_wrong(runs, tmp_path):
@@ -469,6 +491,11 @@ def test_runs_know_their_data_however_they_are_written(tmp_path, monkeypatch):
             with pytest.raises(ValueError, match="was trained on a part of these data"):
                 check_unknown(files | {"source": source, "root": root}, [run])
     check_unknown(files | {"source": "other/table.csv"}, [run])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(run.config | {"model": {}}))
+    follower = saved_run.Run(tmp_path, {"data": files | {"source": "new"}, "model": {"start": str(tmp_path / "run")}})
+    with pytest.raises(ValueError, match="was trained on a part of these data"):
+        check_unknown(files | {"source": "art/table.csv"}, [follower])
     rendered = {"_target_": "simsearch.data.datamodule.RenderedDataModule"}
     check_unknown(rendered, [run])
     with pytest.raises(ValueError, match="was trained on a part of these data"):

@@ -233,6 +233,26 @@ class TestMaps:
         assert expected.std() > 0.1
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
+    @pytest.mark.parametrize(
+        "make",
+        [
+            lambda: lite0_backbone(weights="random", size=64),
+            lambda: lite0_backbone(weights="random", size=64, statistics="moments", stages=[1, 2]),
+            lambda: torchvision_backbone("convnext_tiny", weights="random", size=64),
+            lambda: torchvision_backbone("densenet121", weights="random", size=64),
+            lambda: timm_backbone("test_vit", weights="random", size=160),
+            lambda: timm_backbone("test_convnext", weights="random", size=64),
+        ],
+        ids=["lite0", "lite0-style", "convnext", "densenet", "vit", "timm-convnext"],
+    )
+    def test_all_that_can_learn_does(self, make):
+        """Several ranks wait for the gradient of each parameter that can learn."""
+        backbone = make().train()
+        backbone(pictures(4, backbone.size)).square().sum().backward()
+        learns = {name: parameter.requires_grad for name, parameter in backbone.named_parameters()}
+        assert learns == {name: p.grad is not None for name, p in backbone.named_parameters()}
+        assert sum(learns.values()) > 10
+
     def test_dino_patches_lie_where_they_are_in_the_image(self):
         patch = frozen(timm_backbone(DINO, weights="random", size=42, tokens="patch"))
         cls = frozen(timm_backbone(DINO, weights="random", size=42, tokens="cls"))

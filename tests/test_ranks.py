@@ -150,6 +150,23 @@ def test_ranks_share_what_was_mined(tmp_path):
         torch.testing.assert_close(value, whole["parameters"][name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_ranks_learn_in_layers_of_a_network_and_lower_the_rate_together(tmp_path):
+    """Its later layers get no gradient. Each rank has other losses, whose mean the rate follows."""
+    run = tmp_path / "run"
+    layers = ("backbone=lite0-style", "backbone.weights=random", "backbone.stages=[0]", "backbone.size=32")
+    steered = ("scheduler=plateau", "scheduler.mode=min", "scheduler.patience=0", "scheduler.threshold=9")
+    given = (*TINY[1:], "model=hashing", "pooling=average", *layers, *steered, *RANKS, "trainer.max_steps=6", *PROBE)
+    simsearch("train", *given, f"run_dir={run}", cwd=tmp_path)
+    first, second = (torch.load(run / f"probe/{rank}.pt", weights_only=True) for rank in range(2))
+    assert first["rows"] != second["rows"]
+    for name, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][name]), name
+    (scheduler,) = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["lr_schedulers"]
+    assert scheduler["last_epoch"] > 1
+    assert scheduler["_last_lr"][0] < 1e-5
+
+
 def test_a_rank_reports_what_ended_it(tmp_path, monkeypatch):
     """In this process; how the parent tells of the first report is for TestGroup."""
     parent = []

@@ -29,6 +29,7 @@ from PIL import Image
 
 from simsearch.callbacks.training import WholeCheckpoints
 from simsearch.files import check_zip, read_json
+from simsearch.identity import measurement_identity
 from simsearch.run_directory import _check_unplanned
 from simsearch.saved_run import Run, read_config
 from simsearch.search.catalog import read_catalog
@@ -150,6 +151,10 @@ def whole(tmp_path_factory):
 
 STEPS = ("trainer.max_steps=9", "trainer.check_val_every_n_epoch=1")  # an epoch has 4 steps, or 3 with triplets
 RARE = ("trainer.max_steps=17", "trainer.check_val_every_n_epoch=2")
+PLATEAU = (  # the rate falls each time, as nothing gets better by 1
+    *("scheduler=plateau", "scheduler.patience=0", "scheduler.threshold=1", "scheduler.factor=0.5"),
+    *("trainer.max_steps=14", "trainer.check_val_every_n_epoch=1", "loss=greedyhash"),
+)
 WITHIN = "callbacks.last.every_n_train_steps=2"
 CASES = {
     "dsh in an epoch": ((*DSH, *STEPS), 2, "signal"),
@@ -169,6 +174,10 @@ CASES = {
     "dsh with checkpoints within an epoch, crashed": ((*DSH, *STEPS, WITHIN), 7, "crash"),
     "dsh with rare validations at the end of an epoch": ((*DSH, *RARE), 4, "signal"),
     "dsh with rare validations crashed": ((*DSH, *RARE), 6, "crash"),
+    "hashing, plateau of the loss, crashed after an epoch": ((*HASHING, *PLATEAU, "scheduler.mode=min"), 9, "crash"),
+    "hashing, plateau of the loss, in an epoch": ((*HASHING, *PLATEAU, "scheduler.mode=min"), 7, "signal"),
+    "hashing, plateau of the validation, in the last batch of an epoch": ((*HASHING, *PLATEAU), 8, "signal"),
+    "hashing, plateau of the validation, crashed": ((*HASHING, *PLATEAU, *RARE), 10, "crash"),
     "hashing, accumulation cut in two, averaged weights, a loss with a count": (
         (
             *(*HASHING, "loss=hashnet", "callbacks=ema", "callbacks.ema.decay=0.5"),
@@ -270,6 +279,16 @@ def test_a_run_trains_longer_as_if_it_had_been_told_at_first(first, whole, tmp_p
     )  # it has the length from now on, and no note of a change
     assert again.stderr.startswith(f"resuming {run} with its own config\n")  # without a note of a change
     assert checkpoint(run)["global_step"] == 9
+
+
+def test_a_plateau_watches_the_mean_loss_of_an_epoch(whole):
+    run = whole(*HASHING, *PLATEAU, "scheduler.mode=min")
+    losses = [float(row["train/loss"]) for row in history(run) if row["train/loss"]]
+    (scheduler,) = checkpoint(run)["lr_schedulers"]
+    assert len(losses) == 14
+    assert scheduler["best"] == pytest.approx(sum(losses[:4]) / 4, abs=1e-5)  # nothing falls by 1 afterwards
+    assert scheduler["last_epoch"] == 3  # epochs of 4 steps; the fourth is not whole
+    assert scheduler["_last_lr"][0] == pytest.approx(checkpoint(run)["optimizer_states"][0]["param_groups"][0]["lr"])
 
 
 @pytest.mark.slow
@@ -565,6 +584,7 @@ def test_a_trained_run_is_measured_again_to_the_same_numbers(family, whole, tmp_
         simsearch("evaluate", f"run={run}", f"run_dir={tmp_path / stage}", f"stage={stage}")
         again = numbers(tmp_path / stage)[name]
         assert again.pop("queries_trained_on") == 0
+        assert again.pop("measured_by") == measurement_identity(read_config(tmp_path / stage / "config.yaml"))
         assert again == numbers(run)[name]
 
 

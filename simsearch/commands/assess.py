@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from simsearch import configs, program, results, saved_run, terminal
-from simsearch.commands.evaluate import trained_rows
+from simsearch.commands.evaluate import trained_rows, trainings
 from simsearch.data.collection import Collection
 from simsearch.data.manifest import Manifest
 from simsearch.data.protocols import Everything
@@ -132,7 +132,7 @@ def fitted(data: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_unknown(data: dict[str, Any], runs: list[saved_run.Run]) -> None:
-    """Checks that no run was trained on these data, judged by the data's source, wherever its files lie (`root`).
+    """Checks that no run, and none that it starts from, was trained on these data, judged by their source.
 
     Args:
         data: The data config.
@@ -142,11 +142,10 @@ def check_unknown(data: dict[str, Any], runs: list[saved_run.Run]) -> None:
         ValueError: If a run was.
     """
     for run in runs:
-        if _origin(run.config["data"]) == _origin(data):
+        if any(_origin(training["data"]) == _origin(data) for training in trainings(run)):
             raise ValueError(
-                f"{run.folder} was trained on a part of these data, but part=all is for a collection that no run "
-                "was trained on "
-                "(data=art data.source=...)"
+                f"{run.folder}, or a run that it starts from, was trained on a part of these data, but part=all is for "
+                "a collection that no run was trained on (data=art data.source=...)"
             )
 
 

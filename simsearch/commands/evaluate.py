@@ -21,7 +21,7 @@ from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import WithoutRows
 from simsearch.files import read_json, write_json
-from simsearch.identity import measurement_identity, same_images
+from simsearch.identity import measurement_identity, same_images, start_config
 from simsearch.index.auto import check_budget
 from simsearch.models.steps import DescribesBatches
 from simsearch.search.stores.store import StoreError
@@ -163,20 +163,40 @@ def measure(
     print(f"results: {folder / 'metrics.json'}")
 
 
-def trained_rows(run: saved_run.Run, config: Mapping[str, Any], collection: Collection) -> Tensor | None:
-    """The rows of a collection that a run was trained on, int64 (n,). None if it was trained on other images.
+def trainings(run: saved_run.Run) -> Iterator[dict[str, Any]]:
+    """Yields the config of a run, and of the runs that it starts from (model.start), as far as they are there.
 
     Args:
-        run: The run, as `open_run` admits it: its protocol is built.
+        run: The run, as `open_run` admits it: its protocol may be built.
+
+    Raises:
+        Untrusted: If one of them would need to be trusted and the run is not.
+    """
+    config: dict[str, Any] | None = run.config
+    while config is not None:
+        yield config
+        config = start_config(config)
+        if config is not None and not run.trusted:
+            config = saved_run.admitted(config, f"a run that {run.folder} starts from")
+
+
+def trained_rows(run: saved_run.Run, config: Mapping[str, Any], collection: Collection) -> Tensor | None:
+    """The rows of a collection that a run, or one that it starts from, was trained on, int64 (n,). None if none is.
+
+    Args:
+        run: The run, as `open_run` admits it: its protocol may be built.
         config: The plain config that the collection is of.
         collection: The collection.
+
+    Raises:
+        Untrusted: As `trainings` does.
     """
-    if not same_images(run.config, config):
-        return None
-    try:
-        return configs.build(run.config["protocol"]).split(collection).train
-    except ValueError:
-        return None  # the images have changed since
+    found = []
+    for training in trainings(run):
+        if same_images(training, config):
+            with suppress(ValueError):  # the images have changed since
+                found.append(configs.build(training["protocol"]).split(collection).train)
+    return torch.cat(found).unique() if found else None
 
 
 def note_trained_queries(
@@ -186,7 +206,7 @@ def note_trained_queries(
     folder: Path,
     stage: Literal["validate", "test"],
 ) -> None:
-    """Records in metrics.json how many queries the run was trained on, where the images are those of its training.
+    """Records in metrics.json how many queries the run was trained on, where the images are those of a training.
 
     Another protocol may include such queries.
 
@@ -205,7 +225,7 @@ def note_trained_queries(
     stages["test" if stage == "test" else "val"]["queries_trained_on"] = count
     write_json(folder / "metrics.json", stages)
     if count:
-        print(f"note: the run was fitted on {count} of these queries", file=sys.stderr)
+        print(f"note: the run, or one that it starts from, was fitted on {count} of these queries", file=sys.stderr)
 
 
 if __name__ == "__main__":

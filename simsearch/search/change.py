@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -288,9 +288,13 @@ def update(
         )
         source = {**(catalog.about.get("source") or {}), "images": str(manifest.root)}
         if new or changed or edited or gone or (remove and source != catalog.about.get("source")):
-            tables = _tables(catalog, plan, table, described, ids, edited)
-            _check_own_ids(catalog, tables, [*gone, *changed, *edited])
-            entry = _write(catalog, manifest, tables, described, edited, workers) if tables else None
+            attributes = (
+                _attributes(catalog, plan, table, [plan.edits[position] for position in edited], edited),
+                _attributes(catalog, plan, table, described.rows, [plan.position[row] for row in described.rows]),
+            )
+            _check_own_ids(catalog, attributes, [*gone, *changed, *edited])
+            tables = _tables(catalog, plan, attributes, described, ids, edited)
+            entry = _write(catalog, manifest, tables, described, edited, workers) if edited or described.rows else None
             changes: dict[str, Any] = {"columns": plan.columns, "next_id": next_id + len(new)}
             if remove:
                 changes |= {"skipped": manifest.skipped | _reasons(described.errors), "source": source}
@@ -517,44 +521,47 @@ def _reasons(errors: Sequence[ValueError]) -> dict[str, int]:
 # --------------------------------------------------------------------------------------------- writing
 
 
-def _tables(
-    catalog: Catalog,
-    plan: _Plan,
-    table: pa.Table,
-    described: _Described,
-    ids: Sequence[int],
-    edited: Sequence[int],
-) -> list[pa.Table]:
-    """The items of a new segment: edited ones, then those that were described."""
+def _attributes(
+    catalog: Catalog, plan: _Plan, table: pa.Table, rows: Sequence[int], positions: Sequence[int | None]
+) -> pa.Table:
+    """The columns of the items that rows of a table become. Positions are those of the items so far, None if new."""
 
-    def values(name: str, rows: Sequence[int], positions: Sequence[int | None]) -> list[str | None]:
-        given = table[name].take(pa.array(rows, pa.int64())).to_pylist() if name in table.column_names else None
-        if given is not None or not plan.partial or name not in catalog.items.column_names:
-            return [None] * len(rows) if given is None else given
+    def values(name: str) -> list[str | None]:
+        if name in table.column_names:
+            return table[name].take(pa.array(rows, pa.int64())).to_pylist()
+        if not plan.partial or name not in catalog.items.column_names:
+            return [None] * len(rows)
         known = [position for position in positions if position is not None]
         old = iter(_texts(catalog.items[name].take(pa.array(known, pa.int64()))))
         return [None if position is None else next(old) for position in positions]
 
-    def items(rows: Sequence[int], positions: Sequence[int | None], thumbnails: list[bytes]) -> pa.Table:
-        columns = {name: pa.array(values(name, rows, positions), pa.string()) for name in plan.columns}
-        return with_thumbnails(pa.table(columns), thumbnails)
+    return pa.table({name: pa.array(values(name), pa.string()) for name in plan.columns})
 
-    found = []
-    if edited:
-        rows = [plan.edits[position] for position in edited]
-        own = items(rows, edited, catalog.thumbnails(edited))
-        found.append(with_ids(own, catalog.names.numbers[list(edited)], [plan.contents[row] for row in rows]))
+
+def _tables(
+    catalog: Catalog,
+    plan: _Plan,
+    attributes: tuple[pa.Table, pa.Table],
+    described: _Described,
+    ids: Sequence[int],
+    edited: Sequence[int],
+) -> Iterator[pa.Table]:
+    """The items of a new segment: edited ones in blocks, then those that were described."""
+    of_edited, of_described = attributes
+    for start in range(0, len(edited), _BLOCK):
+        block = edited[start : start + _BLOCK]
+        own = with_thumbnails(of_edited.slice(start, _BLOCK), catalog.thumbnails(block))
+        contents = [plan.contents[plan.edits[position]] for position in block]
+        yield with_ids(own, catalog.names.numbers[list(block)], contents)
     if described.rows:
-        own = items(described.rows, [plan.position[row] for row in described.rows], described.thumbnails)
         contents = [plan.contents[row] for row in described.rows]
-        found.append(with_ids(own, np.array(ids, dtype=np.int64), contents))
-    return found
+        yield with_ids(with_thumbnails(of_described, described.thumbnails), np.array(ids, dtype=np.int64), contents)
 
 
 def _write(
     catalog: Catalog,
     manifest: Manifest,
-    tables: Sequence[pa.Table],
+    tables: Iterable[pa.Table],
     described: _Described,
     edited: Sequence[int],
     workers: int,
