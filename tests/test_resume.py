@@ -584,7 +584,7 @@ def test_a_trained_run_is_measured_again_to_the_same_numbers(family, whole, tmp_
         simsearch("evaluate", f"run={run}", f"run_dir={tmp_path / stage}", f"stage={stage}")
         again = numbers(tmp_path / stage)[name]
         assert again.pop("queries_trained_on") == 0
-        assert again.pop("measured_by") == measurement_identity(read_config(tmp_path / stage / "config.yaml"))
+        assert again.pop("measured_by") == measurement_identity(read_config(run / "config.yaml"))
         assert again == numbers(run)[name]
 
 
