@@ -192,9 +192,9 @@ class OpenCatalog:
 
     def search(
         self,
-        like: Given | Sequence[Given],
+        like: Given | int | Sequence[Given | int],
         *,
-        unlike: Given | Sequence[Given] | None = None,
+        unlike: Given | int | Sequence[Given | int] | None = None,
         region: str | Sequence[float] | None = None,
         k: int = 10,
         where: str | Sequence[Condition] | None = None,
@@ -593,10 +593,6 @@ def _warn_unreadable(place: Path, count: int, of: int) -> None:
 def _several(given: Any) -> list[Any]:
     """The given images as a list. An array with one axis more than one image or one descriptor holds several."""
     if isinstance(given, np.ndarray | Tensor):
-        of_descriptions = given.ndim == 2 and not _is_uint8(given)
-        return list(given) if given.ndim == 4 or of_descriptions else [given]
-    return [given] if isinstance(given, str | Path | Image.Image) else list(given)
-
-
-def _is_uint8(given: np.ndarray | Tensor) -> bool:
-    return given.dtype in (np.uint8, torch.uint8)
+        return list(given) if given.ndim in (2, 4) else [given]
+    several = [given] if isinstance(given, int | str | Path | Image.Image) else list(given)
+    return [str(one) if isinstance(one, int | np.integer) else one for one in several]

@@ -158,6 +158,8 @@ class TestSearch:
     def test_an_item_is_known_by_its_id_and_left_out(self, catalog):
         own = catalog.ids[4]
         answer = catalog.search(own, k=N)
+        assert catalog.search(int(own), k=N).ids == answer.ids
+        assert catalog.search([int(own)], k=N).ids == answer.ids
         assert own not in answer.ids
         assert len(answer) == N - 1
         assert answer.query == (own,)
@@ -214,6 +216,11 @@ class TestSearch:
         answer = catalog.search(path, k=N)
         np.testing.assert_allclose(answer.scores, 1 - 2 * np.sort(distance) / 12, atol=1e-6)
         assert catalog.search(codes[4], k=N).ids == answer.ids
+        assert catalog.search(encoder.describe(path), k=N).ids == answer.ids  # as `describe` returns it
+        both = catalog.search(codes[[4, 7]].numpy(), k=N)
+        signs = 2.0 * bits - 1
+        expected = signs @ (signs[4] + signs[7]) / (np.linalg.norm(signs[4] + signs[7]) * 12**0.5)
+        np.testing.assert_allclose(both.scores, -np.sort(-expected), atol=1e-6)
 
     def test_mistakes_are_named(self, catalog, folder, tmp_path):
         with pytest.raises(ValueError, match=r"'nowhere\.jpg' is neither a file nor an item of"):

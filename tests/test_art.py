@@ -53,6 +53,8 @@ class Steps:
             key, name = left[command[0]]
             Path(given[key]).mkdir(parents=True, exist_ok=True)
             (Path(given[key]) / name).write_text("{}")
+        if command[0] == "train":
+            (Path(given["run_dir"]) / "config.yaml").write_text(f"backbone: {{size: {given['backbone.size']}}}")
         if command[0] == "recommend":
             Path(given["figure"]).touch()
 
@@ -105,6 +107,25 @@ def test_goes_on_where_it_failed_and_refuses_other_images(steps, tmp_path):
     assert f"outside={folder}" in steps.commands[1]
     with pytest.raises(ValueError, match="give another out="):
         art.make(paint(tmp_path / "other", 8), None, out, 224)
+
+
+def test_what_is_asked_for_later_is_not_ignored(steps, tmp_path, capsys):
+    folder, out = paint(tmp_path / "in", 24), tmp_path / "out"
+    art.make(folder, None, out, None)
+    assert "backbone.size=224" in steps.commands[1]
+    steps.commands.clear()
+    outside = paint(tmp_path / "outside", 8)
+    for times in range(2):  # once is enough
+        art.make(folder, outside, out, 224)
+        assert steps.commands == [["calibrate", f"catalog={out}/catalog", f"outside={outside}"]], times
+    art.make(folder, None, out, None)  # keeps it
+    assert len(steps.commands) == 1
+    assert "note:" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="was made with size=224: leave size= out, or give another out="):
+        art.make(folder, None, out, 384)
+    Image.new("RGB", (40, 40)).save(folder / "new.png")
+    art.make(folder, None, out, None)
+    assert f"{folder} has 25 images, and had 24 when" in capsys.readouterr().err
 
 
 def test_too_few_works(steps, tmp_path):

@@ -141,6 +141,24 @@ class TestMMR:
         similarity = (vectors @ vectors.T).tolist()
         assert mmr(relevance, vectors, k, lambda_).tolist() == naive_mmr(relevance.tolist(), similarity, k, lambda_)
 
+    @given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 8), st.floats(0, 1), st.integers(0, 10_000))
+    @settings(max_examples=40, deadline=None)
+    def test_what_was_chosen_before_counts(self, c, s, k, lambda_, seed):
+        generator = torch.Generator().manual_seed(seed)
+        relevance = torch.rand(s, dtype=torch.float64, generator=generator)
+        vectors = torch.randn(s, 3, dtype=torch.float64, generator=generator)
+        before = torch.randn(c, 3, dtype=torch.float64, generator=generator)
+        wanted: list[int] = []
+        while len(wanted) < min(k, s):
+            known = torch.cat([before, vectors[wanted]])
+            value = {
+                i: lambda_ * float(relevance[i]) - (1 - lambda_) * max((known @ vectors[i]).tolist())
+                for i in range(s)
+                if i not in wanted
+            }
+            wanted.append(max(value, key=value.__getitem__))
+        assert mmr(relevance, vectors, k, lambda_, before).tolist() == wanted
+
     def test_ends(self):
         relevance, vectors = torch.tensor([0.1, 0.9, 0.5]), torch.tensor([[-1.0, 0], [1, 0], [1, 0]])
         assert mmr(relevance, vectors, 3, 1.0).tolist() == [1, 2, 0]

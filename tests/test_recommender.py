@@ -73,14 +73,17 @@ def attributes(n: int) -> pa.Table:
     )
 
 
-def opened(factory: str = "Flat", stored: Tensor | None = None, **more: object) -> Engine:
+def opened(
+    factory: str = "Flat", stored: Tensor | None = None, items: pa.Table | None = None, **more: object
+) -> Engine:
     vectors = described(N, seed=2) if stored is None else stored
     wide = {"nprobe": 8} if "IVF" in factory else {"ef_search": N} if "HNSW" in factory else {}
     index = FaissIndex(factory, **wide)
     index.add(vectors)
     parts = {name: vars(part) for name, part in PARTS.items()}
     about = {} if index.is_binary else {"parts": parts}
-    return Engine(Catalog(Path("c"), index, attributes(len(vectors)), about, **more))
+    items = attributes(len(vectors)) if items is None else items
+    return Engine(Catalog(Path("c"), index, items, about, **more))
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +145,15 @@ class TestScores:
         assert scaled.ids.tolist() == usual.ids.tolist()
         assert torch.equal(scaled.scores, usual.scores)
 
+    def test_a_re_ranker_keeps_the_catalog_s_weights(self, recommender):
+        engine = Engine(recommender.catalog, KReciprocal(k1=4, k2=2))
+        like = described(1, seed=5)
+        usual = engine.recommend(Request(like))
+        same = engine.recommend(Request(like, weights={"content": 0.6}))  # its own
+        assert same.ids.tolist() == usual.ids.tolist()
+        with pytest.raises(ValueError, match="weights= and rerank= do not go together"):
+            engine.recommend(Request(like, weights={"content": 1.0, "style": 0.0}))
+
     @pytest.mark.parametrize("k", [1.5, math.inf, math.nan])
     def test_k_is_a_whole_number(self, k):
         with pytest.raises(ValueError, match="k must be a whole number, got"):
@@ -162,16 +174,30 @@ class TestScores:
         order = [(-round(20 * s), i) for s, i in zip(answer.scores.tolist(), answer.ids.tolist(), strict=True)]
         assert order == sorted(order)
 
-    def test_codes_of_several_examples_are_a_vote(self):
-        signs = torch.randn(N, 16, generator=torch.Generator().manual_seed(3))
-        recommender = opened("BFlat", pack_codes(signs))
-        query = recommender.query(Request(pack_codes(signs[:4]), pack_codes(signs[4:5])))
-        vote = 8 * torch.where(signs[:4] > 0, 1, -1).sum(0) - 16 * torch.where(signs[4] > 0, 1, -1)
-        expected = torch.where(vote == 0, torch.where(signs[0] > 0, 1, -1), vote.sign())
-        assert torch.equal(query.sign(), expected.float())
+    @pytest.mark.parametrize(("likes", "unlikes"), [(1, 1), (2, 0), (2, 1), (4, 0), (4, 3)])
+    def test_codes_of_several_examples(self, likes, unlikes):
+        """Each example counts, also two that are at odds, and one counter-example."""
+        signs = torch.randn(N, 64, generator=torch.Generator().manual_seed(3))
+        codes, signed = pack_codes(signs), torch.where(signs > 0, 1.0, -1.0)
+        recommender = opened("BFlat", codes)
+        unlike = codes[likes : likes + unlikes] if unlikes else None
+        answer = recommender.recommend(Request(codes[:likes], unlike, k=20, collapse=False))
+        wanted = signed[:likes].mean(0)
+        if unlikes:
+            wanted = wanted - 0.5 * signed[likes : likes + unlikes].mean(0)
+        scores = (signed @ wanted) / (wanted.norm() * 8)
+        expected = scores.sort(descending=True, stable=True)
+        torch.testing.assert_close(answer.scores, expected.values[:20])
+        torch.testing.assert_close(answer.scores, scores[answer.ids])
+        alone = recommender.recommend(Request(codes[:1], k=20, collapse=False))
+        assert answer.ids.tolist() != alone.ids.tolist()
         with pytest.raises(ValueError, match="holds codes, whose parts cannot be weighted"):
-            recommender.recommend(Request(pack_codes(signs[:1]), weights={"style": 1.0}))
-        assert len(recommender.recommend(Request(pack_codes(signs[:1]), weights={"content": 2.0})).ids) == 10
+            recommender.recommend(Request(codes[:1], weights={"style": 1.0}))
+        assert len(recommender.recommend(Request(codes[:1], weights={"content": 2.0})).ids) == 10
+
+    def test_examples_of_codes_that_say_the_opposite(self):
+        codes = pack_codes(torch.tensor([[1.0] * 8, [-1.0] * 8, [1.0, -1.0] * 4]))
+        assert opened("BFlat", codes).recommend(Request(codes[:2], k=3)).scores.tolist() == [0.0, 0.0, 0.0]
 
     def test_counter_examples_push_away(self, recommender):
         like = recommender.vectors([0])
@@ -201,6 +227,22 @@ class TestSelection:
         unit = recommender.as_queries(stored) if factory == "BFlat" else stored
         scores = (unit @ recommender.as_queries(recommender.vectors([7]))[0]).sort(descending=True).values
         torch.testing.assert_close(answer.scores, scores[:10], atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("factory", ["IVF32,Flat", "HNSW8"])
+    @pytest.mark.parametrize("exclude", [(), (3,)])
+    def test_an_index_that_runs_short_is_searched_through(self, factory, exclude):
+        """Works of 50 items lie close together: the nearest lists hold few works."""
+        generator = torch.Generator().manual_seed(0)
+        centres = F.normalize(torch.randn(N // 50, 12, generator=generator))
+        stored = F.normalize(centres.repeat_interleave(50, dim=0) + 0.05 * torch.randn(N, 12, generator=generator))
+        items = pa.table({"work": [str(i // 50) for i in range(N)]})
+        recommender = opened(factory, stored, items)
+        answer = recommender.recommend(Request(stored[:1], k=N // 50, exclude=exclude))
+        works = list(range(1 if exclude else 0, N // 50))
+        query = recommender.query(Request(stored[:1]))
+        best = torch.stack([(stored[50 * work : 50 * work + 50] @ query).max() for work in works]).clamp(-1, 1)
+        assert answer.candidates == N - (50 if exclude else 0)
+        torch.testing.assert_close(answer.scores, best.sort(descending=True).values, atol=1e-5, rtol=0)
 
     def test_one_of_a_work_and_none_of_the_own(self, recommender):
         answer = recommender.recommend(Request(recommender.vectors([9]), k=60, exclude=(9,)))
@@ -447,6 +489,9 @@ class TestReasons:
             assert (set(verdicts) == {"same work"}) == expected
         assert [recommender.agreeing(count) for count in (1, 2, 3)] == [{"same work": n} for n in (1, 1, 2)]
         assert opened().agreeing(3) == {}
+        assert opened().agreeing(3, verified=True) == {"same work": 1}  # any match is enough
+        matches = opened(calibration={**calibration, "verified": [40, 60]})
+        assert [matches.agreeing(count, verified=True) for count in (1, 2, 3)] == [{"same work": 1}] * 2 + [{}]
         strict = opened(calibration={**calibration, "same_work": [0.6]})  # each of the examples
         queries = described(3, seed=3)
         _, background = strict.stand_out(queries, 5, torch.empty(0))
@@ -679,6 +724,11 @@ class TestCalibration:
         few = [image_a_work(recommender.works, 5, seed).tolist() for seed in range(300)]
         assert {len(one) for one in few} == {5}
         assert {i % 4 for one in few for i in one if i < 388} == {0, 1, 2, 3}  # any of its images
+
+    def test_large_works_are_no_likelier_than_small_ones(self):
+        works = np.concatenate([np.arange(100), np.repeat(np.arange(100, 200), 9)])
+        large = [float((works[image_a_work(works, 50, seed)] >= 100).mean()) for seed in range(200)]
+        assert np.mean(large) == pytest.approx(0.5, abs=0.02)  # its standard error is .004
 
     def test_thresholds_and_what_they_do(self):
         scores, match = torch.rand(1001, generator=torch.Generator().manual_seed(0)), torch.tensor([2.0, -1.0, 2.0])

@@ -17,15 +17,17 @@ from omegaconf import DictConfig
 from simsearch import program
 from simsearch.data.collection import Collection
 from simsearch.data.image_folder import files_collection, open_ingest
-from simsearch.data.manifest import read_manifest
+from simsearch.data.manifest import INGEST_PLAN, read_manifest
 from simsearch.data.protocols import ByHash
-from simsearch.files import read_json, write_csv
+from simsearch.files import read_json, write_csv, write_json
+from simsearch.saved_run import read_config
 
 SAMPLE = ("data.works=7", "data.photographs=3", "data.size=128")
 HELD_OUT = 2  # styles of the sample that the catalog lacks
 FEW = 1000  # images to train on, below which their covariance is not to be trusted
 MEASURABLE = ("artist", "style", "genre", "period")
 LEAST_TRAINED = 10
+OUTSIDE = "outside.json"  # what the catalog was calibrated with
 
 
 @program.command("art")
@@ -47,24 +49,27 @@ def main(config: DictConfig) -> None:
             raise ValueError(f"{path} does not exist: give a folder of images, or a table that lists them")
     name = images.resolve().stem if images else "rendered"
     out = Path(config.out or Path(os.environ.get("SIMSEARCH_OUTPUTS", "outputs")) / "art" / name)
-    make(images, outside, out, config.size or (224 if images else 128))
+    make(images, outside, out, config.size)
     print(f"\npictures: {out / 'recommendations.png'}, {out / 'collection' / 'contact-sheet.png'}")
     serve(out, config.port, now=sys.stdout.isatty() if config.serve is None else config.serve)
 
 
-def make(images: Path | None, outside: Path | None, out: Path, size: int) -> None:
+def make(images: Path | None, outside: Path | None, out: Path, size: int | None) -> None:
     """Writes the collection, the run, the catalog and a picture of recommendations to `out`.
 
     Args:
         images: Folder or table of images. None means the rendered sample.
-        outside: Folder or table of images that are not in the collection, for calibration, or None.
+        outside: Folder or table of images that are not in the collection, for calibration. None means those that the
+            catalog was calibrated with, if any.
         out: Output folder. Steps that are already finished there are skipped.
-        size: Side in pixels at which the network sees images.
+        size: Side in pixels at which the network sees images. None means that of a finished run, or else 224, or 128
+            for the sample.
 
     Raises:
-        ValueError: If `out` belongs to other images, or if a step fails.
+        ValueError: If `out` belongs to other images or another size, or if a step fails.
     """
     out.mkdir(parents=True, exist_ok=True)
+    usual = 224 if images else 128
     if images is None:
         images, outside = out / "paintings.csv", out / "others.csv"
         if not outside.exists():
@@ -75,27 +80,33 @@ def make(images: Path | None, outside: Path | None, out: Path, size: int) -> Non
         if (before := read_json(collection / "ingest.json")["source"]) != str(images.resolve()):
             raise ValueError(f"{out} was made of the images in {before}: give another out=")
         print(f"exists already: {collection}")
+        tell_of_new(images, collection)
     else:
         step("check, clean and decode", "data", "ingest", f"images={images}", f"out={collection}")
     done = done and (run / "metrics.json").is_file()
     if done:
         print(f"exists already: {run}")
+        if size is not None and size != (before := read_config(run / "config.yaml")["backbone"]["size"]):
+            raise ValueError(f"{out} was made with size={before}: leave size= out, or give another out=")
     else:
         shutil.rmtree(run, ignore_errors=True)  # an interrupted run; its descriptors are in the cache
-        arguments = ["data=art", f"data.source={collection}", "model=art", f"backbone.size={size}"]
+        arguments = ["data=art", f"data.source={collection}", "model=art", f"backbone.size={size or usual}"]
         arguments += [*describe_split(collection), "catalog.write=false", "logger.mode=disabled", f"run_dir={run}"]
         step("learn what tells artworks apart", "train", *arguments)
     if done := done and (catalog / "catalog.json").is_file():
         print(f"exists already: {catalog}")
     else:
         step("describe all images", "index", f"run={run}", f"images={collection}", "verify=sift", f"out={catalog}")
-    if not done or not (catalog / "calibration.json").is_file():
+    asked = None if outside is None else str(outside.resolve())
+    calibrated = done and (catalog / "calibration.json").is_file()
+    if not calibrated or (asked is not None and asked != _outside(out)):
         arguments = [f"catalog={catalog}"]
         if outside is None:
             print("\nwithout outside= the catalog can recognise the same work, but has no threshold for similar works")
         else:
             arguments.append(f"outside={outside}")
         step("calibrate when to say no", "calibrate", *arguments)
+        write_json(out / OUTSIDE, {"outside": asked})
     if not done or not (out / "recommendations.png").is_file():
         step(
             "recommend",
@@ -105,6 +116,28 @@ def make(images: Path | None, outside: Path | None, out: Path, size: int) -> Non
             "force=true",
             f"figure={out}/recommendations.png",
         )
+
+
+def tell_of_new(images: Path, collection: Path) -> None:
+    """Says on standard error if a folder has more images than when the collection was made.
+
+    Args:
+        images: Folder or table of images.
+        collection: The collection that was made of them.
+    """
+    if not images.is_dir():
+        return
+    before, now = read_json(collection / INGEST_PLAN)["images"], len(read_manifest(images).paths)
+    if now > before:
+        print(
+            f"note: {images} has {now} images, and had {before} when {collection} was made: give another out= for all",
+            file=sys.stderr,
+        )
+
+
+def _outside(out: Path) -> str | None:
+    """The images from outside with which the catalog was calibrated. None if there were none, or if it is not known."""
+    return read_json(out / OUTSIDE)["outside"] if (out / OUTSIDE).is_file() else None
 
 
 def step(what: str, *command: str) -> None:

@@ -111,7 +111,7 @@ def main(config: DictConfig) -> None:
         query = {"like": [example.name for example in like], "unlike": [example.name for example in unlike]}
         about = {
             "verdict": answer.verdict,
-            "agreeing": engine.agreeing(len(like)),
+            "agreeing": engine.agreeing(len(like), verified=bool(request.local)),
             "candidates": answer.candidates,
         }
         print(json_line({**query, **about, "results": items}))
@@ -124,7 +124,8 @@ def main(config: DictConfig) -> None:
             f"{answer.candidates} items scores {float(answer.scores.max()):.4f}; force=true shows it"
         )
     else:
-        terminal.show(answer_table(engine, [e.name for e in like], [e.name for e in unlike], items, answer))
+        names = [e.name for e in like], [e.name for e in unlike]
+        terminal.show(answer_table(engine, *names, items, answer, verified=bool(request.local)))
     if config.figure:
         save_grid(Path(config.figure), tiles(catalog, like, unlike, items, answer.ids[kept].tolist()), side=128)
         print(f"picture: {config.figure}", file=sys.stderr)
@@ -216,6 +217,8 @@ def answer_table(
     unlike: Sequence[str],
     items: Sequence[Mapping[str, Any]],
     answer: Recommendation,
+    *,
+    verified: bool = False,
 ) -> Table:
     """A table of the items. Above it stands what most of them share with each other or with the examples.
 
@@ -225,6 +228,7 @@ def answer_table(
         unlike: Names of the counter-examples.
         items: The items found.
         answer: The answer of the engine.
+        verified: Whether the items were verified.
     """
     title = cell(", ".join(like)) + (f"  (not like {cell(', '.join(unlike))})" if unlike else "")
     consensus = engine.consensus(answer.ids[[item["rank"] - 1 for item in items]])
@@ -232,7 +236,7 @@ def answer_table(
         title += "\n" + cell("most are of " + ", ".join(f"{name} {value}" for name, value in consensus.items()))
     judged = "" if answer.verdict == UNCALIBRATED else f"{answer.verdict}, "
     title += f"\n{judged}of {answer.candidates} items"
-    if len(like) > 1 and (needed := engine.agreeing(len(like))):
+    if len(like) > 1 and (needed := engine.agreeing(len(like), verified)):
         said = ", ".join(f'"{verdict}" where {count} agree' for verdict, count in needed.items())
         title += f"\nof the {len(like)} examples: {said}"
     table = Table(title=title, title_justify="left")

@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 
 
-def mmr(relevance: Tensor, vectors: Tensor, k: int, lambda_: float) -> Tensor:
+def mmr(relevance: Tensor, vectors: Tensor, k: int, lambda_: float, before: Tensor | None = None) -> Tensor:
     """The positions of a shortlist in the order of maximal marginal relevance (MMR), int64 (min(k, S),).
 
-    The first item is the most relevant. Each next item has the largest lambda_ * relevance - (1 - lambda_) * (its
-    largest inner product with an item chosen before). The first of several equal items is taken.
+    The first item is the most relevant, unless there are items before it. Each next item has the largest lambda_ *
+    relevance - (1 - lambda_) * (its largest inner product with an item chosen before). The first of several equal items
+    is taken.
 
     Args:
         relevance: Floating point (S,).
         vectors: Floating point (S, D). Their inner products are on the scale of `relevance`.
         k: Number of items, 1 or more.
         lambda_: Weight of the relevance in [0, 1]. With 1 the order is that of the relevance alone.
+        before: Floating point (C, D), items that were chosen before all of these. None for none.
 
     Raises:
         ValueError: If `lambda_` lies outside [0, 1], or if `k` is below 1.
@@ -37,6 +39,9 @@ def mmr(relevance: Tensor, vectors: Tensor, k: int, lambda_: float) -> Tensor:
     chosen: list[int] = []
     gain = relevance.clone()
     nearest = torch.full_like(relevance, -torch.inf)
+    for other in () if before is None else before:
+        nearest = torch.maximum(nearest, (vectors * other).sum(1))
+        gain = lambda_ * relevance - (1 - lambda_) * nearest
     for _ in range(min(k, len(relevance))):
         best = int(gain.argmax())
         chosen.append(best)

@@ -113,9 +113,12 @@ def image_a_work(works: np.ndarray, at_most: int, seed: int) -> Tensor:
         at_most: Largest number of works.
         seed: Seed of the random choice.
     """
-    order = np.random.default_rng(seed).permutation(len(works))
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(works))
     _, first = np.unique(works[order], return_index=True)
-    return torch.from_numpy(np.sort(order[np.sort(first)[:at_most]]))
+    if len(first) > at_most:  # each work as likely as another, whatever its number of images
+        first = random.choice(first, at_most, replace=False)
+    return torch.from_numpy(np.sort(order[first]))
 
 
 def leave_work_out(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import zip_longest
 from numbers import Integral
@@ -59,8 +60,8 @@ class Engine:
     """Searches a catalog by vectors, items and filters. Several threads may use it at once.
 
     `recommend` answers requests. Its scores are computed from the vectors that the index stores; with a compressed
-    index, too, a score is the sum of its parts. A catalog of codes has one part, whose cosine is 1 - 2 d / bits for the
-    Hamming distance d. `nearest` returns what the index itself finds.
+    index, too, a score is the sum of its parts. A catalog of codes has one part; the cosine of two codes is 1 - 2 d / bits
+    for the Hamming distance d. `nearest` returns what the index itself finds.
 
     With `rerank`, all stored vectors are read into memory as float32 and each query is compared with all of them. This
     is exact for every kind of index, at the cost of a full pass.
@@ -151,7 +152,7 @@ class Engine:
     def query(self, request: Request) -> Tensor:
         """The combined query of a request, float32 (D,). Its inner product with a stored descriptor is the score.
 
-        The entries of codes are ± 1 / sqrt(bits).
+        The entries of one code are ± 1 / sqrt(bits), those of several together are not.
 
         Args:
             request: The request.
@@ -160,11 +161,8 @@ class Engine:
             ValueError: If the weights do not fit the catalog.
         """
         weights = self._weights(request)
-        like = self.as_queries(request.like)
-        query = rocchio(like, None if request.unlike is None else self.as_queries(request.unlike), self.parts)
-        if self.catalog.index.is_binary:  # where examples are at odds, the first decides
-            return torch.where(query == 0, like[0], query).sign() * like.shape[1] ** -0.5
-        return reweight(query, self.parts, weights)
+        unlike = None if request.unlike is None else self.as_queries(request.unlike)
+        return reweight(rocchio(self.as_queries(request.like), unlike, self.parts), self.parts, weights)
 
     def search(self, queries: Tensor, k: int, among: Selection | None = None) -> SearchResult:
         """The k items with the largest inner products.
@@ -231,6 +229,11 @@ class Engine:
             ValueError: If weights, filters, descriptors or positions do not fit the catalog.
         """
         weights, query = self._weights(request), self.query(request)
+        if self._reranked is not None and weights != self._weights(replace(request, weights=None)):
+            raise ValueError(
+                "weights= and rerank= do not go together: a re-ranker compares items by the catalog's own weights; "
+                "leave one of them out"
+            )
         taken = self._taken(request)
         among = Filtered(self.attributes.selection(request.where), request.where) if request.where else None
         if among is None and len(taken) > _DROPPED:
@@ -240,7 +243,7 @@ class Engine:
         candidates = len(self.catalog) - len(taken) if among is None else len(among)
         ids, scores, rows, matches = self._shortlist(request, query, among, taken, candidates)
         if request.min_score is not None:
-            near = self._exact(rows @ query).clamp(-1, 1) >= request.min_score
+            near = self._exact(rows @ query, query).clamp(-1, 1) >= request.min_score
             ids, scores, rows = ids[near], scores[near], rows[near]
             matches = [match for match, one in zip(matches, near.tolist(), strict=True) if one]
 
@@ -251,10 +254,12 @@ class Engine:
         chosen = torch.arange(verified)
         if verified < request.k:
             rest = reweight_both(rows[verified:], self.parts, weights)
-            others = mmr(ranked[verified:], rest, request.k - verified, 1 - request.diversity)
+            shown = reweight_both(rows[:verified], self.parts, weights)
+            others = mmr(ranked[verified:], rest, request.k - verified, 1 - request.diversity, shown)
             chosen = torch.cat([chosen, others + verified])
         matches = [matches[place] for place in chosen.tolist()]
-        of_parts = {name: self._exact(part) for name, part in contributions(query, rows[chosen], self.parts).items()}
+        of_parts = contributions(query, rows[chosen], self.parts)
+        of_parts = {name: self._exact(part, query) for name, part in of_parts.items()}
         total, of_parts = _bounded(sum(of_parts.values(), torch.zeros(len(chosen))), of_parts)
         judged = self.verdicts(ids[chosen], request.like, taken, matches if request.local else None)
         floor = max(0.0, (self.catalog.calibration or {}).get("floor") or 0.0)
@@ -369,7 +374,7 @@ class Engine:
         if calibration is None or not len(ids):
             return [UNCALIBRATED] * len(ids)
         queries = self.as_queries(like)
-        cosines = self._exact(self._stored(self.vectors(ids)) @ queries.T)
+        cosines = self._exact(self._stored(self.vectors(ids)) @ queries.T, queries)
         _, background = self.stand_out(queries, calibration["neighbours"], torch.empty(0) if taken is None else taken)
         same = exceeds(sameness(cosines, background), calibration["same_work"])
         if calibration["similar"] is None:
@@ -379,15 +384,23 @@ class Engine:
         kinds = {(True, True): SAME_WORK, (False, True): SIMILAR}
         return [kinds.get(one, NONE) for one in zip(same.tolist(), close.tolist(), strict=True)]
 
-    def agreeing(self, examples: int) -> dict[str, int]:
-        """For each calibrated verdict, the number of examples that an item must be close to.
+    def agreeing(self, examples: int, verified: bool = False) -> dict[str, int]:
+        """For each verdict that an item can get by calibration, the number of examples that it must be close to.
 
         Args:
             examples: Number of examples in the query.
+            verified: Whether items are verified. Then an item is the same work by its match with one example, if the
+                catalog has a threshold for the best of so many matches, and else never.
         """
         calibration = self.catalog.calibration or {}
         known = {SAME_WORK: calibration.get("same_work"), SIMILAR: calibration.get("similar")}
-        return {verdict: agreeing(examples, len(values))[0] for verdict, values in known.items() if values}
+        found = {verdict: agreeing(examples, len(values))[0] for verdict, values in known.items() if values}
+        if verified:
+            found.pop(SAME_WORK, None)
+            inliers = calibration.get("verified")
+            if inliers is None or agreeing(examples, len(inliers))[0] == 1:
+                return {SAME_WORK: 1} | found
+        return found
 
     def stand_out(self, queries: Tensor, neighbours: int, taken: Tensor) -> tuple[Tensor, Tensor]:
         """The best score of each query and its background, (Q,) each.
@@ -474,17 +487,20 @@ class Engine:
             return vectors
         return (2 * unpack_codes(vectors, self._bits) - 1) * self._bits**-0.5
 
-    def _exact(self, products: Tensor) -> Tensor:
-        """Inner products.
+    def _exact(self, products: Tensor, queries: Tensor) -> Tensor:
+        """Inner products of stored vectors with one query or several.
 
-        Those of codes are rounded to multiples of 1 / bits, so that equal distances get equal scores.
+        Those of two codes are rounded to multiples of 1 / bits, so that equal distances get equal scores.
         """
-        return products if self._bits is None else (products * self._bits).round() / self._bits
+        if self._bits is None or not _are_codes(queries):
+            return products
+        return (products * self._bits).round() / self._bits
 
     def _rescored(self, queries: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         rows = self._stored(self.vectors(ids.clamp(min=0).flatten())).unflatten(0, ids.shape)
-        products = [inner_products(query[None], own) for query, own in zip(queries, rows, strict=True)]
-        scores = self._exact(torch.cat(products)).masked_fill(ids < 0, -torch.inf)
+        pairs = zip(queries, rows, strict=True)
+        products = [self._exact(inner_products(query[None], own), query) for query, own in pairs]
+        scores = torch.cat(products).masked_fill(ids < 0, -torch.inf)
         order = scores.argsort(dim=1, descending=True, stable=True)
         return ids.gather(1, order), scores.gather(1, order)
 
@@ -505,13 +521,14 @@ class Engine:
     ) -> tuple[Tensor, Tensor, Tensor, list[Match | None]]:
         """ids (S,), scores (S,), vectors (S, D) and matches of the best items, one per work if works collapse.
 
-        The search goes deeper until there are k items or the catalog is exhausted.
+        The search goes deeper, and where the index has no more to give, through all its lists, until there are k items
+        or the catalog is exhausted.
         """
         top = self.catalog.verification.top if request.local and self.catalog.verification else 0
         depth = min(max(_SHORTLIST, 10 * request.k, top), candidates)
         verified: dict[int, Match] | None = None  # does not depend on the depth
         while True:
-            found = self._nearest(query, depth, among, taken)
+            found = self._nearest(query, request.like, depth, among, taken)
             ids, scores = found.ids[0], found.scores[0]
             matches: list[Match | None] = [None] * len(ids)
             if request.local:
@@ -519,25 +536,40 @@ class Engine:
                 if verified is None:
                     verified = self._matches(ids, request.local, request.regions, among, taken)
                 ids, matches = _verified_first(ids, verified)
-                own = self._exact(self._stored(self.vectors(ids)) @ query).tolist()  # for those that regions brought
+                # For those that regions brought.
+                own = self._exact(self._stored(self.vectors(ids)) @ query, query).tolist()
                 scores = torch.tensor([before.get(i, score) for i, score in zip(ids.tolist(), own, strict=True)])
+            kept = torch.arange(len(ids))
             if request.collapse:
                 _, first = np.unique(self.works[ids], return_index=True)
                 kept = torch.from_numpy(np.sort(first))
-                if len(kept) < request.k and len(found.ids[0]) == depth < candidates:
+            if len(kept) < request.k:
+                if len(found.ids[0]) == depth < candidates:
                     depth = min(4 * depth, candidates)
                     continue
-                ids, scores = ids[kept], scores[kept]
-                matches = [matches[place] for place in kept.tolist()]
+                if len(found.ids[0]) < depth and among is None:
+                    among = Filtered(Selection.everything(len(self.catalog))).without(taken.numpy())
+                    continue
+            ids, scores = ids[kept], scores[kept]
+            matches = [matches[place] for place in kept.tolist()]
             return ids, scores, self._stored(self.vectors(ids)), matches
 
-    def _nearest(self, query: Tensor, depth: int, among: Selection | None, taken: Tensor) -> SearchResult:
-        """The best S <= depth items for one query among the permitted items, as a result of shape (1, S)."""
+    def _nearest(self, query: Tensor, like: Tensor, depth: int, among: Selection | None, taken: Tensor) -> SearchResult:
+        """The best S <= depth items for one query among the permitted items, as a result of shape (1, S).
+
+        An index of codes compares with codes only. If the query is none, the nearest items of each example `like` are
+        compared with it too.
+        """
         if depth == 0:
             return SearchResult(torch.empty((1, 0), dtype=torch.int64), torch.empty((1, 0)))
         if self._reranked is not None:
             return self._nearest_reranked(query, depth, among, taken)
-        found = self.search(query[None], depth + (len(taken) if among is None else 0), among)
+        wanted = depth + (len(taken) if among is None else 0)
+        found = self.search(query[None], wanted, among)
+        if self._bits is not None and not _are_codes(query):
+            others = self.search(self.as_queries(like), wanted, among).ids
+            ids = torch.cat([found.ids.flatten(), others.flatten()]).unique()
+            found = SearchResult(*self._rescored(query[None], ids[None]))
         kept = found.ids[0] >= 0
         if among is None:
             kept &= ~torch.isin(found.ids[0], taken)
@@ -561,7 +593,7 @@ class Engine:
             rest = nearest(wanted, self._reranked.vectors, depth, junk).ids[0]
             ids = torch.cat([ids, rest[~torch.isin(rest, ids)]])
         ids = ids[ids >= 0][:depth]
-        scores = self._exact(self._stored(self.vectors(ids)) @ query).sort(descending=True).values
+        scores = self._exact(self._stored(self.vectors(ids)) @ query, query).sort(descending=True).values
         return SearchResult(ids[None], scores[None])
 
     def _hubness(self, ids: Tensor, queries: Tensor) -> Tensor:
@@ -570,6 +602,11 @@ class Engine:
         others = (found.ids != ids[:, None]) & (found.ids >= 0)
         others &= others.cumsum(1) <= _HUB_NEIGHBOURS
         return found.scores.masked_fill(~others, 0.0).sum(1) / others.sum(1).clamp(min=1)
+
+
+def _are_codes(queries: Tensor) -> bool:
+    """Whether all entries of a query (D,), or of each query (Q, D), differ in their signs only."""
+    return bool((queries.abs() == queries[..., :1].abs()).all())
 
 
 def _verified_first(ids: Tensor, matches: Mapping[int, Match]) -> tuple[Tensor, list[Match | None]]:
