@@ -60,8 +60,8 @@ class Engine:
     """Searches a catalog by vectors, items and filters. Several threads may use it at once.
 
     `recommend` answers requests. Its scores are computed from the vectors that the index stores; with a compressed
-    index, too, a score is the sum of its parts. A catalog of codes has one part; the cosine of two codes is 1 - 2 d / bits
-    for the Hamming distance d. `nearest` returns what the index itself finds.
+    index, too, a score is the sum of its parts. A catalog of codes has one part; the cosine of two codes is 1 - 2 d /
+    bits for the Hamming distance d. `nearest` returns what the index itself finds.
 
     With `rerank`, all stored vectors are read into memory as float32 and each query is compared with all of them. This
     is exact for every kind of index, at the cost of a full pass.
