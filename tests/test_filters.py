@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from difflib import get_close_matches
+from unittest import mock
+
 import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from simsearch.search import filters
 from simsearch.search.filters import Attributes, Condition, parse_filters, select
 
 TABLE = pa.table(
@@ -200,6 +206,32 @@ def test_selections_are_a_search_by_hand(drawn):
     for _ in range(2):  # the second time from what is kept
         assert attributes.select(conditions).tolist() == expected
         assert len(attributes.selection(conditions)) == sum(expected)
+
+
+def test_values_that_are_near_are_found_beside_other_filters():
+    """Long titles that resemble each other, which took seconds for one suggestion, with all filters waiting."""
+    words = [f"{chr(97 + i % 26)}{i % 89}or{i % 7}" for i in range(500)]
+    titles = [" ".join(words[(7 * i + j * j) % 500] for j in range(i % 40)) + f" plate {i}" for i in range(20_000)]
+    attributes = Attributes(pa.table({"title": [*titles, "Sunflowers"], "year": ["1888"] * 20_001}))
+    assert len(attributes.meeting(Condition("title", ("sunflowers",)))) == 1
+    free: list[bool] = []
+
+    def matches(*given: object, **more: object) -> list[str]:
+        other = threading.Thread(target=attributes.meeting, args=[Condition("year", ("1888",))], daemon=True)
+        other.start()  # another person's filter
+        other.join(5)
+        free.append(not other.is_alive())
+        began = time.perf_counter()
+        found = get_close_matches(*given, **more)
+        assert time.perf_counter() - began < 0.5
+        return found
+
+    with mock.patch.object(filters.difflib, "get_close_matches", matches):
+        with pytest.raises(ValueError, match="no item has title 'Sunflowrs': did you mean 'Sunflowers'"):
+            attributes.meeting(Condition("title", ("Sunflowrs",)))
+        with pytest.raises(ValueError, match=r"no item has title .*: there are "):
+            attributes.meeting(Condition("title", (titles[39] * 3,)))
+    assert free == [True]
 
 
 def test_a_rare_value_costs_its_items():

@@ -37,8 +37,9 @@ from starlette.exceptions import HTTPException
 from torch import Tensor, nn
 
 from simsearch import api, configs
-from simsearch.commands.serve import bind, find_sources, greeting, uploads_line
+from simsearch.commands.serve import addresses, admitted, bind, find_sources, greeting, uploads_line
 from simsearch.data.manifest import read_manifest
+from simsearch.data.process_pool import Failure
 from simsearch.images import encode_thumbnail, read_image
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search import change
@@ -56,7 +57,7 @@ from simsearch.serving import service as service_module
 from simsearch.serving.app import PAGE, create_app
 from simsearch.serving.browse import Listing
 from simsearch.serving.encoder import EncoderWorker
-from simsearch.serving.guard import JSON_BYTES, cost, host_name
+from simsearch.serving.guard import JSON_BYTES, cost, host_name, read_host, read_origin
 from simsearch.serving.library import Library, Source, Thumbnails, read_inside
 from simsearch.serving.limits import Account, Busy, Limits, TokenBuckets, client_address
 from simsearch.serving.uploads import Upload, UploadFolder, Uploads, decoded
@@ -316,6 +317,12 @@ class TestImages:
             kept = client.get(f"/api/catalogs/art/{address}&v={version}")
             assert "immutable" in kept.headers["cache-control"]
             assert "immutable" not in client.get(f"/api/catalogs/art/{address}&v=0").headers["cache-control"]
+
+    def test_browsers_ask_for_the_files_of_the_page_anew(self, client):
+        first = client.get("/static/app.js")
+        assert first.headers["cache-control"] == "no-cache"
+        again = client.get("/static/app.js", headers={"if-none-match": first.headers["etag"]})
+        assert (again.status_code, again.headers["cache-control"]) == (304, "no-cache")
 
     def test_nothing_outside_the_root_is_shown(self, root, encoder, tmp_path):
         place = make_catalog(tmp_path / "c", root, encoder, count=6)
@@ -921,6 +928,21 @@ class TestUploads:
         finally:
             client.service.uploads._clock = time.monotonic
 
+    def test_weights_and_version_beside_an_image(self, client, root):
+        def status(**query: str) -> tuple[int, dict]:
+            answer = upload(client, png(3, root), "/api/catalogs/art/search/image", params=query)
+            return answer.status_code, answer.json()
+
+        version = client.get("/api/catalogs").json()[0]["version"]
+        code, found = status(weights='{"content": 2}', v=version, k="2")
+        assert (code, found["results"][0]["id"], len(found["results"])) == (200, "3", 2)
+        code, stale = status(v="0000")
+        assert (code, stale["version"], stale["items"]) == (409, version, {})
+        for weights, message in (('{"form": 1}', "form"), ("content:1", "weights: Invalid JSON"), ("[1]", "weights")):
+            code, refused = status(weights=weights)
+            assert (code, message in refused["error"]) == (422, True), refused
+        assert "other: Extra inputs" in status(other="1")[1]["error"]
+
     def test_a_folder_keeps_them_for_the_next_server(self, folder, root, tmp_path):
         place = tmp_path / "kept"
         with serving(library({"art": Source(folder)}), uploads_folder=place) as client:
@@ -1122,6 +1144,29 @@ class TestVerification:
         with serving(library({"bare": Source(hall / "catalog")})) as client:  # a part of an item's thumbnail
             assert search(client, "bare", like=[{"id": "4.png", "region": [0.1, 0.1, 0.7, 0.8]}]).status_code == 200
 
+    def test_regions_are_described_only_for_photographs_whose_work_does_not_fill_them(self, hall):
+        with serving(library({"hall": Source(hall / "catalog", hall / "root")})) as client:
+
+            def asked(path: Path) -> list[int]:
+                token = upload(client, path.read_bytes()).json()["upload"]
+                for _ in range(2):
+                    found = search(client, "hall", like=[{"upload": token}])
+                    assert found.json()["verdict"] == "same work"
+                return [len(vectors) for vectors in client.service.uploads.get(token).regions.values()]
+
+            assert asked(hall / "root/1.png") == []
+            (count,) = asked(hall / "wall.png")
+            assert count > 0
+            with ThreadPoolExecutor(6) as threads:  # more than there are threads that search
+                assert list(threads.map(asked, [hall / "wall.png"] * 6)) == [[count]] * 6
+            example = {"upload": upload(client, (hall / "wall.png").read_bytes()).json()["upload"]}
+            assert search(client, "hall", like=[example]).status_code == 200
+            client.service.uploads.get(example["upload"]).regions.clear()
+            with mock.patch.object(client.service._decoders, "call", return_value=Failure("too-slow", "1 s")):
+                assert "too-slow: 1 s" in error(search(client, "hall", like=[example]), 422)
+            client.service.stop_decoding()
+            assert "shutting down" in error(search(client, "hall", like=[example]), 503)
+
 
 # ------------------------------------------------------------------------------------------- growing
 
@@ -1205,6 +1250,7 @@ class TestLimits:
             ("GET", "/api/catalogs/art/image", 0.25),
             ("POST", "/api/catalogs/art/search/image", 1),  # an upload with a search is no picture that is shown
             ("POST", "/api/uploads", 1),
+            ("OPTIONS", "/api/uploads", 0),
         ],
     )
     def test_prices(self, method, path, price):
@@ -1218,6 +1264,36 @@ class TestLimits:
             assert set(states) == {422, 429}  # each second is 20 requests, of which there are 25 and 20 a second
             assert "too-slow: it took more than 1 s" in error(states[422], 422)
             assert "too many requests" in error(states[429], 429)
+
+    def test_a_wall_of_a_catalogs_own_pictures_has_a_fixed_price(self, folder, root, monkeypatch):
+        limits = Limits(rate=1.0, burst=60)
+        with serving(library({"art": Source(folder, root)}, limits), limits) as client:
+            monkeypatch.setattr(client.service._decoders, "call", lambda f, *given, spent: (spent(1000), f(*given))[1])
+            for address in ("thumbnail", "image"):
+                assert {client.get(f"/api/catalogs/art/{address}?id={i}").status_code for i in range(N)} == {200}
+            assert search(client, like=[{"id": "3"}]).status_code == 200
+            assert client.get("/api/catalogs/art/image?id=3&side=6000").status_code == 200
+            assert "too many requests" in error(search(client, like=[{"id": "3"}]), 429)
+
+    def test_pictures_that_wait_leave_room_for_uploads(self, folder, root, monkeypatch):
+        limits = Limits(rate=None, queue=1, threads=1)
+        books = library({"art": Source(folder, root)}, limits)
+        with serving(books, limits) as client, ThreadPoolExecutor(2) as threads:
+            gate = threading.Event()
+
+            def call(function: Callable, *given: object, spent: Callable) -> object:
+                return function(*given) if function is decoded or gate.wait(20) else None
+
+            monkeypatch.setattr(client.service._decoders, "call", call)
+            try:
+                path = "/api/catalogs/art/image?id="
+                shown = [threads.submit(client.get, f"{path}{i}") for i in range(2)]
+                until(lambda: client.service.showing.pending == 2)
+                assert "too many requests are waiting" in error(client.get(f"{path}2"), 503)
+                assert upload(client, png(1, root)).status_code == 201
+            finally:
+                gate.set()
+            assert [one.result().status_code for one in shown] == [200, 200]
 
     @pytest.mark.parametrize(
         ("peer", "forwarded", "proxies", "client"),
@@ -1354,6 +1430,77 @@ class TestOrigins:
             preflight["origin"] = "https://evil.example"
             assert client.options("/api/catalogs/art/search", headers=preflight).status_code == 400
 
+    def test_pages_that_may_ask_can_read_refusals(self, folder):
+        books, limits = library({"art": Source(folder)}), Limits(rate=0.1, burst=1)
+        with serving(books, limits, hosts=["127.0.0.1"], origins=["https://art.example"]) as client:
+            path, asks = "/api/catalogs/art/search", {"access-control-request-method": "POST"}
+            for origin, allowed in (("https://art.example", "https://art.example"), ("https://evil.example", None)):
+                own = {"origin": origin}
+                answers = [client.get("/api/catalogs", headers=own) for _ in range(2)]
+                assert answers[-1].status_code == 429
+                answers.append(client.get("/api/catalogs", headers={**own, "host": "evil.example"}))
+                assert answers[-1].status_code == 403
+                answers.append(client.get("/api/nothing", headers=own))
+                for answer in answers:
+                    assert answer.headers.get("access-control-allow-origin") == allowed
+                    assert "vary" not in answer.headers or answer.headers["vary"].lower() == "origin"
+                    exposed = answer.headers.get("access-control-expose-headers", "")
+                    assert ("retry-after" in exposed) == (allowed is not None)
+                before = client.options(path, headers=own | asks)  # is no request of the page, and costs nothing
+                assert before.status_code == (200 if allowed else 400)
+
+    @pytest.mark.parametrize(
+        ("given", "hosts"),
+        [
+            (None, []),
+            ([], []),
+            ("", []),
+            ("art.example", ["art.example"]),
+            ("Art.Example, b.example", ["art.example", "b.example"]),
+            (["10.0.0.7", "[::1]", "2001:DB8::0:1"], ["10.0.0.7", "::1", "2001:db8::1"]),
+            ("art.example:8000", "write art.example, without a port"),
+            ("[::1]:8000", "write ::1, without a port"),
+            *((bad, "is not the name of a host") for bad in ("*", "https://art.example", "art.example/", "münchen.de")),
+        ],
+    )
+    def test_hosts_of_a_setting(self, given, hosts):
+        if isinstance(hosts, str):
+            with pytest.raises(ValueError, match=f"allow_hosts: .*{hosts}"):
+                addresses("allow_hosts", given, read_host)
+        else:
+            assert addresses("allow_hosts", given, read_host) == hosts
+
+    @pytest.mark.parametrize(
+        ("given", "origin"),
+        [
+            ("https://art.example", "https://art.example"),
+            ("HTTPS://Art.Example:443/", "https://art.example"),
+            ("http://art.example:80", "http://art.example"),
+            ("http://art.example:443", "http://art.example:443"),
+            ("http://[::1]:8000/", "http://[::1]:8000"),
+            ("moz-extension://ab-12", "moz-extension://ab-12"),
+            *((bad, None) for bad in ("*", "null", "art.example", "https://art.example/page", "https://*.art.example")),
+        ],
+    )
+    def test_origins_of_a_setting(self, given, origin):
+        if origin is None:
+            with pytest.raises(ValueError, match=r"allow_origins: .* is not the origin of a site"):
+                addresses("allow_origins", given, read_origin)
+        else:
+            assert addresses("allow_origins", given, read_origin) == [origin]
+
+    @pytest.mark.parametrize("address", ["0.0.0.0", "192.0.2.7", "127.0.0.1"])
+    def test_the_address_that_is_printed_is_admitted(self, client, folder, address):
+        (printed,) = re.findall(r"at (http://\S+)/ ", greeting(client.service.library, address, 8000))
+        with serving(library({"art": Source(folder)}), hosts=admitted(["art.example"], address)) as other:
+
+            def status(host: str) -> int:
+                return other.get("/api/health", headers={"host": host}).status_code
+
+            assert status(printed.removeprefix("http://")) == status("art.example") == 200
+            assert status("evil.example") == status("0.0.0.0") == 403
+        assert admitted([], "192.0.2.7") is None
+
 
 # --------------------------------------------------------------------------------- encoder in a worker
 
@@ -1457,6 +1604,8 @@ class TestEncoderWorker:
         assert first.result(20).shape == (3,)
         assert len(toy.batches) == 2
         assert not work.retain()
+        with pytest.raises(Busy):  # else it would wait for ever
+            work.call(len)
         until(lambda: not any(t.name == "encoder" and t is work._thread for t in threading.enumerate()))
 
 
@@ -1682,6 +1831,13 @@ class TestCommand:
             with pytest.raises(ValueError, match=message):
                 find_sources(catalog, root)
 
+    def test_homes_are_found(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        (tmp_path / "a").mkdir()
+        for catalog in ("~/a", ["~/a"], {"a": "~/a"}):
+            for folders in ("~/a", {"a": "~/a"}):
+                assert find_sources(catalog, folders, folders) == {"a": Source(*[tmp_path / "a"] * 3)}
+
     def test_a_taken_port_is_named(self):
         with bind("127.0.0.1", 0) as taken:
             taken.listen()
@@ -1753,6 +1909,21 @@ class TestCommand:
         assert process.returncode == 0
         assert rest.endswith("ended\n")
         assert re.fullmatch(r"[\d:]+ 127.0.0.1 POST /api/catalogs/art/search/image 200 \d+ ms", log.strip())
+
+    @pytest.mark.slow
+    def test_a_process_on_an_open_network_answers_to_the_names_it_should(self, folder):
+        command = [sys.executable, "-m", "simsearch", "serve", f"catalog={folder}", "port=0", "host=0.0.0.0"]
+        with subprocess.Popen([*command, "allow_hosts=art.example"], stdout=subprocess.PIPE, text=True) as process:
+            try:
+                port = int(re.search(r"http://localhost:(\d+)/", process.stdout.readline())[1])
+                with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
+                    for host, status in ((f"localhost:{port}", 200), ("art.example", 200), ("a", 403), ("evil", 403)):
+                        assert client.get("/api/health", headers={"host": host}).status_code == status
+            finally:
+                process.kill()
+        wrong = subprocess.run([*command, "allow_origins=['*']"], capture_output=True, text=True)
+        assert wrong.returncode == 1
+        assert "allow_origins: '*' is not the origin of a site" in wrong.stderr
 
     def test_the_log_has_one_line_a_request(self, client, caplog):
         with caplog.at_level("INFO", logger="simsearch.serving"):

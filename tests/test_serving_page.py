@@ -282,6 +282,60 @@ def test_a_wall_of_works_at_their_own_shapes(opened):
     assert sorted(ids(page)) == list(range(80))
 
 
+def test_on_a_large_screen_the_wall_goes_on_without_scrolling(opened):
+    page = opened("#catalog=art", viewport={"width": 2560, "height": 3000})
+    expect(page.locator(".wall")).to_have_count(80)
+
+
+def test_the_skip_link_leads_to_the_works_and_keeps_the_address(opened):
+    page = opened("#catalog=art&like=3")
+    before = page.url
+    page.locator(".skip").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "works"
+    assert page.url == before
+    page.wait_for_timeout(200)
+    expect(results(page)).to_have_count(24)
+
+
+def test_a_picture_that_was_refused_is_asked_for_once_more(opened):
+    refused: list[str] = []
+
+    def refuse(route) -> None:
+        if route.request.url in refused:
+            return route.continue_()
+        refused.append(route.request.url)
+        route.fulfill(status=429, json={"error": "too many requests"})
+
+    page = opened("#catalog=art&like=3")
+    page.route("**/image?*", refuse)
+    page.evaluate("location.hash = '#catalog=odd'")
+    expect(page.locator(".wall")).to_have_count(len(ODD))
+    page.wait_for_function("() => [...document.querySelectorAll('.wall img')].every((i) => i.src.includes('/image?'))")
+    assert len(refused) == len(set(refused)) >= len(ODD)
+    assert all("429" in text for text in opened.complaints), opened.complaints
+    opened.complaints.clear()
+
+
+def test_works_of_two_collections_with_the_same_ids_are_not_mixed(opened):
+    page = opened("#catalog=art&like=3")
+    page.evaluate("location.hash = '#catalog=plain&like=3'")
+    page.click("#anyway")
+    expect(results(page)).to_have_count(24)
+    page.go_back()  # to an answer that is known
+    expect(page.locator("#status")).to_contain_text("The 24 nearest of")
+    expect(page.locator("#none")).to_be_hidden()
+    assert ids(page)
+    shown = page.eval_on_selector_all(".result img", "images => images.map((image) => image.src)")
+    assert [address for address in shown if "catalogs/art/" not in address] == []
+
+    page.evaluate("location.hash = '#catalog=art&open=7'")
+    expect(page.locator("#large-title")).to_have_text("Plate 7")
+    page.evaluate("location.hash = '#catalog=odd&like=7&open=7'")
+    expect(page.locator("#large-title")).to_have_text("Odd 4")
+    expect(page.locator("#primary figcaption")).to_have_text("Odd 4")
+
+
 def test_words_and_another_order(opened):
     page = opened()
     first = ids(page)
@@ -517,6 +571,24 @@ def test_filters(opened):
     expect(nothing.locator("#none")).to_contain_text("No work passes these filters")
     nothing.locator("#none button").click()
     expect(results(nothing)).to_have_count(24)
+
+
+def test_values_that_could_not_be_fetched_are_not_said_to_be_none(opened):
+    page = opened("#catalog=art&like=3")
+    page.route("**/values?*", lambda route: route.fulfill(status=500, json={"error": "the server failed"}))
+    page.click("#filter-open")
+    values = page.locator("#facets details", has=page.locator("summary", has_text="style")).locator(".values")
+    expect(values).to_have_text("the server failed")
+    page.unroute("**/values?*")
+    page.click("#filter-close")
+    renewed: list[str] = []
+    page.on("request", lambda r: renewed.append(r.url) if r.url.endswith("/api/catalogs") else None)
+    stale = {"error": "the catalog art was replaced", "version": "0", "items": {}}
+    page.route("**/values?*", lambda route: route.continue_() if renewed else route.fulfill(status=409, json=stale))
+    page.click("#filter-open")
+    expect(page.locator(".note")).to_contain_text("The collection was replaced")
+    assert all("500" in text or "409" in text for text in opened.complaints), opened.complaints
+    opened.complaints.clear()
 
 
 def test_values_of_all_kinds_are_filters(opened):
@@ -818,6 +890,40 @@ def test_messages_in_words_and_one_retry(opened, root):
     expect(page.locator(".note")).to_be_visible()
     assert len(page.locator(".note span").inner_text()) > 10
     assert all(re.search(r"\b(503|415|422)\b", text) for text in opened.complaints), opened.complaints
+    opened.complaints.clear()
+
+
+def test_what_failed_can_be_asked_again(opened):
+    page = opened("#catalog=art")
+    for path, selector, count in (("**/search?*", ".result", 24), ("**/items?*", ".wall", 60)):
+        page.route(path, lambda route: route.fulfill(status=500, json={"error": "the server failed"}))
+        page.evaluate(
+            "address => { location.hash = address; }", f"#catalog=art&{'like=3' if count == 24 else 'seed=9'}"
+        )
+        expect(page.locator("#none h2")).to_have_text("The works could not be fetched")
+        expect(page.locator("#more-button")).to_be_hidden()
+        page.locator("#again").click()
+        expect(page.locator(".note")).to_contain_text("the server failed")
+        page.unroute(path)
+        page.locator("#again").click()
+        expect(page.locator(selector)).to_have_count(count)
+        expect(page.locator("#none")).to_be_hidden()
+
+    page.route("**/items?*", lambda route: route.fulfill(status=500, json={"error": "the server failed"}))
+    page.mouse.wheel(0, 20_000)
+    expect(page.locator("#more-button")).to_be_visible()
+    page.unroute("**/items?*")
+    page.click("#more-button")
+    expect(page.locator(".wall")).to_have_count(80)
+    expect(page.locator("#more-button")).to_be_hidden()
+
+    page.route("**/api/catalogs", lambda route: route.fulfill(status=500, json={"error": "the server failed"}))
+    page.reload()
+    page.locator("#again").wait_for()
+    page.unroute("**/api/catalogs")
+    page.click("#again")
+    expect(page.locator(".wall").first).to_be_visible()
+    assert all("500" in text for text in opened.complaints), opened.complaints
     opened.complaints.clear()
 
 
@@ -1162,6 +1268,26 @@ def test_a_selection_is_kept_shared_and_exported(opened, tmp_path):
     page.get_by_role("button", name="Empty it").click()
     expect(page.locator("#selection")).to_be_hidden()
     expect(page.locator("#selection-open")).to_be_hidden()
+
+
+def test_a_work_that_is_removed_in_the_large_view_stays_removed(opened):
+    page = opened("#catalog=art")
+    for card in range(3):
+        page.locator(".wall .frame").nth(card).focus()
+        page.keyboard.press("k")
+    page.click("#selection-open")
+    expect(page.locator(".wall")).to_have_count(3)
+    chosen = ids(page)
+    page.locator(".wall").nth(1).hover()
+    page.locator(".wall [data-act=open]").nth(1).click()
+    expect(page.locator("#large")).to_be_visible()
+    page.keyboard.press("k")
+    page.keyboard.press("Escape")
+    expect(page.locator("#large")).to_be_hidden()
+    page.wait_for_timeout(200)
+    expect(page.locator(".wall")).to_have_count(2)
+    assert ids(page) == [chosen[0], chosen[2]]
+    expect(page.locator("#selection h2")).to_have_text("Your selection")
 
 
 def test_odd_ids_and_formulas_are_kept_and_exported(opened, tmp_path):

@@ -7,7 +7,7 @@ import logging
 import re
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ from simsearch import configs, program
 from simsearch.models.encoder import device
 from simsearch.search.catalog import verifying
 from simsearch.serving.app import create_app
-from simsearch.serving.guard import LOOPBACK, is_loopback
+from simsearch.serving.guard import LOOPBACK, is_loopback, read_host, read_origin
 from simsearch.serving.library import Library, Source
 from simsearch.serving.service import Service
 from simsearch.text import lines
 
 SHUTDOWN_SECONDS = 30
 DECODING_SECONDS = 2.0  # time that images have left at shutdown
+EVERYWHERE = ("0.0.0.0", "::")  # all addresses of the machine
 
 
 @program.command("serve")
@@ -40,9 +41,12 @@ def main(config: DictConfig) -> None:
     trusted = configs.trusts(config)
     sources = find_sources(values["catalog"], values["root"], values["encoder"])
     limits = configs.build(values["limits"])
+    hosts = addresses("allow_hosts", values["allow_hosts"], read_host)
+    origins = addresses("allow_origins", values["allow_origins"], read_origin)
     if values["threads"] is not None:
         torch.set_num_threads(values["threads"])
     bound = bind(values["host"], values["port"])  # before the catalogs, which take their time
+    host, port = bound.getsockname()[:2]
     chosen = values["verification"]
     settings = partial(
         verifying,
@@ -60,19 +64,15 @@ def main(config: DictConfig) -> None:
         settings=settings,
         store=partial(configs.build, values["store"]) if values.get("store") else None,
     )
-    hosts = values["allow_hosts"] or None
-    if is_loopback(values["host"]):
-        hosts = [*LOOPBACK, *(hosts or ())]
     app = create_app(
         library,
         limits,
-        hosts=hosts,
-        origins=values["allow_origins"] or (),
+        hosts=admitted(hosts, host),
+        origins=origins,
         proxies=values["proxies"],
         uploads_folder=Path(values["uploads_folder"]).expanduser() if values["uploads_folder"] else None,
     )
     start_log()
-    host, port = bound.getsockname()[:2]
     server = Server(
         uvicorn.Config(
             app,
@@ -139,9 +139,9 @@ def find_sources(catalog: str | Sequence[str] | Mapping[str, str], root: Any, en
             belongs to no catalog.
     """
     if isinstance(catalog, Mapping):
-        named = [(str(name), Path(folder)) for name, folder in catalog.items()]
+        named = [(str(name), Path(folder).expanduser()) for name, folder in catalog.items()]
     else:
-        folders = [Path(folder) for folder in ([catalog] if isinstance(catalog, str) else catalog)]
+        folders = [Path(folder).expanduser() for folder in ([catalog] if isinstance(catalog, str) else catalog)]
         named = [
             (re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip("-.") or "catalog", folder) for folder in folders
         ]
@@ -164,11 +164,46 @@ def _by_name(option: str, given: Any, names: Sequence[str]) -> dict[str, Path]:
     folders = given if isinstance(given, Mapping) else dict.fromkeys(names, given)
     if unknown := sorted(set(folders) - set(names)):
         raise ValueError(f"{option} names {unknown[0]}, which is not a catalog here: there are {', '.join(names)}")
-    found = {str(name): Path(folder) for name, folder in folders.items() if folder}
+    found = {str(name): Path(folder).expanduser() for name, folder in folders.items() if folder}
     for path in found.values():
         if not path.is_dir():
             raise ValueError(f"{option}={path} is not a folder")
     return found
+
+
+def addresses(option: str, given: Any, read: Callable[[str], str]) -> list[str]:
+    """The hosts or origins of an option.
+
+    Args:
+        option: Name of the option.
+        given: None, one, several separated by commas, or a list.
+        read: Function that returns one as requests have it, or raises ValueError.
+
+    Raises:
+        ValueError: If no request can have one of them.
+    """
+    found = []
+    for one in filter(None, configs.listed(given, known=lambda _: False)):
+        try:
+            found.append(read(one))
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from None
+    return found
+
+
+def admitted(hosts: Sequence[str], host: str) -> list[str] | None:
+    """The names by which the server may be called: the allowed ones and its own. None for any name.
+
+    To its own address and to the names of its machine no foreign page can point a name of its own, so that they admit
+    no DNS rebinding.
+
+    Args:
+        hosts: The allowed names.
+        host: The address that the server is bound to.
+    """
+    if not hosts and not is_loopback(host):
+        return None
+    return [*LOOPBACK, *(() if host in EVERYWHERE else (host,)), *hosts]
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -234,7 +269,7 @@ def greeting(library: Library, host: str, port: int, uploads: str = "") -> str:
         port: Port of the server.
         uploads: Where uploads are kept.
     """
-    shown = "localhost" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    shown = "localhost" if host in EVERYWHERE else f"[{host}]" if ":" in host else host
     lines = [f"simsearch serves at http://{shown}:{port}/ (API: http://{shown}:{port}/docs)"]
     for loaded in library.catalogs:
         images = f"images in {loaded.root}" if loaded.root else "thumbnails only (give root=<folder of the images>)"

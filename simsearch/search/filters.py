@@ -21,6 +21,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,11 @@ from simsearch.text import spelling_key, spellings
 
 _CACHED = 64  # selections kept, a bit an item each at most
 _UNKNOWN = -1  # the code of an unknown value
+# For a suggestion, a value is compared with so many others, none of more letters than these: all of a long column would
+# take seconds.
+_COMPARED = 500
+_LETTERS = 60
+_SCANNED = 100_000  # values whose beginning is looked at
 _NUMERIC_SHARE = 0.9
 _TOKEN = re.compile(r'"(?:[^"]|"")*"|!=|[;|=]|[^;|="!]+|!|"')
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
@@ -189,9 +195,10 @@ class Attributes:
         Raises:
             ValueError: As `selection` does.
         """
+        codes = self._codes(condition)  # before the lock: to say which values are near to an unknown one takes time
         with self._lock:
             if condition not in self._selections:
-                self._selections[condition] = self._meeting(condition)
+                self._selections[condition] = self._meeting(condition, codes)
                 while len(self._selections) > _CACHED:
                     self._selections.popitem(last=False)
             self._selections.move_to_end(condition)
@@ -233,40 +240,44 @@ class Attributes:
             ValueError: As `selection` does.
         """
         values = self.column(condition.attribute).values
-        codes = [code for value in condition.values for code in self._codes(condition.attribute, value)]
+        codes = self._codes(condition)
         return replace(condition, values=tuple("" if code == _UNKNOWN else values[code] for code in codes))
 
-    def _meeting(self, condition: Condition) -> Selection:
+    def _meeting(self, condition: Condition, codes: Sequence[int]) -> Selection:
         column = self.column(condition.attribute)
         if condition.low is None and condition.high is None:
             if not condition.values:
                 unknown = column.having([_UNKNOWN])
                 return unknown if condition.negate else ~unknown
-            found = column.having(
-                [code for value in condition.values for code in self._codes(condition.attribute, value)]
-            )
+            found = column.having(codes)
         else:
-            numbers, codes = column.ascending
+            numbers, in_order = column.ascending
             if not len(numbers):
                 raise ValueError(
                     f"{condition.attribute} does not hold numbers, so that it cannot have a range: name values"
                 )
             low = -math.inf if condition.low is None else condition.low
             high = math.inf if condition.high is None else condition.high
-            found = column.having(codes[np.searchsorted(numbers, low) : np.searchsorted(numbers, high, "right")])
+            found = column.having(in_order[np.searchsorted(numbers, low) : np.searchsorted(numbers, high, "right")])
         return ~found if condition.negate else found
 
-    def _codes(self, name: str, value: str) -> list[int]:
-        if not value.strip():
-            return [_UNKNOWN]
-        column, key = self.column(name), spelling_key(value)
-        if (codes := column.by_key.get(key)) is None:
-            close = difflib.get_close_matches(key, list(column.by_key)[:20_000], 3, cutoff=0.5)
-            near = " or ".join(repr(column.values[column.by_key[key][0]]) for key in close)
-            frequent = np.argsort(-column.counts, kind="stable")[:3]
-            examples = ", ".join(repr(column.values[code]) for code in frequent)
-            hint = f"did you mean {near}?" if near else f"there are {examples}, ..." if examples else "it has no values"
-            raise ValueError(f"no item has {name} {value!r}: {hint}")
+    def _codes(self, condition: Condition) -> list[int]:
+        """The codes of all spellings of a condition's values. Raises ValueError if no item has one of the values."""
+        column, codes = self.column(condition.attribute), list[int]()
+        for value in condition.values:
+            if not value.strip():
+                codes.append(_UNKNOWN)
+                continue
+            key = spelling_key(value)
+            with self._lock:
+                spelled = column.by_key.get(key)
+            if spelled is None:
+                near, examples = column.near(key), ", ".join(map(repr, column.frequent[:3]))
+                hint = f"there are {examples}, ..." if examples else "it has no values"
+                if near:
+                    hint = f"did you mean {' or '.join(map(repr, near))}?"
+                raise ValueError(f"no item has {condition.attribute} {value!r}: {hint}")
+            codes += spelled
         return codes
 
 
@@ -302,6 +313,24 @@ class _Column:
         for code, value in enumerate(self.values):
             places.setdefault(spelling_key(value), []).append(code)
         return places
+
+    @cached_property
+    def frequent(self) -> list[str]:
+        """The most frequent values, a few hundred at most."""
+        return [self.values[code] for code in np.argsort(-self.counts, kind="stable")[:_COMPARED]]
+
+    def near(self, key: str) -> list[str]:
+        """Up to three values whose spelling is near to a key: of the most frequent ones, and those that begin alike.
+
+        Args:
+            key: A spelling key.
+        """
+        if len(key) > _LETTERS:
+            return []
+        alike = (other for other in islice(self.by_key, _SCANNED) if other.startswith(key[:3]))
+        keys = dict.fromkeys([*map(spelling_key, self.frequent), *islice(alike, _COMPARED)])
+        close = difflib.get_close_matches(key, [other for other in keys if len(other) <= _LETTERS], 3, cutoff=0.5)
+        return [self.values[self.by_key[other][0]] for other in close]
 
     @cached_property
     def of_values(self) -> np.ndarray:

@@ -189,7 +189,7 @@ def create_app(
     app.state.service = service
     if origins:
         app.add_middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"],
-                           allow_headers=["content-type"])  # fmt: skip
+                           allow_headers=["content-type"], expose_headers=["retry-after"])  # fmt: skip
     app.add_middleware(Guard, limits=limits, hosts=hosts, origins=origins, proxies=proxies)
     _handle_errors(app)
 
@@ -310,7 +310,7 @@ def create_app(
         data = await service.reading.run(lambda: loaded.original(at))
         if data is not None:
             with contextlib.suppress(ImageError):
-                shown = await service.shown(data, side)
+                shown = await service.picture(data, side)
                 return Response(shown, media_type=media_type(shown), headers={"etag": etag, "cache-control": cache})
         # Not to be kept: the file may be there the next time.
         small = await service.reading.run(lambda: loaded.thumbnails[at])
@@ -345,6 +345,7 @@ def create_app(
     async def search_image(request: Request, loaded: Catalog, wanted: Annotated[SearchImage, Query()]) -> Reply:
         """Items similar to an image, or to the part of it in `region`, in one request."""
         data, region = await service.received(request), read_region(wanted.region or None)
+        check_version(loaded, wanted.v)
         opened, _ = await service.opened(data, loaded, region)
         return await service.search(loaded, wanted, [Given(opened, region)])
 

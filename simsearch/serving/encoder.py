@@ -77,7 +77,7 @@ class EncoderWorker:
             image: uint8 (3, h, w), at the encoder's size and fit.
 
         Raises:
-            Busy: If the queue is full.
+            Busy: If the queue is full, or if nobody holds the worker.
         """
         return self._put(_Job(Future(), image=image))
 
@@ -88,7 +88,7 @@ class EncoderWorker:
             function: A function of the encoder.
 
         Raises:
-            Busy: If the queue is full.
+            Busy: If the queue is full, or if nobody holds the worker.
         """
         return self._put(_Job(Future(), call=function))
 
@@ -98,9 +98,10 @@ class EncoderWorker:
         self.describe(torch.full((3, height, self.size), 128, dtype=torch.uint8)).result()
 
     def _put(self, job: _Job) -> Future[Any]:
-        if self._jobs.qsize() >= self._most:
-            raise Busy
-        self._jobs.put(job)
+        with self._lock:  # so that no job comes after the end, where it would wait for ever
+            if self._jobs.qsize() >= self._most or self._users == 0:
+                raise Busy
+            self._jobs.put(job)
         return job.future
 
     def _run(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import logging
 import re
@@ -27,12 +28,16 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _GONE = 499  # the status in logs for a client that left before its answer
 # A name or an address, and perhaps a port: nothing else may stand in Host (RFC 3986, section 3.2).
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._~-]+))(?::\d{0,5})?", re.IGNORECASE | re.ASCII)
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^/]+)/?", re.ASCII)
+_PORTS = {"http": ":80", "https": ":443"}  # browsers leave them out
 _HEADERS = {
     "content-security-policy": (
         "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"
     ),
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    # The page's files too: a browser that guesses how long they hold mixes those of two releases.
+    "cache-control": "no-cache",
 }
 
 
@@ -53,7 +58,7 @@ class Guard:
         limits: The limits of the server.
         hosts: Accepted names in the Host header. None accepts all. A server on the user's own machine must check them;
             otherwise any web page could reach it under a name of its own (DNS rebinding).
-        origins: Origins of foreign pages that may send requests, such as https://art.example.
+        origins: Origins of foreign pages that may send requests and read the answers, such as https://art.example.
         proxies: Number of trusted proxies in front of the server that append to X-Forwarded-For.
     """
 
@@ -79,6 +84,7 @@ class Guard:
         peer = scope["client"][0] if scope.get("client") else "?"
         client = client_address(peer, headers.getlist("x-forwarded-for"), self._proxies)
         bare = scope["method"] == "HEAD"
+        origin = headers.get("origin", "")
         own = Account(self._buckets, client, cost(scope["method"], scope["path"]))
         account.set(own)
         body = self._body(scope, headers, receive)
@@ -90,6 +96,10 @@ class Guard:
                 given = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     given.setdefault(name, value)
+                if origin in self._origins:  # its page has to read refusals too, which CORSMiddleware does not see
+                    given.setdefault("access-control-allow-origin", origin)
+                    given.setdefault("access-control-expose-headers", "retry-after")
+                    given.setdefault("vary", "Origin")
                 if not body.complete:  # else the server would go on reading what may have no end
                     given["connection"] = "close"
             elif bare:
@@ -99,7 +109,8 @@ class Guard:
         try:
             try:
                 self._check(scope, headers)
-                own.pay()
+                if scope["method"] != "OPTIONS":  # which browsers send on their own: no page sees its refusal
+                    own.pay()
             except HTTPException as refusal:
                 await body.drain(self._limits.max_upload_bytes)
                 await _reply(answer, refusal)
@@ -194,13 +205,13 @@ class _Body:
 def cost(method: str, path: str) -> float:
     """The number of tokens that a request costs: few for what a page loads by the dozen, 0 for what costs nothing.
 
-    The decoding time of images is charged in addition (`Account.charge`).
+    The decoding time of images is charged in addition (`Account.charge`), but for a catalog's own on the page.
 
     Args:
         method: HTTP method.
         path: Path of the request.
     """
-    if not path.startswith("/api/") or path == "/api/health":
+    if not path.startswith("/api/") or path == "/api/health" or method == "OPTIONS":
         return 0.0
     shown = method in ("GET", "HEAD")
     if shown and path.endswith("/thumbnail"):
@@ -216,6 +227,39 @@ def host_name(host: str) -> str | None:
     """
     found = _HOST.fullmatch(host)
     return (found[1] or found[2]).lower() if found else None
+
+
+def read_host(text: str) -> str:
+    """A host name or address of a setting, as `host_name` returns it.
+
+    Args:
+        text: The name or address; an IPv6 address may stand in brackets.
+
+    Raises:
+        ValueError: If no Host header can have this name.
+    """
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(text.strip("[]")))
+    name = host_name(text)
+    if name is None or name != text.lower():
+        without = "" if name is None else f": write {name}, without a port"
+        raise ValueError(f"{text!r} is not the name of a host, such as art.example{without}")
+    return name
+
+
+def read_origin(text: str) -> str:
+    """An origin of a setting, as browsers write it: lower case, without a usual port or a slash at its end.
+
+    Args:
+        text: The origin.
+
+    Raises:
+        ValueError: If no page can have this origin.
+    """
+    found = _ORIGIN.fullmatch(text.lower())
+    if found is None or host_name(found[2]) is None:
+        raise ValueError(f"{text!r} is not the origin of a site, such as https://art.example")
+    return f"{found[1]}://{found[2].removesuffix(_PORTS.get(found[1], ':')).removesuffix(':')}"
 
 
 def _target(scope: Scope) -> str:

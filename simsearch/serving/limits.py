@@ -35,7 +35,7 @@ class Limits:
         uploads_bytes: Largest total size of these images, in bytes.
         uploads_kept_seconds: How long an upload is kept after its last use, in seconds.
         rate: Requests per second of one client in the long run. None sets no limit. Decoding is charged too: one second
-            of it costs as much as `rate` requests.
+            of it costs as much as `rate` requests. A work's picture at the size of the page has a fixed price.
         burst: Number of requests that a client may send at once.
         queue: Number of images that may wait for an encoder, and of calls that may wait for each thread pool. Further
             requests are asked to come back later.

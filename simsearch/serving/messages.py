@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Json, field_validator, model_validator
 
 from simsearch.files import json_line
 from simsearch.functional.regions import Region, read_region
@@ -102,7 +102,9 @@ class Search(Wanted):
 class SearchImage(Wanted):
     """The settings of a search with the image of the same request. `region` is the part of it to search with."""
 
+    weights: Json[dict[str, float] | None] = Field(None, description='JSON, such as {"content": 1, "colour": 0.5}')
     region: str = Field("", max_length=100, description="x,y,w,h: fractions, or pixels if one is above 1")
+    v: str = Field("", max_length=64, description="the version of the catalog that the request is for")
 
     @field_validator("region")
     @classmethod

@@ -27,8 +27,8 @@ from simsearch.images import ImageError, decode_thumbnail
 from simsearch.search.filters import Condition, parse_filters
 from simsearch.search.local_features import query_features
 from simsearch.search.names import POSITION
-from simsearch.search.query_regions import region_pixels
-from simsearch.search.request import Recommendation
+from simsearch.search.query_regions import joined, region_pixels
+from simsearch.search.request import Recommendation, Regions
 from simsearch.search.request import Request as Wish
 from simsearch.serving.library import Library, Loaded
 from simsearch.serving.limits import Account, Busy, Limits, Pool, account
@@ -42,6 +42,7 @@ T = TypeVar("T")
 
 POLL_SECONDS = 2.0
 SWEEP_SECONDS = 60.0
+_NOBODY = Account(None, "", 0.0)
 VIEW_SIDE = 1600
 ZOOM_SIDE = 6000
 MOST_POINTS = 200
@@ -162,6 +163,7 @@ class Service:
                 self.uploads_problem = str(error)
         self.uploads = Uploads(*bounds, folder)
         self.decoding = Pool("decode", limits.threads, limits.queue)
+        self.showing = Pool("show", limits.threads, limits.queue)  # beside it: a wall of pictures delays no upload much
         self._decoders = BoundedPool(
             limits.threads, seconds=limits.decode_seconds, memory=MEMORY, modules=["simsearch.serving.uploads"]
         )
@@ -173,7 +175,7 @@ class Service:
     @property
     def pending(self) -> int:
         """The number of jobs and calls that wait."""
-        pools = (self.decoding, self.searching, self.reading)
+        pools = (self.decoding, self.showing, self.searching, self.reading)
         return self.library.pending + sum(pool.pending for pool in pools)
 
     @property
@@ -206,7 +208,7 @@ class Service:
     def close(self) -> None:
         """Ends threads and processes, and closes the library."""
         self.stop_decoding()
-        for pool in (self.decoding, self.searching, self.reading):
+        for pool in (self.decoding, self.showing, self.searching, self.reading):
             pool.close()
         self.library.close()
 
@@ -252,14 +254,14 @@ class Service:
             Busy: If too many calls are waiting.
             HTTPException: 429 if the client's other images have taken too long meanwhile.
         """
-        payer = account.get(Account(None, "", 0.0))
+        payer = account.get(_NOBODY)
+        return await self.decoding.run(lambda: self._decoded(payer, function, *arguments))
 
-        def call() -> T | Failure:
-            payer.check()
-            return self._decoders.call(function, *arguments, spent=payer.charge)
-
+    def _decoded(self, payer: Account, function: Callable[..., T], *arguments: Any) -> T:
+        """`decode`, in the thread that calls it."""
+        payer.check()
         try:
-            found = await self.decoding.run(call)
+            found = self._decoders.call(function, *arguments, spent=payer.charge)
         except Closed:
             raise HTTPException(503, "the server is shutting down: try again shortly", {"retry-after": "5"}) from None
         if isinstance(found, Failure):
@@ -322,6 +324,23 @@ class Service:
 
         return await self.reading.run(small)
 
+    async def picture(self, data: bytes, side: int) -> bytes:
+        """An item's image file as pages show it. They show dozens at once.
+
+        So up to VIEW_SIDE the client does not pay for the time. A pool of its own bounds the work of all clients.
+
+        Args:
+            data: Bytes of an image file.
+            side: Longest side in pixels, at most.
+
+        Raises:
+            ImageError: If the image cannot be used.
+            Busy: If too many pictures are waiting.
+        """
+        if side > VIEW_SIDE:
+            return await self.shown(data, side)
+        return await self.showing.run(lambda: self._decoded(_NOBODY, viewable, data, side, self.limits.max_pixels))
+
     async def shown(self, data: bytes, side: int = VIEW_SIDE) -> bytes:
         """An image file as pages show it.
 
@@ -380,8 +399,11 @@ class Service:
                 return await self.decode(describe, data)
         return await self.decode(describe, await self.reading.run(lambda: loaded.thumbnails[image]))
 
-    async def regions(self, given: Given, loaded: Loaded) -> Tensor | None:
-        """The descriptors (R, D) of an upload's regions. None for an item, or if the catalog asks for none.
+    def regions(self, given: Given, loaded: Loaded) -> Regions | None:
+        """A function that returns the descriptors (R, D) of an upload's regions, for the thread that searches.
+
+        None for an item, or if the catalog asks for none. The function waits for decoders and the encoder, which wait
+        for no search.
 
         Args:
             given: The image.
@@ -391,18 +413,21 @@ class Service:
         if verification is None or verification.regions == 0 or not isinstance(image, Upload):
             return None
         key = loaded.catalog.about["encoder_fingerprint"], verification.regions, given.region
-        if (found := image.regions.get(key)) is None:
-            read = functools.partial(
-                region_pixels, verification, image.data, size=worker.size, fit=worker.fit, region=given.region,
-                max_pixels=self.limits.max_pixels,
-            )  # fmt: skip
-            pixels = await self.decode(read)
-            jobs = [asyncio.wrap_future(worker.describe(torch.from_numpy(one))) for one in pixels]
-            vectors = await asyncio.gather(*jobs, return_exceptions=True)
-            usable = [one for one in vectors if isinstance(one, Tensor)]  # a region may have no finite descriptor
-            found = image.regions[key] = torch.stack(usable) if usable else torch.empty(0)
-            image.make_room()
-        return found
+        read = functools.partial(
+            region_pixels, verification, image.data, size=worker.size, fit=worker.fit, region=given.region,
+            max_pixels=self.limits.max_pixels,
+        )  # fmt: skip
+        payer = account.get(_NOBODY)
+
+        def described() -> Tensor:
+            if (found := image.regions.get(key)) is None:
+                jobs = [worker.describe(torch.from_numpy(one)) for one in self._decoded(payer, read)]
+                usable = [job.result() for job in jobs if job.exception() is None]  # a region may have no descriptor
+                found = image.regions[key] = torch.stack(usable) if usable else torch.empty(0)
+                image.make_room()
+            return found
+
+        return described
 
     async def vectors(self, examples: Sequence[Given], loaded: Loaded) -> Tensor:
         """The descriptors (M, D) of images, in order. Those of whole items are the stored ones.
@@ -494,8 +519,7 @@ class Service:
         encoding = time.perf_counter()
         examples = await self.vectors([*like, *unlike], loaded)
         local = [await self.local(one, loaded) for one in like] if wanted.verify else []
-        of_regions = [await self.regions(one, loaded) for one in like] if wanted.verify else []
-        seen = [one for one in of_regions if one is not None and len(one)]
+        regions = joined([self.regions(one, loaded) for one in like] if wanted.verify else [])
         ids = [one.image for one in like if isinstance(one.image, int)]
         began = time.perf_counter()
 
@@ -511,7 +535,7 @@ class Service:
                 hubness=wanted.hubness,
                 exclude=tuple(one.image for one in (*like, *unlike) if isinstance(one.image, int)),
                 local=tuple(features for found in local for features in found),
-                regions=(lambda: torch.cat(seen)) if seen else None,
+                regions=regions,
                 min_score=wanted.min_score,
             )
             found = loaded.engine.recommend(wish)
@@ -521,6 +545,8 @@ class Service:
 
         try:
             found, items, shared = await self.searching.run(answer)
+        except ImageError:  # of a region
+            raise
         except ValueError as error:  # a filter, weights or a part that there is not
             raise HTTPException(422, str(error)) from None
         parts = {name: values.tolist() for name, values in found.parts.items()}

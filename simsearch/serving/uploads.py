@@ -106,8 +106,8 @@ class Upload:
     def make_room(self) -> None:
         """Forgets the oldest regions, so that drawing many rectangles on one image takes no memory."""
         for known in (self.pixels, self.descriptors, self.local, self.regions):
-            for key in [key for key in known if key[-1] is not None][:-_PARTS]:
-                del known[key]  # type: ignore[arg-type]
+            for key in [key for key in [*known] if key[-1] is not None][:-_PARTS]:  # a copy: other threads add to them
+                known.pop(key, None)
 
 
 class UploadFolder:

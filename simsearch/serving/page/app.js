@@ -3,9 +3,9 @@
 import { $, h } from "./dom.js";
 import { readCatalogs } from "./api.js";
 import { page, works } from "./store.js";
-import { busy, say } from "./notes.js";
+import { busy } from "./notes.js";
 import { arrive, failed, onChange } from "./route.js";
-import { drawSkeletons, extend, show } from "./results.js";
+import { drawFailed, drawSkeletons, extend, show } from "./results.js";
 import { drawBar, drawChips, drawFacets, listenBar } from "./bar.js";
 import { drawSide, listenTuning } from "./side.js";
 import { listenFiles } from "./files.js";
@@ -33,8 +33,7 @@ async function begin() {
     page.catalogs = await readCatalogs({ busy });
     if (!page.catalogs.length) throw new Error("The server has no catalog: start it with catalog=<folder>.");
   } catch (error) {
-    works.replaceChildren();
-    say("");
+    drawFailed(begin);
     return failed(error);
   }
   $("#catalog").replaceChildren(...page.catalogs.map((c) => h("option", { value: c.name }, c.name)));
@@ -53,4 +52,10 @@ async function begin() {
   arrive();
 }
 
+// The link's address would take the place of the page's own.
+$(".skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  works.focus({ preventScroll: true });
+  works.scrollIntoView();
+});
 begin();

@@ -3,9 +3,10 @@
 import { $, debounce, h, icon, still } from "./dom.js";
 import { START } from "./address.js";
 import { facets, inWords } from "./filters.js";
-import { activate, cards, catalog, edition, help, known, MOST, page, searching, STEP } from "./store.js";
-import { changed, go } from "./route.js";
+import { activate, cards, catalog, edition, help, page, searching } from "./store.js";
+import { go } from "./route.js";
 import { cool } from "./explain.js";
+import { more } from "./results.js";
 
 let refreshFacets = () => {};
 let facetsOf = null; // which edition of a catalog they are of, once they were opened
@@ -77,12 +78,11 @@ export function listenBar() {
   $("#filter-clear").addEventListener("click", () => go({ where: [] }));
   $("#help-open").addEventListener("click", () => help.showModal());
   $("#hover").addEventListener("change", () => { page.pinned = false; cool(); });
-  $("#more-button").addEventListener("click", () => { page.k = Math.min(MOST, page.k + STEP); changed(); });
+  $("#more-button").addEventListener("click", more);
   $("#text").addEventListener("input", () => find(page.state));
   $("#text").addEventListener("keydown", (event) => { if (event.key === "ArrowDown" && cards().length) { event.preventDefault(); activate(cards()[0]); } });
   $("#catalog").addEventListener("change", (event) => {
     const uploads = (list) => list.filter((ref) => "upload" in ref);
-    known.clear();
     const { like, unlike, searches } = page.state;
     go({ ...START, catalog: event.target.value, like: uploads(like), unlike: uploads(unlike), searches: uploads(searches) });
   });

@@ -2,6 +2,7 @@
 
 import { $, debounce, h } from "./dom.js";
 import { paths, request } from "./api.js";
+import { failed } from "./route.js";
 
 const LISTED = 40;
 const FIRST = ["artist", "style", "period", "year", "genre", "medium", "museum", "license"];
@@ -59,8 +60,9 @@ function choices(catalog, attribute, where, change) {
     try {
       values = await request(paths.values(catalog.name, query));
     } catch (error) {
-      values = [];
-      list.replaceChildren(h("li", { class: "soft" }, error.message));
+      if (mine !== turn) return;
+      if (error.status === 409) return failed(error);
+      return list.replaceChildren(h("li", { class: "soft" }, error.message));
     }
     if (mine !== turn) return;
     const now = where();

@@ -4,9 +4,9 @@
 import { $, h, still } from "./dom.js";
 import { paths, post, renewing, request, sent } from "./api.js";
 import { resultCard, skeleton, wallCard } from "./works.js";
-import { activate, cardOf, catalog, edition, known, large, MOST, page, partNames, searching, works } from "./store.js";
+import { activate, cardOf, catalog, edition, known, large, MOST, nothing, page, partNames, searching, STEP, works } from "./store.js";
 import { busy, say, tell } from "./notes.js";
-import { failed, go } from "./route.js";
+import { changed, failed, go } from "./route.js";
 import { cool } from "./explain.js";
 import { drawLarge } from "./view.js";
 import { drawMarks, showing } from "./kept.js";
@@ -93,7 +93,7 @@ export async function show(scroll) {
   works.setAttribute("aria-busy", "true");
   if (fresh) {
     page.anyway = false;
-    page.shown = { key: null, works: [], total: 0, done: true };
+    page.shown = nothing();
     drawFound();
     drawSkeletons();
     if (scroll === null) scrollTo(0, 0);
@@ -105,9 +105,8 @@ export async function show(scroll) {
     if (scroll) scrollTo(0, scroll);
   } catch (error) {
     if (error.name === "AbortError") return;
-    page.shown = { key, works: [], total: 0, done: true };
-    works.replaceChildren();
-    say("");
+    page.shown = nothing();
+    drawFailed(() => show(null));
     failed(error);
   }
   if (signal === running?.signal) {
@@ -132,6 +131,15 @@ export function drawSkeletons() {
   say(searching() ? "Looking…" : "Fetching works…");
 }
 
+// Nothing came: a way to try again.
+export function drawFailed(again) {
+  works.replaceChildren();
+  $("#more-button").hidden = true;
+  $("#none").hidden = false;
+  $("#none").replaceChildren(h("h2", {}, "The works could not be fetched"), h("button", { type: "button", class: "tool", id: "again", onclick: again }, "Try again"));
+  say("");
+}
+
 function drawAnswer(answer, fresh) {
   document.body.classList.remove("busy");
   works.removeAttribute("aria-busy");
@@ -152,6 +160,7 @@ function drawAnswer(answer, fresh) {
   say(none ? "" : summary(answer));
   drawFacts(answer);
   drawLarge();
+  if (near()) extend(); // on a large screen no scrolling asks for more
 }
 
 function drawMore(none) {
@@ -230,10 +239,19 @@ export function place(answer, fresh) {
 
 let extending = false;
 
+// What the button below asks for: more results, or the rest of a wall that could not be fetched.
+export function more() {
+  if (page.shown.kind === "wall") return extend();
+  page.k = Math.min(MOST, page.k + STEP);
+  changed();
+}
+
 export async function extend() {
   if (extending || page.shown.kind !== "wall" || page.shown.done) return;
   extending = true;
   const before = page.shown;
+  let came = true;
+  $("#more-button").hidden = true;
   try {
     const answer = await request(paths.items(page.state.catalog, wallQuery(before.works.length)), { busy });
     if (page.shown !== before) return;
@@ -245,11 +263,12 @@ export async function extend() {
     works.append(...fresh.map((work) => wallCard(page.state.catalog, work)));
     drawMarks();
   } catch (error) {
-    before.done = true;
+    came = page.shown !== before;
+    if (!came) $("#more-button").hidden = false;
     failed(error);
   } finally {
     extending = false;
-    if (page.shown === before && near()) extend();
+    if (came && near()) extend();
   }
 }
 

@@ -3,7 +3,7 @@
 
 import { readAddress, writeAddress } from "./address.js";
 import { Lost, readCatalogs } from "./api.js";
-import { known, page, sameImage } from "./store.js";
+import { edition, known, large, nothing, page, sameImage, works } from "./store.js";
 import { busy, tell } from "./notes.js";
 
 const scrolls = new Map();
@@ -11,18 +11,28 @@ const listeners = [];
 
 export const onChange = (listener) => listeners.push(listener);
 
+let stood = ""; // the edition that the page's works are of
+
 // Tells the listeners that `page` has changed. `scroll` is the position to return to, null for a new place.
 export function changed(scroll = null) {
+  if (stood !== edition()) { // whose ids mean other works
+    stood = edition();
+    known.clear();
+    page.shown = nothing();
+    works.replaceChildren();
+    large.dataset.id = "";
+  }
   for (const listener of listeners) listener(scroll);
 }
 
 export function go(changes, { replace = false } = {}) {
   const before = location.hash;
+  const closed = writeAddress({ ...page.state, open: null });
   page.state = { ...page.state, ...changes };
   const address = writeAddress(page.state);
   scrolls.set(before, scrollY);
   if (address !== before && replace) history.replaceState(history.state, "", address);
-  else if (address !== before) history.pushState(changes.open ? { opened: true } : null, "", address);
+  else if (address !== before) history.pushState(changes.open ? { opened: closed } : null, "", address);
   changed();
 }
 
@@ -44,7 +54,6 @@ export async function exchanged() {
   exchanging = true;
   try {
     page.catalogs = await readCatalogs({ busy });
-    known.clear();
     arrive();
     tell("The collection was replaced by a new version, which is shown now.");
   } catch (error) {

@@ -9,10 +9,14 @@ export const STEP = 24; // results, and how many more at a time
 export const MOST = 120;
 export const EXAMPLES = 16; // images that a search may have of each kind
 
+export function nothing() {
+  return { key: null, works: [], total: 0, done: true };
+}
+
 export const page = {
   state: { ...START },
   catalogs: [],
-  shown: { key: null, works: [], total: 0, done: true }, // what stands in #works
+  shown: nothing(), // what stands in #works
   k: STEP,
   anyway: false, // show the nearest although none is similar
   explained: 0, // which of the like images stands large and is explained

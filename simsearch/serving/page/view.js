@@ -5,6 +5,7 @@ import { withRange, withValue } from "./filters.js";
 import { paths } from "./api.js";
 import { badgeOf, caption, fit, inWords, picture, scoreBar } from "./works.js";
 import { activate, cardOf, catalog, known, large, page, partNames, searching, workOf } from "./store.js";
+import { writeAddress } from "./address.js";
 import { failed, go } from "./route.js";
 import { refFrame } from "./side.js";
 import { zoomable } from "./zoom.js";
@@ -171,7 +172,7 @@ export function closeLarge() {
   const id = page.state.open;
   page.state = { ...page.state, open: null };
   if (large.open) large.close();
-  if (history.state?.opened) history.back();
+  if (history.state?.opened === writeAddress(page.state)) history.back(); // else what was there before would come back
   else go({}, { replace: true });
   const card = cardOf(id);
   if (card) activate(card);

@@ -20,16 +20,18 @@ export function inWords(work) {
   return [artist && `${artist} —`, title + (year && ","), year].filter(Boolean).join(" ");
 }
 
+const LATER = 5000; // milliseconds until a busy server is asked once more
+
 // Puts the sharp image in the thumbnail's place where it is shown larger than it is.
-async function sharpen(image, address) {
+async function sharpen(image, address, again = true) {
   if (image.clientWidth * devicePixelRatio <= image.naturalWidth * 1.15) return;
   const sharp = new Image();
   sharp.src = address;
   try {
     await sharp.decode();
     image.src = address;
-  } catch {
-    // The thumbnail stays.
+  } catch { // the thumbnail stays
+    if (again) setTimeout(() => sharpen(image, address, false), LATER);
   }
 }
 
