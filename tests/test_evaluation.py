@@ -157,6 +157,18 @@ class TestEvaluate:
         assert result.metrics["index/recall@20"] == pytest.approx(overlap, abs=1e-6)
         assert result.metrics["index/recall@20"] < 1
 
+    @pytest.mark.parametrize("factory", ["SQfp16,Refine(SQfp16)", "IVF4,Flat,Refine(SQ4)"])
+    def test_refined_by_codes_vectors_are_ranked_as_the_codes_say(self, factory):
+        """Base and codes together take as much as the vectors, but what the index compares last are the codes."""
+        query, gallery = clustered(30, seed=0, first=1000), clustered(400, seed=1)
+        wide = {"nprobe": 4} if "IVF" in factory else {}
+        result = evaluate(query, gallery, FaissIndex(factory, k_factor=40, **wide), ks=KS)
+        stored = result.index.reconstruct()
+        assert not torch.equal(stored, gallery.vectors)
+        scores = (query.vectors.double() @ stored.double().T).numpy()
+        assert_metrics(result.metrics, brute_force(query, gallery, np.round(scores, 6)), tolerance=0.01)
+        assert torch.equal(ShardedIndex(result.index, Sharded.of(gallery)).stored, stored)
+
     def test_a_graph_has_less_recall_but_the_full_ranking_is_exact(self):
         query, gallery = clustered(40, seed=0, first=5000, d=32), clustered(3000, seed=1, d=32)
         result = evaluate(query, gallery, FaissIndex("HNSW4", ef_search=4), ks=KS)

@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from PIL import ExifTags, Image, ImageCms
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
 from simsearch import configs
 from simsearch.commands.export import Agreement, border, check, main, sample_images, whole_folder
 from simsearch.commands.serve import greeting
-from simsearch.images import encode_thumbnail
+from simsearch.images import encode_thumbnail, read_image
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.models.backbones import Backbone
 from simsearch.models.colour import ColourLayout
@@ -236,6 +237,46 @@ def test_a_failed_check_leaves_what_was_there(catalog, tmp_path, monkeypatch, ca
         run(f"catalog={catalog}", f"out={out}", "tolerance=0", monkeypatch=monkeypatch)
     assert "other descriptors than torch; they differ by up to" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("inside", [".", "onnx", "segments/1", ".."])
+def test_a_folder_in_the_catalog_is_refused(inside, catalog, monkeypatch, capsys):
+    """What lies in a catalog and is not its own would keep it from being made anew."""
+    before = sorted(catalog.parent.rglob("*"))
+    with pytest.raises(SystemExit):
+        run(f"catalog={catalog}", f"out={catalog}/{inside}", monkeypatch=monkeypatch)
+    assert "lie in each other: give another out=" in capsys.readouterr().err
+    assert sorted(catalog.parent.rglob("*")) == before
+
+
+def test_it_says_how_images_are_decoded(tmp_path):
+    """What is said of colours, turning, transparency and depth is what read_image does with a file of each kind."""
+    write_exported(tmp_path, build(content()))
+    said = json.loads((tmp_path / "encoder.json").read_text())["steps"][0]
+    assert "as its file has it" not in said
+    picture = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
+
+    def decoded(image: Image.Image, **options) -> np.ndarray:
+        image.save(data := io.BytesIO(), "PNG", **options)
+        return read_image(data.getvalue()).permute(1, 2, 0).numpy()
+
+    plain = Image.fromarray(picture)
+    assert "else with its values as they are" in said
+    assert np.array_equal(decoded(plain), picture)
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    assert "of its colour model" in said
+    assert np.array_equal(decoded(plain, icc_profile=lab), picture)
+    assert "upright by its EXIF orientation" in said
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    assert np.array_equal(decoded(plain, exif=exif), np.rot90(picture, -1))
+    assert "transparent pixels on white" in said
+    clear = np.dstack([picture, np.where(np.arange(4) < 2, 0, 255) * np.ones((6, 1))]).astype(np.uint8)
+    assert np.array_equal(decoded(Image.fromarray(clear)), np.where(clear[..., 3:] == 0, 255, picture))
+    assert "of 16-bit values the upper 8 bits" in said
+    deep = np.random.default_rng(1).integers(0, 2**16, (6, 4)).astype(np.uint16)
+    assert np.array_equal(decoded(Image.fromarray(deep)), np.repeat((deep // 256)[..., None], 3, axis=2))
+    assert "decoded to sRGB: by its ICC profile" in said  # what it does with one: tests/test_images.py
 
 
 def test_other_folders_are_left_alone(tmp_path):

@@ -3,6 +3,8 @@
 import hashlib
 import math
 import os
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -222,6 +224,46 @@ class TestApproximate:
         _, exact = ranked(similarities(queries, items, metric), 10)
         assert total[0] < total[1] <= exact.sum() + 1e-3
 
+    @pytest.mark.parametrize(
+        ("factory", "options"),
+        [
+            ("HNSW8", {"ef_search": 64}),
+            ("HNSW8", {"metric": "l2"}),
+            ("RR32,HNSW8", {"ef_search": 64}),
+            ("HNSW8_SQ8,Refine(Flat)", {"k_factor": 2}),
+            ("HNSW8,RFlat", {}),
+            ("BHNSW8", {"ef_search": 64}),
+            ("BHNSW8", {}),
+        ],
+    )
+    @pytest.mark.parametrize("share", [None, 0.9])
+    def test_a_graph_asked_for_more_than_its_candidates(self, factory, options, share, monkeypatch):
+        """FAISS ends the walk by the number of candidates: of the nearest 1,000 many are missed."""
+        monkeypatch.setattr(visits, "_KEPT_ROWS", 0)  # a filter walks the graph too
+        monkeypatch.setattr(FaissIndex, "_search_rows", None)
+        generator = torch.Generator().manual_seed(0)
+        if factory[0] == "B":
+            items = torch.randint(0, 256, (6000, 8), generator=generator, dtype=torch.uint8)
+        else:  # no clusters: in these even a short walk meets all
+            items = torch.nn.functional.normalize(torch.randn(6000, 32, generator=generator), dim=1)
+        queries, metric = items[:20], "hamming" if factory[0] == "B" else options.get("metric", "ip")
+        among = None if share is None else torch.rand(6000, generator=generator) < share
+        scores = similarities(queries, items, metric)
+        if among is not None:
+            scores[:, ~among] = -math.inf
+        result = filled(factory, items, **options).search(queries, 1000, among)
+        last = ranked(scores, 1000)[1][:, -1:]
+        assert (result.scores >= last - 1e-5).double().mean() > 0.95  # by score, since ties make ids ambiguous
+
+    def test_a_graph_of_enough_candidates_searches_as_before(self):
+        items, queries = clustered(2000), clustered(20, seed=1)
+        index = filled("HNSW16", items, ef_search=40)
+        for k in (1, 39, 40):
+            values, ids = index._index.search(queries.numpy(), k)
+            result = index.search(queries, k)
+            assert np.array_equal(result.ids.numpy(), ids)
+            assert np.array_equal(result.scores.numpy(), values)
+
     def test_too_few_found(self):
         """One list of many holds fewer than k: the places left are -1 and -inf."""
         for factory in ("IVF32,Flat", "BIVF32"):
@@ -270,9 +312,10 @@ class TestReconstruct:
                 index.reconstruct(start, stop)
 
     def test_cannot_decode(self):
-        index = filled("BHash8", codes(50))
-        with pytest.raises(ValueError, match="cannot decode the items of 'BHash8'"):
-            index.reconstruct()
+        index = filled("PCAW16,Flat", clustered(50))
+        for read in (index.reconstruct, lambda: index.rows(torch.tensor([3]))):
+            with pytest.raises(ValueError, match="cannot decode the items of 'PCAW16,Flat'"):
+                read()
 
 
 class TestAmong:
@@ -280,9 +323,14 @@ class TestAmong:
 
     FAMILIES = (*FLOAT_FAMILIES, "IVF8,PQ4x4,RFlat", "PQ4x4fs", *BINARY_FAMILIES)
 
-    @pytest.mark.parametrize("factory", FAMILIES)
+    OTHERS = ("SQfp16", "SQfp16,Refine(SQfp16)", "SQ8,Refine(SQ8)", "IVF8,Flat,Refine(SQ8)", "HNSW16_SQ8")
+    OTHERS += ("L2norm,Flat", "RR32,Flat", "RR40,Flat", "PCA32,IVF8,Flat", "Pad40,HNSW16", "OPQ4,Flat")
+    OTHERS += ("PCA16,SQ8,RFlat",)
+
+    @pytest.mark.parametrize("factory", [*FAMILIES, *OTHERS])
     def test_it_knows_whether_it_keeps_vectors(self, factory):
         items, _ = family_data(factory)
+        items = items if factory[0] == "B" else 3 * items
         index = filled(factory, items)
         kept = index.rows(torch.arange(600))
         assert index.keeps_vectors == torch.allclose(kept.float(), items.float(), atol=1e-5)
@@ -498,6 +546,39 @@ class TestRefinement:
         with pytest.raises(ValueError, match="cannot be decoded"):
             FaissIndex(factory)
 
+    @pytest.mark.parametrize("factory", ["BHash16", "BHash4x8"])
+    def test_hash_tables_of_codes_are_refused(self, factory):
+        plain = faiss.index_binary_factory(48, factory)
+        plain.add(codes(50).numpy())
+        with pytest.raises(RuntimeError, match="reconstruct"):
+            plain.reconstruct(0)
+        with pytest.raises(ValueError, match=f"cannot decode the items of '{factory}': take 'BFlat'"):
+            FaissIndex(factory)
+
+    @pytest.mark.parametrize("factory", ["NSG16", "NSG16,PQ4", "NSG16,SQ8"])
+    def test_a_graph_that_cannot_grow_is_refused(self, factory):
+        plain = faiss.index_factory(32, "NSG16,Flat")
+        plain.add(clustered(200).numpy())
+        with pytest.raises(RuntimeError, match="incremental"):
+            plain.add(clustered(200).numpy())
+        with pytest.raises(ValueError, match=f"cannot add further items to '{factory}': take another graph"):
+            FaissIndex(factory, "l2")
+
+    @pytest.mark.parametrize("factory", ["HNSW16_PQ16", "HNSW16_2+PQ16", "PCA32,HNSW16_PQ8", "HNSW16_PQ16,RFlat"])
+    def test_what_faiss_makes_for_l2_alone_is_refused(self, factory):
+        """Else it returns distances, smallest first, where inner products, largest first, are asked for."""
+        assert faiss.index_factory(64, factory, faiss.METRIC_INNER_PRODUCT).metric_type == faiss.METRIC_L2
+        with pytest.raises(ValueError, match=f"'{re.escape(factory)}' has no metric 'ip': .* take metric=l2"):
+            FaissIndex(factory)
+        items = clustered(300, 64)
+        found = filled(factory, items, metric="l2").search(items[:9], 3)
+        assert torch.isfinite(found.scores).all()
+
+    @pytest.mark.parametrize("factory", ["HNSW16_PQ7", "IVF8,ITQ16,SH"])
+    def test_such_of_other_widths_when_the_width_is_known(self, factory):
+        with pytest.raises(ValueError, match=r"for L2 distances alone|has no metric"):
+            FaissIndex(factory).check_width(28)
+
 
 class TestListsThatFollow:
     @pytest.mark.parametrize(
@@ -522,6 +603,21 @@ class TestListsThatFollow:
         index = FaissIndex("IVF256,Flat")
         index.settle(10**6)
         assert (index.factory, index.nprobe, index.train_size) == ("IVF256,Flat", None, 100_000)
+
+    @pytest.mark.parametrize("count", [100, 4000, 60_000])
+    def test_as_those_of_another(self, count):
+        """Its lists are known, not the number of items that it was trained with."""
+        for factory, settings_ in (("IVF,Flat", {}), ("PCA16,IVF,PQ4", {"nprobe": 3}), ("BIVF", {"train_size": 100})):
+            other, one = FaissIndex(factory, **settings_), FaissIndex(factory, **settings_)
+            other.settle(count)
+            one.settle_as(other)
+            assert one.settings == other.settings
+        named = FaissIndex("IVF16,Flat")
+        named.settle_as(other)
+        assert named.settings == FaissIndex("IVF16,Flat").settings
+        follows = FaissIndex("IVF,Flat")
+        follows.settle_as(FaissIndex("Flat"))
+        assert follows.factory == "IVF,Flat"
 
     def test_it_is_the_index_that_is_named(self, tmp_path):
         items, queries = clustered(2000), clustered(20, seed=1)
@@ -692,6 +788,20 @@ class TestSaving:
         found = FaissIndex.load(tmp_path).search(queries, 10).scores.double()
         torch.testing.assert_close(found, ranked(similarities(queries, items, metric), 10)[1], atol=1e-5, rtol=0)
 
+    @pytest.mark.parametrize("room", [8, 4000])
+    def test_a_full_disk(self, room, tmp_path):
+        """Also where only the last bytes find no room, which FAISS notices when it closes the file and prints."""
+        filled("Flat", clustered(10)).save(tmp_path)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            with pytest.raises(OSError, match=r"cannot write .*/index\.faiss: "):
+                filled("Flat", clustered(31)).save(tmp_path)  # 4,013 bytes
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert len(FaissIndex.load(tmp_path)) == 10
+        assert sorted(os.listdir(tmp_path)) == ["index.faiss", "index.json"]
+
     def test_failure_leaves_the_old_one(self, tmp_path, monkeypatch):
         filled("Flat", clustered(10)).save(tmp_path)
 
@@ -701,7 +811,7 @@ class TestSaving:
 
         other = filled("Flat", clustered(20))
         monkeypatch.setattr(faiss, "write_index", full_disk)
-        with pytest.raises(RuntimeError, match="no space left"):
+        with pytest.raises(OSError, match=r"cannot write .*/index\.faiss: no space left"):
             other.save(tmp_path)
         assert len(FaissIndex.load(tmp_path)) == 10
         assert sorted(os.listdir(tmp_path)) == ["index.faiss", "index.json"]
@@ -840,8 +950,24 @@ class TestErrors:
             index.train(clustered(20))
 
     def test_train_size_too_small(self):
-        with pytest.raises(ValueError, match=r"at least 64 vectors to train, got 30: raise train_size \(now 30\)"):
-            FaissIndex("IVF64,Flat", train_size=30).add(clustered(100))
+        """Also where the vectors are those that were drawn already, as from a collection in several parts."""
+        for count in (100, 30):
+            with pytest.raises(ValueError, match=r"64 vectors to train, got 30: raise index.train_size \(now 30\)"):
+                FaissIndex("IVF64,Flat", train_size=30).add(clustered(count))
+        with pytest.raises(ValueError, match=r"64 vectors to train, got 29: give more vectors"):
+            FaissIndex("IVF64,Flat", train_size=30).add(clustered(29))
+
+    @pytest.mark.parametrize(
+        ("factory", "width", "needed"), [("IVF64,Flat", 32, 64), ("OPQ4,IVF8,PQ4", 32, 256), ("BIVF64", 6, 64)]
+    )
+    def test_train_size_too_small_is_known_before_there_are_vectors(self, factory, width, needed):
+        FaissIndex(factory, train_size=needed).check_width(width)
+        with pytest.raises(ValueError, match=rf"at least {needed} vectors to train: raise index.train_size \(now 63\)"):
+            FaissIndex(factory, train_size=63).check_width(width)
+
+    @pytest.mark.parametrize(("factory", "width"), [("IVF,Flat", 32), ("IVF,PQ4", 32), ("BIVF", 6), ("HNSW8", 32)])
+    def test_train_size_of_lists_that_follow_is_raised_with_them(self, factory, width):
+        FaissIndex(factory, train_size=1).check_width(width)
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem != "auto"], ids=lambda path: path.stem)
@@ -947,3 +1073,49 @@ def test_codes_that_refine_fast_scan_lists_stay_on_the_disk(refined, tmp_path):
         file.seek(-len(vectors) * width - 4, 2)  # the last item's codes end near the end
         file.write(bytes(len(vectors) * width // 2))
     assert not torch.equal(mapped.rows(torch.arange(900)), index.rows(torch.arange(900)))
+
+
+@pytest.mark.filterwarnings("ignore:.*learns")
+@pytest.mark.parametrize("factory", [
+    *KINDS, "IVF4,SQ8", "SQ8,Refine(SQfp16)", "HNSW8_SQ8", "PCA8,Flat", "IVF4_HNSW8,PQ4x4", "IVF4,PQ4x4fs,RFlat",
+    "IVF4,PQ4x4,Refine(SQ8)", "IVF4,RaBitQfs,Refine(SQ8)", "RQ2x4", "PCA8,IVF4,PQ4x4", "BFlat", "BIVF4",
+])  # fmt: skip
+def test_a_mapped_index_without_its_items_is_the_trained_one(factory, tmp_path):
+    """Byte by byte what FAISS makes of the file when it reads all of it and forgets the items; and it can be filled."""
+    items = codes(700, 4) if factory[0] == "B" else clustered(700, 16)
+    filled(factory, items).save(tmp_path)
+    binary = factory[0] == "B"
+    read, write = (
+        (faiss.read_index_binary, faiss.serialize_index_binary) if binary else (faiss.read_index, faiss.serialize_index)
+    )
+    mapped = FaissIndex.load(tmp_path, mapped=True)
+    before = mapped.search(items[:9], 5)
+    empty, whole = mapped.emptied(), read(str(tmp_path / "index.faiss"))
+    whole.reset()
+    for _ in range(2):
+        if empty._index is None:  # it learns nothing
+            assert whole.is_trained
+        else:
+            assert write(empty._index).tobytes() == write(whole).tobytes()
+        empty.add(items[:200])
+        whole.add(items[:200].numpy())
+    again = mapped.search(items[:9], 5)
+    assert torch.equal(again.ids, before.ids)
+    assert torch.equal(again.scores, before.scores)
+
+
+@pytest.mark.filterwarnings("ignore:.*learns")
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not say what a process reads")
+@pytest.mark.parametrize(
+    "factory",
+    ["IVF4,Flat", "SQ8", "PQ16", "IVF4,SQ8", "HNSW8_SQ8", "IVF4,PQ4x4fs,Refine(SQ8)", "OPQ4_32,IVF4,PQ16", "BIVF4"],
+)
+def test_items_of_a_mapped_index_are_not_read_to_go_without_them(factory, tmp_path):
+    def read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])  # bytes, mapped ones do not count
+
+    filled(factory, codes(20_000, 32) if factory[0] == "B" else clustered(20_000)).save(tmp_path)
+    mapped = FaissIndex.load(tmp_path, mapped=True)
+    start = read()
+    assert len(mapped.emptied()) == 0
+    assert read() - start < (tmp_path / "index.faiss").stat().st_size / 3

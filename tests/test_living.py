@@ -261,11 +261,13 @@ class TestUpdate:
         catalog = read_catalog(out)
         assert catalog.calibration is not None
         found = drift.standing(catalog)
-        assert (found.came, found.went, found.p) == (1, 2, None)
-        assert found.share == pytest.approx(3 / 9)
+        assert (found.came, found.went, found.p) == (2, 3, None)  # one of each has another image
+        assert found.share == pytest.approx(5 / 10)
         assert not found.stands
-        assert "1 items of the catalog" in capsys.readouterr().err  # whenever it is opened
-        assert "no longer stands for the collection (1 items came and 2 went since, 33.3 % of all)" in str(found)
+        assert "2 items of the catalog" in capsys.readouterr().err  # whenever it is opened
+        assert "no longer stands for the collection (2 items came and 3 went since, 50 % of all)" in str(found)
+        write_calibration(out, kept | {"items": 7, "next_id": 9, "changed": 1})
+        assert drift.standing(read_catalog(out)).share == 0
 
     def test_an_unreadable_image_goes_with_remove_and_stays_without(self, living, tmp_path):
         out = living()
@@ -444,9 +446,26 @@ class TestSettings:
         assert change.settings_for(out, other, None, None)[0].settings == graph.settings  # made anew as it was
         assert not change.takes(out, other, *change.settings_for(out, other, None, None))
 
+    @pytest.mark.parametrize(("factory", "bits", "lists"), [("IVF,Flat", None, "IVF1"), ("BIVF", 16, "BIVF1")])
+    def test_lists_of_before_fit_a_collection_that_has_grown(self, factory, bits, lists, tmp_path):
+        """After `compact` one segment holds so many items that a new index would have more lists."""
+        few, many = ({f"{i}.png": (i, "a") for i in range(count)} for count in (40, 100))
+        out, encoder = tmp_path / "c", Encoder(bits)
+        made(out, manifest(tmp_path / "i", few), encoder, factory)
+        change.update(out, manifest(tmp_path / "i", many), encoder, remove=True)
+        change.compact(out)
+        assert len(read_catalog(out).segments[0]) == 100
+        fresh = FaissIndex(factory)
+        fresh.settle(100)
+        assert fresh.factory != read_catalog(out).index.factory == lists + factory[len(lists) - 1 :]
+        assert change.takes(out, encoder, FaissIndex(factory), None)
+        assert not change.takes(out, encoder, FaissIndex(factory, nprobe=7), None)
+        assert not change.takes(out, encoder, fresh, None)  # its number of lists was named
+
     @pytest.mark.parametrize(
         ("factory", "bits", "message"),
         [
+            ("IVF64,Flat", None, r"at least 64 vectors to train: raise index.train_size \(now 63\)"),
             ("Flat", 16, "gives codes: take binary-flat, binary-hnsw or so"),
             ("BFlat", None, "gives float descriptors: take flat, hnsw, ivf-pq or so"),
             ("PQ5", None, "PQ5 cuts a vector into 5 equal parts, which 16 dimensions"),
@@ -454,7 +473,7 @@ class TestSettings:
     )
     def test_what_does_not_fit_is_refused(self, factory, bits, message, tmp_path):
         with pytest.raises(ValueError, match=message):
-            change.settings_for(tmp_path, Encoder(bits), FaissIndex(factory), None)
+            change.settings_for(tmp_path, Encoder(bits), FaissIndex(factory, train_size=63), None)
 
     def test_lists_that_follow_the_items_fit(self, tmp_path):
         for factory, bits in (("IVF,PQ4", None), ("BIVF", 16)):

@@ -48,6 +48,7 @@ DATA = (
     "callbacks.evaluation.ks=[1,5]",
     "callbacks.neighbours=null",
     "trainer.log_every_n_steps=1",
+    "trainer.precision=32-true",  # bf16 is slow on processors without it
     "+data.augment._target_=simsearch.data.transforms.RandomCropFlip",
     "+data.augment.padding=2",
     "+data.augment.flip=true",
@@ -158,6 +159,7 @@ PLATEAU = (  # the rate falls each time, as nothing gets better by 1
 WITHIN = "callbacks.last.every_n_train_steps=2"
 CASES = {
     "dsh in an epoch": ((*DSH, *STEPS), 2, "signal"),
+    "dsh in an epoch, bf16": ((*DSH, *STEPS, "trainer.precision=bf16-mixed"), 2, "signal"),
     "dsh in an epoch after a validation": ((*DSH, *STEPS), 6, "signal"),
     "dsh at the end of an epoch": ((*DSH, *STEPS), 4, "signal"),
     "dsh at the last step": ((*DSH, *STEPS), 9, "signal"),

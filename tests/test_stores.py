@@ -40,6 +40,7 @@ from simsearch.search.engine import Engine
 from simsearch.search.filters import Attributes, Condition, Filtered, parse_filters
 from simsearch.search.item_tables import item_table
 from simsearch.search.request import Request
+from simsearch.search.stores import pgvector
 from simsearch.search.stores.milvus import Milvus, expression
 from simsearch.search.stores.pgvector import Pgvector, _short, _statement
 from simsearch.search.stores.push import CatalogRows, layout_of, push, snapshot_of
@@ -348,8 +349,11 @@ def test_a_graph_of_other_settings_is_built_anew(new_store, floats):
     push(floats, first)
 
     def graph() -> tuple[int, list[str]]:
-        named = sql.SQL("SELECT oid, reloptions FROM pg_class WHERE relname = %(name)s")
-        ((oid, options),) = first._rows(named, {"name": _short(first.table, "hnsw")})
+        named = sql.SQL(
+            "SELECT pg_class.oid, reloptions FROM pg_class JOIN pg_am ON pg_am.oid = relam JOIN pg_index ON "
+            "indexrelid = pg_class.oid WHERE amname = 'hnsw' AND indrelid = to_regclass(%(name)s)"
+        )
+        ((oid, options),) = first._rows(named, {"name": first.table})
         return oid, options
 
     before = graph()
@@ -362,8 +366,63 @@ def test_a_graph_of_other_settings_is_built_anew(new_store, floats):
         after = graph()
         assert after[0] != before[0]
         assert after[1] == ["m=8", "ef_construction=40"]
+        plain = sql.Identifier(_short(first.table, "hnsw"))  # as earlier releases named it
+        with first._transaction() as cursor:
+            cursor.execute(sql.SQL("ALTER INDEX {} RENAME TO {}").format(
+                sql.Identifier(_short(first.table, "hnsw_8_40")), plain))  # fmt: skip
+        push(floats, second)
+        assert graph() == after  # it is taken as it is
+        push(floats, first)
+        assert graph()[1] == ["m=16", "ef_construction=64"]
     finally:
         second.close()
+
+
+def test_a_graph_is_searched_while_another_is_built(new_store, floats, monkeypatch):
+    """Only the last moment of a push takes the table from those who search it."""
+    first = new_store("pgvector hnsw")
+    index, queries = index_of(floats, first), whole_vectors(3, 2)
+    before = index.search(queries, K)
+    second = Pgvector(first.uri, first.table, index="hnsw", m=8, ef_construction=40)
+    execute, searched = pgvector._Writer._execute, []
+
+    def slowly(self, statement, values=None, parts=None):
+        execute(self, statement, values, parts)
+        if statement.startswith(("CREATE INDEX", "ANALYZE")):
+            with first._told():
+                first._own.connection.execute("SET statement_timeout = '2s'")
+            searched.append(index.search(queries, K))
+
+    monkeypatch.setattr(pgvector._Writer, "_execute", slowly)
+    push(floats, second)
+    second.close()
+    assert len(searched) == 3
+    assert all(torch.equal(one.ids, before.ids) for one in searched)
+    assert first.snapshot() == snapshot_of(floats)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_another_catalog_takes_a_place_that_was_dropped(kind, new_store, floats, growing):
+    """As the message about the other catalog advises: the note of what is gone does not count."""
+    store = new_store(kind)
+    if kind == "milvus":
+        store._collection = "paintings"
+    push(floats, store)
+    with pytest.raises(StoreError, match=r"holds another catalog: .* or drop the (table|collection)"):
+        push(growing[0], store)
+    if kind == "milvus":
+        with store._told() as client:
+            client.drop_collection(store.collection)
+    else:
+        with store._transaction() as cursor:
+            cursor.execute(f"DROP TABLE {store.table}")
+    again = lite(Path(store.uri)) if kind == "milvus" else Pgvector(store.uri, store.table)
+    store.close()
+    if kind == "milvus":
+        again._collection = "paintings"
+    assert push(growing[0], again).added == len(growing[0])
+    assert again.snapshot() == snapshot_of(growing[0])
+    again.close()
 
 
 @pytest.mark.parametrize("kind", EXACT)
@@ -677,6 +736,56 @@ def test_another_catalog_does_not_take_the_collection(tmp_path, growing, floats)
     with pytest.raises(StoreError, match=r"holds another catalog: give another store\.collection="):
         push(growing[0], store)
     store.close()
+
+
+def test_a_collection_of_somebody_else_is_left_alone(tmp_path, floats):
+    store = lite(tmp_path / "one.db")
+    store._collection = "paintings"
+    with store._told() as client:
+        client.create_collection("paintings", dimension=4)
+        client.insert("paintings", [{"id": 7, "vector": [1.0, 2.0, 3.0, 4.0]}])
+    for use in (lambda: push(floats, store), lambda: stored(floats, store), lambda: StoredGallery(store).check(D)):
+        with pytest.raises(StoreError, match=r"paintings .* is not simsearch's: give another store\.collection="):
+            use()
+    push(floats, other := lite(tmp_path / "one.db"))  # and where another catalog is noted, it stays as well
+    with pytest.raises(StoreError, match=r"is not simsearch's"):
+        push(floats, store)
+    with store._told() as client:
+        client.load_collection("paintings")
+        assert [row["id"] for row in client.query("paintings", filter="id >= 0")] == [7]
+    other.close()
+    store.close()
+
+
+@pytest.mark.parametrize("at", ["create_collection", "upsert", "delete"])
+def test_what_a_killed_push_or_evaluation_left_is_known(at, tmp_path, floats, monkeypatch):
+    """Whenever it ends, its collection can be taken again: it is noted before it is made, until after it is gone."""
+    store = lite(tmp_path / "one.db")
+    gallery = StoredGallery(store)
+    gallery.add(floats.index.reconstruct())
+    name = store.collection
+    with store._told() as client:
+        original = getattr(client, at)
+
+        def killed(*arguments, **more):
+            done = original(*arguments, **more)
+            if at != "create_collection" or arguments[0] == name:
+                raise KeyboardInterrupt
+            return done
+
+        if at != "delete":
+            gallery.drop()
+        monkeypatch.setattr(client, at, killed)
+        with pytest.raises(KeyboardInterrupt):
+            gallery.drop() if at == "delete" else gallery.add(floats.index.reconstruct())
+        monkeypatch.undo()
+    store.close()
+    again = StoredGallery(lite(tmp_path / "one.db"))
+    again.add(floats.index.reconstruct())
+    assert again.store.collection == name
+    assert again.store.count() == len(floats)
+    again.drop()
+    again.store.close()
 
 
 def test_a_collection_with_other_attributes_or_another_index_is_made_anew(tmp_path, growing):

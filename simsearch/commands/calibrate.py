@@ -148,6 +148,7 @@ def main(config: DictConfig) -> None:
         "catalog": catalog.fingerprint,
         "items": len(catalog),
         "next_id": catalog.names.given,
+        "changed": int(catalog.about.get("changed") or 0),
         "asked": config.rate,
         "rate": {name: t.rate for name, t in thresholds.items()},
         "of": {name: _UNITS[name] for name in thresholds},

@@ -25,6 +25,7 @@ from simsearch.models.exported import ABOUT, ExportedEncoder
 from simsearch.search.calibration_sample import chosen
 from simsearch.search.catalog import Catalog, read_catalog
 from simsearch.search.describe import batches_of, encode
+from simsearch.search.writing import check_apart
 from simsearch.serving.backend_choice import seconds
 from simsearch.types import Encoder, SearchResult
 
@@ -60,17 +61,18 @@ def main(config: DictConfig) -> None:
         config: The config of conf/export.yaml.
 
     Raises:
-        ValueError: If a value is invalid.
+        ValueError: If a value is invalid, or if `out` lies in the catalog or around it.
     """
     for name, least in (("k", 1), ("sample", 1), ("batch_size", 1), ("tolerance", 0)):
         if not config[name] >= least:
             raise ValueError(f"{name} must be at least {least}, got {config[name]}")
+    out = Path(config.out)
+    check_apart(out, Path(config.catalog))
     catalog = read_catalog(Path(config.catalog), trusted=configs.trusts(config))
     encoder = catalog.encoder
     for module in encoder.modules():
         if isinstance(module, Backbone):
             module.runtime = "torch"  # what is compared
-    out = Path(config.out)
     with whole_folder(out) as temporary:
         about = write_exported(temporary, encoder)
         exported = ExportedEncoder(temporary)

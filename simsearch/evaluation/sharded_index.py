@@ -37,6 +37,11 @@ class GalleryIndex(Protocol):
     def __len__(self) -> int: ...
 
     @property
+    def keeps_vectors(self) -> bool:
+        """Whether `reconstruct` returns the added vectors and not approximations."""
+        ...
+
+    @property
     def code_bytes(self) -> int:
         """The size of an item's code alone in bytes."""
         ...
@@ -101,7 +106,7 @@ class ShardedIndex:
     @property
     def narrows(self) -> bool:
         """Whether fewer items to find make the index search less thoroughly: graphs, and what refines candidates."""
-        return re.search("HNSW|NSG|RFlat|Refine", self.index.factory) is not None
+        return re.search("HNSW|RFlat|Refine", self.index.factory) is not None
 
     def search(
         self, query: Sharded, k: int, *, chosen: Tensor | None = None, junk: Junk | None = None
@@ -160,8 +165,7 @@ class ShardedIndex:
     def stored(self) -> Tensor:
         """This rank's vectors as the index stores them: decoded where the index compresses."""
         own = self.gallery.own.vectors
-        compresses = not self.index.is_binary and len(own) and self.index.code_bytes < 4 * own.shape[1]
-        return self.index.reconstruct() if compresses else own
+        return own if self.index.keeps_vectors or not len(own) else self.index.reconstruct()
 
     @property
     def code_bytes(self) -> float:

@@ -14,6 +14,7 @@ if faiss.cvar.distance_compute_blas_threshold == 128_000:
     # FAISS 1.15 compares Q queries of D columns by a product of matrices from Q D = 128,000 on, which suits tens of
     # threads. One thread needs 3 to 10 times as long as by BLAS from 800 on (its pull request 5109).
     faiss.cvar.distance_compute_blas_threshold = 800 * faiss.omp_get_max_threads()
+OTHER_METRIC = "FAISS makes it for L2 distances alone"
 FOLLOWS = re.compile(r"IVF(?=[,_(]|$)")  # an IVF whose number of lists follows the number of items
 
 
@@ -52,11 +53,14 @@ def new_index(factory: str, metric: str, dimension: int) -> Any:
         dimension: D of the vectors, or the number of bits.
 
     Raises:
-        RuntimeError: If FAISS refuses.
+        RuntimeError: If FAISS refuses, or makes an index of another metric.
     """
     if metric == "hamming":
         return faiss.index_binary_factory(dimension, factory)
-    return faiss.index_factory(dimension, factory, METRICS[metric])
+    index = faiss.index_factory(dimension, factory, METRICS[metric])
+    if index.metric_type != METRICS[metric]:  # graphs of product codes, spectral hashing
+        raise RuntimeError(f"{OTHER_METRIC}: take metric=l2, or a factory of other codes such as HNSW32_SQ8")
+    return index
 
 
 def factory_failure(factory: str, metric: str, dimension: int) -> str | None:

@@ -24,6 +24,7 @@ from simsearch.index.factories import (
     ADVISED_PER_CENTROID,
     FOLLOWS,
     METRICS,
+    OTHER_METRIC,
     explained,
     factory_failure,
     lists_for,
@@ -31,9 +32,19 @@ from simsearch.index.factories import (
     new_index,
     reason_of,
 )
-from simsearch.index.parts import centroids_of, code_bytes_of, copied, decoded, parts_of, serialised_bytes, train_seeded
+from simsearch.index.parts import (
+    centroids_of,
+    code_bytes_of,
+    copied,
+    decoded,
+    keeps_vectors,
+    parts_of,
+    read_without_items,
+    serialised_bytes,
+    train_seeded,
+)
 from simsearch.index.selection import Selection, checked_choice
-from simsearch.index.visits import lists_of_some, selecting, visits_of_each
+from simsearch.index.visits import keeping, lists_of_some, selecting, visits_of_each
 from simsearch.types import SearchResult, check_vectors
 
 _BLOCK = 2**14  # stored rows that are decoded together
@@ -57,15 +68,16 @@ class FaissIndex:
         metric: "ip" (inner product, the cosine of L2-normalised vectors) or "l2" for float vectors. Codes are always
             compared by Hamming distance ("hamming"), whose order is that of "ip" and "l2" on entries of +1 and -1.
         nprobe: Number of lists that an IVF index visits per query (FAISS: 1; where lists follow the items: they too).
-        ef_search: Number of candidates that an HNSW graph keeps (FAISS: 16).
+        ef_search: Number of candidates that an HNSW graph keeps (FAISS: 16). A search for more items keeps as many.
         train_size: Largest number of vectors, a random choice, that train centroids and codebooks.
         seed: Seed of that choice and of k-means.
         k_factor: Number of candidates that a refining index ("...,Refine(SQ8)") compares again, in multiples of k
             (FAISS: 1).
 
     Raises:
-        ValueError: If FAISS cannot parse the factory string, if it cannot decode the items (RaBitQ without a
-            refinement), or if an argument is out of range.
+        ValueError: If FAISS cannot parse the factory string, if it has the index for another metric alone (graphs of
+            product codes: l2), if it cannot decode the items (RaBitQ without a refinement, BHash) or add further ones
+            (NSG), or if an argument is out of range.
 
     Example:
         >>> index = FaissIndex("Flat")
@@ -98,6 +110,10 @@ class FaissIndex:
                 f"the codes of {factory!r} cannot be decoded: FAISS decodes one bit of RaBitQ's, or wrongly; add what "
                 "keeps better ones, as in 'IVF256,RaBitQfs,Refine(SQ8)'"
             )
+        if "BHash" in factory:
+            raise ValueError(f"FAISS cannot decode the items of {factory!r}: take 'BFlat', 'BIVF' or 'BHNSW32'")
+        if "NSG" in factory:
+            raise ValueError(f"FAISS cannot add further items to {factory!r}: take another graph, as in 'HNSW32'")
         meant = (
             ("nprobe", nprobe, "IVF|IMI"),
             ("ef_search", ef_search, "HNSW"),
@@ -130,6 +146,8 @@ class FaissIndex:
         if reason is not None and re.search("could not parse|did not generate", reason):
             example = "'BFlat', 'BIVF256', 'BHNSW32'" if self.is_binary else "'Flat', 'IVF256,PQ16', 'HNSW32'"
             raise ValueError(f"FAISS cannot parse the factory {factory!r} ({reason}); examples: {example}")
+        if reason is not None and OTHER_METRIC in reason:
+            raise ValueError(f"the factory {factory!r} has no metric {metric!r}: {reason}")
 
     def __len__(self) -> int:
         return 0 if self._index is None else int(self._index.ntotal)
@@ -159,9 +177,20 @@ class FaissIndex:
         Args:
             count: Number of items that the index will hold.
         """
+        self._name_lists(lists_for(count))
+
+    def settle_as(self, other: FaissIndex) -> None:
+        """Replaces what follows the number of items by what follows the number of lists of another index.
+
+        Args:
+            other: The index. If it has no lists, nothing is replaced.
+        """
+        if (found := re.search(r"IVF(\d+)", other.factory)) is not None:
+            self._name_lists(int(found[1]))
+
+    def _name_lists(self, lists: int) -> None:
         if self._index is not None or not FOLLOWS.search(self.factory):
             return
-        lists = lists_for(count)
         self.factory = FOLLOWS.sub(f"IVF{lists}", self.factory)
         self.nprobe = self.nprobe or min(lists, round(16 * math.sqrt(lists / 256)) or 1)
         self.train_size = max(self.train_size, ADVISED_PER_CENTROID * lists)
@@ -222,11 +251,11 @@ class FaissIndex:
         other = FaissIndex(**self.settings)
         if self._index is not None and not new_index(self.factory, self.metric, self._index.d).is_trained:
             if self._file is not None:  # what is mapped cannot be emptied
-                empty = (faiss.read_index_binary if self.is_binary else faiss.read_index)(str(self._file))
+                empty = read_without_items(str(self._file), mapping_flags(self.factory), self.is_binary)
             else:
                 clone = faiss.clone_binary_index if self.is_binary else faiss.clone_index  # type: ignore[attr-defined]
                 empty = clone(self._index)
-            empty.reset()
+                empty.reset()
             other._finish(empty)
         return other
 
@@ -322,7 +351,7 @@ class FaissIndex:
             raise ValueError("the index is empty: add vectors before searching")
         among = checked_choice(k, among, len(self))
         if among is None:
-            return self._result(*self._index.search(array, k))
+            return self._result(*self._index.search(array, k, params=keeping(self._index, k)))
         found = self._search_among(array, k, among)
         short = (found.ids[:, min(k, len(among)) - 1] < 0).nonzero()[:, 0] if len(among) else found.ids[:0, 0]
         if len(short):  # what is chosen lies far from these queries
@@ -337,7 +366,7 @@ class FaissIndex:
                 ids, scores = torch.empty(len(array), k, dtype=torch.int64), torch.empty(len(array), k)
                 for visited in np.unique(visits):
                     rows = np.flatnonzero(visits == visited)
-                    parameters = selecting(self._index, among, int(visited), bool(visited > usual))
+                    parameters = selecting(self._index, k, among, int(visited), bool(visited > usual))
                     part = self._result(*self._index.search(array[rows], k, params=parameters))
                     ids[rows], scores[rows] = part.ids, part.scores
                 return SearchResult(ids, scores)
@@ -438,8 +467,8 @@ class FaissIndex:
 
     @property
     def keeps_vectors(self) -> bool:
-        """Whether `rows` are the added vectors (Flat, HNSW of Flat, codes) and not decoded approximations."""
-        return self.is_binary or self.dimension is None or self.code_bytes >= 4 * self.dimension
+        """Whether `rows` are the added vectors (Flat, HNSW of Flat, RFlat, codes) and not decoded approximations."""
+        return self._index is None or self.is_binary or keeps_vectors(self._index)
 
     @property
     def bytes_per_item(self) -> float:
@@ -479,6 +508,7 @@ class FaissIndex:
 
         Raises:
             ValueError: If the index was neither trained nor filled.
+            OSError: If the file cannot be written. An older one stays.
         """
         if self._index is None:
             raise ValueError("nothing to save: the index was neither trained nor filled")
@@ -486,7 +516,13 @@ class FaissIndex:
         folder = Path(path)
         with replacing(folder / "index.faiss") as data:
             write = faiss.write_index_binary if self.is_binary else faiss.write_index
-            write(self._index, str(data))
+            try:
+                write(self._index, str(data))
+            except RuntimeError as error:
+                raise OSError(f"cannot write {folder / 'index.faiss'}: {reason_of(error)}") from None
+            # FAISS only prints that the last bytes found no room when it closes the file.
+            if data.stat().st_size != (size := serialised_bytes(self._index)):
+                raise OSError(f"cannot write {folder / 'index.faiss'}: {data.stat().st_size} of {size} bytes arrived")
             content = self.settings | {"empty_bytes": self._empty_bytes, "sha256": sha256(data)}
         write_json(folder / "index.json", content)
 
@@ -561,8 +597,8 @@ class FaissIndex:
             if count < needed:
                 hint = (
                     "give more vectors or choose a factory with fewer centroids"
-                    if len(array) < needed
-                    else f"raise train_size (now {self.train_size})"
+                    if count < self.train_size
+                    else f"raise index.train_size (now {self.train_size})"
                 )
                 raise ValueError(f"{self.factory!r} needs at least {needed} vectors to train, got {count}: {hint}")
             if count < len(array):
@@ -582,16 +618,22 @@ class FaissIndex:
         self._finish(index)
 
     def check_width(self, width: int) -> None:
-        """Checks that FAISS makes such an index.
+        """Checks that FAISS makes such an index, and that it may learn from enough vectors.
 
         Args:
             width: Number of columns of the vectors or packed codes.
 
         Raises:
-            ValueError: If it does not.
+            ValueError: If FAISS makes none, or if `train_size` is smaller than the number of centroids.
         """
         settled = {"factory": FOLLOWS.sub("IVF1", self.factory)}  # the number of items is not known yet
-        FaissIndex(**self.settings | settled)._allocated(width)
+        index = FaissIndex(**self.settings | settled)._allocated(width)
+        needed = 1 if index.is_trained else max(centroids_of(part) for part in parts_of(index))
+        if self.train_size < needed and not FOLLOWS.search(self.factory):  # else it is raised with their number
+            raise ValueError(
+                f"{self.factory!r} needs at least {needed} vectors to train: raise index.train_size (now "
+                f"{self.train_size})"
+            )
 
     def _allocated(self, width: int) -> Any:
         dimension = width * 8 if self.is_binary else width

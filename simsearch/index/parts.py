@@ -102,6 +102,67 @@ def decoded(index: Any, positions: np.ndarray) -> np.ndarray:
     return part.sa_decode(np.ascontiguousarray(stored[positions]))
 
 
+def read_without_items(path: str, flags: int, binary: bool) -> Any:
+    """The index in a file, trained as it is, without its items. What FAISS maps of them is not read.
+
+    Args:
+        path: The file.
+        flags: The flags with which FAISS maps it.
+        binary: Whether the index is of codes.
+
+    Raises:
+        RuntimeError: If FAISS cannot read the file.
+    """
+    index = (faiss.read_index_binary if binary else faiss.read_index)(path, flags)
+    _let_go(index)
+    index.reset()
+    return index
+
+
+def _let_go(index: Any) -> None:
+    """Puts own, empty lists, codes and links in place of those in a mapped file, which FAISS could not reset."""
+    api: Any = faiss  # the stubs know nothing of these types
+    part = next(parts_of(index))
+    for name in ("index", "base_index", "refine_index", "storage"):  # but not what finds lists
+        if isinstance(inner := getattr(part, name, None), faiss.Index):
+            _let_go(inner)
+    if isinstance(part, faiss.IndexIVF | faiss.IndexBinaryIVF):
+        if isinstance(api.downcast_InvertedLists(part.invlists), api.OnDiskInvertedLists):
+            lists = api.ArrayInvertedLists(part.nlist, part.code_size)
+            part.replace_invlists(lists, True)
+            lists.this.disown()
+    elif isinstance(getattr(part, "codes", None), api.MaybeOwnedVectorUInt8):
+        part.codes = api.MaybeOwnedVectorUInt8()
+    if hasattr(part, "hnsw"):
+        part.hnsw.neighbors = api.MaybeOwnedVectorInt32()
+
+
+def keeps_vectors(index: Any) -> bool:
+    """Whether the stored vectors that FAISS decodes are those that were added, up to the rounding of a rotation.
+
+    Args:
+        index: FAISS's own index of floats.
+    """
+    part = next(parts_of(index))
+    for name in ("refine_index", "storage"):  # what `decoded` reads
+        if hasattr(part, name):
+            return keeps_vectors(getattr(part, name))
+    if isinstance(part, faiss.IndexPreTransform):
+        chain: Any = part.chain
+        transforms = [faiss.downcast_VectorTransform(chain.at(position)) for position in range(chain.size())]
+        return all(map(_turns_back, transforms)) and keeps_vectors(part.index)
+    return isinstance(part, faiss.IndexFlat | faiss.IndexIVFFlat)
+
+
+def _turns_back(transform: Any) -> bool:
+    """Whether a transform loses nothing and FAISS can undo it: rotations and added columns, not L2norm or PCA64."""
+    if transform.d_out < transform.d_in:
+        return False
+    if isinstance(transform, faiss.LinearTransform):
+        return bool(transform.is_orthonormal) or isinstance(transform, faiss.RandomRotationMatrix)
+    return isinstance(transform, faiss.RemapDimensionsTransform)
+
+
 def centroids_of(part: Any) -> int:
     """The number of centroids of the largest k-means that training a part runs: FAISS wants as many vectors.
 

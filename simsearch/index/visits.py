@@ -71,13 +71,41 @@ def visits_of_each(
     return None if rows <= len(queries) * visited else np.ones(len(queries), np.int64), 1
 
 
-def selecting(index: Any, among: Selection, visited: int, far: bool) -> Any:
+def keeping(index: Any, k: int) -> Any:
+    """FAISS's search parameters with which a graph keeps as many candidates as it finds items. None if it does anyway.
+
+    With fewer candidates FAISS ends the walk early and fills the answer with what it happened to meet.
+
+    Args:
+        index: FAISS's own index, with items.
+        k: Number of items that are wanted.
+    """
+    api: Any = faiss  # the stubs know nothing of what FAISS's Python layer adds
+    wanted, refined = k, None
+    for part in parts_of(index):
+        if isinstance(part, faiss.IndexRefine):
+            refined = part.k_factor
+            wanted = int(k * refined)
+        if isinstance(part, faiss.IndexIVF):  # a graph behind it finds lists
+            return None
+        if hasattr(part, "hnsw"):
+            if part.hnsw.efSearch >= wanted:
+                return None
+            parameters = api.SearchParametersHNSW(efSearch=wanted)
+            if refined is None:
+                return parameters
+            return api.IndexRefineSearchParameters(k_factor=refined, base_index_params=parameters)
+    return None
+
+
+def selecting(index: Any, k: int, among: Selection, visited: int, far: bool) -> Any:
     """FAISS's search parameters that select items and visit some lists, or keep some candidates.
 
     Similarities to what lies far from a query are so alike that codes order them badly: more is refined.
 
     Args:
         index: FAISS's own index, with items.
+        k: Number of items that are wanted: a graph keeps as many candidates or more.
         among: The selected items.
         visited: Number of lists, or of candidates of a graph.
         far: Whether the selected items lie far from the queries.
@@ -92,7 +120,7 @@ def selecting(index: Any, among: Selection, visited: int, far: bool) -> Any:
             parameters = api.SearchParametersIVF(sel=sel, nprobe=visited)
             break
         if hasattr(part, "hnsw"):
-            parameters = api.SearchParametersHNSW(sel=sel, efSearch=visited)
+            parameters = api.SearchParametersHNSW(sel=sel, efSearch=max(visited, int(k * (refined or 1))))
             break
     parameters = parameters or api.SearchParameters(sel=sel)
     if refined is not None:

@@ -24,8 +24,10 @@ from simsearch.types import Encoder, parts_of
 
 _SAMPLES = 4
 _STEPS = (
-    "An image is decoded to RGB as its file has it, upright by its EXIF orientation, alpha on white, and scaled as "
-    "`image` says, to uint8. For each part and each of its scales:",
+    "An image is decoded to sRGB: by its ICC profile, if it has a sound one of its colour model, else with its values "
+    "as they are; upright by its EXIF orientation; transparent pixels on white; of 16-bit values the upper 8 bits, "
+    "32-bit grey stretched from its least to its largest value. It is scaled as `image` says, to uint8. For each part "
+    "and each of its scales:",
     "1. scale it again, to the scale's size: fit square takes the centre square, fit longest the whole image with "
     "its longest side at that size, the other rounded half up; bicubic (a = -0.5) with antialiasing, as Pillow "
     "does, rounded to uint8; an image that has the size already stays as it is",

@@ -17,7 +17,8 @@ def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> None:
     The calibration has these entries:
 
     - `catalog`: fingerprint of the catalog that the calibration belongs to; another catalog refuses it.
-    - `items`, `next_id`: number of its items then, and the id that the next one got (see simsearch.search.drift).
+    - `items`, `next_id`, `changed`: number of its items then, the id that the next one got, and how often the image of
+      an item had changed (see simsearch.search.drift).
     - `same_work`, `similar`: thresholds, as `thresholds_at` returns them (see `Engine.verdicts`). `similar` is None if
       it was not calibrated.
     - `verified`: thresholds of the number of inliers, by which an item is the same work where it is verified by local

@@ -379,15 +379,31 @@ def _verification(folder: Path, about: Mapping[str, Any], trusted: bool) -> Veri
         raise CatalogError(f"the catalog {folder} is damaged ({error}): make it again") from error
 
 
-def turnover(catalog: Catalog, calibration: Mapping[str, Any]) -> tuple[int, int, float]:
-    """The numbers of items that came and went since a calibration, and their share of all items, then and now.
+def arrivals(catalog: Catalog, calibration: Mapping[str, Any]) -> np.ndarray:
+    """bool (N,), which items came since a calibration.
 
     Args:
         catalog: The catalog.
         calibration: Its calibration. One that does not say how many items there were is of the first version.
     """
-    first = catalog.about.get("first") or {"items": len(catalog), "next_id": len(catalog)}  # of format 1
-    then, next_id = (int(calibration.get(name, first[name])) for name in ("items", "next_id"))
-    came = int((catalog.names.numbers >= next_id).sum())
-    went = then - (len(catalog) - came)
+    return catalog.names.numbers >= int(calibration.get("next_id", _first(catalog)["next_id"]))
+
+
+def turnover(catalog: Catalog, calibration: Mapping[str, Any]) -> tuple[int, int, float]:
+    """The numbers of items that came and went since a calibration, and their share of all items, then and now.
+
+    An item whose image changed went and came.
+
+    Args:
+        catalog: The catalog.
+        calibration: Its calibration. One that does not say how many items there were is of the first version.
+    """
+    then = int(calibration.get("items", _first(catalog)["items"]))
+    new = int(arrivals(catalog, calibration).sum())
+    again = int(catalog.about.get("changed") or 0) - int(calibration.get("changed") or 0)
+    came, went = new + again, then - (len(catalog) - new) + again
     return came, went, (came + went) / max(1, then + came)
+
+
+def _first(catalog: Catalog) -> dict[str, Any]:
+    return catalog.about.get("first") or {"items": len(catalog), "next_id": len(catalog)}  # of format 1

@@ -151,7 +151,7 @@ def takes(folder: Path, encoder: Encoder, index: FaissIndex | AutoIndex, verific
     if isinstance(index, AutoIndex):
         return False
     own, index = catalog.segments[0].index, copy(index)
-    index.settle(len(own))
+    index.settle_as(own)  # a training stays, however many items segments hold later
     if "path" not in catalog.items.column_names or any(getattr(own, n) != getattr(index, n) for n in SETTINGS):
         return False
     known = None if catalog.verification is None else catalog.verification.config
@@ -296,6 +296,7 @@ def update(
             tables = _tables(catalog, plan, attributes, described, ids, edited)
             entry = _write(catalog, manifest, tables, described, edited, workers) if edited or described.rows else None
             changes: dict[str, Any] = {"columns": plan.columns, "next_id": next_id + len(new)}
+            changes["changed"] = int(catalog.about.get("changed") or 0) + len(changed)  # ever; see `turnover`
             if remove:
                 changes |= {"skipped": manifest.skipped | _reasons(described.errors), "source": source}
             outcome = replace(outcome, version=_commit(catalog, [*gone, *changed, *edited], entry, changes))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from simsearch.search.calibration import image_a_work, leave_work_out
-from simsearch.search.catalog import MOST_CHANGED, Catalog, turnover
+from simsearch.search.catalog import MOST_CHANGED, Catalog, arrivals, turnover
 from simsearch.search.engine import Engine
 
 LEAST_P = 0.01  # level of the test on their scores
@@ -64,12 +64,11 @@ def standing(catalog: Catalog, seed: int = 0) -> Standing | None:
     if (calibration := catalog.calibration) is None:
         return None
     came, went, share = turnover(catalog, calibration)
-    p = None
-    if min(came, len(catalog) - came) >= _LEAST:
+    p, new = None, arrivals(catalog, calibration)
+    if min(new.sum(), (~new).sum()) >= _LEAST:
         from scipy.stats import ks_2samp  # a second that searches need not wait
 
         engine = Engine(catalog)
-        new = np.isin(np.arange(len(catalog)), np.argsort(catalog.names.numbers, kind="stable")[-came:])
         scores = []
         for chosen in (np.flatnonzero(new), np.flatnonzero(~new)):
             at = chosen[image_a_work(engine.works[chosen], _SAMPLE, seed).numpy()]

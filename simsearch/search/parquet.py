@@ -26,6 +26,7 @@ from tqdm import tqdm
 from simsearch.files import digests, is_temporary, replacing_folder, restore, write_json
 from simsearch.search.catalog import Catalog
 from simsearch.search.names import OWN_ID
+from simsearch.search.writing import check_apart
 
 ABOUT = "_export.json"
 ID, VECTOR = "id", "vector"
@@ -96,9 +97,7 @@ def facts(catalog: Catalog) -> dict[str, Any]:
 
 def _check_place(out: Path, catalog: Catalog) -> None:
     """Raises an error if `out` lies in the catalog or around it, or holds something other than an export."""
-    folder = catalog.folder.resolve()
-    if out.is_relative_to(folder) or folder.is_relative_to(out):
-        raise ValueError(f"out={out} and the catalog {folder} lie in each other: give another out=")
+    check_apart(out, catalog.folder)
     restore(out)
     if not out.exists():
         return

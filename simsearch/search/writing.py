@@ -165,6 +165,21 @@ def check_place(folder: Path) -> None:
         )
 
 
+def check_apart(out: Path, catalog: Path) -> None:
+    """Checks that a folder for other files and a catalog do not lie in each other.
+
+    Args:
+        out: The folder.
+        catalog: The catalog's folder.
+
+    Raises:
+        ValueError: If they do. A catalog that holds other files cannot be made anew.
+    """
+    out, catalog = out.resolve(), catalog.resolve()
+    if out.is_relative_to(catalog) or catalog.is_relative_to(out):
+        raise ValueError(f"out={out} and the catalog {catalog} lie in each other: give another out=")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lets no other process change the catalog in a folder inside the block. Nothing is locked if there is no folder.

@@ -116,7 +116,8 @@ class Milvus:
             layout: What the catalog holds.
 
         Raises:
-            StoreError: If Milvus cannot be reached, or if milvus-lite should hold codes.
+            StoreError: If Milvus cannot be reached, if milvus-lite should hold codes, or if the collection holds
+                something else.
         """
         self._layout = layout
         if layout.is_binary and not self.capabilities.binary:
@@ -129,6 +130,9 @@ class Milvus:
             raise StoreError(
                 f"{self.place} holds another catalog: give another store.collection=, or drop the collection"
             )
+        with self._told() as client:
+            if held is None and client.has_collection(self.collection):
+                raise StoreError(f"{self.place} is not simsearch's: give another store.collection=")
 
     def close(self) -> None:
         """Ends the connection."""
@@ -212,14 +216,15 @@ class Milvus:
         """
         if (held := self._held()) is not None and held["catalog"] == self.layout.catalog:
             with self._told() as client:
-                client.delete(_SNAPSHOTS, ids=[self.collection])
                 client.drop_collection(self.collection)
                 self._loaded.discard(self.collection)
+                client.delete(_SNAPSHOTS, ids=[self.collection])  # last: without it the collection is not simsearch's
 
     def _held(self) -> dict[str, Any] | None:
         """What is noted of the collection: catalog, version ("" while it is being changed) and index; or None."""
         with self._told() as client:
-            if not self._is_loaded(client, _SNAPSHOTS):
+            there = self.collection in self._loaded or client.has_collection(self.collection)
+            if not there or not self._is_loaded(client, _SNAPSHOTS):
                 return None
             found = client.get(_SNAPSHOTS, ids=[self.collection], consistency_level="Strong")
             return dict(found[0]) if found else None
@@ -261,6 +266,8 @@ class _Writer:
             if fields != {"id", "vector", *self._fields} or (self._held or {}).get("index") != self._about_index:
                 self._note("")
                 client.drop_collection(self._name)
+        if not client.has_collection(self._name):
+            self._note("")  # so that the next push knows what one that was killed has made
         self._make(self._name, self._fields, self._index, _METRICS[self._layout.metric], self._layout.width)
 
     @property

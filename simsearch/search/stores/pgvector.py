@@ -232,8 +232,8 @@ class Pgvector:
             )
 
     def _held(self) -> tuple[str, str] | None:
-        """Fingerprint and version of the catalog in the table, or None."""
-        if not self._exists(_SNAPSHOTS):
+        """Fingerprint and version of the catalog in the table, or None. What is noted of no table does not count."""
+        if not self._exists(_SNAPSHOTS) or not self._exists(self.table):
             return None
         found = self._rows(f"SELECT catalog, version FROM {_SNAPSHOTS} WHERE name = %(name)s", {"name": self.table})
         return (found[0][0], found[0][1]) if found else None
@@ -349,32 +349,39 @@ class _Writer:
     def finish(self, snapshot: str) -> None:
         """Says which version of the catalog the table holds now, and makes the indexes that are missing.
 
-        A graph of other settings is built anew.
+        A graph of other settings is built anew. Searches go on in the old one, which is dropped last: until the end of
+        the transaction they would wait for that.
 
         Args:
             snapshot: Name of the version.
         """
         from psycopg import sql
 
-        gin, hnsw = (sql.Identifier(_short(self._name, kind)) for kind in ("columns", "hnsw"))
+        gin, old = sql.Identifier(_short(self._name, "columns")), list[str]()
         self._execute(
             "CREATE INDEX IF NOT EXISTS {gin} ON {table} USING gin (columns jsonb_path_ops)", parts={"gin": gin}
         )
         if self._store.index == "hnsw":
-            settings = {f"m={self._store.m}", f"ef_construction={self._store.ef_construction}"}
+            m, ef = self._store.m, self._store.ef_construction
+            plain = _short(self._name, "hnsw")  # of earlier releases
+            named = _short(self._name, f"hnsw_{m}_{ef}")
             self._cursor.execute(
-                "SELECT reloptions FROM pg_class WHERE oid = to_regclass(quote_ident(%s))", [_short(self._name, "hnsw")]
+                "SELECT relname, reloptions FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid "
+                "WHERE indrelid = to_regclass(quote_ident(%s)) AND starts_with(relname, 'simsearch_hnsw_')",
+                [self._name],
             )
-            if (built := self._cursor.fetchone()) is not None and set(built[0] or ()) != settings:
-                self._execute("DROP INDEX {hnsw}", parts={"hnsw": hnsw})  # of other settings
+            graphs = {name: set(options or ()) for name, options in self._cursor.fetchall()}
+            if graphs.get(plain) == {f"m={m}", f"ef_construction={ef}"}:
+                named = plain
+            old = sorted(set(graphs) - {named})
             self._execute(
                 "CREATE INDEX IF NOT EXISTS {hnsw} ON {table} USING hnsw (vector {ops}) "
                 "WITH (m = {m}, ef_construction = {ef})",
                 parts={
-                    "hnsw": hnsw,
+                    "hnsw": sql.Identifier(named),
                     "ops": sql.SQL(_CLASSES[self._layout.metric]),
-                    "m": sql.Literal(self._store.m),
-                    "ef": sql.Literal(self._store.ef_construction),
+                    "m": sql.Literal(m),
+                    "ef": sql.Literal(ef),
                 },
             )
         self._execute("ANALYZE {table}")
@@ -383,6 +390,8 @@ class _Writer:
             "catalog = excluded.catalog, version = excluded.version",
             [self._name, self._layout.catalog, snapshot],
         )
+        for name in old:
+            self._execute("DROP INDEX {hnsw}", parts={"hnsw": sql.Identifier(name)})
 
     def _execute(
         self, statement: str, values: Mapping[str, Any] | None = None, parts: Mapping[str, sql.Composable] | None = None

@@ -47,6 +47,11 @@ class StoredGallery:
         return {"place": self.store.place, "index": self.store.index}
 
     @property
+    def keeps_vectors(self) -> bool:
+        """True: scores are computed from the gallery's own vectors."""
+        return True
+
+    @property
     def code_bytes(self) -> int:
         """The size of an item's vector or code in bytes, without what the store adds."""
         return 0 if self._vectors is None else self._vectors[:1].nbytes
