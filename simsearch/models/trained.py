@@ -396,11 +396,15 @@ class TrainedRetriever(DescribesBatches):
         scheduler = self.lr_schedulers()
         if isinstance(scheduler, ReduceLROnPlateau):
             if scheduler.mode == "min":
-                total, count = trainer.strategy.reduce(self._losses, reduce_op="mean")
+                total, count = self._all_losses()
                 scheduler.step(float(total / count))
             elif (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
                 scheduler.step(float(trainer.callback_metrics.get("val/mAP", self._val_map)))  # type: ignore[arg-type]
         self._losses.zero_()
+
+    def _all_losses(self) -> Tensor:
+        """Sum and number of this epoch's losses, (2,), as means over ranks."""
+        return self.trainer.strategy.reduce(self._losses.to(self.device, copy=True), reduce_op="mean")
 
     def _fitted(self, scheduler: Callable[..., Any], groups: list[dict[str, Any]]) -> Callable[..., Any]:
         """A scheduler with the learning rates of the groups and, if it has total_steps, the length of this training."""
@@ -469,7 +473,7 @@ class TrainedRetriever(DescribesBatches):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["provenance"] = dict(self.network.provenance)
-        checkpoint["losses"] = self.trainer.strategy.reduce(self._losses.clone(), reduce_op="mean").cpu()
+        checkpoint["losses"] = self._all_losses().cpu()
         checkpoint["val_map"] = self.trainer.callback_metrics.get("val/mAP", self._val_map)
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         if progress.current.processed % self.trainer.accumulate_grad_batches and not progress.is_last_batch:  # type: ignore[attr-defined]
