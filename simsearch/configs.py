@@ -47,6 +47,16 @@ def choice(group: str) -> str | None:
     return name
 
 
+def overrides_of(*groups: str) -> list[str]:
+    """The overrides of the command line that choose or change some groups of configs, in their order.
+
+    Args:
+        groups: Names of the groups, such as `data`.
+    """
+    mine = re.compile(rf"[+~]*(?:{'|'.join(map(re.escape, groups))})\b")
+    return [text for text in HydraConfig.get().overrides.task if mine.match(text)]
+
+
 def build(config: Mapping[str, Any]) -> Any:
     """The object that a plain config with `_target_` describes.
 

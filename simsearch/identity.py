@@ -87,12 +87,15 @@ def deciding(config: Mapping[str, Any], *, without: Collection[str] = ()) -> dic
 
 
 def measurement_identity(config: Mapping[str, Any]) -> str:
-    """16 hex digits over how `simsearch evaluate` searches and measures, but for seeds. Data and protocol do not count.
+    """16 hex digits over how `simsearch evaluate` searches and measures, but for seeds.
+
+    Of the data counts at which size and fit images are decoded; the rest of them and the protocol have fingerprints.
 
     Args:
         config: The plain config of the evaluation.
     """
-    parts = {"evaluation": config["callbacks"]["evaluation"], "store": config.get("store")}
+    seen = {name: (config.get("data") or {}).get(name) for name in ("size", "fit")}
+    parts = {"evaluation": config["callbacks"]["evaluation"], "store": config.get("store"), "seen": seen}
     return identity(_reduced(parts, ["seed"]))[:16]
 
 

@@ -124,11 +124,14 @@ def _check_unplanned(run: Run) -> None:
 
 
 def _forget_test(folder: Path) -> None:
-    """Removes the test's results, so that nobody takes them for those of the training that begins."""
+    """Removes the results of test and evaluations, so that nobody takes them for those of the training that begins."""
     path = folder / "metrics.json"
     if path.is_file() and "test" in (stages := read_json(path)):
         write_json(path, {stage: about for stage, about in stages.items() if stage != "test"})
     (folder / "per_query.parquet").unlink(missing_ok=True)
+    for measured in (folder / "evaluations").rglob("metrics.json"):
+        measured.unlink()
+        (measured.parent / "per_query.parquet").unlink(missing_ok=True)
 
 
 def _selected(config: DictConfig, name: str) -> Any:

@@ -85,6 +85,18 @@ def test_backbone_prepares_its_patches_from_training_images():
     assert backbone.provenance["weights"] == "random"
 
 
+@pytest.mark.parametrize("count", [50, 5000, 9999, 14999, 50000])
+def test_patches_are_of_images_from_all_over_the_training_set(count, monkeypatch):
+    backbone, seen = cifar_backbone(24), []
+    monkeypatch.setattr(backbone, "preprocess", lambda images: images)
+    monkeypatch.setattr(backbone.network, "prepare", seen.append)
+    backbone.prepare(torch.arange(count).view(-1, 1, 1, 1))
+    (rows,) = seen
+    assert len(rows) <= 5000
+    assert int(rows.diff(dim=0).max()) <= -(-count // 5000)
+    assert int(rows[-1]) >= count - -(-count // 5000)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

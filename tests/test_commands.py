@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -233,8 +234,32 @@ def test_audit_and_evaluation_without_what_it_found(small_run, tmp_path):
     lost = simsearch(
         "evaluate", f"run={small_run}", f"run_dir={tmp_path}/f", f"without={tmp_path / 'other.csv'}", expect=1
     )
-    assert "lists rows that are not queries of rendered-artist: give the table that" in lost.stderr
+    assert "lists other rows than queries of rendered-artist: give the table that" in lost.stderr
+    told = shlex.split(done.stdout.splitlines()[-1].partition("simsearch ")[2])
+    assert told == ["evaluate", f"run={small_run}", f"without={tmp_path / 'duplicates.csv'}"]
+    write_json(tmp_path / "audit.json", {"fingerprint": "0" * 16})  # the same rows of other data
+    assert "lists other rows than queries of" in simsearch(*told, f"run_dir={tmp_path}/f", expect=1).stderr
     assert not (tmp_path / "f").exists()
+
+
+def test_an_audit_of_other_data_sees_and_says_what_evaluate_will(small_run, tmp_path, monkeypatch):
+    run = tmp_path / "a run"
+    shutil.copytree(small_run, run)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["backbone"] |= {"size": 96, "fit": "longest"}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+    def stop(config):
+        raise ValueError(f"size={config['data']['size']} fit={config['data']['fit']}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("simsearch.configs.build_data", stop)
+        asked = ("data", "audit", f"run={run}", "data=files", f"data.source={tmp_path}", f"out={tmp_path}/x")
+        assert "size=96 fit=longest" in simsearch(*asked, expect=1).stderr
+    shutil.copy(small_run / "config.yaml", run)
+    done = simsearch("data", "audit", f"run={run}", f"out={tmp_path}/o", "protocol=rendered-work", "neighbours=2")
+    told = shlex.split(done.stdout.splitlines()[-1].partition("simsearch ")[2])
+    assert told == ["evaluate", f"run={run}", "protocol=rendered-work", f"without={tmp_path}/o/duplicates.csv"]
 
 
 class TestEvaluate:

@@ -27,7 +27,7 @@ from simsearch.commands import compare
 from simsearch.comparison import charts, page, regressions
 from simsearch.comparison.leaderboard import check_comparable, config_differences, leaderboard
 from simsearch.comparison.report import columns, csv_text, duration, markdown_table, terminal_table
-from simsearch.comparison.runs import Missing, expand, read_all, read_wandb, short_names
+from simsearch.comparison.runs import Missing, _natural, expand, read_all, read_wandb, short_names
 from simsearch.comparison.selection import configuration, without_repeats
 from simsearch.data.collection import Collection
 from simsearch.files import read_json, write_json
@@ -344,6 +344,14 @@ def test_what_measures_is_known_but_for_seeds_and_folders():
     assert measurement_identity(one) == measurement_identity(same)
     same["callbacks"]["evaluation"]["index"]["factory"] = "SQ8"
     assert measurement_identity(one) != measurement_identity(same)
+    small, large = (one | {"data": {"size": size, "root": str(size)}} for size in (128, 224))
+    assert measurement_identity(small) != measurement_identity(large)
+    assert measurement_identity(small) == measurement_identity(small | {"data": {"size": 128, "root": "elsewhere"}})
+
+
+def test_numbers_in_names_are_sorted_as_numbers(tmp_path):
+    names = ["run-10", "run-2", "run-10²"]
+    assert sorted(map(Path, names), key=_natural) == [Path("run-2"), Path("run-10"), Path("run-10²")]
 
 
 def test_short_names_are_unique_and_short():

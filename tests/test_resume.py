@@ -264,12 +264,17 @@ def test_a_run_trains_longer_as_if_it_had_been_told_at_first(first, whole, tmp_p
     wanted, run = whole(*DSH, *STEPS), tmp_path / "run"
     simsearch("train", *DATA, *DSH, *STEPS, first, f"run_dir={run}")
     assert is_finished(run)
+    evaluation = run / "evaluations" / "again"
+    evaluation.mkdir(parents=True)
+    for name in ("metrics.json", "per_query.parquet", "notes.txt"):
+        (evaluation / name).write_text("{}")
     with monkeypatch.context() as patch:
         patch.setattr("simsearch.commands.train.train_run", lambda run: (run.folder / "none").read_text())  # dies
         simsearch("train", "resume=true", f"run_dir={run}", "trainer.max_steps=9", expect=1)
     assert not is_finished(run)  # its test was of the former length
     assert "val" in numbers(run)
     assert not (run / "per_query.parquet").exists()
+    assert [path.name for path in evaluation.iterdir()] == ["notes.txt"]  # of the former length too
     done = simsearch("train", "resume=true", f"run_dir={run}", "trainer.max_steps=9", "seed=7", "sampler.batch_size=2")
     assert "ignores seed=7 (it" in done.stderr
     assert "max_steps" not in done.stderr

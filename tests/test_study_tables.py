@@ -91,6 +91,17 @@ def test_measurements_of_other_queries_are_not_paired(measured, tmp_path):
         paired_lines(found)
 
 
+def test_measurements_over_other_units_are_not_paired(measured, tmp_path):
+    found, _, _ = measured
+    for name in ("a0", "a1"):
+        path = tmp_path / name / "metrics.json"
+        about = json.loads(path.read_text())
+        about["test"] |= {"unit": "artist", "units": 10}
+        path.write_text(json.dumps(about))
+    lines = [dict(zip(PAIRED_COLUMNS, line, strict=True)) for line in paired_lines(found)]
+    assert {(line["row_a"], line["row_b"], line["unit"]) for line in lines} == {("b+aqe", "b", "query")}
+
+
 def test_tables_show_means_spreads_and_intervals(measured, tmp_path):
     found, _, b = measured
     path = tmp_path / "results.csv"

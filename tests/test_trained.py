@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 import torch
 from conftest import simsearch
 from PIL import Image
+from pytorch_metric_learning.losses import ContrastiveLoss
 from safetensors.torch import load_file
 from test_resume import DATA, DSH, HASHING, checkpoint, numbers
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from simsearch.functional.views import Views
 from simsearch.index.binarize import ITQ
 from simsearch.losses.classification import ClassificationLoss
 from simsearch.losses.dsh import DSHLoss
+from simsearch.losses.memory import CrossBatchMemory
+from simsearch.losses.spread import SpreadLoss
 from simsearch.models.backbones import timm_backbone
 from simsearch.models.cifar import cifar_backbone
 from simsearch.models.dir import RegionNetwork
@@ -37,7 +40,7 @@ from simsearch.models.dsh import DSHNetwork
 from simsearch.models.feature_cache import pooled_features
 from simsearch.models.hashing import HashNetwork, PooledBackbone
 from simsearch.models.pooling import RMAC, Average
-from simsearch.models.trained import TrainedRetriever, parameter_groups
+from simsearch.models.trained import TrainedRetriever, _needs_all_ranks, parameter_groups
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 FLOAT32 = "trainer.precision=32-true"
@@ -59,6 +62,13 @@ def batch(count: int = 8) -> dict[str, Tensor]:
 
 def train(run: Path, *arguments: str, expect: int = 0):
     return simsearch("train", *DATA, *arguments, f"run_dir={run}", expect=expect)
+
+
+def test_a_memory_inside_another_loss_needs_all_ranks():
+    memory = CrossBatchMemory(ContrastiveLoss(), size=4, dimension=2)
+    assert _needs_all_ranks(memory)
+    assert _needs_all_ranks(SpreadLoss(memory, weight=1.0))
+    assert not _needs_all_ranks(SpreadLoss(ContrastiveLoss(), weight=1.0))
 
 
 # ------------------------------------------------------------------------------ parameter groups

@@ -88,6 +88,20 @@ def test_no_power_keeps_all_distances():
     torch.testing.assert_close(torch.cdist(projected, projected), torch.cdist(data, data), atol=1e-6, rtol=1e-9)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_what_no_training_vector_varies_along_weighs_nothing(power):
+    """Fewer vectors than columns: new vectors differ along components whose eigenvalues are rounding errors."""
+    generator = torch.Generator().manual_seed(0)
+    train, new = torch.randn(2, 20, 64, generator=generator, dtype=torch.float64)
+    mean, values, rows = moments(train.float(), [20]).principal()
+    matrix = whitening_matrix(values, rows, 64, power=power)
+    assert matrix.any(1).tolist() == [True] * 19 + [False] * 45
+    wanted = whitening_matrix(values, rows, 19, power=power)
+    torch.testing.assert_close((new - mean) @ matrix.T, torch.nn.functional.pad((new - mean) @ wanted.T, (0, 45)))
+    assert whitening_matrix(values, rows, 64, power=0).any(1).all()
+    assert whitening_matrix(values, rows, 64, power=power, shrinkage=0.1).any(1).all()
+
+
 def test_full_shrinkage_is_a_rotation_up_to_one_scale():
     _, values, rows = moments(vectors(), [300]).principal()
     shrunk = whitening_matrix(values, rows, 12, power=1, shrinkage=1)

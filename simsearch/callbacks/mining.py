@@ -143,7 +143,7 @@ class TripletMining(pl.Callback):
         with torch.no_grad(), tqdm(total=len(own), desc="mining pool", unit="img", leave=False) as bar:
             for some in own.split(self.batch_size):
                 batch = {"image": images[some].to(module.device), "index": some}
-                parts.append(module(batch).float())
+                parts.append(module(batch)[:, : module.learnt].float())  # what the loss sees
                 bar.update(len(some))
         for child, training in modes:
             child.training = training

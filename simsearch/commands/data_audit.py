@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from simsearch import configs, program, saved_run
 from simsearch.data.audit import audit, contact_sheet, write_duplicates
@@ -24,11 +25,14 @@ def main(config: DictConfig) -> None:
         config: The config of conf/data_audit.yaml.
     """
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
+    model = saved_run.load_model(run)
+    seen = {"size": model.encoder.input_size, "fit": model.encoder.fit}
+    with open_dict(config):  # other data are decoded as the encoder sees them, unless their size and fit are given
+        config.backbone = {**(run.config.get("backbone") or {}), **seen}
     values = configs.plain(config)
     merged = run.config | {group: values[group] for group in ("data", "protocol") if values.get(group)}
     data = configs.build_data(merged)
     collection, split = data.collection, data.split
-    model = saved_run.load_model(run)
     descriptors = None
     if model.bits is None:
         trainer = configs.build_trainer({**merged, "callbacks": {}}, run.folder, [])
@@ -71,7 +75,9 @@ def main(config: DictConfig) -> None:
         print(f"estimated precision {precision:.1%}, from pairs with different labels ({split.test.attribute})")
         if precision < _GOOD:
             print("this precision is low: give a larger min_correlation", file=sys.stderr)
-    print(f"measure without them: simsearch evaluate run={run.folder} without={out / 'duplicates.csv'}")
+    told = configs.overrides_of("data", "protocol")
+    command = ["simsearch", "evaluate", f"run={run.folder}", *told, f"without={out / 'duplicates.csv'}"]
+    print(f"measure without them: {shlex.join(command)}")
 
 
 if __name__ == "__main__":

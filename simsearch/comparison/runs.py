@@ -164,7 +164,7 @@ def expand(given: Iterable[str]) -> list[Path]:
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
     """A sort key that puts 2 before 10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", str(path))]
 
 
 def _runs_in(folder: Path, depth: int) -> list[Path]:

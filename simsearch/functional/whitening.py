@@ -219,7 +219,8 @@ def whitening_matrix(
 ) -> Tensor:
     """The projection (dimension, D) on the leading components, each divided by eigenvalue^(power / 2).
 
-    Eigenvalues below 1e-9 of the largest are raised to this value first.
+    With a power, components whose eigenvalue is not above 1e-9 of the largest become 0: no vector varies along them,
+    and divided by next to nothing they would outweigh all others in new vectors.
 
     Args:
         eigenvalues: Floating point (D,), in descending order.
@@ -245,5 +246,7 @@ def whitening_matrix(
     if power > 0 and not eigenvalues.max() > 0:
         raise ValueError("all vectors are equal: there is no variance to whiten")
     shrunk = (1 - shrinkage) * eigenvalues + shrinkage * eigenvalues.mean()
-    shrunk = shrunk.clamp(min=float(shrunk.max()) * 1e-9)
-    return eigenvectors[:dimension] * shrunk[:dimension, None] ** (-power / 2)
+    if power == 0:
+        return eigenvectors[:dimension]
+    varies = shrunk > shrunk.max() * 1e-9
+    return eigenvectors[:dimension] * torch.where(varies, shrunk ** (-power / 2), 0.0)[:dimension, None]

@@ -166,7 +166,7 @@ class Backbone(nn.Module):
             if isinstance(images, Ragged):
                 raise ValueError(f"{self.name} is fitted to training images of one shape: use data.fit=square")
             with torch.no_grad():
-                every = max(1, len(images) // 5000)  # all over the images, which may lie class by class
+                every = max(1, -(-len(images) // 5000))  # all over the images, which may lie class by class
                 self.network.prepare(self.preprocess(images[::every][:5000].to(self.mean.device)))  # type: ignore[operator]
 
     def forward(self, image: Tensor, size: int | None = None) -> Tensor:

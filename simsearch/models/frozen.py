@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -88,6 +89,13 @@ class Whitening(nn.Module):
         """
         mean, values, vectors = moments.principal()
         matrix = whitening_matrix(values, vectors, self.dimension, power=self.power, shrinkage=self.shrinkage)
+        if self.power and (used := int(matrix.any(1).sum())) < self.dimension:
+            print(
+                f"note: the training vectors vary along {used} components, so that {self.dimension - used} of "
+                f"whitening.dimension={self.dimension} are 0: give more training images, a lower dimension, or "
+                "whitening.shrinkage=0.1",
+                file=sys.stderr,
+            )
         self.mean.copy_(mean)
         self.projection.copy_(matrix)
 

@@ -246,7 +246,7 @@ class TrainedRetriever(DescribesBatches):
     # Training
 
     def setup(self, stage: str) -> None:
-        if self.trainer.world_size > 1 and not self.gather and getattr(self.loss, "needs_all_ranks", False):
+        if self.trainer.world_size > 1 and not self.gather and _needs_all_ranks(self.loss):
             raise ValueError("this loss needs the embeddings of all ranks: set model.gather=true")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         data.targets = getattr(self.loss, "attributes", None)
@@ -487,6 +487,11 @@ class TrainedRetriever(DescribesBatches):
         self._gradients = checkpoint.get("gradients", {})
         self._losses = checkpoint.get("losses", self._losses).clone()
         self._val_map = checkpoint.get("val_map")
+
+
+def _needs_all_ranks(loss: nn.Module) -> bool:
+    """Whether a loss, or one inside it, compares with the embeddings of earlier batches of all ranks."""
+    return any(getattr(part, "needs_all_ranks", False) for part in loss.modules())
 
 
 _BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -127,8 +127,8 @@ def paired_lines(measured: Iterable[Measurement]) -> list[list[Any]]:
     """Lines of paired.csv (PAIRED_COLUMNS): rows against each other, and changed evaluations against their row.
 
     Values of each query are means over the seeds that both have. Rows with the same change are compared, and all
-    measurements of one row; only those of the same protocol with the same fingerprint. The p-values are those of a
-    sign-flip test over the sampling units, and Holm's correction counts all tests of a protocol.
+    measurements of one row; only those of the same protocol with the same fingerprint and sampling unit. The p-values
+    are those of a sign-flip test over the sampling units, and Holm's correction counts all tests of a protocol.
 
     Args:
         measured: The measurements.
@@ -136,14 +136,14 @@ def paired_lines(measured: Iterable[Measurement]) -> list[list[Any]]:
     Raises:
         ValueError: If two measurements of one fingerprint have other queries.
     """
-    groups: dict[tuple[str, str], dict[tuple[str, str], dict[int, Measurement]]] = {}
+    groups: dict[tuple[str, str, str], dict[tuple[str, str], dict[int, Measurement]]] = {}
     for m in measured:
         if (m.folder / "per_query.parquet").is_file() and {"mAP", "rerank/mAP"} & set(m.metrics):
             about = m.stage
-            rows = groups.setdefault((about["protocol"], about["fingerprint"]), {})
+            rows = groups.setdefault((about["protocol"], about["fingerprint"], results.unit(about)[0]), {})
             rows.setdefault((m.row, m.change), {})[m.seed] = m
     lines: list[list[Any]] = []
-    for (protocol, fingerprint), rows in groups.items():
+    for (protocol, fingerprint, unit), rows in groups.items():
         tests = [(a, b) for b, a in itertools.combinations(rows, 2) if a[1] == b[1] or a[0] == b[0]]
         values = {key: {seed: _values(m) for seed, m in seeds.items()} for key, seeds in rows.items()}
         # With more tests than the usual patterns can tell apart, Holm's correction of the least p would exceed ALPHA.
@@ -154,7 +154,7 @@ def paired_lines(measured: Iterable[Measurement]) -> list[list[Any]]:
             seeds = sorted(values[a].keys() & values[b].keys())
             if not seeds:
                 continue
-            unit, units = results.unit(rows[a][seeds[0]].stage)
+            units = results.unit(rows[a][seeds[0]].stage)[1]
             for column, metric in TESTED.items():
                 one, other = ([values[key][seed] for seed in seeds] for key in (a, b))
                 if not all(column in table for table in (*one, *other)):
