@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from simsearch import launch, slurm, trust, usage
 from simsearch.saved_run import open_run
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pytorch_lightning.loggers import Logger
 
     from simsearch.data.datamodule import RetrievalDataModule
+    from simsearch.types import Encoder
 
 CONF = str(usage.CONF)
 
@@ -45,6 +46,18 @@ def choice(group: str) -> str | None:
     """
     name: str | None = HydraConfig.get().runtime.choices.get(group)
     return name
+
+
+def see_as(config: DictConfig, own: Mapping[str, Any], encoder: Encoder) -> None:
+    """Lets other data be decoded as an encoder sees images, unless their size and fit are given. Changes `config`.
+
+    Args:
+        config: The config of a command on a run.
+        own: The plain config of the run.
+        encoder: The run's encoder.
+    """
+    with open_dict(config):
+        config.backbone = {**(own.get("backbone") or {}), "size": encoder.input_size, "fit": encoder.fit}
 
 
 def overrides_of(*groups: str) -> list[str]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -242,18 +243,24 @@ def test_audit_and_evaluation_without_what_it_found(small_run, tmp_path):
     assert not (tmp_path / "f").exists()
 
 
-def test_an_audit_of_other_data_sees_and_says_what_evaluate_will(small_run, tmp_path, monkeypatch):
-    run = tmp_path / "a run"
+def seeing_longer(small_run: Path, run: Path) -> Path:
+    """A copy of a run whose encoder sees whole images of 96 pixels."""
     shutil.copytree(small_run, run)
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["backbone"] |= {"size": 96, "fit": "longest"}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
 
-    def stop(config):
-        raise ValueError(f"size={config['data']['size']} fit={config['data']['fit']}")
 
+def say_what_is_seen(config: dict[str, Any]) -> None:
+    """In place of building the data."""
+    raise ValueError(f"size={config['data']['size']} fit={config['data']['fit']}")
+
+
+def test_an_audit_of_other_data_sees_and_says_what_evaluate_will(small_run, tmp_path, monkeypatch):
+    run = seeing_longer(small_run, tmp_path / "a run")
     with monkeypatch.context() as patch:
-        patch.setattr("simsearch.configs.build_data", stop)
+        patch.setattr("simsearch.configs.build_data", say_what_is_seen)
         asked = ("data", "audit", f"run={run}", "data=files", f"data.source={tmp_path}", f"out={tmp_path}/x")
         assert "size=96 fit=longest" in simsearch(*asked, expect=1).stderr
     shutil.copy(small_run / "config.yaml", run)
@@ -264,16 +271,8 @@ def test_an_audit_of_other_data_sees_and_says_what_evaluate_will(small_run, tmp_
 
 class TestEvaluate:
     def test_other_data_are_decoded_as_the_encoder_sees_them(self, small_run, tmp_path, monkeypatch):
-        run = tmp_path / "run"
-        shutil.copytree(small_run, run)
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        config["model"]["backbone"] |= {"size": 96, "fit": "longest"}
-        (run / "config.yaml").write_text(yaml.safe_dump(config))
-
-        def stop(config):
-            raise ValueError(f"size={config['data']['size']} fit={config['data']['fit']}")
-
-        monkeypatch.setattr("simsearch.configs.build_data", stop)
+        run = seeing_longer(small_run, tmp_path / "run")
+        monkeypatch.setattr("simsearch.configs.build_data", say_what_is_seen)
         asked = ("evaluate", f"run={run}", f"run_dir={tmp_path}/e", "data=files", f"data.source={tmp_path}")
         assert "size=96 fit=longest" in simsearch(*asked, expect=1).stderr
         assert "size=64 fit=longest" in simsearch(*asked, "data.size=64", expect=1).stderr

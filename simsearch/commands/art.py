@@ -59,8 +59,8 @@ def make(images: Path | None, outside: Path | None, out: Path, size: int | None)
 
     Args:
         images: Folder or table of images. None means the rendered sample.
-        outside: Folder or table of images that are not in the collection, for calibration. None means those that the
-            catalog was calibrated with, if any.
+        outside: Folder or table of images that are not in the collection, for calibration. None keeps a calibration
+            that is there.
         out: Output folder. Steps that are already finished there are skipped.
         size: Side in pixels at which the network sees images. None means that of a finished run, or else 224, or 128
             for the sample.

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 
 from simsearch import configs, program, saved_run
 from simsearch.data.audit import audit, contact_sheet, write_duplicates
@@ -26,9 +26,7 @@ def main(config: DictConfig) -> None:
     """
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
     model = saved_run.load_model(run)
-    seen = {"size": model.encoder.input_size, "fit": model.encoder.fit}
-    with open_dict(config):  # other data are decoded as the encoder sees them, unless their size and fit are given
-        config.backbone = {**(run.config.get("backbone") or {}), **seen}
+    configs.see_as(config, run.config, model.encoder)
     values = configs.plain(config)
     merged = run.config | {group: values[group] for group in ("data", "protocol") if values.get(group)}
     data = configs.build_data(merged)

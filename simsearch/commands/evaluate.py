@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
@@ -42,9 +42,7 @@ def main(config: DictConfig) -> None:
         raise ValueError(f"stage must be test or validate, got {config.stage!r}")
     run = saved_run.open_run(Path(config.run), trusted=configs.trusts(config))
     model = saved_run.load_model(run)
-    seen = {"size": model.encoder.input_size, "fit": model.encoder.fit}
-    with open_dict(config):  # other data are decoded as the encoder sees them, unless their size and fit are given
-        config.backbone = {**(run.config.get("backbone") or {}), **seen}
+    configs.see_as(config, run.config, model.encoder)
     values = configs.plain(config)
     merged = run.config | {
         group: values[group] for group in ("data", "protocol", "index", "rerank") if values.get(group)

@@ -39,13 +39,14 @@ def mmr(relevance: Tensor, vectors: Tensor, k: int, lambda_: float, before: Tens
     chosen: list[int] = []
     gain = relevance.clone()
     nearest = torch.full_like(relevance, -torch.inf)
+    # Not matrix products, whose rounding of a row depends on its place: equal items must tie.
     for other in () if before is None else before:
         nearest = torch.maximum(nearest, (vectors * other).sum(1))
+    if before is not None and len(before):
         gain = lambda_ * relevance - (1 - lambda_) * nearest
     for _ in range(min(k, len(relevance))):
         best = int(gain.argmax())
         chosen.append(best)
-        # Not a matrix product, whose rounding of a row depends on its place: equal items must tie.
         nearest = torch.maximum(nearest, (vectors * vectors[best]).sum(1))
         gain = lambda_ * relevance - (1 - lambda_) * nearest
         gain[chosen] = -torch.inf
