@@ -192,6 +192,7 @@ class TestTrain:
         assert "already holds a run" in done.stderr
         assert (small_run / "config.yaml").read_bytes() == before
 
+    @pytest.mark.slow
     def test_random_weights_are_said_in_every_result_and_can_be_measured_again(self, tmp_path):
         run = tmp_path / "r"
         random = ("backbone.weights=random", "logger.mode=disabled", "catalog.write=false")
@@ -204,6 +205,7 @@ class TestTrain:
         after = json.loads((tmp_path / "e/metrics.json").read_text())["test"]
         assert after["metrics"]["mAP"] == before["metrics"]["mAP"]
 
+    @pytest.mark.slow
     def test_a_failing_job_leaves_the_rest_of_a_sweep(self, tmp_path):
         done = simsearch(
             "train", "-m", *SMALL, "model.whitening.dimension=5000,8", "logger.mode=disabled",
@@ -215,6 +217,7 @@ class TestTrain:
         assert all((job / "metrics.json").is_file() == (state == "finished") for job, state in states.items())
 
 
+@pytest.mark.slow
 def test_audit_and_evaluation_without_what_it_found(small_run, tmp_path):
     done = simsearch("data", "audit", f"run={small_run}", f"out={tmp_path}", "min_correlation=0.3", "neighbours=9")
     about = json.loads((tmp_path / "audit.json").read_text())

@@ -223,6 +223,7 @@ class TestWhatPagesSayToType:
         for block in blocks:
             exec(block, names)
 
+    @pytest.mark.slow
     def test_a_metric_as_the_guide_adds_it(self, small_run, tmp_path, monkeypatch):
         """The two commands of the guide, and its numbers against a loop over what the run's encoder describes."""
         folder, given = added_by_the_guide("A metric", tmp_path, monkeypatch)

@@ -175,6 +175,7 @@ class TestShards:
         finish([start(run, folder, tmp_path / "s", "ranks=3", f"rank={rank}") for rank in range(3)])
         assert contents(tmp_path / "s") == contents(whole)
 
+    @pytest.mark.slow
     def test_killed_anywhere_and_gone_on_by_others(self, run, folder, whole, tmp_path):
         rng = random.Random(0)
         out, seen = tmp_path / "s", []

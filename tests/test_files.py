@@ -407,6 +407,7 @@ def test_wrong_columns_are_named(arguments, message, table):
 # ------------------------------------------------------------------------------ as a user
 
 
+@pytest.mark.slow
 def test_a_training_on_files_of_any_aspect_and_what_it_leaves(table, tmp_path):
     run = tmp_path / "run"
     done = simsearch(

@@ -535,6 +535,7 @@ def test_folders_that_vanish_meanwhile_hide_no_link(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------- checkpoints resume
 
 
+@pytest.mark.slow
 def test_a_checkpoint_deletes_nothing_outside(small_run, tmp_path):
     """Lightning deletes the best file so far, which a checkpoint names, when the next is saved."""
     victim = tmp_path / "victim"
@@ -585,6 +586,7 @@ class TestOwnClass:
             simsearch(*arguments, "trust=true")
         assert "trust" not in yaml.safe_load((run / "config.yaml").read_text())
 
+    @pytest.mark.slow
     def test_the_same_command_goes_on_without(self, command, run):
         assert OWN in simsearch("train", "resume=true", f"run_dir={run}", expect=1).stderr
         assert OWN in simsearch(*command, "seed=1", "resume=true", expect=1).stderr

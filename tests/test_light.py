@@ -57,7 +57,7 @@ def test_the_extras_hold_what_they_are_named_for():
     assert "simsearch[train,serve,sweep,tensorboard,docs,postgres,milvus]" in EXTRAS["dev"]
 
 
-@pytest.mark.parametrize("command", ["search", "recommend"])
+@pytest.mark.parametrize("command", ["search", pytest.param("recommend", marks=pytest.mark.slow)])
 def test_a_run_s_catalog_answers_without_what_trains_or_serves(small_run, command):
     arguments = [command, f"catalog={small_run}/catalog", f"image={small_run}/figures/queries/00.png", "k=3"]
     done = run(TRAINING | modules("serve"), *arguments, "format=json")
@@ -65,6 +65,7 @@ def test_a_run_s_catalog_answers_without_what_trains_or_serves(small_run, comman
     assert done.stdout.count("rank") == 3
 
 
+@pytest.mark.slow
 def test_an_image_is_described_into_a_catalog_without_what_trains(small_run, tmp_path):
     out = tmp_path / "catalog"
     run(TRAINING | modules("serve"), "index", f"run={small_run}", f"images={small_run}/figures/queries", f"out={out}")
@@ -108,6 +109,7 @@ def test_serve_answers_without_what_trains(small_run):
     assert asked(small_run, program(TRAINING, "serve", f"catalog={small_run}/catalog", "port=0"))
 
 
+@pytest.mark.slow
 def test_exported_files_serve_without_what_trains_and_without_networks_of_torch(small_run, exported):
     arguments = [f"catalog={small_run}/catalog", f"encoder={exported}", "port=0"]
     results = asked(small_run, program(TRAINING | NETWORKS, "serve", *arguments))
@@ -118,6 +120,7 @@ def test_exported_files_serve_without_what_trains_and_without_networks_of_torch(
     assert [hit["score"] for hit in results] == pytest.approx([hit["score"] for hit in expected], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_exported_files_search_and_load_none_of_them_where_they_are_installed(small_run, exported):
     arguments = [f"catalog={small_run}/catalog", f"image={small_run}/figures/queries/00.png", "k=3", "format=json"]
     expected = json.loads(simsearch("search", *arguments).stdout)["results"]
@@ -135,6 +138,7 @@ def test_exported_files_search_and_load_none_of_them_where_they_are_installed(sm
     assert loaded == "[]"
 
 
+@pytest.mark.slow
 def test_a_sweep_is_looked_at_without_what_trains(small_run, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     shutil.copytree(small_run, tmp_path / "trial")

@@ -246,6 +246,7 @@ def run(file, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_train_measures_it_and_the_catalog_holds_it(run, tmp_path, file, monkeypatch):
     monkeypatch.setattr("simsearch.commands.export.speed", lambda describe, image, batch: 1.0)  # it takes seconds
     moved = Path(shutil.move(file, tmp_path / "away.onnx"))

@@ -357,6 +357,7 @@ def test_failed_trials_are_told_and_the_rest_goes_on(tmp_path, monkeypatch, caps
     assert len(study(tmp_path).trials) == 4
 
 
+@pytest.mark.slow
 def test_a_sampler_learns_from_trials_that_fail(tmp_path, monkeypatch):
     monkeypatch.setenv(cheap_sweep.FAILS_BELOW, "0.95")  # 16 % of all points are good enough
     run(tmp_path, "hydra.sweeper.n_trials=24", "hydra.sweeper.sampler.n_startup_trials=8", expect=1)
@@ -450,6 +451,7 @@ def test_a_study_of_something_else_is_refused(tmp_path, capsys):
     assert len(study(tmp_path).trials) == 3
 
 
+@pytest.mark.slow
 def test_values_of_another_objective_are_not_told(tmp_path):
     """A folder that the study does not know may hold trials of another objective."""
     run(tmp_path, "hydra.sweeper.n_trials=2")
@@ -464,6 +466,7 @@ def test_values_of_another_objective_are_not_told(tmp_path):
     assert len(study(tmp_path).trials) == 1
 
 
+@pytest.mark.slow
 def test_studies_in_one_folder_know_their_own_trials(tmp_path):
     """What the first has of a point is not what the second asks for, whose trial has the same number."""
     run(tmp_path, "hydra.sweeper.n_trials=3", "pooling=gem")
@@ -524,6 +527,7 @@ def test_a_job_of_a_cluster_that_fails_before_it_is_a_trial_leaves_the_others(tm
     check(tmp_path, 3)
 
 
+@pytest.mark.slow
 def test_a_cluster_that_takes_no_job_ends_the_sweep_and_costs_no_trial(tmp_path, monkeypatch, capsys):
     def refuses(*_, **__):
         cause = subprocess.CalledProcessError(1, "sbatch")
@@ -581,6 +585,7 @@ def test_a_kill_between_study_and_folder_adds_no_trial_twice(tmp_path, monkeypat
     check(tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_a_minimised_sweep_marks_its_least_value(tmp_path, capsys):
     run(tmp_path, "hydra.sweeper.n_trials=4", "hydra.sweeper.direction=minimize")
     values = [about["values"] for about in read_trials(tmp_path)]
@@ -621,6 +626,7 @@ def test_a_left_trial_that_another_process_has_taken_is_not_waited_for(before, n
     assert [trial.state for trial in study(tmp_path).trials] == [COMPLETE, RUNNING, COMPLETE]
 
 
+@pytest.mark.slow
 def test_what_a_left_trial_lacks_comes_from_the_sampler(tmp_path):
     """A kill between the question and its answers leaves a trial without parameters."""
     run(tmp_path / "a", "hydra.sweeper.n_trials=4")
@@ -651,6 +657,7 @@ def test_the_code_s_version_is_recorded_and_a_difference_said(tmp_path, monkeypa
     assert set(worked(tmp_path).values()) == {1}  # none of them again
 
 
+@pytest.mark.slow
 def test_a_study_on_other_data_is_refused(tmp_path, monkeypatch, capsys):
     run(tmp_path, "hydra.sweeper.n_trials=3")
     for about in read_trials(tmp_path):  # what a training leaves

@@ -58,6 +58,7 @@ def test_options_of_a_package_are_left_to_hydra():
     assert usage.mistake("train", ["loss=theirs"]) is not None
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_trains_from_a_folder_outside(own, tmp_path):
     run = tmp_path / "run"
     small = ["data.styles=2", "data.artists=4", "data.works=3", "data.photographs=3", "data.size=32"]

@@ -198,6 +198,7 @@ class TestSearch:
         assert len(of_file) == len(of_pixels) > 3
         assert all((a == b).all() for a, b in zip(of_file, of_pixels, strict=True))
 
+    @pytest.mark.slow
     def test_the_commands_find_both_works(self, catalog, wall, tmp_path):
         path = saved(wall, tmp_path / "wall.png")
         for command in ("search", "recommend"):

@@ -265,6 +265,7 @@ def test_a_second_try_describes_nothing_again(catalog, outside, monkeypatch):
     (outside / "new.png").unlink()
 
 
+@pytest.mark.slow
 def test_search_says_what_recommend_says(catalog, outside, small_run, tmp_path):
     simsearch("calibrate", f"catalog={catalog}", f"outside={outside}", "rate=0.3", "workers=0")
     queries = [*sorted((small_run / "figures/queries").iterdir())[:2], outside / "3.png"]
@@ -298,6 +299,7 @@ def test_too_few_for_the_rate_is_said_before_the_work(catalog, outside, monkeypa
         assert "use a number between 0 and 1" in simsearch("calibrate", f"catalog={catalog}", wrong, expect=1).stderr
 
 
+@pytest.mark.slow
 def test_a_compressed_catalog_is_calibrated_by_its_images(small_run, outside, tmp_path):
     simsearch(
         "index",

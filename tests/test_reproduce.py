@@ -119,6 +119,7 @@ class TestRun:
         assert f"{stage['metrics']['mAP']:.4f}" in done.stdout
         assert stage["model"]["weights"] == "trained"
 
+    @pytest.mark.slow
     def test_tables_of_what_is_finished_in_earnest(self, rows):
         text = rows.read_text().partition("      rendered-style rerank")[0]
         rows.write_text(text.replace("0.5 ± 0.05", "null"))
@@ -353,6 +354,7 @@ class TestNotRunnable:
         assert "but 1234567890abcdef in the study" in done.stderr
         assert launched.lines == []
 
+    @pytest.mark.slow
     def test_runs_on_other_data_lie_beside_those_on_the_rows_data(self, rows, launched):
         """The same config on two forms of the images: each study finds its own run in the folder that they share."""
         plain = rows.read_text().partition("  dsh-longer")[0]
@@ -368,6 +370,7 @@ class TestNotRunnable:
         assert "0.5400" in run(rows, "row=other-name").stdout
         assert launched.commands == ["train", "train"]
 
+    @pytest.mark.slow
     def test_a_budget_counts_what_is_still_to_train(self, rows, launched):
         assert "about 15 minutes" in run(rows, "row=dsh-longer", "budget=14", expect=2).stderr
         run(rows, "row=dsh-tiny", "budget=14")

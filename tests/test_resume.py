@@ -214,6 +214,14 @@ CASES = {
 
 
 SLOW = {
+    "dsh at the end of an epoch",
+    "dsh crashed",
+    "dsh that takes its last checkpoint, crashed",
+    "dsh in an epoch, Ctrl-C, which the loader's workers hear too",
+    "dsh with checkpoints within an epoch, crashed",
+    "dsh with rare validations at the end of an epoch",
+    "hashing, lookahead and alternating mirrors",
+    "dir between pools",
     "dsh with checkpoints within an epoch, crashed after its end",
     "dsh in an epoch after a validation",
     "dsh at the last step",
@@ -259,7 +267,9 @@ def test_a_finished_run_resumed_is_measured_again_to_the_same(whole, tmp_path):
     same(checkpoint(run)["state_dict"], before["state_dict"])
 
 
-@pytest.mark.parametrize("first", ["trainer.max_steps=6", "trainer.max_steps=8"])  # within an epoch, and at its end
+@pytest.mark.parametrize(  # within an epoch, and at its end
+    "first", ["trainer.max_steps=6", pytest.param("trainer.max_steps=8", marks=pytest.mark.slow)]
+)
 def test_a_run_trains_longer_as_if_it_had_been_told_at_first(first, whole, tmp_path, monkeypatch):
     wanted, run = whole(*DSH, *STEPS), tmp_path / "run"
     simsearch("train", *DATA, *DSH, *STEPS, first, f"run_dir={run}")
@@ -323,6 +333,7 @@ def test_a_learning_rate_that_was_planned_is_not_stretched(tmp_path):
         _check_unplanned(Run(run, {"callbacks": nodes}))
 
 
+@pytest.mark.slow
 def test_throughput_of_a_resumed_run_counts_from_its_start(tmp_path):
     run = tmp_path / "run"
     simsearch("train", *DATA, *DSH, *STEPS, *stop(2, "signal"), f"run_dir={run}", expect=128 + signal.SIGTERM)
@@ -417,7 +428,7 @@ ENDS = {  # the steps after which it is validated, 4 an epoch and every 5 epochs
 }
 
 
-QUICK = {"epochs after a validation", "steps without a metric to choose by", "time", "epochs without validation"}
+QUICK = {"time", "epochs without validation"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ENDS])

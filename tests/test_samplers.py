@@ -384,6 +384,7 @@ sys.exit(3)
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_though_its_loader_s_workers_are_deaf():
     done = subprocess.run([sys.executable, "-c", HELD], timeout=300, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr

@@ -1229,6 +1229,7 @@ def test_photographs_are_measured_in_a_store_as_in_the_catalog(kind, request, sm
             assert same[column] == line[column] or float(same[column]) == pytest.approx(float(line[column]), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_what_milvus_lite_logs_is_not_shown(small_run, tmp_path):
     """It starts a server in the process, whose log has tracebacks of calls that it does not have."""
     pytest.importorskip("milvus_lite", reason="milvus-lite is not installed: stores in Milvus are NOT TESTED")

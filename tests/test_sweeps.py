@@ -364,6 +364,7 @@ def test_a_study_is_not_run_by_the_ranks_of_srun(tmp_path, monkeypatch):
     assert "a study is run by one process, and srun started several: use --ntasks=1" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_trial_that_goes_on_has_the_value_of_the_objective_of_now(tmp_path):
     grid = ("-m", "hydra.sweep.dir=${run_root}/grid", "seed=5", *TINY, f"run_root={tmp_path}")
     simsearch("train", *grid, "objective=test/mAP", cwd=tmp_path)
@@ -375,6 +376,7 @@ def test_a_trial_that_goes_on_has_the_value_of_the_objective_of_now(tmp_path):
     assert about["values"] == measured["P@1"] != measured["mAP"]
 
 
+@pytest.mark.slow
 def test_all_ranks_leave_a_trial_that_another_process_has(tmp_path, monkeypatch):
     grid = ("seed=5", *TINY, f"run_root={tmp_path}", "trainer.devices=auto", "hydra.sweep.dir=${run_root}/grid")
     folder = tmp_path / "grid" / name(*grid)

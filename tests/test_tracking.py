@@ -502,6 +502,7 @@ def sync(folders: list[Path], server: Server, config: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_key_without_a_route_logs_offline_and_goes_on_so(tmp_path):
     run = make_run(tmp_path / "r")
     with Server() as closed:

@@ -305,6 +305,7 @@ def weights(run: Path, name: str = "last") -> dict[str, Tensor]:
     return {n: v for n, v in state.items() if v.is_floating_point()}
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_and_clipping_shortens_the_step(tmp_path):
     train(tmp_path / "whole", *HASHING, *PLAIN, "sampler.batch_size=16")
     train(tmp_path / "parts", *HASHING, *PLAIN, "trainer.accumulate_grad_batches=2")
@@ -358,6 +359,7 @@ def test_nan_stops_a_training_and_leaves_the_last_checkpoint(tmp_path):
     assert all(v.isfinite().all() for v in saved["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_a_deterministic_training_repeats_itself(tmp_path):
     arguments = (*HASHING, "trainer.max_steps=3", "trainer.deterministic=true", "loss=hashnet", "scheduler=constant")
     try:
@@ -641,6 +643,7 @@ def test_a_second_backbone_that_cannot_be_used_is_named():
         hashing(binarizer=ITQ(5), second=untrained)
 
 
+@pytest.mark.slow
 def test_a_run_shorter_than_the_pause_between_validations_has_a_best_checkpoint(tmp_path):
     train(tmp_path / "run", *DSH, "trainer.max_steps=2", "catalog.write=false")
     assert checkpoint(tmp_path / "run", "best")["global_step"] == 2
@@ -706,6 +709,7 @@ def test_dir_takes_the_pca_of_the_backbone_that_it_starts_from(hashed, tmp_path)
     torch.testing.assert_close(after["network.descriptor.whitening.bias"], network.head.bias.data)
 
 
+@pytest.mark.slow
 def test_the_second_stage_of_dir_goes_on_with_its_projection(tmp_path):
     from test_resume import DIR
 
@@ -753,6 +757,7 @@ def test_a_cached_backbone_trains_its_head_only(tmp_path):
     train(tmp_path / "longer", *arguments, f"model.start={run}", "model.network.bits=16")
 
 
+@pytest.mark.slow
 def test_a_code_with_bits_of_a_binarizer_learns_the_others_as_without_it(tmp_path):
     arguments = (*HASHING, *cached(tmp_path), "backbone.size=64", "trainer.max_steps=3")
     itq = "model.network.binarizer={_target_: simsearch.index.binarize.ITQ, bits: 16}"
@@ -790,6 +795,7 @@ def assert_stored_codes_are_those_of_images(run: Path) -> None:
     assert ((kept > 0) == (codes > 0)).float().mean() > 0.99
 
 
+@pytest.mark.slow
 def test_a_pooling_with_a_number_has_that_of_the_start(tmp_path):
     """Its kept features are pooled as the checkpoint pools, whatever the new run asks for."""
     small = [text for text in SMALL if not text.startswith("pooling")]
@@ -801,6 +807,7 @@ def test_a_pooling_with_a_number_has_that_of_the_start(tmp_path):
     assert numbers(tmp_path / "again")["test"]["metrics"] == numbers(tmp_path / "head")["test"]["metrics"]
 
 
+@pytest.mark.slow
 def test_a_head_learns_on_the_frozen_backbone_of_a_run(tmp_path):
     """Its features are those of that run's weights, also where a training goes on and where it is measured again."""
     run, whole, resumed = (tmp_path / name for name in ("run", "whole", "resumed"))
@@ -838,6 +845,7 @@ def test_images_that_are_decoded_too_small_for_a_scale_are_told(data, told, caps
     assert ("give data.size=1050" in capsys.readouterr().err) is told
 
 
+@pytest.mark.slow
 def test_a_start_that_saw_what_is_measured_is_told(tmp_path):
     start = ("trainer.max_steps=1", "catalog.write=false")
     train(tmp_path / "all", *SMALL, *start, "protocol=rendered-style", "protocol.validation=null")
@@ -849,6 +857,7 @@ def test_a_start_that_saw_what_is_measured_is_told(tmp_path):
         assert ("model.start, or what it starts from, was trained" in said) is expected
 
 
+@pytest.mark.slow
 def test_a_start_gives_no_tensors_of_a_second_backbone_or_of_bits_that_are_fitted(tmp_path):
     """A code's bits are fitted to this training's images, on the second backbone that its own config names."""
     two = (
@@ -873,6 +882,7 @@ def test_a_start_gives_no_tensors_of_a_second_backbone_or_of_bits_that_are_fitte
     assert about["second_sha256"] == kept.provenance["sha256"]
 
 
+@pytest.mark.slow
 def test_a_code_of_two_networks_is_the_same_stored_measured_again_and_in_a_catalog(tmp_path):
     small, run = tmp_path / "small", tmp_path / "run"
     train(small, *SMALL, "trainer.max_steps=4", "catalog.write=false")
@@ -896,6 +906,7 @@ def test_a_code_of_two_networks_is_the_same_stored_measured_again_and_in_a_catal
     assert len(catalog.search(picture, k=3).ids) == 3
 
 
+@pytest.mark.slow
 def test_features_of_an_untrained_or_another_backbone_are_not_kept(hashed, tmp_path):
     arguments = (*SMALL, *cached(tmp_path), "trainer.max_steps=1")
     assert "name the run that trained it in model.start" in train(tmp_path / "none", *arguments, expect=1).stderr

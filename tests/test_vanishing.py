@@ -319,6 +319,7 @@ def test_leftovers_of_skipped_csv_do_not_refuse_a_catalog(run, images, tmp_path)
 # ---------------------------------------------------------------------------------------- calibrations
 
 
+@pytest.mark.slow
 def test_a_calibration_stays_with_an_equal_catalog_and_goes_with_a_word(run, images, tmp_path):
     out = tmp_path / "c"
     simsearch(*command("index", run, images, out))

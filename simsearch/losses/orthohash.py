@@ -53,8 +53,9 @@ def binary_targets(classes: int, bits: int, seed: int = 0) -> Tensor:
     """Distinct target codes, float32 (classes, bits) of +1 and -1.
 
     Where classes <= bits and a Hadamard matrix of that size can be built, the targets are rows of the matrix,
-    orthogonal to each other. With classes < bits every such row has as many +1 as -1. Otherwise the targets are random
-    rows with bits // 2 entries of +1.
+    orthogonal to each other. With classes < bits every such row has as many +1 as -1, and one bit is equal in all
+    targets if the matrix has a column of ones, as at 12, 24, 48 and 64 bits. Otherwise the targets are random rows with
+    bits // 2 entries of +1.
 
     Args:
         classes: Number of targets.
