@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from simsearch.search.encoder_files import encoder_fingerprint
 from simsearch.search.errors import CatalogError
 from simsearch.search.item_tables import path_table, with_thumbnails
 from simsearch.search.local_features import about_local_features
-from simsearch.search.names import OWN_ID
+from simsearch.search.plan import Plan, check_own_ids, texts
 from simsearch.search.segments import Places, damaged_files, with_ids, write_segment
 from simsearch.search.verification import Verification
 from simsearch.search.writing import locked, read_skipped, write_skipped
@@ -184,7 +184,7 @@ def manifest_to_add(folder: Path, source: Path, root: Path | None, *, trusted: b
     if not {"label", "path"} <= set(items.column_names):
         return manifest
     others = {name: column for name, column in manifest.attributes.items() if name != "label"}
-    if _texts(items["label"]) != _first_folders(items["path"].to_pylist()):  # of a table
+    if texts(items["label"]) != _first_folders(items["path"].to_pylist()):  # of a table
         return replace(manifest, attributes=others)
     return replace(manifest, attributes={**others, "label": tuple(_first_folders(manifest.paths))})
 
@@ -259,7 +259,7 @@ def update(
     with changing(folder, trusted=trusted) as catalog:
         if "path" not in catalog.items.column_names:
             raise ValueError(f"the items of the catalog {folder} have no paths: make it again to add to it")
-        plan = _Plan.of(catalog, table, content_digests(manifest.root, manifest.paths), remove=remove)
+        plan = Plan.of(catalog, table, content_digests(manifest.root, manifest.paths), remove=remove)
         side = thumbnail or int(catalog.about.get("thumbnail") or THUMBNAIL_SIDE)
         described = _Described.of(catalog, manifest, plan, encoder, device, side, batch_size, workers)
         at = {row: position for row, position in enumerate(plan.position) if position is not None}
@@ -275,7 +275,7 @@ def update(
         errors: list[Any] = [*described.errors, *manifest.rejected]
         numbers = catalog.names.numbers
         next_id = int(catalog.about["next_id"])
-        ids = _ids(plan, described.rows, numbers, next_id)
+        ids = plan.ids(described.rows, numbers, next_id)
         edited = sorted(plan.edits)
         outcome = Change(
             version=int(catalog.about["version"]),
@@ -289,10 +289,10 @@ def update(
         source = {**(catalog.about.get("source") or {}), "images": str(manifest.root)}
         if new or changed or edited or gone or (remove and source != catalog.about.get("source")):
             attributes = (
-                _attributes(catalog, plan, table, [plan.edits[position] for position in edited], edited),
-                _attributes(catalog, plan, table, described.rows, [plan.position[row] for row in described.rows]),
+                plan.attributes(catalog, table, [plan.edits[position] for position in edited], edited),
+                plan.attributes(catalog, table, described.rows, [plan.position[row] for row in described.rows]),
             )
-            _check_own_ids(catalog, attributes, [*gone, *changed, *edited])
+            check_own_ids(catalog, attributes, [*gone, *changed, *edited])
             tables = _tables(catalog, plan, attributes, described, ids, edited)
             entry = _write(catalog, manifest, tables, described, edited, workers) if edited or described.rows else None
             changes: dict[str, Any] = {"columns": plan.columns, "next_id": next_id + len(new)}
@@ -390,90 +390,7 @@ def problems(folder: Path, *, trusted: bool = False) -> list[str]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------- plans
-
-
-@dataclass
-class _Plan:
-    """What to do with the rows of a table of images and the items of a catalog.
-
-    Attributes:
-        columns: The columns that the items will have.
-        position: The position of each row's item, None if there is none.
-        contents: The digest of each row's file.
-        describe: Rows that are described.
-        edits: Rows whose item gets another path or other attributes, by position.
-        gone: Positions of the items that are removed.
-        partial: Whether the table may lack attributes, which stay.
-    """
-
-    columns: list[str]
-    position: list[int | None]
-    contents: list[str | None]
-    describe: list[int] = field(default_factory=list)
-    edits: dict[int, int] = field(default_factory=dict)
-    gone: list[int] = field(default_factory=list)
-    partial: bool = False
-
-    @classmethod
-    def of(cls, catalog: Catalog, table: pa.Table, contents: list[str | None], *, remove: bool) -> _Plan:
-        before = list(catalog.about["columns"])
-        added = [name for name in table.column_names if name not in before]
-        columns = list(table.column_names) if remove else [*before, *added]
-        at = {path: position for position, path in enumerate(catalog.items["path"].to_pylist())}
-        assert catalog.contents is not None
-        known = catalog.contents.to_pylist()
-        paths = table["path"].to_pylist()
-        plan = cls(columns, [at.get(path) for path in paths], contents, partial=not remove)
-        if remove:
-            listed = {position for position in plan.position if position is not None}
-            plan.gone = [position for position in range(len(catalog)) if position not in listed]
-            moved = {known[position]: position for position in reversed(plan.gone) if known[position] is not None}
-            for row, position in enumerate(plan.position):
-                if position is None and (found := moved.pop(contents[row], None)) is not None:
-                    plan.position[row] = found
-                    plan.edits[found] = row
-            plan.gone = [position for position in plan.gone if position not in plan.edits]
-        names = [*table.column_names, *(name for name in before if remove and name not in table.column_names)]
-        nothing = [None] * max(len(catalog), len(table))
-        was = {name: _texts(catalog.items[name]) if name in before else nothing for name in names}
-        now = {name: table[name].to_pylist() if name in table.column_names else nothing for name in names}
-        for row, position in enumerate(plan.position):
-            if position is None or contents[row] is None or contents[row] != known[position]:
-                plan.describe.append(row)
-            elif any(was[name][position] != now[name][row] for name in names):
-                plan.edits[position] = row
-        return plan
-
-
-def _texts(column: pa.ChunkedArray) -> list[str | None]:
-    return column.cast(pa.string()).to_pylist()
-
-
-def _ids(plan: _Plan, rows: Sequence[int], numbers: np.ndarray, next_id: int) -> list[int]:
-    """The ids of described rows: those of their items, or new ones."""
-    ids = []
-    for row in rows:
-        position = plan.position[row]
-        ids.append(next_id if position is None else int(numbers[position]))
-        next_id += position is None
-    return ids
-
-
-def _check_own_ids(catalog: Catalog, tables: Sequence[pa.Table], replaced: Sequence[int]) -> None:
-    """Raises ValueError if the column `id` holds the ids of a catalog, and would not do so after a change."""
-    if not catalog.names.own:
-        return
-    left = np.ones(len(catalog), dtype=bool)
-    left[list(replaced)] = False
-    seen = set(_texts(catalog.items[OWN_ID].filter(pa.array(left))))
-    for table in tables:
-        for one in table[OWN_ID].to_pylist() if OWN_ID in table.column_names else [None]:
-            if not one:
-                raise ValueError(f"an image has no id, but all items of {catalog.folder} have: fill the column id")
-            if one in seen:
-                raise ValueError(f"two images have the id {one!r}, but ids of {catalog.folder} are distinct")
-            seen.add(one)
+# ----------------------------------------------------------------------------------------- describing
 
 
 @dataclass(frozen=True)
@@ -490,7 +407,7 @@ class _Described:
         cls,
         catalog: Catalog,
         manifest: Manifest,
-        plan: _Plan,
+        plan: Plan,
         encoder: Encoder | None,
         device: torch.device | None,
         thumbnail: int,
@@ -522,26 +439,9 @@ def _reasons(errors: Sequence[ValueError]) -> dict[str, int]:
 # --------------------------------------------------------------------------------------------- writing
 
 
-def _attributes(
-    catalog: Catalog, plan: _Plan, table: pa.Table, rows: Sequence[int], positions: Sequence[int | None]
-) -> pa.Table:
-    """The columns of the items that rows of a table become. Positions are those of the items so far, None if new."""
-
-    def values(name: str) -> list[str | None]:
-        if name in table.column_names:
-            return table[name].take(pa.array(rows, pa.int64())).to_pylist()
-        if not plan.partial or name not in catalog.items.column_names:
-            return [None] * len(rows)
-        known = [position for position in positions if position is not None]
-        old = iter(_texts(catalog.items[name].take(pa.array(known, pa.int64()))))
-        return [None if position is None else next(old) for position in positions]
-
-    return pa.table({name: pa.array(values(name), pa.string()) for name in plan.columns})
-
-
 def _tables(
     catalog: Catalog,
-    plan: _Plan,
+    plan: Plan,
     attributes: tuple[pa.Table, pa.Table],
     described: _Described,
     ids: Sequence[int],
