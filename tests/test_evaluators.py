@@ -75,13 +75,6 @@ def test_what_needs_all_descriptors_refuses_those_of_several_ranks(both):
         _ = replace(both[1], ranks=Ranks(0, 2)).whole
 
 
-def test_class_means_without_the_junk_need_one_process(both):
-    group = torch.arange(24)
-    spread = replace(both[1], group=group, own=replace(both[1].own, group=group), ranks=Ranks(0, 2))
-    with pytest.raises(ValueError, match="all descriptors in one process, and they are spread over 2"):
-        ClassMeans()(spread, spread, replace(TASK, junk="work"))
-
-
 def test_a_metric_without_a_value_is_null_in_json():
     assert plain_metrics({"a": 0.5, "b": math.nan}) == {"a": 0.5, "b": None}
 

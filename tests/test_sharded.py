@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from simsearch.data import datamodule
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import OwnPart, RetrievalDataModule
 from simsearch.data.protocols import OfficialSplit
+from simsearch.evaluation.class_means import ClassMeans
 from simsearch.evaluation.evaluate import Evaluation, evaluate
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.ranking import average_precision_in_index_order, inner_products, measure_ranking, rank
@@ -34,7 +35,7 @@ from simsearch.functional.sharded import Ranks, Sharded
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.metrics.retrieval import RetrievalMetrics
 from simsearch.search.rerank import AQE
-from simsearch.types import Descriptors
+from simsearch.types import Descriptors, RetrievalTask
 
 KS = (1, 5, 20)
 READABLE = os.access("/proc/self/clear_refs", os.W_OK)
@@ -220,6 +221,30 @@ def test_any_deal_gives_the_rankings_of_one_process(dealt, exclude_self, seed):
         near(found, metrics)
         if bits is not None:
             near({"AP": order}, {"AP": ordered})
+
+
+@pytest.mark.parametrize("how", ["uneven", "empty", "mixed"])
+@pytest.mark.parametrize("bits", [None, 16])
+def test_class_means_on_several_ranks_are_those_of_one_process(how, bits, monkeypatch):
+    """With junk too, and with the groups of -1 that RetrievalMetrics gives a task without junk."""
+    monkeypatch.setattr("simsearch.evaluation.class_means._BLOCK", 11)
+    query, gallery = described(30, seed=1, first=60, bits=bits), described(80, seed=2, bits=bits)
+    query.group[:3], gallery.group[:3] = 0, 0
+    task = RetrievalTask("toy", query.index, gallery.index, "kind", "group", True, "0" * 16)
+    for junk in (True, False):
+        if not junk:
+            query, gallery = (replace(side, group=torch.full_like(side.index, -1)) for side in (query, gallery))
+        expected = ClassMeans()(Sharded.of(query), Sharded.of(gallery), task)
+
+        def work(ranks: Ranks, query: Descriptors = query, gallery: Descriptors = gallery) -> Any:
+            dealt = (part(side, deal(len(side), ranks.rank, 3, how)) for side in (query, gallery))
+            return ClassMeans()(*(Sharded.spread(side, ranks) for side in dealt), task)
+
+        for found in in_threads(3, work):
+            assert found.metrics == expected.metrics
+            assert found.intervals == expected.intervals
+            near(found.per_query, expected.per_query)
+        assert 0.2 < expected.metrics["class/accuracy"] < 1
 
 
 def test_a_row_that_several_ranks_have_stays_with_the_lowest():

@@ -35,73 +35,67 @@ class ClassMeans:
             query: The queries of the task.
             gallery: The gallery of the task.
             task: The task.
-
-        Raises:
-            ValueError: If the task has junk and several ranks measure.
         """
-        taken = _taken(query, gallery, exclude_self=task.exclude_self)
         stored = _unit(gallery.own)
         classes, counts = gallery.label[gallery.label >= 0].unique(return_counts=True)
         known = gallery.own.label >= 0
         places = torch.searchsorted(classes, gallery.own.label[known])
         sums = stored.new_zeros(len(classes), stored.shape[1]).index_add_(0, places, stored[known])
-        sums = gallery.ranks.sum(sums)
+        of_classes = classes, counts, gallery.ranks.sum(sums)
 
-        right = _is_nearest(query.own, classes, counts, sums, *taken)
-        whole = torch.zeros(len(query), dtype=torch.float64)
-        whole[query.position] = right
-        measured = Measured.of({"class/accuracy": query.ranks.sum(whole)}, query_units(query, task))
-
-        right = _is_nearest(gallery.own, classes, counts, sums, *_taken(gallery, gallery, exclude_self=True))
-        of_all = gallery.ranks.sum(torch.stack([right.nansum(), (~right.isnan()).double().sum()]))
-        share = {"class/gallery_accuracy": float(of_all[0] / of_all[1])}
+        taken = find_junk(query, gallery, exclude_self=task.exclude_self)
+        right = _is_nearest(query, gallery, *of_classes, taken)
+        measured = Measured.of({"class/accuracy": right}, query_units(query, task))
+        right = _is_nearest(gallery, gallery, *of_classes, find_junk(gallery, gallery, exclude_self=True))
+        share = {"class/gallery_accuracy": float(right.nanmean())}
         return replace(measured, metrics=measured.metrics | share)
-
-
-def _taken(side: Sharded, gallery: Sharded, *, exclude_self: bool) -> tuple[Junk, Descriptors]:
-    """The pairs of an item of this rank and of what its means are without, and what these pairs count among."""
-    if gallery.group is not None:
-        return find_junk(side, gallery.whole, exclude_self=exclude_self), gallery.whole
-    own = (torch.isin(side.own.index, gallery.index) & exclude_self).nonzero()[:, 0]
-    return Junk(own, own), side.own
 
 
 def _unit(items: Descriptors) -> Tensor:
     return unit_vectors(items.vectors, items.bits).double()
 
 
-def _is_nearest(
-    asked: Descriptors, classes: Tensor, counts: Tensor, sums: Tensor, junk: Junk, items: Descriptors
-) -> Tensor:
+def _is_nearest(asked: Sharded, gallery: Sharded, classes: Tensor, counts: Tensor, sums: Tensor, junk: Junk) -> Tensor:
     """float64 (N,): 1 where the mean of an item's own class is the nearest, 0 elsewhere, NaN where there is none.
+
+    Each rank has the scores of its own items. What is taken out of the means for a block of items is summed over ranks.
 
     Args:
         asked: N items.
+        gallery: G items, part of the sums where their labels are known.
         classes: int64 (K,), ascending.
         counts: int64 (K,), items of each class.
         sums: float64 (K, D), sums of the vectors of each class.
-        junk: Pairs of an item and of one of `items` that is left out of the means for it.
-        items: M items, part of the sums where their labels are known.
+        junk: Pairs of an item and of a gallery item that is left out of the means for it.
     """
-    vectors, taken = _unit(asked), _unit(items)
-    own = torch.searchsorted(classes, asked.label).clamp(max=len(classes) - 1)
-    of_item = torch.searchsorted(classes, items.label).clamp(max=len(classes) - 1)
-    counted = classes[of_item] == items.label
-    means, right = torch.nn.functional.normalize(sums), vectors.new_empty(len(vectors))
-    for start in range(0, len(vectors), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        scores = vectors[rows] @ means.T
-        row, item = junk.block(start, start + _BLOCK)
-        row, item = row[counted[item]], item[counted[item]]
+    vectors, stored, means = _unit(asked.own), _unit(gallery.own), torch.nn.functional.normalize(sums)
+    own, of_item = (torch.searchsorted(classes, side.label).clamp(max=len(classes) - 1) for side in (asked, gallery))
+    place_here = torch.full((len(gallery),), -1)  # of each gallery item, -1 where another rank has it
+    place_here[gallery.position] = torch.arange(len(stored))
+    right = vectors.new_zeros(len(asked))
+    for start in range(0, len(asked), _BLOCK):
+        stop = start + _BLOCK
+        here = (asked.position >= start) & (asked.position < stop)
+        rows, some = asked.position[here], vectors[here]
+        scores = some @ means.T
+
+        row, item = junk.block(start, stop)
+        counted = gallery.label[item] >= 0
+        row, item = row[counted], item[counted]
         cell, place, gone = (row * len(classes) + of_item[item]).unique(return_inverse=True, return_counts=True)
-        ones, shape = vectors.new_ones(len(item)), (len(cell), len(taken))
-        picked = torch.sparse_coo_tensor(torch.stack([place, item]), ones, shape, check_invariants=False)
-        row, kind = cell // len(classes), cell % len(classes)
-        rest = torch.nn.functional.normalize(sums[kind] - picked @ taken)
-        score = (vectors[rows][row] * rest).sum(1)
-        scores[row, kind] = score.masked_fill(counts[kind] == gone, -torch.inf)
+        held = place_here[item] >= 0
+        pairs = torch.stack([place[held], place_here[item[held]]])
+        ones, shape = vectors.new_ones(pairs.shape[1]), (len(cell), len(stored))
+        picked = torch.sparse_coo_tensor(pairs, ones, shape, check_invariants=False) @ stored
+        row, kind = start + cell // len(classes), cell % len(classes)
+        rest = torch.nn.functional.normalize(sums[kind] - gallery.ranks.sum(picked))
+        mine = torch.isin(row, rows)
+        line, kind, gone = torch.searchsorted(rows, row[mine]), kind[mine], gone[mine]
+        scores[line, kind] = (some[line] * rest[mine]).sum(1).masked_fill(counts[kind] == gone, -torch.inf)
+
         best = scores.gather(1, own[rows, None])[:, 0]
         others = scores.scatter(1, own[rows, None], -torch.inf).amax(1)
         right[rows] = (best > others).double().masked_fill(best == -torch.inf, torch.nan)
+    right = asked.ranks.sum(right)
     right[classes[own] != asked.label] = torch.nan
     return right

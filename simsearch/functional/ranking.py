@@ -70,7 +70,7 @@ def _join(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return rows, order[low.repeat_interleave(count) + offset]
 
 
-def find_junk(query: Descriptors | Sharded, gallery: Descriptors, *, exclude_self: bool) -> Junk:
+def find_junk(query: Descriptors | Sharded, gallery: Descriptors | Sharded, *, exclude_self: bool) -> Junk:
     """The pairs that no ranking counts.
 
     These are, with `exclude_self`, the pairs with an equal `index`, and, where both sides have groups, the pairs of one
