@@ -339,10 +339,11 @@ def test_more_iterations_of_diffusion_change_no_answer(alpha):
     assert torch.equal(enough.scores, many.scores)
 
 
+@pytest.mark.parametrize("gamma", [3.0, 0.0])
 @pytest.mark.parametrize("block_bytes", [1, 2**20])
-def test_diffusion_equals_a_dense_solution(block_bytes):
+def test_diffusion_equals_a_dense_solution(block_bytes, gamma):
     query, gallery, junk = units(7, seed=1), units(40, seed=2), some_junk(7, 40)
-    k, gamma, seeds, alpha, depth = 8, 3.0, 3, 0.9, 20
+    k, seeds, alpha, depth = 8, 3, 0.9, 20
     y = gallery.double().numpy()
     own = y @ y.T
     affinity = np.zeros((40, 40))

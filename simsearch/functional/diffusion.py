@@ -46,8 +46,8 @@ def affinity_graph(gallery: Tensor, k: int, gamma: float) -> Graph:
                 [1.]])
     """
     found = gallery_neighbours(gallery, k)
-    affinity = found.scores.clamp(min=0).masked_fill(~mutual_neighbours(found.ids), 0.0) ** gamma
-    affinity = affinity.masked_fill(found.scores <= 0, 0.0)  # 0^0 would be 1
+    joined = mutual_neighbours(found.ids) & (found.scores > 0)
+    affinity = (found.scores.clamp(min=0) ** gamma).masked_fill(~joined, 0.0)  # after the power: 0^0 is 1
     root = affinity.sum(1).rsqrt().nan_to_num(posinf=0.0)
     ids = found.ids.clamp(min=0)
     return Graph(ids, affinity * root[:, None] * root[ids], gamma)
