@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from sklearn.metrics import average_precision_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from simsearch.callbacks.evaluation import RetrievalEvaluation, write_results
+from simsearch.callbacks.evaluation import RetrievalEvaluation, _is_best, write_results
 from simsearch.callbacks.neighbours import NeighbourFigure, choose_examples
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
@@ -34,7 +35,7 @@ from simsearch.functional.sharded import Sharded
 from simsearch.functional.significance import mean_interval
 from simsearch.index.faiss_index import FaissIndex
 from simsearch.search.rerank import AQE
-from simsearch.types import Descriptors, RetrievalTask
+from simsearch.types import Descriptors, RetrievalTask, SearchResult
 
 KS = (1, 5, 20)
 
@@ -404,6 +405,17 @@ class TestCallback:
         assert len({id(i) for i in indexes}) == 3
         assert [len(i) for i in indexes] == [len(data.task("validate").gallery)] * 3
 
+    @pytest.mark.parametrize("mode", ["max", "min"])
+    def test_a_value_like_the_best_is_no_better(self, mode):
+        """The trainer keeps the best in float32, so that .9 is above it by rounding, and .3 below."""
+        keeper = ModelCheckpoint(monitor="val/P@1", mode=mode)
+        worker = SimpleNamespace(checkpoint_callbacks=[keeper])
+        assert _is_best(worker, {"P@1": 0.9})  # the first
+        for value in (0.9, 0.3):
+            keeper.best_model_score = torch.tensor(value)
+            assert not _is_best(worker, {"P@1": value})
+            assert _is_best(worker, {"P@1": value + 1e-6}) == (mode == "max")
+
     def test_sanity_checking_is_skipped(self, data, tmp_path, monkeypatch):
         monkeypatch.setattr("simsearch.evaluation.evaluate.evaluate", lambda *_, **__: pytest.fail("evaluated"))
         callback = RetrievalEvaluation(FaissIndex("Flat"), ks=KS)
@@ -579,6 +591,20 @@ class TestNeighbours:
         data.setup()
         result = by_hand(Projection(), data, data.task("test"))
         assert len(choose_examples(result, data.collection, data.task("test"), queries=500, k=2)) == 20
+
+    @pytest.mark.parametrize(("count", "queries"), [(1, 5), (26, 26), (30, 29), (100, 99), (100, 100), (100, 7)])
+    def test_no_query_is_drawn_twice(self, count, queries):
+        rows = torch.arange(count)
+        images = rows.byte().view(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+        collection = Collection("grey", images, rows[:, None] * 0, ("class",), (("a",),), rows < 0)
+        side = Sharded.of(Descriptors(F.normalize(torch.rand(count, 2)), rows * 0, rows))
+        result = SimpleNamespace(
+            per_query={"AP": torch.rand(count).double()}, query=side, gallery=side,
+            found=SearchResult(rows[:, None], torch.ones(count, 1)),
+        )  # fmt: skip
+        task = RetrievalTask("t", rows, rows, "class", None, False, "")
+        examples = choose_examples(result, collection, task, queries, k=1)
+        assert len({int(example.tiles[0].image[0, 0, 0]) for example in examples}) == min(queries, count)
 
     @pytest.mark.parametrize("arguments", [{"queries": 0}, {"k": 0}])
     def test_wrong_values(self, arguments):

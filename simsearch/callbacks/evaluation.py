@@ -180,8 +180,9 @@ def _is_best(trainer: pl.Trainer, metrics: Mapping[str, float]) -> bool:
         if isinstance(keeper, ModelCheckpoint) and keeper.best_model_score is not None:
             value = metrics.get(str(keeper.monitor).removeprefix("val/"))
             if value is not None:
-                best = float(keeper.best_model_score)
-                return value > best if keeper.mode == "max" else value < best
+                best = keeper.best_model_score
+                logged = torch.tensor(value).to(best)  # rounded as the trainer logs it: an equal one is no better
+                return bool(logged > best if keeper.mode == "max" else logged < best)
     return True
 
 

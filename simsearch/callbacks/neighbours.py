@@ -82,7 +82,9 @@ def choose_examples(result: Evaluation, collection: object, task: RetrievalTask,
     """
     precision: Tensor = result.per_query["AP"]
     order = torch.argsort(precision.nan_to_num(-1.0))
-    steps = np.linspace(0.02, 0.98, min(queries, len(order))) * (len(order) - 1)
+    count, last = min(queries, len(order)), len(order) - 1
+    end = min(round(0.02 * last), (len(order) - count) // 2)  # of the extremes, unless all queries are wanted
+    steps = np.linspace(end, last - end, count)
     images: Tensor = collection.images  # type: ignore[attr-defined]
     names = collection.classes[collection.attributes.index(task.attribute)]  # type: ignore[attr-defined]
 
