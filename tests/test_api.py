@@ -554,6 +554,23 @@ class TestEvaluate:
         assert each.intervals != units.intervals
         assert (each.units, units.units) == (30, 3)
 
+    def test_what_is_missing_in_a_table_of_pandas_is_unknown(self):
+        pandas = pytest.importorskip("pandas")
+        plain = simsearch.evaluate(self.query, self.labels, self.gallery, [*self.others[:29], None], ks=(1,))
+        for kind in ("string", "category", object):
+            labels, others = (
+                pandas.Series(list(values), dtype=kind) for values in (self.labels, [*self.others[:29], pandas.NA])
+            )
+            assert simsearch.evaluate(self.query, labels, self.gallery, others, ks=(1,)).metrics == plain.metrics
+
+    @pytest.mark.parametrize("missing", [None, np.nan])
+    def test_a_query_of_no_known_unit_is_one_of_its_own(self, missing):
+        args = (self.query, self.labels, self.gallery, self.others)
+        named = simsearch.evaluate(*args, ks=(1,), units=[-1, -1, -2, -2, "a", "b", "c", "d", "e"])
+        found = simsearch.evaluate(*args, ks=(1,), units=[-1, -1, -2, -2, *[missing] * 5])
+        assert found.units == named.units == 7
+        assert found.intervals == named.intervals
+
     def test_shows_itself(self):
         report = simsearch.evaluate(self.query, self.labels, self.gallery, self.others, ks=(1,))
         assert f"{report['mAP']:.4f}" in str(report)
@@ -561,7 +578,10 @@ class TestEvaluate:
         assert report.to_arrow()["metric"].to_pylist()[0] == "mAP"
 
     def test_mistakes_are_named(self):
+        column = [[label] for label in self.labels]
         for arguments, message in (
+            ((self.query, column, self.gallery, self.others), r"query_labels must be numbers or texts, .*got \['a'\]"),
+            ((self.query, self.labels, 1e30 * self.gallery, self.others), "gallery_vectors have a norm of"),
             ((self.query, self.labels, self.gallery[:, :4], self.others), "5 columns, but gallery_vectors have 4"),
             (
                 (self.query, self.labels[:3], self.gallery, self.others),
@@ -569,7 +589,7 @@ class TestEvaluate:
             ),
             ((self.query, ["?"] * 9, self.gallery, self.others), "no query has a relevant item"),
             ((self.query[0], self.labels, self.gallery, self.others), r"query_vectors must be \(N, D\)"),
-            ((self.query * np.nan, self.labels, self.gallery, self.others), "NaN"),
+            ((self.query * np.nan, self.labels, self.gallery, self.others), "query_vectors hold NaN"),
         ):
             with pytest.raises(ValueError, match=message):
                 simsearch.evaluate(*arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -20,7 +19,7 @@ from torch import Tensor
 from simsearch.evaluation.evaluator import means
 from simsearch.functional.codes import pack_codes
 from simsearch.functional.ranking import measure_ranking
-from simsearch.types import Descriptors
+from simsearch.types import Descriptors, check_vectors
 
 
 @dataclass(frozen=True)
@@ -113,15 +112,15 @@ def evaluate(
     Args:
         query_vectors: Array or tensor (Q, D) of real numbers; with `bits` codes uint8 (Q, ceil(bits / 8)) as
             numpy.packbits(..., bitorder="little") packs them, or (Q, bits) real values, of which those above 0 are set.
-        query_labels: Q labels, numbers or texts; items of a query's label are relevant to it. None, NaN and negative
-            numbers are unknown labels, which equal none.
+        query_labels: Q labels, numbers or texts; items of a query's label are relevant to it. None, NaN (also that of
+            pandas: NA, NaT) and negative numbers are unknown labels, which equal none.
         gallery_vectors: The same of the gallery, (G, D).
         gallery_labels: G labels.
         bits: Width of codes; None for real vectors.
         ks: The k of P@k, R@k (hit rate), NDCG@k and AP@k.
         exclude_self: Query i and gallery item i are one image, which is left out of the query's ranking.
         units: What each query is a draw of, Q values such as artists, or None where each query is its own: the
-            intervals are over these.
+            intervals are over these. A query whose value is None or NaN is its own.
 
     Raises:
         ValueError: For shapes that do not fit, NaN, and no query with a relevant item.
@@ -151,8 +150,10 @@ def evaluate(
             ("gallery_labels", gallery_labels, gallery),
         )
     ]
-    of_units = None if units is None else _numbered("units", units, len(query), {}, unknown=False)
-    own = torch.arange(len(query))
+    own, of_units = torch.arange(len(query)), None
+    if units is not None:
+        of_units = _numbered("units", units, len(query), {}, negative=True)
+        of_units = torch.where(of_units < 0, len(query) + own, of_units)
     rows = own if exclude_self else own + len(gallery)
     per_query = measure_ranking(
         Descriptors(query, labels[0], rows, bits),
@@ -182,7 +183,8 @@ def _vectors(name: str, given: Any, bits: int | None) -> Tensor:
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"{name} must be (N, D) with N, D >= 1, got shape {tuple(values.shape)}")
     if bits is None:
-        return F.normalize(values.float(), dim=1)
+        check_vectors(name, vectors := values.float())
+        return F.normalize(vectors, dim=1)
     if values.dtype == torch.uint8 and values.shape[1] == -(-bits // 8):
         return values
     if values.shape[1] != bits:
@@ -193,13 +195,21 @@ def _vectors(name: str, given: Any, bits: int | None) -> Tensor:
     return pack_codes(values.float())
 
 
-def _numbered(name: str, given: Any, count: int, numbers: dict[Hashable, int], *, unknown: bool = True) -> Tensor:
-    """Labels int64 (count,), equal for equal values; -1 for unknown ones where there may be such. Fills `numbers`."""
+def _numbered(name: str, given: Any, count: int, numbers: dict[Hashable, int], *, negative: bool = False) -> Tensor:
+    """Labels int64 (count,), equal for equal values; -1 for unknown ones. Fills `numbers`.
+
+    With `negative` a number below 0 is a label as any other.
+    """
     values = [_plain(value) for value in (given.tolist() if isinstance(given, Tensor | np.ndarray) else given)]
     if len(values) != count:
         raise ValueError(f"{name} must have one value for each of the {count} vectors, got {len(values)}")
+    for value in values:
+        if not isinstance(value, Hashable):
+            raise ValueError(
+                f"{name} must be numbers or texts, one for each vector, got {value!r}: for a column x[:, 0]"
+            )
     return torch.tensor(
-        [-1 if unknown and _is_unknown(value) else numbers.setdefault(value, len(numbers)) for value in values],
+        [-1 if _is_unknown(value, negative) else numbers.setdefault(value, len(numbers)) for value in values],
         dtype=torch.int64,
     )
 
@@ -209,5 +219,9 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0 else value
 
 
-def _is_unknown(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and (math.isnan(value) or value < 0))
+def _is_unknown(value: Any, negative: bool) -> bool:
+    try:
+        known = bool(value == value)  # NaN and pandas' NaT are not
+    except TypeError:  # pandas' NA, which is neither true nor false
+        known = False
+    return value is None or not known or (not negative and isinstance(value, int | float) and value < 0)
