@@ -31,7 +31,7 @@ from simsearch.evaluation.ranking import FullRanking
 from simsearch.evaluation.recommendation import Recommend, nearest_lists, popular_lists, random_lists
 from simsearch.files import read_json
 from simsearch.functional.sharded import Sharded
-from simsearch.functional.significance import jackknife_difference, mean_interval
+from simsearch.functional.significance import holm, jackknife_difference, mean_interval
 from simsearch.search.calibration_sample import outside_sample
 from simsearch.search.describe import batches_of
 from simsearch.trust import Untrusted
@@ -333,6 +333,8 @@ def test_further_evaluators_add_only_what_is_new(collection, vectors, capsys):
     other = replace(run, name="two", vectors=vectors.flip(1) + 0.3 * torch.eye(N, D))
     compared = assessment.compare({r.name: assessment.measure(r, collection, tasks, further) for r in (run, other)})
     assert [line["protocol"] for line in compared] == ["art-artist", "art-work"]
+    p = torch.tensor([line["p"] for line in compared], dtype=torch.float64)
+    assert [line["p_holm"] for line in compared] == holm(p).tolist()
 
 
 def test_random_lists_are_those_of_the_seed(collection, vectors):

@@ -202,7 +202,7 @@ def compare(found: Mapping[str, Sequence[Finding]]) -> list[dict[str, Any]]:
             both = ~(a - b).isnan()
             facts |= {"p": paired_permutation(a, b, units), "queries": int(both.sum())}
             lines.append(facts | {"unit": task.unit, "units": len(units[both].unique())})
-    adjusted = holm(torch.tensor([line["p"] for line in lines])).tolist() if lines else []
+    adjusted = holm(torch.tensor([line["p"] for line in lines], dtype=torch.float64)).tolist() if lines else []
     return [line | {"p_holm": p} for line, p in zip(lines, adjusted, strict=True)]
 
 
