@@ -127,7 +127,7 @@ class RetrievalMetrics(Metric):
             if isinstance(value, list):  # a gathered state is a tensor already
                 if not value:
                     raise ValueError(f"no {role} items were collected")
-                value = torch.cat(value)
+                value = torch.cat([part.cpu() for part in value])  # a GPU has no room for all of them twice
             return value.cpu()
 
         vectors, label, index, group = (column(name) for name in ("vectors", "label", "index", "group"))
