@@ -11,7 +11,7 @@ import torch
 
 from simsearch.evaluation.class_means import ClassMeans
 from simsearch.evaluation.evaluate import Search
-from simsearch.evaluation.evaluator import Measured, query_units, sides
+from simsearch.evaluation.evaluator import Measured, check_ks, query_units, sides
 from simsearch.evaluation.ranking import FullRanking
 from simsearch.evaluation.record import plain_metrics
 from simsearch.functional.codes import pack_codes
@@ -73,6 +73,12 @@ def test_what_needs_all_descriptors_refuses_those_of_several_ranks(both):
     assert both[1].whole is both[1].own
     with pytest.raises(ValueError, match="all descriptors in one process, and they are spread over 2"):
         _ = replace(both[1], ranks=Ranks(0, 2)).whole
+
+
+@pytest.mark.parametrize("ks", [(), 5, (1, 0), (1, 100.0)])  # Hydra reads 1e2 as 100.0
+def test_cutoffs_are_whole_ranks(ks):
+    with pytest.raises(ValueError, match="ks must be a list of ranks from 1"):
+        check_ks(ks)
 
 
 def test_a_metric_without_a_value_is_null_in_json():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -102,7 +103,7 @@ def check_ks(ks: Sequence[int]) -> None:
     Raises:
         ValueError: If they are not a list of ranks from 1.
     """
-    if isinstance(ks, int) or not list(ks) or min(ks) < 1:
+    if isinstance(ks, Integral) or not list(ks) or not all(isinstance(k, Integral) and k >= 1 for k in ks):
         raise ValueError(f"ks must be a list of ranks from 1, such as [1, 10], got {ks}")
 
 
