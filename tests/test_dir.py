@@ -19,6 +19,7 @@ from test_resume import DATA, DIR
 from torch import Tensor, nn
 
 from simsearch.callbacks.mining import TripletMining
+from simsearch.data.samplers import MinedTriplets
 from simsearch.functional.pooling import rmac_regions
 from simsearch.models.backbones import timm_backbone
 from simsearch.models.dir import RegionNetwork
@@ -296,6 +297,22 @@ def test_a_pool_that_is_no_number_names_step_and_rows(select, value, monkeypatch
         ValueError, match=r"1 of the 20 .*step 7 \(epoch 3, collection rows \[111\]\).*lower optimizer.lr"
     ):
         mining._mine(trainer, None)
+
+
+def test_triplets_are_of_the_samplers_labels_not_of_the_protocols(monkeypatch):
+    artist = torch.arange(200) // 2 % 2
+    split = SimpleNamespace(train=torch.arange(100, 140), test=SimpleNamespace(attribute="style"))
+    collection = SimpleNamespace(column=lambda name: artist if name == "artist" else torch.arange(200) % 2)
+    sampler = MinedTriplets(artist[split.train], triplets=3, batches=2)  # those of the loss's first attribute
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(split=split, collection=collection), global_step=0, current_epoch=0, loggers=[],
+        train_dataloader=SimpleNamespace(sampler=sampler), is_global_zero=True,
+        strategy=SimpleNamespace(broadcast=lambda mined: mined),
+    )  # fmt: skip
+    mining = TripletMining(pool=20, margin=1.0)
+    monkeypatch.setattr(mining, "_describe", lambda trainer, module, rows: torch.randn(len(rows), 4))
+    mining._mine(trainer, None)
+    assert not sampler.needs_triplets
 
 
 @pytest.mark.parametrize(("count", "world"), [(7, 2), (8, 2), (5, 4), (3, 4), (6, 1)])

@@ -356,6 +356,7 @@ def test_a_lightning_run_goes_on_from_every_checkpoint(kind, workers, tmp_path):
         (lambda: len(PKBatches(LABELS, 7, 2)), "use classes=6"),
         (lambda: len(PKBatches(LABELS, 6, 7)), "use fewer images"),
         (lambda: MinedTriplets(LABELS, 0, 1), "triplets=0"),
+        (lambda: MinedTriplets(LABELS - 1, 2, 5), "unknown labels"),
         (lambda: MinedTriplets(LABELS, 2, 5).set_triplets(triplets(9)), r"\(10, 3\), got \(9, 3\)"),
         (lambda: MinedTriplets(LABELS, 1, 1).set_triplets(torch.tensor([[0, 1, 40]])), "0..39, got 0..40"),
         (lambda: MinedTriplets(LABELS, 1, 1).set_triplets(torch.tensor([[0, 1, 2]])), r"got \[0, 1, 2\]"),

@@ -18,11 +18,12 @@ _PROBE = 256
 class TripletMining(pl.Callback):
     """Mines triplets for each epoch of a MinedTriplets sampler from a pool of random training images.
 
-    The current network describes the pool, shared out over the ranks. A batch draws a query at random, then one of that
-    query's triplets. The callback logs what it mined: `mining/active`, the fraction of pool images with a triplet
-    within the margin, and `mining/loss`, the mean loss of these triplets. Before it mines again it logs how stale the
-    triplets have become: `mining/staleness`, the mean distance between the old and the current descriptors of 256 pool
-    images, and `mining/age`, the steps since they were mined. A resumed run continues with its triplets.
+    The current network describes the pool, shared out over the ranks. Two images are alike if the sampler's labels of
+    them are equal. A batch draws a query at random, then one of that query's triplets. The callback logs what it mined:
+    `mining/active`, the fraction of pool images with a triplet within the margin, and `mining/loss`, the mean loss of
+    these triplets. Before it mines again it logs how stale the triplets have become: `mining/staleness`, the mean
+    distance between the old and the current descriptors of 256 pool images, and `mining/age`, the steps since they were
+    mined. A resumed run continues with its triplets.
 
     Mining raises ValueError if descriptors hold NaN or infinity (the message names step and images), and if no triplet
     lies within the margin.
@@ -97,7 +98,7 @@ class TripletMining(pl.Callback):
                 f"{bad[:8].tolist()}): lower optimizer.lr, clip gradients (trainer.gradient_clip_val=1), or use "
                 "precision 32; the last checkpoint is from before this step"
             )
-        labels = data.collection.column(data.split.test.attribute)[rows]
+        labels = sampler.labels[place]
         mined = None
         if trainer.is_global_zero:  # rounding may differ between machines: one decides for all
             if self.select == "hardest":

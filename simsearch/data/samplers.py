@@ -232,8 +232,7 @@ class PKBatches(Batches):
                 f"classes={classes} x images={images}: a batch without two classes, or two rows of a class, has no "
                 "triplet; use 2 or more of both"
             )
-        if (labels < 0).any():
-            raise ValueError("the training rows hold unknown labels (below 0): train on labelled rows only")
+        _check_known(labels)
         self.classes, self.images = classes, images
         _, counts = labels.unique(return_counts=True)
         self._members = np.split(labels.argsort(stable=True).numpy(), counts.cumsum(0)[:-1].numpy())
@@ -286,18 +285,19 @@ class MinedTriplets(Batches):
     with its own.
 
     Args:
-        labels: Labels of the training rows, int64 (N,).
+        labels: Labels of the training rows, int64 (N,), from 0.
         triplets: Number of triplets for each batch and process, from 1.
         batches: Number of batches in an epoch, from 1.
 
     Raises:
-        ValueError: If `triplets` or `batches` is below 1.
+        ValueError: If `triplets` or `batches` is below 1, or a label is negative (unknown).
     """
 
     def __init__(self, labels: Tensor, triplets: int = 64, batches: int = 64) -> None:
         super().__init__(labels, seed=0)
         if triplets < 1 or batches < 1:
             raise ValueError(f"triplets={triplets} per batch and batches={batches} per mining: use 1 or more of each")
+        _check_known(labels)
         self.labels = labels
         self.per_batch, self.per_epoch = triplets, batches
         self._triplets = torch.zeros(0, 3, dtype=torch.int64)
@@ -371,6 +371,14 @@ class MinedTriplets(Batches):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self._triplets, self._mined_for = state["triplets"], state["mined_for"]
+
+
+def _check_known(labels: Tensor) -> None:
+    if (labels < 0).any():
+        raise ValueError(
+            "the training rows hold unknown labels (below 0): train on labelled rows only, or name another attribute "
+            "first in loss.losses"
+        )
 
 
 class ResumableLoader:
