@@ -682,6 +682,24 @@ def test_blank_and_equal_files_are_not_compared(tmp_path, monkeypatch):
     assert "too many images have the same perceptual hash: leave most of them out" in said
 
 
+def test_decisions_that_cannot_be_read_are_not_overwritten(tmp_path):
+    written = tmp_path / "groups.csv"
+    written.write_text("group,path_a,path_b,same,decision\n1,a.jpg,b.jpg,yes,,cut\n")  # one comma too many
+    with pytest.raises(ValueError, match=r"line 2: 6 values for 5 columns.*would overwrite"):
+        data_ingest.check_decided(written)
+    written.write_text("group,path_a,path_b,same,decision\n1,a.jpg,b.jpg,yes,\n")
+    data_ingest.check_decided(written)
+
+
+def test_ids_are_unique_also_where_a_column_holds_one_id_everywhere():
+    notes: list[str] = []
+    ids = module._ids(("a", "a-2", "a", "a", None, *["7"] * 20_000), ["d" * 64] * 20_005, notes)
+    assert ids[:5] == ["a", "a-2", "a-3", "a-4", "d" * 12]
+    assert ids[5:8] == ["7", "7-2", "7-3"]  # looking for each number from the start would take minutes
+    assert len(set(ids)) == len(ids)
+    assert notes == ["20001 ids were in use already and got a number appended"]
+
+
 def test_decisions_on_equal_files_are_on_the_one_that_is_kept():
     decisions = Decisions([(0, 1), (2, 5)], [(1, 3), (0, 4), (4, 5)])
     assert decisions.among([1, 3, 5], {0: 1, 2: 3}) == Decisions([(1, 2)], [(0, 1)])  # 4 is blank

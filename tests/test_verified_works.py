@@ -209,6 +209,7 @@ def test_the_table_of_groups_is_read_back_with_its_decisions(tmp_path):
         ("path_a,path_b,decision\na,a,cut", "row 1: both paths are 'a'"),
         ("path_a,path_b,decision\na,b,cut\nb,a,confirm", "row 2: 'b' and 'a' were decided otherwise before"),
         ("path_a,path_b,decision\na,b,confirm\nb,c,Confirm\na,c,cut", "'a' and 'c' are cut, but confirmed pairs"),
+        ("path_a,path_b,decision\na,b,confirm\na, b,c,cut", r"cannot be read \(line 3: 4 values for 3 columns\)"),
     ],
 )
 def test_a_bad_table_of_decisions_is_named_with_its_row(lines, message, tmp_path):

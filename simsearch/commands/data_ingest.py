@@ -179,11 +179,15 @@ def check_decided(path: Path) -> None:
         path: The groups.csv of an earlier ingest, or no file.
 
     Raises:
-        ValueError: If a person decided something there.
+        ValueError: If a person decided something there, or rows cannot be read, which may hold decisions.
     """
-    if path.is_file() and any(value and value.strip() for value in read_table(path).columns.get("decision", ())):
+    if not path.is_file():
+        return
+    table = read_table(path)
+    if table.rejected or any(value and value.strip() for value in table.columns.get("decision", ())):
+        what = f"a row that cannot be read ({table.rejected[0].detail})" if table.rejected else "decisions"
         raise ValueError(
-            f"{path} holds decisions, which this ingest would overwrite: copy it and give decisions=<copy>, or delete "
+            f"{path} holds {what}, which this ingest would overwrite: copy it and give decisions=<copy>, or delete "
             "it to drop them"
         )
 

@@ -53,10 +53,13 @@ def read_decisions(path: Path, paths: Sequence[str]) -> Decisions:
         paths: Paths of the files.
 
     Raises:
-        ValueError: If a column is missing, a row names an unknown file or decision, one file twice, or a pair that
-            another row decided otherwise, or if confirmed pairs tie a pair that is cut.
+        ValueError: If a column is missing, a row cannot be read or names an unknown file or decision, one file twice,
+            or a pair that another row decided otherwise, or if confirmed pairs tie a pair that is cut.
     """
-    columns = read_table(path).columns
+    table = read_table(path)
+    if table.rejected:
+        raise ValueError(f"{path} has a row that cannot be read ({table.rejected[0].detail}): correct or delete it")
+    columns = table.columns
     if lacking := [name for name in ("path_a", "path_b", "decision") if name not in columns]:
         raise ValueError(f"{path} has no column {lacking[0]!r}: give a groups.csv with decisions filled in")
     place = {csv_cell(name): number for number, name in enumerate(paths)}

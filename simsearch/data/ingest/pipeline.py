@@ -458,11 +458,13 @@ def _group(value: str | None) -> str | None:
 def _ids(given: Column | None, digests: Sequence[str], notes: list[str]) -> list[str]:
     """A unique id for each image: the given one, with a number if it is used already, or else from the file's bytes."""
     ids, used, doubled = [], set[str](), 0
+    numbers: dict[str, int] = {}  # the next one of each id, since a column may hold the same id everywhere
     for place, digest in enumerate(digests):
         wanted = name = (given[place] if given else None) or digest[:12]
-        number = 2
+        number = numbers.get(wanted, 2)
         while name in used:
             name, number = f"{wanted}-{number}", number + 1
+        numbers[wanted] = number
         doubled += name != wanted
         used.add(name)
         ids.append(name)
