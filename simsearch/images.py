@@ -14,13 +14,15 @@ import re
 import stat
 import threading
 import warnings
+import zlib
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 from torch import Tensor
 
 from simsearch.errors import SimsearchError
@@ -64,10 +66,11 @@ for _package, _name in (("pillow_heif", "HEIF"), ("pillow_jxl", "JXL")):
         if hasattr(_opener, "register_heif_opener"):
             _opener.register_heif_opener()
         _FORMATS += (_name,)
+_PNG = b"\x89PNG"
 # Signatures (offset, bytes, name) say why Pillow found no image: a damaged header, another format, or none.
 _OPENED = (
     (0, b"\xff\xd8\xff", "JPEG"),
-    (0, b"\x89PNG", "PNG"),
+    (0, _PNG, "PNG"),
     (8, b"WEBP", "WEBP"),
     (0, b"GIF8", "GIF"),
     (0, b"BM", "BMP"),
@@ -143,7 +146,8 @@ def read_image(
 
     The EXIF orientation is applied. Transparent pixels are composited on white. 16-bit values keep their upper 8 bits.
     32-bit grey has no fixed white; it is stretched from its own minimum to its maximum. Colours are converted from the
-    file's ICC profile to sRGB; a profile that is damaged or belongs to another colour model is ignored.
+    file's ICC profile to sRGB; a profile that is damaged, above 8 MB (in a PNG 1 MB) or belongs to another colour model
+    is ignored.
 
     With `size`, a JPEG whose sides have at least 4 times the needed pixels is decoded at 1/2, 1/4 or 1/8 scale, but to
     no less than twice the needed size. This is many times faster. Pixels differ by about one level on average, and
@@ -190,10 +194,12 @@ def read_image(
             settings["min_side"] = min_side
             try:
                 pixels, shape = _decode(data, **settings)  # type: ignore[arg-type]
-            except OSError as error:
-                if "truncated" not in str(error) or (whole := _with_end(data)) is None:
+            except ImageError:
+                raise
+            except (OSError, ValueError) as error:
+                if (mended := _mended(data, error)) is None:
                     raise
-                pixels, shape = _decode(whole, **settings)  # type: ignore[arg-type]
+                pixels, shape = _decode(mended, **settings)  # type: ignore[arg-type]
         if size is not None and (enlarge or max(pixels.shape[1:]) > size):
             pixels = resize_square(pixels, size) if fit == "square" else resize(pixels, *shape)
     except ImageError:
@@ -290,11 +296,16 @@ def header_shape(data: bytes) -> tuple[int, int] | None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            with _opened(data) as image:
-                width, height = image.size
-                return (width, height) if _is_turned_by_header(image, data) else (height, width)
-    except Exception:  # read_image says what is wrong
-        return None
+            return _header_shape(data)
+    except Exception as error:  # read_image says what is wrong
+        mended = _mended(data, error)
+        return None if mended is None else header_shape(mended)
+
+
+def _header_shape(data: bytes) -> tuple[int, int]:
+    with _opened(data) as image:
+        width, height = image.size
+        return (width, height) if _is_turned_by_header(image, data) else (height, width)
 
 
 def read_file(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
@@ -402,6 +413,47 @@ def _opened(data: bytes) -> Image.Image:
                 Image.MAX_IMAGE_PIXELS = limit
 
 
+def _mended(data: bytes, error: Exception) -> bytes | None:
+    """The file without a damage that costs no pixel, for which Pillow raised an error. None if there is none."""
+    if data.startswith(_PNG):
+        spare = isinstance(error, ValueError | UnidentifiedImageError) and (bare := _bare(data)) != data
+        return bare if spare else None
+    return _with_end(data) if isinstance(error, OSError) and "truncated" in str(error) else None
+
+
+def _bare(data: bytes) -> bytes:
+    """A PNG without texts, and without damaged or long chunks that it can do without.
+
+    Pillow refuses a whole file for a wrong checksum of one, and for a text or a profile that expands to more than 1 MB.
+    """
+
+    def is_needed(name: bytes, chunk: bytes) -> bool:
+        if name[:1].isupper():
+            return True
+        if name not in (b"tRNS", b"eXIf", b"iCCP") or zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:]):
+            return False
+        return name != b"iCCP" or _expands(chunk[8:-4].partition(b"\0")[2][1:]) <= PngImagePlugin.MAX_TEXT_CHUNK
+
+    return b"".join([data[:8], *(chunk for name, chunk in _chunks(data) if is_needed(name, chunk))])
+
+
+def _expands(compressed: bytes) -> int:
+    """The length of compressed bytes, counted up to a little more than Pillow accepts of a PNG. 0 if damaged."""
+    try:
+        return len(zlib.decompressobj().decompress(compressed, PngImagePlugin.MAX_TEXT_CHUNK + 1))
+    except zlib.error:
+        return 0
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Name and bytes of each chunk of a PNG: length, name, content, checksum. The last may be cut off."""
+    place = 8
+    while place < len(data):
+        stop = place + 12 + int.from_bytes(data[place : place + 4])
+        yield data[place + 4 : place + 8], data[place:stop]
+        place = stop
+
+
 def _with_end(data: bytes) -> bytes | None:
     """A JPEG that only lacks its end marker, with the marker. None if it lacks pixels too.
 
@@ -471,13 +523,7 @@ def _is_turned_by_header(image: Image.Image, data: bytes) -> bool:
 
 def _without_pixels(data: bytes) -> bytes:
     """A PNG without its pixels, so that metadata behind them are part of its header."""
-    kept, place = [data[:8]], 8
-    while place < len(data):
-        stop = place + 12 + int.from_bytes(data[place : place + 4])  # length, name, content and checksum of a chunk
-        if data[place + 4 : place + 8] != b"IDAT":
-            kept.append(data[place:stop])
-        place = stop
-    return b"".join(kept)
+    return b"".join([data[:8], *(chunk for name, chunk in _chunks(data) if name != b"IDAT")])
 
 
 def _is_on_its_side(image: Image.Image) -> bool:

@@ -223,6 +223,24 @@ def test_the_shape_of_a_png_is_found_without_decoding_it(behind, monkeypatch):
     assert not loads
 
 
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("name", [b"tEXt", b"zTXt", b"iTXt", b"iCCP"])
+def test_texts_and_profiles_do_not_refuse_a_png(name, behind):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(Image.fromarray(smooth()), "PNG", exif=exif, icc_profile=wide_profile())
+    expected = read_image(data)
+    content = {b"tEXt": b"x\0a text", b"iTXt": b"x\0\1\0\0\0"}.get(name, b"x\0\0")
+    if name != b"tEXt":
+        content += zlib.compress(bytes(2 * 2**20))
+    sound = struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    place = data.index(b"IEND" if behind else b"IDAT") - 4
+    for chunk in (sound, sound[:-1] + bytes([sound[-1] ^ 1])):  # long, and with a wrong checksum
+        changed = data[:place] + chunk + data[place:]
+        assert torch.equal(read_image(changed), expected)
+        assert header_shape(changed) == (32, 24)
+
+
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0"])
 def test_damaged_exif_does_not_refuse_the_picture(exif):
     data = encode(Image.fromarray(smooth()), "JPEG", exif=exif)

@@ -207,6 +207,7 @@ def test_byte_order_mark_quotes_blank_lines_and_unnamed_columns(tmp_path):
         ("path\tartist\na.png\tMüller\n".encode("utf-16"), ("Müller",), {}),
         ("sep=;\npath;artist\na.png;Müller\n".encode("utf-8-sig"), ("Müller",), {}),
         (b"sep=|\r\npath|artist\r\na.png|x, y; z\r\n", ("x, y; z",), {}),
+        (b'path;artist;"height, width, depth"\na.png;x;1\n', ("x",), {}),
         (b"path,artist\na.png,1\nb.png,2,3\nb.png\n", ("1",), {"row-ragged": 2}),
         (b'path,artist\na.png,1\n"b.png,2\n', ("1",), {"row-unclosed": 1}),
         (b"path,artist,artist,\na.png,1,2,3\n", ("1",), {}),
@@ -258,7 +259,12 @@ def test_parquet_values_become_text(tmp_path):
     }
 
 
-@pytest.mark.parametrize("value", [[[1.0, 2.0]], [b"\xff"], [{"x": b"x"}]])
+def tensors() -> pa.Array:
+    values = pa.array([[1, 2]], pa.list_(pa.int32(), 2))
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.int32(), (2,)), values)
+
+
+@pytest.mark.parametrize("value", [[[1.0, 2.0]], [b"\xff"], [{"x": b"x"}], tensors()])
 def test_parquet_column_that_is_no_plain_value_is_left_out(tmp_path, value):
     put(tmp_path / "a.png")
     pq.write_table(pa.table({"path": ["a.png"], "extra": value}), tmp_path / "list.parquet")

@@ -136,7 +136,7 @@ def _read_csv(source: Path) -> Table:
     if said := re.fullmatch(r'"?sep=(.)"?', first.strip()):  # Excel's
         skipped, delimiter = lines.index(first) + 1, said[1]
     else:
-        delimiter = max(",;\t", key=first.count)
+        delimiter = max(",;\t", key=re.sub('"[^"]*"', "", first).count)  # as in `path;"born, died"`
     if delimiter != ",":
         notes.append(f"values are separated by {delimiter!r}")
     records, rejected, header = [], [], None
@@ -231,9 +231,10 @@ def _read_parquet(source: Path) -> Table:
         names, classes = _numbered(schema.names), _classes(schema)
         kept = []
         for position, (name, column) in enumerate(zip(names, schema, strict=True)):
+            kind = getattr(column.type, "storage_type", column.type)  # what UUIDs or tensors are made of
             if images is None and _holds_images(column.type):
                 images = column.name
-            elif pa.types.is_nested(column.type) or is_binary(column.type):
+            elif pa.types.is_nested(kind) or is_binary(kind):
                 notes.append(f"column {name!r} holds {column.type}: left out")
             else:
                 kept.append((position, name))
@@ -303,4 +304,5 @@ def is_binary(kind: pa.DataType) -> bool:
     Args:
         kind: Type of the column.
     """
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    fixed = pa.types.is_fixed_size_binary(kind)
+    return fixed or pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or str(kind) == "binary_view"
