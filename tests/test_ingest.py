@@ -6,6 +6,7 @@ import csv
 import json
 import multiprocessing
 import os
+import signal
 import struct
 import tempfile
 import time
@@ -266,6 +267,19 @@ def test_an_item_may_be_slow_greedy_or_deadly():
         list(bounded_map(lambda x: 1 // x, [1, 0, 1], workers=1, seconds=9, memory=2**28))
     with pytest.raises(ValueError, match="workers must be positive, got 0"):
         list(bounded_map(slow, [1], workers=0, seconds=9, memory=2**28))
+
+
+def test_a_stall_or_a_kill_costs_no_item(tmp_path):
+    def work(item: int) -> int:
+        first = not (tmp_path / str(item)).exists()
+        (tmp_path / str(item)).touch()
+        if first and item == 3:
+            time.sleep(60)  # as if the disk stalled
+        if first and item == 5:
+            os.kill(os.getpid(), signal.SIGKILL)  # as the system does when memory is short
+        return item
+
+    assert list(bounded_map(work, range(8), workers=2, seconds=1.0, memory=2**28)) == list(range(8))
 
 
 def test_results_wait_and_who_is_to_blame_is_exact():

@@ -55,7 +55,10 @@ class Closed(Exception):
 def bounded_map(
     function: Callable[[T], R], items: Iterable[T], *, workers: int, seconds: float, memory: int
 ) -> Iterator[R | Failure]:
-    """function(item) for each item, in order, or a Failure if that took too long or ended its process.
+    """function(item) for each item, in order, or a Failure if that took too long or ended its process, twice.
+
+    A second time, since an item is not to blame for a disk that stalls, a machine that is suspended, or memory that
+    others took.
 
     Args:
         function: The function.
@@ -74,7 +77,7 @@ def bounded_map(
             raise ValueError(f"{name} must be positive, got {value}")
     # Forked, since a killed process is then replaced quickly.
     context: Any = multiprocessing.get_context("fork" if _FORKS else "spawn")
-    todo, again = enumerate(items), deque[tuple[int, T]]()
+    todo, again, failed = enumerate(items), deque[tuple[int, T]](), set[int]()
     results: dict[int, R | Failure] = {}
     given, asked = 0, 0  # results returned, items taken from the input
     window = max(_WINDOW, 2 * workers * _AHEAD)
@@ -108,9 +111,12 @@ def bounded_map(
                 alive = worker.collect(results)
                 if not alive or (worker.items and worker.left(seconds) <= 0):
                     if worker.items:
-                        blamed = worker.blamed()
-                        results[blamed[0]] = worker.end(seconds, late=alive)
-                        again.extend(item for item in worker.items if item is not blamed)
+                        blamed, failure = worker.blamed(), worker.end(seconds, late=alive)
+                        if blamed[0] in failed:
+                            results[blamed[0]] = failure
+                            worker.items.remove(blamed)
+                        failed.add(blamed[0])
+                        again.extend(worker.items)
                     pool[place] = start()
             while given in results:
                 given += 1
