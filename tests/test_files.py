@@ -227,6 +227,33 @@ def test_an_entry_is_there_whole_and_a_kill_costs_a_shard(tmp_path, monkeypatch)
         assert all(torch.equal(a, b) for a, b in zip(mended.images, decoded, strict=True)), name
 
 
+def test_what_is_decoded_is_checked_without_waiting_also_where_nothing_can_be_written(tmp_path, monkeypatch):
+    manifest = read_manifest(write_files(tmp_path / "art", 12))
+    arguments = {"size": 16, "fit": "square", "cache": tmp_path / "cache"}
+    digest = decode_files(manifest, **arguments).digest
+
+    def refused(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(module, "FileLock", refused)
+    assert decode_files(manifest, **arguments).digest == digest
+
+
+def test_a_file_that_goes_when_it_was_decoded_is_missing(tmp_path, monkeypatch):
+    manifest, real = read_manifest(write_files(tmp_path / "art", 12)), module.load_items
+
+    def later(items, rows, **named):
+        for row, image in real(items, rows, **named):
+            if row == 3:
+                (tmp_path / "art" / "03.png").unlink()
+            yield row, image
+
+    monkeypatch.setattr(module, "load_items", later)
+    decoded = decode_files(manifest, size=16, fit="square", cache=tmp_path / "cache")
+    assert 3 not in decoded.rows
+    assert ("03.png", "missing") in [(error.path.name, error.reason) for error in decoded.errors]
+
+
 def test_another_file_size_or_fit_is_decoded_anew(tmp_path):
     table = write_files(tmp_path / "art", 12)
     cache = tmp_path / "cache"

@@ -41,7 +41,7 @@ from simsearch.data.samplers import Batches
 from simsearch.files import Damaged, checked
 from simsearch.functional.ragged import Ragged
 from simsearch.functional.resize import Fit
-from simsearch.images import DECODING, ImageError
+from simsearch.images import DECODING, ImageError, read_file
 from simsearch.text import printable
 
 # Names of the columns of a search result.
@@ -69,8 +69,9 @@ class DecodedFiles:
 def decode_files(manifest: Manifest, *, size: int, fit: Fit, cache: Path, workers: int = 0) -> DecodedFiles:
     """The images of a manifest at one size, from the cache, or decoded into it with a progress bar.
 
-    Cache entries are keyed by the names, lengths and times of the files, and are written atomically. A second process
-    waits for the first. After a kill, decoding continues where it stopped.
+    Cache entries are keyed by the names, lengths and times of the files, and are written atomically. While one process
+    decodes, others wait. Processes that find all images decoded check them at the same time, also in a folder that they
+    may not write. After a kill, decoding continues where it stopped.
 
     Args:
         manifest: The list of files.
@@ -89,10 +90,13 @@ def decode_files(manifest: Manifest, *, size: int, fit: Fit, cache: Path, worker
     entry.parent.mkdir(parents=True, exist_ok=True)
     count = -(-len(items) // _PER_SHARD)
     presence = Presence(manifest.root, manifest.paths)
-    with FileLock(f"{entry}.lock"):
-        shards = whole_shards(read_shards(entry, count), presence, manifest.paths)
-        if len(shards) < count:
-            shards = _decode(items, entry, presence, workers)
+    shards = whole_shards(read_shards(entry, count), presence, manifest.paths)
+    if len(shards) < count:
+        with FileLock(f"{entry}.lock"):
+            if entry.exists():  # perhaps another process decoded them meanwhile
+                shards = whole_shards(read_shards(entry, count), presence, manifest.paths)
+            if len(shards) < count:
+                shards = _decode(items, entry, presence, workers)
     return _decoded(manifest, fit, entry / PIXELS, shards)
 
 
@@ -156,8 +160,12 @@ def _errors(manifest: Manifest, shards: Sequence[Shard]) -> list[ImageError]:
 
 def _entries(manifest: Manifest, items: Iterable[Item], presence: Presence, bar: tqdm) -> Iterator[Image | Refusal]:
     for row, image in items:
+        try:
+            content = read_file(manifest.root / manifest.paths[row]) if isinstance(image, Tensor) else b""
+        except ImageError as error:  # it disappeared since it was decoded
+            image = error
         if isinstance(image, Tensor):
-            digest = hashlib.sha256((manifest.root / manifest.paths[row]).read_bytes()).digest()
+            digest = hashlib.sha256(content).digest()
             yield Image(row, image, {"sha256": torch.tensor(list(digest), dtype=torch.uint8)})
         else:
             assert isinstance(image, ImageError)
