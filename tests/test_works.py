@@ -16,7 +16,9 @@ from simsearch.data.ingest.grouping import (
     least_values,
 )
 from simsearch.data.near_duplicates import (
+    _changes,
     banded_pairs,
+    hash_pairs_between,
     hash_pairs_within,
     perceptual_hashes,
     pixel_correlations,
@@ -42,14 +44,14 @@ def test_equal_values_are_connected_and_none_is_equal_to_nothing():
     assert connected(7, equal_pairs(values)) == [0, 1, 2, 0, 4, 0, 2]
 
 
-@pytest.mark.parametrize("max_distance", [0, 3, 6])
-def test_bands_find_the_pairs_that_brute_force_finds(max_distance):
+@pytest.mark.parametrize("max_distance", [0, 3, 6, 10])
+def test_bands_find_the_pairs_that_brute_force_finds(max_distance, monkeypatch):
     random = np.random.default_rng(3)
     bits = random.integers(0, 2, (60, 64))
-    # Neighbours at every distance up to 9 from the first twenty, and doubles.
+    # Neighbours at every distance up to 12 from the first twenty, and doubles.
     near = bits[:20].copy()
     for i, line in enumerate(near):
-        line[random.permutation(64)[: i % 10]] ^= 1
+        line[random.permutation(64)[: i % 13]] ^= 1
     bits = np.concatenate([bits, near, bits[:3]])
     hashes = torch.from_numpy(np.packbits(bits, axis=1))
     wanted = {
@@ -62,6 +64,17 @@ def test_bands_find_the_pairs_that_brute_force_finds(max_distance):
     for found in (hash_pairs_within(hashes, max_distance), banded_pairs(hashes, max_distance)):
         assert set(zip(*(part.tolist() for part in found), strict=True)) == wanted
         assert len(found[0]) == len(wanted)
+    expected = hash_pairs_between(hashes[:40], hashes[30:], max_distance)
+    monkeypatch.setattr("simsearch.data.near_duplicates.BRUTE_FORCE", 0)
+    found = hash_pairs_between(hashes[:40], hashes[30:], max_distance, cells=7)  # several blocks
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_of_two_near_hashes_some_band_differs_little_enough():
+    for max_distance in range(65):
+        changes = _changes(max_distance)
+        missed = [int(np.bitwise_count(band).max()) + 1 if len(band) else 0 for band in changes]  # in every band
+        assert sum(missed) == max_distance + 1
 
 
 @given(st.integers(2, 9), st.data())

@@ -19,7 +19,7 @@ from simsearch.functional.resize import resize
 MIN_CORRELATION = 0.7
 SIDE, SHIFT = 32, 2  # side of the compared thumbnails, and largest shift between them, in pixels
 CELLS = 2**22  # distances in memory at a time, 32 MiB of hash words
-BRUTE_FORCE = 50_000  # up to this number, all pairs of hashes are compared; above it, bands are used
+BRUTE_FORCE = 8  # all pairs of hashes are compared for up to so many hashes per change of a band; else bands are used
 
 _MAX_PAIRS, _MAX_CANDIDATES = 10_000_000, 50_000_000
 _PAIRS = 1024  # pairs whose pixels are compared at a time
@@ -75,14 +75,13 @@ def hash_pairs_between(
     """
     check_max_distance(max_distance)
     query_words, other_words = _words("query", query), _words("other", other)
+    if len(other_words) > BRUTE_FORCE * sum(map(len, _changes(max_distance))):
+        return _each_once(_banded(query_words, other_words, max_distance, cells), len(other_words), _MAX_PAIRS)
     return _gathered(_near(query_words, other_words, max_distance, cells), _MAX_PAIRS)
 
 
 def hash_pairs_within(hashes: Tensor, max_distance: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows i < j and Hamming distances, int64 (P,) each, of the pairs that differ in at most `max_distance` bits.
-
-    Above BRUTE_FORCE hashes, only pairs that agree in one of max_distance + 1 bands of bits are compared. Each wanted
-    pair agrees in one.
 
     Args:
         hashes: Packed hashes, uint8 (N, 8).
@@ -91,11 +90,9 @@ def hash_pairs_within(hashes: Tensor, max_distance: int) -> tuple[Tensor, Tensor
     Raises:
         ValueError: If the shape differs, the distance lies outside 0..64, or there are too many pairs: 10 million, with
             bands 50 million.
-
-    Source:
-        Manku, Jain, Das Sarma: Detecting near-duplicates for web crawling. WWW 2007.
     """
-    if len(hashes) > BRUTE_FORCE:
+    check_max_distance(max_distance)
+    if len(hashes) > BRUTE_FORCE * sum(map(len, _changes(max_distance))):
         return banded_pairs(hashes, max_distance)
     rows, columns, distances = hash_pairs_between(hashes, hashes, max_distance)
     kept = rows < columns
@@ -104,8 +101,6 @@ def hash_pairs_within(hashes: Tensor, max_distance: int) -> tuple[Tensor, Tensor
 
 def banded_pairs(hashes: Tensor, max_distance: int) -> tuple[Tensor, Tensor, Tensor]:
     """The result of `hash_pairs_within`, computed with bands.
-
-    The bits are shuffled first, because low coefficients agree more often.
 
     Args:
         hashes: Packed hashes, uint8 (N, 8).
@@ -116,23 +111,62 @@ def banded_pairs(hashes: Tensor, max_distance: int) -> tuple[Tensor, Tensor, Ten
     """
     check_max_distance(max_distance)
     words = _words("hashes", hashes)
-    order = np.random.Generator(np.random.PCG64(0)).permutation(64)
-    bits = np.unpackbits(hashes.numpy(), axis=1)[:, order]
+    near = _banded(words, words, max_distance, CELLS)
+    upper = ((row[kept], column[kept], distance[kept]) for row, column, distance in near for kept in [row < column])
+    return _each_once(upper, len(words), _MAX_CANDIDATES)
 
-    def near() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        for band in np.array_split(np.arange(64), max_distance + 1):
-            keys = bits[:, band] @ (1 << np.arange(len(band), dtype=np.uint64))
-            sequence = np.argsort(keys, kind="stable")
-            starts = np.flatnonzero(np.r_[True, keys[sequence][1:] != keys[sequence][:-1]])
-            for bucket in np.split(sequence, starts[1:]):
-                if len(bucket) > 1:
-                    bucket = np.sort(bucket)
-                    for row, column, distance in _near(words[bucket], words[bucket], max_distance, CELLS):
-                        kept = row < column
-                        yield bucket[row[kept]], bucket[column[kept]], distance[kept]
 
-    rows, columns, distances = _gathered(near(), _MAX_CANDIDATES)
-    _, first = np.unique((rows * len(hashes) + columns).numpy(), return_index=True)  # several bands propose one pair
+def _banded(
+    query: np.ndarray, other: np.ndarray, max_distance: int, cells: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Rows, columns and distances of near words, as `_near` returns them, up to four times each and in no order.
+
+    Words are cut into four bands of 16 bits. Of two near words, one of the bands differs by one of its `_changes`. So
+    only words are compared that have such a band, which is looked up in a table of the other words. Bits are shuffled
+    first, because low coefficients agree more often.
+
+    Source:
+        Norouzi, Punjani, Fleet: Fast Search in Hamming Space with Multi-Index Hashing. CVPR 2012.
+    """
+    shuffled = np.random.Generator(np.random.PCG64(0)).permutation(64)
+    each = (np.unpackbits(words.view(np.uint8).reshape(-1, 8), axis=1)[:, shuffled] for words in (query, other))
+    asked, held = (np.ascontiguousarray(np.packbits(bits, axis=1)).view(np.uint16) for bits in each)
+    for band, changes in enumerate(_changes(max_distance)):
+        order = np.argsort(held[:, band], kind="stable")
+        bounds = np.searchsorted(held[order, band], np.arange(2**16 + 1))
+        for change in changes:
+            bucket = (asked[:, band] ^ change).astype(np.int64)
+            counts = bounds[bucket + 1] - bounds[bucket]
+            stops = counts.cumsum()
+            starts = stops - counts
+            cuts = np.searchsorted(stops, np.arange(cells, stops[-1:].sum(), cells))
+            for rows in np.split(np.arange(len(query)), np.unique(cuts)):
+                row = rows.repeat(counts[rows])
+                inside = np.arange(len(row)) - (starts[row] - starts[rows[:1]].sum())
+                column = order[bounds[bucket[row]] + inside]
+                distance = np.bitwise_count(query[row] ^ other[column])
+                kept = distance <= max_distance
+                yield row[kept], column[kept], distance[kept]
+
+
+def _changes(max_distance: int) -> list[np.ndarray]:
+    """For each of four bands the patterns of bits, uint16 (n,), of which two near words differ by one in some band.
+
+    If the numbers of bits that differ reach k[0], ..., k[3] in the four bands, then their sum reaches that of k, which
+    is max_distance + 1. So some band differs in fewer bits.
+    """
+    bits = np.bitwise_count(np.arange(2**16, dtype=np.uint16))
+    return [np.flatnonzero(bits < (max_distance + 4 - band) // 4).astype(np.uint16) for band in range(4)]
+
+
+def _each_once(
+    parts: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], width: int, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All pairs of the parts as int64, ordered by row, then column, each once. Raises ValueError above `most` pairs."""
+    rows, columns, distances = _gathered(parts, max(most, _MAX_CANDIDATES))
+    _, first = np.unique((rows * width + columns).numpy(), return_index=True)
+    if len(first) > most:
+        raise ValueError(f"more than {most:,} pairs are within this distance: lower max_distance")
     return rows[first], columns[first], distances[first]
 
 
@@ -167,10 +201,9 @@ def turned_pairs(hashes: Tensor, turned: Tensor, max_distance: int) -> tuple[Ten
         turned: Packed hashes of the images turned by 1, 2 and 3 quarters, uint8 (N, 3, 8).
         max_distance: Differing bits, 0 to 64.
     """
-    count = len(hashes)
-    rows, columns, _ = hash_pairs_within(torch.cat([hashes, *turned.unbind(1)]), max_distance)
-    turns, other = columns // count, columns % count
-    kept = (rows < count) & (turns > 0) & (rows != other)
+    rows, columns, _ = hash_pairs_between(hashes, turned.flatten(0, 1), max_distance)
+    other, turns = columns // 3, columns % 3 + 1
+    kept = rows != other
     rows, other, turns = rows[kept], other[kept], turns[kept]
     # The other image was turned. If a is near b turned, then b is near a turned back.
     swapped = rows < other
