@@ -8,6 +8,7 @@ that one process with W times the batch size would draw.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ class Batches(Sampler[list[int]]):
         if labels.ndim != 1 or len(labels) == 0:
             raise ValueError(f"labels of the training rows must be (N,) with N > 0, got {tuple(labels.shape)}")
         self.count, self.seed = len(labels), seed
+        self._rows = {"count": self.count, "labels": hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]}
         self.epoch = self.position = 0
         self.whole = False
 
@@ -99,12 +101,26 @@ class Batches(Sampler[list[int]]):
             self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the epoch, equal on all ranks."""
-        return {"epoch": self.epoch, "position": self.position, "world": rank_and_world()[1]}
+        """The position in the epoch, equal on all ranks, and what tells the training rows from others."""
+        return {"epoch": self.epoch, "position": self.position, "world": rank_and_world()[1], "rows": self._rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Moves to a saved position. Raises ValueError within an epoch of another number of processes."""
+        """Moves to a saved position.
+
+        Args:
+            state: The result of `state_dict`.
+
+        Raises:
+            ValueError: If the training rows have changed, or within an epoch of another number of processes.
+        """
         world = rank_and_world()[1]
+        rows = state.get("rows", self._rows)  # older checkpoints do not tell
+        if rows != self._rows:
+            raise ValueError(
+                f"the data have changed since the training was interrupted: it had {rows['count']} training rows, now "
+                f"there are {self.count}, or their labels differ. Rows of the validation may have been trained on: put "
+                "the data back, or train a new run, which model.start lets begin with this one's weights"
+            )
         if state["position"] and state["world"] != world:
             raise ValueError(
                 f"the epoch was interrupted with {state['world']} processes and cannot continue with {world}: resume "
