@@ -591,6 +591,13 @@ def test_a_table_becomes_a_manifest_with_works(tmp_path):
     assert read_manifest(out).attributes["artist"] == tuple(table["artist"])
 
 
+def test_works_of_unknown_artists_are_not_of_one_artist():
+    names = ("Unknown artist", "anonymous", "Unidentified Artist", "Monet")
+    got = clean({"artist": names, "title": names}, ["artist"])
+    assert got.columns == {"artist": (None, None, None, "Monet"), "title": names}
+    assert got.unknown == {"artist": 3}
+
+
 def test_an_unknown_group_ties_nothing(tmp_path):
     names = ["unknown", "unknown", "-", "-", "g", "g"]
     for i in range(len(names)):

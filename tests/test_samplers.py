@@ -249,7 +249,7 @@ def test_another_number_of_processes_resumes_between_epochs_only(monkeypatch):
 @pytest.mark.parametrize("labels", [torch.cat([LABELS, LABELS[-1:]]), LABELS.flip(0)], ids=["more rows", "others"])
 def test_other_training_rows_do_not_go_on(labels):
     state = make("shuffled").state_dict()
-    with pytest.raises(ValueError, match="the data have changed since .* it had 40 training rows"):
+    with pytest.raises(ValueError, match=r"the data have changed since .* it had 40 training rows"):
         ShuffledBatches(labels, batch_size=6, seed=3).load_state_dict(state)
     del state["rows"]  # as an earlier version wrote it
     ShuffledBatches(labels, batch_size=6, seed=3).load_state_dict(state)

@@ -13,7 +13,8 @@ from simsearch.text import spellings
 
 PERIOD_YEARS = 25
 _MISSING = {"nan", "null", "none", "n/a", "<na>", "nat"}
-_NOBODY = {"unknown", "unidentified", "not known", "?", "-", "–", "—"}
+_NOBODY = {"unknown", "unidentified", "not known", "anonymous", "?", "-", "–", "—"}
+_NOBODY |= {"unknown artist", "artist unknown", "unidentified artist", "anonymous artist", "unknown maker"}
 _YEAR = re.compile(r"(?<!\d)(?<!\d[.,])(1\d{3}|20\d{2})(?!\d)")
 _BEFORE_CHRIST = re.compile(r"(?<![^\W\d_])(?:b\.?\s?c(?:\.?\s?e)?|v\.?\s?chr)(?![^\W_])", re.IGNORECASE)
 
