@@ -79,7 +79,7 @@ def test_backbone_prepares_its_patches_from_training_images():
     backbone = cifar_backbone(24)
     images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
     before = backbone.network.patches.weight.clone()
-    backbone.prepare(images)
+    backbone.prepare(images, torch.arange(len(images)))
     assert not torch.equal(before, backbone.network.patches.weight)
     assert backbone(images).shape == (50, 96, 3, 3)
     assert backbone.provenance["weights"] == "random"
@@ -90,7 +90,7 @@ def test_patches_are_of_images_from_all_over_the_training_set(count, monkeypatch
     backbone, seen = cifar_backbone(24), []
     monkeypatch.setattr(backbone, "preprocess", lambda images: images)
     monkeypatch.setattr(backbone.network, "prepare", seen.append)
-    backbone.prepare(torch.arange(count).view(-1, 1, 1, 1))
+    backbone.prepare(torch.arange(count).view(-1, 1, 1, 1), torch.arange(count))
     (rows,) = seen
     assert len(rows) <= 5000
     assert int(rows.diff(dim=0).max()) <= -(-count // 5000)

@@ -58,7 +58,7 @@ def regions(network: RegionNetwork, images: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_the_projection_starts_as_the_pca_of_the_regions(power, images):
     network = make(power=power)
-    network.prepare(images)
+    network.prepare(images, torch.arange(len(images)))
     vectors = regions(network, images)
     assert vectors.shape[:2] == (30, 5)
     flat = vectors.reshape(-1, vectors.shape[2])
@@ -74,7 +74,7 @@ def test_the_projection_starts_as_the_pca_of_the_regions(power, images):
 
 def test_the_descriptor_is_the_papers(images):
     network = make()
-    network.prepare(images)
+    network.prepare(images, torch.arange(len(images)))
     with torch.no_grad():
         network.head.bias.uniform_(-0.1, 0.1)
         got = network(images[:4])
@@ -90,7 +90,7 @@ def test_the_descriptor_is_the_papers(images):
 
 def test_several_sizes_are_summed_at_test_only(images):
     network = make(size=128, scales=(0.5, 1.0, 1.5))
-    network.prepare(images)
+    network.prepare(images, torch.arange(len(images)))
     total = torch.zeros(4, 6)
     for size in (64, 128, 192):
         alone = make(size=size)
@@ -109,7 +109,7 @@ def test_several_sizes_are_summed_at_test_only(images):
 @pytest.mark.parametrize("pooling", [Average(), MAC(), GeM(3.0, trainable=True), RMAC(levels=3, whole=True)])
 def test_every_pooling_has_its_place_and_learns(pooling, images):
     network = make(pooling)
-    network.prepare(images)
+    network.prepare(images, torch.arange(len(images)))
     network.train()
     out = network(images[:4])
     assert out.shape == (4, 6)
@@ -123,21 +123,21 @@ def test_every_pooling_has_its_place_and_learns(pooling, images):
 def test_prepare_leaves_mode_and_statistics_alone_and_takes_the_same_sample_each_time(images):
     network = make(sample=12)
     before = {n: v.clone() for n, v in network.backbone.state_dict().items()}
-    network.train().prepare(images)
+    network.train().prepare(images, torch.arange(len(images)))
     assert all(m.training for m in network.modules())
     assert all(torch.equal(before[n], v) for n, v in network.backbone.state_dict().items())
     first = network.head.weight.clone()
-    network.prepare(images)
+    network.prepare(images, torch.arange(len(images)))
     assert torch.equal(network.head.weight, first)
     few = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:12]
     alone = make(sample=100)
-    alone.prepare(images[few])
+    alone.prepare(images, few)
     torch.testing.assert_close(alone.head.weight, first, rtol=1e-3, atol=1e-3)
 
 
 def test_too_few_regions_are_named(images):
     with pytest.raises(ValueError, match="PCA to 6 dimensions needs more than 5 region vectors"):
-        make().prepare(images[:1])
+        make().prepare(images, torch.arange(1))
 
 
 @pytest.mark.parametrize(

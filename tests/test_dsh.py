@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def images() -> torch.Tensor:
 def network(images) -> DSHNetwork:
     torch.manual_seed(0)
     network = DSHNetwork(12)
-    network.prepare(images)
+    network.prepare(images, torch.arange(len(images)))
     with torch.no_grad():
         for layer in (network.conv1, network.conv2, network.conv3, network.hidden, network.head):
             layer.bias.uniform_(-0.5, 0.5)
@@ -132,8 +133,9 @@ def test_weights_are_drawn_as_caffe_does():
 def test_mean_image_is_the_training_set_s():
     images = torch.randint(0, 256, (4099, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     network = DSHNetwork(12)
-    network.prepare(images)
-    np.testing.assert_allclose(network.mean.numpy(), images.numpy().mean(0, dtype=np.float64), rtol=1e-6)
+    for rows in (torch.arange(4099), torch.arange(1, 4099, 2)):
+        network.prepare(images, rows)
+        np.testing.assert_allclose(network.mean.numpy(), images[rows].numpy().mean(0, dtype=np.float64), rtol=1e-6)
     assert "mean" in network.state_dict()  # a checkpoint and a catalog keep it
     assert not any(name == "mean" for name, _ in network.named_parameters())
 
@@ -150,7 +152,8 @@ def test_local_response_counts_zeros_beyond_the_border():
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (2, 1, 32, 32), (2, 3, 32, 28), (3, 32, 32)])
 def test_other_sizes_are_refused_with_a_way_out(shape):
     image = torch.zeros(shape, dtype=torch.uint8)
-    for call in (DSHNetwork(12), DSHNetwork(12).prepare):
+    rows = torch.arange(len(image))
+    for call in (DSHNetwork(12), partial(DSHNetwork(12).prepare, rows=rows)):
         with pytest.raises(ValueError, match=r"3 x 32 x 32.*model=hashing"):
             call(image)
 

@@ -354,7 +354,7 @@ def test_an_embedding_and_its_gradient_do_not_depend_on_the_batch(family, traini
     body = backbone()
     network = RegionNetwork(body, RMAC(2), 8) if family == "dir" else HashNetwork(body, MAC(), 8)
     images = data(table).collection.images
-    network.prepare(images)
+    network.prepare(images, torch.arange(len(images)))
     model = trained(network, slices=slices).train(training)
     rows = torch.tensor([0, 3, 1, 6, 12, 2, 4])
     weight = torch.rand(len(rows), 8, generator=torch.Generator().manual_seed(0))
@@ -377,7 +377,7 @@ def test_an_embedding_and_its_gradient_do_not_depend_on_the_batch(family, traini
 def test_the_projection_starts_from_the_regions_of_all_shapes(table):
     images = data(table).collection.images
     network = RegionNetwork(backbone(size=192), RMAC(2), 6, power=1.0)
-    network.prepare(images)
+    network.prepare(images, torch.arange(len(images)))
     with torch.no_grad():
         vectors = torch.cat([network.eval().pool(network.backbone(image[None]))[0] for image in images])
         assert len({network.pool(network.backbone(image[None])).shape[1] for image in images}) > 1

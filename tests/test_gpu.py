@@ -105,7 +105,7 @@ def test_a_network_describes_as_on_the_cpu(name):
     network = NETWORKS[name]().eval()
     images = torch.randint(0, 256, (40, 3, network.input_size, network.input_size), dtype=torch.uint8)
     if name == "dsh":
-        network.prepare(images)
+        network.prepare(images, torch.arange(len(images)))
     with torch.inference_mode():
         wanted = network.embed(images)
         stored = encode(network, images)

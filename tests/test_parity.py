@@ -67,7 +67,7 @@ class Network(nn.Module):
         self.body, self.head = nn.Conv2d(3, 10, 4, stride=4), nn.Linear(90, 6)
         self.provenance = {"weights": "none"}
 
-    def prepare(self, images: Tensor) -> None:
+    def prepare(self, images: Tensor, rows: Tensor) -> None:
         pass
 
     def forward(self, image: Tensor) -> Tensor:

@@ -577,7 +577,7 @@ def test_bits_of_a_binarizer_follow_the_learnt_ones():
     assert (network.learnt, network.bits, network.dimension) == (3, 8, 8)
     generator = torch.Generator().manual_seed(0)
     regions = torch.randn(40, 2, network.backbone.channels, generator=generator)
-    network.prepare_regions(regions)
+    network.prepare_regions(regions, torch.arange(len(regions)))
     weight, bias = ITQ(5).fit(regions.mean(1))
     with torch.no_grad():
         code = network.describe(regions)
@@ -589,7 +589,7 @@ def test_bits_of_a_binarizer_follow_the_learnt_ones():
 
 def test_a_binarizer_needs_frozen_features_and_enough_channels():
     with pytest.raises(ValueError, match=r"model.network.binarizer .* set model.cache"):
-        hashing(binarizer=ITQ(8)).prepare(images())
+        hashing(binarizer=ITQ(8)).prepare(images(), torch.arange(1))
     channels = hashing().backbone.channels
     with pytest.raises(ValueError, match=rf"binarizer.bits={channels + 1}: the backbone has {channels} channels"):
         hashing(binarizer=ITQ(channels + 1))
@@ -607,7 +607,7 @@ def test_bits_of_a_second_backbone_follow_the_learnt_ones(tmp_path):
     assert (network.learnt, network.bits, network.input_size) == (3, 8, 48)
     collection = SimpleNamespace(images=images(40), content="forty images")
     pooled = pooled_features(network, collection, ArrayCache(tmp_path))
-    network.prepare_regions(pooled)
+    network.prepare_regions(pooled, torch.arange(len(pooled)))
     with torch.no_grad():
         features = second.backbone(collection.images).mean((2, 3))  # pooled otherwise than by the pooling module
         weight, bias = itq.fit(features)
@@ -704,7 +704,7 @@ def test_dir_takes_the_pca_of_the_backbone_that_it_starts_from(hashed, tmp_path)
 
     config = saved_run.open_run(run).config
     data = configs.build_data(config)
-    network.prepare(data.collection.images[data.split.train])
+    network.prepare(data.collection.images, data.split.train)
     torch.testing.assert_close(after["network.descriptor.whitening.weight"], network.head.weight.data)
     torch.testing.assert_close(after["network.descriptor.whitening.bias"], network.head.bias.data)
 

@@ -153,11 +153,12 @@ class Backbone(nn.Module):
         y, x = max(0, self.min_side - height), max(0, self.min_side - width)
         return F.pad(pixels, (x // 2, x - x // 2, y // 2, y - y // 2), mode="replicate")
 
-    def prepare(self, images: Tensor | Ragged) -> None:
+    def prepare(self, images: Tensor | Ragged, rows: Tensor) -> None:
         """Lets the network compute statistics of training images before training, if it needs any.
 
         Args:
-            images: Training images uint8 (N, 3, H, W), or Ragged.
+            images: All images uint8 (N, 3, H, W), or Ragged.
+            rows: Rows of the training images, int64 (T,).
 
         Raises:
             ValueError: If such a network is given images of several shapes.
@@ -166,8 +167,8 @@ class Backbone(nn.Module):
             if isinstance(images, Ragged):
                 raise ValueError(f"{self.name} is fitted to training images of one shape: use data.fit=square")
             with torch.no_grad():
-                every = max(1, -(-len(images) // 5000))  # all over the images, which may lie class by class
-                self.network.prepare(self.preprocess(images[::every][:5000].to(self.mean.device)))  # type: ignore[operator]
+                few = rows[:: max(1, -(-len(rows) // 5000))]  # all over the images, which may lie class by class
+                self.network.prepare(self.preprocess(images[few].to(self.mean.device)))  # type: ignore[operator]
 
     def forward(self, image: Tensor, size: int | None = None) -> Tensor:
         """Feature maps float32 (B, C, h, w).

@@ -72,43 +72,44 @@ class RegionNetwork(OnBackbone, nn.Module):
         assert isinstance(self.descriptor.whitening, nn.Linear)
         return self.descriptor.whitening
 
-    def prepare(self, images: Tensor | Ragged) -> None:
+    def prepare(self, images: Tensor | Ragged, rows: Tensor) -> None:
         """Initialises the projection by PCA of the region vectors of training images.
 
         Args:
-            images: Training images uint8 (N, 3, H, W), or Ragged.
+            images: All images uint8 (N, 3, H, W), or Ragged.
+            rows: Rows of the training images, int64 (T,).
 
         Raises:
             ValueError: If there are not more region vectors than dimensions.
         """
-        self.backbone.prepare(images)
-        few = self._few(len(images))
+        self.backbone.prepare(images, rows)
         moments = Moments.zeros(self.backbone.channels)
         training = self.training
         self.eval()
         with torch.no_grad():
-            for rows in few.split(64):
-                for _, stack in stacks(images[rows].to(self.head.weight.device)):
+            for some in self._few(rows).split(64):
+                for _, stack in stacks(images[some].to(self.head.weight.device)):
                     moments.add(self.pool(self.backbone(stack)).flatten(0, 1))
         self.train(training)
         self._start_projection(moments)
 
-    def prepare_regions(self, regions: Tensor) -> None:
+    def prepare_regions(self, regions: Tensor, rows: Tensor) -> None:
         """Initialises the projection as `prepare` does, from region vectors that are already computed.
 
         Args:
-            regions: Region vectors (N, R, C) of all training images.
+            regions: Region vectors (N, R, C) of all images.
+            rows: Rows of the training images, int64 (T,).
 
         Raises:
             ValueError: If there are not more region vectors than dimensions.
         """
         moments = Moments.zeros(self.backbone.channels)
-        moments.add(regions[self._few(len(regions))].float().flatten(0, 1))
+        moments.add(regions[self._few(rows)].float().flatten(0, 1))
         self._start_projection(moments)
 
-    def _few(self, count: int) -> Tensor:
-        """Positions of the images that the PCA uses, drawn at random from range(count)."""
-        return torch.randperm(count, generator=torch.Generator().manual_seed(0))[: self.sample]
+    def _few(self, rows: Tensor) -> Tensor:
+        """The rows that the PCA uses, drawn at random."""
+        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: self.sample]]
 
     def _start_projection(self, moments: Moments) -> None:
         if moments.count <= self.dimension:

@@ -62,20 +62,21 @@ class DSHNetwork(nn.Module):
             nn.init.zeros_(layer.bias)
         self.to(memory_format=torch.channels_last)
 
-    def prepare(self, images: Tensor) -> None:
+    def prepare(self, images: Tensor, rows: Tensor) -> None:
         """Computes the mean image.
 
         Args:
-            images: Training images uint8 (N, 3, 32, 32).
+            images: All images uint8 (N, 3, 32, 32).
+            rows: Rows of the training images, int64 (T,).
 
         Raises:
             ValueError: If the images have another shape.
         """
         self._check(images)
         total = torch.zeros(3, _SIDE, _SIDE, dtype=torch.float64)
-        for block in images.split(4096):
-            total += block.sum(0, dtype=torch.int64)
-        self.mean.copy_(total / len(images))
+        for some in rows.split(4096):
+            total += images[some].sum(0, dtype=torch.int64)
+        self.mean.copy_(total / len(rows))
 
     def forward(self, image: Tensor) -> Tensor:
         """Real-valued codes float32 (B, bits).

@@ -130,11 +130,12 @@ class HashNetwork(OnBackbone, nn.Module):
         """The backbone whose features the binarizer takes."""
         return self.backbone if self.second is None else self.second.backbone
 
-    def prepare(self, images: Tensor | Ragged) -> None:
+    def prepare(self, images: Tensor | Ragged, rows: Tensor) -> None:
         """Lets the backbone compute statistics of training images, if it needs any.
 
         Args:
-            images: Training images uint8 (N, 3, H, W), or Ragged.
+            images: All images uint8 (N, 3, H, W), or Ragged.
+            rows: Rows of the training images, int64 (T,).
 
         Raises:
             ValueError: If there is a binarizer, whose features would change while the backbone learns.
@@ -144,19 +145,20 @@ class HashNetwork(OnBackbone, nn.Module):
                 "model.network.binarizer makes codes of the features of a frozen backbone: set model.cache, as "
                 "experiment=hashing-frozen does, or model.network.binarizer=null"
             )
-        self.backbone.prepare(images)
+        self.backbone.prepare(images, rows)
 
-    def prepare_regions(self, regions: Tensor) -> None:
+    def prepare_regions(self, regions: Tensor, rows: Tensor) -> None:
         """Fits the binarizer, if there is one.
 
         Args:
-            regions: Region vectors (N, R, C) of all training images, as `describe` takes them.
+            regions: Region vectors (N, R, C) of all images, as `describe` takes them.
+            rows: Rows of the training images, int64 (T,).
 
         Raises:
             ValueError: As the binarizer does, such as for too few images.
         """
         if self.binarizer is not None:
-            few = torch.randperm(len(regions), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+            few = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:SAMPLE]]
             weight, bias = self.binarizer.fit(regions[few].float().mean(1)[:, -self._binarized.channels :])
             self.code_weight.copy_(weight)
             self.code_bias.copy_(bias)

@@ -45,11 +45,13 @@ class Network(Encoder, Protocol):
         """Names and submodules, as in torch.nn.Module."""
         ...
 
-    def prepare(self, images: Tensor | Ragged) -> None:
+    def prepare(self, images: Tensor | Ragged, rows: Tensor) -> None:
         """Computes from the training images what is not learnt, such as a mean image or a PCA.
 
         Args:
-            images: Training images uint8 (N, 3, H, W). They are Ragged only if `fit` is "longest".
+            images: All images of the collection, uint8 (N, 3, H, W), perhaps more than fit into memory. They are Ragged
+                only if `fit` is "longest".
+            rows: Rows of the training images, int64 (T,).
         """
 
 
@@ -270,9 +272,9 @@ class TrainedRetriever(DescribesBatches):
         self.network.load_state_dict(known, strict=False)  # `prepare` may depend on these tensors
         self.network.to(self.trainer.strategy.root_device)
         if self._pooled is not None and hasattr(self.network, "prepare_regions"):
-            self.network.prepare_regions(self._pooled[data.split.train])
+            self.network.prepare_regions(self._pooled, data.split.train)
         else:
-            self.network.prepare(data.collection.images[data.split.train])
+            self.network.prepare(data.collection.images, data.split.train)
         self.network.load_state_dict(known, strict=False)
         if self.start is not None:
             self.network.provenance = {**self.network.provenance, "weights": self.start}
