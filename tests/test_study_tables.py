@@ -119,6 +119,24 @@ def test_tables_show_means_spreads_and_intervals(measured, tmp_path):
     assert result_lines(found, ("P@1",))[0][4:6] == ["P@1", 0.5]
 
 
+def test_intervals_over_different_units_are_not_averaged(measured, tmp_path):
+    """One seed of b was measured before artists were the sampling unit; one of a has no interval."""
+    found, a, b = measured
+    path = tmp_path / "b0/metrics.json"
+    path.write_text(path.read_text().replace('"unit": "query", "units": 50', '"unit": "artist", "units": 9'))
+    path = tmp_path / "a1/metrics.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({"test": about["test"] | {"intervals": {}}}))
+    lines = [dict(zip(RESULT_COLUMNS, map(str, line), strict=True)) for line in result_lines(found)]
+    text = markdown_tables(lines)
+    for row, values in (("a", a), ("b", b)):
+        means = values.mean(1)
+        assert f"| {row} | {len(means)} | {means.mean():.4f} ± {np.std(means, ddof=1):.4f} | 0.5000" in text
+    assert f"| b+aqe | 1 | {b[0].mean() + 0.1:.4f} [" in text
+    (line,) = [line for line in text.splitlines() if line.startswith("No interval")]
+    assert line == "No interval, as seeds were measured over different sampling units: b mAP (artist, query)"
+
+
 def test_labels_tell_changes_of_equal_values_apart(tmp_path):
     changes = ["rerank=alpha-qe rerank.k=3", "rerank=alpha-qe rerank.alpha=3", "rerank=alpha-qe rerank.alpha=0.5", ""]
     labels = [Measurement("b", change, 0, tmp_path, (), "cifar10", 0.0).label for change in changes]

@@ -187,7 +187,8 @@ def markdown_tables(lines: Iterable[Mapping[str, str]]) -> str:
     """A table in Markdown for each protocol: rows, seeds, metrics, minutes of a training.
 
     A metric is the mean over seeds, with the standard deviation of several seeds (n - 1) and, in brackets, the 95%
-    interval by sampling unit, whose ends are means over seeds.
+    interval by sampling unit, whose ends are means over seeds. There is none if a seed has none, or if seeds were
+    measured over different sampling units; a line below the table names the latter.
 
     Args:
         lines: The lines of results.csv.
@@ -208,6 +209,14 @@ def markdown_tables(lines: Iterable[Mapping[str, str]]) -> str:
         header = ["row", "seeds", *names, "minutes"]
         ruled = [header, ["---"] * len(header), *body]
         texts.append("\n".join([f"`{protocol}` ({fingerprint})", "", *(f"| {' | '.join(cells)} |" for cells in ruled)]))
+        mixed = [
+            f"{row} {name} ({', '.join(over)})"
+            for row, metrics in rows.items()
+            for name, lines in metrics.items()
+            if len(over := _units(lines)) > 1
+        ]
+        if mixed:
+            texts.append(f"No interval, as seeds were measured over different sampling units: {'; '.join(mixed)}")
     return "\n\n".join(texts) + "\n"
 
 
@@ -222,9 +231,16 @@ def _cell(lines: Sequence[Mapping[str, str]]) -> str:
     if not values:
         return "-"
     spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    ends = [[float(line[end]) for line in lines if line[end]] for end in ("ci_low", "ci_high")]
-    interval = f" [{statistics.fmean(ends[0]):.4f}, {statistics.fmean(ends[1]):.4f}]" if all(ends) else ""
+    interval = ""
+    if all(line["ci_low"] for line in lines if line["value"]) and len(_units(lines)) == 1:
+        low, high = (statistics.fmean(float(line[end]) for line in lines if line[end]) for end in ("ci_low", "ci_high"))
+        interval = f" [{low:.4f}, {high:.4f}]"
     return f"{statistics.fmean(values):.4f}{spread}{interval}"
+
+
+def _units(lines: Iterable[Mapping[str, str]]) -> list[str]:
+    """The sampling units of the intervals that there are."""
+    return sorted({line["unit"] for line in lines if line["ci_low"]})
 
 
 def write_results(folder: Path, book: Mapping[str, Row], runs: Runs, *, trusted: bool = False) -> int:
