@@ -431,7 +431,11 @@ def _checkpoint(run: Run) -> Any:
 
 
 def _measured(folder: Path) -> dict[str, Any]:
-    about = read_json(folder / "metrics.json")["test"]
+    """What a run's test says of its checkpoint. Empty if it was not tested, or not since it goes on."""
+    path = folder / "metrics.json"
+    about = read_json(path).get("test") if path.is_file() else None
+    if about is None:
+        return {}
     return {"protocol": about["protocol"], "fingerprint": about["fingerprint"], "mAP": about["metrics"]["mAP"]}
 
 

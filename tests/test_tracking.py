@@ -345,6 +345,20 @@ def test_what_a_run_uses_and_makes(tmp_path):
     assert others[2].config["start_run"] == "idquiet"
 
 
+def test_a_run_without_a_test_is_an_input_too(tmp_path):
+    """Its training was interrupted, or goes on."""
+    start = make_run(tmp_path / "start", {"checkpoint": True})
+    (start.folder / "metrics.json").write_text(json.dumps({"val": STAGE}))
+    run = make_run(tmp_path / "r", start=start.folder)
+    loggers = tracking.build_loggers(run)
+    tracking.log_inputs(loggers, run, collection())
+    tracking.finish_loggers(loggers)
+    assert logged(run.folder)[0].artifact("model").name == "checkpoint-idstart"
+    (start.folder / "metrics.json").unlink()
+    tracking.finish_loggers(tracking.evaluation_loggers(start, {"logger": LOGGER}, tmp_path / "e"))
+    assert logged(tmp_path / "e")[0].artifact("model").name == "checkpoint-idstart"
+
+
 def test_a_start_from_elsewhere_has_no_lineage(tmp_path):
     (tmp_path / "weights.pth").write_text("")
     run = make_run(tmp_path / "r", start=tmp_path / "weights.pth")
