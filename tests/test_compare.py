@@ -28,7 +28,7 @@ from simsearch.comparison import charts, page, regressions
 from simsearch.comparison.leaderboard import check_comparable, config_differences, leaderboard
 from simsearch.comparison.report import columns, csv_text, duration, markdown_table, terminal_table
 from simsearch.comparison.runs import Missing, _natural, expand, read_all, read_wandb, short_names
-from simsearch.comparison.selection import configuration, without_repeats
+from simsearch.comparison.selection import configuration, find_baseline, without_repeats
 from simsearch.data.collection import Collection
 from simsearch.files import read_json, write_json
 from simsearch.functional.significance import holm, mean_interval, paired_interval, paired_permutation
@@ -265,6 +265,12 @@ def test_one_seed_counts_once(tmp_path):
     assert [result.name for result in kept] == ["r1", "r3", "s0", "s1"]
     assert [(result.name, known.name) for result, known in repeats] == [("r0", "r3"), ("r2", "r1")]
     assert sorted(entry.name for entry in board(kept)) == ["r1 (2 seeds)", "s0 (2 runs)"]
+
+
+def test_a_run_from_before_units_were_named_is_repeated_by_one_over_queries(tmp_path):
+    results = read(make_run(tmp_path / "old", values(1), unit=None), make_run(tmp_path / "new", values(1)))
+    kept, ((repeat, known),) = without_repeats(results, results[0])
+    assert ([result.name for result in kept], repeat.name, known.name) == (["old"], "new", "old")
 
 
 def test_what_differs_in_more_than_the_seed_stays_apart(tmp_path):
@@ -560,6 +566,15 @@ def test_means_by_class(tmp_path):
     assert page.class_means(entry) == pytest.approx({c: np.nanmean(a[label == c]) for c in range(3)})
 
 
+def test_classes_in_which_a_run_has_no_value_are_left_out(tmp_path):
+    """As by definitions/mAP@10_found_only, where nothing of a class was found."""
+    label, a, b = np.arange(N - Q, N) % 3, values(1), values(2)
+    b[label == 1] = np.nan
+    text = page.page(compared(board(read(make_run(tmp_path / "a", a), make_run(tmp_path / "b", b, lr=0.5)))))
+    (table,) = re.findall("mAP by class.*?</section>", text, re.DOTALL)
+    assert [name in table for name in ("ant", "bee", "cow")] == [True, False, True]
+
+
 def test_the_page_of_one_run_and_of_runs_without_values_by_query(tmp_path):
     (entry,) = board(read(make_run(tmp_path / "a", values(1))))
     text = page.page(compared([entry]))
@@ -729,6 +744,15 @@ def test_the_command_reads_wandb_beside_folders(tmp_path, monkeypatch):
     assert "0 paired tests" in done.stdout
 
 
+def test_runs_of_wandb_keep_their_names_beside_a_baseline_from_elsewhere(tmp_path):
+    make_run(tmp_path / "a" / "x", values(1))
+    near = read(make_run(tmp_path / "b" / "x", values(2), lr=2))
+    far, _ = read_wandb(FakeApi([wandb_run("remote", 0.9)]), "team/project")
+    baseline, together = find_baseline(str(tmp_path / "a" / "x"), [*near, *far])
+    assert [result.name for result in together] == ["a/x", "b/x", "remote"]
+    assert baseline is together[0]
+
+
 def test_wandb_out_of_reach_is_one_clear_line(tmp_path):
     done = simsearch("compare", "runs=wandb:team/project", f"out={tmp_path / 'out'}", expect=1)
     assert re.fullmatch(r"simsearch compare: .*W&B.*\n", done.stderr)
@@ -767,6 +791,13 @@ def test_the_command_takes_a_baseline_from_elsewhere(tmp_path, toy_data):
     assert "baseline b/x; 1 paired tests" in done.stdout
     done = simsearch("compare", *given, "baseline=nobody", expect=1)
     assert "baseline=nobody is neither a folder nor one of the runs x" in done.stderr
+
+
+def test_the_command_does_not_rank_by_a_cost(tmp_path):
+    make_run(tmp_path / "x", values(1))
+    for metric in ("bytes_per_item", "index/latency_ms_p50"):
+        done = simsearch("compare", f"runs={tmp_path / 'x'}", f"metric={metric}", f"out={tmp_path / 'out'}", expect=1)
+        assert f"metric={metric} is a cost" in done.stderr
 
 
 def test_the_command_refuses_to_rank_what_does_not_compare(tmp_path):

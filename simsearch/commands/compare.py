@@ -18,6 +18,7 @@ from simsearch.comparison.runs import Result
 from simsearch.comparison.selection import configuration, find_baseline, has_value, read, without_repeats
 from simsearch.files import replacing
 from simsearch.results import HEADLINES
+from simsearch.sweeps.objectives import is_cost
 from simsearch.text import cell
 
 # Parts of a config that affect no number: locations and reports.
@@ -30,9 +31,17 @@ def main(config: DictConfig) -> None:
 
     Args:
         config: The config of conf/compare.yaml.
+
+    Raises:
+        ValueError: If the metric that ranks is a cost.
     """
     values = configs.plain(config)
     trusted = configs.trusts(config)
+    metric = values["metric"]
+    if is_cost(metric):
+        raise ValueError(
+            f"metric={metric} is a cost: give what should be large, such as mAP; costs have columns beside it"
+        )
     results, missing = read(configs.listed(values["runs"]), tracking.wandb_api, trusted=trusted)
     if values["baseline"] is None:
         baseline = results[0]
@@ -43,7 +52,6 @@ def main(config: DictConfig) -> None:
         terminal.show(f"{cell(result.name)} repeats {cell(kept.name)} with the same seed: left out")
     if not values["force"]:
         check_comparable(results)
-    metric = values["metric"]
     headlines = [name for name in dict.fromkeys((metric, *HEADLINES)) if has_value(results, name)]
     definitions = list(dict.fromkeys(n for r in results for n in r.metrics if n.startswith("definitions/")))
     seed = values["seed"]

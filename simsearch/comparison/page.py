@@ -202,14 +202,14 @@ def class_means(entry: Entry) -> dict[int, float]:
 def _classes(c: Comparison) -> dict[str, Any] | None:
     """Class means of the baseline and the compared entries, for the classes that differ most.
 
-    None with fewer than two.
+    Classes without a value of one of them are left out. None with fewer than two.
     """
     line = _baseline(c)
     if line.queries is None:
         return None
     shown = [(c.entries.index(line) + 1, line), *_compared(c)]
     means = [class_means(entry) for _, entry in shown]
-    reference = means[0]
+    reference = {label: mean for label, mean in means[0].items() if all(label in others for others in means)}
     if len(reference) < 2:
         return None
     spread = {label: max(abs(m[label] - reference[label]) for m in means) for label in reference}

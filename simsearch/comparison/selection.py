@@ -79,8 +79,9 @@ def find_baseline(wanted: str, results: Sequence[Result], *, trusted: bool = Fal
     if missing:
         raise ValueError(f"baseline={wanted} is {missing[0].state}: {missing[0].reason}")
     together = [*found, *results]
-    short = short_names([result.place for result in together])
-    together = [replace(result, name=name) for result, name in zip(together, short, strict=True)]
+    local = [result.place for result in together if result.run is not None]
+    short = dict(zip(local, short_names(local), strict=True))  # runs in W&B keep their names
+    together = [replace(result, name=short.get(result.place, result.name)) for result in together]
     return together[0], together
 
 
@@ -120,7 +121,7 @@ def without_repeats(results: Sequence[Result], baseline: Result) -> tuple[list[R
     kept: dict[tuple[Any, ...], Result] = {}
     repeats = []
     for result in sorted(results, key=lambda result: result is not baseline):
-        key = (configuration(result), result.fingerprint, result.unit, seeds(result.config))
+        key = (configuration(result), result.fingerprint, result.unit or "query", seeds(result.config))
         if kept.setdefault(key, result) is not result:
             repeats.append((result, kept[key]))
     return [result for result in results if any(result is one for one in kept.values())], repeats
