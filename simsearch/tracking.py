@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import csv
 import json
 import netrc
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities import rank_zero_only
@@ -55,10 +57,19 @@ def wandb_mode(mode: str) -> str:
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     try:
-        known = netrc.netrc().authenticators("api.wandb.ai")
-    except (OSError, netrc.NetrcParseError):
+        path = os.environ.get("NETRC") or "~/.netrc"
+        known = netrc.netrc(os.path.expanduser(path)).authenticators(_server())
+    except (OSError, netrc.NetrcParseError, configparser.Error):
         known = None
     return "online" if known else "offline"
+
+
+def _server() -> str:
+    """The host of W&B's server: that of WANDB_BASE_URL, or what `wandb login --host` has noted, or W&B's own."""
+    noted = configparser.ConfigParser(interpolation=None)
+    noted.read(Path(os.environ.get("WANDB_CONFIG_DIR") or "~/.config/wandb").expanduser() / "settings")
+    stored = noted.get("default", "base_url", fallback="https://api.wandb.ai")
+    return urlsplit(os.environ.get("WANDB_BASE_URL") or stored).netloc
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def collection() -> Collection:
 class TestWandbMode:
     @pytest.fixture(autouse=True)
     def _no_key(self, monkeypatch, tmp_path):
-        for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC", "WANDB_BASE_URL", "WANDB_CONFIG_DIR"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -140,6 +140,23 @@ class TestWandbMode:
         self.netrc.write_text("machine api.wandb.ai login user password secret\n")
         assert wandb_mode("auto") == "online"
         self.netrc.write_text("machine machine (((")
+        assert wandb_mode("auto") == "offline"
+
+    def test_the_key_is_that_of_the_server(self, monkeypatch, tmp_path):
+        """A company's own, which WANDB_BASE_URL names, or `wandb login --host` has noted."""
+        self.netrc.write_text("machine wandb.example.org login user password secret\n")
+        self.netrc.chmod(0o600)
+        monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+        assert wandb_mode("auto") == "online"
+        monkeypatch.delenv("WANDB_BASE_URL")
+        (tmp_path / ".config" / "wandb").mkdir(parents=True)
+        (tmp_path / ".config" / "wandb" / "settings").write_text("[default]\nbase_url = https://wandb.example.org\n")
+        assert wandb_mode("auto") == "online"
+        self.netrc.rename(tmp_path / "keys")
+        assert wandb_mode("auto") == "offline"
+        monkeypatch.setenv("NETRC", str(tmp_path / "keys"))
+        assert wandb_mode("auto") == "online"
+        monkeypatch.setenv("WANDB_BASE_URL", "https://api.wandb.ai")
         assert wandb_mode("auto") == "offline"
 
     @pytest.mark.parametrize("mode", ["offline", "disabled", "online"])
