@@ -451,6 +451,24 @@ def test_a_study_of_something_else_is_refused(tmp_path, capsys):
     assert len(study(tmp_path).trials) == 3
 
 
+@pytest.mark.parametrize(
+    "now",
+    [
+        "choice(0.1,0.2,0.3)",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("choice(0.2,0.1)", "interval(0.1,0.2)")),
+    ],
+)
+def test_a_study_keeps_its_choices_and_another_takes_its_trials(now, tmp_path, capsys):
+    run(tmp_path, "+cheap.lr=choice(0.1,0.2)", "hydra.sweeper.n_trials=2")
+    run(tmp_path, f"+cheap.lr={now}", "hydra.sweeper.n_trials=3", expect=1)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "draws +cheap.lr from CategoricalDistribution(choices=('0.1', '0.2')), which" in last
+    assert len(study(tmp_path).trials) == 2  # none was asked for
+    run(tmp_path, f"+cheap.lr={now}", "hydra.sweeper.n_trials=3", "hydra.sweeper.study_name=wider")
+    assert [trial.state for trial in study(tmp_path, "wider").trials] == [COMPLETE] * 3
+    assert set(worked(tmp_path).values()) == {1}
+
+
 @pytest.mark.slow
 def test_values_of_another_objective_are_not_told(tmp_path):
     """A folder that the study does not know may hold trials of another objective."""

@@ -142,6 +142,7 @@ class OptunaSweeper(Sweeper):
             stored = read_trials(self.folder)
             self._check_data(stored)
             self._check_purpose()
+            self._check_space()
             self._catch_up(stored)
         self._work(config.hydra.launcher["_target_"].rpartition(".")[2] in _LOCAL)
         self._report()
@@ -160,6 +161,22 @@ class OptunaSweeper(Sweeper):
                 f"the study {self.study_name} in {self.storage} is of {said[0]}, not of {said[1]}: give another "
                 "hydra.sweep.dir or hydra.sweeper.study_name, or the overrides from before"
             )
+
+    def _check_space(self) -> None:
+        """Raises ValueError if a parameter of the study's trials had other choices, or was of another kind."""
+        from optuna.distributions import check_distribution_compatibility
+
+        for trial in self.study.get_trials(deepcopy=False):
+            for name in trial.distributions.keys() & self.space.keys():
+                before, now = trial.distributions[name], self.space[name]
+                try:
+                    check_distribution_compatibility(before, now)
+                except ValueError:
+                    raise ValueError(
+                        f"the study {self.study_name} in {self.storage} draws {name} from {before}, which a study cannot "
+                        f"change into {now}: give another hydra.sweeper.study_name, which takes over what this folder "
+                        "has, or the values from before"
+                    ) from None
 
     def _catch_up(self, stored: Sequence[Mapping[str, Any]]) -> None:
         """Tells the study what the trials' folders know, and finds the trials to continue.
