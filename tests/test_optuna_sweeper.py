@@ -22,6 +22,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from conftest import simsearch
+from filelock import FileLock
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
@@ -710,11 +711,15 @@ def test_what_a_dead_process_left_is_continued_under_its_number(tmp_path):
         trial.set_user_attr("process", process)
         points.append(trial.params)
     alive = known.ask(dict(space))
-    alive.set_user_attr("process", f"{os.uname().nodename}:{os.getppid()}")  # another process works on this one
-    run(tmp_path, "hydra.sweeper.n_trials=7")
+    other = f"{os.uname().nodename}:{os.getppid()}"  # another process works on this one
+    alive.set_user_attr("process", other)
+    with FileLock(tmp_path / f".{other.replace(':', '-')}.lock"):
+        run(tmp_path, "hydra.sweeper.n_trials=7")
     trials = study(tmp_path).trials
     assert [trial.params for trial in trials[3:6]] == points
     assert [trial.state for trial in trials] == [COMPLETE] * 6 + [RUNNING]
+    run(tmp_path, "hydra.sweeper.n_trials=7")  # the other one has ended since, and its number is that of a third
+    assert study(tmp_path).trials[6].state == COMPLETE
 
 
 # ------------------------------------------------------------------------------------ plans and folders

@@ -129,22 +129,25 @@ class OptunaSweeper(Sweeper):
         self.space, self.shared = distributions(self.params, arguments, context.config_loader)
         self.objective = names_of(_plain(config.objective))
         OmegaConf.save(config, self.folder / "multirun.yaml")
-        with self._alone():
-            self.study = optuna.create_study(
-                study_name=self.study_name,
-                storage=open_storage(self.storage),
-                directions=self.directions,
-                pruner=configs.build(self.pruner) if self.pruner else optuna.pruners.NopPruner(),
-                load_if_exists=True,
-            )
-            if (known := [one.name.lower() for one in self.study.directions]) != self.directions:
-                raise ValueError(f"the study {self.study_name} in {self.storage} is to {known}, not {self.directions}")
-            stored = read_trials(self.folder)
-            self._check_data(stored)
-            self._check_purpose()
-            self._check_space()
-            self._catch_up(stored)
-        self._work(config.hydra.launcher["_target_"].rpartition(".")[2] in _LOCAL)
+        with self._lock_of(_own_process()):  # others see that this process works on its trials
+            with self._alone():
+                self.study = optuna.create_study(
+                    study_name=self.study_name,
+                    storage=open_storage(self.storage),
+                    directions=self.directions,
+                    pruner=configs.build(self.pruner) if self.pruner else optuna.pruners.NopPruner(),
+                    load_if_exists=True,
+                )
+                if (known := [one.name.lower() for one in self.study.directions]) != self.directions:
+                    raise ValueError(
+                        f"the study {self.study_name} in {self.storage} is to {known}, not {self.directions}"
+                    )
+                stored = read_trials(self.folder)
+                self._check_data(stored)
+                self._check_purpose()
+                self._check_space()
+                self._catch_up(stored)
+            self._work(config.hydra.launcher["_target_"].rpartition(".")[2] in _LOCAL)
         self._report()
 
     # What the study is told
@@ -252,9 +255,11 @@ class OptunaSweeper(Sweeper):
     def _is_elsewhere(self, known: optuna.trial.FrozenTrial, about: Mapping[str, Any]) -> bool:
         """Whether another process works on a trial."""
         here = socket.gethostname()
-        host, _, pid = known.user_attrs.get("process", "").partition(":")
-        if host == here and (is_alive(int(pid)) or about.get("host", here) == here):
-            return is_alive(int(pid)) and int(pid) != os.getpid()
+        process = known.user_attrs.get("process", "")
+        if process != _own_process() and self._is_at_work(process):
+            return True
+        if process.startswith(f"{here}:") and about.get("host", here) == here:
+            return False
         if not about:
             return False  # if it is about to begin all the same, its folder is locked
         lock = FileLock(self.folder / about["folder"] / ".lock")
@@ -263,6 +268,21 @@ class OptunaSweeper(Sweeper):
                 return False
         except Timeout:
             return True
+
+    def _is_at_work(self, process: str) -> bool:
+        """Whether a process of the sweep still runs. Its number alone may be that of another one by now."""
+        host, _, pid = process.partition(":")
+        lock = self._lock_of(process)
+        if not Path(lock.lock_file).exists() or (host == socket.gethostname() and not is_alive(int(pid))):
+            return False  # loader processes may hold on to the lock of a dead one
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def _lock_of(self, process: str) -> FileLock:
+        return FileLock(self.folder / f".{process.replace(':', '-')}.lock")
 
     @staticmethod
     def _is_taken(trial: optuna.trial.Trial, before: str | None) -> bool:
@@ -341,7 +361,7 @@ class OptunaSweeper(Sweeper):
                 return None
             self.study.sampler = configs.build(_with_seed(self.sampler, number))
             trial = optuna.trial.Trial(self.study, self._left.pop(0)[0]._trial_id) if self._left else self.study.ask()
-            trial.set_user_attr("process", f"{socket.gethostname()}:{os.getpid()}")
+            trial.set_user_attr("process", _own_process())
             values = {name: trial._suggest(name, distribution) for name, distribution in self.space.items()}
         return trial, self._overrides(values)
 
@@ -458,6 +478,10 @@ class OptunaSweeper(Sweeper):
 def _same(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether overrides are equal, apart from their order, how values are quoted, and what affects no numbers."""
     return sorted(decisive(plan(None, one)[1])) == sorted(decisive(plan(None, other)[1]))
+
+
+def _own_process() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def _is_over(trial: optuna.trial.Trial) -> bool:
