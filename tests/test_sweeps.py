@@ -32,9 +32,9 @@ from omegaconf import OmegaConf
 from simsearch import configs, saved_run, settings
 from simsearch.files import read_json, write_json
 from simsearch.sweeps import objectives
-from simsearch.sweeps.progress import is_open, summary
+from simsearch.sweeps.progress import is_open, progress_table, summary
 from simsearch.sweeps.space import plan
-from simsearch.sweeps.trials import Trial, read_trials, trial_name
+from simsearch.sweeps.trials import Trial, _readable, read_trials, trial_name
 
 TINY = (
     *("data.styles=4", "data.artists=2", "data.works=6", "data.photographs=4", "data.size=40", "backbone.size=40"),
@@ -90,6 +90,8 @@ def test_a_trials_name_is_readable_and_safe_for_shells():
     )
     assert found.startswith("index-hnsw_power-0.25_filename-a-b-c")
     assert re.fullmatch(r"[\w.+-]{1,80}", found)
+    long = _readable([f"data.source=/{'画' * 90}.csv"], {"data.source"})
+    assert 100 < len(long.encode()) < 200  # of the 255 bytes that a file system takes
 
 
 def test_a_trial_keeps_its_folder_however_its_overrides_are_written(tmp_path, monkeypatch):
@@ -155,6 +157,8 @@ def test_objectives(tmp_path):
         objectives.values_of(folder, "val/mPA")
     with pytest.raises(ValueError, match=r"protocol\.validation=0\.1"):
         objectives.values_of(metrics(tmp_path, test={"mAP": 0.4}), "val/mAP")
+    with pytest.raises(ValueError, match="objective=val/GAP was measured without a value"):
+        objectives.values_of(metrics(tmp_path, val={"mAP": 0.5, "GAP": None}), "val/GAP")
 
 
 def test_a_dead_process_has_left_its_trial(tmp_path):
@@ -211,6 +215,30 @@ def test_the_best_trial_is_by_what_is_good(tmp_path):
         for trial, value in (("a", 1.0), ("b", 2.0)):
             Trial(tmp_path / trial, [f"x={trial}"], values=value).write("finished")
         assert f"({best})" in summary(tmp_path)
+
+
+def test_the_best_trial_is_by_the_objective_of_now(tmp_path):
+    """A grid that goes on with another objective meets its finished trials one after the other."""
+    write_json(tmp_path / "sweep.json", {"planned": 2, "objective": ["val/bytes_per_item"]})
+    Trial(tmp_path / "a", ["x=a"], values=0.5, objective=["val/mAP"]).write("finished")
+    assert "best" not in summary(tmp_path)
+    Trial(tmp_path / "b", ["x=b"], values=64.0, objective=["val/bytes_per_item"]).write("finished")
+    assert "best 64.0000 (b)" in summary(tmp_path)
+
+
+def test_progress_reads_each_config_once(tmp_path, monkeypatch):
+    write_json(tmp_path / "sweep.json", {"planned": 1})
+    Trial(tmp_path / "a", ["x=a"]).write("running")
+    config, read = tmp_path / "a" / "config.yaml", []
+    config.write_text("trainer: {max_steps: 30}\n")
+    (tmp_path / "a" / "metrics.csv").write_text("step\n9\n")
+    monkeypatch.setattr(saved_run, "read_config", lambda path: read.append(path) or yaml.safe_load(path.read_text()))
+    for _ in range(3):
+        assert list(progress_table(tmp_path).columns[2].cells) == ["9/30"]
+    assert len(read) == 1
+    config.write_text("trainer: {max_steps: 60}\n")  # the training was made longer
+    os.utime(config, (0, 0))
+    assert list(progress_table(tmp_path).columns[2].cells) == ["9/60"]
 
 
 @pytest.mark.parametrize(

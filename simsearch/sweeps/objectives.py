@@ -114,7 +114,9 @@ def values_of(folder: Path, names: str | Sequence[str] | None) -> Any:
     known = {f"{stage}/{name}": value for stage, about in stages.items() for name, value in about["metrics"].items()}
 
     def value(name: str) -> float:
-        if known.get(name) is None:
+        if name in known and known[name] is None:
+            raise ValueError(f"objective={name} was measured without a value in {folder}: it is null in metrics.json")
+        if name not in known:
             from simsearch import settings
 
             raise ValueError(f"objective={name} was not measured{settings.name_hint(name, known)}")

@@ -8,6 +8,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from operator import ge
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,12 @@ def _gains(about: Mapping[str, Any], sweep: Mapping[str, Any]) -> list[float]:
 
 
 def _front(trials: Sequence[dict[str, Any]], sweep: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The trials that no other is better than in all objectives. With one objective the best one, if there is one."""
+    """The trials that no other is better than in all objectives. With one objective the best one, if there is one.
+
+    What a grid has measured for another objective, and not yet for that of now, does not count.
+    """
+    names = sweep.get("objective")
+    trials = [about for about in trials if (about.get("objective") or names) == names]
     known = [(about, _gains(about, sweep)) for about in trials if not any(map(math.isnan, _values(about)))]
     front = [
         (about, gains)
@@ -211,8 +217,14 @@ def _steps(folder: Path) -> str:
         return "-"
     with history.open(newline="") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row.get("step")]
-    most = saved_run.read_config(config)["trainer"].get("max_steps", -1)
+    most = _length(config, config.stat().st_mtime_ns)
     return f"{max(steps, default=0)}" + (f"/{most}" if most > 0 else "")
+
+
+@cache  # a tenth of a second for each trial, whenever the table is drawn
+def _length(config: Path, written: int) -> int:
+    """The number of steps of a training, -1 for no limit. A config that is written again, `written` says when, counts."""
+    return int(saved_run.read_config(config)["trainer"].get("max_steps") or -1)
 
 
 def _mean_ap(folder: Path) -> str:

@@ -84,7 +84,7 @@ def _readable(overrides: Sequence[str], swept: Iterable[str]) -> str:
         part = re.sub(r"[^\w.+-]+", "-", f"{last_word(key)}={short_numbers(value)}").strip("-_")
         most = _LONGEST if key in swept else _READABLE
         name = f"{name}_{part}".strip("_")[: max(most, len(name))].strip("-_")
-    return name
+    return name.encode()[:_LONGEST].decode(errors="ignore")  # file systems count bytes
 
 
 def last_word(key: str) -> str:
