@@ -68,6 +68,7 @@ def compose(*overrides: str) -> dict[str, Any]:
         (["trainer.precision=64-true"], "give 32-true"),
         (["trainer=gpu"], "give trainer=training (several devices: training-ddp), with trainer.accelerator=gpu"),
         (["trainer=ddp"], "make one pass, for models that fit without gradients"),
+        (["trainer=gpu"], "for one pass by gradient, add +trainer.accumulate_grad_batches=1"),
         (
             ["model=frozen", "trainer.max_steps=5"],
             "trainer.max_steps=5 cuts the one pass by which this model is fitted",
@@ -127,6 +128,7 @@ def test_what_cannot_be_is_refused_in_one_line(overrides, message, monkeypatch):
         ["+trainer.limit_val_batches=1.0", "+trainer.limit_train_batches=2", "+trainer.fast_dev_run=false"],
         ["trainer.max_steps=1e3", "optimizer.lr=1", "seed=4294967295"],
         ["callbacks=early-stopping", "callbacks.early_stopping.monitor=train/loss", "protocol.validation=null"],
+        ["trainer=cpu", "+trainer.accumulate_grad_batches=1"],  # one pass by gradient, as the refusal says
         ["protocol.validation=null"],  # the last checkpoint is the one
         ["scheduler=plateau", "scheduler.mode=min", "protocol.validation=null"],
         ["callbacks.checkpoint.monitor=mine", "+callbacks.x._target_=mine.Callback"],  # who knows what that logs
