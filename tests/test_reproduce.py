@@ -273,6 +273,12 @@ class TestRun:
         assert "dsh-tiny: gap: it expects maP of 'rendered-work', which has P@1, mAP, rerank/mAP" in done.stderr
         assert "rendered-style" in done.stdout
 
+    def test_a_protocol_that_is_none_is_told_before_anything_is_trained(self, rows, launched):
+        rows.write_text(rows.read_text().replace("rendered-style rerank", "rendered-stile rerank"), encoding="utf-8")
+        done = run(rows, "row=all", expect=1)
+        assert "rendered-stile" in done.stderr
+        assert launched.lines == []
+
     def test_overrides_that_do_not_compose_are_told_before_anything_is_trained(self, rows, launched):
         rows.write_text(BOOK.replace("rerank=aqe", "rerank=nothing"), encoding="utf-8")
         assert "rerank/nothing" in run(rows, "row=all", expect=1).stderr

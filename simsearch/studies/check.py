@@ -160,9 +160,12 @@ def check_composes(book: Mapping[str, Row], name: str, *, trusted: bool = False)
         ValueError: As `compose` does.
     """
     row = book[name]
-    compose(train_overrides(book, name, row.seeds[0], Path("unused")), trusted=trusted)
+    config = compose(train_overrides(book, name, row.seeds[0], Path("unused")), trusted=trusted)
     for measurement in row.expect:
-        compose(measured_by(measurement), command="evaluate", trusted=trusted)
+        protocol = shlex.split(measurement)[0]
+        own = protocol.startswith(config["protocol"].get("name") or protocol)  # perhaps with a fold behind it
+        chosen = () if own else (f"protocol={protocol}",)
+        compose((*chosen, *measured_by(measurement)), command="evaluate", trusted=trusted)
     if row.start is not None:
         check_composes(book, row.start, trusted=trusted)
 
