@@ -96,8 +96,8 @@ def _check_length(config: Mapping[str, Any]) -> None:
         if trainer.get("max_epochs") == 1 and "accumulate_grad_batches" not in trainer:  # of trainer=default
             raise ValueError(
                 "trainer=default, cpu, gpu and ddp make one pass, for models that fit without gradients: give "
-                "trainer=training (several devices: training-ddp), with trainer.accelerator=gpu if you like; for one pass "
-                "by gradient, add +trainer.accumulate_grad_batches=1"
+                "trainer=training (several devices: training-ddp), with trainer.accelerator=gpu if you like; for one "
+                "pass by gradient, add +trainer.accumulate_grad_batches=1"
             )
     elif model["_target_"] in trust.ALLOWED:
         last = config["callbacks"].get("last") or {}

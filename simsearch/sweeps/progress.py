@@ -223,7 +223,7 @@ def _steps(folder: Path) -> str:
 
 @cache  # a tenth of a second for each trial, whenever the table is drawn
 def _length(config: Path, written: int) -> int:
-    """The number of steps of a training, -1 for no limit. A config that is written again, `written` says when, counts."""
+    """The number of steps of a training, -1 for no limit. `written` says when its config was written last."""
     return int(saved_run.read_config(config)["trainer"].get("max_steps") or -1)
 
 

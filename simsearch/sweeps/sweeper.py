@@ -176,9 +176,9 @@ class OptunaSweeper(Sweeper):
                     check_distribution_compatibility(before, now)
                 except ValueError:
                     raise ValueError(
-                        f"the study {self.study_name} in {self.storage} draws {name} from {before}, which a study cannot "
-                        f"change into {now}: give another hydra.sweeper.study_name, which takes over what this folder "
-                        "has, or the values from before"
+                        f"the study {self.study_name} in {self.storage} draws {name} from {before}, which a study "
+                        f"cannot change into {now}: give another hydra.sweeper.study_name, which takes over what "
+                        "this folder has, or the values from before"
                     ) from None
 
     def _catch_up(self, stored: Sequence[Mapping[str, Any]]) -> None:
