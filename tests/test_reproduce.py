@@ -346,7 +346,8 @@ class TestNotRunnable:
         if "hashing" in overrides:
             train = "data=rendered data.styles=2 data.artists=2 data.works=4 data.photographs=2 data.size=32"
         content = (
-            f"rows:\n  a:\n    what: w\n    train: {train} {overrides}\n    minutes: 1\n    expect: {{p: {{m: null}}}}"
+            f"rows:\n  a:\n    what: w\n    train: {train} {overrides}\n    minutes: 1\n    expect:\n"
+            "      rendered-work: {m: null}"
         )
         rows.write_text(content)
         done = run(rows, "row=a", expect=2)
