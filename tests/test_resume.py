@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ import pytorch_lightning as pl
 import torch
 from conftest import simsearch, start_forkserver
 from PIL import Image
+from pytorch_lightning.callbacks import ModelCheckpoint
 
-from simsearch.callbacks.training import WholeCheckpoints
+from simsearch.callbacks.training import OwnCheckpoints, WholeCheckpoints
 from simsearch.files import check_zip, read_json
 from simsearch.identity import measurement_identity
 from simsearch.run_directory import _check_unplanned
@@ -265,6 +267,26 @@ def test_a_finished_run_resumed_is_measured_again_to_the_same(whole, tmp_path):
     simsearch("train", "resume=true", f"run_dir={run}")
     assert numbers(run)["test"] == numbers(whole(*DSH, *STEPS))["test"]
     same(checkpoint(run)["state_dict"], before["state_dict"])
+
+
+@pytest.mark.parametrize("now", ["run/checkpoints", "../elsewhere/run/checkpoints"])
+def test_a_run_under_another_path_keeps_its_best_checkpoint(now, tmp_path, monkeypatch):
+    """A resume by a relative path, and a run that was moved: Lightning would replace the best one by the next."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    before, score = "/then/run/checkpoints", torch.tensor(0.9)
+    callback = ModelCheckpoint(monitor="val/mAP", mode="max")
+    callback.dirpath = now
+    state = {"dirpath": before, "best_model_score": score, "kth_value": score, "last_model_path": ""}
+    state |= dict.fromkeys(("best_model_path", "kth_best_model_path"), f"{before}/best.ckpt")
+    state["best_k_models"] = {f"{before}/best.ckpt": score, "/then/other.ckpt": score, "local:///home": score}
+    trainer: Any = SimpleNamespace(checkpoint_callbacks=[callback])
+    OwnCheckpoints().on_load_checkpoint(trainer, None, {"callbacks": {"a": state, "b": {"steps": 1}}})  # type: ignore[arg-type]
+    callback.load_state_dict(state)
+    assert callback.best_model_score == score
+    assert callback.best_k_models == {f"{now}/best.ckpt": score}
+    assert callback.best_model_path == callback.kth_best_model_path == f"{now}/best.ckpt"
+    assert not callback.last_model_path
 
 
 @pytest.mark.parametrize(  # within an epoch, and at its end

@@ -222,29 +222,39 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class OwnCheckpoints(pl.Callback):
-    """Forgets files that a loaded checkpoint's ModelCheckpoint states name outside of this run's checkpoint folders.
+    """Finds the files that a loaded checkpoint's ModelCheckpoint states name in this run's folder, wherever it is now.
 
-    Lightning deletes the file that a checkpoint calls its best one as soon as there is a better one. An address such as
-    local:///home also names such a file, and the checkpoint may come from somebody else.
+    Lightning would forget the best score of a run that was moved, or that is named by another path (relative, absolute)
+    than at its start, and replace the best checkpoint by the next one.
+
+    Files outside of the folder are forgotten. Lightning deletes the file that a checkpoint calls its best one as soon
+    as there is a better one. An address such as local:///home also names such a file, and the checkpoint may come from
+    somebody else.
     """
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        folders = [
-            os.path.realpath(str(c.dirpath)) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)
-        ]
+        folder = next((str(c.dirpath) for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
 
-        def ours(path: object) -> bool:
+        def here(path: object, before: object) -> str:
             address = ":/" in str(path) or "::" in str(path)  # local:///home is a folder to Lightning
-            return not address and os.path.dirname(os.path.realpath(str(path))) in folders
+            if folder is None or not path or address:
+                return ""
+            found = os.path.join(folder, os.path.relpath(str(path), str(before)))
+            base = os.path.realpath(folder)
+            inside = os.path.commonpath([base, os.path.realpath(found)]) == base
+            return found if inside else ""
 
         for state in checkpoint["callbacks"].values():
+            if not isinstance(state, dict) or "dirpath" not in state:
+                continue
+            before = state["dirpath"] or "."
             for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
-                if state.get(name) and not ours(state[name]):
-                    state[name] = ""
-            if "best_k_models" in state:
-                state["best_k_models"] = {path: v for path, v in state["best_k_models"].items() if ours(path)}
+                state[name] = here(state.get(name), before)
+            files = {here(path, before): score for path, score in state.get("best_k_models", {}).items()}
+            state["best_k_models"] = {path: score for path, score in files.items() if path}
+            state["dirpath"] = folder
 
 
 class WeightAverage(WeightAveraging):

@@ -242,7 +242,7 @@ def train(
 def _was_chosen(trainer: pl.Trainer) -> bool:
     """Whether the best checkpoint was chosen among others, by a validation or another metric."""
     keepers = trainer.checkpoint_callbacks
-    validated = any(isinstance(c, LastValidation) and c.validated for c in keepers)  # a moved run forgets its files
+    validated = any(isinstance(c, LastValidation) and c.validated for c in keepers)
     return any(isinstance(c, ModelCheckpoint) and c.monitor and (validated or c.best_k_models) for c in keepers)
 
 
