@@ -80,6 +80,23 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def new_folder(folder: Path) -> Path:
+    """Makes a folder that nobody has yet: `folder`, or the same with -2, -3, ... at the end. Returns its path.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    for number in itertools.count(1):
+        path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError
+
+
 def _exchanged(one: Path, other: Path) -> bool:
     """Exchanges two paths at once. False, and nothing happens, where the system or the file system cannot do that."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -123,12 +124,27 @@ def settle_devices(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return {**trainer, "devices": devices} | ({"num_nodes": nodes} if nodes != 1 else {})
 
 
+def of_one_process(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """A trainer's settings for a measurement by this process, on a machine that may lack what the run trained on.
+
+    Args:
+        trainer: The plain config of the run's trainer.
+    """
+    accelerator = "cpu" if trainer.get("accelerator") == "cpu" else "auto"
+    return {**trainer, "accelerator": accelerator, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+
+
 def count_devices(devices: int | str | Sequence[int]) -> int:
     """The number of processes for a trainer's settled `devices`.
 
     Args:
         devices: A number, or a list of GPUs.
+
+    Raises:
+        ValueError: If it is other text.
     """
+    if isinstance(devices, str) and not re.fullmatch(r"[\d\s,-]+", devices):
+        raise ValueError(f"trainer.devices={devices}: give a number, a list of GPUs such as [0,1], or auto")
     if isinstance(devices, str):
         return len([part for part in devices.split(",") if part.strip()]) if "," in devices else int(devices)
     return devices if isinstance(devices, int) else len(devices)

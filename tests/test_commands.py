@@ -303,6 +303,27 @@ class TestEvaluate:
             if not name.startswith(timed):
                 assert after["metrics"][name] == value, name
 
+    def test_measures_anywhere_and_each_time_in_a_folder_of_its_own(self, small_run, tmp_path, monkeypatch):
+        run = tmp_path / "run"
+        shutil.copytree(small_run, run)
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        config["trainer"]["accelerator"] = "gpu"  # which this machine may not have
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        monkeypatch.setattr("time.strftime", lambda *_: "noon")  # jobs of a cluster begin in one second
+        for protocol in ("rendered-artist", "rendered-work"):
+            simsearch("evaluate", f"run={run}", f"protocol={protocol}")
+        places = {"rendered-artist": "noon", "rendered-work": "noon-2"}
+        for protocol, name in places.items():
+            stage = json.loads((run / "evaluations" / name / "metrics.json").read_text())["test"]
+            assert stage["protocol"] == protocol
+
+    def test_a_place_that_cannot_be_written_to_is_told_at_once(self, small_run, tmp_path, monkeypatch):
+        monkeypatch.setattr("simsearch.commands.evaluate.measure", lambda *_, **__: 1 / 0)
+        (tmp_path / "file").touch()
+        done = simsearch("evaluate", f"run={small_run}", f"run_dir={tmp_path}/file/e", expect=1)
+        assert "cannot write what is measured" in done.stderr
+        assert "give another run_dir=" in done.stderr
+
     def test_takes_another_protocol_and_index(self, small_run, tmp_path):
         done = simsearch(
             *("evaluate", f"run={small_run}", f"run_dir={tmp_path}/e", "protocol=rendered-work", "index=sq8"),

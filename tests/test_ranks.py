@@ -520,6 +520,16 @@ class TestDevices:
     def test_count(self, devices, count):
         assert launch.count_devices(devices) == count
 
+    def test_text_that_is_no_number_is_told(self):
+        with pytest.raises(ValueError, match=r"trainer\.devices=two: give a number, a list of GPUs"):
+            launch.count_devices("two")
+
+    def test_a_measurement_takes_what_the_machine_has(self):
+        trained = {"accelerator": "gpu", "devices": [0, 1], "num_nodes": 2, "strategy": "ddp", "precision": "16-mixed"}
+        own = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+        assert launch.of_one_process(trained) == {"accelerator": "auto", "precision": "16-mixed", **own}
+        assert launch.of_one_process({"accelerator": "cpu"}) == {"accelerator": "cpu", **own}
+
     @pytest.mark.parametrize("automatic", ["auto", -1, "-1"])
     def test_auto_takes_what_is_there(self, automatic, slurm, monkeypatch):
         settings = {"accelerator": "auto", "devices": automatic, "a": 1}

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor
 
-from simsearch import configs, program, results, saved_run, terminal
+from simsearch import configs, launch, program, results, saved_run, terminal
 from simsearch.commands.evaluate import trained_rows, trainings
 from simsearch.data.collection import Collection
 from simsearch.data.manifest import Manifest
@@ -209,7 +209,7 @@ def describe(name: str, run: saved_run.Run, data: Any, outside: Manifest | None)
         ValueError: If no image from elsewhere can be read.
     """
     model = saved_run.load_model(run)
-    one = run.config["trainer"] | {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    one = launch.of_one_process(run.config["trainer"])
     trainer = configs.build_trainer({**run.config, "trainer": one, "callbacks": {}}, run.folder, [])
     start = time.perf_counter()
     vectors = torch.cat(trainer.predict(model, data))  # type: ignore[arg-type]

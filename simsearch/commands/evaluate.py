@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -14,13 +16,13 @@ from omegaconf import DictConfig
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
-from simsearch import configs, program, results, saved_run, terminal, tracking
+from simsearch import configs, launch, program, results, saved_run, terminal, tracking
 from simsearch.callbacks.evaluation import RetrievalEvaluation
 from simsearch.data.audit import read_duplicates
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import WithoutRows
-from simsearch.files import read_json, write_json
+from simsearch.files import new_folder, read_json, write_json
 from simsearch.identity import measurement_identity, same_images, start_config
 from simsearch.index.auto import check_budget
 from simsearch.models.steps import DescribesBatches
@@ -56,14 +58,12 @@ def main(config: DictConfig) -> None:
     if further := {**(evaluation.get("evaluators") or {}), **(values.get("evaluators") or {})}:
         evaluation["evaluators"] = further
     merged["callbacks"] = {"evaluation": evaluation}
-    merged["trainer"] |= {"devices": 1, "num_nodes": 1, "strategy": "auto"}  # whatever the run trained with
+    merged["trainer"] = launch.of_one_process(run.config["trainer"])
     if config.without and config.stage == "validate":
         raise ValueError("without= leaves queries out of the test: do not use it with stage=validate")
     if values.get("store") and values.get("index"):
         raise ValueError("index= and store= both say where to search: give one of them")
     check_budget(config.budget, "AutoIndex" in str((values.get("index") or {}).get("_target_")))
-    folder = Path(config.run_dir)
-
     data = configs.build_data(merged)
     left_out = None
     if config.without:  # read now, not after hours of work
@@ -76,7 +76,10 @@ def main(config: DictConfig) -> None:
                 "that `simsearch data audit` wrote for the same data and protocol"
             )
     by_index = bool(values.get("index") or values.get("store"))
-    with gallery_in(values.get("store"), model, merged["index"].get("metric", "ip")) as stored:
+    with (
+        results_folder(config.run_dir, run.folder) as folder,
+        gallery_in(values.get("store"), model, merged["index"].get("metric", "ip")) as stored,
+    ):
         if stored is not None:
             merged["store"] = stored.settings
         loggers = tracking.evaluation_loggers(run, merged, folder)
@@ -92,6 +95,34 @@ def main(config: DictConfig) -> None:
             protocol = WithoutRows(configs.build(merged["protocol"]), left_out)
             data = configs.build_data(merged, protocol)
             measure(model, data, merged, folder / "without", config.stage, [], stored=stored)
+
+
+@contextmanager
+def results_folder(given: str | None, run: Path) -> Iterator[Path]:
+    """Yields a folder that can be written to, before hours of work. If it stays empty, it is removed again.
+
+    Args:
+        given: The folder. None for a new one in the run's evaluations/.
+        run: The run directory.
+
+    Raises:
+        OSError: If it cannot be made or written to, as in the run of somebody else.
+    """
+    try:
+        if given is None:
+            folder = new_folder(run / "evaluations" / time.strftime("%Y-%m-%d_%H-%M-%S"))
+        else:
+            folder = Path(given)
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write what is measured ({error}): give another run_dir=") from error
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager
