@@ -155,8 +155,11 @@ def _start_folder(config: Mapping[str, Any]) -> Path | None:
     start = model.get("start") if isinstance(model, Mapping) else None
     if start is None:
         return None
-    folder = Path(start) if Path(start).is_dir() else Path(start).parent.parent
-    return folder if (folder / "config.yaml").is_file() else None
+    path = Path(start)
+    if path.is_dir():
+        return path if (path / "config.yaml").is_file() else None
+    folder = path.parent.parent  # other programs have a config.yaml there, too
+    return folder if all((folder / name).is_file() for name in ("config.yaml", "run.json")) else None
 
 
 def _reduced(node: Any, without: Collection[str]) -> Any:

@@ -378,6 +378,15 @@ def test_a_run_that_starts_from_itself_is_named(others, tmp_path):
         start_config({"model": {"start": str(folders[0])}})
 
 
+def test_a_checkpoint_beside_another_program_s_config_is_of_no_run(tmp_path):
+    (tmp_path / "config.yaml").write_text("trainer: {lr: 1}\n")
+    (tmp_path / "checkpoints").mkdir()
+    start = {"model": {"start": str(tmp_path / "checkpoints" / "best.ckpt")}}
+    assert start_config(start) is None
+    (tmp_path / "run.json").write_text("{}")
+    assert start_config(start) == {"trainer": {"lr": 1}, "run_dir": str(tmp_path)}
+
+
 def test_a_digest_imports_no_module_that_a_config_names(small_run, tmp_path, monkeypatch):
     (tmp_path / "hostile_module.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')\ndef f(): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
