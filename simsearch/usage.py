@@ -13,7 +13,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -78,12 +78,18 @@ class Page:
         examples: Its examples.
         groups: The groups of its defaults list by name, with the chosen option ("null" for none), in their order.
         keys: Its keys.
+        bases: Options of its own group that it is composed of, in their order. `_self_` stands for the yaml itself.
+        overrides: The options that it chooses in other groups.
+        everywhere: Whether its keys are full names, not names within its group.
     """
 
     about: str
     examples: tuple[str, ...]
     groups: Mapping[str, Key]
     keys: tuple[Key, ...]
+    bases: tuple[str, ...] = ()
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    everywhere: bool = False
 
 
 @cache
@@ -105,9 +111,7 @@ def read_page(path: Path) -> Page:
 
 def _group_of(path: Path) -> str:
     """The prefix of the names of a yaml's keys. "" for a command, and for a yaml that sets keys of all groups."""
-    with path.open(encoding="utf-8") as file:
-        placed = file.readline().startswith("# @package _global_")
-    if placed or path.parent == CONF:
+    if path.parent == CONF or _own_page(path).everywhere:
         return ""
     return path.parent.relative_to(CONF).as_posix() if path.is_relative_to(CONF) else path.parent.name
 
@@ -145,6 +149,8 @@ def _own_page(path: Path) -> Page:
     groups: dict[str, Key] = {}
     section: list[tuple[int, str]] = []
     targets: dict[str, str] = {}
+    bases: list[str] = []
+    overrides: dict[str, str] = {}
     above = ""  # a comment on lines of its own
     lines = path.read_text(encoding="utf-8").splitlines()
     start = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
@@ -155,6 +161,8 @@ def _own_page(path: Path) -> Page:
     for line in lines[start:]:
         found = re.match(r"( *)(- )?(?:override )?([\w./@-]+):(?= |$)(.*)", line)
         if not found:
+            if section == [(0, "defaults")] and (base := re.match(r" *- ([\w-]+)\s*(?:#.*)?$", line)):
+                bases.append(base[1])
             above = line.strip()[2:] if line.strip().startswith("# ") else ""
             continue
         indent, dash, name, rest = len(found[1]), found[2], found[3], found[4]
@@ -165,6 +173,8 @@ def _own_page(path: Path) -> Page:
         if dash:
             if below == ["defaults"] and "override " not in line and "@" not in name:
                 groups[name] = Key(name, value, meaning)
+            elif below == ["defaults"] and "override " in line:
+                overrides[name.lstrip("/").partition("@")[0]] = value
             continue
         section.append((indent, name))
         if name == "_target_":
@@ -174,7 +184,8 @@ def _own_page(path: Path) -> Page:
         keys.append(Key(".".join([*below, name]), value, meaning or above))
         above = ""
     keys = [replace(key, target=targets.get(key.name.rpartition(".")[0], "")) for key in keys]
-    return Page(" ".join(about), tuple(examples), groups, tuple(keys))
+    everywhere = lines[:1] == ["# @package _global_"]
+    return Page(" ".join(about), tuple(examples), groups, tuple(keys), tuple(bases), overrides, everywhere)
 
 
 def _split(rest: str) -> tuple[str, str]:
@@ -239,6 +250,53 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield key.lstrip("+~"), value
 
 
+def _lineage(group: str, option: str, among: Sequence[Path]) -> list[Page]:
+    """The pages that a group's option is composed of, its own among them. The later overrides the earlier."""
+    if (path := _option(group, option, among)) is None:
+        return []
+    page = read_page(path)
+    order = page.bases if "_self_" in page.bases else (*page.bases, "_self_")
+    others = {name: [page] if name == "_self_" else _lineage(group, name, among) for name in order if name != option}
+    return [one for pages in others.values() for one in pages]
+
+
+def _overrides(group: str, option: str, among: Sequence[Path]) -> dict[str, str]:
+    """The options that a group's option chooses in other groups."""
+    if (path := _option(group, option, among)) is None:
+        return {}
+    page = read_page(path)
+    found: dict[str, str] = {}
+    for base in page.bases:
+        found |= _overrides(group, base, among) if base not in ("_self_", option) else {}
+    return found | page.overrides
+
+
+def _listed(value: str) -> list[str]:
+    """One option, or those of `[a,b]`."""
+    return [part.strip() for part in value.strip(" []").split(",")]
+
+
+def chosen_options(command: str, arguments: Sequence[str] = ()) -> dict[str, str]:
+    """The option of each group of a command: the given one, else the one that another option chooses, else its own.
+
+    Args:
+        command: Name of the command.
+        arguments: Arguments that choose options.
+
+    Example:
+        >>> chosen_options("train", ["model=dsh"])["trainer"]
+        'training'
+    """
+    page, given, among = page_of(command), dict(_pairs(arguments)), folders(arguments)
+    found: dict[str, str] = {}
+    by_others: dict[str, str] = {}
+    for group, key in reversed(page.groups.items()):  # as Hydra composes: who stands later in the list decides
+        found[group] = given.get(group) or by_others.get(group, key.default)
+        for option in _listed(found[group]):
+            by_others = _overrides(group, option, among) | by_others
+    return {group: found[group] for group in page.groups}
+
+
 def keys_of(command: str, arguments: Sequence[str] = ()) -> dict[str, Key]:
     """All keys of a command and of the chosen options of its groups, by their dotted names.
 
@@ -246,12 +304,17 @@ def keys_of(command: str, arguments: Sequence[str] = ()) -> dict[str, Key]:
         command: Name of the command.
         arguments: Arguments that choose options.
     """
-    page, given = page_of(command), dict(_pairs(arguments))
-    keys = {key.name: key for key in page.keys}
-    for group, chosen in page.groups.items():
-        path = _option(group, given.get(group, chosen.default), folders(arguments))
-        if path is not None:
-            keys |= {f"{group}.{key.name}": replace(key, name=f"{group}.{key.name}") for key in read_page(path).keys}
+    keys = {key.name: key for key in page_of(command).keys}
+    among = folders(arguments)
+    for group, options in chosen_options(command, arguments).items():
+        for page in (page for option in _listed(options) for page in _lineage(group, option, among)):
+            for key in page.keys:
+                name = key.name if page.everywhere else f"{group}.{key.name}"
+                if key.default == "null":  # of a section, with all that was in it
+                    keys = {other: one for other, one in keys.items() if not other.startswith(f"{name}.")}
+                known = keys[name].meaning if name in keys else ""
+                meaning = known or key.meaning if page.everywhere else key.meaning or known
+                keys[name] = replace(key, name=name, meaning=meaning)
     return keys
 
 
@@ -288,6 +351,7 @@ def help_page(command: str, arguments: Sequence[str] = (), width: int | None = N
     """
     width = width or shutil.get_terminal_size((100, 24)).columns
     page, keys = page_of(command), keys_of(command, arguments)
+    options = chosen_options(command, arguments)
     needed = [key for key in page.keys if key.needed]
     bare = [f"[{BARE[command].upper()}]"] if command in BARE else []
     words = ["usage: simsearch", command, *bare, *(f"{key.name}=..." for key in needed), "[key=value ...]"]
@@ -296,7 +360,7 @@ def help_page(command: str, arguments: Sequence[str] = (), width: int | None = N
         out += ["", "examples:", *(f"  {example}" for example in page.examples)]
     if needed:
         out += ["", "needed:", *_rows([(key.name, key.meaning) for key in needed], width)]
-    own = [key for key in page.keys if not key.needed and _tells(key)]
+    own = [keys[key.name] for key in page.keys if not key.needed and _tells(key)]
     if own:
         out += ["", "keys, with their defaults:", *_rows([_row(key) for key in own], width)]
     if page.groups:
@@ -304,9 +368,10 @@ def help_page(command: str, arguments: Sequence[str] = (), width: int | None = N
         rows = []
         for name, key in page.groups.items():
             choices = " | ".join(options_of(name, folders(arguments)))
-            rows.append((f"{name}={key.default}", f"{key.meaning}: {choices}" if key.meaning else choices))
+            rows.append((f"{name}={options[name]}", f"{key.meaning}: {choices}" if key.meaning else choices))
         out += _rows(rows, width)
-    inner = [key for name, key in keys.items() if key not in page.keys and _tells(key)]
+    names = {key.name for key in page.keys}
+    inner = [key for name, key in keys.items() if name not in names and _tells(key)]
     if inner:
         out += ["", "keys of the chosen options (others: group=option --help):"]
         out += _rows([_row(key) for key in inner], width)
@@ -535,7 +600,17 @@ def _unknown(command: str, page: Page, key: str) -> str | None:
         return f"there is no key {key}{suggest(key, sorted(own))}" + _where(command)
     if (CONF / first).is_dir():
         return f"{command} has no group {first}" + _where(command)
-    return f"there is no key {key}{suggest(key, sorted(own | groups | set(keys_of(command))))}" + _where(command)
+    hint = suggest(key, sorted(own | groups | set(keys_of(command)))) or _suggest_end(key, command)
+    return f"there is no key {key}{hint}" + _where(command)
+
+
+def _suggest_end(word: str, command: str) -> str:
+    """As `suggest`, by the last part of a command's dotted names: `optimizer.lr` for `lr`."""
+    known = [name for name, keys in _all_keys(command).items() if not all(key.handed_on for key in keys)]
+    ends = {name.rpartition(".")[2]: name for name in sorted(known, key=lambda name: -name.count("."))}
+    near = difflib.get_close_matches(word, [end for end, name in ends.items() if name.count(".") == 1], n=1)
+    found = [ends[end] for end in (*near, word) if end in ends]
+    return f": did you mean {found[0]}?" if found else ""
 
 
 def _placed(command: str) -> set[str]:
@@ -587,7 +662,10 @@ def _all_keys(command: str, among: tuple[Path, ...] = (CONF,)) -> dict[str, tupl
         for option in options_of(group, among):
             path = _option(group, option, among)
             for key in read_page(path).keys if path else ():
-                found.setdefault(f"{group}.{key.name}", []).append(key)
+                if not read_page(path).everywhere:
+                    found.setdefault(f"{group}.{key.name}", []).append(key)
+                elif key.name not in found:
+                    found[key.name] = [key]
     return {name: tuple(keys) for name, keys in found.items()}
 
 

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 import yaml
 from conftest import SMALL, simsearch
+from omegaconf import OmegaConf
 
-from simsearch import usage
+from simsearch import configs, usage
 from simsearch.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +84,29 @@ class TestPages:
         assert "model.whitening.dimension=128" in usage.help_page("train")
         assert "model.network.bits=12" in usage.help_page("train", ["model=dsh"])
         assert "model.whitening.dimension" not in usage.help_page("train", ["model=dsh"])
+
+    @pytest.mark.parametrize(
+        "chosen",
+        [
+            ["model=dsh"],
+            ["experiment=dsh-short"],
+            ["sweep=margin-mining"],
+            ["data=cifar10", "model=art"],
+            ["model=dsh", "trainer=cpu", "loss=hashnet", "callbacks=[mining,early-stopping]"],
+        ],
+        ids=" ".join,
+    )
+    def test_help_shows_the_defaults_that_hydra_composes(self, chosen):
+        with hydra.initialize_config_dir(configs.CONF, version_base="1.3"):
+            config = hydra.compose("train", ["hydra.run.dir=x", *chosen], return_hydra_config=True)
+        choices = {name: str(choice or "null") for name, choice in config.hydra.runtime.choices.items()}
+        options = usage.chosen_options("train", chosen)
+        assert options == options | {name: choices[name] for name in options if name in choices}
+        keys = usage.keys_of("train", chosen)
+        assert len(keys) > 50
+        for name, key in keys.items():
+            if key.default and "${" not in key.default:
+                assert OmegaConf.select(config, name) == yaml.safe_load(key.default), name
 
     @pytest.mark.parametrize("width", [60, 80, 100])
     def test_lines_fit_the_terminal(self, width):
@@ -152,7 +177,8 @@ MISTAKES = [
     ("train backbone.sise=64", "did you mean backbone.size"),
     ("train seed=1.5", "seed=1.5: it must be a whole number"),
     ("train seeds=1", "did you mean seed?"),
-    ("train lr=0.1", "there is no key lr"),
+    ("train lr=0.1", "there is no key lr: did you mean optimizer.lr?"),
+    ("train epochs=3", "there is no key epochs: did you mean trainer.max_epochs?"),
     ("train data=art", "data.source has no value: give data.source=..."),
     ("train data=art data.styles=3", "data.styles belongs to an option of data that is not chosen: give data=<the"),
     (
