@@ -30,6 +30,7 @@ from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from simsearch.callbacks.training import OwnCheckpoints, WholeCheckpoints
+from simsearch.commands import train
 from simsearch.files import check_zip, read_json
 from simsearch.identity import measurement_identity
 from simsearch.run_directory import _check_unplanned
@@ -562,6 +563,20 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_named(tmp_path, monkeyp
         _save(path, 4)
     check_whole(path)
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_does_not_hide_what_ended_a_training(tmp_path, monkeypatch):
+    def fail(error: Exception) -> Callable[..., None]:
+        def failing(*_: Any, **__: Any) -> None:
+            raise error
+
+        return failing
+
+    trainer = SimpleNamespace(is_global_zero=True, fit=fail(ValueError("the loss is nan")))
+    monkeypatch.setattr("simsearch.configs.build_trainer", lambda *_: trainer)
+    monkeypatch.setattr("simsearch.run_directory.note_training", fail(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(ValueError, match="the loss is nan"):
+        train.train(Run(tmp_path, {}), None, None, [])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kept", [0, 3, 5000])

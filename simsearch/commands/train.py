@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,12 +207,19 @@ def train(
         raise Damaged(f"{last} is not a checkpoint or is damaged: delete it, and resume=true trains from the beginning")
     pruning = next((callback for callback in callbacks if isinstance(callback, Pruning)), None)
     start = time.perf_counter()
-    try:
-        trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)
-    finally:
+
+    def note() -> None:
         if trainer.is_global_zero:
             pruned = None if pruning is None else pruning.pruned
             run_directory.note_training(run.folder, time.perf_counter() - start, trainer, model, pruned)
+
+    try:
+        trainer.fit(model, data, ckpt_path=str(last) if go_on else None, weights_only=True)
+    except BaseException:
+        with suppress(OSError):  # on a full disk, what ended the fit tells more
+            note()
+        raise
+    note()
     if pruning is not None and pruning.pruned is not None:
         trainer.strategy.barrier()  # run.json says so
         return
