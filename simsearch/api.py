@@ -330,7 +330,7 @@ class OpenCatalog:
             CatalogError: If the catalog is damaged, or if another process changes it.
             ValueError: If there is no such item, or if none would be left.
         """
-        names = [items] if isinstance(items, str | int) else list(items)
+        names = [items] if isinstance(items, str | int | np.integer) else list(items)
         change = remove(self.folder, names, trusted=self._catalog.trusted)
         self._reopen()
         return change
@@ -594,5 +594,5 @@ def _several(given: Any) -> list[Any]:
     """The given images as a list. An array with one axis more than one image or one descriptor holds several."""
     if isinstance(given, np.ndarray | Tensor):
         return list(given) if given.ndim in (2, 4) else [given]
-    several = [given] if isinstance(given, int | str | Path | Image.Image) else list(given)
+    several = [given] if isinstance(given, int | np.integer | str | Path | Image.Image) else list(given)
     return [str(one) if isinstance(one, int | np.integer) else one for one in several]

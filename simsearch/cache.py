@@ -73,22 +73,13 @@ class ArrayCache:
             raise OSError(
                 f"cannot make the cache folder {self.root} ({error}): set SIMSEARCH_CACHE to another"
             ) from error
-        lock = FileLock(f"{entry}.lock")
-        try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            print("waiting for another job that computes the same cache entry", file=sys.stderr)
-            lock.acquire()
-        try:
+        with _told_of_the_disk(self.root), _locked(entry):
             if (found := self._open(entry, shape, dtype)) is not None:
                 return found
             if entry.exists():
                 print(f"the cache entry {entry} is damaged or has another shape: computing it again", file=sys.stderr)
-                shutil.rmtree(entry, ignore_errors=True)
-            with _told_of_full_disks(self.root):
-                self._fill(entry, dict(parts), shape, dtype, fill)
-        finally:
-            lock.release()
+                shutil.rmtree(entry)  # where that fails, its place could not be taken after the work
+            self._fill(entry, dict(parts), shape, dtype, fill)
         found = self._open(entry, shape, dtype)
         assert found is not None
         return found
@@ -122,7 +113,9 @@ class ArrayCache:
             sound = _sound_rows(array, blocks)
             blocks = [block for block in blocks if block[0] <= sound]
         else:
-            shutil.rmtree(partial, ignore_errors=True)
+            array = None  # an open file would keep its folder on NFS
+            if partial.exists():
+                shutil.rmtree(partial)
             need = int(np.prod(shape)) * np.dtype(dtype).itemsize
             free = shutil.disk_usage(self.root).free
             if need > free:
@@ -158,11 +151,31 @@ class ArrayCache:
 
 
 @contextmanager
-def _told_of_full_disks(root: Path) -> Iterator[None]:
-    """Inside the block, an error about a full disk says which disk it is and what to do."""
+def _locked(entry: Path) -> Iterator[None]:
+    """Holds the lock of an entry inside the block."""
+    lock = FileLock(f"{entry}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print("waiting for another job that computes the same cache entry", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def _told_of_the_disk(root: Path) -> Iterator[None]:
+    """Inside the block, an error about a full disk or a missing permission says what to do."""
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OSError(
+                f"cannot write to the cache {root}, which may be another user's ({error}): set SIMSEARCH_CACHE to a "
+                "folder of your own"
+            ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise OSError(

@@ -109,7 +109,9 @@ class TestGrowing:
         assert catalog.search(images / "late.png", k=1).ids == [str(N)]
         assert (len(catalog), len(other)) == (N + 1, N)
         before = catalog.search("3", k=5)
-        assert catalog.remove([N, "0"]).removed == (0, N)
+        assert catalog.search(np.int64(3), k=5).ids == before.ids  # as columns of numbers give it
+        assert catalog.remove(np.int64(N)).removed == (N,)
+        assert catalog.remove(["0"]).removed == (0,)
         catalog.compact()
         assert catalog.ids == [str(i) for i in range(1, N)]
         assert catalog.search("3", k=3).ids == [i for i in before.ids if i not in ("0", str(N))][:3]

@@ -169,6 +169,23 @@ def test_damaged_beginnings_are_started_again(cache, monkeypatch, damage):
     assert rows.written == list(range(shape[0]))
 
 
+@pytest.mark.parametrize("denied", ["lock", "entry", "partial"])
+def test_what_another_user_left_is_told_before_the_work(denied, cache, monkeypatch):
+    """In a cache that a group shares: a missing entry, a damaged one and one that is half made."""
+    entry = cache.root / cache_key(PARTS)
+    (entry if denied == "entry" else entry.with_name(f"{entry.name}.partial")).mkdir(parents=True)
+
+    def deny(*_: object, **options: object) -> None:
+        if not options.get("ignore_errors"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(*(simsearch.cache.FileLock, "acquire") if denied == "lock" else (shutil, "rmtree"), deny)
+    rows = Rows()
+    with pytest.raises(OSError, match=r"another user's .*: set SIMSEARCH_CACHE to a folder of your own"):
+        cache.get(PARTS, (7, 3), "float32", rows)
+    assert rows.written == []
+
+
 def test_another_shape_or_dtype_is_rebuilt(cache):
     cache.get(PARTS, (4, 3), "float32", Rows())
     assert cache.get(PARTS, (5, 3), "float32", Rows()).shape == (5, 3)
