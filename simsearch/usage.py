@@ -268,7 +268,7 @@ def _overrides(group: str, option: str, among: Sequence[Path]) -> dict[str, str]
     found: dict[str, str] = {}
     for base in page.bases:
         found |= _overrides(group, base, among) if base not in ("_self_", option) else {}
-    return found | page.overrides
+    return {**found, **page.overrides}
 
 
 def _listed(value: str) -> list[str]:
@@ -290,7 +290,7 @@ def chosen_options(command: str, arguments: Sequence[str] = ()) -> dict[str, str
     page, given, among = page_of(command), dict(_pairs(arguments)), folders(arguments)
     found: dict[str, str] = {}
     by_others: dict[str, str] = {}
-    for group, key in reversed(page.groups.items()):  # as Hydra composes: who stands later in the list decides
+    for group, key in reversed(list(page.groups.items())):  # as Hydra composes: who stands later in the list decides
         found[group] = given.get(group) or by_others.get(group, key.default)
         for option in _listed(found[group]):
             by_others = _overrides(group, option, among) | by_others
