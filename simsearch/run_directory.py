@@ -50,7 +50,8 @@ def start_run(config: DictConfig) -> Iterator[Run]:
         make_few(config)
     resume = bool(config.get("resume"))
     folder = Path(config.run_dir if resume else HydraConfig.get().runtime.output_dir)
-    with _alone(folder) if launch.rank() == 0 and folder.is_dir() else nullcontext():
+    instead = "" if resume else ", or give another run_dir="
+    with _alone(folder, instead) if launch.rank() == 0 and folder.is_dir() else nullcontext():
         if resume:
             run = replace(open_run(folder, trusted=configs.trusts(config), own=_composed(config)), resumed=True)
             run = _with_length(run, config)
@@ -149,16 +150,16 @@ def _write_config(folder: Path, values: Mapping[str, Any], about: Mapping[str, A
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, instead: str) -> Iterator[None]:
     """Locks a run until the block or this process ends, whatever ends it.
 
-    Raises ValueError if another process is working on it.
+    Raises ValueError if another process is working on it, with what else to do at its end.
     """
     lock = FileLock(folder / ".training")
     try:
         lock.acquire(timeout=_WAIT_S)
     except Timeout:
-        raise ValueError(f"another process works on {folder} already: wait for it, or end it") from None
+        raise ValueError(f"another process works on {folder} already: wait for it, or end it{instead}") from None
     try:
         yield
     finally:

@@ -293,8 +293,9 @@ class TestStartRun:
         with run_directory.start_run(hydra_s(monkeypatch, tmp_path / "r")) as run:
             second = hydra_s(monkeypatch, tmp_path / "r")
             second.resume, second.run_dir = resume, str(run.folder)
+            instead = "$" if resume else ", or give another run_dir=$"
             with (
-                pytest.raises(ValueError, match=r"another process works on .*r already"),
+                pytest.raises(ValueError, match=r"another process works on .*r already: .* end it" + instead),
                 run_directory.start_run(second),
             ):
                 pass
