@@ -14,6 +14,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -78,6 +79,24 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 os.replace(old, folder)
             for path in (temporary, old):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Checks, before hours of work, that results can be written into a folder, which need not be there yet.
+
+    Args:
+        folder: The folder.
+        key: The key that gives another one, for the message.
+
+    Raises:
+        OSError: If nothing can be written there.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write what is measured ({error}): give another {key}=") from error
 
 
 def new_folder(folder: Path) -> Path:

@@ -467,11 +467,15 @@ def test_what_a_start_was_trained_on_counts(runs, tmp_path):
         trained_rows(child, own.config, collection)
 
 
-def test_assess_says_what_is_wrong(runs, tmp_path):
+def test_assess_says_what_is_wrong(runs, tmp_path, monkeypatch):
     done = simsearch("assess", f"runs=[{runs[0]},{runs[1]}]", "names=[a,a]", expect=1)
     assert "give a different name for each of the 2 runs" in done.stderr
     done = simsearch("assess", f"runs={tmp_path}", expect=1)
     assert str(tmp_path) in done.stderr
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("simsearch.commands.assess.describe", lambda *_: 1 / 0)
+    done = simsearch("assess", f"runs={runs[0]}", f"out={tmp_path}/file/a", expect=1)
+    assert "give another out=" in done.stderr
     hostile = tmp_path / "hostile"
     shutil.copytree(runs[0], hostile)
     config = yaml.safe_load((hostile / "config.yaml").read_text())

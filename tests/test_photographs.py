@@ -440,6 +440,12 @@ class TestCommand:
         lacking = table(photographs.parent / "lacking.csv", "path,work", f"gone.png,{names[0]}")
         done = simsearch("photographs", f"catalog={catalog}", f"photographs={lacking}", f"out={tmp_path}", expect=1)
         assert "1 of 1 photographs are not in" in done.stderr
+        (tmp_path / "file").touch()
+        done = simsearch(
+            "photographs", f"catalog={catalog}", f"photographs={photographs}", f"out={tmp_path}/file/a", expect=1
+        )
+        assert "give another out=" in done.stderr
+        assert "photographs:" not in done.stderr.replace("simsearch photographs:", "")  # none was searched with
 
 
 class TestNames:

@@ -519,6 +519,9 @@ class TestCommands:
             done = simsearch("instance", *arguments, f"ks={ks}", "workers=0", expect=1)
             assert "ks must be a list of ranks from 1" in done.stderr
             assert "queries" not in done.stderr  # nothing was described
+        done = simsearch("instance", *arguments, f"run_dir={evil}/a", "workers=0", expect=1)  # in a file
+        assert "give another run_dir=" in done.stderr
+        assert "queries" not in done.stderr
         assert "Traceback" not in done.stderr
 
 

@@ -24,7 +24,7 @@ from simsearch.evaluation.assessment import Assessed, Finding
 from simsearch.evaluation.evaluator import Measured
 from simsearch.evaluation.verification import Verified
 from simsearch.figures import spared
-from simsearch.files import write_csv
+from simsearch.files import check_writable, write_csv
 from simsearch.search.calibration_sample import outside_sample
 from simsearch.search.describe import as_floats, batches_of
 from simsearch.search.describe import describe as describe_batches
@@ -63,6 +63,7 @@ def main(config: DictConfig) -> None:
     outside = None
     if values["outside"]:
         outside = outside_sample(Path(values["outside"]), values["outside_limit"], values["seed"])
+    check_writable(out := Path(values["out"]), "out")
     described, collection, tasks, verified = [], None, {}, None
     for name, run in zip(names, runs, strict=True):
         node = fitted(given, run.config["data"])
@@ -87,7 +88,6 @@ def main(config: DictConfig) -> None:
     if "artist" in tasks:
         recommended = assessment.recommend(described, collection, tasks["artist"], values["seed"])
     compared = assessment.compare(found)
-    out = Path(values["out"])
     lines = assessment.result_lines(described, found, recommended, values["seed"])
     write_csv(out / "results.csv", (*results.RESULT_COLUMNS, "trained_queries"), lines)
     write_csv(out / "paired.csv", list(compared[0]) if compared else [], (line.values() for line in compared))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
@@ -22,7 +21,7 @@ from simsearch.data.audit import read_duplicates
 from simsearch.data.collection import Collection
 from simsearch.data.datamodule import RetrievalDataModule
 from simsearch.data.protocols import WithoutRows
-from simsearch.files import new_folder, read_json, write_json
+from simsearch.files import check_writable, new_folder, read_json, write_json
 from simsearch.identity import measurement_identity, same_images, start_config
 from simsearch.index.auto import check_budget
 from simsearch.models.steps import DescribesBatches
@@ -108,16 +107,11 @@ def results_folder(given: str | None, run: Path) -> Iterator[Path]:
     Raises:
         OSError: If it cannot be made or written to, as in the run of somebody else.
     """
-    try:
-        if given is None:
-            folder = new_folder(run / "evaluations" / time.strftime("%Y-%m-%d_%H-%M-%S"))
-        else:
-            folder = Path(given)
-            folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write what is measured ({error}): give another run_dir=") from error
+    folder = run / "evaluations" / time.strftime("%Y-%m-%d_%H-%M-%S") if given is None else Path(given)
+    check_writable(folder, "run_dir")
+    if given is None:
+        folder = new_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
     finally:

@@ -17,6 +17,7 @@ from simsearch import configs, program, saved_run, terminal
 from simsearch.data.revisited import file_name, load_gallery, load_queries, read_benchmark
 from simsearch.evaluation.record import write_record
 from simsearch.evaluation.revisited import Revisited, benchmark_sides, benchmark_task, columns, stage
+from simsearch.files import check_writable
 from simsearch.functional.revisited import SETUPS
 from simsearch.images import header_shape, read_file
 from simsearch.models.encoder import device, seen_otherwise
@@ -44,6 +45,7 @@ def main(config: DictConfig) -> None:
     evaluator = Revisited(benchmark, values["ks"], values["depth"])
     root = Path(config.images)
     task = benchmark_task(benchmark, root)  # finds missing files before hours of work
+    check_writable(folder := Path(config.run_dir), "run_dir")
     model = saved_run.load_model(run).to(device(config.device))
     encoder = model.encoder
     size, fit = encoder.input_size, encoder.fit
@@ -63,7 +65,6 @@ def main(config: DictConfig) -> None:
         "gallery": len(gallery),
         "bytes_per_item": 4 * gallery.shape[1] if encoder.bits is None else -(-encoder.bits // 8),
     }
-    folder = Path(config.run_dir)
     write_record(folder, {"test": about}, columns(benchmark, measured))
     terminal.show(results_table(about, ["mAP", *(f"mP@{k}" for k in values["ks"])]))
     if values["depth"]:

@@ -34,7 +34,7 @@ from simsearch.evaluation.photographs import (
     judge,
     measure_photographs,
 )
-from simsearch.files import checked, digests, read_json, replacing, write_csv, write_json
+from simsearch.files import check_writable, checked, digests, read_json, replacing, write_csv, write_json
 from simsearch.functional.resize import resize_to_fit
 from simsearch.functional.significance import holm
 from simsearch.models.encoder import device
@@ -91,6 +91,7 @@ def main(config: DictConfig) -> None:
     fingerprint = protocol_fingerprint(engine, photographs, root, right)
     baseline = read_answers(Path(config.against), photographs, fingerprint, engine) if config.against else None
 
+    check_writable(folder := Path(config.out), "out")
     asked = ask_all(engine, photographs, root, config.k)
     units = photograph_units(photographs)
     measured = measure_photographs(asked.answers, right, units)
@@ -100,7 +101,6 @@ def main(config: DictConfig) -> None:
     about["catalog"] = {"items": len(catalog), "encoder": encoder_fingerprint(catalog.encoder)}
     about["asked"] = {"k": config.k, "rerank": configs.plain(config).get("rerank")}
     about["asked"]["verify"] = None if catalog.verification is None else catalog.verification.config
-    folder = Path(config.out)
     write_results(folder, photographs, right, asked, measured, about)
     terminal.show(results_table(about))
     if pairs:
