@@ -510,6 +510,7 @@ class TestComparable:
             (tmp_path / name).mkdir()
             config = self.tiny(**{"model.optimizer.lr": lr})
             OmegaConf.save(OmegaConf.create(config), tmp_path / name / "config.yaml")
+            (tmp_path / name / "run.json").write_text("{}")
         a, b, c = (deciding(self.tiny(**{"model.start": str(tmp_path / name)})) for name in "abc")
         assert a == b != c
         assert deciding(self.tiny(**{"model.start": f"{tmp_path}/a/checkpoints/best.ckpt"})) == a
