@@ -262,12 +262,7 @@ class OptunaSweeper(Sweeper):
             return False
         if not about:
             return False  # if it is about to begin all the same, its folder is locked
-        lock = FileLock(self.folder / about["folder"] / ".lock")
-        try:
-            with lock.acquire(timeout=0):
-                return False
-        except Timeout:
-            return True
+        return _is_held(FileLock(self.folder / about["folder"] / ".lock"))
 
     def _is_at_work(self, process: str) -> bool:
         """Whether a process of the sweep still runs. Its number alone may be that of another one by now."""
@@ -275,11 +270,7 @@ class OptunaSweeper(Sweeper):
         lock = self._lock_of(process)
         if not Path(lock.lock_file).exists() or (host == socket.gethostname() and not is_alive(int(pid))):
             return False  # loader processes may hold on to the lock of a dead one
-        try:
-            with lock.acquire(timeout=0):
-                return False
-        except Timeout:
-            return True
+        return _is_held(lock)
 
     def _lock_of(self, process: str) -> FileLock:
         return FileLock(self.folder / f".{process.replace(':', '-')}.lock")
@@ -478,6 +469,15 @@ class OptunaSweeper(Sweeper):
 def _same(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether overrides are equal, apart from their order, how values are quoted, and what affects no numbers."""
     return sorted(decisive(plan(None, one)[1])) == sorted(decisive(plan(None, other)[1]))
+
+
+def _is_held(lock: FileLock) -> bool:
+    """Whether another process holds a lock."""
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _own_process() -> str:
